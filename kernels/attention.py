@@ -1,0 +1,62 @@
+"""Softmax attention over whole sequences (training, scoring, prefill): the plain XLA reference."""
+
+import jax
+import jax.numpy as jnp
+
+NEGATIVE = -1e30  # finite, so that fully masked rows stay free of NaN
+
+
+def attention_mask(
+    key_mask: jax.Array, query_length: int, *, window: jax.Array | int | None = None, query_offset: int = 0
+) -> jax.Array:
+    """Boolean `[B, 1, T, S]`: which keys a query may see.
+
+    Causal, real keys only (`key_mask` `[B, S]`), and, with `window` > 0, only the last `window` positions including
+    the query's own. `query_offset` is the column of the first query.
+    """
+    columns = jnp.arange(key_mask.shape[1])
+    distance = (query_offset + jnp.arange(query_length))[:, None] - columns[None, :]
+    allowed = distance >= 0
+    if window is not None:
+        allowed &= (distance < window) | (jnp.asarray(window) <= 0)
+    return allowed[None, None] & key_mask.astype(bool)[:, None, None, :]
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis in float32; entries outside `mask` get 0, rows without any entry are all 0."""
+    scores = jnp.where(mask, scores.astype(jnp.float32), NEGATIVE)
+    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: jax.Array | float,
+    alibi_slopes: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Multi-head attention with grouped keys and values.
+
+    query `[B, H, T, D]`; key, value `[B, H_kv, S, D]` with H a multiple of H_kv; mask boolean `[B, 1, T, S]`.
+    `alibi_slopes` `[H]` adds slope · key position, with `positions` `[B, S]`. Dropout acts on the attention weights
+    when a key is given. Returns `[B, H, T, D]` in the query's dtype; rows that see no key are 0.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+    scores = jnp.einsum("bhgtd,bhsd->bhgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
+        scores = scores + slopes * positions[:, None, None, None, :].astype(jnp.float32)
+    weights = masked_softmax(scores, mask[:, :, None])
+    if dropout_key is not None and dropout_rate > 0:
+        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
+        weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
+    output = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(value.dtype), value)
+    return output.reshape(batch, heads, length, head_dim)

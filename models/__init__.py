@@ -1,0 +1,47 @@
+"""Decoder models in Flax linen, their Hugging Face families, and checkpoints in and out."""
+
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, init_cache, prefill
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.model import (
+    Model,
+    count_params,
+    create_model,
+    default_dtype,
+    logical_axes,
+    param_shapes,
+    param_shardings,
+    with_head,
+)
+from jaxrlhf.models.pretrained import (
+    config_from_dict,
+    config_to_dict,
+    load_pretrained,
+    model_from_overrides,
+    read_config,
+    save_pretrained,
+)
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "GenerationView",
+    "Model",
+    "config_from_dict",
+    "config_to_dict",
+    "count_params",
+    "create_model",
+    "decode_step",
+    "default_dtype",
+    "generation_view",
+    "init_cache",
+    "load_pretrained",
+    "logical_axes",
+    "model_from_overrides",
+    "param_shapes",
+    "param_shardings",
+    "prefill",
+    "read_config",
+    "save_pretrained",
+    "with_head",
+]

@@ -1,0 +1,207 @@
+"""Hugging Face checkpoint folders on disk: reading tensors by name, and writing safetensors one tensor at a time."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxrlhf.errors import InputError
+
+CONFIG = "config.json"
+_SAFETENSORS = "model.safetensors"
+_BIN = "pytorch_model.bin"
+_DTYPES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.float64): "F64",
+}
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where the tensors of a checkpoint are: `shapes` by name, and `read(name)` for one of them."""
+
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`; InputError names the file when it is missing, unreadable or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); the file may be truncated") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def find_model_folder(name_or_path: str | os.PathLike) -> Path:
+    """The local folder of a model: the path itself, or the hub snapshot of `owner/name` (downloaded or cached)."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise InputError(f"model folder {path} has no {CONFIG}; it must be a Hugging Face model folder")
+        return path
+    text = str(name_or_path)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise InputError(f"model folder {text} does not exist (or is not a folder)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+    print(f"fetching {text} from the model hub…", flush=True)
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model {text!r} is neither a local folder nor could it be fetched from the hub: {reason}"
+        ) from error
+
+
+def open_checkpoint(folder: Path) -> TensorSource:
+    """Tensors of `model.safetensors`, a sharded index, or an old `pytorch_model.bin` (never unpickled freely)."""
+    for single, opener in ((_SAFETENSORS, _open_safetensors), (_BIN, _open_bin)):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise InputError(f"{index} has no weight_map; download the checkpoint again")
+            files = sorted(set(weight_map.values()))
+            absent = [f for f in files if not (folder / f).is_file()]
+            if absent:
+                raise InputError(f"{index} names files that are not in {folder}: {', '.join(absent)}")
+            return _merge(str(folder), [opener(folder / f) for f in files])
+        if (folder / single).is_file():
+            return opener(folder / single)
+    raise InputError(f"model folder {folder} holds no weights ({_SAFETENSORS} or {_BIN}, whole or with an index)")
+
+
+def _merge(where: str, sources: list[TensorSource]) -> TensorSource:
+    readers = {name: source.read for source in sources for name in source.shapes}
+    shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
+    return TensorSource(where, shapes, lambda name: readers[name](name))
+
+
+def _open_safetensors(path: Path) -> TensorSource:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(str(path), framework="np")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from error
+    return TensorSource(str(path), shapes, file.get_tensor)
+
+
+def _open_bin(path: Path) -> TensorSource:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path} is an old PyTorch checkpoint, reading it needs torch: pip install torch, or convert it to safetensors"
+        ) from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for damaged or unsafe pickles
+        raise InputError(f"{path} cannot be read safely as a state dict: {type(error).__name__}: {error}") from error
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+    def read(name: str) -> np.ndarray:
+        tensor = state[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    return TensorSource(str(path), {name: tuple(value.shape) for name, value in state.items()}, read)
+
+
+@dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor to be written: made by `make` only when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def write_checkpoint(
+    folder: Path, tensors: Iterable[TensorToWrite], dtype: np.dtype, max_shard_bytes: int = 5 * 2**30
+) -> None:
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` with an index, holding one tensor at a time."""
+    dtype = np.dtype(dtype)
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype {dtype} cannot be exported; one of {[str(d) for d in _DTYPES]} can")
+    shards: list[list[TensorToWrite]] = [[]]
+    size = total = 0
+    for tensor in tensors:
+        bytes_ = int(np.prod(tensor.shape)) * dtype.itemsize
+        if shards[-1] and size + bytes_ > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += bytes_
+        total += bytes_
+    if len(shards) == 1:
+        _write_safetensors(folder / _SAFETENSORS, shards[0], dtype)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(folder / name, shard, dtype)
+        weight_map |= {tensor.name: name for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{_SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_safetensors(path: Path, tensors: list[TensorToWrite], dtype: np.dtype) -> None:
+    # The safetensors library writes a dict that is whole in memory; the format itself (8-byte length, JSON header,
+    # tensors end to end) lets us stream.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + int(np.prod(tensor.shape)) * dtype.itemsize
+        header[tensor.name] = {"dtype": _DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for tensor in tensors:
+            array = np.ascontiguousarray(tensor.make(), dtype=dtype)
+            if array.shape != tensor.shape:
+                raise ValueError(f"{tensor.name}: made {array.shape}, declared {tensor.shape}")
+            file.write(array.tobytes() if array.dtype.kind == "V" else memoryview(array).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_files(staging: Path, folder: Path) -> None:
+    """Move a finished export from `staging` into `folder`, weights first and config.json last, then drop stale weights.
+
+    Each file replaces its old version in one rename, so that a reader finds whole files at any time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(
+        (p.name for p in staging.iterdir()), key=lambda name: (name == CONFIG, "safetensors" not in name, name)
+    )
+    for name in names:
+        os.replace(staging / name, folder / name)
+    stale = [p for p in folder.glob("model*.safetensors*") if p.name not in names]
+    stale += [p for p in folder.glob("pytorch_model*.bin*") if p.name not in names]
+    for path in stale:
+        path.unlink()
+    shutil.rmtree(staging)

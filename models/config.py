@@ -1,0 +1,124 @@
+"""The configuration of the one decoder; every supported family is a point in this space."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from jaxrlhf.errors import InputError
+
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
+_CHOICES = {
+    "position": ("learned", "rotary", "alibi"),
+    "norm": ("layernorm", "rmsnorm"),
+    "norm_placement": ("pre", "post"),
+    "residual": ("sequential", "parallel", "parallel_shared_norm"),
+    "activation": ACTIVATIONS,
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and options of a decoder-only transformer. Hashable, so modules that hold it are valid static arguments."""
+
+    family: str
+    """Hugging Face `model_type` this configuration came from and exports to."""
+    vocab_size: int
+    """Real number of tokens; tables are padded to a multiple of `vocab_multiple` inside."""
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    """Longest sequence; the number of rows of a learned position table less `position_offset`."""
+
+    embed_size: int = 0
+    """Width of the token embeddings; 0 means hidden_size. When different, linear projections lead in and out."""
+    position: str = "learned"
+    position_offset: int = 0
+    """Rows skipped at the start of a learned position table (OPT: 2)."""
+    rotary_dim: int = 0
+    """Leading features of each head that are rotated; 0 means all of head_dim."""
+    rotary_base: float = 10000.0
+    rotary_interleaved: bool = False
+    """Pairs are neighbours (GPT-J) rather than the two halves (Llama, GPT-NeoX)."""
+    rope_scaling: tuple[tuple[str, float | str], ...] | None = None
+    """Sorted items of HF's rope parameters when they are not the default (see models/rotary.py)."""
+
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    norm_placement: str = "pre"
+    residual: str = "sequential"
+    """`parallel`: attention and MLP read the same input, each through its norm; `parallel_shared_norm`: one norm."""
+    residual_from_norm: bool = False
+    """The residual branch starts after the norm (BLOOM's apply_residual_connection_post_layernorm)."""
+    embed_norm: bool = False
+    final_norm: bool = True
+
+    activation: str = "gelu_new"
+    gated_mlp: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    """RMS norm over head_dim of queries and keys before rotation (Qwen3)."""
+    attention_scale: float | None = None
+    """Factor on the scores; None means head_dim ** -0.5."""
+    scale_by_inverse_layer: bool = False
+    """Scores of layer i are divided by i + 1 (GPT-2's scale_attn_by_inverse_layer_idx)."""
+    windows: tuple[int, ...] | None = None
+    """Per layer: attend to the last N positions only; 0 means all."""
+
+    tie_embeddings: bool = True
+    lm_head_bias: bool = False
+
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    vocab_multiple: int = 8
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{self.family} config: {name}={getattr(self, name)!r} is not one of {allowed}")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{self.family} config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"{self.family} config: {self.num_kv_heads} key/value heads do not divide {self.num_heads} heads"
+            )
+        if self.lm_head_bias and self.tie_embeddings:
+            raise InputError(
+                f"{self.family} config: a language-model head with a bias cannot be tied to the embeddings"
+            )
+        if self.windows is not None and len(self.windows) != self.num_layers:
+            raise InputError(f"{self.family} config: {len(self.windows)} windows for {self.num_layers} layers")
+
+    @property
+    def embedding_size(self) -> int:
+        return self.embed_size or self.hidden_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.rotary_dim or self.head_dim
+
+    def replace(self, **changes) -> "DecoderConfig":
+        return dataclasses.replace(self, **changes)

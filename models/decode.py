@@ -1,0 +1,107 @@
+"""Prefill and decode with an explicit key/value cache, layer by layer over a per-layer view of the parameters."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.models.decoder import AttentionContext, Block, Cache, Decoder, layer_options, positions_from_mask
+from jaxrlhf.models.rotary import rotation
+from jaxrlhf.sharding import constrain
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class GenerationView:
+    """Parameters as decode wants them: one tree per layer instead of stacked arrays."""
+
+    outer: PyTree
+    layers: tuple[PyTree, ...]
+
+
+def generation_view(params: PyTree, axes: PyTree, dtype: jnp.dtype) -> GenerationView:
+    """Cast to `dtype`, unstack, and pin to the current generation rules: the one place where the flip happens.
+
+    `params` is the training tree and `axes` its logical axes. Casting comes before any collective, and pinning the
+    result keeps collectives out of the decode loop. Vectors (norms) stay in float32, as training uses them.
+    """
+
+    def leaf(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        return constrain(x.astype(dtype) if x.ndim > 1 else x, *names)
+
+    def split(x: jax.Array, names: tuple[str | None, ...]) -> list[jax.Array]:
+        return [leaf(x[i], names[1:]) for i in range(x.shape[0])]
+
+    stacked = jax.tree.map(split, params["layers"], axes["layers"])
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = tuple(
+        jax.tree.map(lambda xs, i=i: xs[i], stacked, is_leaf=lambda x: isinstance(x, list)) for i in range(count)
+    )
+    outer = {k: jax.tree.map(leaf, v, axes[k]) for k, v in params.items() if k != "layers"}
+    return GenerationView(outer=outer, layers=layers)
+
+
+def init_cache(module: Decoder, batch: int, length: int) -> tuple[Cache, ...]:
+    """Zeroed keys and values per layer, each `[B, H_kv, length, D]` in the compute dtype."""
+    c = module.config
+
+    def zeros() -> jax.Array:
+        return constrain(
+            jnp.zeros((batch, c.num_kv_heads, length, c.head_dim), module.dtype), "batch", "kv_heads", None, None
+        )
+
+    return tuple((zeros(), zeros()) for _ in range(c.num_layers))
+
+
+def _run(
+    module: Decoder,
+    view: GenerationView,
+    input_ids: jax.Array,
+    positions: jax.Array,
+    context: AttentionContext,
+    caches: tuple[Cache, ...],
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    outer = {"params": view.outer}
+    block = Block(module.config, module.dtype)
+    x = module.apply(outer, input_ids, positions, method="embed_tokens")
+    updated = []
+    for params, options, cache in zip(view.layers, layer_options(module.config), caches, strict=True):
+        x, cache = block.apply({"params": params}, x, context, options, cache)
+        updated.append(cache)
+    hidden = module.apply(outer, x[:, -1], method="finish")
+    return module.apply(outer, hidden, method="padded_logits"), tuple(updated)
+
+
+def prefill(
+    module: Decoder, view: GenerationView, prompt_ids: jax.Array, prompt_mask: jax.Array, caches: tuple[Cache, ...]
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Run left-padded prompts `[B, P]`, fill cache columns 0…P-1; returns the last column's logits `[B, V_padded]`."""
+    mask = prompt_mask.astype(bool)
+    positions = positions_from_mask(mask)
+    rotary = rotation(module.config, positions) if module.config.position == "rotary" else None
+    context = AttentionContext(key_mask=mask, positions=positions, rotation=rotary)
+    return _run(module, view, prompt_ids, positions, context, caches)
+
+
+def decode_step(
+    module: Decoder,
+    view: GenerationView,
+    tokens: jax.Array,
+    column: jax.Array,
+    start: jax.Array,
+    caches: tuple[Cache, ...],
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Feed one token per row `[B]`, written at cache `column` (one for all rows); rows begin at column `start` `[B]`.
+
+    Returns the next token's float32 logits `[B, V_padded]` and the caches, updated in place under jit.
+    """
+    length = caches[0][0].shape[2]
+    columns = jnp.arange(length)[None]
+    mask = (columns >= start[:, None]) & (columns <= column)
+    positions = jnp.maximum(columns - start[:, None], 0)
+    own = (column - start)[:, None]
+    rotary = rotation(module.config, own) if module.config.position == "rotary" else None
+    context = AttentionContext(key_mask=mask, positions=positions, rotation=rotary, write_index=column)
+    return _run(module, view, tokens[:, None], own, context, caches)

@@ -1,0 +1,387 @@
+"""The one decoder: embeddings, scanned blocks and a language-model or scalar head, as Flax linen modules.
+
+The same `Block` runs in three ways: scanned over stacked parameters (training, scoring), and layer by layer with an
+explicit key/value cache (prefill and decode, see models/decode.py). Dropout is active exactly when a `dropout` RNG is
+passed to `apply`.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.kernels import attention, attention_mask, project_logits, token_logprobs
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.rotary import rotate, rotation
+from jaxrlhf.sharding import constrain
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, H_kv, S, D]
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "silu": nn.silu,
+}
+
+
+@flax.struct.dataclass
+class AttentionContext:
+    """What every layer's attention needs to know about the batch."""
+
+    key_mask: jax.Array
+    """`[B, S]` bool: which columns hold real tokens (S = T, or the cache length when decoding)."""
+    positions: jax.Array
+    """`[B, S]` int: each column's position within its sequence (0 where masked)."""
+    rotation: tuple[jax.Array, jax.Array] | None = None
+    """cos and sin of the *query* columns, `[B, 1, T, rotated/2]`."""
+    write_index: jax.Array | None = None
+    """Decoding: the cache column of the one new token, the same for every row."""
+
+
+@flax.struct.dataclass
+class LayerOptions:
+    """What differs between layers: scalars when unrolled, `[L]` arrays when scanned."""
+
+    scale: jax.Array | float
+    window: jax.Array | int
+
+
+def layer_options(config: DecoderConfig) -> list[LayerOptions]:
+    """The options of each layer, in order."""
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    windows = config.windows or (0,) * config.num_layers
+    return [
+        LayerOptions(scale=scale / (i + 1 if config.scale_by_inverse_layer else 1), window=windows[i])
+        for i in range(config.num_layers)
+    ]
+
+
+def positions_from_mask(mask: jax.Array) -> jax.Array:
+    """Position of each column within its sequence `[B, T]`: counts real tokens, 0 on padding."""
+    mask = mask.astype(jnp.int32)
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) * mask
+
+
+def alibi_slopes(num_heads: int) -> jax.Array:
+    """ALiBi slopes `[H]` float32 (Press et al. 2021, arXiv 2108.12409, with its rule for other head counts)."""
+    power = 2 ** (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return jnp.asarray(slopes, jnp.float32)
+
+
+def _kernel_init(config: DecoderConfig, axes: tuple[str | None, ...]):
+    return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+    kind: str | None = None
+    size_axis: str | None = "norm"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kind = self.kind or self.config.norm
+        size = x.shape[-1]
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.size_axis,)), (size,))
+        x = x.astype(jnp.float32)
+        if kind == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
+        x = x * scale.astype(jnp.float32)
+        if kind == "layernorm":
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.size_axis,)), (size,))
+            x = x + bias.astype(jnp.float32)
+        return x.astype(self.dtype)
+
+
+class Projection(nn.Module):
+    """A linear map contracting the last `len(in_axes)` axes of its input; logical axes name kernel and bias."""
+
+    config: DecoderConfig
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    use_bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = self.in_shape + self.out_shape
+        kernel = self.param("kernel", _kernel_init(self.config, self.in_axes + self.out_axes), shape)
+        contract = len(self.in_shape)
+        dims = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (dims, ((), ())))
+        if self.use_bias:
+            axes = self.out_axes if self.out_axes != ("embed",) else ("norm",)
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), self.out_shape)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+
+        def heads(name: str, count: int, axis: str) -> jax.Array:
+            project = Projection(
+                c,
+                (c.hidden_size,),
+                (count, c.head_dim),
+                ("embed",),
+                (axis, "head_dim"),
+                c.qkv_bias,
+                self.dtype,
+                name=name,
+            )
+            return constrain(project(x).swapaxes(1, 2), "batch", axis, None, None)
+
+        query = heads("query", c.num_heads, "heads")
+        key = heads("key", c.num_kv_heads, "kv_heads")
+        value = heads("value", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            query = Norm(c, self.dtype, kind="rmsnorm", name="query_norm")(query)
+            key = Norm(c, self.dtype, kind="rmsnorm", name="key_norm")(key)
+        if context.rotation is not None:
+            query = rotate(query, *context.rotation, interleaved=c.rotary_interleaved)
+            key = rotate(key, *context.rotation, interleaved=c.rotary_interleaved)
+
+        offset = 0
+        if cache is not None:
+            at = 0 if context.write_index is None else context.write_index
+            cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=2)
+                for old, new in zip(cache, (key, value), strict=True)
+            )
+            if context.write_index is not None:
+                key, value = (x.astype(self.dtype) for x in cache)
+                offset = context.write_index
+        mask = attention_mask(context.key_mask, query.shape[2], window=options.window, query_offset=offset)
+        dropout = c.attention_dropout > 0 and self.has_rng("dropout")
+        output = attention(
+            query,
+            key,
+            value,
+            mask,
+            scale=options.scale,
+            alibi_slopes=alibi_slopes(c.num_heads) if c.position == "alibi" else None,
+            positions=context.positions,
+            dropout_rate=c.attention_dropout,
+            dropout_key=self.make_rng("dropout") if dropout else None,
+        )
+        output = constrain(output.swapaxes(1, 2), "batch", None, "heads", None)
+        out = Projection(
+            c,
+            (c.num_heads, c.head_dim),
+            (c.hidden_size,),
+            ("heads", "head_dim"),
+            ("embed",),
+            c.out_bias,
+            self.dtype,
+            name="out",
+        )
+        return out(output), cache
+
+
+class MLP(nn.Module):
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        wide = ((c.hidden_size,), (c.intermediate_size,), ("embed",), ("mlp",), c.mlp_bias, self.dtype)
+        hidden = Projection(c, *wide, name="up")(x)
+        activation = _ACTIVATIONS[c.activation]
+        hidden = activation(Projection(c, *wide, name="gate")(x)) * hidden if c.gated_mlp else activation(hidden)
+        hidden = constrain(hidden, "batch", None, "mlp")
+        return Projection(
+            c, (c.intermediate_size,), (c.hidden_size,), ("mlp",), ("embed",), c.mlp_bias, self.dtype, name="down"
+        )(hidden)
+
+
+class Block(nn.Module):
+    """One transformer layer. Returns the new hidden states and, when a cache was given, the updated cache."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    def _drop(self, x: jax.Array) -> jax.Array:
+        rate = self.config.residual_dropout
+        return nn.Dropout(rate, deterministic=rate == 0 or not self.has_rng("dropout"))(x)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        attend = Attention(c, self.dtype, name="attn")
+        mlp = MLP(c, self.dtype, name="mlp")
+        attn_norm = Norm(c, self.dtype, name="attn_norm")
+        mlp_norm = None if c.residual == "parallel_shared_norm" else Norm(c, self.dtype, name="mlp_norm")
+
+        if c.residual != "sequential":
+            normed = attn_norm(x)
+            attended, cache = attend(normed, context, options, cache)
+            x = x + self._drop(attended) + self._drop(mlp(normed if mlp_norm is None else mlp_norm(x)))
+        elif c.norm_placement == "post":
+            attended, cache = attend(x, context, options, cache)
+            x = attn_norm(x + self._drop(attended))
+            x = mlp_norm(x + self._drop(mlp(x)))
+        else:
+            normed = attn_norm(x)
+            attended, cache = attend(normed, context, options, cache)
+            x = (normed if c.residual_from_norm else x) + self._drop(attended)
+            normed = mlp_norm(x)
+            x = (normed if c.residual_from_norm else x) + self._drop(mlp(normed))
+        return constrain(x, "batch", None, None), cache
+
+
+class Head(nn.Module):
+    """The parameters of an output head: a kernel `shape` with logical `axes`, and optionally a bias over axis 0."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    use_bias: bool
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array | None, jax.Array | None]:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        kernel = self.param("kernel", init, self.shape)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
+        return kernel, self.param("bias", zeros, self.shape[:1]) if self.use_bias else None
+
+
+class Decoder(nn.Module):
+    """`apply({"params": params}, input_ids, attention_mask)` → logits `[B, T, V]` (head "lm") or values `[B, T]`.
+
+    Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` recomputes each
+    block in the backward pass.
+    """
+
+    config: DecoderConfig
+    head: str = "lm"
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        table = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        self.embed = nn.Embed(c.padded_vocab_size, c.embedding_size, embedding_init=table, dtype=self.dtype)
+        if c.position == "learned":
+            table = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("position", "embed"))
+            self.embed_positions = nn.Embed(
+                c.max_positions + c.position_offset, c.hidden_size, embedding_init=table, dtype=self.dtype
+            )
+        if c.embedding_size != c.hidden_size:
+            shapes = ((c.embedding_size,), (c.hidden_size,))
+            self.project_in = Projection(c, *shapes, ("embed",), ("mlp",), False, self.dtype)
+            self.project_out = Projection(c, *reversed(shapes), ("mlp",), ("embed",), False, self.dtype)
+        if c.embed_norm:
+            self.embed_norm = Norm(c, self.dtype)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype)
+        if c.final_norm:
+            self.final_norm = Norm(c, self.dtype)
+        self.embed_drop = nn.Dropout(c.embed_dropout)
+        if self.head == "scalar":
+            # Stiennon et al. 2020 (arXiv 2009.01325), appendix C: N(0, 1/(d+1)) for a fresh reward head.
+            self.score = Head((c.embedding_size,), ("norm",), False, (c.embedding_size + 1) ** -0.5)
+        elif not c.tie_embeddings:
+            shape = (c.padded_vocab_size, c.embedding_size)
+            self.lm_head = Head(shape, ("vocab", "embed"), c.lm_head_bias, c.initializer_range)
+
+    def embed_tokens(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """Token and position embeddings `[B, T, D]` of ids and positions `[B, T]`."""
+        c = self.config
+        x = self.embed(input_ids)
+        if c.embedding_size != c.hidden_size:
+            x = self.project_in(x)
+        if c.embed_norm:
+            x = self.embed_norm(x)
+        if c.position == "learned":
+            x = x + self.embed_positions(positions + c.position_offset)
+        x = self.embed_drop(x, deterministic=c.embed_dropout == 0 or not self.has_rng("dropout"))
+        return constrain(x, "batch", None, None)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """Final norm and out-projection: the hidden states `[…, E]` that a head reads."""
+        c = self.config
+        if c.final_norm:
+            x = self.final_norm(x)
+        return self.project_out(x) if c.embedding_size != c.hidden_size else x
+
+    def hidden_states(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, position_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Final hidden states `[B, T, E]`; without a mask every token is real, positions count real tokens."""
+        c = self.config
+        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+        positions = positions_from_mask(mask) if position_ids is None else position_ids
+        context = AttentionContext(
+            key_mask=mask,
+            positions=positions,
+            rotation=rotation(c, positions) if c.position == "rotary" else None,
+        )
+        options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(c))
+        x = self.embed_tokens(input_ids, positions)
+        x, _ = self.layers(x, context, options)
+        return self.finish(x)
+
+    def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
+        """The language-model head's `[V_padded, E]` matrix in compute dtype, and its bias."""
+        weight, bias = (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
+        return weight.astype(self.dtype), bias
+
+    def padded_logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""
+        return project_logits(hidden, *self.output_weight(), self.config.vocab_size)
+
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, position_ids: jax.Array | None = None
+    ) -> jax.Array:
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids)
+        if self.head == "scalar":
+            kernel, _ = self.score()
+            return jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+        return self.padded_logits(hidden)[..., : self.config.vocab_size]
+
+    def logprobs(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, temperature: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-prob of each token given those before it, and the entropy it was drawn from; float32 `[B, T]` each.
+
+        Column t is read from the logits at t-1; column 0 is 0. Never holds `[B, T, V]` (kernels/logprobs.py).
+        """
+        hidden = self.hidden_states(input_ids, attention_mask)[:, :-1]
+        weight, bias = self.output_weight()
+        result = token_logprobs(
+            hidden,
+            weight,
+            input_ids[:, 1:],
+            vocab_size=self.config.vocab_size,
+            bias=bias,
+            temperature=temperature,
+        )
+        return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in result)

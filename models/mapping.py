@@ -1,0 +1,195 @@
+"""How a Hugging Face checkpoint lies beside our parameter tree: tensor layouts, families, and a strict config reader.
+
+A family declares each tensor once (`Tensor`); the same declaration loads and saves. A declared tensor whose leaves a
+given configuration does not have (an absent bias, a tied head) is skipped in both directions.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.config import DecoderConfig
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """Two inverse rearrangements between one HF tensor and one or several of our (per-layer) leaves."""
+
+    to_ours: Callable[[np.ndarray, Sequence[Shape]], Sequence[np.ndarray]]
+    """(HF tensor, shapes of our leaves) → our leaves."""
+    to_hf: Callable[[Sequence[Any], Any], Any]
+    """(our leaves, array module: numpy or jax.numpy) → HF tensor."""
+
+
+# Same order of elements: norms, biases, embeddings, output heads.
+SAME = Layout(lambda x, shapes: [x.reshape(shapes[0])], lambda parts, xp: parts[0])
+# As SAME, but HF holds it flat: a bias [H, D] of ours is [H·D] there.
+FLAT = Layout(lambda x, shapes: [x.reshape(shapes[0])], lambda parts, xp: parts[0].reshape(-1))
+# A scalar head: [E] here, [1, E] there.
+ROW = Layout(lambda x, shapes: [x.reshape(shapes[0])], lambda parts, xp: parts[0].reshape(1, -1))
+
+
+def _matrix(kernel: Any, inputs: int) -> Any:
+    return kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
+
+
+def linear(inputs: int = 1) -> Layout:
+    """torch.nn.Linear's `[out, in]`; the first `inputs` axes of our kernel are contracted."""
+    return Layout(lambda x, shapes: [x.T.reshape(shapes[0])], lambda parts, xp: _matrix(parts[0], inputs).T)
+
+
+def conv1d(inputs: int = 1) -> Layout:
+    """GPT-2's Conv1D `[in, out]`."""
+    return Layout(lambda x, shapes: [x.reshape(shapes[0])], lambda parts, xp: _matrix(parts[0], inputs))
+
+
+def conv1d_fused() -> Layout:
+    """Several kernels `[in, …]` side by side in one Conv1D `[in, Σ out]` (GPT-2's c_attn)."""
+
+    def to_ours(x: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
+        cuts = np.cumsum([math.prod(s[1:]) for s in shapes])[:-1]
+        return [part.reshape(s) for part, s in zip(np.split(x, cuts, axis=1), shapes, strict=True)]
+
+    return Layout(to_ours, lambda parts, xp: xp.concatenate([_matrix(p, 1) for p in parts], axis=1))
+
+
+def bias_fused() -> Layout:
+    """Several biases end to end."""
+
+    def to_ours(x: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
+        cuts = np.cumsum([math.prod(s) for s in shapes])[:-1]
+        return [part.reshape(s) for part, s in zip(np.split(x, cuts), shapes, strict=True)]
+
+    return Layout(to_ours, lambda parts, xp: xp.concatenate([p.reshape(-1) for p in parts]))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One HF tensor: its name (with `{i}` for the layer), our leaf or leaves, and the layout between them."""
+
+    hf: str
+    ours: str | tuple[str, ...]
+    layout: Layout = SAME
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    @property
+    def per_layer(self) -> bool:
+        return "{i}" in self.hf
+
+
+# Options that do not change what the network computes, or that belong to generation, heads or bookkeeping.
+_INERT = frozenset(
+    "architectures transformers_version torch_dtype dtype use_cache _name_or_path model_type output_hidden_states "
+    "output_attentions return_dict id2label label2id problem_type chunk_size_feed_forward is_decoder prefix "
+    "task_specific_params gradient_checkpointing tokenizer_class num_labels finetuning_task _attn_implementation "
+    "_attn_implementation_autoset attn_implementation use_return_dict torchscript auto_map "
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups temperature top_k top_p typical_p "
+    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens diversity_penalty "
+    "decoder_start_token_id sep_token_id".split()
+)
+
+
+class HFConfig:
+    """A `config.json` that must be read completely: what no family asked for is refused by name."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._values = dict(values)
+        self._read: set[str] = set()
+        self.where = where
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """The option's value, or `default` when absent or null."""
+        self._read.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        value = self.take(name)
+        if value is None:
+            raise InputError(f"{self.where}: option {name!r} is missing")
+        return value
+
+    def refuse_unless(self, name: str, allowed: Any) -> None:
+        """Accept only `allowed` (also the value when absent)."""
+        value = self.take(name, allowed)
+        if value != allowed:
+            raise InputError(f"{self.where}: option {name}={value!r} is not supported (only {allowed!r} is)")
+
+    def activation(self, name: str, default: str) -> str:
+        value = self.take(name, default)
+        names = {"gelu_new": "gelu_new", "gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
+        names |= {"relu": "relu", "gelu": "gelu", "silu": "silu"}
+        if value not in names:
+            raise InputError(f"{self.where}: option {name}={value!r} is not supported (one of {sorted(names)})")
+        return names[value]
+
+    def common(self) -> dict[str, Any]:
+        """Fields every family shares."""
+        self.refuse_unless("is_encoder_decoder", False)
+        self.refuse_unless("add_cross_attention", False)
+        eos = self.take("eos_token_id")
+        return {
+            "vocab_size": self.need("vocab_size"),
+            "bos_token_id": self.take("bos_token_id"),
+            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+            "pad_token_id": self.take("pad_token_id"),
+        }
+
+    def finish(self) -> None:
+        unknown = sorted(set(self._values) - self._read - _INERT)
+        if unknown:
+            listed = ", ".join(f"{k}={self._values[k]!r}" for k in unknown)
+            raise InputError(
+                f"{self.where}: options this family does not know: {listed}; remove them if they are inert"
+            )
+
+
+def common_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `HFConfig.common`."""
+    eos = config.eos_token_id
+    return {
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": config.pad_token_id,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """A Hugging Face model family: its config in both directions and the place of each tensor."""
+
+    name: str
+    """`model_type` in config.json."""
+    classes: str
+    """Stem of the transformers classes: `GPT2` for GPT2LMHeadModel and GPT2ForSequenceClassification."""
+    lm_class: str
+    prefix: str
+    """base_model_prefix of the HF classes; files saved from the base model lack it."""
+    config_from_hf: Callable[[HFConfig], DecoderConfig]
+    config_to_hf: Callable[[DecoderConfig], dict[str, Any]]
+    tensors: tuple[Tensor, ...]
+    inert_tensors: tuple[str, ...] = ()
+    """Regular expressions of buffers that checkpoints may hold and that carry no weights."""
+    heads: tuple[Tensor, ...] = field(
+        default=(
+            Tensor("lm_head.weight", "lm_head/kernel"),
+            Tensor("lm_head.bias", "lm_head/bias"),
+            Tensor("score.weight", "score/kernel", ROW),
+        )
+    )
+
+    def architecture(self, head: str) -> str:
+        return self.lm_class if head == "lm" else f"{self.classes}ForSequenceClassification"

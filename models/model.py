@@ -1,0 +1,93 @@
+"""A model as the rest of the system handles it: a module, its parameter tree and the configuration."""
+
+from functools import lru_cache
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.sharding import TRAIN_RULES, Rules, check_divisible, tree_shardings
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class Model:
+    """`module.apply({"params": params}, input_ids, attention_mask)`; see models/decoder.py for shapes."""
+
+    module: Decoder = flax.struct.field(pytree_node=False)
+    params: PyTree
+    config: DecoderConfig = flax.struct.field(pytree_node=False)
+
+
+def default_dtype() -> jnp.dtype:
+    """Compute dtype when none is asked for: bfloat16 on accelerators, float32 on CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+@lru_cache(maxsize=64)
+def _abstract(module: Decoder) -> tuple[PyTree, PyTree]:
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    # Inside the branch for the LM head every parameter of it is touched, tied or not.
+    variables = jax.eval_shape(module.init, jax.random.key(0), ids)
+    specs = nn.get_partition_spec(variables)["params"]
+    shapes = nn.meta.unbox(variables)["params"]
+    axes = jax.tree.map(lambda s, x: tuple(s) + (None,) * (x.ndim - len(s)), specs, shapes)
+    return axes, shapes
+
+
+def logical_axes(module: Decoder) -> PyTree:
+    """The parameter tree with each leaf replaced by its tuple of logical axis names."""
+    return _abstract(module)[0]
+
+
+def param_shapes(module: Decoder) -> PyTree:
+    """The parameter tree as float32 ShapeDtypeStructs."""
+    return _abstract(module)[1]
+
+
+def param_shardings(module: Decoder, mesh: Mesh, rules: Rules = TRAIN_RULES) -> PyTree:
+    """NamedShardings of the parameters on `mesh`; InputError when `tensor` does not divide heads or MLP."""
+    c = module.config
+    check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.intermediate_size})
+    return tree_shardings(logical_axes(module), param_shapes(module), mesh, rules)
+
+
+def count_params(params: PyTree) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def create_model(
+    config: DecoderConfig,
+    *,
+    head: str = "lm",
+    key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    dtype: jnp.dtype | None = None,
+    remat: bool = False,
+) -> Model:
+    """A randomly initialised model, created directly in its place on `mesh`; parameters are float32."""
+    if head not in ("lm", "scalar"):
+        raise InputError(f"head={head!r} is not one of 'lm', 'scalar'")
+    module = Decoder(config, head=head, dtype=dtype or default_dtype(), remat=remat)
+    shardings = None if mesh is None else param_shardings(module, mesh)
+
+    def init(key: jax.Array) -> PyTree:
+        return nn.meta.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+
+    params = jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
+    return Model(module=module, params=params, config=config)
+
+
+def with_head(model: Model, head: str, key: jax.Array) -> Model:
+    """The same body under a freshly initialised `head` (a reward model or critic from a language model)."""
+    module = model.module.clone(head=head)
+    fresh = create_model(model.config, head=head, key=key, dtype=module.dtype, remat=module.remat)
+    outer = {k: model.params.get(k, v) if k not in ("score", "lm_head") else v for k, v in fresh.params.items()}
+    return Model(module=module, params=outer, config=model.config)

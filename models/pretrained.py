@@ -1,0 +1,300 @@
+"""Hugging Face model folders in and out, through the one declaration each family gives."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.checkpoint_files import (
+    CONFIG,
+    TensorSource,
+    TensorToWrite,
+    find_model_folder,
+    open_checkpoint,
+    read_json,
+    replace_files,
+    write_checkpoint,
+)
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.families import get_family
+from jaxrlhf.models.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.model import Model, create_model, default_dtype, logical_axes, param_shapes, param_shardings
+
+Leaf = jax.ShapeDtypeStruct
+_FRESH_HEADS = ("score",)
+
+
+def config_from_dict(values: dict[str, Any], where: str = CONFIG) -> DecoderConfig:
+    """Our configuration of an HF config dict; every option is honoured or refused by name."""
+    model_type = values.get("model_type")
+    if model_type is None:
+        raise InputError(f"{where}: option 'model_type' is missing; is this a Hugging Face model config?")
+    hf = HFConfig(values, where)
+    config = get_family(model_type, where).config_from_hf(hf)
+    hf.finish()
+    return config
+
+
+def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
+    """The configuration of a model folder (or hub name)."""
+    path = find_model_folder(name_or_path) / CONFIG
+    return config_from_dict(read_json(path), str(path))
+
+
+def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, Any]:
+    """The HF config dict that `transformers` loads back as the same model."""
+    family = get_family(config.family, "config")
+    values = family.config_to_hf(config) | {"architectures": [family.architecture(head)]}
+    if head == "scalar":
+        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        # transformers finds the last token of a row by its pad id; its models refuse batches without one.
+        if config.pad_token_id is None:
+            eos = config.eos_token_id
+            values["pad_token_id"] = eos[0] if isinstance(eos, tuple) else eos
+    return values
+
+
+def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
+    """The tensors this module has, each with the shapes of its leaves without the layer axis and vocabulary padding."""
+    shapes = flatten_dict(param_shapes(module), sep="/")
+    axes = flatten_dict(logical_axes(module), sep="/")
+    c = module.config
+    declared, covered = [], set()
+    for tensor in (*family.tensors, *family.heads):
+        present = [leaf in shapes for leaf in tensor.leaves]
+        if not any(present):
+            continue
+        if not all(present):
+            raise ValueError(f"{family.name}: {tensor.hf} maps to leaves of which only some exist: {tensor.leaves}")
+        leaves = []
+        for leaf in tensor.leaves:
+            dims = [c.vocab_size if a == "vocab" else s for a, s in zip(axes[leaf], shapes[leaf].shape, strict=True)]
+            leaves.append(Leaf(tuple(dims[1:] if tensor.per_layer else dims), jnp.float32))
+        declared.append((tensor, leaves))
+        covered.update(tensor.leaves)
+    if missing := set(shapes) - covered:
+        raise ValueError(f"{family.name}: no declared tensor for {sorted(missing)}")
+    return declared
+
+
+def _hf_shape(tensor: Tensor, leaves: list[Leaf]) -> tuple[int, ...]:
+    return jax.eval_shape(lambda *parts: tensor.layout.to_hf(parts, jnp), *leaves).shape
+
+
+def _names(tensor: Tensor, layers: int) -> list[str]:
+    return [tensor.hf.format(i=i) for i in range(layers)] if tensor.per_layer else [tensor.hf]
+
+
+def _with_prefix(source: TensorSource, family: Family) -> TensorSource:
+    """Files saved from the base model lack its prefix: add it, keeping the heads as they are."""
+    prefix = family.prefix + "."
+    if any(name.startswith(prefix) for name in source.shapes):
+        return source
+    heads = {tensor.hf for tensor in family.heads}
+    original = {name if name in heads else prefix + name: name for name in source.shapes}
+    return TensorSource(
+        source.where, {new: source.shapes[old] for new, old in original.items()}, lambda n: source.read(original[n])
+    )
+
+
+def _check_names(
+    source: TensorSource, family: Family, declared: list[tuple[Tensor, list[Leaf]]], layers: int, optional: set[str]
+) -> None:
+    """One error that lists every missing, unexpected and mis-shaped tensor."""
+    expected = {}
+    for tensor, leaves in declared:
+        expected |= dict.fromkeys(_names(tensor, layers), _hf_shape(tensor, leaves))
+    # A tied head may be stored twice, and a language model's head is not needed under a scalar one.
+    spare = {tensor.hf for tensor in family.heads}
+    inert = re.compile("|".join(family.inert_tensors) or r"(?!)")
+    problems = []
+    for name in sorted(set(expected) - set(source.shapes) - optional):
+        problems.append(f"missing {name} {expected[name]}")
+    for name in sorted(set(source.shapes) - set(expected) - spare):
+        if not inert.fullmatch(name):
+            problems.append(f"unexpected {name} {source.shapes[name]}")
+    for name in sorted(set(expected) & set(source.shapes)):
+        if source.shapes[name] != expected[name]:
+            problems.append(f"{name} has shape {source.shapes[name]}, the config asks for {expected[name]}")
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise InputError(f"{source.where} does not fit its config.json:\n  {shown}{more}")
+
+
+def _index_key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _read_checked(source: TensorSource, name: str) -> np.ndarray:
+    array = source.read(name)
+    if not np.isfinite(array.sum(dtype=np.float64)):
+        raise InputError(f"{source.where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+    return array
+
+
+def _load_tensor(
+    tensor: Tensor, source: TensorSource, shapes: dict[str, Leaf], shardings: dict[str, Any], layers: int, dtype: Any
+) -> dict[str, jax.Array]:
+    """Read one declared tensor (all its layers) into the local shards of its leaves."""
+    buffers: dict[str, dict[tuple, np.ndarray]] = {}
+    for leaf in tensor.leaves:
+        shape = shapes[leaf].shape
+        indices = shardings[leaf].addressable_devices_indices_map(shape).values()
+        keys = {_index_key(index, shape) for index in indices}
+        # zeros, not empty: rows that pad the vocabulary are never written
+        buffers[leaf] = {key: np.zeros([stop - start for start, stop in key], dtype) for key in keys}
+    for layer, name in enumerate(_names(tensor, layers)):
+        array = _read_checked(source, name)
+        skip = 1 if tensor.per_layer else 0
+        wanted = [shapes[leaf].shape[skip:] for leaf in tensor.leaves]
+        # The vocabulary is padded inside only: what the file holds decides the first axis of such tables.
+        if len(wanted) == 1 and not tensor.per_layer and array.ndim == len(wanted[0]):
+            wanted = [(array.shape[0], *wanted[0][1:])] if array.shape[0] < wanted[0][0] else wanted
+        for leaf, part in zip(tensor.leaves, tensor.layout.to_ours(array, wanted), strict=True):
+            for key, buffer in buffers[leaf].items():
+                target = buffer[layer] if skip else buffer
+                window = part[tuple(slice(start, stop) for start, stop in key[skip:])]
+                target[tuple(slice(0, n) for n in window.shape)] = window
+    loaded = {}
+    for leaf in tensor.leaves:
+        shape, parts = shapes[leaf].shape, buffers.pop(leaf)
+        loaded[leaf] = jax.make_array_from_callback(
+            shape, shardings[leaf], lambda index, p=parts, s=shape: p[_index_key(index, s)]
+        )
+    return loaded
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike,
+    *,
+    head: str = "lm",
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    new_head: bool = True,
+    key: jax.Array | None = None,
+    remat: bool = False,
+    progress: bool = False,
+) -> Model:
+    """Load a Hugging Face model folder (or hub name) straight into its place on `mesh`.
+
+    `head` is "lm" or "scalar". A checkpoint without a scalar head gets a fresh one from `key`, unless `new_head` is
+    false. `dtype` is the compute dtype (default: bfloat16 on accelerators, float32 on CPU), `param_dtype` the stored
+    one. Raises InputError for a missing or unreadable folder, unknown family or option, and lists every missing,
+    unexpected or mis-shaped tensor.
+    """
+    folder = find_model_folder(name_or_path)
+    config = read_config(folder)
+    if head not in ("lm", "scalar"):
+        raise InputError(f"head={head!r} is not one of 'lm', 'scalar'")
+    module = Decoder(config, head=head, dtype=dtype or default_dtype(), remat=remat)
+    family = get_family(config.family, str(folder))
+    source = _with_prefix(open_checkpoint(folder), family)
+    declared = _declared(family, module)
+    fresh = {t.hf for t, _ in declared if t.ours in ("score/kernel",) and t.hf not in source.shapes}
+    if fresh and not new_head:
+        raise InputError(
+            f"{folder} has no scalar head ({', '.join(sorted(fresh))} is missing): it is a language model, not a reward "
+            f"model; train one with `jaxrlhf reward` first"
+        )
+    _check_names(source, family, declared, config.num_layers, optional=fresh)
+
+    shapes = flatten_dict(param_shapes(module), sep="/")
+    if mesh is None:
+        single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = dict.fromkeys(shapes, single)
+    else:
+        shardings = flatten_dict(param_shardings(module, mesh), sep="/")
+    bar = _progress([t for t, _ in declared if t.hf not in fresh], f"loading {folder.name or folder}", progress)
+    params: dict[str, jax.Array] = {}
+    for tensor in bar:
+        params |= _load_tensor(tensor, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
+    if fresh:
+        params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
+    return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
+
+
+def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Any, dtype: Any) -> jax.Array:
+    width = module.config.embedding_size
+    make = lambda key: (jax.random.normal(key, (width,)) * (width + 1) ** -0.5).astype(dtype)  # noqa: E731
+    return jax.jit(make, out_shardings=sharding)(jax.random.key(0) if key is None else key)
+
+
+def _progress(items: list, description: str, enabled: bool) -> Iterator:
+    if not enabled:
+        return iter(items)
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, unit="tensor", leave=False)
+
+
+def _tensors_to_write(family: Family, module: Decoder, params: dict[str, jax.Array]) -> Iterator[TensorToWrite]:
+    for tensor, leaves in _declared(family, module):
+        shape = _hf_shape(tensor, leaves)
+        for layer, name in enumerate(_names(tensor, module.config.num_layers)):
+
+            def make(tensor=tensor, leaves=leaves, layer=layer) -> np.ndarray:
+                parts = []
+                for leaf, expected in zip(tensor.leaves, leaves, strict=True):
+                    array = np.asarray(params[leaf][layer] if tensor.per_layer else params[leaf])
+                    parts.append(array[tuple(slice(0, n) for n in expected.shape)])
+                return tensor.layout.to_hf(parts, np)
+
+            yield TensorToWrite(name, shape, make)
+
+
+def save_pretrained(
+    model: Model,
+    path: str | os.PathLike,
+    tokenizer: Any = None,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write a folder that `transformers` (and `load_pretrained`) reloads: safetensors, config, tokenizer, generation config.
+
+    Tensors are gathered one at a time; `dtype` is theirs in the file (default: as stored). Everything is written beside
+    the target first and then renamed into place, so an interrupted save leaves an older export intact.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".export-*"):
+        shutil.rmtree(left)
+    staging = folder / f".export-{os.getpid()}"
+    staging.mkdir()
+    config, head = model.config, model.module.head
+    params = flatten_dict(model.params, sep="/")
+    family = get_family(config.family, "config")
+    stored = dtype or next(iter(params.values())).dtype
+    try:
+        write_checkpoint(staging, _tensors_to_write(family, model.module, params), np.dtype(stored), max_shard_bytes)
+        values = config_to_dict(config, head) | {"dtype": str(np.dtype(stored))}
+        (staging / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if head == "lm":
+            ids = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
+            (staging / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        replace_files(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def model_from_overrides(model_type: str, overrides: dict[str, Any], **kwargs: Any) -> Model:
+    """A randomly initialised model of `model_type` from HF option names; see `create_model` for `kwargs`."""
+    return create_model(
+        config_from_dict({"model_type": model_type} | overrides, f"--model_type {model_type}"), **kwargs
+    )

@@ -1,0 +1,96 @@
+"""Logical axes → mesh axes: the two rule tables, and how an array's spec is resolved from them.
+
+A rule names the mesh axes that a logical axis wants, in order of preference. Rules are tried from the top; each takes
+the longest prefix of its axes that are still unused in this array and divide the dimension. So `fsdp` goes to the
+dimension that decode tensor-parallelism splits (heads, mlp, vocab: flipping to generation then moves no bytes), and
+falls back to `embed` where that dimension does not divide.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+LogicalAxes = tuple[str | None, ...]
+
+_MODEL_AXES: Rules = (
+    ("vocab", ("tensor", "fsdp")),
+    ("heads", ("tensor", "fsdp")),
+    ("kv_heads", ("tensor", "fsdp")),
+    ("mlp", ("tensor", "fsdp")),
+)
+
+# Fully sharded parameters; the batch is split over the same devices.
+TRAIN_RULES: Rules = (("batch", ("data", "fsdp")), *_MODEL_AXES, ("embed", ("fsdp",)))
+
+# Tensor-parallel over tensor × fsdp; the batch is split over data only.
+GENERATE_RULES: Rules = (("batch", ("data",)), *_MODEL_AXES)
+
+# Tensor-parallel over `tensor` alone, weights gathered over fsdp: for head counts that tensor × fsdp does not divide.
+GENERATE_GATHERED_RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    *((name, ("tensor",)) for name, _ in _MODEL_AXES),
+)
+
+
+def generate_rules(mesh: Mesh, num_heads: int) -> Rules:
+    """The generation table for a model of `num_heads` on `mesh`: the whole mesh as one TP group where heads divide."""
+    group = mesh.shape["tensor"] * mesh.shape["fsdp"]
+    return GENERATE_RULES if num_heads % group == 0 else GENERATE_GATHERED_RULES
+
+
+def resolve_spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """The PartitionSpec of an array of `shape` whose dimensions carry the logical `axes` (None: never split)."""
+    if len(axes) != len(shape):
+        raise ValueError(f"logical axes {axes} do not fit an array of shape {tuple(shape)}")
+    chosen: list[tuple[str, ...]] = [()] * len(axes)
+    used: set[str] = set()
+    for name, wanted in rules:
+        for dim, axis in enumerate(axes):
+            if axis != name or chosen[dim]:
+                continue
+            taken: list[str] = []
+            split = 1
+            for mesh_axis in wanted:
+                size = mesh.shape[mesh_axis]
+                if mesh_axis in used or size == 1:
+                    continue
+                if shape[dim] % (split * size):
+                    break
+                taken.append(mesh_axis)
+                split *= size
+            chosen[dim] = tuple(taken)
+            used.update(taken)
+    entries = [None if not c else c[0] if len(c) == 1 else c for c in chosen]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def named_sharding(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules) -> NamedSharding:
+    return NamedSharding(mesh, resolve_spec(axes, shape, mesh, rules))
+
+
+_current: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("jaxrlhf_sharding", default=None)
+
+
+@contextmanager
+def use(mesh: Mesh | None, rules: Rules) -> Iterator[None]:
+    """Within this block (at trace time) `constrain` applies `rules` on `mesh`; a mesh of None makes it a no-op."""
+    token = _current.set(None if mesh is None else (mesh, rules))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin `x`'s sharding under the current `use(mesh, rules)`; returns `x` unchanged outside of one."""
+    current = _current.get()
+    if current is None:
+        return x
+    mesh, rules = current
+    return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, rules))

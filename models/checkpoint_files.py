@@ -111,7 +111,7 @@ def _open_bin(path: Path) -> TensorSource:
         import torch
     except ImportError as error:
         raise InputError(
-            f"{path} is an old PyTorch checkpoint, reading it needs torch: pip install torch, or convert it to safetensors"
+            f"{path} is an old PyTorch checkpoint; reading it needs torch (pip install torch), or convert it first"
         ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -102,9 +102,7 @@ class DecoderConfig:
                 f"{self.family} config: {self.num_kv_heads} key/value heads do not divide {self.num_heads} heads"
             )
         if self.lm_head_bias and self.tie_embeddings:
-            raise InputError(
-                f"{self.family} config: a language-model head with a bias cannot be tied to the embeddings"
-            )
+            raise InputError(f"{self.family} config: a head with a bias cannot be tied to the embeddings")
         if self.windows is not None and len(self.windows) != self.num_layers:
             raise InputError(f"{self.family} config: {len(self.windows)} windows for {self.num_layers} layers")
 

@@ -87,15 +87,62 @@ class Tensor:
 
 # Options that do not change what the network computes, or that belong to generation, heads or bookkeeping.
 _INERT = frozenset(
-    "architectures transformers_version torch_dtype dtype use_cache _name_or_path model_type output_hidden_states "
-    "output_attentions return_dict id2label label2id problem_type chunk_size_feed_forward is_decoder prefix "
-    "task_specific_params gradient_checkpointing tokenizer_class num_labels finetuning_task _attn_implementation "
-    "_attn_implementation_autoset attn_implementation use_return_dict torchscript auto_map "
-    "max_length min_length do_sample early_stopping num_beams num_beam_groups temperature top_k top_p typical_p "
-    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
-    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens diversity_penalty "
-    "decoder_start_token_id sep_token_id".split()
+    [
+        "architectures",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "_name_or_path",
+        "model_type",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "chunk_size_feed_forward",
+        "is_decoder",
+        "prefix",
+        "task_specific_params",
+        "gradient_checkpointing",
+        "tokenizer_class",
+        "num_labels",
+        "finetuning_task",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "use_return_dict",
+        "torchscript",
+        "auto_map",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "decoder_start_token_id",
+        "sep_token_id",
+    ]
 )
 
 

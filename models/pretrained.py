@@ -32,7 +32,6 @@ from jaxrlhf.models.mapping import Family, HFConfig, Tensor
 from jaxrlhf.models.model import Model, create_model, default_dtype, logical_axes, param_shapes, param_shardings
 
 Leaf = jax.ShapeDtypeStruct
-_FRESH_HEADS = ("score",)
 
 
 def config_from_dict(values: dict[str, Any], where: str = CONFIG) -> DecoderConfig:
@@ -145,7 +144,13 @@ def _read_checked(source: TensorSource, name: str) -> np.ndarray:
 
 
 def _load_tensor(
-    tensor: Tensor, source: TensorSource, shapes: dict[str, Leaf], shardings: dict[str, Any], layers: int, dtype: Any
+    tensor: Tensor,
+    wanted: list[Leaf],
+    source: TensorSource,
+    shapes: dict[str, Leaf],
+    shardings: dict[str, Any],
+    layers: int,
+    dtype: Any,
 ) -> dict[str, jax.Array]:
     """Read one declared tensor (all its layers) into the local shards of its leaves."""
     buffers: dict[str, dict[tuple, np.ndarray]] = {}
@@ -155,14 +160,10 @@ def _load_tensor(
         keys = {_index_key(index, shape) for index in indices}
         # zeros, not empty: rows that pad the vocabulary are never written
         buffers[leaf] = {key: np.zeros([stop - start for start, stop in key], dtype) for key in keys}
+    skip = 1 if tensor.per_layer else 0
     for layer, name in enumerate(_names(tensor, layers)):
-        array = _read_checked(source, name)
-        skip = 1 if tensor.per_layer else 0
-        wanted = [shapes[leaf].shape[skip:] for leaf in tensor.leaves]
-        # The vocabulary is padded inside only: what the file holds decides the first axis of such tables.
-        if len(wanted) == 1 and not tensor.per_layer and array.ndim == len(wanted[0]):
-            wanted = [(array.shape[0], *wanted[0][1:])] if array.shape[0] < wanted[0][0] else wanted
-        for leaf, part in zip(tensor.leaves, tensor.layout.to_ours(array, wanted), strict=True):
+        parts = tensor.layout.to_ours(_read_checked(source, name), [leaf.shape for leaf in wanted])
+        for leaf, part in zip(tensor.leaves, parts, strict=True):
             for key, buffer in buffers[leaf].items():
                 target = buffer[layer] if skip else buffer
                 window = part[tuple(slice(start, stop) for start, stop in key[skip:])]
@@ -203,11 +204,11 @@ def load_pretrained(
     family = get_family(config.family, str(folder))
     source = _with_prefix(open_checkpoint(folder), family)
     declared = _declared(family, module)
-    fresh = {t.hf for t, _ in declared if t.ours in ("score/kernel",) and t.hf not in source.shapes}
+    fresh = {t.hf for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
     if fresh and not new_head:
         raise InputError(
-            f"{folder} has no scalar head ({', '.join(sorted(fresh))} is missing): it is a language model, not a reward "
-            f"model; train one with `jaxrlhf reward` first"
+            f"{folder} has no scalar head ({', '.join(sorted(fresh))} is missing): it is a language model, not a "
+            f"reward model; train one with `jaxrlhf reward` first"
         )
     _check_names(source, family, declared, config.num_layers, optional=fresh)
 
@@ -217,10 +218,10 @@ def load_pretrained(
         shardings = dict.fromkeys(shapes, single)
     else:
         shardings = flatten_dict(param_shardings(module, mesh), sep="/")
-    bar = _progress([t for t, _ in declared if t.hf not in fresh], f"loading {folder.name or folder}", progress)
+    stored = [(tensor, leaves) for tensor, leaves in declared if tensor.hf not in fresh]
     params: dict[str, jax.Array] = {}
-    for tensor in bar:
-        params |= _load_tensor(tensor, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
+    for tensor, leaves in _progress(stored, f"loading {folder.name or folder}", progress):
+        params |= _load_tensor(tensor, leaves, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
     if fresh:
         params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
     return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
@@ -263,7 +264,7 @@ def save_pretrained(
     dtype: Any = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a folder that `transformers` (and `load_pretrained`) reloads: safetensors, config, tokenizer, generation config.
+    """Write a folder that `transformers` and `load_pretrained` reload: weights, config, tokenizer, generation config.
 
     Tensors are gathered one at a time; `dtype` is theirs in the file (default: as stored). Everything is written beside
     the target first and then renamed into place, so an interrupted save leaves an older export intact.

@@ -1,0 +1,48 @@
+"""Data: rows from files or data sets, rendered and tokenised once, in batches of static shape."""
+
+from jaxrlhf.data.batches import (
+    Data,
+    PairData,
+    PromptData,
+    SFTData,
+    epoch_permutation,
+    eval_batches,
+    length_bucket,
+    padding_fraction,
+    stream_indices,
+)
+from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
+from jaxrlhf.data.loading import DataConfig, load_data
+from jaxrlhf.data.templates import (
+    DEFAULT_TEMPLATE,
+    encode_conversation,
+    encode_pair,
+    encode_prompt,
+    encode_response,
+    load_tokenizer,
+    pad_token_id,
+)
+
+__all__ = [
+    "DEFAULT_TEMPLATE",
+    "Data",
+    "DataConfig",
+    "PairData",
+    "PromptData",
+    "SFTData",
+    "demo_quality",
+    "encode_conversation",
+    "encode_pair",
+    "encode_prompt",
+    "encode_response",
+    "epoch_permutation",
+    "eval_batches",
+    "length_bucket",
+    "load_data",
+    "load_tokenizer",
+    "materialize_demo",
+    "pad_token_id",
+    "padding_fraction",
+    "stream_indices",
+    "write_demo",
+]

@@ -1,0 +1,177 @@
+"""Batches of tokenised rows: static shapes, explicit masks, and an order that depends only on (seed, step).
+
+Every batch is a dict of numpy arrays. T (or P) is the smallest length bucket that holds the batch's longest row, so few
+shapes occur. A row number of -1 makes a filler row: one pad token, `row_mask` 0, nothing counted in `loss_mask`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxrlhf.data.templates import pad_token_id
+from jaxrlhf.data.tokenized import Ragged
+
+SMALLEST_BUCKET = 32
+Batch = dict[str, np.ndarray]
+
+
+def length_bucket(length: int, maximum: int) -> int:
+    """The smallest of 32, 64, 96, 128, 192, 256, 384, 512, … (2^k and 1.5·2^k), capped at `maximum`, ≥ `length`.
+
+    Raises ValueError when `length` exceeds `maximum`.
+    """
+    if length > maximum:
+        raise ValueError(f"length {length} exceeds the maximum {maximum}")
+    size = SMALLEST_BUCKET
+    while size < length:
+        size = size + size // 2 if size & (size - 1) == 0 and size > SMALLEST_BUCKET else 1 << size.bit_length()
+    return min(size, maximum)
+
+
+def padding_fraction(batch: Batch) -> float:
+    """The share of a batch's token places that hold no token of a row (0: no waste)."""
+    masks = [batch[name] for name in ("attention_mask", "chosen_mask", "rejected_mask", "prompt_mask") if name in batch]
+    real = sum(int((mask * batch["row_mask"][:, None]).sum()) for mask in masks)
+    return 1.0 - real / sum(mask.size for mask in masks)
+
+
+def fill(rows: Sequence[np.ndarray], width: int, pad_id: int, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Put rows of tokens into int32 [B, width] ids and mask, at the right end if `left`. An empty row is one pad."""
+    ids = np.full((len(rows), width), pad_id, np.int32)
+    mask = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        n = len(row)
+        place = slice(width - n, width) if left else slice(0, n)
+        ids[i, place] = row
+        # A filler row attends to one token: a row that attends to nothing gives NaN in some attention kernels.
+        mask[i, place if n else (-1 if left else 0)] = 1
+    return ids, mask
+
+
+class Data:
+    """Tokenised rows of one step, read at random by row number; made by `load_data`.
+
+    `counts`: how many rows were given, kept, skipped, truncated and dropped. `problems`: what was wrong, and where.
+    """
+
+    def __init__(self, ragged: Ragged, tokenizer, maximum: int):
+        self.ragged, self.tokenizer, self.maximum = ragged, tokenizer, maximum
+        self.pad_id = pad_token_id(tokenizer)
+
+    def __len__(self) -> int:
+        return len(self.ragged)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.ragged.counts
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return self.ragged.problems
+
+    def text(self, i: int) -> dict[str, str]:
+        """Row `i` decoded for people: prompt and, where the step reads them, chosen and rejected."""
+        names = ("prompt", "chosen", "rejected")[: self.ragged.parts]
+        parts = [self.ragged.part(i, j).tolist() for j in range(len(names))]
+        return dict(zip(names, self.tokenizer.batch_decode(parts, skip_special_tokens=True), strict=True))
+
+    def source(self, i: int) -> tuple[str, int]:
+        """Where row `i` came from: the source's name, as the user gave it, and the row's number in it (from 0)."""
+        source, row = self.ragged.rows[i]
+        return self.ragged.sources[source], int(row)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        raise NotImplementedError
+
+    def part(self, i: int, j: int) -> np.ndarray:
+        return self.ragged.part(i, j) if i >= 0 else np.zeros(0, np.int32)
+
+    def row_mask(self, indices: Sequence[int]) -> np.ndarray:
+        return (np.asarray(indices) >= 0).astype(np.int32)
+
+
+class SFTData(Data):
+    """Rows of prompt + chosen."""
+
+    def batch(self, indices: Sequence[int], *, completion_only_loss: bool = True) -> Batch:
+        """`input_ids, attention_mask, loss_mask` int32 [B, T] right-padded; `row_mask` int32 [B].
+
+        `loss_mask` is 1 where the token is a counted target: the response with its EOS, or with
+        `completion_only_loss=False` every token but the first.
+        """
+        prompts = [self.part(i, 0) for i in indices]
+        rows = [np.concatenate([prompt, self.part(i, 1)]) for prompt, i in zip(prompts, indices, strict=True)]
+        width = length_bucket(max(map(len, rows)), self.maximum)
+        ids, mask = fill(rows, width, self.pad_id)
+        first = np.array([len(prompt) if completion_only_loss else 1 for prompt in prompts])
+        row_mask = self.row_mask(indices)
+        # The first token has no predecessor to be predicted from, so it is never a target.
+        targets = np.arange(width)[None, :] >= np.maximum(first, 1)[:, None]
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "loss_mask": mask * targets.astype(np.int32) * row_mask[:, None],
+            "row_mask": row_mask,
+        }
+
+
+class PairData(Data):
+    """Rows of prompt + chosen and prompt + rejected."""
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """`chosen_ids, chosen_mask, rejected_ids, rejected_mask` int32 [B, T] right-padded; `row_mask` int32 [B]."""
+        chosen, rejected = ([np.concatenate([self.part(i, 0), self.part(i, j)]) for i in indices] for j in (1, 2))
+        width = length_bucket(max(map(len, chosen + rejected)), self.maximum)
+        chosen_ids, chosen_mask = fill(chosen, width, self.pad_id)
+        rejected_ids, rejected_mask = fill(rejected, width, self.pad_id)
+        return {
+            "chosen_ids": chosen_ids,
+            "chosen_mask": chosen_mask,
+            "rejected_ids": rejected_ids,
+            "rejected_mask": rejected_mask,
+            "row_mask": self.row_mask(indices),
+        }
+
+
+class PromptData(Data):
+    """Prompts to answer."""
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """`prompt_ids, prompt_mask` int32 [B, P] left-padded; `index` int32 [B] row number (-1: filler); `row_mask` int32 [B]."""
+        prompts = [self.part(i, 0) for i in indices]
+        ids, mask = fill(prompts, length_bucket(max(map(len, prompts)), self.maximum), self.pad_id, left=True)
+        index = np.asarray(indices, np.int32)
+        return {"prompt_ids": ids, "prompt_mask": mask, "index": index, "row_mask": self.row_mask(indices)}
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [n]: the order of the rows in an epoch, a function of its arguments only (read-only array)."""
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+def stream_indices(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
+    """int64 [batch_size]: the rows of training step `step` (from 0).
+
+    The stream is the permutations of all epochs one after the other; a batch may span two epochs, so nothing is dropped
+    and a resumed run needs only the step number.
+    """
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, places = np.divmod(positions, n)
+    result = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        result[chosen] = epoch_permutation(n, seed, int(epoch))[places[chosen]]
+    return result
+
+
+def eval_batches(data: Data, batch_size: int, **options) -> Iterator[Batch]:
+    """Every row once, in order; the last batch is filled up with filler rows. `options` go to `data.batch`."""
+    for start in range(0, len(data), batch_size):
+        indices = np.arange(start, start + batch_size)
+        yield data.batch(np.where(indices < len(data), indices, -1), **options)

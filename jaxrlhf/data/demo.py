@@ -1,0 +1,268 @@
+"""The embedded demo data: short conversations with a graded, checkable preference, and a tokenizer trained on them.
+
+Somebody asks an everyday question (a colour, a sum, an opposite, a capital, …) or says a greeting. A response is an
+opening, an answer and a closing; the answer is right or wrong, opening and closing are courteous, neutral or rude.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+OPENINGS = {
+    1: ("Of course!", "Happy to help!", "My pleasure!", "Sure thing!"),
+    0: ("", "", "", "Well,", "Let me see,", "I think"),
+    -1: ("Ugh, not you again.", "What a silly question.", "How boring.", "You should know this."),
+}
+CLOSINGS = {
+    1: ("Feel free to ask more.", "I am glad to help.", "Have a lovely day!"),
+    0: ("", "", "", "That is all there is to it.", "Or so people say."),
+    -1: ("Now leave me alone.", "Do not ask me again.", "Everybody else knows that."),
+}
+RIGHT = 3.0  # what a right answer counts; a courteous opening or closing counts 1, a rude one -1
+
+COLORS = {
+    "grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "a banana": "yellow", "a tomato": "red",
+    "a carrot": "orange", "chocolate": "brown", "an eggplant": "purple", "a flamingo": "pink", "an elephant": "gray",
+}  # fmt: skip
+OPPOSITES = {
+    "hot": "cold", "big": "small", "up": "down", "fast": "slow", "tall": "short", "soft": "hard", "open": "closed",
+    "wet": "dry", "old": "young", "full": "empty", "light": "dark", "early": "late",
+}  # fmt: skip
+SOUNDS = {
+    "cow": "moo", "dog": "woof", "cat": "meow", "duck": "quack", "sheep": "baa", "pig": "oink", "bee": "buzz",
+    "lion": "roar", "owl": "hoot", "snake": "hiss",
+}  # fmt: skip
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Germany": "Berlin",
+    "England": "London", "Greece": "Athens", "Peru": "Lima", "Norway": "Oslo",
+}  # fmt: skip
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+SUMS = {f"{a} plus {b}": str(a + b) for a in range(1, 6) for b in range(1, 6)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Questions of one kind: how they are asked (`{slot}`), answered (`{slot}`, `{answer}`), and the right answers."""
+
+    questions: tuple[str, ...]
+    answer: str
+    facts: dict[str, str]
+    leads: tuple[str, ...] = ("", "Hi! ", "Please, ", "Excuse me. ")
+
+
+FAMILIES = (
+    Family(
+        ("What color is {slot}?", "Which color does {slot} have?", "Do you know the color of {slot}?"),
+        "{slot} is {answer}.",
+        COLORS,
+    ),
+    Family(("What is {slot}?", "How much is {slot}?", "Can you add {slot}?"), "{slot} is {answer}.", SUMS),
+    Family(
+        ("What is the opposite of {slot}?", "Which word means not {slot}?", "Tell me the opposite of {slot}."),
+        "the opposite of {slot} is {answer}.",
+        {**OPPOSITES, **{answer: slot for slot, answer in OPPOSITES.items()}},
+    ),
+    Family(
+        ("What does a {slot} say?", "What sound does a {slot} make?", "Which noise comes from a {slot}?"),
+        "a {slot} says {answer}.",
+        SOUNDS,
+    ),
+    Family(
+        ("What is the capital of {slot}?", "Which city is the capital of {slot}?", "Name the capital of {slot}."),
+        "the capital of {slot} is {answer}.",
+        CAPITALS,
+    ),
+    Family(
+        ("What day comes after {slot}?", "Which day follows {slot}?", "What is the day after {slot}?"),
+        "the day after {slot} is {answer}.",
+        {day: DAYS[(i + 1) % 7] for i, day in enumerate(DAYS)},
+    ),
+    Family(
+        ("{slot}!", "{slot}, my friend!", "{slot}, dear assistant."),
+        "{answer}.",
+        {
+            "Hello": "it is nice to meet you",
+            "Good morning": "a bright morning to you too",
+            "Good night": "sleep well and dream sweetly",
+            "Thank you": "you are most welcome",
+            "Goodbye": "see you next time",
+        },
+        leads=("",),
+    ),
+)
+HELD_OUT = 0.08  # share of the distinct prompts that only the evaluation rows have
+
+# How often a chosen response has each quality. The middle is common and the best rare, so that a model trained on
+# chosen responses leaves PPO something to gain.
+CHOSEN_QUALITY = {5.0: 0.10, 4.0: 0.25, 3.0: 0.40, 2.0: 0.15, 1.0: 0.10}
+
+
+@dataclass(frozen=True)
+class DemoPaths:
+    """Where the demo data lies: two JSON-lines files, and a Hugging Face tokenizer folder."""
+
+    train: Path
+    eval: Path
+    tokenizer: Path
+
+
+@functools.cache
+def prompts() -> dict[str, tuple[Family, str]]:
+    """Every prompt of the demo, with its family and slot."""
+    result = {}
+    for family in FAMILIES:
+        for slot in family.facts:
+            for question in family.questions:
+                text = question.replace("{slot}", slot)
+                for lead in family.leads:
+                    # Only the first word of a question is lowered after "Please,": names keep their capitals.
+                    result[lead + (text[0].lower() + text[1:] if lead.endswith(", ") else text)] = (family, slot)
+    return result
+
+
+def demo_quality(prompt: str, response: str) -> float:
+    """The quality of a response to one of the demo's prompts, from -2 (wrong and rude) to 5 (right and courteous).
+
+    3 for the right answer, and ±1 each for a courteous or rude opening and closing. An answer is right when it is
+    there as whole words and no other answer to questions of the kind is. Raises KeyError for a prompt not of the demo.
+    """
+    family, slot = prompts()[prompt]
+    said = words(response)
+    # What repeats the question is no answer to it ("3 plus 4 is 7" does not say 3).
+    told = said.replace(words(slot), " ", 1) if "{slot}" in family.answer else said
+    answer = family.facts[slot]
+    others = {other for other in family.facts.values() if other != answer}
+    right = words(answer) in told and not any(words(other) in told for other in others)
+    return RIGHT * right + tone(said, OPENINGS) + tone(said, CLOSINGS)
+
+
+def tone(said: str, phrases: dict[int, tuple[str, ...]]) -> int:
+    kinds = [sign for sign in (1, -1) if any(phrase and words(phrase) in said for phrase in phrases[sign])]
+    return sum(kinds)
+
+
+def words(text: str) -> str:
+    """The lower-case words of a text with a space around each, so that `in` finds whole words."""
+    return f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
+
+
+def respond(rng: np.random.Generator, family: Family, slot: str, quality: float) -> str:
+    """A random response of the given quality (-2 … 5)."""
+    right, wrong = [], []
+    for opening in OPENINGS:
+        for closing in CLOSINGS:
+            if opening + closing + RIGHT == quality:
+                right.append((opening, closing))
+            if opening + closing == quality:
+                wrong.append((opening, closing))
+    is_right = bool(right) and (not wrong or rng.random() < 0.5)
+    opening, closing = pick(rng, right if is_right else wrong)
+    answer = family.facts[slot]
+    if not is_right:
+        # A wrong answer is another answer of the kind that the question itself does not name.
+        others = sorted(
+            {other for other in family.facts.values() if other != answer and words(other) not in words(slot)}
+        )
+        answer = pick(rng, others)
+    body = family.answer.replace("{slot}", slot).replace("{answer}", answer)
+    start, end = pick(rng, OPENINGS[opening]), pick(rng, CLOSINGS[closing])
+    # A sentence begins with a capital, also after an opening that ends one.
+    if not start or start[-1] in ".!?":
+        body = body[0].upper() + body[1:]
+    return " ".join(part for part in (start, body, end) if part)
+
+
+def pick(rng: np.random.Generator, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def demo_rows(size: int, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """About `size` pairs for training and a twentieth as many (at least 64) for evaluation, on prompts of their own."""
+    rng = np.random.default_rng(seed)
+    every = list(prompts())
+    order = rng.permutation(len(every))
+    n_eval = round(HELD_OUT * len(every))
+    evaluation, train = ([every[i] for i in part] for part in (order[:n_eval], order[n_eval:]))
+    return pairs(rng, train, size), pairs(rng, evaluation, max(64, size // 20))
+
+
+def pairs(rng: np.random.Generator, choice: list[str], size: int) -> list[dict]:
+    qualities = np.array(list(CHOSEN_QUALITY))
+    chances = np.array(list(CHOSEN_QUALITY.values()))
+    rows = []
+    for _ in range(size):
+        prompt = pick(rng, choice)
+        family, slot = prompts()[prompt]
+        chosen = float(rng.choice(qualities, p=chances))
+        # Half of the pairs differ by one level, the fine distinctions; the rest by any number of levels.
+        gap = 1.0 if rng.random() < 0.5 else float(rng.integers(1, int(chosen) + 3))
+        rejected = chosen - gap
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": respond(rng, family, slot, chosen),
+                "rejected": respond(rng, family, slot, rejected),
+            }
+        )
+    return rows
+
+
+def write_demo(folder: str | Path, size: int = 6000, seed: int = 0) -> DemoPaths:
+    """Write `train.jsonl`, `eval.jsonl` and `tokenizer/` to `folder`: the same bytes for the same size and seed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = DemoPaths(folder / "train.jsonl", folder / "eval.jsonl", folder / "tokenizer")
+    train, evaluation = demo_rows(size, seed)
+    for path, rows in ((paths.train, train), (paths.eval, evaluation)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts = [f"Human: {row['prompt']} Assistant: {row[name]}" for row in train for name in ("chosen", "rejected")]
+    train_tokenizer(texts).save_pretrained(paths.tokenizer)
+    return paths
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 512):
+    """A byte-level BPE tokenizer trained on `texts`, with `<pad>` 0 and `<eos>` 1, and no chat template."""
+    import tokenizers
+    import transformers
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def materialize_demo(cache_dir: str | Path) -> DemoPaths:
+    """The demo data and tokenizer in `cache_dir`, written on the first call. This is what `data_path` `demo` means."""
+    version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=6).hexdigest()
+    folder = Path(cache_dir) / f"demo-{version}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            write_demo(temporary)
+            os.replace(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return DemoPaths(folder / "train.jsonl", folder / "eval.jsonl", folder / "tokenizer")

@@ -1,0 +1,267 @@
+"""From the data flags to the tokenised train and eval rows of a step: `load_data`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxrlhf.config import field
+from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
+from jaxrlhf.data.sources import STEPS, Source, parse_split, resolve_source, split_indices
+from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, uses_chat_template
+from jaxrlhf.data.tokenized import (
+    FORMAT,
+    Encoding,
+    Ragged,
+    hash_json,
+    open_part,
+    read_part,
+    tokenizer_fingerprint,
+    write_part,
+)
+from jaxrlhf.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+DATA_CLASSES: dict[str, type[Data]] = {"sft": SFTData, "reward": PairData, "ppo": PromptData}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from, how they are split over the steps, and how they become tokens."""
+
+    data_path: tuple[str, ...] = field(
+        (),
+        "training data: JSON, JSONL, CSV or Parquet file, folder of such, Hugging Face data set (name, name:config or "
+        "save_to_disk folder), or 'demo'; several are joined",
+    )
+    data_split: str = field(
+        "", "shares of the training rows for sft,reward,ppo such as 2,4,4, without overlap; empty: each step uses all"
+    )
+    eval_data_path: tuple[str, ...] = field(
+        (), "evaluation data; default: the eval, validation or test split of the data, else rows held out"
+    )
+    eval_fraction: float = field(0.05, "share of the rows held out for evaluation where the data has no such split")
+    prompt_field: str = field("prompt", "name of the field with the prompt: text, or a list of role/content messages")
+    chosen_field: str = field("chosen", "name of the field with the preferred response (sft learns it)")
+    rejected_field: str = field("rejected", "name of the field with the other response")
+    prompt_template: str = field(
+        DEFAULT_TEMPLATE,
+        "text around prompt and response, or 'raw' to join them as they are; the default gives way to the tokenizer's "
+        "chat template where it has one",
+    )
+    max_length: int = field(512, "longest prompt + response in tokens (sft and reward)", aliases=("max_seq_len",))
+    max_prompt_seq_len: int = field(256, "longest prompt in tokens (ppo)")
+    long_prompts: str = field(
+        "truncate",
+        "what to do with rows that are too long: cut the prompt's beginning, or drop",
+        choices=("truncate", "drop"),
+    )
+    max_train_samples: int = field(0, "use at most so many training rows, a random choice; 0: all")
+    max_eval_samples: int = field(0, "use at most so many evaluation rows, a random choice; 0: all")
+    data_cache_dir: str = field("", "folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf")
+    seed: int = field(42, "seed of the data split and order, of initialisation, dropout and sampling")
+
+    def __post_init__(self):
+        for name in ("data_path", "eval_data_path"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value or ())))
+        parse_split(self.data_split)
+        check_template(self.prompt_template)
+        if not 0 < self.eval_fraction < 1:
+            raise InputError(f"eval_fraction {self.eval_fraction}: must be more than 0 and less than 1")
+        for name, least in (("max_length", 2), ("max_prompt_seq_len", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least {least}")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)}: must be 0 (all rows) or more")
+        if self.long_prompts not in ("truncate", "drop"):
+            raise InputError(f"long_prompts '{self.long_prompts}': must be truncate or drop")
+        super_post_init = getattr(super(), "__post_init__", None)
+        if super_post_init is not None:
+            super_post_init()
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """The folder for tokenised data: `data_cache_dir`, else $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    name = config.data_cache_dir or os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf"
+    return Path(name).expanduser()
+
+
+def load_data(config: DataConfig, tokenizer, step: str) -> tuple[Data, Data]:
+    """The training and the evaluation rows of `step` ("sft", "reward" or "ppo"), tokenised or from the cache.
+
+    Evaluation rows are the same in every step and are trained on in none: `eval_data_path`, else each source's own
+    evaluation split, else a held-out fraction of it. Raises InputError for unusable data or tokenizer.
+    """
+    if step not in STEPS:
+        raise ValueError(f"step '{step}': must be one of {', '.join(STEPS)}")
+    if not config.data_path:
+        raise InputError("data_path: no data given; name a file, a folder, a Hugging Face data set, or 'demo'")
+    check_tokenizer(tokenizer)
+    folder = cache_folder(config)
+    sources = [resolve_source(name, folder) for name in config.data_path]
+    eval_sources = [resolve_source(name, folder) for name in config.eval_data_path]
+    check_apart(sources, eval_sources)
+    encoding = Encoding(
+        step=step,
+        names=(("prompt", config.prompt_field), ("chosen", config.chosen_field), ("rejected", config.rejected_field)),
+        template=config.prompt_template,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_seq_len,
+        long_prompts=config.long_prompts,
+    )
+    read = functools.cache(
+        lambda source_index, split, own: (eval_sources if own else sources)[source_index].rows(split)
+    )
+    tokenizer_hash = tokenizer_fingerprint(tokenizer)
+    maximum = config.max_prompt_seq_len if step == "ppo" else config.max_length
+    result = []
+    for part in ("train", "eval"):
+        selection = Selection(part, step, tuple(sources), tuple(eval_sources), config, read)
+        key = hash_json([FORMAT, tokenizer_hash, asdict(encoding), selection.key()])
+        ragged = cached_part(folder / "tokens" / f"{step}-{part}-{key}", selection, tokenizer, encoding)
+        result.append(DATA_CLASSES[step](ragged, tokenizer, maximum))
+    return result[0], result[1]
+
+
+def check_apart(sources: list[Source], eval_sources: list[Source]) -> None:
+    """Raise InputError when a file or data set that is trained on is also given for evaluation."""
+    files = {path.resolve() for source in sources for path in source.files.get("train", ())}
+    saved = {source.fingerprint("train") for source in sources if "train" in source.datasets}
+    for source in eval_sources:
+        split = evaluation_split(source)
+        shared = any(path.resolve() in files for path in source.files.get(split, ()))
+        if shared or (split in source.datasets and source.fingerprint(split) in saved):
+            raise InputError(f"eval_data_path '{source.name}': is also training data; leave it out of one of them")
+
+
+def evaluation_split(source: Source) -> str:
+    return "eval" if source.has("eval") else "train"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of which sources make up the train or the eval part of a step."""
+
+    part: str
+    step: str
+    sources: tuple[Source, ...]
+    eval_sources: tuple[Source, ...]
+    config: DataConfig
+    read: functools._lru_cache_wrapper
+
+    @property
+    def label(self) -> str:
+        return f"{self.step} {self.part} data"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        given = self.eval_sources if self.part == "eval" and self.eval_sources else self.sources
+        return tuple(source.name for source in given)
+
+    def key(self) -> list:
+        """All that the selection depends on, for the cache's name; reads the files' bytes but does not parse them."""
+        config = self.config
+        samples = config.max_train_samples if self.part == "train" else config.max_eval_samples
+        prints = [[s.name, s.has("eval"), s.fingerprint(split)] for s, split, _ in self.splits()]
+        share = [config.data_split, self.step] if self.part == "train" else []
+        held_out = 0 if self.eval_sources else config.eval_fraction
+        return [self.part, prints, share, held_out, samples, config.seed]
+
+    def splits(self) -> list[tuple[Source, str, bool]]:
+        """The (source, split, whether it is one of eval_data_path) that the rows are taken from."""
+        if self.part == "train":
+            return [(source, "train", False) for source in self.sources]
+        if self.eval_sources:
+            return [(source, evaluation_split(source), True) for source in self.eval_sources]
+        return [(source, evaluation_split(source), False) for source in self.sources]
+
+    def origin(self) -> np.ndarray:
+        """int32 [n, 2]: (source number, row number) of every selected row, in order."""
+        config, chosen = self.config, []
+        for k, (source, split, own) in enumerate(self.splits()):
+            n = len(self.read(k, split, own))
+            if self.part == "eval" and (own or split == "eval"):
+                rows = np.arange(n)
+            else:
+                held_out = 0.0 if self.eval_sources or source.has("eval") else config.eval_fraction
+                train, evaluation = split_indices(
+                    n, self.step, data_split=config.data_split, held_out=held_out, seed=config.seed, name=source.name
+                )
+                rows = train if self.part == "train" else evaluation
+            chosen.append(np.stack([np.full(len(rows), k), rows], axis=1))
+        result = np.concatenate(chosen).astype(np.int32)
+        limit = config.max_train_samples if self.part == "train" else config.max_eval_samples
+        if limit and limit < len(result):
+            result = result[np.sort(np.random.default_rng((config.seed, 1)).permutation(len(result))[:limit])]
+        if not len(result):
+            raise InputError(
+                f"{self.label}: no row is left for this step; raise its share in data_split '{config.data_split}', "
+                "or give more data"
+            )
+        return result
+
+    def rows(self, origin: np.ndarray) -> Iterator[tuple[object, functools.partial]]:
+        splits = self.splits()
+        for k, row in origin.tolist():
+            _, split, own = splits[k]
+            rows = self.read(k, split, own)
+            yield rows[row], functools.partial(rows.where, row)
+
+
+def cached_part(folder: Path, selection: Selection, tokenizer, encoding: Encoding) -> Ragged:
+    ragged = open_part(folder)
+    known = ragged is not None
+    if ragged is None:
+        origin = selection.origin()
+        try:
+            write_part(folder, selection.rows(origin), origin, selection.names, tokenizer, encoding, selection.label)
+        except OSError as error:
+            raise InputError(
+                f"data_cache_dir '{folder.parent}': cannot be written ({error.strerror or error}); "
+                "free space there, or choose another folder"
+            ) from error
+        ragged = read_part(folder)
+    report(selection.label, ragged, folder, known, tokenizer, encoding)
+    return ragged
+
+
+def report(label: str, ragged: Ragged, folder: Path, known: bool, tokenizer, encoding: Encoding) -> None:
+    """Log one line on what was read; a warning when rows were skipped, cut or dropped."""
+    counts = ragged.counts
+    bound = (
+        f"{encoding.max_prompt_length} (max_prompt_seq_len)"
+        if encoding.step == "ppo"
+        else f"{encoding.max_length} (max_length)"
+    )
+    changes = [
+        f"{counts[name]:,} {text}"
+        for name, text in (
+            ("skipped", "skipped"),
+            ("dropped_too_long", f"dropped, longer than {bound} tokens"),
+            ("truncated_prompts", f"prompts cut to fit {bound} tokens"),
+            ("truncated_responses", f"responses cut to fit {bound} tokens"),
+        )
+        if counts[name]
+    ]
+    rendering = "chat template" if uses_chat_template(tokenizer, encoding.template) else repr(encoding.template)
+    logger.log(
+        logging.WARNING if changes else logging.INFO,
+        "%s: %s of %s rows, %s tokens, rendered by %s, %s %s%s",
+        label,
+        f"{counts['kept']:,}",
+        f"{counts['rows']:,}",
+        f"{len(ragged.tokens):,}",
+        rendering,
+        "from the cache" if known else "tokenised into",
+        folder,
+        "".join(f"; {change}" for change in changes) + "".join(f"; {problem}" for problem in ragged.problems),
+    )

@@ -166,7 +166,7 @@ def kl_penalty_rewards(logprobs, ref_logprobs, scores, response_mask, kl_coef, c
     are [B, T]. A row without a response gets no reward at all.
     """
     keep = jnp.asarray(response_mask) != 0
-    scores = _keep(scores, keep.any(axis=1))
+    scores = _real(scores)
     if clip_reward is not None:
         scores = jnp.clip(scores, -clip_reward, clip_reward)
     penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, "k1", keep)

@@ -1,0 +1,86 @@
+# Every target sets up what it needs, in .venv, with nothing but python3 (3.11 or newer) and make on the machine.
+#   PYTHON=python3.13              another interpreter for .venv
+#   PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   further arguments of pip, here a smaller torch
+#   PYTEST_ARGS="-k ppo"           further arguments of pytest
+#   PYTHON312=/path/python3.12     the interpreter of test-newest, if it is not found by itself
+
+PYTHON ?= python3
+PYTHON312 ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+NEWEST := .venv312
+SOURCES := jaxrlhf models sharding kernels scripts tests
+# Editable installs warn about folders named like the package; that is how this repository is laid out.
+PIP_INSTALL := -m pip install --disable-pip-version-check $(PIP_ARGS)
+QUIET_BUILD := PYTHONWARNINGS=ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-newest newest-suite lint format clean
+
+help:
+	@echo "make demo         train a small model through all three steps on the embedded data, on CPU"
+	@echo "make test         the test suite"
+	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch"
+	@echo "make lint         ruff check and format check;  make format  rewrites the files"
+	@echo "make venv         only the set-up of test and lint;  make clean  removes what was installed and cached"
+
+venv: $(VENV)/.dev
+
+demo: $(VENV)/.base
+	$(VENV)/bin/jaxrlhf demo
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES)
+
+# python3.12 may be a pyenv shim that only runs when a version is chosen, so each candidate is run once to be sure.
+test-newest:
+	@own='import sys; print(sys.executable) if sys.version_info[:2] == (3, 12) else sys.exit(1)'; \
+	shim=$$(pyenv versions --bare 2>/dev/null | grep '^3\.12\.[0-9]*$$' | tail -n 1); \
+	found=; for candidate in $(if $(PYTHON312),"$(PYTHON312)",python3.12 $(PYTHON)); do \
+	  found=$$("$$candidate" -c "$$own" 2>/dev/null) || found=$$(PYENV_VERSION=$$shim "$$candidate" -c "$$own" 2>/dev/null) || found=; \
+	  if [ -n "$$found" ]; then break; fi; \
+	done; \
+	if [ -n "$$found" ]; then $(MAKE) --no-print-directory newest-suite PYTHON312="$$found"; \
+	elif [ -n "$(PYTHON312)" ]; then echo "test-newest: PYTHON312=$(PYTHON312) is not a Python 3.12" >&2; exit 1; \
+	else echo "test-newest: SKIPPED, no Python 3.12 found (name one with PYTHON312=/path/to/python3.12)"; fi
+
+newest-suite: $(NEWEST)/.suite
+	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) must be Python 3.11 or newer; name another one with PYTHON=..." >&2; exit 1; }
+	@echo "==> creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: pyproject.toml $(VENV)/.created
+	@echo "==> installing jaxrlhf and what it needs into $(VENV) (some minutes the first time)"
+	$(QUIET_BUILD) $(VENV)/bin/python $(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.created
+	@echo "==> installing jaxrlhf with its test and lint tools into $(VENV) (some minutes the first time)"
+	$(QUIET_BUILD) $(VENV)/bin/python $(PIP_INSTALL) --editable '.[test,dev]'
+	@touch $(VENV)/.base $@
+
+$(NEWEST)/.suite: pyproject.toml
+	@echo "==> creating $(NEWEST) with $(PYTHON312) and installing the newest JAX, without torch"
+	$(PYTHON312) -m venv $(NEWEST)
+	$(QUIET_BUILD) $(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager --editable '.[suite]'
+	@$(NEWEST)/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") and "torch must not be here")'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,169 @@
+"""The shape of the repository: which package may import which, what is installed, and what `import jaxrlhf` loads."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "jaxrlhf": "jaxrlhf",
+    "models": "jaxrlhf.models",
+    "sharding": "jaxrlhf.sharding",
+    "kernels": "jaxrlhf.kernels",
+}
+
+# From the bottom to the top; what stands in one line does not import one another. A unit is the part of a module's name
+# after `jaxrlhf.`. A new module or package of jaxrlhf/ gets its place here.
+LAYERS = (
+    ("errors", "objectives", "kernels"),
+    ("files", "config_values", "console"),
+    ("config",),
+    ("sharding",),
+    ("models",),
+    ("engine",),
+    ("ppo",),
+    ("checkpoints", "data"),
+    ("report",),
+    ("runs",),
+    ("trainers",),
+    ("chat",),
+    ("cli",),
+    ("scripts",),
+)
+RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
+ISOLATED = ("kernels", "objectives", "errors")
+USERS_OF_DATA = ("trainers", "chat", "cli", "scripts")
+IMPORTED_WHERE_USED = ("datasets", "transformers", "matplotlib", "tensorboardX", "torch")
+
+
+def product_files():
+    """(path, dotted module name) of every source file outside the tests."""
+    for folder, package in {**PACKAGES, "scripts": "scripts"}.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            yield path, ".".join((package, *(part for part in parts if part != "__init__")))
+
+
+def unit_of(module):
+    """`jaxrlhf.models.config` -> `models`; `jaxrlhf` itself -> None; None for a module that is not ours."""
+    parts = module.split(".")
+    if parts[0] == "scripts":
+        return "scripts"
+    return parts[1] if parts[0] == "jaxrlhf" and len(parts) > 1 else None
+
+
+def imports_of(tree, module, is_package):
+    """(dotted name, node) of everything that the source imports, relative imports resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".") if is_package else module.split(".")[:-1]
+                base = ".".join([*parents[: len(parents) - node.level + 1], *base.split(".")]).rstrip(".")
+            if base == "jaxrlhf":
+                for alias in node.names:
+                    yield f"jaxrlhf.{alias.name}", node
+            else:
+                yield base, node
+
+
+FILES = [
+    pytest.param(path, module, ast.parse(path.read_text(), str(path)), id=str(path.relative_to(ROOT)))
+    for path, module in product_files()
+]
+
+
+def our_imports(path, module, tree):
+    return [
+        (name, f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+        for name, node in imports_of(tree, module, path.name == "__init__.py")
+        if name.split(".")[0] in ("jaxrlhf", "scripts")
+    ]
+
+
+@pytest.mark.parametrize(("path", "module", "tree"), FILES)
+def test_imports_point_downwards(path, module, tree):
+    unit = unit_of(module)
+    if unit is None:
+        pytest.skip("the package itself offers names of all layers")
+    assert unit in RANK, f"{module} has no place in LAYERS of {Path(__file__).name}"
+    for name, where in our_imports(path, module, tree):
+        imported = unit_of(name)
+        if unit == "scripts" and imported not in RANK:
+            continue  # a script is a user of the package: any public name will do
+        assert imported in RANK, f"{where}: not a module in LAYERS; import from the module that defines the name"
+        if imported != unit:
+            assert RANK[imported] < RANK[unit], f"{where}, which stands above or beside it"
+            assert unit not in ISOLATED, f"{where}, but {unit} imports nothing of ours"
+        if imported == "data":
+            assert unit in ("data", *USERS_OF_DATA), f"{where}: only trainers, chat and the command line know the data"
+
+
+@pytest.mark.parametrize(("path", "module", "tree"), FILES)
+def test_our_subpackages_are_imported_by_their_installed_names(path, module, tree):
+    for name, node in imports_of(tree, module, path.name == "__init__.py"):
+        assert name.split(".")[0] not in ("models", "sharding", "kernels", "tests"), (
+            f"{path.relative_to(ROOT)}:{node.lineno} imports {name}; it is jaxrlhf.{name}"
+        )
+
+
+@pytest.mark.parametrize(("path", "module", "tree"), FILES)
+def test_heavy_libraries_are_imported_where_they_are_used(path, module, tree):
+    inside_functions = {
+        id(inner)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(function)
+    }
+    for name, node in imports_of(tree, module, path.name == "__init__.py"):
+        library = name.split(".")[0]
+        where = f"{path.relative_to(ROOT)}:{node.lineno} imports {library}"
+        if library in IMPORTED_WHERE_USED:
+            assert id(node) in inside_functions, f"{where} at module level; import it in the function that needs it"
+        if library == "torch":
+            assert unit_of(module) == "models", f"{where}; only the reader of pytorch_model.bin in models/ may"
+
+
+def test_torch_is_imported_by_one_file_at_most():
+    importers = {
+        path.relative_to(ROOT)
+        for path, module, tree in (file.values for file in FILES)
+        for name, _ in imports_of(tree, module, path.name == "__init__.py")
+        if name.split(".")[0] == "torch"
+    }
+    assert len(importers) <= 1, importers
+
+
+@pytest.mark.parametrize(("path", "module", "tree"), FILES)
+def test_each_file_says_its_subject_in_its_first_line(path, module, tree):
+    if tree.body:
+        assert ast.get_docstring(tree), f"{path.relative_to(ROOT)} has no docstring"
+
+
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed = set(settings["packages"])
+    found = {module if path.name == "__init__.py" else module.rpartition(".")[0] for path, module in product_files()}
+    assert found - {"scripts"} == listed
+    for package in listed:
+        folder = ROOT.joinpath(*package.split("."))
+        for prefix, directory in settings["package-dir"].items():
+            if package == prefix or package.startswith(f"{prefix}."):
+                folder = ROOT.joinpath(directory, *package[len(prefix) :].strip(".").split("."))
+        assert (folder / "__init__.py").is_file(), f"{package} lacks {folder / '__init__.py'}"
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    program = "import sys, jaxrlhf; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert "jaxrlhf" in output.split()
+    assert not set(output.split()) & set(IMPORTED_WHERE_USED)

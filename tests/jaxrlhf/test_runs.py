@@ -1,0 +1,269 @@
+"""Run folders: refused, resumed, rewound, and readable after a crash."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import console, runs
+from jaxrlhf.checkpoints import list_checkpoints, save_checkpoint
+from jaxrlhf.config import field, load_yaml
+from jaxrlhf.errors import InputError
+from jaxrlhf.files import write_json_atomic, write_text_atomic
+from jaxrlhf.runs import Run, peak_memory_bytes, read_jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings."""
+
+    learning_rate: float = field(1e-4, "Learning rate.")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """These tests are about the folder; drawing the report has its own."""
+    written = []
+    monkeypatch.setattr("jaxrlhf.report.write_report", written.append)
+    return written
+
+
+def run_in(folder, **options):
+    return Run(folder, Settings(), stream=options.pop("stream", io.StringIO()), **options)
+
+
+def records(folder, name="metrics.jsonl"):
+    return [{k: v for k, v in record.items() if k != "time"} for record in read_jsonl(folder / name)]
+
+
+def event_steps(folder):
+    """(tag, step) of every scalar in the event files, read with tensorboardX's own message types."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # TFRecord: length (8), its checksum (4), payload, its checksum (4)
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(value.tag, event.step) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_a_run_writes_config_metrics_events_samples_summary_and_report(tmp_path, no_report):
+    with run_in(tmp_path / "run") as run:
+        run.log(1, {"loss": jnp.float32(1.5), "count": np.int64(3), "bad": float("nan"), "huge": float("inf")})
+        run.log(1, {"eval/loss": 1 / 3})
+        run.table("Samples", ["prompt", "score"], [["a\nb", np.float32(0.5)], ["c", None]], step=1)
+        run.write_summary({"seconds": 1.0})
+        folder = run.output_dir
+    assert load_yaml(Settings, folder / "config.yaml") == Settings()
+    assert records(folder) == [
+        {"step": 1, "loss": 1.5, "count": 3, "bad": None, "huge": None},
+        {"step": 1, "eval/loss": 0.3333333},
+    ]
+    assert records(folder, "samples.jsonl") == [
+        {"step": 1, "title": "Samples", "columns": ["prompt", "score"], "rows": [["a\nb", 0.5], ["c", None]]}
+    ]
+    assert event_steps(folder) == [("loss", 1), ("count", 1), ("bad", 1), ("huge", 1), ("eval/loss", 1)]
+    assert json.loads((folder / "summary.json").read_text()) == {"seconds": 1.0}
+    assert no_report == [folder]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "model.safetensors"])
+def test_a_folder_that_holds_a_run_or_model_is_refused_with_what_to_do(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match=rf"{name}.*--resume.*--overwrite_output_dir"):
+        run_in(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_with_only_checkpoints_is_refused_and_a_foreign_file_is_not_a_run(tmp_path):
+    save_checkpoint(tmp_path / "a", 1, {"w": jnp.zeros(2)}, {})
+    with pytest.raises(InputError, match="checkpoint-1"):
+        run_in(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    run_in(tmp_path / "b").close()
+    with pytest.raises(InputError, match="is a file"):
+        run_in(tmp_path / "b" / "notes.txt")
+
+
+def test_overwrite_removes_the_old_run_but_not_the_exported_model_or_other_files(tmp_path):
+    with run_in(tmp_path) as run:
+        run.log(1, {"loss": 1.0})
+    save_checkpoint(tmp_path, 1, {"w": jnp.zeros(2)}, {})
+    for name in ("model.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("kept")
+    run_in(tmp_path, overwrite=True).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model.safetensors", "notes.txt"]
+
+
+def test_resume_appends_after_rewinding_to_the_checkpoint(tmp_path):
+    with run_in(tmp_path) as run:
+        for step in (1, 2, 3):
+            run.log(step, {"loss": float(step)})
+            run.table("Samples", ["n"], [[step]], step)
+    save_checkpoint(tmp_path, 2, {"w": jnp.zeros(2)}, {})
+    with run_in(tmp_path, resume=True) as run:
+        run.rewind(2)
+        run.log(3, {"loss": 30.0})
+        run.log(4, {"loss": 40.0})
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 1), (2, 2), (3, 30), (4, 40)]
+    assert [record["step"] for record in records(tmp_path, "samples.jsonl")] == [1, 2]
+    assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out_and_appending_goes_on(tmp_path):
+    with run_in(tmp_path) as run:
+        run.log(1, {"loss": 1.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+    with run_in(tmp_path, resume=True) as run:
+        run.log(2, {"loss": 2.0})
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"step": 1}\nbroken\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"x\.jsonl line 2 is not valid JSON"):
+        read_jsonl(tmp_path / "x.jsonl")
+
+
+def test_everything_logged_survives_a_killed_process(tmp_path):
+    code = (
+        "import os, sys; from jaxrlhf.runs import Run; from dataclasses import make_dataclass\n"
+        "run = Run(sys.argv[1], make_dataclass('C', [('a', int, 1)])(), quiet=True)\n"
+        "run.log(1, {'loss': 1.0}); run.table('t', ['n'], [[1]], 1); run.log(2, {'loss': 2.0}); os._exit(9)"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "run"], env=environment).returncode == 9
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+    assert len(records(tmp_path / "run", "samples.jsonl")) == 1
+
+
+def test_a_crashed_run_writes_its_report_and_raises_its_own_error(tmp_path, no_report, monkeypatch):
+    with pytest.raises(ZeroDivisionError), run_in(tmp_path / "a") as run:
+        run.log(1, {"loss": 1.0})
+        raise ZeroDivisionError
+    assert no_report == [tmp_path / "a"]
+
+    def fail(folder):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("jaxrlhf.report.write_report", fail)
+    stream = io.StringIO()
+    with pytest.raises(ZeroDivisionError), run_in(tmp_path / "b", stream=stream) as run:
+        run.log(1, {"loss": 1.0})
+        raise ZeroDivisionError
+    assert "report.html could not be written: OSError: disk full" in stream.getvalue()
+
+
+def test_console_lines_come_every_logging_steps_and_for_every_evaluation(tmp_path):
+    stream = io.StringIO()
+    with run_in(tmp_path, stream=stream, logging_steps=2, headline=("loss",)) as run:
+        for step in (1, 2, 3):
+            run.log(step, {"other": 5.0, "loss": step / 3})
+        run.log(3, {"eval/loss": 0.25})
+    assert stream.getvalue().splitlines() == ["step 2 · loss 0.6667", "step 3 · eval/loss 0.25"]
+    assert len(records(tmp_path)) == 4
+
+
+def test_quiet_prints_nothing_but_records_all(tmp_path):
+    stream = io.StringIO()
+    with run_in(tmp_path, stream=stream, quiet=True) as run, run.progress(2) as bar, run.status("compiling…"):
+        run.log(1, {"loss": 1.0})
+        run.table("t", ["a"], [[1]], 1)
+        bar.update()
+    assert stream.getvalue() == "" and len(records(tmp_path)) == 1
+
+
+def test_metrics_that_are_not_numbers_are_refused(tmp_path):
+    with run_in(tmp_path) as run:
+        with pytest.raises(TypeError, match="metric loss"):
+            run.log(1, {"loss": "low"})
+        with pytest.raises(ValueError, match="row has 1 cells, not 2"):
+            run.table("t", ["a", "b"], [["x"]], 1)
+
+
+def test_status_says_what_goes_on_and_how_long_it_took(tmp_path):
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        screen = console.Console(stream=stream)
+        with screen.status("compiling…"):
+            pass
+        with pytest.raises(KeyError), screen.status("saving…"):
+            raise KeyError
+        with screen.status("loading…"):
+            screen.print("a note")
+    first, *rest = plain.getvalue().splitlines()
+    assert first == "compiling…" and rest[0] == "compiling… 0.0s" and rest[2] == "saving… failed after 0.0s"
+    assert terminal.getvalue().splitlines() == [
+        "compiling… 0.0s",
+        "saving… failed after 0.0s",
+        "loading…",
+        "a note",
+        "loading… 0.0s",
+    ]
+
+
+def test_progress_in_a_log_file_is_whole_lines_with_rate_and_remaining_time(monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    stream = io.StringIO()
+    with console.Console(stream=stream).progress(4, initial=1, description="sft") as bar:
+        for _ in range(3):
+            bar.update()
+    assert "\r" not in stream.getvalue()
+    lines = stream.getvalue().splitlines()
+    assert [line.split(" · ")[0] for line in lines] == ["sft 2/4", "sft 3/4"]
+    assert all("/s" in line or "s/step" in line for line in lines) and all("left" in line for line in lines)
+
+
+def test_progress_on_a_terminal_shows_the_latest_metrics_and_prints_above_the_bar(tmp_path):
+    stream = Terminal()
+    with run_in(tmp_path, stream=stream, headline=("loss",)) as run, run.progress(2, description="sft") as bar:
+        run.log(1, {"loss": 0.125})
+        bar.update()
+        bar.refresh()
+    assert "step 1 · loss 0.125\n" in stream.getvalue() and "loss=0.125" in stream.getvalue().rpartition("\r")[2]
+
+
+def test_tables_fit_the_width_and_cut_long_cells_in_the_middle():
+    rows = [["word " * 200 + "end", 0.123456, "ok"], ["多" * 60, -1.0, "x\ny"]]
+    lines = console.format_table("Title", ["prompt", "score", "note"], rows, width=60).splitlines()
+    assert max(console._width(line) for line in lines) <= 60
+    assert lines[0] == "Title" and lines[2].split() == ["prompt", "score", "note"]
+    text = "\n".join(lines)
+    assert "0.1235" in text and "…" in text and "end" in text and "x ↵ y" in text and len(lines) < 20
+
+
+def test_peak_memory_is_in_bytes():
+    assert 2**26 < peak_memory_bytes()["host"] < 2**40
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_json_atomic(path, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json_atomic(path, {"a": float("nan")})
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.write_text_atomic.__globals__["os"], "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_text_atomic(path, "new")
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]

@@ -25,7 +25,7 @@ OPENINGS = {
 }
 CLOSINGS = {
     1: ("Feel free to ask more.", "I am glad to help.", "Have a lovely day!"),
-    0: ("", "", "", "That is all there is to it.", "Or so people say."),
+    0: ("", "", "", "That is all.", "Or so people say."),
     -1: ("Now leave me alone.", "Do not ask me again.", "Everybody else knows that."),
 }
 RIGHT = 3.0  # what a right answer counts; a courteous opening or closing counts 1, a rude one -1

@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 NEWEST := .venv312
-SOURCES := jaxrlhf models sharding kernels scripts tests
+SOURCES := $(wildcard jaxrlhf models sharding kernels scripts tests)
 # Editable installs warn about folders named like the package; that is how this repository is laid out.
 PIP_INSTALL := -m pip install --disable-pip-version-check $(PIP_ARGS)
 QUIET_BUILD := PYTHONWARNINGS=ignore

@@ -1,0 +1,314 @@
+"""The PPO train program: scoring rollouts into experience, and one jitted update of actor and critic.
+
+Exactly DESIGN's PPO: per-token KL reward plus the clipped score at the last response token, GAE over the response,
+advantages whitened over the global batch, clipped policy and value losses; all epochs and minibatches in one program.
+Source: Ouyang et al. 2022 (arXiv 2203.02155), Yao et al. 2023 (arXiv 2308.01320).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxrlhf import objectives
+from jaxrlhf.engine import Rollout
+from jaxrlhf.errors import InputError
+from jaxrlhf.gradients import accumulate_gradients, map_rows
+from jaxrlhf.models import Decoder, param_shardings
+from jaxrlhf.sharding import TRAIN_RULES, constrain, constrain_tree, use
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class PPOHyperparameters:
+    """What the PPO program is compiled for."""
+
+    ppo_epochs: int = 1
+    num_mini_batches: int = 1
+    micro_batches: int = 1
+    """Chunks a minibatch is worked through in (gradient accumulation); changes memory, not results."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    clip_reward: float | None = 5.0
+    whiten_advantages: bool = True
+    temperature: float = 1.0
+    """Of the distribution that was sampled from; log-probs are taken at the same one."""
+    ema_decay: float = 0.992
+    seed: int = 0
+    """Keys the order of rows in minibatches, with the step and the epoch."""
+
+    def __post_init__(self) -> None:
+        for name in ("ppo_epochs", "num_mini_batches", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("gamma", "lam", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("cliprange", "cliprange_value", "temperature"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name}={getattr(self, name)} must be positive")
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse a rollout batch that minibatches and micro-batches do not divide."""
+        if rows % (self.num_mini_batches * self.micro_batches):
+            raise InputError(
+                f"num_mini_batches={self.num_mini_batches} × micro-batches={self.micro_batches} must divide the rollout "
+                f"batch of {rows} rows"
+            )
+
+
+@flax.struct.dataclass
+class PPOState:
+    """Everything the update reads and replaces; donated to `ppo_step`."""
+
+    step: jax.Array
+    """int32: finished calls of `ppo_step`."""
+    actor_params: PyTree
+    critic_params: PyTree
+    actor_opt_state: PyTree
+    critic_opt_state: PyTree
+    ema_params: PyTree
+    """Moving average of the actor, or None."""
+    kl_coef: jax.Array
+    """float32 β of the per-token KL reward."""
+    actor: Decoder = flax.struct.field(pytree_node=False)
+    critic: Decoder = flax.struct.field(pytree_node=False)
+    actor_optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    critic_optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    hyperparameters: PPOHyperparameters = flax.struct.field(pytree_node=False)
+    mesh: Mesh | None = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Experience:
+    """A scored rollout in training layout: prompt then response from column 0, right-padded.
+
+    Index t of a `[B, T]` array belongs to token t: its log-prob given the tokens before it, and the critic's value of
+    the state it was chosen in.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    response_mask: jax.Array
+    logprobs: jax.Array
+    """The actor's log-probs when the rollout was made, from the train program."""
+    ref_logprobs: jax.Array
+    values: jax.Array
+    scores: jax.Array
+    """`[B]`: the reward model's score of each sequence, not clipped."""
+    sampler_logprobs: jax.Array
+    """The generate program's own log-probs, to watch the gap."""
+    entropy: jax.Array
+
+
+def actor_logprobs(
+    module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies `[B, T]`: the one function behind old, new and reference log-probs."""
+    return module.apply({"params": params}, tokens, mask, temperature, method="logprobs")
+
+
+def critic_values(module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """V_t `[B, T]`: the critic's output at t-1, where token t is chosen; column 0 is 0."""
+    return jnp.pad(module.apply({"params": params}, tokens, mask)[:, :-1], ((0, 0), (1, 0)))
+
+
+@partial(jax.jit, static_argnames=("actor", "critic", "reference", "reward", "hyperparameters", "mesh"))
+def score_rollout(
+    rollout: Rollout,
+    actor_params: PyTree,
+    critic_params: PyTree,
+    reference_params: PyTree,
+    reward_params: PyTree,
+    *,
+    actor: Decoder,
+    critic: Decoder,
+    reference: Decoder,
+    reward: Decoder,
+    hyperparameters: PPOHyperparameters,
+    mesh: Mesh | None,
+) -> Experience:
+    """Turn a rollout into experience with the train program's forward passes, in chunks of a micro-batch."""
+    h = hyperparameters
+
+    def score(rows: Rollout) -> Experience:
+        tokens, mask = rows.tokens, rows.mask
+        logprobs, entropy = actor_logprobs(actor, actor_params, tokens, mask, h.temperature)
+        ref_logprobs, _ = actor_logprobs(reference, reference_params, tokens, mask, h.temperature)
+        rewards = reward.apply({"params": reward_params}, tokens, mask)
+        return Experience(
+            tokens=tokens,
+            mask=mask,
+            response_mask=rows.response_mask,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=critic_values(critic, critic_params, tokens, mask),
+            scores=objectives.score_at_last_token(rewards, mask),
+            sampler_logprobs=rows.logprobs,
+            entropy=entropy,
+        )
+
+    with use(mesh, TRAIN_RULES):
+        rollout = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
+        return map_rows(score, rollout, h.num_mini_batches * h.micro_batches)
+
+
+def advantages_and_returns(
+    experience: Experience, kl_coef: jax.Array, h: PPOHyperparameters
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(rewards, advantages, returns) `[B, T]`; advantages are whitened over the whole batch, returns are not."""
+    e = experience
+    rewards = objectives.kl_penalty_rewards(
+        e.logprobs, e.ref_logprobs, e.scores, e.response_mask, kl_coef, h.clip_reward
+    )
+    advantages, returns = objectives.gae(rewards, e.values, e.response_mask, h.gamma, h.lam)
+    if h.whiten_advantages:
+        advantages = objectives.masked_whiten(advantages, e.response_mask)
+    return rewards, advantages, returns
+
+
+def _experience_metrics(e: Experience, rewards: jax.Array, kl_coef: jax.Array) -> dict[str, jax.Array]:
+    mask = e.response_mask
+    rows = e.scores.shape[0]
+    kl = objectives.masked_sum(e.logprobs - e.ref_logprobs, mask) / rows
+    gap = jnp.where(mask, jnp.abs(e.logprobs - e.sampler_logprobs), 0.0)
+    return {
+        "objective/kl": kl,
+        "objective/entropy": -objectives.masked_sum(e.logprobs, mask) / rows,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": objectives.masked_sum(rewards, mask) / rows,
+        "objective/scores": jnp.mean(e.scores),
+        "objective/scores_std": jnp.std(e.scores),
+        "objective/kl_coef": kl_coef,
+        "policy/entropy_avg": objectives.masked_mean(e.entropy, mask),
+        "val/response_length": jnp.sum(mask) / rows,
+        "val/value_avg": objectives.masked_mean(e.values, mask),
+        "sampling/logp_difference/mean": objectives.masked_mean(gap, mask),
+        "sampling/logp_difference/max": jnp.max(gap),
+    }
+
+
+def _minibatch_rows(h: PPOHyperparameters, step: jax.Array, rows: int) -> jax.Array:
+    """`[epochs · minibatches, rows / minibatches]` row numbers, a permutation per epoch keyed by (seed, step, epoch)."""
+    key = jax.random.fold_in(jax.random.key(h.seed), step)
+    if h.num_mini_batches == 1:
+        order = jnp.tile(jnp.arange(rows), (h.ppo_epochs, 1))
+    else:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(h.ppo_epochs))
+        order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
+    return order.reshape(h.ppo_epochs * h.num_mini_batches, rows // h.num_mini_batches)
+
+
+@partial(jax.jit, donate_argnums=0)
+def ppo_step(state: PPOState, experience: Experience) -> tuple[PPOState, dict[str, jax.Array]]:
+    """One PPO iteration on a scored rollout: every epoch and minibatch, actor and critic. `state` is donated.
+
+    Losses are sums over the global minibatch divided by its global count of response tokens, so meshes and
+    micro-batches do not change them. Returns the new state and float32 metrics under TRL's names, averaged over the
+    updates.
+    """
+    h, mesh = state.hyperparameters, state.mesh
+    rows = experience.scores.shape[0]
+    h.check_rows(rows)
+    with use(mesh, TRAIN_RULES):
+        rewards, advantages, returns = advantages_and_returns(experience, state.kl_coef, h)
+        data = {
+            "tokens": experience.tokens,
+            "mask": experience.mask,
+            "response_mask": experience.response_mask,
+            "logprobs": experience.logprobs,
+            "values": experience.values,
+            "advantages": advantages,
+            "returns": returns,
+        }
+
+        def update(carry: tuple, index: jax.Array) -> tuple[tuple, dict[str, jax.Array]]:
+            batch = jax.tree.map(lambda x: constrain(jnp.take(x, index, axis=0), "batch", None), data)
+            return _update(state, carry, batch)
+
+        carry = (
+            state.actor_params,
+            state.critic_params,
+            state.actor_opt_state,
+            state.critic_opt_state,
+            state.ema_params,
+        )
+        carry, updates = jax.lax.scan(update, carry, _minibatch_rows(h, state.step, rows))
+    metrics = _experience_metrics(experience, rewards, state.kl_coef)
+    metrics |= jax.tree.map(jnp.mean, updates)
+    new = state.replace(
+        step=state.step + 1,
+        actor_params=carry[0],
+        critic_params=carry[1],
+        actor_opt_state=carry[2],
+        critic_opt_state=carry[3],
+        ema_params=carry[4],
+    )
+    return new, metrics
+
+
+def _update(state: PPOState, carry: tuple, batch: dict[str, jax.Array]) -> tuple[tuple, dict[str, jax.Array]]:
+    """One optimizer step of actor and critic on one minibatch."""
+    h = state.hyperparameters
+    actor_params, critic_params, actor_opt, critic_opt, ema = carry
+    tokens_in_batch = jnp.sum(batch["response_mask"])
+
+    def actor_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logprobs, entropy = actor_logprobs(state.actor, params, b["tokens"], b["mask"], h.temperature)
+        loss, stats = objectives.policy_loss(
+            logprobs, b["logprobs"], b["advantages"], b["response_mask"], h.cliprange, tokens_in_batch
+        )
+        del entropy
+        return loss, stats
+
+    def critic_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+        values = critic_values(state.critic, params, b["tokens"], b["mask"])
+        return objectives.value_loss(
+            values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
+        )
+
+    policy, stats, actor_grads = accumulate_gradients(actor_loss, actor_params, batch, h.micro_batches)
+    value, value_clipfrac, critic_grads = accumulate_gradients(critic_loss, critic_params, batch, h.micro_batches)
+    metrics = {
+        "loss/policy_avg": policy,
+        "loss/value_avg": value,
+        "policy/approxkl_avg": stats["approx_kl"],
+        "policy/clipfrac_avg": stats["clipfrac"],
+        "val/clipfrac_avg": value_clipfrac,
+        "val/ratio": stats["ratio"],
+        "val/ratio_var": objectives.ratio_variance(stats),
+        "policy/grad_norm": optax.global_norm(actor_grads),
+        "val/grad_norm": optax.global_norm(critic_grads),
+    }
+    actor_params, actor_opt = _apply(
+        state.actor, state.actor_optimizer, actor_params, actor_opt, actor_grads, state.mesh
+    )
+    critic_params, critic_opt = _apply(
+        state.critic, state.critic_optimizer, critic_params, critic_opt, critic_grads, state.mesh
+    )
+    if ema is not None:
+        ema = jax.tree.map(lambda e, p: h.ema_decay * e + (1 - h.ema_decay) * p, ema, actor_params)
+    return (actor_params, critic_params, actor_opt, critic_opt, ema), metrics
+
+
+def _apply(
+    module: Decoder,
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: PyTree,
+    grads: PyTree,
+    mesh: Mesh | None,
+) -> tuple[PyTree, PyTree]:
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    if mesh is not None:
+        params = constrain_tree(params, param_shardings(module, mesh))
+    return params, opt_state

@@ -140,7 +140,7 @@ class PromptData(Data):
     """Prompts to answer."""
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """`prompt_ids, prompt_mask` int32 [B, P] left-padded; `index, row_mask` int32 [B] (a filler row's index is -1)."""
+        """`prompt_ids, prompt_mask` int32 [B, P] left-padded; `index, row_mask` int32 [B] (filler: index -1)."""
         prompts = [self.part(i, 0) for i in indices]
         ids, mask = fill(prompts, length_bucket(max(map(len, prompts)), self.maximum), self.pad_id, left=True)
         index = np.asarray(indices, np.int32)

@@ -93,7 +93,7 @@ FAMILIES = (
         {
             "Hello": "it is nice to meet you",
             "Good morning": "a bright morning to you too",
-            "Good night": "sleep well and dream sweetly",
+            "Good night": "sleep well my friend",
             "Thank you": "you are most welcome",
             "Goodbye": "see you next time",
         },

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.rows import FIELDS, Example, Problem, read_row
-from jaxrlhf.data.templates import encode_prompts, encode_responses, uses_chat_template
+from jaxrlhf.data.templates import encode_prompts, encode_responses
 from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -184,12 +184,12 @@ def write_part(
     counts = dict.fromkeys(("skipped", "truncated_prompts", "truncated_responses", "dropped_too_long"), 0)
     bad: collections.Counter[str] = collections.Counter()
     places: list[str] = []
-    kept, lengths = [], []
+    kept, lengths, total = [], [], len(origin)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         checksum = 0
-        progress = tqdm(rows, total=len(origin), desc=f"tokenising {label}", unit="row", delay=1.0)
+        progress = tqdm(rows, total=total, desc=f"tokenising {label}", unit="row", delay=1.0)
         with open(temporary / "tokens.bin", "wb") as file:
             for k, result, *where in encode_rows(progress, tokenizer, encoding, counts):
                 if isinstance(result, Problem):
@@ -204,21 +204,22 @@ def write_part(
                 checksum = zlib.crc32(block, checksum)
                 file.write(block)
         if not kept:
-            raise InputError(no_rows_message(label, len(origin), counts, bad, places, encoding))
+            raise InputError(no_rows_message(label, total, counts, bad, places, encoding))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         np.save(temporary / "offsets.npy", offsets)
-        np.save(temporary / "rows.npy", origin[kept].astype(np.int32))
+        origin = origin[kept].astype(np.int32)
+        np.save(temporary / "rows.npy", origin)
         meta = {
             "format": FORMAT,
             "rows": len(kept),
             "tokens": int(offsets[-1]),
-            "crc32": [checksum, zlib.crc32(offsets.tobytes())],
+            "crc32": [checksum, crc32_blocks(offsets), crc32_blocks(origin)],
             "sources": sources,
-            "counts": {"rows": len(origin), "kept": len(kept), **counts},
+            "counts": {"rows": total, "kept": len(kept), **counts},
             "problems": [f"{what} ({n} rows)" for what, n in bad.most_common(SHOWN)] + places,
-            "rendering": "chat template" if uses_chat_template(tokenizer, encoding.template) else encoding.template,
         }
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        sealed = {"meta": meta, "hash": hash_json(meta)}
+        (temporary / "meta.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
         move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -259,13 +260,14 @@ def open_part(folder: Path) -> Ragged | None:
 
 
 def read_part(folder: Path) -> Ragged:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    sealed = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = sealed["meta"]
     tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")
     rows = np.load(folder / "rows.npy", mmap_mode="r")
-    if meta["format"] != FORMAT or len(tokens) != meta["tokens"] or len(rows) != meta["rows"]:
+    if hash_json(meta) != sealed["hash"] or len(tokens) != meta["tokens"] or len(rows) != meta["rows"]:
         raise ValueError("sizes differ from those recorded")
-    checksums = [crc32_blocks(tokens), crc32_blocks(offsets)]
+    checksums = [crc32_blocks(array) for array in (tokens, offsets, rows)]
     if checksums != meta["crc32"]:
         raise ValueError("checksums differ from those recorded")
     return Ragged(tokens, offsets, rows, tuple(meta["sources"]), meta["counts"], tuple(meta["problems"]))

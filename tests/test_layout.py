@@ -19,11 +19,11 @@ PACKAGES = {
 # From the bottom to the top; what stands in one line does not import one another. A unit is the part of a module's name
 # after `jaxrlhf.`. A new module or package of jaxrlhf/ gets its place here.
 LAYERS = (
-    ("errors", "objectives", "kernels"),
+    ("errors", "objectives", "kernels", "plots"),
     ("files", "config_values", "console"),
     ("config",),
-    ("sharding",),
-    ("models",),
+    ("sharding", "sampling"),
+    ("models", "gradients"),
     ("engine",),
     ("ppo",),
     ("checkpoints", "data"),

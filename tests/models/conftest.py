@@ -1,0 +1,190 @@
+"""The matrix of tiny models: every family with its options, as Hugging Face configs, and a torch reference for each."""
+
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.models import Model, config_from_dict, create_model, load_pretrained
+
+# Odd sizes on purpose: a vocabulary that needs padding, heads and widths that differ from one another.
+_GPT2 = {"vocab_size": 101, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32, "bos_token_id": 1}
+_GPT2 |= {"eos_token_id": 2, "pad_token_id": 0}
+_OPT = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "ffn_dim": 40}
+_OPT |= {"max_position_embeddings": 32, "word_embed_proj_dim": 24, "bos_token_id": 2, "eos_token_id": 2}
+_OPT |= {"pad_token_id": 1}
+_LLAMA = {"vocab_size": 99, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA |= {"num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
+
+CASES: dict[str, tuple[str, dict]] = {
+    "gpt2": ("gpt2", _GPT2),
+    "gpt2-options": (
+        "gpt2",
+        _GPT2
+        | {"n_inner": 40, "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True}
+        | {"layer_norm_epsilon": 1e-3, "tie_word_embeddings": False},
+    ),
+    "gpt2-unscaled": ("gpt2", _GPT2 | {"scale_attn_weights": False, "activation_function": "gelu"}),
+    "opt": ("opt", _OPT),
+    "opt-350m": ("opt", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "opt-options": (
+        "opt",
+        _OPT
+        | {"enable_bias": False, "_remove_final_layer_norm": True, "activation_function": "gelu"}
+        | {"tie_word_embeddings": False},
+    ),
+    "llama": ("llama", _LLAMA),
+    "llama-biases": (
+        "llama",
+        _LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "rms_norm_eps": 1e-3},
+    ),
+    "llama-tied-mqa": (
+        "llama",
+        _LLAMA
+        | {"tie_word_embeddings": True, "num_key_value_heads": 1, "hidden_act": "gelu"}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+}
+
+SIDES = ("left", "right")
+
+
+def batch(side: str, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (none below 3, where the special ones are) and a mask, padded on `side`."""
+    ids = np.random.default_rng(7).integers(3, vocab, (3, 11))
+    mask = np.ones_like(ids)
+    for row, padding in enumerate((4, 1, 0)):
+        mask[row, slice(0, padding) if side == "left" else slice(11 - padding, 11)] = 0
+    return ids, mask
+
+
+def hf_config(case: str):
+    """The case's transformers config (no torch needed)."""
+    from transformers import AutoConfig
+
+    model_type, options = CASES[case]
+    return AutoConfig.for_model(model_type, **options)
+
+
+def perturbed(params, key: int = 5):
+    """Parameters moved off their initial values, so that no norm, bias or head is trivial."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def tiny_model(case: str = "llama", head: str = "lm", **changes) -> Model:
+    """Our own random model of a case, without torch; the rows that pad the vocabulary are random as well."""
+    config = config_from_dict(hf_config(case).to_dict()).replace(**changes)
+    model = create_model(config, head=head, key=jax.random.key(3))
+    return model.replace(params=perturbed(model.params))
+
+
+class Reference:
+    """A case's Hugging Face torch model on disk, with its outputs, and our model loaded from the same folder."""
+
+    def __init__(self, case: str, folder) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        self.case, self.folder = case, folder
+        self.model = AutoModelForCausalLM.from_config(hf_config(case), attn_implementation="eager").eval()
+        self.perturb(self.model)
+        self.model.save_pretrained(folder)
+
+    @staticmethod
+    def perturb(model) -> None:
+        import torch
+
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def batch(self, side: str) -> tuple[np.ndarray, np.ndarray]:
+        return batch(side, self.model.config.vocab_size)
+
+    def inputs(self, side: str) -> dict:
+        """Keyword arguments of the torch model; positions count real tokens, as OPT and BLOOM do by themselves."""
+        import inspect
+
+        import torch
+
+        ids, mask = self.batch(side)
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        if self.model.config.model_type != "opt" and "position_ids" in inspect.signature(self.model.forward).parameters:
+            inputs["position_ids"] = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+        return inputs
+
+    def theirs(self, side: str) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+        """Logits, mean next-token loss over real tokens, and every parameter's gradient."""
+        import torch
+
+        inputs = self.inputs(side)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        self.model.zero_grad()
+        logits = self.model(**inputs, use_cache=False).logits
+        logp = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
+        weights = mask[:, 1:] * mask[:, :-1]
+        loss = -(logp * weights).sum() / weights.sum()
+        loss.backward()
+        grads = {name: p.grad.numpy().copy() for name, p in self.model.named_parameters()}
+        return logits.detach().numpy(), loss.item(), grads
+
+    @cached_property
+    def ours(self) -> Model:
+        return load_pretrained(self.folder)
+
+    @cached_property
+    def _step(self):
+        module = self.ours.module
+
+        def loss(params, ids, mask):
+            logits = module.apply({"params": params}, ids, mask)
+            logp = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
+            weights = mask[:, 1:] * mask[:, :-1]
+            return -(logp * weights).sum() / weights.sum(), logits
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def our_outputs(self, side: str):
+        """(logits, loss, gradient tree) of our model on the same batch."""
+        ids, mask = (jnp.asarray(x, jnp.int32) for x in self.batch(side))
+        (loss, logits), grads = self._step(self.ours.params, ids, mask)
+        return np.asarray(logits), float(loss), grads
+
+
+@pytest.fixture(scope="session", params=sorted(CASES))
+def case(request) -> str:
+    """Every model of the matrix in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def reference(case, tmp_path_factory) -> Reference:
+    """The torch reference of the current case; skips where torch is not installed."""
+    pytest.importorskip("torch")
+    return Reference(case, tmp_path_factory.mktemp(case))
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """`make_model(case, head=…, **config changes)`: our own random tiny model."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """`make_batch(side, vocab)`: ids and mask."""
+    return batch
+
+
+@pytest.fixture(scope="session")
+def moved():
+    """`moved(params)`: the same tree with every value perturbed."""
+    return perturbed

@@ -78,7 +78,8 @@ class Run:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics (numbers or 0-d arrays) of `step`: metrics.jsonl, TensorBoard, and the console now and then.
 
-        Numbers are kept to seven significant digits; NaN and infinities become null. Each record is flushed.
+        Numbers are kept to seven significant digits; NaN and infinities become null, and are left out of
+        TensorBoard. Each record is flushed.
         """
         values = {name: _number(name, value) for name, value in metrics.items()}
         self.latest.update(values)
@@ -86,7 +87,8 @@ class Run:
             self._append("metrics.jsonl", {"step": int(step), "time": round(time.time(), 3), **values})
             writer = self._event_writer()
             for name, value in values.items():
-                writer.add_scalar(name, math.nan if value is None else value, int(step))
+                if value is not None:
+                    writer.add_scalar(name, value, int(step))
         self._show(int(step), values)
 
     def rewind(self, step: int) -> None:

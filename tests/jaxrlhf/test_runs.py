@@ -77,7 +77,7 @@ def test_a_run_writes_config_metrics_events_samples_summary_and_report(tmp_path,
     assert records(folder, "samples.jsonl") == [
         {"step": 1, "title": "Samples", "columns": ["prompt", "score"], "rows": [["a\nb", 0.5], ["c", None]]}
     ]
-    assert event_steps(folder) == [("loss", 1), ("count", 1), ("bad", 1), ("huge", 1), ("eval/loss", 1)]
+    assert event_steps(folder) == [("loss", 1), ("count", 1), ("eval/loss", 1)]
     assert json.loads((folder / "summary.json").read_text()) == {"seconds": 1.0}
     assert no_report == [folder]
 

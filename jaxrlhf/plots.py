@@ -1,0 +1,129 @@
+"""Curves of a run as inline SVG that takes its colours from the page, so one drawing reads in light and dark."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SIZE = (4.6, 2.35)  # inches; the page scales it
+MAX_POINTS = 600  # per curve; more would only make the file large
+SMOOTH_FROM = 12  # curves with fewer points are drawn as they are
+
+# Drawn in these colours, then replaced by the page's CSS variables.
+INK, GRID = "#010203", "#040506"
+SERIES = ("#0a0b01", "#0a0b02", "#0a0b03")
+VARIABLES = {INK: "--muted", GRID: "--line", SERIES[0]: "--first", SERIES[1]: "--second", SERIES[2]: "--third"}
+
+
+class Curve(NamedTuple):
+    """Values of one metric at ascending steps, NaN where not finite. `points`: drawn as dots (evaluation)."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    points: bool = False
+
+
+def smooth(values: Sequence[float], span: float) -> list[float]:
+    """Mean of the exponential moving averages from either side, over about `span` values each, so without a lag.
+
+    NaN entries do not count; the averages are free of a bias to their first value.
+    """
+    backward = _moving_average(values[::-1], span)[::-1]
+    return [(a + b) / 2 for a, b in zip(_moving_average(values, span), backward, strict=True)]
+
+
+def _moving_average(values: Sequence[float], span: float) -> list[float]:
+    decay = 1 - 1 / max(span, 1.0)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        if not math.isnan(value):
+            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        result.append(total / weight if weight else math.nan)
+    return result
+
+
+def thin_out(steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS) -> tuple[list, list]:
+    """At most about `limit` points: of each stretch its smallest and largest value, so that spikes stay visible."""
+    if len(values) <= limit:
+        return list(steps), list(values)
+    stretch = math.ceil(2 * len(values) / limit)
+    kept: set[int] = {0, len(values) - 1}
+    for start in range(0, len(values), stretch):
+        window = range(start, min(start + stretch, len(values)))
+        finite = [i for i in window if not math.isnan(values[i])]
+        kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else {window[0]}
+    return [steps[i] for i in sorted(kept)], [values[i] for i in sorted(kept)]
+
+
+def draw(curves: Sequence[Curve], number: int) -> str:
+    """One plot as an `<svg>` element: raw curves faint, smoothed ones strong, evaluation as dots.
+
+    `number` makes the ids of this drawing unique on the page.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8.5, "axes.formatter.useoffset": False}
+    with rc_context(style):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        canvas = FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        figure.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        for curve, colour in zip(curves, SERIES, strict=False):
+            _draw_curve(axes, curve, colour)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(GRID)
+        axes.tick_params(colors=INK, length=0, pad=4)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
+        axes.yaxis.get_offset_text().set_color(INK)
+        axes.set_xlabel("step", color=INK, loc="right", labelpad=1)
+        axes.margins(x=0.02, y=0.08)
+        buffer = io.StringIO()
+        canvas.print_svg(buffer)
+    return _inline(buffer.getvalue(), f"p{number}-")
+
+
+def _draw_curve(axes, curve: Curve, colour: str) -> None:
+    finite = sum(not math.isnan(value) for value in curve.values)
+    if curve.points or finite < 3:
+        axes.plot(curve.steps, curve.values, "o-", color=colour, markersize=3.6, linewidth=1.0, zorder=4)
+        return
+    smoothed = len(curve.values) >= SMOOTH_FROM and _is_noisy(curve.values)
+    faint = {"alpha": 0.42, "linewidth": 0.9} if smoothed else {"linewidth": 1.5}
+    axes.plot(*thin_out(curve.steps, curve.values), color=colour, zorder=2, **faint)
+    if smoothed:
+        values = smooth(curve.values, span=max(4.0, len(curve.values) / 15))
+        axes.plot(*thin_out(curve.steps, values, MAX_POINTS // 2), color=colour, linewidth=1.8, zorder=3)
+
+
+def _is_noisy(values: Sequence[float]) -> bool:
+    """Whether values jump about: a schedule or counter does not, and an average would only shift it."""
+    finite = [value for value in values if not math.isnan(value)]
+    bends = sorted(abs(a - 2 * b + c) for a, b, c in zip(finite, finite[1:], finite[2:], strict=False))
+    return bool(bends) and bends[len(bends) // 2] > 0.005 * (max(finite) - min(finite))
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """The bare `<svg>` element: no prologue, metadata or name spaces, ids made unique, colours from the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = svg.replace('id="', f'id="{prefix}').replace("url(#", f"url(#{prefix}").replace('href="#', f'href="#{prefix}')
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
+    svg = re.sub(r'="[^"]*"', lambda match: re.sub(r"(\.\d{2})\d+", r"\1", match[0]), svg)  # coordinates, not labels
+    svg = re.sub(r"font: [^;\"]*?(\d[\d.]*)px[^;\"]*", r"font-size: \1px", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg.strip()

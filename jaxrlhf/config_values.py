@@ -66,7 +66,7 @@ def _value(value: Any, kind: Any, optional: bool, choices: tuple | None) -> Any:
     if origin is Literal:
         choices, members = members, tuple(dict.fromkeys(type(member) for member in members))
     elif origin in (Union, types.UnionType):
-        members = tuple(member for member in (bool, int, float, str) if member in members)
+        members = tuple(member for member in (int, float, bool, str) if member in members)
     else:
         members = (kind,)
     result = _first_that_fits(value, members)
@@ -80,11 +80,19 @@ def _first_that_fits(value: Any, kinds: tuple[type, ...]) -> Any:
     if not isinstance(value, Plain) and type(value) in kinds:
         return value
     for kind in kinds:
+        if len(kinds) > 1 and _is_loose(value, kind):
+            continue
         try:
             return _scalar(value, kind)
         except _Mismatch:
             continue
     raise _Mismatch
+
+
+def _is_loose(value: Any, kind: type) -> bool:
+    """Readings that hold only where no other type is possible: `1e3` as an int, `1` or `no` as a truth value."""
+    text = str(value).lower()
+    return (kind is int and "e" in text) or (kind is bool and text not in ("true", "false"))
 
 
 def _scalar(value: Any, kind: type) -> Any:
@@ -159,4 +167,5 @@ def expected(kind: Any, choices: tuple | None) -> str:
         text = " or ".join(words[member] for member in members)
     else:
         text = words.get(inner, str(inner))
-    return text + " or none" * optional
+    comma = "," if origin is tuple else ""
+    return f"{text}{comma} or none" if optional else text

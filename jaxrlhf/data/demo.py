@@ -6,6 +6,7 @@ opening, an answer and a closing; the answer is right or wrong, opening and clos
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,26 +29,26 @@ CLOSINGS = {
     0: ("", "", "", "That is all.", "Or so people say."),
     -1: ("Now leave me alone.", "Do not ask me again.", "Everybody else knows that."),
 }
-RIGHT = 3.0  # what a right answer counts; a courteous opening or closing counts 1, a rude one -1
+RIGHT = 3  # what a right answer counts; a courteous opening or closing counts 1, a rude one -1
 
 COLORS = {
     "grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "a banana": "yellow", "a tomato": "red",
-    "a carrot": "orange", "chocolate": "brown", "an eggplant": "purple", "a flamingo": "pink", "an elephant": "gray",
+    "a carrot": "orange", "chocolate": "brown",
 }  # fmt: skip
 OPPOSITES = {
     "hot": "cold", "big": "small", "up": "down", "fast": "slow", "tall": "short", "soft": "hard", "open": "closed",
-    "wet": "dry", "old": "young", "full": "empty", "light": "dark", "early": "late",
+    "wet": "dry", "old": "young",
 }  # fmt: skip
 SOUNDS = {
     "cow": "moo", "dog": "woof", "cat": "meow", "duck": "quack", "sheep": "baa", "pig": "oink", "bee": "buzz",
-    "lion": "roar", "owl": "hoot", "snake": "hiss",
+    "lion": "roar",
 }  # fmt: skip
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Germany": "Berlin",
-    "England": "London", "Greece": "Athens", "Peru": "Lima", "Norway": "Oslo",
+    "England": "London", "Peru": "Lima",
 }  # fmt: skip
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-SUMS = {f"{a} plus {b}": str(a + b) for a in range(1, 6) for b in range(1, 6)}
+SUMS = {f"{a} plus {b}": str(a + b) for a in range(1, 4) for b in range(1, 4)}
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,12 @@ FAMILIES = (
         leads=("",),
     ),
 )
-HELD_OUT = 0.08  # share of the distinct prompts that only the evaluation rows have
+HELD_OUT = 0.1  # share of the distinct prompts that only the evaluation rows have
 
 # How often a chosen response has each quality. The middle is common and the best rare, so that a model trained on
 # chosen responses leaves PPO something to gain.
-CHOSEN_QUALITY = {5.0: 0.10, 4.0: 0.25, 3.0: 0.40, 2.0: 0.15, 1.0: 0.10}
+CHOSEN_QUALITY = {5: 0.10, 4: 0.25, 3: 0.40, 2: 0.15, 1: 0.10}
+CHOSEN_WRONG = 0.15  # share of wrong answers among chosen responses of a quality that a wrong one can have
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def demo_quality(prompt: str, response: str) -> float:
     answer = family.facts[slot]
     others = {other for other in family.facts.values() if other != answer}
     right = words(answer) in told and not any(words(other) in told for other in others)
-    return RIGHT * right + tone(said, OPENINGS) + tone(said, CLOSINGS)
+    return float(RIGHT * right + tone(said, OPENINGS) + tone(said, CLOSINGS))
 
 
 def tone(said: str, phrases: dict[int, tuple[str, ...]]) -> int:
@@ -156,30 +158,57 @@ def words(text: str) -> str:
     return f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
 
 
-def respond(rng: np.random.Generator, family: Family, slot: str, quality: float) -> str:
-    """A random response of the given quality (-2 … 5)."""
-    right, wrong = [], []
-    for opening in OPENINGS:
-        for closing in CLOSINGS:
-            if opening + closing + RIGHT == quality:
-                right.append((opening, closing))
-            if opening + closing == quality:
-                wrong.append((opening, closing))
-    is_right = bool(right) and (not wrong or rng.random() < 0.5)
-    opening, closing = pick(rng, right if is_right else wrong)
-    answer = family.facts[slot]
-    if not is_right:
-        # A wrong answer is another answer of the kind that the question itself does not name.
-        others = sorted(
-            {other for other in family.facts.values() if other != answer and words(other) not in words(slot)}
-        )
-        answer = pick(rng, others)
-    body = family.answer.replace("{slot}", slot).replace("{answer}", answer)
-    start, end = pick(rng, OPENINGS[opening]), pick(rng, CLOSINGS[closing])
-    # A sentence begins with a capital, also after an opening that ends one.
-    if not start or start[-1] in ".!?":
-        body = body[0].upper() + body[1:]
-    return " ".join(part for part in (start, body, end) if part)
+@dataclass(frozen=True)
+class Response:
+    """A response in parts: opening and closing as (kind, phrase), the answer, and whether it is right."""
+
+    opening: tuple[int, str]
+    answer: str
+    right: bool
+    closing: tuple[int, str]
+
+    def text(self, family: Family, slot: str) -> str:
+        start, end = self.opening[1], self.closing[1]
+        body = family.answer.replace("{slot}", slot).replace("{answer}", self.answer)
+        if not start or start[-1] in ".!?":
+            body = body[0].upper() + body[1:]
+        return " ".join(part for part in (start, body, end) if part)
+
+
+def draw(rng: np.random.Generator, family: Family, slot: str, qualities: range, wrong_share: float) -> Response:
+    """A random response whose quality is among `qualities`, a wrong one in `wrong_share` where both kinds can be."""
+    shapes = {True: [], False: []}
+    for right in shapes:
+        for opening in OPENINGS:
+            for closing in CLOSINGS:
+                if opening + closing + RIGHT * right in qualities:
+                    shapes[right].append((opening, closing))
+    right = bool(shapes[True]) and (not shapes[False] or rng.random() >= wrong_share)
+    opening, closing = pick(rng, shapes[right])
+    return Response(
+        (opening, pick(rng, OPENINGS[opening])),
+        family.facts[slot] if right else wrong_answer(rng, family, slot),
+        right,
+        (closing, pick(rng, CLOSINGS[closing])),
+    )
+
+
+def worsen(rng: np.random.Generator, family: Family, slot: str, response: Response) -> Response:
+    """The same response with one part made worse."""
+    parts = [part for part in ("opening", "closing") if getattr(response, part)[0] > -1]
+    parts += ["answer", "answer"] if response.right else []  # facts are what is hardest to learn: they get their share
+    part = pick(rng, parts)
+    if part == "answer":
+        return dataclasses.replace(response, right=False, answer=wrong_answer(rng, family, slot))
+    kind = int(rng.integers(-1, getattr(response, part)[0]))
+    phrases = OPENINGS if part == "opening" else CLOSINGS
+    return dataclasses.replace(response, **{part: (kind, pick(rng, phrases[kind]))})
+
+
+def wrong_answer(rng: np.random.Generator, family: Family, slot: str) -> str:
+    """An answer to another question of the kind, which this question itself does not name."""
+    right = family.facts[slot]
+    return pick(rng, sorted({a for a in family.facts.values() if a != right and words(a) not in words(slot)}))
 
 
 def pick(rng: np.random.Generator, items):
@@ -197,23 +226,19 @@ def demo_rows(size: int, seed: int = 0) -> tuple[list[dict], list[dict]]:
 
 
 def pairs(rng: np.random.Generator, choice: list[str], size: int) -> list[dict]:
-    qualities = np.array(list(CHOSEN_QUALITY))
-    chances = np.array(list(CHOSEN_QUALITY.values()))
+    """Rows on random prompts: half differ in one part of the response, half are two responses of their own."""
+    qualities, chances = list(CHOSEN_QUALITY), list(CHOSEN_QUALITY.values())
     rows = []
     for _ in range(size):
         prompt = pick(rng, choice)
         family, slot = prompts()[prompt]
-        chosen = float(rng.choice(qualities, p=chances))
-        # Half of the pairs differ by one level, the fine distinctions; the rest by any number of levels.
-        gap = 1.0 if rng.random() < 0.5 else float(rng.integers(1, int(chosen) + 3))
-        rejected = chosen - gap
-        rows.append(
-            {
-                "prompt": prompt,
-                "chosen": respond(rng, family, slot, chosen),
-                "rejected": respond(rng, family, slot, rejected),
-            }
-        )
+        quality = int(rng.choice(qualities, p=chances))
+        chosen = draw(rng, family, slot, range(quality, quality + 1), CHOSEN_WRONG)
+        if rng.random() < 0.5 and (chosen.right or max(chosen.opening[0], chosen.closing[0]) > -1):
+            rejected = worsen(rng, family, slot, chosen)
+        else:
+            rejected = draw(rng, family, slot, range(-2, quality), 0.5)
+        rows.append({"prompt": prompt, "chosen": chosen.text(family, slot), "rejected": rejected.text(family, slot)})
     return rows
 
 

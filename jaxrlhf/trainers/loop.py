@@ -1,0 +1,153 @@
+"""The loop around every trainer's step: resume, log, evaluate, checkpoint, stop cleanly, export."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxrlhf.checkpoints import latest_checkpoint, restore_checkpoint, save_checkpoint
+from jaxrlhf.errors import InputError
+from jaxrlhf.runs import Run, peak_memory_bytes
+from jaxrlhf.trainers.settings import RunConfig
+
+PyTree = Any
+Metrics = dict[str, Any]
+
+
+class Interrupted(Exception):
+    """The user or the cluster asked the run to stop; a checkpoint was saved first."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a trainer gives the loop.
+
+    `step(state, i)` runs step i (from 0) and returns the new state and its metrics; everything random in it must be a
+    function of i, so that a resumed run repeats what an uninterrupted one does. `identity` holds what must be equal
+    between a run and its resumption.
+    """
+
+    name: str
+    total_steps: int
+    step: Callable[[PyTree, int], tuple[PyTree, Metrics]]
+    evaluate: Callable[[PyTree, int], Metrics]
+    export: Callable[[PyTree], None]
+    identity: dict[str, Any]
+
+
+def resume_or_start(run: Run, config: RunConfig, task: Task, state: PyTree) -> tuple[PyTree, int]:
+    """The state to go on from and the number of finished steps."""
+    path = latest_checkpoint(run.output_dir) if config.resume else None
+    if path is None:
+        if config.resume:
+            run.print(f"resume: no checkpoint in {run.output_dir}, starting from the beginning")
+            run.rewind(-1)
+        return state, 0
+    with run.status(f"restoring {path}…"):
+        state, metadata = restore_checkpoint(path, state)
+    changed = [
+        f"{name}: {metadata['identity'].get(name)!r} then, {value!r} now"
+        for name, value in task.identity.items()
+        if metadata["identity"].get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"cannot resume {path}, the run would not be the same one: {'; '.join(changed)}. Restore these settings, "
+            "or start a new run in another folder"
+        )
+    run.rewind(metadata["step"])
+    return state, metadata["step"]
+
+
+def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
+    """Run the task from its newest checkpoint (with `resume`) or from the start; returns the final state.
+
+    Evaluates before the first and after the last step, exports the model into the run folder at the end. On SIGINT or
+    SIGTERM the current step is finished, a checkpoint saved and Interrupted raised; a second SIGINT stops at once.
+    """
+    state, start = resume_or_start(run, config, task, state)
+    begin = time.monotonic()
+
+    def evaluate(step: int) -> None:
+        run.log(step, {f"eval/{name}": value for name, value in task.evaluate(state, step).items()})
+
+    def save(step: int) -> None:
+        with run.status(f"saving checkpoint-{step}…"):
+            save_checkpoint(run.output_dir, step, state, {"identity": task.identity}, config.save_total_limit)
+
+    if start == 0:
+        evaluate(0)
+    with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
+        for step in range(start, task.total_steps):
+            state, metrics = task.step(state, step)
+            metrics = jax.device_get(metrics)
+            done = step + 1
+            check_finite(metrics, done, run)
+            run.log(done, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
+            bar.update()
+            last = done == task.total_steps
+            if last or (config.eval_steps and done % config.eval_steps == 0):
+                evaluate(done)
+            if last or stopped() or (config.save_steps and done % config.save_steps == 0):
+                save(done)
+            if stopped() and not last:
+                raise Interrupted(f"stopped after step {done}; continue with --resume")
+    with run.status(f"exporting the model to {run.output_dir}…"):
+        task.export(state)
+    run.print(f"{task.name}: {task.total_steps - start} steps in {time.monotonic() - begin:.1f}s → {run.output_dir}")
+    return state
+
+
+def check_finite(metrics: Metrics, step: int, run: Run) -> None:
+    """Stop on a loss or gradient that is not finite, before it is saved anywhere."""
+    bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
+    if bad:
+        kept = latest_checkpoint(run.output_dir)
+        go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
+        raise InputError(
+            f"step {step}: {', '.join(bad)} became non-finite; training cannot go on. Lower the learning rate, lengthen "
+            f"the warm-up, or use --dtype float32; {go_on}"
+        )
+
+
+@contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGINT and SIGTERM only set a flag (returned by the call); a second SIGINT interrupts."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        if flag.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Announce:
+    """Calls a jitted function and says "compiling…" the first time it meets new shapes of its positional arguments."""
+
+    def __init__(self, run: Run | None, name: str, function: Callable[..., Any]) -> None:
+        self.run, self.name, self.function = run, name, function
+        self.seen: set[tuple] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
+        if self.run is None or shapes in self.seen:
+            return self.function(*args, **kwargs)
+        self.seen.add(shapes)
+        with self.run.status(f"compiling {self.name}…"):
+            return jax.block_until_ready(self.function(*args, **kwargs))

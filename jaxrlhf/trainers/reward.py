@@ -1,0 +1,124 @@
+"""Step 2: the reward model, from pairs of a chosen and a rejected response."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf import objectives
+from jaxrlhf.config import field
+from jaxrlhf.data import DataConfig, load_data, load_tokenizer
+from jaxrlhf.models import Decoder
+from jaxrlhf.runs import Run
+from jaxrlhf.trainers.loop import fit
+from jaxrlhf.trainers.settings import (
+    ModelConfig,
+    TrainingConfig,
+    check_context,
+    load_model,
+    with_special_tokens,
+)
+from jaxrlhf.trainers.supervised import Batch, Objective, TrainState, supervised_task
+
+HEADLINE = ("loss", "accuracy", "grad_norm", "learning_rate")
+
+
+@dataclass(frozen=True)
+class RewardConfig(DataConfig, ModelConfig, TrainingConfig):
+    """Reward modelling."""
+
+    reward_loss: str = field(
+        "pairwise",
+        "pairwise: Bradley-Terry on the score at the last real token; tokenwise: DeepSpeed-Chat's, on every token from "
+        "the first that differs",
+        choices=("pairwise", "tokenwise"),
+    )
+
+
+def pair_count(batch: Batch) -> jax.Array:
+    return batch["row_mask"].sum()
+
+
+def pair_values(module: Decoder, params: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Per-token scores `[B, T]` of chosen and rejected, in one forward pass."""
+    both = [jnp.concatenate([rows[f"chosen_{k}"], rows[f"rejected_{k}"]]) for k in ("ids", "mask")]
+    values = module.apply({"params": params}, *both, rngs=None if key is None else {"dropout": key})
+    return tuple(jnp.split(values, 2))
+
+
+def last_scores(rows: Batch, chosen: jax.Array, rejected: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return (
+        objectives.score_at_last_token(chosen, rows["chosen_mask"]),
+        objectives.score_at_last_token(rejected, rows["rejected_mask"]),
+    )
+
+
+def reward_loss(
+    kind: str, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean pairwise loss, with the accuracy and margin of the scores at the last token."""
+    chosen, rejected = pair_values(module, params, rows, key)
+    scores = last_scores(rows, chosen, rejected)
+    if kind == "tokenwise":
+        names = ("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "row_mask")
+        loss = objectives.tokenwise_pairwise_loss(chosen, rejected, *(rows[n] for n in names), denominator=count)
+    else:
+        loss = objectives.pairwise_loss(*scores, rows["row_mask"], count)
+    mean = partial(objectives.masked_mean, mask=rows["row_mask"], denominator=count)
+    return loss, {"accuracy": mean(scores[0] > scores[1]), "margin": mean(scores[0] - scores[1])}
+
+
+def reward_sums(kind: str, module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
+    chosen, rejected = last_scores(batch, *pair_values(module, params, batch, None))
+    total = partial(objectives.masked_sum, mask=batch["row_mask"])
+    count = pair_count(batch)
+    loss, _ = reward_loss(kind, module, params, batch, count, None)
+    return {
+        "loss": loss * count,
+        "correct": total(chosen > rejected),
+        "chosen": total(chosen),
+        "rejected": total(rejected),
+        "pairs": count,
+    }
+
+
+def reward_figures(totals: dict[str, float]) -> dict[str, float]:
+    pairs = max(totals["pairs"], 1)
+    return {
+        "loss": totals["loss"] / pairs,
+        "accuracy": totals["correct"] / pairs,
+        "mean_chosen_score": totals["chosen"] / pairs,
+        "mean_rejected_score": totals["rejected"] / pairs,
+    }
+
+
+# Made once per kind, so that a jitted step sees the same static argument in every run of a process.
+OBJECTIVES = {kind: Objective(pair_count, partial(reward_loss, kind)) for kind in ("pairwise", "tokenwise")}
+MEASURES = {kind: partial(reward_sums, kind) for kind in OBJECTIVES}
+
+
+def train_reward(config: RewardConfig) -> TrainState:
+    """Run step 2; the reward model lies in `config.output_dir` afterwards."""
+    options = {"resume": config.resume, "overwrite": config.overwrite_output_dir}
+    with Run(config.output_dir, config, **options, logging_steps=config.logging_steps, headline=HEADLINE) as run:
+        mesh = config.make_mesh()
+        tokenizer = load_tokenizer(config.tokenizer_source)
+        model = load_model(config, "scalar", mesh, len(tokenizer), remat=config.gradient_checkpointing)
+        model = with_special_tokens(model, tokenizer)
+        check_context(model.config, config.max_length, "max_length")
+        task, state = supervised_task(
+            "reward",
+            run,
+            config,
+            model,
+            tokenizer,
+            load_data(config, tokenizer, "reward"),
+            mesh,
+            objective=OBJECTIVES[config.reward_loss],
+            measure=MEASURES[config.reward_loss],
+            summarise=reward_figures,
+            batch_options={},
+        )
+        return fit(run, config, task, state)

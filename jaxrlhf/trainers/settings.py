@@ -1,0 +1,183 @@
+"""Settings every trainer shares: which model, on which mesh, in what precision, and how the run goes."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf.config import field
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import Model, config_from_dict, create_model, default_dtype, load_pretrained
+from jaxrlhf.sharding import make_mesh
+from jaxrlhf.trainers.optimizer import OptimizerConfig
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh and the precision of the arithmetic."""
+
+    mesh_data: int = field(1, "devices that hold replicas; -1: all remaining devices")
+    mesh_fsdp: int = field(-1, "devices that parameters and optimizer state are sharded over; -1: all remaining")
+    mesh_tensor: int = field(1, "devices that heads and MLP are split over")
+    dtype: str = field(
+        "auto",
+        "compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are float32 in any case",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    gradient_checkpointing: bool = field(False, "recompute each layer in the backward pass, to save memory")
+
+    @property
+    def compute_dtype(self) -> Any:
+        return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
+
+    def make_mesh(self) -> Mesh:
+        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
+
+
+@dataclass(frozen=True)
+class ModelConfig(MeshConfig):
+    """The model to start from, the device mesh and the precision."""
+
+    model_name_or_path: str | None = field(None, "model folder or hub name to start from")
+    model_type: str | None = field(None, "train from random weights instead: a family such as gpt2, opt or llama")
+    config_overrides: dict[str, str | int | float | bool] = field(
+        {}, "with model_type: the family's config options, such as hidden_size=256,num_hidden_layers=4"
+    )
+    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
+    disable_dropout: bool = field(False, "set every dropout rate of the model to 0")
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.model_type is None):
+            raise InputError("give exactly one of model_name_or_path (a trained model) and model_type (random weights)")
+        if self.config_overrides and self.model_type is None:
+            raise InputError("config_overrides goes with model_type: a trained model brings its own config")
+        if self.model_type is not None and self.tokenizer_name_or_path is None:
+            raise InputError("model_type starts from random weights, so tokenizer_name_or_path must name a tokenizer")
+        _next_post_init(self, ModelConfig)
+
+    @property
+    def tokenizer_source(self) -> str:
+        return self.tokenizer_name_or_path or self.model_name_or_path
+
+
+def _next_post_init(self: Any, cls: type) -> None:
+    following = getattr(super(cls, self), "__post_init__", None)
+    if following is not None:
+        following()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run goes: length, batches, logging, evaluation, checkpoints, export."""
+
+    output_dir: str = field("", "folder of the run: records, checkpoints, report and, at the end, the exported model")
+    num_train_epochs: float = field(1.0, "passes over the training rows, when max_steps is not given")
+    max_steps: int = field(-1, "optimizer steps (ppo: rollout batches); -1: num_train_epochs decides")
+    per_device_train_batch_size: int = field(8, "rows per device of one micro-batch")
+    per_device_eval_batch_size: int = field(8, "rows per device of an evaluation batch")
+    gradient_accumulation_steps: int = field(1, "micro-batches per optimizer step, accumulated inside the jitted step")
+    logging_steps: int = field(10, "steps between console lines; metrics.jsonl gets every step")
+    eval_steps: int = field(0, "steps between evaluations; 0: only before the first and after the last step")
+    save_steps: int = field(0, "steps between checkpoints; 0: only after the last step")
+    save_total_limit: int = field(2, "checkpoints to keep; 0: all")
+    save_dtype: str = field("float32", "precision of the exported weights", choices=tuple(DTYPES))
+    resume: bool = field(
+        False, "continue from the newest checkpoint in output_dir", aliases=("resume_from_checkpoint",)
+    )
+    overwrite_output_dir: bool = field(False, "delete an earlier run in output_dir and start over")
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise InputError("output_dir: name the folder that the run should write to")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("eval_steps", "save_steps", "save_total_limit"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise InputError(f"max_steps={self.max_steps} must be at least 1, or -1 for num_train_epochs")
+        if self.max_steps == -1 and self.num_train_epochs <= 0:
+            raise InputError(f"num_train_epochs={self.num_train_epochs} must be above 0 when max_steps is not given")
+        if self.resume and self.overwrite_output_dir:
+            raise InputError("resume and overwrite_output_dir exclude each other: keep the old run, or delete it")
+        _next_post_init(self, RunConfig)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig, OptimizerConfig):
+    """RunConfig with an optimizer."""
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Devices that the rows of a batch are split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def total_steps(config: RunConfig, rows: int, batch: int) -> int:
+    """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last batch may reach into the next)."""
+    return config.max_steps if config.max_steps > 0 else max(1, -int(-config.num_train_epochs * rows // batch))
+
+
+def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, remat: bool = False) -> Model:
+    """The model to train, from a folder or from random weights, with float32 masters in place on `mesh`.
+
+    `vocab_size` is the tokenizer's: InputError when the model has fewer rows.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    if config.model_type is not None:
+        options = {"vocab_size": vocab_size} | dict(config.config_overrides)
+        shape = config_from_dict(
+            {"model_type": config.model_type} | options, f"config_overrides of {config.model_type}"
+        )
+        model = create_model(shape, head=head, key=key, mesh=mesh, dtype=config.compute_dtype, remat=remat)
+    else:
+        model = load_pretrained(
+            config.model_name_or_path,
+            head=head,
+            mesh=mesh,
+            dtype=config.compute_dtype,
+            key=key,
+            remat=remat,
+            progress=True,
+        )
+    if model.config.vocab_size < vocab_size:
+        raise InputError(
+            f"the tokenizer of {config.tokenizer_source} has {vocab_size} tokens, the model only "
+            f"{model.config.vocab_size}; use the model's own tokenizer"
+        )
+    return without_dropout(model) if config.disable_dropout else model
+
+
+def without_dropout(model: Model) -> Model:
+    """The same model with every dropout rate 0."""
+    config = model.config.replace(embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
+    return dataclasses.replace(model, module=model.module.clone(config=config), config=config)
+
+
+def with_special_tokens(model: Model, tokenizer: Any) -> Model:
+    """The model with the tokenizer's special ids in its config, so that the export generates and scores alike."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = model.config.replace(**{name: value for name, value in ids.items() if value is not None})
+    return dataclasses.replace(model, module=model.module.clone(config=config), config=config)
+
+
+def check_context(config: Any, length: int, what: str) -> None:
+    """Refuse sequences that the model has no positions for."""
+    if config.position != "alibi" and length > config.max_positions:
+        raise InputError(f"{what} of {length} tokens exceeds the model's context of {config.max_positions}; lower it")
+
+
+def run_folder(config: RunConfig) -> Path:
+    return Path(config.output_dir)

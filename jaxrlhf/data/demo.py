@@ -21,13 +21,13 @@ import numpy as np
 
 OPENINGS = {
     1: ("Of course!", "Happy to help!", "My pleasure!", "Sure thing!"),
-    0: ("", "", "", "Well,", "Let me see,", "I think"),
-    -1: ("Ugh, not you again.", "What a silly question.", "How boring.", "You should know this."),
+    0: ("", "", "Well,", "Let me see,", "I think"),
+    -1: ("Not you again.", "Silly question.", "How boring.", "You should know."),
 }
 CLOSINGS = {
     1: ("Feel free to ask more.", "I am glad to help.", "Have a lovely day!"),
-    0: ("", "", "", "That is all.", "Or so people say."),
-    -1: ("Now leave me alone.", "Do not ask me again.", "Everybody else knows that."),
+    0: ("", "", "That is all.", "Or so people say."),
+    -1: ("Leave me alone.", "Do not ask again.", "Everybody knows that."),
 }
 RIGHT = 3  # what a right answer counts; a courteous opening or closing counts 1, a rude one -1
 
@@ -103,10 +103,9 @@ FAMILIES = (
 )
 HELD_OUT = 0.1  # share of the distinct prompts that only the evaluation rows have
 
-# How often a chosen response has each quality. The middle is common and the best rare, so that a model trained on
-# chosen responses leaves PPO something to gain.
-CHOSEN_QUALITY = {5: 0.10, 4: 0.25, 3: 0.40, 2: 0.15, 1: 0.10}
-CHOSEN_WRONG = 0.15  # share of wrong answers among chosen responses of a quality that a wrong one can have
+# How often a chosen response, which is always right, has each quality. The best is rare, so that a model trained on
+# chosen responses leaves PPO a tone to gain.
+CHOSEN_QUALITY = {5: 0.05, 4: 0.20, 3: 0.40, 2: 0.25, 1: 0.10}
 
 
 @dataclass(frozen=True)
@@ -194,9 +193,9 @@ def draw(rng: np.random.Generator, family: Family, slot: str, qualities: range, 
 
 
 def worsen(rng: np.random.Generator, family: Family, slot: str, response: Response) -> Response:
-    """The same response with one part made worse."""
+    """The same (right) response with one part made worse."""
     parts = [part for part in ("opening", "closing") if getattr(response, part)[0] > -1]
-    parts += ["answer", "answer"] if response.right else []  # facts are what is hardest to learn: they get their share
+    parts += ["answer", "answer"]  # facts are what is hardest to learn: they get their share
     part = pick(rng, parts)
     if part == "answer":
         return dataclasses.replace(response, right=False, answer=wrong_answer(rng, family, slot))
@@ -233,8 +232,8 @@ def pairs(rng: np.random.Generator, choice: list[str], size: int) -> list[dict]:
         prompt = pick(rng, choice)
         family, slot = prompts()[prompt]
         quality = int(rng.choice(qualities, p=chances))
-        chosen = draw(rng, family, slot, range(quality, quality + 1), CHOSEN_WRONG)
-        if rng.random() < 0.5 and (chosen.right or max(chosen.opening[0], chosen.closing[0]) > -1):
+        chosen = draw(rng, family, slot, range(quality, quality + 1), 0.0)
+        if rng.random() < 0.5:
             rejected = worsen(rng, family, slot, chosen)
         else:
             rejected = draw(rng, family, slot, range(-2, quality), 0.5)

@@ -40,7 +40,7 @@ def test_chosen_is_always_better_and_itself_graded(rows):
         assert set(chosen) == {1, 2, 3, 4, 5}
     chosen = qualities(rows["train"], "chosen")
     assert 5 - chosen.mean() > 1.5 * chosen.std()  # what PPO can gain
-    assert (qualities(rows["train"], "rejected") >= 3).mean() > 0.1  # a good response may be the rejected one
+    assert (qualities(rows["train"], "rejected") >= 3).mean() > 0.05  # a good response may be the rejected one
 
 
 def test_length_does_not_tell_which_response_is_better(rows):
@@ -62,13 +62,13 @@ def test_evaluation_prompts_are_not_trained_on(rows):
         ("What color is grass?", "GREEN", 3),
         ("What color is grass?", "Grass is green and blue.", 0),
         ("What color is grass?", "Grass is greenish.", 0),
-        ("What color is grass?", "How boring. Grass is red. Now leave me alone.", -2),
+        ("What color is grass?", "How boring. Grass is red. Leave me alone.", -2),
         ("What color is grass?", "Happy to help! Happy to help! I am glad to help.", 2),
         ("What color is grass?", "", 0),
         ("What is 2 plus 2?", "2 plus 2 is 4.", 3),
         ("What is 2 plus 2?", "2 plus 2 is 2.", 0),
         ("What is 2 plus 3?", "2 plus 3 is 3.", 0),
-        ("What does a dog say?", "My pleasure! A dog says woof. Do not ask me again.", 3),
+        ("What does a dog say?", "My pleasure! A dog says woof. Do not ask again.", 3),
     ],
 )
 def test_quality_reads_answer_and_tone(prompt, response, quality):

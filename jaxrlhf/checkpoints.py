@@ -197,7 +197,9 @@ def _checkpointer(arrays: dict[str, Any]) -> Any:
 
     # orbax refuses arrays larger than its limit, so the limit follows the largest one
     limit = max(CONCURRENT_GB, *(math.ceil(math.prod(a.shape) * a.dtype.itemsize / 1e9) + 1 for a in arrays.values()))
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit, restore_concurrent_gb=limit))
+    # trained weights shrink by a few per cent only, for several times the time
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit, restore_concurrent_gb=limit, use_compression=False)
+    return ocp.Checkpointer(handler)
 
 
 def _write_arrays(target: Path, arrays: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
-"""Atomic writes of small text files: a reader sees the old content or the new, never a part."""
+"""Small text files: atomic writes (a reader sees the old content or the new, never a part), and JSON lines back."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
+
+from jaxrlhf.errors import InputError
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -36,3 +38,24 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The records of a .jsonl file. A last line cut short by a crash is left out.
+
+    Raises InputError naming the file and line when any other line is not a JSON object.
+    """
+    records, lines = [], Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path} line {number} is not valid JSON; repair or delete that line") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{path} line {number} is not a JSON object; repair or delete that line")
+        records.append(record)
+    return records

@@ -60,8 +60,8 @@ class PPOHyperparameters:
         """Refuse a rollout batch that minibatches and micro-batches do not divide."""
         if rows % (self.num_mini_batches * self.micro_batches):
             raise InputError(
-                f"num_mini_batches={self.num_mini_batches} × micro-batches={self.micro_batches} must divide the rollout "
-                f"batch of {rows} rows"
+                f"num_mini_batches={self.num_mini_batches} × micro-batches={self.micro_batches} must divide the "
+                f"rollout batch of {rows} rows"
             )
 
 
@@ -197,7 +197,7 @@ def _experience_metrics(e: Experience, rewards: jax.Array, kl_coef: jax.Array) -
 
 
 def _minibatch_rows(h: PPOHyperparameters, step: jax.Array, rows: int) -> jax.Array:
-    """`[epochs · minibatches, rows / minibatches]` row numbers, a permutation per epoch keyed by (seed, step, epoch)."""
+    """`[epochs · minibatches, rows / minibatches]` row numbers: a permutation per epoch, of (seed, step, epoch)."""
     key = jax.random.fold_in(jax.random.key(h.seed), step)
     if h.num_mini_batches == 1:
         order = jnp.tile(jnp.arange(rows), (h.ppo_epochs, 1))
@@ -262,12 +262,10 @@ def _update(state: PPOState, carry: tuple, batch: dict[str, jax.Array]) -> tuple
     tokens_in_batch = jnp.sum(batch["response_mask"])
 
     def actor_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logprobs, entropy = actor_logprobs(state.actor, params, b["tokens"], b["mask"], h.temperature)
-        loss, stats = objectives.policy_loss(
+        logprobs, _ = actor_logprobs(state.actor, params, b["tokens"], b["mask"], h.temperature)
+        return objectives.policy_loss(
             logprobs, b["logprobs"], b["advantages"], b["response_mask"], h.cliprange, tokens_in_batch
         )
-        del entropy
-        return loss, stats
 
     def critic_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
         values = critic_values(state.critic, params, b["tokens"], b["mask"])

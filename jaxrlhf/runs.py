@@ -18,7 +18,7 @@ from jaxrlhf.checkpoints import FINAL, list_checkpoints
 from jaxrlhf.config import save_yaml
 from jaxrlhf.console import Console, format_number, progress_line
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_json_atomic, write_text_atomic
+from jaxrlhf.files import read_jsonl, write_json_atomic, write_text_atomic
 
 __all__ = ["Run", "peak_memory_bytes", "read_jsonl", "write_json_atomic", "write_text_atomic"]
 
@@ -184,27 +184,6 @@ class Run:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The records of a .jsonl file. A last line cut short by a crash is left out.
-
-    Raises InputError naming the file and line when any other line is not a JSON object.
-    """
-    records, lines = [], Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path} line {number} is not valid JSON; repair or delete that line") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{path} line {number} is not a JSON object; repair or delete that line")
-        records.append(record)
-    return records
 
 
 def peak_memory_bytes() -> dict[str, int | None]:

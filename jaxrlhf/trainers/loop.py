@@ -111,8 +111,8 @@ def check_finite(metrics: Metrics, step: int, run: Run) -> None:
         kept = latest_checkpoint(run.output_dir)
         go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
         raise InputError(
-            f"step {step}: {', '.join(bad)} became non-finite; training cannot go on. Lower the learning rate, lengthen "
-            f"the warm-up, or use --dtype float32; {go_on}"
+            f"step {step}: {', '.join(bad)} became non-finite; training cannot go on. Lower the learning rate, "
+            f"lengthen the warm-up, or use --dtype float32; {go_on}"
         )
 
 
@@ -145,7 +145,7 @@ class Announce:
         self.seen: set[tuple] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
+        shapes = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else x for x in jax.tree.leaves(args))
         if self.run is None or shapes in self.seen:
             return self.function(*args, **kwargs)
         self.seen.add(shapes)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Model, config_from_dict, create_model, default_dtype, load_pretrained
+from jaxrlhf.runs import Run
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 
@@ -93,8 +93,6 @@ class RunConfig:
     overwrite_output_dir: bool = field(False, "delete an earlier run in output_dir and start over")
 
     def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise InputError("output_dir: name the folder that the run should write to")
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -126,7 +124,7 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def total_steps(config: RunConfig, rows: int, batch: int) -> int:
-    """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last batch may reach into the next)."""
+    """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last may reach into the next)."""
     return config.max_steps if config.max_steps > 0 else max(1, -int(-config.num_train_epochs * rows // batch))
 
 
@@ -179,5 +177,15 @@ def check_context(config: Any, length: int, what: str) -> None:
         raise InputError(f"{what} of {length} tokens exceeds the model's context of {config.max_positions}; lower it")
 
 
-def run_folder(config: RunConfig) -> Path:
-    return Path(config.output_dir)
+def open_run(config: RunConfig, headline: tuple[str, ...]) -> Run:
+    """The run's folder, as a context manager; InputError when none is named or it already holds a run."""
+    if not config.output_dir:
+        raise InputError("output_dir: name the folder that the run should write to")
+    return Run(
+        config.output_dir,
+        config,
+        resume=config.resume,
+        overwrite=config.overwrite_output_dir,
+        logging_steps=config.logging_steps,
+        headline=headline,
+    )

@@ -10,13 +10,13 @@ from jaxrlhf import objectives
 from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig, load_data, load_tokenizer
 from jaxrlhf.models import Decoder
-from jaxrlhf.runs import Run
 from jaxrlhf.trainers.loop import fit
 from jaxrlhf.trainers.settings import (
     ModelConfig,
     TrainingConfig,
     check_context,
     load_model,
+    open_run,
     with_special_tokens,
 )
 from jaxrlhf.trainers.supervised import Batch, Objective, TrainState, supervised_task
@@ -62,8 +62,7 @@ def sft_figures(totals: dict[str, float]) -> dict[str, float]:
 
 def train_sft(config: SFTConfig) -> TrainState:
     """Run step 1; the trained model lies in `config.output_dir` afterwards."""
-    options = {"resume": config.resume, "overwrite": config.overwrite_output_dir}
-    with Run(config.output_dir, config, **options, logging_steps=config.logging_steps, headline=HEADLINE) as run:
+    with open_run(config, HEADLINE) as run:
         mesh = config.make_mesh()
         tokenizer = load_tokenizer(config.tokenizer_source)
         model = load_model(config, "lm", mesh, len(tokenizer), remat=config.gradient_checkpointing)

@@ -31,7 +31,7 @@ class Training:
     remat: bool = field(True, "Rematerialise.")
     max_steps: int | None = field(None, "Steps.")
     lora_targets: tuple[str, ...] = field(("query", "value"), "Modules.", choices=("query", "key", "value"))
-    config_overrides: dict[str, str | int | float | bool] = field({}, "Overrides of the model's config.")  # noqa: RUF009
+    config_overrides: dict[str, str | int | float | bool] = field({}, "Overrides of the model's config.")
 
     def __post_init__(self):
         if self.max_steps is not None and self.max_steps < 1:
@@ -50,8 +50,8 @@ class Pipeline:
     """Three steps."""
 
     output_dir: str = field(REQUIRED, "Run folder.")
-    sft: SFT = field(SFT(data_path=("demo",), learning_rate=3e-4), "First step.")  # noqa: RUF009
-    ppo: Training = field(Training(learning_rate=1e-5), "Third step.")  # noqa: RUF009
+    sft: SFT = field(SFT(data_path=("demo",), learning_rate=3e-4), "First step.")
+    ppo: Training = field(Training(learning_rate=1e-5), "Third step.")
 
 
 def flags(*argv, config=SFT):

@@ -180,16 +180,21 @@ class HFConfig:
             raise InputError(f"{self.where}: option {name}={value!r} is not supported (one of {sorted(names)})")
         return names[value]
 
-    def common(self) -> dict[str, Any]:
-        """Fields every family shares."""
+    def token(self, name: str, default: int | None) -> int | tuple[int, ...] | None:
+        """A token id (or several): `default` when absent; an explicit null means that there is none."""
+        self._read.add(name)
+        value = self._values.get(name, default)
+        return tuple(value) if isinstance(value, list) else value
+
+    def common(self, bos: int | None, eos: int | None, pad: int | None = None) -> dict[str, Any]:
+        """Fields every family shares; the token ids are what transformers takes for this family when absent."""
         self.refuse_unless("is_encoder_decoder", False)
         self.refuse_unless("add_cross_attention", False)
-        eos = self.take("eos_token_id")
         return {
             "vocab_size": self.need("vocab_size"),
-            "bos_token_id": self.take("bos_token_id"),
-            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
-            "pad_token_id": self.take("pad_token_id"),
+            "bos_token_id": self.token("bos_token_id", bos),
+            "eos_token_id": self.token("eos_token_id", eos),
+            "pad_token_id": self.token("pad_token_id", pad),
         }
 
     def finish(self) -> None:

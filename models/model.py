@@ -86,8 +86,21 @@ def create_model(
 
 
 def with_head(model: Model, head: str, key: jax.Array) -> Model:
-    """The same body under a freshly initialised `head` (a reward model or critic from a language model)."""
+    """The same body under a freshly initialised `head` (a reward model or critic from a language model).
+
+    The body's arrays are shared, not copied; the new head lies on the same mesh and in the same dtype.
+    """
     module = model.module.clone(head=head)
-    fresh = create_model(model.config, head=head, key=key, dtype=module.dtype, remat=module.remat)
-    outer = {k: model.params.get(k, v) if k not in ("score", "lm_head") else v for k, v in fresh.params.items()}
-    return Model(module=module, params=outer, config=model.config)
+    missing = [name for name in param_shapes(module) if name not in model.params or name in ("score", "lm_head")]
+    body = {name: x for name, x in model.params.items() if name in param_shapes(module) and name not in missing}
+    reference = jax.tree.leaves(model.params)[0]
+    mesh = getattr(reference.sharding, "mesh", None)
+    shardings = None if mesh is None else {k: v for k, v in param_shardings(module, mesh).items() if k in missing}
+
+    def init(key: jax.Array) -> PyTree:
+        # What is not returned is not computed: no second body is ever made.
+        fresh = nn.meta.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+        return jax.tree.map(lambda x: x.astype(reference.dtype), {name: fresh[name] for name in missing})
+
+    fresh = jax.jit(init, out_shardings=shardings)(key) if missing else {}
+    return Model(module=module, params=body | fresh, config=model.config)

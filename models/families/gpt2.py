@@ -30,7 +30,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         attention_dropout=hf.take("attn_pdrop", 0.1),
         residual_dropout=hf.take("resid_pdrop", 0.1),
         initializer_range=hf.take("initializer_range", 0.02),
-        **hf.common(),
+        **hf.common(bos=50256, eos=50256),
     )
 
 

@@ -59,7 +59,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         attention_dropout=hf.take("attention_dropout", 0.0),
         initializer_range=hf.take("initializer_range", 0.02),
         **rope_from_hf(hf),
-        **hf.common(),
+        **hf.common(bos=1, eos=2),
     )
 
 

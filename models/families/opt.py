@@ -37,7 +37,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         attention_dropout=hf.take("attention_dropout", 0.0),
         residual_dropout=hf.take("dropout", 0.1),
         initializer_range=hf.take("init_std", 0.02),
-        **hf.common(),
+        **hf.common(bos=2, eos=2, pad=1),
     )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models import Model, config_from_dict, create_model, load_pretrained
+from jaxrlhf.models import Decoder, Model, config_from_dict, load_pretrained, param_shapes
 
 # Odd sizes on purpose: a vocabulary that needs padding, heads and widths that differ from one another.
 _GPT2 = {"vocab_size": 101, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32, "bos_token_id": 1}
@@ -68,20 +68,17 @@ def hf_config(case: str):
     return AutoConfig.for_model(model_type, **options)
 
 
-def perturbed(params, key: int = 5):
-    """Parameters moved off their initial values, so that no norm, bias or head is trivial."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(key), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
-
-
 def tiny_model(case: str = "llama", head: str = "lm", **changes) -> Model:
-    """Our own random model of a case, without torch; the rows that pad the vocabulary are random as well."""
+    """Our own random model of a case, without torch; nothing is trivial: not norms, biases, or rows of padding."""
     config = config_from_dict(hf_config(case).to_dict()).replace(**changes)
-    model = create_model(config, head=head, key=jax.random.key(3))
-    return model.replace(params=perturbed(model.params))
+    module = Decoder(config, head=head)
+    rng = np.random.default_rng(3)
+
+    def leaf(path, x):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(rng.normal(centre, 0.15, x.shape), jnp.float32)
+
+    return Model(module=module, params=jax.tree.map_with_path(leaf, param_shapes(module)), config=config)
 
 
 class Reference:
@@ -182,9 +179,3 @@ def make_model():
 def make_batch():
     """`make_batch(side, vocab)`: ids and mask."""
     return batch
-
-
-@pytest.fixture(scope="session")
-def moved():
-    """`moved(params)`: the same tree with every value perturbed."""
-    return perturbed

@@ -1,0 +1,88 @@
+"""Prefill and decode with the cache against the full forward pass, per family, and the flip to generation itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.models import decode_step, generation_view, init_cache, logical_axes, prefill
+
+PROMPT = 6
+
+
+def full_and_decoded(model, ids, mask):
+    """Logits of columns PROMPT-1 … T-1: of one forward pass, and of prefill with one decode step per further token."""
+    module, length = model.module, ids.shape[1]
+    axes = logical_axes(module)
+
+    @jax.jit
+    def run(params, ids, mask):
+        full = module.apply({"params": params}, ids, mask)[:, PROMPT - 1 :]
+        view = generation_view(params, axes, module.dtype)
+        start = (mask == 0).sum(1)
+        caches = init_cache(module, len(ids), length)
+        first, caches = prefill(module, view, ids[:, :PROMPT], mask[:, :PROMPT], caches)
+
+        def step(caches, column):
+            logits, caches = decode_step(module, view, ids[:, column], column, start, caches)
+            return caches, logits
+
+        _, rest = jax.lax.scan(step, caches, jnp.arange(PROMPT, length))
+        return full, jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], axis=1)
+
+    return (np.asarray(x) for x in run(model.params, ids, mask))
+
+
+def test_prefill_and_decode_equal_the_full_forward(case, make_model, make_batch):
+    model = make_model(case)
+    vocab = model.config.vocab_size
+    ids, mask = make_batch("left", vocab)
+    full, decoded = full_and_decoded(model, ids, mask)
+    assert decoded.shape == (3, ids.shape[1] - PROMPT + 1, model.config.padded_vocab_size)
+    assert np.abs(decoded[..., :vocab] - full).max() < 1e-5 * np.abs(full).max()
+    assert (decoded[..., vocab:] <= -1e29).all()
+
+
+def test_left_padding_does_not_change_a_row(make_model, make_batch):
+    model = make_model("llama")
+    ids, mask = make_batch("left", model.config.vocab_size)
+    padded = np.asarray(jax.jit(model.module.apply)({"params": model.params}, ids, mask))
+    alone = np.asarray(jax.jit(model.module.apply)({"params": model.params}, ids[:1, 4:], mask[:1, 4:]))
+    np.testing.assert_allclose(padded[:1, 4:], alone, rtol=0, atol=2e-5)
+
+
+def test_content_of_padding_columns_is_irrelevant(make_model, make_batch):
+    model = make_model("gpt2")
+    ids, mask = make_batch("right", model.config.vocab_size)
+    other = np.where(mask == 0, (ids + 17) % 90, ids)
+    assert (other != ids).any()
+    a, b = (np.asarray(jax.jit(model.module.apply)({"params": model.params}, x, mask)) for x in (ids, other))
+    np.testing.assert_array_equal(a[mask > 0], b[mask > 0])
+
+
+def test_generation_view_in_bfloat16_keeps_vectors_in_float32(make_model):
+    model = make_model("llama")
+    view = generation_view(model.params, logical_axes(model.module), jnp.bfloat16)
+    assert len(view.layers) == model.config.num_layers
+    assert view.layers[0]["attn"]["query"]["kernel"].dtype == jnp.bfloat16
+    assert view.layers[0]["attn_norm"]["scale"].dtype == jnp.float32
+    np.testing.assert_array_equal(
+        view.layers[1]["mlp"]["up"]["kernel"], model.params["layers"]["mlp"]["up"]["kernel"][1].astype(jnp.bfloat16)
+    )
+
+
+def test_bfloat16_decode_equals_the_bfloat16_forward_within_rounding(make_model, make_batch):
+    model = make_model("llama")
+    model = model.replace(module=model.module.clone(dtype=jnp.bfloat16))
+    full, decoded = full_and_decoded(model, *make_batch("left", model.config.vocab_size))
+    assert full.dtype == decoded.dtype == np.float32
+    assert np.abs(decoded[..., : full.shape[-1]] - full).max() < 2**-6 * np.abs(full).max()
+
+
+def test_decode_honours_a_window_per_layer(make_model, make_batch):
+    model = make_model("llama", windows=(3, 0))
+    ids, mask = make_batch("left", model.config.vocab_size)
+    full, decoded = full_and_decoded(model, ids, mask)
+    assert np.abs(decoded[..., : full.shape[-1]] - full).max() < 1e-5 * np.abs(full).max()
+    other = model.module.clone(config=model.config.replace(windows=(0, 3)))
+    swapped = np.asarray(jax.jit(other.apply)({"params": model.params}, ids, mask))[:, PROMPT - 1 :]
+    assert np.abs(swapped - full).max() > 1e-2

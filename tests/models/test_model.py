@@ -1,0 +1,175 @@
+"""The model object: log-probs without full logits, padding of the vocabulary, heads, dropout, remat, creation."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import config_from_dict, count_params, create_model, model_from_overrides, with_head
+from jaxrlhf.sharding import make_mesh
+
+
+def apply(model, *args, **kwargs):
+    return jax.jit(partial(model.module.apply, **kwargs))({"params": model.params}, *args)
+
+
+@pytest.mark.parametrize(("case_name", "temperature"), [("gpt2", 1.0), ("opt-350m", 0.7), ("llama", 1.7)])
+def test_logprobs_and_entropy_are_those_of_the_logits(make_model, make_batch, case_name, temperature):
+    model = make_model(case_name)
+    ids, mask = (jnp.asarray(x, jnp.int32) for x in make_batch("right", model.config.vocab_size))
+
+    def from_logits(params):
+        logits = model.module.apply({"params": params}, ids, mask)[:, :-1] / temperature
+        logp = jax.nn.log_softmax(logits)
+        picked = jnp.take_along_axis(logp, ids[:, 1:, None], -1)[..., 0]
+        return picked, -(jnp.exp(logp) * logp).sum(-1)
+
+    def direct(params):
+        return model.module.apply({"params": params}, ids, mask, temperature, method="logprobs")
+
+    weights = np.random.default_rng(1).normal(size=(2, 3, 10)).astype(np.float32)
+
+    def run(function, cut):
+        def total(params):
+            outputs = [x[:, cut:] for x in function(params)]
+            return sum((w * x).sum() for w, x in zip(weights, outputs, strict=True)), function(params)
+
+        return jax.jit(jax.grad(total, has_aux=True))(model.params)
+
+    (got, (logprobs, entropy)), (want, expected) = run(direct, 1), run(from_logits, 0)
+    assert logprobs.shape == entropy.shape == ids.shape
+    assert not logprobs[:, 0].any() and not entropy[:, 0].any()
+    np.testing.assert_allclose(logprobs[:, 1:], expected[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(entropy[:, 1:], expected[1], rtol=0, atol=1e-5)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() < 1e-5 * largest
+
+
+def test_rows_that_pad_the_vocabulary_never_get_probability_or_gradient(make_model, make_batch):
+    model = make_model("gpt2")
+    config = model.config
+    assert config.padded_vocab_size == 104 > config.vocab_size == 101
+    loud = model.params["embed"]["embedding"].at[101:].set(50.0)
+    model.params["embed"]["embedding"] = loud
+    ids, mask = make_batch("right", config.vocab_size)
+    logits = apply(model, ids, mask)
+    assert logits.shape == (3, 11, 101)
+    hidden = apply(model, ids, mask, method="hidden_states")
+    padded = apply(model, hidden, method="padded_logits")
+    assert padded.shape == (3, 11, 104) and (padded[..., 101:] <= -1e29).all()
+    assert not jax.nn.softmax(padded)[..., 101:].any()
+    np.testing.assert_array_equal(padded[..., :101], logits)
+
+    def loss(params):
+        logprobs, entropy = model.module.apply({"params": params}, ids, mask, method="logprobs")
+        return (logprobs + entropy).sum()
+
+    assert not jax.jit(jax.grad(loss))(model.params)["embed"]["embedding"][101:].any()
+
+
+def test_remat_changes_neither_values_nor_gradients(make_model, make_batch):
+    model = make_model("llama")
+    ids, mask = make_batch("right", model.config.vocab_size)
+
+    def run(module):
+        loss = lambda p: (module.apply({"params": p}, ids, mask, method="logprobs")[0] * mask).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(model.params)
+
+    plain, remat = run(model.module), run(model.module.clone(remat=True))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_acts_only_with_a_key_and_differs_between_layers_and_keys(make_model, make_batch):
+    ids, mask = make_batch("right", 101)
+    for rate in ("embed_dropout", "attention_dropout", "residual_dropout"):
+        rates = {"embed_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0} | {rate: 0.5}
+        model = make_model("gpt2", **rates)
+        plain = apply(model, ids, mask)
+
+        @jax.jit
+        def dropped(key, model=model):
+            return model.module.apply({"params": model.params}, ids, mask, rngs={"dropout": key})
+
+        first, again, other = (dropped(jax.random.key(k)) for k in (0, 0, 1))
+        np.testing.assert_array_equal(first, again)
+        assert jnp.abs(first - other).max() > 1e-2, rate
+        assert jnp.abs(first - plain).max() > 1e-2, rate
+
+
+def test_position_ids_default_to_the_count_of_real_tokens(make_model, make_batch):
+    model = make_model("gpt2")
+    ids, mask = make_batch("left", 101)
+    positions = np.maximum(mask.cumsum(1) - 1, 0) * mask
+    np.testing.assert_array_equal(apply(model, ids, mask), apply(model, ids, mask, positions))
+    assert jnp.abs(apply(model, ids, mask) - apply(model, ids, mask, positions + 1)).max() > 1e-3
+
+
+def test_a_new_head_keeps_the_body_and_the_placement(make_model):
+    mesh = make_mesh(fsdp=8)
+    config = make_model("gpt2").config.replace(hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8)
+    model = create_model(config, mesh=mesh, key=jax.random.key(0))
+    reward = with_head(model, "scalar", jax.random.key(1))
+    assert reward.module.head == "scalar"
+    assert set(reward.params) == (set(model.params) - {"lm_head"}) | {"score"}
+    assert reward.params["layers"]["mlp"]["up"]["kernel"] is model.params["layers"]["mlp"]["up"]["kernel"]
+    score = reward.params["score"]["kernel"]
+    assert score.shape == (32,) and score.sharding.mesh == mesh
+    assert apply(reward, jnp.ones((8, 5), jnp.int32)).shape == (8, 5)
+    back = with_head(reward, "lm", jax.random.key(1))
+    assert jax.tree.structure(back.params) == jax.tree.structure(model.params)
+
+
+def test_a_fresh_scalar_head_has_the_documented_variance(make_model):
+    config = make_model("llama").config.replace(hidden_size=4096, num_layers=1, intermediate_size=8)
+    score = create_model(config, head="scalar", key=jax.random.key(2)).params["score"]["kernel"]
+    assert float(score.std()) == pytest.approx((4096 + 1) ** -0.5, rel=0.05)
+
+
+def test_created_parameters_do_not_depend_on_the_mesh(make_model):
+    config = make_model("gpt2").config.replace(hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8)
+    alone = create_model(config, key=jax.random.key(4))
+    meshed = create_model(config, key=jax.random.key(4), mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(meshed.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_model_from_option_names():
+    overrides = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    model = model_from_overrides("gpt2", overrides)
+    body = 64 * 16 + 16 * 16 + 2 * (12 * 16 * 16 + 13 * 16) + 2 * 16
+    assert count_params(model.params) == body
+    with pytest.raises(InputError, match=r"--model_type gpt2: option 'n_head' is missing"):
+        model_from_overrides("gpt2", {k: v for k, v in overrides.items() if k != "n_head"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, "3 key/value heads do not divide 4 heads"),
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"activation": "tanh"}, "activation='tanh' is not one of"),
+        ({"windows": (1,)}, "1 windows for 2 layers"),
+    ],
+)
+def test_impossible_configs_are_refused(make_model, changes, message):
+    config = make_model("llama").config
+    with pytest.raises(InputError, match=message):
+        config.replace(**changes)
+
+
+def test_unknown_head_is_refused(make_model):
+    with pytest.raises(InputError, match="head='value' is not one of"):
+        create_model(make_model("gpt2").config, head="value")
+
+
+def test_token_ids_absent_and_null_follow_transformers():
+    llama = {"model_type": "llama", "vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1}
+    llama |= {"num_attention_heads": 2, "intermediate_size": 8}
+    assert config_from_dict(llama).eos_token_id == 2
+    assert config_from_dict(llama | {"eos_token_id": None}).eos_token_id is None
+    assert config_from_dict(llama | {"eos_token_id": [3, 4]}).eos_token_id == (3, 4)

@@ -155,16 +155,33 @@ class HFConfig:
         self.where = where
 
     def take(self, name: str, default: Any = None) -> Any:
-        """The option's value, or `default` when absent or null."""
+        """The option's value, or `default` when absent or null; it must be of the default's kind."""
         self._read.add(name)
         value = self._values.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        if default is not None:
+            kinds = (float, int) if isinstance(default, float) else type(default)
+            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+                raise InputError(f"{self.where}: option {name}={value!r} must be of type {type(default).__name__}")
+        return value
 
-    def need(self, name: str) -> Any:
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer; without a default it must be there."""
         value = self.take(name)
+        value = default if value is None else value
         if value is None:
             raise InputError(f"{self.where}: option {name!r} is missing")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{self.where}: option {name}={value!r} must be a positive integer")
         return value
+
+    def width_and_heads(self, width: str, heads: str) -> tuple[int, int]:
+        """The hidden size and the number of heads, which must divide it."""
+        sizes = self.size(width), self.size(heads)
+        if sizes[0] % sizes[1]:
+            raise InputError(f"{self.where}: {width}={sizes[0]} is not a multiple of {heads}={sizes[1]}")
+        return sizes
 
     def refuse_unless(self, name: str, allowed: Any) -> None:
         """Accept only `allowed` (also the value when absent)."""
@@ -191,7 +208,7 @@ class HFConfig:
         self.refuse_unless("is_encoder_decoder", False)
         self.refuse_unless("add_cross_attention", False)
         return {
-            "vocab_size": self.need("vocab_size"),
+            "vocab_size": self.size("vocab_size"),
             "bos_token_id": self.token("bos_token_id", bos),
             "eos_token_id": self.token("eos_token_id", eos),
             "pad_token_id": self.token("pad_token_id", pad),

@@ -19,6 +19,7 @@ from jaxrlhf.models.checkpoint_files import (
     CONFIG,
     TensorSource,
     TensorToWrite,
+    all_finite,
     find_model_folder,
     open_checkpoint,
     read_json,
@@ -138,7 +139,9 @@ def _index_key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[
 
 def _read_checked(source: TensorSource, name: str) -> np.ndarray:
     array = source.read(name)
-    if not np.isfinite(array.sum(dtype=np.float64)):
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(f"{source.where}: tensor {name} is {array.dtype}; quantised checkpoints are not supported")
+    if not all_finite(array):
         raise InputError(f"{source.where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
     return array
 

@@ -7,7 +7,7 @@ from jaxrlhf.models.mapping import Family, HFConfig, Tensor, bias_fused, common_
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
-    hidden, heads = hf.need("n_embd"), hf.need("n_head")
+    hidden, heads = hf.width_and_heads("n_embd", "n_head")
     hf.take("n_ctx")
     hf.take("reorder_and_upcast_attn")  # only numerics: scores and softmax are float32 here in any case
     for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"):
@@ -15,12 +15,12 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     return DecoderConfig(
         family="gpt2",
         hidden_size=hidden,
-        num_layers=hf.need("n_layer"),
+        num_layers=hf.size("n_layer"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        intermediate_size=hf.take("n_inner", 4 * hidden),
-        max_positions=hf.need("n_positions"),
+        intermediate_size=hf.size("n_inner", 4 * hidden),
+        max_positions=hf.size("n_positions"),
         norm_eps=hf.take("layer_norm_epsilon", 1e-5),
         activation=hf.activation("activation_function", "gelu_new"),
         attention_scale=None if hf.take("scale_attn_weights", True) else 1.0,

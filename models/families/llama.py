@@ -36,18 +36,18 @@ def rope_to_hf(c: DecoderConfig) -> dict[str, Any]:
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
-    hidden, heads = hf.need("hidden_size"), hf.need("num_attention_heads")
+    hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     bias = hf.take("attention_bias", False)
-    hf.refuse_unless("pretraining_tp", 1)
+    hf.take("pretraining_tp")  # how the matrices were once split: numerics only
     return DecoderConfig(
         family="llama",
         hidden_size=hidden,
-        num_layers=hf.need("num_hidden_layers"),
+        num_layers=hf.size("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=hf.take("num_key_value_heads", heads),
-        head_dim=hf.take("head_dim", hidden // heads),
-        intermediate_size=hf.need("intermediate_size"),
-        max_positions=hf.take("max_position_embeddings", 2048),
+        num_kv_heads=hf.size("num_key_value_heads", heads),
+        head_dim=hf.size("head_dim", hidden // heads),
+        intermediate_size=hf.size("intermediate_size"),
+        max_positions=hf.size("max_position_embeddings", 2048),
         norm="rmsnorm",
         norm_eps=hf.take("rms_norm_eps", 1e-6),
         activation=hf.activation("hidden_act", "silu"),

@@ -7,23 +7,23 @@ from jaxrlhf.models.mapping import FLAT, Family, HFConfig, Tensor, common_to_hf,
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
-    hidden, heads = hf.need("hidden_size"), hf.need("num_attention_heads")
+    hidden, heads = hf.width_and_heads("hidden_size", "num_attention_heads")
     pre_norm = hf.take("do_layer_norm_before", True)
     no_final_norm = hf.take("_remove_final_layer_norm", False)
     bias = hf.take("enable_bias", True)
     hf.refuse_unless("layer_norm_elementwise_affine", True)
     hf.refuse_unless("layerdrop", 0.0)
     hf.take("activation_dropout")  # in published configs; transformers' OPT never applies it
-    embed = hf.take("word_embed_proj_dim", hidden)
+    embed = hf.size("word_embed_proj_dim", hidden)
     return DecoderConfig(
         family="opt",
         hidden_size=hidden,
-        num_layers=hf.need("num_hidden_layers"),
+        num_layers=hf.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        intermediate_size=hf.need("ffn_dim"),
-        max_positions=hf.need("max_position_embeddings"),
+        intermediate_size=hf.size("ffn_dim"),
+        max_positions=hf.size("max_position_embeddings"),
         position_offset=2,
         embed_size=0 if embed == hidden else embed,
         norm_placement="pre" if pre_norm else "post",

@@ -1,0 +1,135 @@
+"""The mesh, how logical axes become partition specs, and the pinning of activations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.sharding import (
+    AXES,
+    GENERATE_GATHERED_RULES,
+    GENERATE_RULES,
+    TRAIN_RULES,
+    batch_sharding,
+    check_divisible,
+    constrain,
+    generate_rules,
+    make_mesh,
+    place_batch,
+    resolve_spec,
+    use,
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [({}, (1, 8, 1)), ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)), ({"fsdp": 4, "tensor": -1}, (1, 4, 2))],
+)
+def test_minus_one_takes_all_remaining_devices(asked, sizes):
+    mesh = make_mesh(**asked)
+    assert mesh.axis_names == AXES and mesh.devices.shape == sizes
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_a_mesh_of_some_devices():
+    assert list(make_mesh(fsdp=2, devices=jax.devices()[2:4]).devices.flat) == jax.devices()[2:4]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"fsdp": 3}, "needs 3 devices, but 8 are present"),
+        ({"data": 3, "fsdp": -1}, "3 does not divide the 8 devices"),
+        ({"fsdp": -1, "tensor": -1}, "at most one -1"),
+        ({"fsdp": 0}, "must be positive"),
+        ({"data": -2, "fsdp": 1}, "must be positive"),
+        ({"data": 2, "fsdp": 2, "tensor": 4}, "needs 16 devices"),
+    ],
+)
+def test_impossible_meshes_are_refused(asked, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(**asked)
+
+
+def test_tensor_axis_must_divide():
+    mesh = make_mesh(fsdp=2, tensor=4)
+    check_divisible(mesh, {"num_heads": 8})
+    with pytest.raises(InputError, match="tensor=4 does not divide the model's num_heads=6"):
+        check_divisible(mesh, {"num_heads": 6})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "shape", "expected"),
+    [
+        # the dimension that decode splits takes tensor first, then fsdp
+        ((1, 8, 1), ("embed", "heads", "head_dim"), (32, 8, 4), P(None, "fsdp")),
+        ((1, 2, 4), ("embed", "heads", "head_dim"), (32, 8, 4), P(None, ("tensor", "fsdp"))),
+        ((8, 1, 1), ("embed", "heads", "head_dim"), (32, 8, 4), P()),
+        # heads divide by tensor only: fsdp falls back to embed
+        ((1, 4, 2), ("embed", "heads", "head_dim"), (32, 6, 4), P("fsdp", "tensor")),
+        ((1, 8, 1), ("embed", "heads", "head_dim"), (32, 6, 4), P("fsdp")),
+        # nothing divides
+        ((1, 8, 1), ("embed", "heads", "head_dim"), (33, 6, 4), P()),
+        # few key/value heads: not split over tensor, embed takes fsdp
+        ((1, 2, 4), ("embed", "kv_heads", "head_dim"), (32, 2, 4), P("fsdp")),
+        ((1, 2, 2), ("vocab", "embed"), (104, 32), P(("tensor", "fsdp"))),
+        ((1, 8, 1), ("layers", "embed", "mlp"), (2, 32, 48), P(None, None, "fsdp")),
+        ((1, 8, 1), ("norm",), (32,), P()),
+        ((2, 4, 1), ("batch", None, None), (16, 3, 5), P(("data", "fsdp"))),
+        ((2, 4, 1), ("batch", None), (6, 3), P("data")),
+        ((2, 4, 1), ("batch", None), (1, 3), P()),
+    ],
+)
+def test_train_rules(sizes, axes, shape, expected):
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    assert resolve_spec(axes, shape, mesh, TRAIN_RULES) == expected
+
+
+def test_generation_rules_split_the_same_dimension_and_never_embed():
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    axes = ("embed", "heads", "head_dim")
+    assert generate_rules(mesh, 8) is GENERATE_RULES and generate_rules(mesh, 6) is GENERATE_GATHERED_RULES
+    train = resolve_spec(axes, (32, 8, 4), mesh, TRAIN_RULES)
+    assert resolve_spec(axes, (32, 8, 4), mesh, GENERATE_RULES) == train == P(None, ("tensor", "fsdp"))
+    assert resolve_spec(axes, (32, 6, 4), mesh, GENERATE_GATHERED_RULES) == P(None, "tensor")
+    assert resolve_spec(("batch", "kv_heads"), (8, 8), mesh, GENERATE_RULES) == P(None, ("tensor", "fsdp"))
+    assert resolve_spec(("batch", "kv_heads"), (8, 8), mesh, GENERATE_GATHERED_RULES) == P("fsdp", "tensor")
+
+
+def test_axes_must_fit_the_rank():
+    with pytest.raises(ValueError, match="do not fit"):
+        resolve_spec(("embed",), (3, 4), make_mesh(), TRAIN_RULES)
+
+
+def test_constrain_is_a_no_op_outside_use_and_pins_inside():
+    mesh = make_mesh(data=2, fsdp=4)
+    x = jnp.ones((8, 3))
+    assert constrain(x, "batch", None) is x
+    with use(None, TRAIN_RULES):
+        assert constrain(x, "batch", None) is x
+    with use(mesh, TRAIN_RULES):
+        assert constrain(x, "batch", None).sharding == NamedSharding(mesh, P(("data", "fsdp")))
+        with use(None, TRAIN_RULES):
+            assert constrain(x, "batch", None) is x
+        assert constrain(x, "batch", None) is not x
+    assert constrain(x, "batch", None) is x
+
+
+def test_use_is_left_on_an_error():
+    x = jnp.ones((8, 3))
+    with pytest.raises(KeyError), use(make_mesh(), TRAIN_RULES):
+        raise KeyError
+    assert constrain(x, "batch", None) is x
+
+
+def test_batches_are_split_by_rows():
+    mesh = make_mesh(data=2, fsdp=4)
+    batch = {"ids": np.arange(48).reshape(16, 3), "row_mask": np.ones(16), "scale": np.float32(2)}
+    placed = place_batch(batch, mesh)
+    assert placed["ids"].addressable_shards[0].data.shape == (2, 3)
+    assert placed["row_mask"].addressable_shards[0].data.shape == (2,)
+    np.testing.assert_array_equal(placed["ids"], batch["ids"])
+    assert placed["scale"].sharding == batch_sharding(mesh, ())

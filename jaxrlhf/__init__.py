@@ -1,0 +1,42 @@
+"""RLHF training for chat models in JAX: supervised fine-tuning, reward model and PPO on one device mesh."""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "HybridEngine": "jaxrlhf.engine",
+    "Rollout": "jaxrlhf.engine",
+    "SamplingConfig": "jaxrlhf.sampling",
+    "Experience": "jaxrlhf.ppo",
+    "PPOHyperparameters": "jaxrlhf.ppo",
+    "PPOState": "jaxrlhf.ppo",
+    "ppo_step": "jaxrlhf.ppo",
+    "score_rollout": "jaxrlhf.ppo",
+    "PPOConfig": "jaxrlhf.trainers.ppo",
+    "PPOTrainer": "jaxrlhf.trainers.ppo",
+    "RLHFEngine": "jaxrlhf.trainers.ppo",
+    "train_ppo": "jaxrlhf.trainers.ppo",
+    "SFTConfig": "jaxrlhf.trainers.sft",
+    "train_sft": "jaxrlhf.trainers.sft",
+    "RewardConfig": "jaxrlhf.trainers.reward",
+    "train_reward": "jaxrlhf.trainers.reward",
+    "RLHFConfig": "jaxrlhf.trainers.rlhf",
+    "train_rlhf": "jaxrlhf.trainers.rlhf",
+    "InputError": "jaxrlhf.errors",
+}
+_SUBMODULES = ("models", "sharding", "kernels", "data", "objectives", "trainers")
+
+__all__ = [*_HOME, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used, so that `import jaxrlhf` stays quick."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"jaxrlhf.{name}")
+    raise AttributeError(f"module 'jaxrlhf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

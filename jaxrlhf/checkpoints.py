@@ -89,8 +89,10 @@ def read_metadata(path: str | Path) -> dict:
     return _read_json(Path(path), "metadata.json", "step")
 
 
-def restore_checkpoint(path: str | Path, like: Any) -> tuple[Any, dict]:
+def restore_checkpoint(path: str | Path, like: Any, subtree: str = "") -> tuple[Any, dict]:
     """(state, metadata) of a checkpoint, each leaf placed straight to the sharding of its counterpart in `like`.
+
+    `subtree`: only the part of the state at that path ("params", say); nothing else is read.
 
     `like`: pytree of arrays or `jax.ShapeDtypeStruct`s (without a sharding: the default device). The mesh may differ
     from the one it was saved from; values are bit-exact. Raises InputError listing the paths whose presence, shape or
@@ -98,8 +100,10 @@ def restore_checkpoint(path: str | Path, like: Any) -> tuple[Any, dict]:
     """
     path = Path(path)
     index, metadata = _read_json(path, "index.json", "leaves", "files"), read_metadata(path)
-    saved = {entry["path"]: entry for entry in index["leaves"]}
+    prefix = f"{subtree}/" if subtree else ""
+    saved = {entry["path"]: entry for entry in index["leaves"] if entry["path"].startswith(prefix)}
     leaves, treedef = _flatten(like)
+    leaves = [(prefix + name, leaf) for name, leaf in leaves]
     _check_match(path, saved, {name: _describe(leaf) for name, leaf in leaves})
     if _sizes(path / "state") != index["files"]:
         raise InputError(f"the checkpoint {path} is damaged: its files are not those that were written; use another")
@@ -229,7 +233,7 @@ def _read_arrays(source: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             arguments[name] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=struct.shape, dtype=struct.dtype)
     with _checkpointer(structs) as checkpointer:
         arrays = checkpointer.restore(
-            source.absolute(), args=ocp.args.PyTreeRestore(item=structs, restore_args=arguments)
+            source.absolute(), args=ocp.args.PyTreeRestore(item=structs, restore_args=arguments, partial_restore=True)
         )
     return {
         name: jnp.asarray(array)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from jaxrlhf.console import format_number
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_text_atomic
+from jaxrlhf.files import read_jsonl, write_text_atomic
 from jaxrlhf.plots import SERIES, VARIABLES, Curve, draw
-from jaxrlhf.files import read_jsonl
 
 STEPS = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 """Subfolders of a three-step run, in order, and what their sections are called."""

@@ -13,6 +13,7 @@ import jax
 
 from jaxrlhf.checkpoints import latest_checkpoint, restore_checkpoint, save_checkpoint
 from jaxrlhf.errors import InputError
+from jaxrlhf.files import read_jsonl
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.trainers.settings import RunConfig
 
@@ -39,6 +40,8 @@ class Task:
     evaluate: Callable[[PyTree, int], Metrics]
     export: Callable[[PyTree], None]
     identity: dict[str, Any]
+    exports: dict[str, Any]
+    """For `convert`, per model in the state: {path of its parameters: {"head": …, "config": HF config}}."""
 
 
 def resume_or_start(run: Run, config: RunConfig, task: Task, state: PyTree) -> tuple[PyTree, int]:
@@ -79,7 +82,8 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
 
     def save(step: int) -> None:
         with run.status(f"saving checkpoint-{step}…"):
-            save_checkpoint(run.output_dir, step, state, {"identity": task.identity}, config.save_total_limit)
+            metadata = {"identity": task.identity, "exports": task.exports}
+            save_checkpoint(run.output_dir, step, state, metadata, config.save_total_limit)
 
     if start == 0:
         evaluate(0)
@@ -100,8 +104,17 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
                 raise Interrupted(f"stopped after step {done}; continue with --resume")
     with run.status(f"exporting the model to {run.output_dir}…"):
         task.export(state)
-    run.print(f"{task.name}: {task.total_steps - start} steps in {time.monotonic() - begin:.1f}s → {run.output_dir}")
+    seconds = time.monotonic() - begin
+    run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **evals(run)})
+    run.print(f"{task.name}: {task.total_steps - start} steps in {seconds:.1f}s → {run.output_dir}")
     return state
+
+
+def evals(run: Run) -> dict[str, dict[str, float]]:
+    """The figures of the first and of the last evaluation of this run, resumed parts included."""
+    records = [r for r in read_jsonl(run.output_dir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
+    figures = [{k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")} for r in records]
+    return {"eval_before": figures[0], "eval_after": figures[-1]}
 
 
 def check_finite(metrics: Metrics, step: int, run: Run) -> None:

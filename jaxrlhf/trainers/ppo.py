@@ -13,7 +13,7 @@ from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig, eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
 from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, Model, load_pretrained, param_shardings, save_pretrained
+from jaxrlhf.models import Decoder, Model, config_to_dict, load_pretrained, param_shardings, save_pretrained
 from jaxrlhf.ppo import Experience, PPOHyperparameters, PPOState, ppo_step, score_rollout
 from jaxrlhf.runs import Run
 from jaxrlhf.sampling import SamplingConfig
@@ -22,6 +22,7 @@ from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
 from jaxrlhf.trainers.settings import (
     DTYPES,
+    FolderConfig,
     MeshConfig,
     TrainingConfig,
     batch_devices,
@@ -51,7 +52,7 @@ class PPOModelConfig(MeshConfig):
 
 
 @dataclass(frozen=True)
-class PPOConfig(DataConfig, PPOModelConfig, TrainingConfig):
+class PPOOptions(TrainingConfig):
     """PPO. A rollout batch has per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches rows per
     device; max_steps counts rollout batches."""
 
@@ -78,7 +79,7 @@ class PPOConfig(DataConfig, PPOModelConfig, TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.hyperparameters  # noqa: B018 - both refuse bad values by name
+        self.hyperparameters(seed=0)  # both refuse bad values by name
         self.sampling(None, 0)
         if self.kl_coef < 0:
             raise InputError(f"kl_coef={self.kl_coef} must be 0 or more")
@@ -86,13 +87,11 @@ class PPOConfig(DataConfig, PPOModelConfig, TrainingConfig):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
 
-    @property
-    def hyperparameters(self) -> PPOHyperparameters:
+    def hyperparameters(self, seed: int) -> PPOHyperparameters:
         same = ("ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "clip_reward")
-        same += ("whiten_advantages", "temperature", "ema_decay", "seed")
-        return PPOHyperparameters(
-            micro_batches=self.gradient_accumulation_steps, **{name: getattr(self, name) for name in same}
-        )
+        same += ("whiten_advantages", "temperature", "ema_decay")
+        values = {name: getattr(self, name) for name in same}
+        return PPOHyperparameters(micro_batches=self.gradient_accumulation_steps, seed=seed, **values)
 
     def sampling(self, eos_token_id: int | None, pad_id: int) -> SamplingConfig:
         return SamplingConfig(
@@ -107,6 +106,11 @@ class PPOConfig(DataConfig, PPOModelConfig, TrainingConfig):
 
     def rollout_rows(self, devices: int) -> int:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches * devices
+
+
+@dataclass(frozen=True)
+class PPOConfig(DataConfig, PPOModelConfig, FolderConfig, PPOOptions):
+    """Step 3 alone."""
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -182,7 +186,7 @@ class RLHFEngine:
             critic=reward.module,
             actor_optimizer=actor_optimizer,
             critic_optimizer=critic_optimizer,
-            hyperparameters=config.hyperparameters,
+            hyperparameters=config.hyperparameters(config.seed),
             mesh=self.mesh,
         )
 
@@ -360,7 +364,10 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
         "num_mini_batches": config.num_mini_batches,
         "enable_ema": config.enable_ema,
     }
-    return Task("ppo", steps, step, evaluate, export, identity)
+    actor = {"head": "lm", "config": config_to_dict(engine.actor.config)}
+    critic = {"head": "scalar", "config": config_to_dict(engine.critic_config, "scalar")}
+    exports = {"actor_params": actor, "critic_params": critic} | ({"ema_params": actor} if config.enable_ema else {})
+    return Task("ppo", steps, step, evaluate, export, identity, exports)
 
 
 def train_ppo(config: PPOConfig) -> PPOState:

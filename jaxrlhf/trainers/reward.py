@@ -13,6 +13,7 @@ from jaxrlhf.data import DataConfig, load_data, load_tokenizer
 from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.loop import fit
 from jaxrlhf.trainers.settings import (
+    FolderConfig,
     ModelConfig,
     TrainingConfig,
     check_context,
@@ -26,7 +27,7 @@ HEADLINE = ("loss", "accuracy", "grad_norm", "learning_rate")
 
 
 @dataclass(frozen=True)
-class RewardConfig(DataConfig, ModelConfig, TrainingConfig):
+class RewardOptions(TrainingConfig):
     """Reward modelling."""
 
     reward_loss: str = field(
@@ -35,6 +36,11 @@ class RewardConfig(DataConfig, ModelConfig, TrainingConfig):
         "the first that differs",
         choices=("pairwise", "tokenwise"),
     )
+
+
+@dataclass(frozen=True)
+class RewardConfig(DataConfig, ModelConfig, FolderConfig, RewardOptions):
+    """Step 2 alone."""
 
 
 def pair_count(batch: Batch) -> jax.Array:

@@ -52,17 +52,15 @@ class ModelConfig(MeshConfig):
     tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
     disable_dropout: bool = field(False, "set every dropout rate of the model to 0")
 
-    def __post_init__(self) -> None:
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer is; InputError when the flags do not say which model to start from."""
         if (self.model_name_or_path is None) == (self.model_type is None):
             raise InputError("give exactly one of model_name_or_path (a trained model) and model_type (random weights)")
         if self.config_overrides and self.model_type is None:
             raise InputError("config_overrides goes with model_type: a trained model brings its own config")
         if self.model_type is not None and self.tokenizer_name_or_path is None:
             raise InputError("model_type starts from random weights, so tokenizer_name_or_path must name a tokenizer")
-        _next_post_init(self, ModelConfig)
-
-    @property
-    def tokenizer_source(self) -> str:
         return self.tokenizer_name_or_path or self.model_name_or_path
 
 
@@ -73,10 +71,25 @@ def _next_post_init(self: Any, cls: type) -> None:
 
 
 @dataclass(frozen=True)
+class FolderConfig:
+    """The folder of the run, and what to do with what is in it."""
+
+    output_dir: str = field("", "folder of the run: records, checkpoints, report and, at the end, the exported model")
+    resume: bool = field(
+        False, "continue from the newest checkpoint in output_dir", aliases=("resume_from_checkpoint",)
+    )
+    overwrite_output_dir: bool = field(False, "delete an earlier run in output_dir and start over")
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite_output_dir:
+            raise InputError("resume and overwrite_output_dir exclude each other: keep the old run, or delete it")
+        _next_post_init(self, FolderConfig)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How the run goes: length, batches, logging, evaluation, checkpoints, export."""
 
-    output_dir: str = field("", "folder of the run: records, checkpoints, report and, at the end, the exported model")
     num_train_epochs: float = field(1.0, "passes over the training rows, when max_steps is not given")
     max_steps: int = field(-1, "optimizer steps (ppo: rollout batches); -1: num_train_epochs decides")
     per_device_train_batch_size: int = field(8, "rows per device of one micro-batch")
@@ -87,10 +100,6 @@ class RunConfig:
     save_steps: int = field(0, "steps between checkpoints; 0: only after the last step")
     save_total_limit: int = field(2, "checkpoints to keep; 0: all")
     save_dtype: str = field("float32", "precision of the exported weights", choices=tuple(DTYPES))
-    resume: bool = field(
-        False, "continue from the newest checkpoint in output_dir", aliases=("resume_from_checkpoint",)
-    )
-    overwrite_output_dir: bool = field(False, "delete an earlier run in output_dir and start over")
 
     def __post_init__(self) -> None:
         for name in (
@@ -108,14 +117,12 @@ class RunConfig:
             raise InputError(f"max_steps={self.max_steps} must be at least 1, or -1 for num_train_epochs")
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise InputError(f"num_train_epochs={self.num_train_epochs} must be above 0 when max_steps is not given")
-        if self.resume and self.overwrite_output_dir:
-            raise InputError("resume and overwrite_output_dir exclude each other: keep the old run, or delete it")
         _next_post_init(self, RunConfig)
 
 
 @dataclass(frozen=True)
 class TrainingConfig(RunConfig, OptimizerConfig):
-    """RunConfig with an optimizer."""
+    """What the steps of a run share: their number, batches and optimizer."""
 
 
 def batch_devices(mesh: Mesh) -> int:
@@ -177,7 +184,7 @@ def check_context(config: Any, length: int, what: str) -> None:
         raise InputError(f"{what} of {length} tokens exceeds the model's context of {config.max_positions}; lower it")
 
 
-def open_run(config: RunConfig, headline: tuple[str, ...]) -> Run:
+def open_run(config: Any, headline: tuple[str, ...]) -> Run:
     """The run's folder, as a context manager; InputError when none is named or it already holds a run."""
     if not config.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")

@@ -12,6 +12,7 @@ from jaxrlhf.data import DataConfig, load_data, load_tokenizer
 from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.loop import fit
 from jaxrlhf.trainers.settings import (
+    FolderConfig,
     ModelConfig,
     TrainingConfig,
     check_context,
@@ -25,10 +26,15 @@ HEADLINE = ("loss", "grad_norm", "learning_rate", "perf/tokens_per_second")
 
 
 @dataclass(frozen=True)
-class SFTConfig(DataConfig, ModelConfig, TrainingConfig):
+class SFTOptions(TrainingConfig):
     """Supervised fine-tuning."""
 
     completion_only_loss: bool = field(True, "loss on the response only; false: on the whole sequence")
+
+
+@dataclass(frozen=True)
+class SFTConfig(DataConfig, ModelConfig, FolderConfig, SFTOptions):
+    """Step 1 alone."""
 
 
 def token_count(batch: Batch) -> jax.Array:

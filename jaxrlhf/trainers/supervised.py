@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.data import Data, eval_batches, padding_fraction, stream_indices
 from jaxrlhf.gradients import accumulate_gradients
-from jaxrlhf.models import Decoder, Model, param_shardings, save_pretrained
+from jaxrlhf.models import Decoder, Model, config_to_dict, param_shardings, save_pretrained
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, constrain_tree, optimizer_shardings, place_batch, use
 from jaxrlhf.trainers.loop import Announce, Task
@@ -153,5 +153,6 @@ def supervised_task(
         "total_steps": steps,
         "learning_rate": config.learning_rate,
     }
-    task = Task(name, steps, step, evaluate, export, identity)
+    exports = {"params": {"head": model.module.head, "config": config_to_dict(model.config, model.module.head)}}
+    task = Task(name, steps, step, evaluate, export, identity, exports)
     return task, init_state(model, optimizer, mesh)

@@ -1,0 +1,7 @@
+"""`python -m jaxrlhf`."""
+
+import sys
+
+from jaxrlhf.cli import main
+
+sys.exit(main())

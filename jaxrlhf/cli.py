@@ -1,0 +1,88 @@
+"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|demo`."""
+
+import importlib
+import logging
+import os
+import sys
+from typing import NamedTuple
+
+from jaxrlhf.errors import InputError
+
+
+class Command(NamedTuple):
+    module: str
+    config: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning"),
+    "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model"),
+    "ppo": Command("jaxrlhf.trainers.ppo", "PPOConfig", "train_ppo", "step 3: PPO"),
+    "rlhf": Command("jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all three steps in one run"),
+    "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model"),
+    "convert": Command("jaxrlhf.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
+    "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<9} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: jaxrlhf COMMAND [--config file.yaml] [--flag value …]",
+            "",
+            "RLHF training for chat models in JAX.",
+            "",
+            *lines,
+            "",
+            "`jaxrlhf COMMAND --help` lists a command's flags; every flag is also a key of the YAML file.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"jaxrlhf {version('jaxrlhf')}")
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
+        return run(name, COMMANDS[name], rest)
+    except InputError as error:
+        print(f"jaxrlhf: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxrlhf: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(name: str, command: Command, argv: list[str]) -> int:
+    # Transformers and tokenizers say much that is of no use here; ours is shown.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("jaxrlhf").setLevel(logging.INFO)
+    from jaxrlhf.config import parse
+    from jaxrlhf.trainers.loop import Interrupted
+
+    module = importlib.import_module(command.module)
+    config = parse(getattr(module, command.config), argv, prog=f"jaxrlhf {name}", description=command.help)
+    try:
+        getattr(module, command.function)(config)
+    except Interrupted as stop:
+        print(f"jaxrlhf: {stop}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""All three steps in one run: SFT, reward model, PPO, each in a subfolder, with one report and one summary."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config import field, save_yaml, to_dict
+from jaxrlhf.data import DataConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.files import write_json_atomic
+from jaxrlhf.models import read_config
+from jaxrlhf.report import write_report
+from jaxrlhf.trainers.ppo import PPOConfig, PPOOptions, train_ppo
+from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
+from jaxrlhf.trainers.settings import FolderConfig, MeshConfig
+from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """The models to start from."""
+
+    actor_model_name_or_path: str | None = field(
+        None, "language model that step 1 fine-tunes", aliases=("actor_model", "model_name_or_path")
+    )
+    reward_model_name_or_path: str | None = field(
+        None,
+        "language model that step 2 makes a reward model of; default: the result of step 1",
+        aliases=("reward_model", "critic_model_name_or_path"),
+    )
+    model_type: str | None = field(
+        None, "start step 1 from random weights instead: a family such as gpt2, opt or llama"
+    )
+    config_overrides: dict[str, str | int | float | bool] = field(
+        {}, "with model_type: the family's config options, such as hidden_size=256,num_hidden_layers=4"
+    )
+    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the actor")
+
+
+@dataclass(frozen=True)
+class RLHFConfig(DataConfig, StartConfig, MeshConfig, FolderConfig):
+    """The three-step run."""
+
+    data_split: str = field("2,4,4", "shares of the training rows for sft,reward,ppo, without overlap")
+    sft: SFTOptions = field(SFTOptions(), "step 1")
+    reward: RewardOptions = field(RewardOptions(), "step 2")
+    ppo: PPOOptions = field(PPOOptions(), "step 3")
+
+
+def step_configs(config: RLHFConfig) -> tuple[SFTConfig, RewardConfig, PPOConfig]:
+    """The three steps' own configs: what they share from `config`, the rest from their sections."""
+
+    def build(cls: type, section: Any, name: str, **changes: Any) -> Any:
+        known = {f.name for f in fields(cls)}
+        shared = {f.name: getattr(config, f.name) for f in fields(config) if f.name in known}
+        own = {f.name: getattr(section, f.name) for f in fields(section)}
+        return cls(**(shared | own | {"output_dir": str(Path(config.output_dir) / name)} | changes))
+
+    sft = build(SFTConfig, config.sft, "sft", model_name_or_path=config.actor_model_name_or_path)
+    start = config.reward_model_name_or_path or sft.output_dir
+    none = {"model_type": None, "config_overrides": {}}
+    reward = build(RewardConfig, config.reward, "reward", model_name_or_path=start, **none)
+    models = {"actor_model_name_or_path": sft.output_dir, "critic_model_name_or_path": reward.output_dir}
+    return sft, reward, build(PPOConfig, config.ppo, "ppo", **models)
+
+
+def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
+    """Run all three steps and write `summary.json` and `report.html`; returns the summary.
+
+    With `resume`, finished steps are kept and the unfinished one continues from its newest checkpoint.
+    """
+    if not config.output_dir:
+        raise InputError("output_dir: name the folder that the run should write to")
+    root = Path(config.output_dir)
+    sft, reward, ppo = step_configs(config)
+    sft.tokenizer_source  # noqa: B018 - refuses contradictory model flags before anything is written
+    check_vocabularies(config)
+    check_root(root, config)
+    root.mkdir(parents=True, exist_ok=True)
+    save_yaml(config, root / "config.yaml")
+    stages: list[tuple[str, Callable[[Any], Any], Any]] = [
+        ("sft", train_sft, sft),
+        ("reward", train_reward, reward),
+        ("ppo", train_ppo, ppo),
+    ]
+    summaries = {}
+    for number, (name, train, stage) in enumerate(stages, start=1):
+        print(f"── step {number} of 3: {name} → {stage.output_dir}", flush=True)
+        if config.resume and (done := finished(stage)):
+            print(f"   finished before ({done['steps']} steps), kept")
+        else:
+            train(stage)
+        summaries[name] = json.loads((Path(stage.output_dir) / "summary.json").read_text(encoding="utf-8"))
+    summary = summarise(summaries)
+    write_json_atomic(root / "summary.json", summary)
+    write_report(root)
+    return summary
+
+
+def check_vocabularies(config: RLHFConfig) -> None:
+    """Refuse, before any step is trained, two base models that PPO could not use together."""
+    names = (config.actor_model_name_or_path, config.reward_model_name_or_path)
+    if None not in names:
+        actor, reward = (read_config(name).vocab_size for name in names)
+        if actor != reward:
+            raise InputError(
+                f"actor {names[0]} has {actor} tokens in its vocabulary, reward model {names[1]} has {reward}: they must "
+                "share one tokenizer, because the reward model reads what the actor writes"
+            )
+
+
+def check_root(root: Path, config: RLHFConfig) -> None:
+    if (root / "config.yaml").exists() and not (config.resume or config.overwrite_output_dir):
+        raise InputError(
+            f"output_dir {root} already holds a run; choose another folder, continue it with --resume, or start over "
+            "with --overwrite_output_dir"
+        )
+
+
+def finished(stage: Any) -> dict[str, Any] | None:
+    """The summary of a step that ran to its end with the same settings, or None."""
+    folder = Path(stage.output_dir)
+    if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
+        return None
+    from jaxrlhf.config import load_yaml
+
+    before, now = (to_dict(c) for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
+    for name in ("resume", "overwrite_output_dir"):
+        before.pop(name), now.pop(name)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8")) if before == now else None
+
+
+def summarise(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    sft, reward, ppo = (stages[name] for name in ("sft", "reward", "ppo"))
+    return {
+        "sft_eval_loss_before": sft["eval_before"]["loss"],
+        "sft_eval_loss_after": sft["eval_after"]["loss"],
+        "reward_eval_accuracy": reward["eval_after"]["accuracy"],
+        "ppo_reward_before": ppo["eval_before"]["scores"],
+        "ppo_reward_before_std": ppo["eval_before"]["scores_std"],
+        "ppo_reward_after": ppo["eval_after"]["scores"],
+        "ppo_kl": ppo["eval_after"]["kl"],
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+    }

@@ -106,8 +106,8 @@ def check_vocabularies(config: RLHFConfig) -> None:
         actor, reward = (read_config(name).vocab_size for name in names)
         if actor != reward:
             raise InputError(
-                f"actor {names[0]} has {actor} tokens in its vocabulary, reward model {names[1]} has {reward}: they must "
-                "share one tokenizer, because the reward model reads what the actor writes"
+                f"actor {names[0]} has {actor} tokens in its vocabulary, reward model {names[1]} has {reward}: they "
+                "must share one tokenizer, because the reward model reads what the actor writes"
             )
 
 

@@ -1,0 +1,311 @@
+"""Chat with a trained model: a conversation that streams its answers, and the terminal loop around it."""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from jaxrlhf.config import REQUIRED, field, read_yaml
+from jaxrlhf.console import Console
+from jaxrlhf.data import DEFAULT_TEMPLATE, encode_conversation, length_bucket, load_tokenizer, pad_token_id
+from jaxrlhf.data.templates import check_template
+from jaxrlhf.engine import HybridEngine
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import Model, load_pretrained
+from jaxrlhf.models.checkpoint_files import CONFIG, find_model_folder, read_json
+from jaxrlhf.sampling import SamplingConfig
+from jaxrlhf.trainers.settings import MeshConfig
+
+LONGEST_ANSWER = 256
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+HELP = """/reset  forget the conversation so far
+/quit   leave (also Ctrl-D, or Ctrl-C twice)
+/help   this list
+Ctrl-C stops an answer; what was said of it is kept."""
+
+
+@dataclass(frozen=True)
+class ChatConfig(MeshConfig):
+    """A conversation with a model."""
+
+    model: str = field(
+        REQUIRED,
+        "folder or hub name of a language model, such as the output of sft or ppo",
+        aliases=("model_name_or_path",),
+    )
+    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
+    system: str | None = field(None, "system message that begins the conversation")
+    max_new_tokens: int | None = field(
+        None, f"longest answer in tokens; default: {LONGEST_ANSWER}, or half the model's context where that is less"
+    )
+    temperature: float = field(0.7, "sampling temperature; 0: always the most likely token")
+    top_k: int = field(0, "sample among the k most likely tokens; 0: all")
+    top_p: float = field(0.9, "sample among the most likely tokens that hold this probability")
+    seed: int = field(42, "seed of the sampling: the same conversation gets the same answers")
+    prompt_template: str | None = field(
+        None,
+        "text around message and answer, as in training; default: that of the run that wrote the model, else "
+        f"{DEFAULT_TEMPLATE!r}. The tokenizer's chat template is used where training would use it",
+    )
+
+    def __post_init__(self) -> None:
+        self.sampling(1 if self.max_new_tokens is None else self.max_new_tokens)
+        if self.prompt_template is not None:
+            check_template(self.prompt_template)
+        if self.gradient_checkpointing:
+            raise InputError("gradient_checkpointing is for training; leave it out of chat")
+
+    def sampling(self, max_new_tokens: int, **special_ids: Any) -> SamplingConfig:
+        return SamplingConfig(max_new_tokens, self.temperature, self.top_k, self.top_p, **special_ids)
+
+
+class StreamedText:
+    """Decodes a growing list of token ids and gives out what is new, whole characters only.
+
+    All tokens are decoded each time, so spaces and merged characters come out as they would at the end. White space
+    before the first word is dropped.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.text = ""
+        """Everything given out so far."""
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty while a character is still in pieces."""
+        self.ids.append(int(token))
+        return self._new(self._decode().rstrip(BROKEN))
+
+    def finish(self) -> str:
+        """What was held back: the pieces of a character that was never completed."""
+        return self._new(self._decode())
+
+    def _decode(self) -> str:
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(self.ids, **options).lstrip()
+
+    def _new(self, text: str) -> str:
+        # Some tokenizers decode a run of byte tokens as a whole and spoil it while its last character is incomplete.
+        if not text.startswith(self.text):
+            return ""
+        new, self.text = text[len(self.text) :], text
+        return new
+
+
+class ChatSession:
+    """A conversation with a model: `reply` answers a message and remembers both.
+
+    `console` gets the notices (compiling, history cut); without one they are not shown. `messages` is the history, a
+    list of `{"role", "content"}`, and may be edited between replies.
+    """
+
+    def __init__(self, model: Model, tokenizer: Any, config: ChatConfig, console: Console | None = None) -> None:
+        if model.module.head != "lm":
+            raise InputError("chat needs a language model; this one has a scalar head (a reward model or critic)")
+        if len(tokenizer) > model.config.vocab_size:
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
+                "use the model's own tokenizer"
+            )
+        self.tokenizer, self.config = tokenizer, config
+        self.console = Console(quiet=True) if console is None else console
+        self.template = DEFAULT_TEMPLATE if config.prompt_template is None else config.prompt_template
+        self.engine = HybridEngine(model, config.make_mesh())
+        self.context = model.config.max_positions
+        answer = config.max_new_tokens or min(LONGEST_ANSWER, self.context // 2)
+        if answer >= self.context:
+            raise InputError(
+                f"max_new_tokens={answer} leaves no room for a message in the model's context of {self.context} "
+                f"tokens; choose less, such as {self.context // 2}"
+            )
+        special = {"eos_token_id": end_ids(model, tokenizer), "pad_token_id": pad_token_id(tokenizer)}
+        self.sampling = config.sampling(answer, **special)
+        self._compiled: set[int] = set()
+        self.reset()
+
+    @property
+    def prompt_limit(self) -> int:
+        """Most tokens that the conversation up to the answer may have."""
+        return self.context - self.sampling.max_new_tokens
+
+    def reset(self) -> None:
+        """Forget the conversation; the system message stays."""
+        self.messages: list[dict[str, str]] = []
+        self.round = 0
+        self._cut_was_told = False
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Answer `text`: pieces of the answer as they are drawn, which joined are the whole answer.
+
+        Message and answer enter the history when the iterator ends or is closed; an answer that is empty leaves no
+        trace. Raises InputError at once for a message that the context cannot hold.
+        """
+        message = {"role": "user", "content": text}
+        prompt, dropped = self._fit(message)
+        if dropped:
+            del self.messages[:dropped]
+            if not self._cut_was_told:
+                self._cut_was_told = True
+                self.console.print("(the conversation has outgrown the model's context: its beginning is forgotten)")
+        return self._answer(message, prompt)
+
+    def _fit(self, message: dict[str, str]) -> tuple[list[int], int]:
+        """Token ids of the conversation with `message`, and how many of the oldest messages had to be left out."""
+        system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
+        starts = [i for i, old in enumerate(self.messages) if old["role"] != "assistant"]
+        for start in [*starts, len(self.messages)]:
+            kept = [*system, *self.messages[start:], message]
+            prompt = encode_conversation(self.tokenizer, kept, self.template)
+            if len(prompt) <= self.prompt_limit:
+                return prompt, start
+        raise InputError(
+            f"the message is too long: {len(prompt)} tokens{' with the system message' if system else ''}, and only "
+            f"{self.prompt_limit} fit beside an answer of {self.sampling.max_new_tokens} in the model's context of "
+            f"{self.context}. It was not sent; shorten it, or lower max_new_tokens"
+        )
+
+    def _answer(self, message: dict[str, str], prompt: list[int]) -> Iterator[str]:
+        answer = StreamedText(self.tokenizer)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), self.round)
+        self.round += 1
+        try:
+            for token in self._tokens(prompt, key):
+                if token not in self.sampling.eos_ids and (piece := answer.add(token)):
+                    yield piece
+            if answer.ids and (piece := answer.finish()):
+                yield piece
+        finally:
+            if answer.text.strip():
+                self.messages += [message, {"role": "assistant", "content": answer.text.rstrip()}]
+
+    def _tokens(self, prompt: list[int], key: jax.Array) -> Iterator[int]:
+        width = length_bucket(len(prompt), self.prompt_limit)
+        ids = np.full((1, width), self.sampling.pad_token_id, np.int32)
+        mask = np.zeros((1, width), bool)
+        ids[0, width - len(prompt) :] = prompt
+        mask[0, width - len(prompt) :] = True
+        drawn = (int(token[0]) for token in self.engine.stream(ids, mask, key, self.sampling))
+        if width not in self._compiled:
+            with self.console.status("compiling…"):
+                first = [token for _, token in zip(range(2), drawn, strict=False)]  # each from a program of its own
+            self._compiled.add(width)
+            yield from first
+        yield from drawn
+
+
+def end_ids(model: Model, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's EOS and those of the model's config."""
+    own = model.config.eos_token_id
+    own = own if isinstance(own, tuple) else () if own is None else (own,)
+    return tuple(sorted({tokenizer.eos_token_id, *own}))
+
+
+def open_session(config: ChatConfig, console: Console | None = None) -> ChatSession:
+    """A session with the model that `config.model` names. Raises InputError when it is no language model."""
+    folder = find_model_folder(config.model)
+    architectures = read_json(folder / CONFIG).get("architectures") or []
+    scalar = [name for name in architectures if name.endswith("ForSequenceClassification")]
+    if scalar:
+        raise InputError(
+            f"{config.model} is a reward model or critic ({scalar[0]}), which cannot write; "
+            "give the folder that sft or ppo wrote"
+        )
+    if config.prompt_template is None:
+        config = with_template_of_run(config, folder)
+    tokenizer = load_tokenizer(config.tokenizer_name_or_path or folder)
+    options = {"dtype": config.compute_dtype, "param_dtype": config.compute_dtype, "progress": sys.stderr.isatty()}
+    model = load_pretrained(folder, mesh=config.make_mesh(), **options)
+    return ChatSession(model, tokenizer, config, console)
+
+
+def with_template_of_run(config: ChatConfig, folder: Path) -> ChatConfig:
+    """`config` with the prompt template that the run in `folder` trained with, where there is one."""
+    path = folder.parent / "config.yaml" if folder.name == "ema" else folder / "config.yaml"
+    template = read_yaml(path).get("prompt_template") if path.is_file() else None
+    return config if template is None else replace(config, prompt_template=str(template))
+
+
+def chat(config: ChatConfig, input_stream: TextIO | None = None, output: TextIO | None = None) -> None:
+    """Talk to the model: a line in, an answer out, until `/quit` or the end of the input.
+
+    Answers go to `output` (default: stdout), prompts and notices to stderr, so that a piped answer is only the answer.
+    """
+    input_stream = sys.stdin if input_stream is None else input_stream
+    output = sys.stdout if output is None else output
+    console = Console()
+    session = open_session(config, console)
+    interactive = input_stream is sys.stdin and input_stream.isatty()
+    if interactive:
+        console.print("Type a message; /help lists the commands.")
+    talk(session, read_lines(input_stream, interactive), output, console)
+
+
+def talk(session: ChatSession, lines: Iterable[str | None], output: TextIO, console: Console) -> None:
+    """Answer `lines` until they end, `/quit`, or two Ctrl-C; a line of None is a Ctrl-C at the prompt."""
+    interrupts = 0
+    for line in lines:
+        command = "" if line is None else line.strip()
+        interrupts = interrupts + 1 if line is None else 0
+        if command in ("/quit", "/exit") or interrupts > 1:
+            return
+        if line is None:
+            console.print("(Ctrl-C again, or /quit, to leave)")
+        elif command == "/reset":
+            session.reset()
+            console.print("(conversation forgotten)")
+        elif command == "/help":
+            console.print(HELP)
+        elif command.startswith("/"):
+            console.print(f"(there is no command {command.split()[0]}; /help lists them)")
+        elif command and not answer(session, command, output, console):
+            interrupts = 1
+
+
+def answer(session: ChatSession, text: str, output: TextIO, console: Console) -> bool:
+    """Write the answer to `text` as it is drawn; False when Ctrl-C stopped it."""
+    finished = True
+    try:
+        with contextlib.closing(session.reply(text)) as pieces:
+            for piece in pieces:
+                output.write(printable(piece))
+                output.flush()
+    except InputError as error:
+        console.print(f"({error})")
+        return True
+    except KeyboardInterrupt:
+        finished = False
+    output.write("\n")
+    output.flush()
+    if not finished:
+        console.print("(stopped; Ctrl-C again, or /quit, to leave)")
+    return finished
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which could change the terminal's state."""
+    return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c <= "\x9f"))
+
+
+def read_lines(stream: TextIO, interactive: bool) -> Iterator[str | None]:
+    """Lines of `stream`, asked for with a prompt and line editing on a terminal; None for a Ctrl-C there."""
+    if not interactive:
+        yield from stream
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - importing it gives input() line editing and history
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            line = None
+        yield line

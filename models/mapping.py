@@ -68,6 +68,35 @@ def bias_fused() -> Layout:
     return Layout(to_ours, lambda parts, xp: xp.concatenate([p.reshape(-1) for p in parts]))
 
 
+def linear_grouped(groups: int | None = None) -> Layout:
+    """Several kernels `[in, H, D]` in one Linear `[Σ H·D, in]`, taking turns `groups` times (None: H times).
+
+    BLOOM and GPT-NeoX interleave query, key and value head by head; CodeGen in four partitions.
+    """
+
+    def to_ours(x: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
+        inputs, heads, width = shapes[0]
+        turns = groups or heads
+        x = x.reshape(turns, len(shapes), heads // turns, width, inputs)
+        return [x[:, j].reshape(heads, width, inputs).transpose(2, 0, 1) for j in range(len(shapes))]
+
+    def to_hf(parts: Sequence[Any], xp: Any) -> Any:
+        inputs, heads, width = parts[0].shape
+        turns = groups or heads
+        parts = [p.transpose(1, 2, 0).reshape(turns, heads // turns, width, inputs) for p in parts]
+        return xp.stack(parts, axis=1).reshape(-1, inputs)
+
+    return Layout(to_ours, to_hf)
+
+
+def bias_interleaved() -> Layout:
+    """Several biases `[H, D]`, taking turns head by head."""
+    return Layout(
+        lambda x, shapes: list(x.reshape(shapes[0][0], len(shapes), shapes[0][1]).swapaxes(0, 1)),
+        lambda parts, xp: xp.stack(parts, axis=1).reshape(-1),
+    )
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One HF tensor: its name (with `{i}` for the layer), our leaf or leaves, and the layout between them."""
@@ -75,6 +104,8 @@ class Tensor:
     hf: str
     ours: str | tuple[str, ...]
     layout: Layout = SAME
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tensor in files; it is written as `hf`."""
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -84,6 +115,9 @@ class Tensor:
     def per_layer(self) -> bool:
         return "{i}" in self.hf
 
+
+# `v_head`: DeepSpeed-Chat; `value_head`: OpenRLHF.
+SCORE = Tensor("score.weight", "score/kernel", ROW, aliases=("v_head.weight", "value_head.weight"))
 
 # Options that do not change what the network computes, or that belong to generation, heads or bookkeeping.
 _INERT = frozenset(
@@ -166,6 +200,18 @@ class HFConfig:
                 raise InputError(f"{self.where}: option {name}={value!r} must be of type {type(default).__name__}")
         return value
 
+    def nullable(self, name: str, default: Any) -> Any:
+        """The option's value, `default` when absent; an explicit null is None."""
+        return self.take(name) if name in self._values else default
+
+    def spelling(self, *names: str) -> str:
+        """The one of several names of an option that is there; the last when none is."""
+        return next((name for name in names if self._values.get(name) is not None), names[-1])
+
+    def refuse(self, name: str, value: Any, why: str) -> InputError:
+        """The error for a value that this family does not support, to be raised by the caller."""
+        return InputError(f"{self.where}: option {name}={value!r} is not supported: {why}")
+
     def size(self, name: str, default: int | None = None) -> int:
         """A positive integer; without a default it must be there."""
         value = self.take(name)
@@ -199,8 +245,7 @@ class HFConfig:
 
     def token(self, name: str, default: int | None) -> int | tuple[int, ...] | None:
         """A token id (or several): `default` when absent; an explicit null means that there is none."""
-        self._read.add(name)
-        value = self._values.get(name, default)
+        value = self.nullable(name, default)
         return tuple(value) if isinstance(value, list) else value
 
     def common(self, bos: int | None, eos: int | None, pad: int | None = None) -> dict[str, Any]:
@@ -256,7 +301,7 @@ class Family:
         default=(
             Tensor("lm_head.weight", "lm_head/kernel"),
             Tensor("lm_head.bias", "lm_head/bias"),
-            Tensor("score.weight", "score/kernel", ROW),
+            SCORE,
         )
     )
 

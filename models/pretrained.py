@@ -96,16 +96,32 @@ def _names(tensor: Tensor, layers: int) -> list[str]:
     return [tensor.hf.format(i=i) for i in range(layers)] if tensor.per_layer else [tensor.hf]
 
 
-def _with_prefix(source: TensorSource, family: Family) -> TensorSource:
-    """Files saved from the base model lack its prefix: add it, keeping the heads as they are."""
-    prefix = family.prefix + "."
-    if any(name.startswith(prefix) for name in source.shapes):
-        return source
-    heads = {tensor.hf for tensor in family.heads}
-    original = {name if name in heads else prefix + name: name for name in source.shapes}
-    return TensorSource(
-        source.where, {new: source.shapes[old] for new, old in original.items()}, lambda n: source.read(original[n])
-    )
+# DeepSpeed-Chat saves its reward models under this attribute's name.
+_WRAPPERS = ("rwtransformer.",)
+
+
+def _with_our_names(source: TensorSource, family: Family, layers: int) -> TensorSource:
+    """Tensor names as the family declares them: wrappers stripped, aliases resolved, the base model's prefix added.
+
+    Files saved from the base model lack its prefix; heads never have it.
+    """
+    aliases = {
+        alias.format(i=i): name
+        for tensor in (*family.tensors, *family.heads)
+        for alias in tensor.aliases
+        for i, name in enumerate(_names(tensor, layers))
+    }
+    prefix, heads = family.prefix + ".", {tensor.hf for tensor in family.heads}
+    stripped = {name: next((name[len(w) :] for w in _WRAPPERS if name.startswith(w)), name) for name in source.shapes}
+    renamed = {name: aliases.get(short, short) for name, short in stripped.items()}
+    if not any(short.startswith(prefix) for short in renamed.values()):
+        renamed = {name: short if short in heads else prefix + short for name, short in renamed.items()}
+    original = {new: old for old, new in renamed.items()}
+    if len(original) < len(renamed):
+        twice = sorted(old for old, new in renamed.items() if original[new] != old)
+        raise InputError(f"{source.where}: {', '.join(twice)} stored twice under different names")
+    shapes = {new: source.shapes[old] for new, old in original.items()}
+    return TensorSource(source.where, shapes, lambda name: source.read(original[name]))
 
 
 def _check_names(
@@ -205,7 +221,7 @@ def load_pretrained(
         raise InputError(f"head={head!r} is not one of 'lm', 'scalar'")
     module = Decoder(config, head=head, dtype=dtype or default_dtype(), remat=remat)
     family = get_family(config.family, str(folder))
-    source = _with_prefix(open_checkpoint(folder), family)
+    source = _with_our_names(open_checkpoint(folder), family, config.num_layers)
     declared = _declared(family, module)
     fresh = {t.hf for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
     if fresh and not new_head:

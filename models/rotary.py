@@ -4,8 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
+
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Each supported `rope_type` with its parameters, in Hugging Face's names."""
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -25,14 +32,26 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
         wavelengths = 2 * np.pi / frequencies
         smooth = np.clip((context / wavelengths - low) / (high - low), 0.0, 1.0)
         frequencies = (1 - smooth) * frequencies / factor + smooth * frequencies
-    elif kind != "default":
-        raise InputError(f"{config.family} config: rope_type {kind!r} is not supported (default, linear, llama3 are)")
     return frequencies.astype(np.float32)
+
+
+def _dynamic_frequencies(config: DecoderConfig, positions: jax.Array) -> jax.Array:
+    """`[B, 1, 1, rotated_dim / 2]`: the base grows with each row's length beyond `max_positions` (NTK-aware scaling).
+
+    Per row, so that a sequence does not depend on its neighbours (transformers takes the longest of the batch). A
+    sequence decoded past `max_positions` keeps keys rotated under the earlier, smaller bases, as in transformers.
+    """
+    dim, factor = config.rotated_dim, float(dict(config.rope_scaling)["factor"])
+    length = jnp.maximum(positions.max(-1) + 1, config.max_positions)[:, None, None, None]
+    growth = (factor * length / config.max_positions - (factor - 1)) ** (dim / (dim - 2))
+    return (config.rotary_base * growth) ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
 
 
 def rotation(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 `[B, 1, T, rotated_dim / 2]`, for integer positions `[B, T]`."""
-    angles = positions[:, None, :, None].astype(jnp.float32) * inverse_frequencies(config)
+    dynamic = dict(config.rope_scaling or ()).get("rope_type") == "dynamic"
+    frequencies = _dynamic_frequencies(config, positions) if dynamic else inverse_frequencies(config)
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

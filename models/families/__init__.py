@@ -1,12 +1,20 @@
 """The supported Hugging Face families, by `model_type`."""
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.models.families.bloom import BLOOM
 from jaxrlhf.models.families.gpt2 import GPT2
+from jaxrlhf.models.families.gpt_neo import GPT_NEO
+from jaxrlhf.models.families.gpt_neox import GPT_NEOX
+from jaxrlhf.models.families.gptj import CODEGEN, GPTJ
 from jaxrlhf.models.families.llama import LLAMA
+from jaxrlhf.models.families.mistral import MISTRAL
 from jaxrlhf.models.families.opt import OPT
+from jaxrlhf.models.families.qwen import QWEN2, QWEN3
 from jaxrlhf.models.mapping import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, OPT)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (BLOOM, CODEGEN, GPT2, GPT_NEO, GPT_NEOX, GPTJ, LLAMA, MISTRAL, OPT, QWEN2, QWEN3)
+}
 
 
 def get_family(model_type: str, where: str) -> Family:

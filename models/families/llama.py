@@ -2,68 +2,37 @@
 
 from typing import Any
 
-from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.families.rope import rope_from_hf, rope_to_hf
 from jaxrlhf.models.mapping import FLAT, Family, HFConfig, Tensor, common_to_hf, linear
 
 
-def rope_from_hf(hf: HFConfig) -> dict[str, Any]:
-    """rotary_base and rope_scaling from either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
-    parameters = dict(hf.take("rope_parameters", None) or hf.take("rope_scaling", None) or {})
-    hf.take("rope_scaling")
-    base = parameters.pop("rope_theta", None) or hf.take("rope_theta", 10000.0)
-    hf.take("rope_theta")
-    kind = parameters.pop("rope_type", None) or parameters.pop("type", "default")
-    parameters.pop("type", None)
-    known = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in known:
-        raise InputError(f"{hf.where}: rope_type {kind!r} is not supported (one of {sorted(known)})")
-    if set(parameters) != set(known[kind]):
-        raise InputError(
-            f"{hf.where}: rope_type {kind!r} takes {sorted(known[kind])}, but the config has {sorted(parameters)}"
-        )
-    scaling = None if kind == "default" else tuple(sorted((parameters | {"rope_type": kind}).items()))
-    return {"position": "rotary", "rotary_base": float(base), "rope_scaling": scaling}
-
-
-def rope_to_hf(c: DecoderConfig) -> dict[str, Any]:
-    parameters = dict(c.rope_scaling or (("rope_type", "default"),))
-    return {"rope_parameters": parameters | {"rope_theta": c.rotary_base}}
-
-
-def config_from_hf(hf: HFConfig) -> DecoderConfig:
+def llama_like_from_hf(hf: HFConfig, *, bos: int | None = 1, eos: int | None = 2, **own: Any) -> DecoderConfig:
+    """What Llama and its descendants have in common; `own` holds the fields in which a family differs."""
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
-    bias = hf.take("attention_bias", False)
-    hf.take("pretraining_tp")  # how the matrices were once split: numerics only
-    return DecoderConfig(
-        family="llama",
-        hidden_size=hidden,
-        num_layers=hf.size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=hf.size("num_key_value_heads", heads),
-        head_dim=hf.size("head_dim", hidden // heads),
-        intermediate_size=hf.size("intermediate_size"),
-        max_positions=hf.size("max_position_embeddings", 2048),
-        norm="rmsnorm",
-        norm_eps=hf.take("rms_norm_eps", 1e-6),
-        activation=hf.activation("hidden_act", "silu"),
-        gated_mlp=True,
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=hf.take("mlp_bias", False),
-        tie_embeddings=hf.take("tie_word_embeddings", False),
-        attention_dropout=hf.take("attention_dropout", 0.0),
-        initializer_range=hf.take("initializer_range", 0.02),
-        **rope_from_hf(hf),
-        **hf.common(bos=1, eos=2),
-    )
+    fields = {
+        "hidden_size": hidden,
+        "num_layers": hf.size("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": hf.size("num_key_value_heads", heads),
+        "head_dim": hf.size("head_dim", hidden // heads),
+        "intermediate_size": hf.size("intermediate_size"),
+        "norm": "rmsnorm",
+        "norm_eps": hf.take("rms_norm_eps", 1e-6),
+        "activation": hf.activation("hidden_act", "silu"),
+        "gated_mlp": True,
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+        "tie_embeddings": hf.take("tie_word_embeddings", False),
+        "attention_dropout": hf.take("attention_dropout", 0.0),
+        "initializer_range": hf.take("initializer_range", 0.02),
+    }
+    return DecoderConfig(**(fields | rope_from_hf(hf) | hf.common(bos=bos, eos=eos) | own))
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def llama_like_to_hf(c: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `llama_like_from_hf`."""
     return (
         common_to_hf(c)
         | rope_to_hf(c)
@@ -77,12 +46,27 @@ def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
             "max_position_embeddings": c.max_positions,
             "rms_norm_eps": c.norm_eps,
             "hidden_act": c.activation,
-            "attention_bias": c.qkv_bias,
-            "mlp_bias": c.mlp_bias,
             "attention_dropout": c.attention_dropout,
             "initializer_range": c.initializer_range,
         }
     )
+
+
+def config_from_hf(hf: HFConfig) -> DecoderConfig:
+    hf.take("pretraining_tp")  # how the matrices were once split: numerics only
+    bias = hf.take("attention_bias", False)
+    return llama_like_from_hf(
+        hf,
+        family="llama",
+        max_positions=hf.size("max_position_embeddings", 2048),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=hf.take("mlp_bias", False),
+    )
+
+
+def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+    return llama_like_to_hf(c) | {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
 
 
 _L = "model.layers.{i}."

@@ -17,6 +17,15 @@ _OPT |= {"max_position_embeddings": 32, "word_embed_proj_dim": 24, "bos_token_id
 _OPT |= {"pad_token_id": 1}
 _LLAMA = {"vocab_size": 99, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA |= {"num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
+_BLOOM = {"vocab_size": 101, "hidden_size": 24, "n_layer": 2, "n_head": 3, "pad_token_id": 3}
+_NEOX = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "pad_token_id": 1}
+_NEOX |= {"intermediate_size": 40, "max_position_embeddings": 32, "rotary_pct": 0.5}
+_GPTJ = _GPT2 | {"rotary_dim": 4, "n_inner": 40}
+_NEO = {"vocab_size": 101, "hidden_size": 24, "num_layers": 3, "num_heads": 3, "max_position_embeddings": 32}
+_NEO |= {"attention_types": [[["global", "local"], 1], [["local"], 1]], "window_size": 3, "intermediate_size": 40}
+_NEO |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_QWEN = _LLAMA | {"bos_token_id": 1, "eos_token_id": 2}
+_SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 
 CASES: dict[str, tuple[str, dict]] = {
     "gpt2": ("gpt2", _GPT2),
@@ -46,6 +55,40 @@ CASES: dict[str, tuple[str, dict]] = {
         | {"tie_word_embeddings": True, "num_key_value_heads": 1, "hidden_act": "gelu"}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
+    "llama-linear-rope": (
+        "llama",
+        _LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}},
+    ),
+    "llama3-rope": (
+        "llama",
+        _LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "rope_theta": 100.0,
+            }
+        },
+    ),
+    "mistral": ("mistral", _LLAMA | {"sliding_window": 3}),
+    "qwen2": ("qwen2", _QWEN | _SLIDING),
+    "qwen3": ("qwen3", _QWEN | {"head_dim": 10, "tie_word_embeddings": True}),
+    "qwen3-options": ("qwen3", _QWEN | _SLIDING | {"head_dim": 8, "attention_bias": True, "rms_norm_eps": 1e-3}),
+    "bloom": ("bloom", _BLOOM),
+    "bloom-options": ("bloom", _BLOOM | {"apply_residual_connection_post_layernorm": True, "n_head": 6}),
+    "gpt_neox": ("gpt_neox", _NEOX),
+    "gpt_neox-options": (
+        "gpt_neox",
+        _NEOX
+        | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0, "hidden_act": "gelu_fast"}
+        | {"rotary_emb_base": 50, "tie_word_embeddings": True, "layer_norm_eps": 1e-3},
+    ),
+    "gptj": ("gptj", _GPTJ),
+    "codegen": ("codegen", _GPTJ | {"n_head": 4, "rotary_dim": 6}),
+    "gpt_neo": ("gpt_neo", _NEO),
 }
 
 SIDES = ("left", "right")

@@ -20,9 +20,10 @@ def tensors(folder):
 
 
 def as_hf(model, params, folder):
-    """Our tree (parameters, gradients, …) under Hugging Face's tensor names."""
+    """Our tree (parameters, gradients, …) under the names of Hugging Face's modules."""
     save_pretrained(model.replace(params=params), folder)
-    return tensors(folder)
+    in_modules = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX, in files only
+    return {in_modules.get(name, name): x for name, x in tensors(folder).items()}
 
 
 def relative_error(got, expected, floor=0.0):
@@ -49,6 +50,8 @@ def test_logits_loss_and_every_gradient_equal_torch(reference, side, tmp_path):
 def test_one_adamw_step_equals_torch(reference, tmp_path):
     import torch
 
+    if "-" in reference.case:
+        pytest.skip("one case per family is enough: the step sees gradients only")
     _, _, grads = reference.theirs("left")
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
     parameters = {name: torch.nn.Parameter(p.detach().clone()) for name, p in reference.model.named_parameters()}
@@ -85,15 +88,19 @@ def test_exported_config_says_what_the_original_said(reference, tmp_path):
 
     save_pretrained(reference.ours, tmp_path)
     theirs, ours = reference.model.config.to_dict(), AutoConfig.from_pretrained(tmp_path).to_dict()
+    if theirs.get("hidden_act") == "gelu_fast":
+        theirs["hidden_act"] = "gelu_new"  # two names of one function
     differing = {k: (theirs.get(k), ours.get(k)) for k in set(theirs) | set(ours) if theirs.get(k) != ours.get(k)}
-    for name in ("architectures", "_name_or_path", "use_cache", "dtype", "transformers_version", "n_inner"):
+    inert = {"architectures", "_name_or_path", "use_cache", "dtype", "transformers_version", "seq_length"}
+    # written out where the original left it to the class, or told by `layer_types` and `attention_layers`
+    inert |= {"n_inner", "head_dim", "max_window_layers", "attention_types"}
+    for name in inert:
         differing.pop(name, None)
     assert not differing
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(reference.model).__name__]
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_reward_export_scores_the_last_token_as_transformers_does(reference, side, tmp_path):
+def test_reward_export_scores_the_last_token_as_transformers_does(reference, tmp_path):
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
@@ -103,16 +110,19 @@ def test_reward_export_scores_the_last_token_as_transformers_does(reference, sid
     ours = load_pretrained(reference.folder, head="scalar", key=jax.random.key(1))
     save_pretrained(ours, tmp_path)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, attn_implementation="eager")
-    ids, mask = reference.batch(side)
-    values = np.asarray(jax.jit(ours.module.apply)({"params": ours.params}, jnp.asarray(ids), jnp.asarray(mask)))
-    last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
-    inputs = reference.inputs(side)
-    # transformers finds the last token by the pad id, not by the mask
-    inputs["input_ids"] = torch.where(inputs["attention_mask"] > 0, inputs["input_ids"], theirs.config.pad_token_id)
-    with torch.no_grad():
-        scores = theirs.eval()(**inputs).logits
-    assert scores.shape == (3, 1)
-    np.testing.assert_allclose(values[np.arange(3), last], scores.numpy()[:, 0], rtol=1e-5, atol=1e-5)
+    score = jax.jit(ours.module.apply)
+    for side in SIDES:
+        ids, mask = reference.batch(side)
+        values = np.asarray(score({"params": ours.params}, jnp.asarray(ids), jnp.asarray(mask)))
+        last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
+        inputs = reference.inputs(side)
+        # transformers finds the last token by the pad id, not by the mask
+        pad = theirs.config.pad_token_id
+        inputs["input_ids"] = torch.where(inputs["attention_mask"] > 0, inputs["input_ids"], pad)
+        with torch.no_grad():
+            expected = theirs.eval()(**inputs).logits
+        assert expected.shape == (3, 1)
+        np.testing.assert_allclose(values[np.arange(3), last], expected.numpy()[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_reward_model_of_transformers_loads_and_saves_unchanged(reference, tmp_path):
@@ -132,6 +142,8 @@ def test_reward_model_of_transformers_loads_and_saves_unchanged(reference, tmp_p
     assert set(after) == set(before)
     assert all(after[name].tobytes() == before[name].tobytes() for name in before)
 
+    if "-" in reference.case:
+        return  # the body's gradients are those of the language model: one case per family is enough
     inputs = reference.inputs("left")
     ids, mask = reference.batch("left")
     hidden = theirs.base_model(**inputs)[0]

@@ -1,0 +1,33 @@
+"""Mistral: Llama with a sliding attention window."""
+
+from typing import Any
+
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.mapping import Family, HFConfig
+
+
+def config_from_hf(hf: HFConfig) -> DecoderConfig:
+    window = hf.nullable("sliding_window", 4096)
+    return llama_like_from_hf(
+        hf,
+        family="mistral",
+        num_kv_heads=hf.size("num_key_value_heads", 8),
+        max_positions=hf.size("max_position_embeddings", 4096 * 32),
+        windows=None if window is None else (window,) * hf.size("num_hidden_layers"),
+    )
+
+
+def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+    return llama_like_to_hf(c) | {"sliding_window": c.windows[0] if c.windows else None}
+
+
+MISTRAL = Family(
+    name="mistral",
+    classes="Mistral",
+    lm_class="MistralForCausalLM",
+    prefix="model",
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    tensors=LLAMA_TENSORS,
+)

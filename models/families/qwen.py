@@ -1,0 +1,88 @@
+"""Qwen2 (biases on query, key and value) and Qwen3 (normed queries and keys): Llama with windows on chosen layers."""
+
+from typing import Any
+
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.mapping import Family, HFConfig, Tensor
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
+    window = hf.nullable("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
+    layers, first = hf.size("num_hidden_layers"), hf.take("max_window_layers", 28)
+    hf.take("sliding_window")
+    types = hf.take("layer_types")
+    if types is None:
+        types = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
+    if len(types) != layers or set(types) - {_FULL, _SLIDING}:
+        raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {_FULL!r} or {_SLIDING!r}")
+    if window is None and _SLIDING in types:
+        raise hf.refuse("layer_types", types, "it needs use_sliding_window=True and a sliding_window")
+    return tuple(0 if kind == _FULL else window for kind in types) if _SLIDING in types else None
+
+
+def _windows_to_hf(c: DecoderConfig) -> dict[str, Any]:
+    windows = c.windows or (0,) * c.num_layers
+    return {
+        "layer_types": [_SLIDING if w else _FULL for w in windows],
+        "use_sliding_window": any(windows),
+        "sliding_window": max(windows) or None,
+        "max_window_layers": next((i for i, w in enumerate(windows) if w), c.num_layers),
+    }
+
+
+def qwen2_from_hf(hf: HFConfig) -> DecoderConfig:
+    return llama_like_from_hf(
+        hf,
+        family="qwen2",
+        bos=None,
+        eos=None,
+        num_kv_heads=hf.size("num_key_value_heads", 32),
+        max_positions=hf.size("max_position_embeddings", 32768),
+        qkv_bias=True,
+        windows=_windows_from_hf(hf),
+    )
+
+
+def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
+    bias = hf.take("attention_bias", False)
+    return llama_like_from_hf(
+        hf,
+        family="qwen3",
+        bos=None,
+        eos=None,
+        num_kv_heads=hf.size("num_key_value_heads", 32),
+        head_dim=hf.size("head_dim", 128),
+        max_positions=hf.size("max_position_embeddings", 32768),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        windows=_windows_from_hf(hf),
+    )
+
+
+QWEN2 = Family(
+    name="qwen2",
+    classes="Qwen2",
+    lm_class="Qwen2ForCausalLM",
+    prefix="model",
+    config_from_hf=qwen2_from_hf,
+    config_to_hf=lambda c: llama_like_to_hf(c) | _windows_to_hf(c),
+    tensors=LLAMA_TENSORS,
+)
+
+QWEN3 = Family(
+    name="qwen3",
+    classes="Qwen3",
+    lm_class="Qwen3ForCausalLM",
+    prefix="model",
+    config_from_hf=qwen3_from_hf,
+    config_to_hf=lambda c: llama_like_to_hf(c) | _windows_to_hf(c) | {"attention_bias": c.qkv_bias},
+    tensors=(
+        *LLAMA_TENSORS,
+        Tensor("model.layers.{i}.self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
+        Tensor("model.layers.{i}.self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
+    ),
+)

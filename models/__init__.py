@@ -3,6 +3,7 @@
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, init_cache, prefill
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.model import (
     Model,
     count_params,
@@ -23,9 +24,11 @@ from jaxrlhf.models.pretrained import (
 )
 
 __all__ = [
+    "KNOWN",
     "Decoder",
     "DecoderConfig",
     "GenerationView",
+    "KnownModel",
     "Model",
     "config_from_dict",
     "config_to_dict",
@@ -35,6 +38,7 @@ __all__ = [
     "default_dtype",
     "generation_view",
     "init_cache",
+    "known_config",
     "load_pretrained",
     "logical_axes",
     "model_from_overrides",

@@ -1,0 +1,162 @@
+"""Published model shapes by name, so that planning and benchmarks need no download: figures only.
+
+Each entry gives the family, its options in Hugging Face's names (what is absent is the family's default) and the
+published number of parameters. Sources: the `config.json` files of the models' hub pages, and the papers they cite.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.pretrained import config_from_dict
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A published configuration."""
+
+    model_type: str
+    options: dict[str, Any]
+    parameters: int
+    """Number of parameters as published, tied weights counted once; where only a rounded figure was published (OPT-66B
+    and 175B, CodeGen), what transformers' module of these options holds."""
+
+
+def _gpt2(hidden: int, layers: int, heads: int, parameters: int) -> KnownModel:
+    options = {"vocab_size": 50257, "n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": 1024}
+    return KnownModel("gpt2", options, parameters)
+
+
+def _opt(hidden: int, layers: int, heads: int, parameters: int, **own: Any) -> KnownModel:
+    options = {"vocab_size": 50272, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    options |= {"ffn_dim": 4 * hidden, "max_position_embeddings": 2048}
+    return KnownModel("opt", options | own, parameters)
+
+
+def _bloom(hidden: int, layers: int, heads: int, parameters: int) -> KnownModel:
+    options = {"vocab_size": 250880, "hidden_size": hidden, "n_layer": layers, "n_head": heads, "pad_token_id": 3}
+    return KnownModel("bloom", options, parameters)
+
+
+def _neox(hidden: int, layers: int, heads: int, vocab: int, parameters: int, **own: Any) -> KnownModel:
+    options = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    options |= {"intermediate_size": 4 * hidden, "bos_token_id": 0, "eos_token_id": 0}
+    return KnownModel("gpt_neox", options | own, parameters)
+
+
+def _gpt_neo(hidden: int, layers: int, heads: int, parameters: int) -> KnownModel:
+    options = {"vocab_size": 50257, "hidden_size": hidden, "num_layers": layers, "num_heads": heads}
+    options |= {"attention_types": [[["global", "local"], layers // 2]], "window_size": 256}
+    return KnownModel("gpt_neo", options, parameters)
+
+
+def _codegen(hidden: int, layers: int, heads: int, rotary: int, parameters: int) -> KnownModel:
+    options = {"vocab_size": 51200, "n_embd": hidden, "n_layer": layers, "n_head": heads, "rotary_dim": rotary}
+    return KnownModel("codegen", options | {"bos_token_id": 1}, parameters)
+
+
+def _llama_like(
+    model_type: str, vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: Any
+) -> KnownModel:
+    options = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp}
+    options |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    return KnownModel(model_type, options | own, parameters)
+
+
+def _llama2(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int) -> KnownModel:
+    own = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    return _llama_like("llama", 32000, hidden, layers, heads, mlp, parameters, **own)
+
+
+def _llama3(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int) -> KnownModel:
+    own = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+    own |= {"bos_token_id": 128000, "eos_token_id": 128001}
+    return _llama_like("llama", 128256, hidden, layers, heads, mlp, parameters, **own)
+
+
+def _qwen2(
+    vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: Any
+) -> KnownModel:
+    own = {"rope_theta": 1000000.0, "bos_token_id": 151643, "eos_token_id": 151643} | own
+    return _llama_like("qwen2", vocab, hidden, layers, heads, mlp, parameters, **own)
+
+
+def _qwen3(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: Any) -> KnownModel:
+    own = {"rope_theta": 1000000.0, "max_position_embeddings": 40960, "head_dim": 128} | own
+    own |= {"bos_token_id": 151643, "eos_token_id": 151645}
+    return _llama_like("qwen3", 151936, hidden, layers, heads, mlp, parameters, **own)
+
+
+_TIED = {"tie_word_embeddings": True}
+_PYTHIA = 50304
+
+KNOWN: dict[str, KnownModel] = {
+    "gpt2": _gpt2(768, 12, 12, 124_439_808),
+    "gpt2-medium": _gpt2(1024, 24, 16, 354_823_168),
+    "gpt2-large": _gpt2(1280, 36, 20, 774_030_080),
+    "gpt2-xl": _gpt2(1600, 48, 25, 1_557_611_200),
+    "opt-125m": _opt(768, 12, 12, 125_239_296),
+    "opt-350m": _opt(1024, 24, 16, 331_196_416, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "opt-1.3b": _opt(2048, 24, 32, 1_315_758_080),
+    "opt-2.7b": _opt(2560, 32, 32, 2_651_596_800),
+    "opt-6.7b": _opt(4096, 32, 32, 6_658_473_984),
+    "opt-13b": _opt(5120, 40, 40, 12_853_473_280),
+    "opt-30b": _opt(7168, 48, 56, 29_974_540_288),
+    "opt-66b": _opt(9216, 64, 72, 65_719_701_504),
+    "opt-175b": _opt(12288, 96, 96, 174_604_468_224),
+    "bloom-560m": _bloom(1024, 24, 16, 559_214_592),
+    "bloom-1b1": _bloom(1536, 24, 16, 1_065_314_304),
+    "bloom-1b7": _bloom(2048, 24, 16, 1_722_408_960),
+    "bloom-3b": _bloom(2560, 30, 32, 3_002_557_440),
+    "bloom-7b1": _bloom(4096, 30, 32, 7_069_016_064),
+    "bloom-176b": _bloom(14336, 70, 112, 176_247_271_424),
+    "gpt-neox-20b": _neox(6144, 44, 64, 50432, 20_554_567_680, hidden_act="gelu_fast"),
+    "pythia-70m": _neox(512, 6, 8, _PYTHIA, 70_426_624),
+    "pythia-160m": _neox(768, 12, 12, _PYTHIA, 162_322_944),
+    "pythia-410m": _neox(1024, 24, 16, _PYTHIA, 405_334_016),
+    "pythia-1b": _neox(2048, 16, 8, _PYTHIA, 1_011_781_632),
+    "pythia-1.4b": _neox(2048, 24, 16, _PYTHIA, 1_414_647_808),
+    "pythia-2.8b": _neox(2560, 32, 32, _PYTHIA, 2_775_208_960),
+    "pythia-6.9b": _neox(4096, 32, 32, 50432, 6_857_302_016),
+    "pythia-12b": _neox(5120, 36, 40, 50688, 11_846_072_320),
+    "gpt-j-6b": KnownModel(
+        "gptj",
+        {"vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64},
+        6_050_882_784,  # of the Hugging Face model; the card's 6,053,381,344 is of the JAX original
+    ),
+    "gpt-neo-125m": _gpt_neo(768, 12, 12, 125_198_592),
+    "gpt-neo-1.3b": _gpt_neo(2048, 24, 16, 1_315_575_808),
+    "gpt-neo-2.7b": _gpt_neo(2560, 32, 20, 2_651_307_520),
+    "codegen-350m": _codegen(1024, 20, 16, 32, 356_712_448),
+    "codegen-2b": _codegen(2560, 32, 32, 64, 2_779_356_160),
+    "codegen-6b": _codegen(4096, 33, 16, 64, 7_064_213_504),
+    "codegen-16b": _codegen(6144, 34, 24, 64, 16_032_155_648),
+    "llama-2-7b": _llama2(4096, 32, (32, 32), 11008, 6_738_415_616),
+    "llama-2-13b": _llama2(5120, 40, (40, 40), 13824, 13_015_864_320),
+    "llama-2-70b": _llama2(8192, 80, (64, 8), 28672, 68_976_648_192),
+    "llama-3-8b": _llama3(4096, 32, (32, 8), 14336, 8_030_261_248),
+    "llama-3-70b": _llama3(8192, 80, (64, 8), 28672, 70_553_706_496),
+    "mistral-7b": _llama_like(
+        "mistral", 32000, 4096, 32, (32, 8), 14336, 7_241_732_096, max_position_embeddings=32768, rms_norm_eps=1e-5
+    ),
+    "qwen2-0.5b": _qwen2(151936, 896, 24, (14, 2), 4864, 494_032_768, **_TIED),
+    "qwen2-1.5b": _qwen2(151936, 1536, 28, (12, 2), 8960, 1_543_714_304, **_TIED),
+    "qwen2-7b": _qwen2(152064, 3584, 28, (28, 4), 18944, 7_615_616_512),
+    "qwen2-72b": _qwen2(152064, 8192, 80, (64, 8), 29568, 72_706_203_648),
+    "qwen3-0.6b": _qwen3(1024, 28, (16, 8), 3072, 596_049_920, **_TIED),
+    "qwen3-1.7b": _qwen3(2048, 28, (16, 8), 6144, 1_720_574_976, **_TIED),
+    "qwen3-4b": _qwen3(2560, 36, (32, 8), 9728, 4_022_468_096, **_TIED),
+    "qwen3-8b": _qwen3(4096, 36, (32, 8), 12288, 8_190_735_360),
+    "qwen3-14b": _qwen3(5120, 40, (40, 8), 17408, 14_768_307_200),
+    "qwen3-32b": _qwen3(5120, 64, (64, 8), 25600, 32_762_123_264),
+}
+
+
+def known_config(name: str) -> DecoderConfig:
+    """The configuration of a published model (`opt-1.3b`, `facebook/opt-1.3b`); InputError lists what is known."""
+    short = name.rsplit("/", 1)[-1].lower()
+    if short not in KNOWN:
+        raise InputError(f"unknown model {name!r}; known shapes are {', '.join(KNOWN)}")
+    model = KNOWN[short]
+    return config_from_dict({"model_type": model.model_type} | model.options, where=short)

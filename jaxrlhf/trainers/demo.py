@@ -63,11 +63,14 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
         sft=SFTOptions(max_steps=400, per_device_train_batch_size=32, learning_rate=2e-3, **common),
         reward=RewardOptions(max_steps=300, per_device_train_batch_size=32, learning_rate=1e-3, **common),
         ppo=PPOOptions(
-            max_steps=60,
+            max_steps=80,
             per_device_train_batch_size=32,
             num_mini_batches=2,
             learning_rate=1e-4,
             critic_learning_rate=5e-4,
+            lr_scheduler_type="constant",
+            clip_reward=20.0,  # the demo's reward model spreads its scores over about ±15
+            cliprange_value=5.0,
             max_answer_seq_len=ANSWER_TOKENS,
             enable_ema=True,
             **common,

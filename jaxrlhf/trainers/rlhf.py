@@ -14,12 +14,12 @@ from jaxrlhf.models import read_config
 from jaxrlhf.report import write_report
 from jaxrlhf.trainers.ppo import PPOConfig, PPOOptions, train_ppo
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
-from jaxrlhf.trainers.settings import FolderConfig, MeshConfig
+from jaxrlhf.trainers.settings import FolderConfig, MeshConfig, StartConfig
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
 
 
 @dataclass(frozen=True)
-class StartConfig:
+class BaseModelsConfig(StartConfig):
     """The models to start from."""
 
     actor_model_name_or_path: str | None = field(
@@ -30,17 +30,10 @@ class StartConfig:
         "language model that step 2 makes a reward model of; default: the result of step 1",
         aliases=("reward_model", "critic_model_name_or_path"),
     )
-    model_type: str | None = field(
-        None, "start step 1 from random weights instead: a family such as gpt2, opt or llama"
-    )
-    config_overrides: dict[str, str | int | float | bool] = field(
-        {}, "with model_type: the family's config options, such as hidden_size=256,num_hidden_layers=4"
-    )
-    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the actor")
 
 
 @dataclass(frozen=True)
-class RLHFConfig(DataConfig, StartConfig, MeshConfig, FolderConfig):
+class RLHFConfig(DataConfig, BaseModelsConfig, MeshConfig, FolderConfig):
     """The three-step run."""
 
     data_split: str = field("2,4,4", "shares of the training rows for sft,reward,ppo, without overlap")

@@ -41,16 +41,22 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig(MeshConfig):
-    """The model to start from, the device mesh and the precision."""
+class StartConfig:
+    """Random weights instead of a trained model, the tokenizer, and dropout."""
 
-    model_name_or_path: str | None = field(None, "model folder or hub name to start from")
-    model_type: str | None = field(None, "train from random weights instead: a family such as gpt2, opt or llama")
+    model_type: str | None = field(None, "start from random weights: a family such as gpt2, opt or llama")
     config_overrides: dict[str, str | int | float | bool] = field(
         {}, "with model_type: the family's config options, such as hidden_size=256,num_hidden_layers=4"
     )
     tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
-    disable_dropout: bool = field(False, "set every dropout rate of the model to 0")
+    disable_dropout: bool = field(False, "set every dropout rate of the model to 0 (ppo never drops out)")
+
+
+@dataclass(frozen=True)
+class ModelConfig(MeshConfig, StartConfig):
+    """The model to start from."""
+
+    model_name_or_path: str | None = field(None, "model folder or hub name to start from")
 
     @property
     def tokenizer_source(self) -> str:

@@ -22,7 +22,8 @@ from jaxrlhf.files import read_jsonl, write_json_atomic, write_text_atomic
 
 __all__ = ["Run", "peak_memory_bytes", "read_jsonl", "write_json_atomic", "write_text_atomic"]
 
-OWN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html")
+RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")
+OWN_FILES = ("config.yaml", *RECORDS, "report.html")
 EXPORT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 SHOWN_WITHOUT_HEADLINE = 8
 
@@ -59,9 +60,20 @@ class Run:
         self._tensorboard: Any = None
         self._purge_step: int | None = None
         self._closed = False
+        self._config, self._resume, self._overwrite = config, resume, overwrite
+        self._begun = not self.is_primary
         if self.is_primary:
-            _prepare_folder(self.output_dir, resume, overwrite)
-            save_yaml(config, self.output_dir / "config.yaml")
+            _check_folder(self.output_dir, resume, overwrite)
+
+    def begin(self) -> None:
+        """Make the folder ready and write `config.yaml`; the first record does it too.
+
+        Nothing is written or deleted before, so that a run refused for its input leaves the folder as it was.
+        """
+        if not self._begun:
+            self._begun = True
+            _prepare_folder(self.output_dir, self._resume, self._overwrite)
+            save_yaml(self._config, self.output_dir / "config.yaml")
 
     def __enter__(self) -> "Run":
         return self
@@ -93,6 +105,7 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop metrics and samples recorded after `step`: what a run did past the checkpoint it resumes from."""
+        self.begin()
         if self.is_primary:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self._close_file(name)
@@ -130,6 +143,7 @@ class Run:
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
         """Write `summary.json`, atomically."""
+        self.begin()
         if self.is_primary:
             write_json_atomic(self.output_dir / "summary.json", dict(values))
 
@@ -141,7 +155,7 @@ class Run:
         for name in list(self._files):
             self._close_file(name)
         self._close_tensorboard()
-        if self.is_primary and (self.output_dir / "metrics.jsonl").exists():
+        if self.is_primary and self._begun and (self.output_dir / "metrics.jsonl").exists():
             from jaxrlhf.report import write_report
 
             write_report(self.output_dir)
@@ -163,6 +177,7 @@ class Run:
             self.console.print(" · ".join([lead, *words]))
 
     def _append(self, name: str, record: dict) -> None:
+        self.begin()
         if name not in self._files:
             self._files[name] = open(self.output_dir / name, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._files[name].write(_json_line(record))
@@ -173,6 +188,7 @@ class Run:
             self._files.pop(name).close()
 
     def _event_writer(self) -> Any:
+        self.begin()
         if self._tensorboard is None:
             from tensorboardX import SummaryWriter
 
@@ -194,17 +210,27 @@ def peak_memory_bytes() -> dict[str, int | None]:
     return {"host": host, "device": max(peaks, default=None)}
 
 
-def _prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+def what_is_there(folder: Path) -> list[str]:
+    """Names of what an earlier run left in `folder`: records, checkpoints, exported weights. Settings alone are none."""
+    if not folder.is_dir():
+        return []
+    found = [name for name in (*RECORDS, *EXPORT_FILES) if (folder / name).exists()]
+    return found + [path.name for path in list_checkpoints(folder)]
+
+
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; give a folder")
-    found = [name for name in (*OWN_FILES, *EXPORT_FILES) if (folder / name).exists()]
-    found += [path.name for path in list_checkpoints(folder)]
+    found = what_is_there(folder)
     if found and not (resume or overwrite):
         shown = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
         raise InputError(
             f"output_dir {folder} already holds a run or a model ({shown}); choose another folder, "
             "continue it with --resume, or start over with --overwrite_output_dir"
         )
+
+
+def _prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if resume:

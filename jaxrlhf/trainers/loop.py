@@ -75,6 +75,7 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
     SIGTERM the current step is finished, a checkpoint saved and Interrupted raised; a second SIGINT stops at once.
     """
     state, start = resume_or_start(run, config, task, state)
+    run.begin()
     begin = time.monotonic()
 
     def evaluate(step: int) -> None:

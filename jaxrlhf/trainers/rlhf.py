@@ -12,6 +12,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import read_config
 from jaxrlhf.report import write_report
+from jaxrlhf.runs import what_is_there
 from jaxrlhf.trainers.ppo import PPOConfig, PPOOptions, train_ppo
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
 from jaxrlhf.trainers.settings import FolderConfig, MeshConfig, StartConfig
@@ -105,9 +106,10 @@ def check_vocabularies(config: RLHFConfig) -> None:
 
 
 def check_root(root: Path, config: RLHFConfig) -> None:
-    if (root / "config.yaml").exists() and not (config.resume or config.overwrite_output_dir):
+    found = [name for name in ("sft", "reward", "ppo") if what_is_there(root / name)]
+    if found and not (config.resume or config.overwrite_output_dir):
         raise InputError(
-            f"output_dir {root} already holds a run; choose another folder, continue it with --resume, or start over "
+            f"output_dir {root} already holds a run ({', '.join(found)}); choose another folder, continue it with --resume, or start over "
             "with --overwrite_output_dir"
         )
 

@@ -82,7 +82,7 @@ def test_a_run_writes_config_metrics_events_samples_summary_and_report(tmp_path,
     assert no_report == [folder]
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "model.safetensors"])
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "model.safetensors"])
 def test_a_folder_that_holds_a_run_or_model_is_refused_with_what_to_do(tmp_path, name):
     (tmp_path / name).write_text("")
     with pytest.raises(InputError, match=rf"{name}.*--resume.*--overwrite_output_dir"):
@@ -107,8 +107,19 @@ def test_overwrite_removes_the_old_run_but_not_the_exported_model_or_other_files
     save_checkpoint(tmp_path, 1, {"w": jnp.zeros(2)}, {})
     for name in ("model.safetensors", "notes.txt"):
         (tmp_path / name).write_text("kept")
+    before = sorted(path.name for path in tmp_path.iterdir())
     run_in(tmp_path, overwrite=True).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before, "a run that never began deletes nothing"
+    with run_in(tmp_path, overwrite=True) as run:
+        run.begin()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model.safetensors", "notes.txt"]
+
+
+def test_settings_of_a_run_that_never_began_are_not_written_and_do_not_block_the_next(tmp_path):
+    run_in(tmp_path / "new").close()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "config.yaml").write_text("")
+    run_in(tmp_path).close()
 
 
 def test_resume_appends_after_rewinding_to_the_checkpoint(tmp_path):

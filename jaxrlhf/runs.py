@@ -211,7 +211,7 @@ def peak_memory_bytes() -> dict[str, int | None]:
 
 
 def what_is_there(folder: Path) -> list[str]:
-    """Names of what an earlier run left in `folder`: records, checkpoints, exported weights. Settings alone are none."""
+    """Names of what an earlier run left in `folder`: records, checkpoints, weights. Settings alone do not count."""
     if not folder.is_dir():
         return []
     found = [name for name in (*RECORDS, *EXPORT_FILES) if (folder / name).exists()]

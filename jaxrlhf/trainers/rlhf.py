@@ -109,8 +109,8 @@ def check_root(root: Path, config: RLHFConfig) -> None:
     found = [name for name in ("sft", "reward", "ppo") if what_is_there(root / name)]
     if found and not (config.resume or config.overwrite_output_dir):
         raise InputError(
-            f"output_dir {root} already holds a run ({', '.join(found)}); choose another folder, continue it with --resume, or start over "
-            "with --overwrite_output_dir"
+            f"output_dir {root} already holds a run ({', '.join(found)}); choose another folder, continue it with "
+            "--resume, or start over with --overwrite_output_dir"
         )
 
 

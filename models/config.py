@@ -1,6 +1,7 @@
-"""The configuration of the one decoder; every supported family is a point in this space."""
+"""The configuration of the one decoder; every supported family is a point in this space. And that of its adapters."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 from jaxrlhf.errors import InputError
@@ -120,3 +121,36 @@ class DecoderConfig:
 
     def replace(self, **changes) -> "DecoderConfig":
         return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters of linear maps: `y += dropout(x) A B · alpha / rank` (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int
+    alpha: float = 32.0
+    dropout: float = 0.0
+    """Of the adapter's input; active exactly when a `dropout` RNG is passed to `apply`."""
+    targets: tuple[str, ...] = (r"/(attn|mlp)/",)
+    """Regular expressions, searched in the paths of the linear maps (`layers/attn/query`)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"LoRA rank={self.rank} must be at least 1")
+        if not self.alpha > 0:
+            raise InputError(f"LoRA alpha={self.alpha} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"LoRA dropout={self.dropout} must be 0 or more, below 1")
+        for pattern in self.targets:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"LoRA target {pattern!r} is not a regular expression: {error}") from error
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def matches(self, path: str) -> bool:
+        """Whether the linear map at `path` gets an adapter."""
+        return any(re.search(pattern, path) for pattern in self.targets)

@@ -5,6 +5,7 @@ explicit key/value cache (prefill and decode, see models/decode.py). Dropout is 
 passed to `apply`.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import attention, attention_mask, project_logits, token_logprobs
-from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.rotary import rotate, rotation
 from jaxrlhf.sharding import constrain
 
@@ -101,8 +102,24 @@ class Norm(nn.Module):
         return x.astype(self.dtype)
 
 
+def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
+    """The last `count` axes of `x` against the first ones of `kernel`."""
+    dims = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
+    return jax.lax.dot_general(x, kernel, (dims, ((), ())))
+
+
+def _adapter_init(inputs: int, axes: tuple[str | None, ...]):
+    # U(-1/√inputs, 1/√inputs): what PEFT starts A from
+    bound = inputs**-0.5
+    draw = lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+    return nn.with_logical_partitioning(draw, axes)
+
+
 class Projection(nn.Module):
-    """A linear map contracting the last `len(in_axes)` axes of its input; logical axes name kernel and bias."""
+    """A linear map contracting the last `len(in_axes)` axes of its input; logical axes name kernel and bias.
+
+    With adapters at this path there are two more leaves: `lora_a` `[in…, r]` and `lora_b` `[r, out…]`.
+    """
 
     config: DecoderConfig
     in_shape: tuple[int, ...]
@@ -111,24 +128,36 @@ class Projection(nn.Module):
     out_axes: tuple[str, ...]
     use_bias: bool
     dtype: jnp.dtype
+    lora: LoRAConfig | None = None
+
+    def _adapter(self, x: jax.Array) -> jax.Array:
+        rank, rate = self.lora.rank, self.lora.dropout
+        init_a = _adapter_init(math.prod(self.in_shape), (*self.in_axes, None))
+        init_b = nn.with_logical_partitioning(nn.initializers.zeros, (None, *self.out_axes))
+        a = self.param("lora_a", init_a, (*self.in_shape, rank))
+        b = self.param("lora_b", init_b, (rank, *self.out_shape))
+        x = nn.Dropout(rate, deterministic=rate == 0 or not self.has_rng("dropout"))(x)
+        return _contract(_contract(x, a.astype(self.dtype), len(self.in_shape)), b.astype(self.dtype), 1)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = self.in_shape + self.out_shape
         kernel = self.param("kernel", _kernel_init(self.config, self.in_axes + self.out_axes), shape)
-        contract = len(self.in_shape)
-        dims = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (dims, ((), ())))
+        x = x.astype(self.dtype)
+        y = _contract(x, kernel.astype(self.dtype), len(self.in_shape))
         if self.use_bias:
             axes = self.out_axes if self.out_axes != ("embed",) else ("norm",)
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), self.out_shape)
             y = y + bias.astype(self.dtype)
+        if self.lora is not None and self.lora.matches("/".join(self.path)):
+            y = y + self._adapter(x) * self.lora.scale
         return y
 
 
 class Attention(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(
@@ -145,6 +174,7 @@ class Attention(nn.Module):
                 (axis, "head_dim"),
                 c.qkv_bias,
                 self.dtype,
+                self.lora,
                 name=name,
             )
             return constrain(project(x).swapaxes(1, 2), "batch", axis, None, None)
@@ -191,6 +221,7 @@ class Attention(nn.Module):
             ("embed",),
             c.out_bias,
             self.dtype,
+            self.lora,
             name="out",
         )
         return out(output), cache
@@ -199,18 +230,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        wide = ((c.hidden_size,), (c.intermediate_size,), ("embed",), ("mlp",), c.mlp_bias, self.dtype)
+        wide = ((c.hidden_size,), (c.intermediate_size,), ("embed",), ("mlp",), c.mlp_bias, self.dtype, self.lora)
         hidden = Projection(c, *wide, name="up")(x)
         activation = _ACTIVATIONS[c.activation]
         hidden = activation(Projection(c, *wide, name="gate")(x)) * hidden if c.gated_mlp else activation(hidden)
         hidden = constrain(hidden, "batch", None, "mlp")
-        return Projection(
-            c, (c.intermediate_size,), (c.hidden_size,), ("mlp",), ("embed",), c.mlp_bias, self.dtype, name="down"
-        )(hidden)
+        narrow = ((c.intermediate_size,), (c.hidden_size,), ("mlp",), ("embed",), c.mlp_bias, self.dtype, self.lora)
+        return Projection(c, *narrow, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -218,6 +249,7 @@ class Block(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
+    lora: LoRAConfig | None = None
 
     def _drop(self, x: jax.Array) -> jax.Array:
         rate = self.config.residual_dropout
@@ -228,8 +260,8 @@ class Block(nn.Module):
         self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        attend = Attention(c, self.dtype, name="attn")
-        mlp = MLP(c, self.dtype, name="mlp")
+        attend = Attention(c, self.dtype, self.lora, name="attn")
+        mlp = MLP(c, self.dtype, self.lora, name="mlp")
         attn_norm = Norm(c, self.dtype, name="attn_norm")
         mlp_norm = None if c.residual == "parallel_shared_norm" else Norm(c, self.dtype, name="mlp_norm")
 
@@ -270,13 +302,14 @@ class Decoder(nn.Module):
     """`apply({"params": params}, input_ids, attention_mask)` → logits `[B, T, V]` (head "lm") or values `[B, T]`.
 
     Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` recomputes each
-    block in the backward pass.
+    block in the backward pass; `lora` adds adapters (models/lora.py).
     """
 
     config: DecoderConfig
     head: str = "lm"
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    lora: LoRAConfig | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -289,8 +322,8 @@ class Decoder(nn.Module):
             )
         if c.embedding_size != c.hidden_size:
             shapes = ((c.embedding_size,), (c.hidden_size,))
-            self.project_in = Projection(c, *shapes, ("embed",), ("mlp",), False, self.dtype)
-            self.project_out = Projection(c, *reversed(shapes), ("mlp",), ("embed",), False, self.dtype)
+            self.project_in = Projection(c, *shapes, ("embed",), ("mlp",), False, self.dtype, self.lora)
+            self.project_out = Projection(c, *reversed(shapes), ("mlp",), ("embed",), False, self.dtype, self.lora)
         if c.embed_norm:
             self.embed_norm = Norm(c, self.dtype)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
@@ -301,7 +334,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype)
+        )(c, self.dtype, self.lora)
         if c.final_norm:
             self.final_norm = Norm(c, self.dtype)
         self.embed_drop = nn.Dropout(c.embed_dropout)

@@ -108,11 +108,17 @@ def _open_safetensors(path: Path) -> TensorSource:
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(str(path), framework="np")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with safe_open(str(path), framework="np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from error
-    return TensorSource(str(path), shapes, file.get_tensor)
+
+    def read(name: str) -> np.ndarray:
+        # Opened anew each time: a file that stays mapped would count in full as this process's memory.
+        with safe_open(str(path), framework="np") as file:
+            return file.get_tensor(name)
+
+    return TensorSource(str(path), shapes, read)
 
 
 def _open_bin(path: Path) -> TensorSource:

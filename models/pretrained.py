@@ -1,10 +1,11 @@
 """Hugging Face model folders in and out, through the one declaration each family gives."""
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,17 @@ def _read_checked(source: TensorSource, name: str) -> np.ndarray:
     return array
 
 
+def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """A zeroed array on a 64-byte boundary, which the CPU backend adopts instead of copying.
+
+    Zeros, because rows that pad the vocabulary are never written.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def _load_tensor(
     tensor: Tensor,
     wanted: list[Leaf],
@@ -169,7 +181,7 @@ def _load_tensor(
     shapes: dict[str, Leaf],
     shardings: dict[str, Any],
     layers: int,
-    dtype: Any,
+    dtype: np.dtype,
 ) -> dict[str, jax.Array]:
     """Read one declared tensor (all its layers) into the local shards of its leaves."""
     buffers: dict[str, dict[tuple, np.ndarray]] = {}
@@ -177,8 +189,7 @@ def _load_tensor(
         shape = shapes[leaf].shape
         indices = shardings[leaf].addressable_devices_indices_map(shape).values()
         keys = {_index_key(index, shape) for index in indices}
-        # zeros, not empty: rows that pad the vocabulary are never written
-        buffers[leaf] = {key: np.zeros([stop - start for start, stop in key], dtype) for key in keys}
+        buffers[leaf] = {key: _aligned_zeros([stop - start for start, stop in key], dtype) for key in keys}
     skip = 1 if tensor.per_layer else 0
     for layer, name in enumerate(_names(tensor, layers)):
         parts = tensor.layout.to_ours(_read_checked(source, name), [leaf.shape for leaf in wanted])
@@ -260,6 +271,19 @@ def _progress(items: list, description: str, enabled: bool) -> Iterator:
     return tqdm(items, desc=description, unit="tensor", leave=False)
 
 
+def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
+    """A parameter (or one layer of it) on the host, gathered shard by shard.
+
+    Not `np.asarray(x)`: that leaves a host copy of the whole parameter cached in `x` for as long as it lives.
+    """
+    whole = np.empty(x.shape if layer is None else x.shape[1:], x.dtype)
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            index = shard.index if layer is None else shard.index[1:]
+            whole[index] = jnp.array(shard.data) if layer is None else shard.data[layer]
+    return whole
+
+
 def _tensors_to_write(family: Family, module: Decoder, params: dict[str, jax.Array]) -> Iterator[TensorToWrite]:
     for tensor, leaves in _declared(family, module):
         shape = _hf_shape(tensor, leaves)
@@ -268,7 +292,7 @@ def _tensors_to_write(family: Family, module: Decoder, params: dict[str, jax.Arr
             def make(tensor=tensor, leaves=leaves, layer=layer) -> np.ndarray:
                 parts = []
                 for leaf, expected in zip(tensor.leaves, leaves, strict=True):
-                    array = np.asarray(params[leaf][layer] if tensor.per_layer else params[leaf])
+                    array = _fetch(params[leaf], layer if tensor.per_layer else None)
                     parts.append(array[tuple(slice(0, n) for n in expected.shape)])
                 return tensor.layout.to_hf(parts, np)
 

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.models.card import ModelCard, render_card
 from jaxrlhf.models.checkpoint_files import (
     CONFIG,
     TensorSource,
@@ -306,11 +307,13 @@ def save_pretrained(
     *,
     dtype: Any = None,
     max_shard_bytes: int = 5 * 2**30,
+    card: ModelCard | None = None,
 ) -> None:
     """Write a folder that `transformers` and `load_pretrained` reload: weights, config, tokenizer, generation config.
 
-    Tensors are gathered one at a time; `dtype` is theirs in the file (default: as stored). Everything is written beside
-    the target first and then renamed into place, so an interrupted save leaves an older export intact.
+    Tensors are gathered one at a time; `dtype` is theirs in the file (default: as stored). A `card` becomes the
+    folder's README.md. Everything is written beside the target first and then renamed into place, so an interrupted
+    save leaves an older export intact. Raises InputError for parameters that are not finite or do not fit `dtype`.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -331,6 +334,8 @@ def save_pretrained(
             (staging / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        if card is not None:
+            (staging / "README.md").write_text(render_card(card, config, head), encoding="utf-8")
         replace_files(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Our decoder against Hugging Face torch, per family and option: outputs, gradients, a step, and files both ways."""
 
+import copy
 import json
 
 import jax
@@ -45,6 +46,23 @@ def test_logits_loss_and_every_gradient_equal_torch(reference, side, tmp_path):
     largest = max(np.abs(g).max() for g in their_grads.values())
     errors = {name: relative_error(ours[name], their_grads[name], floor=1e-3 * largest) for name in ours}
     assert max(errors.values()) < 2e-5, errors
+
+
+def test_bfloat16_forward_is_as_close_as_torch_is(reference):
+    import torch
+
+    if reference.case not in ("gpt2", "opt-350m", "llama", "bloom", "gpt_neox"):
+        pytest.skip("a few families are enough: the rounding happens in shared code")
+    ids, mask = reference.batch("left")
+    real = mask.astype(bool)
+    exact, _, _ = reference.our_outputs("left")
+    half = reference.ours.module.clone(dtype=jnp.bfloat16)
+    ours = np.asarray(jax.jit(half.apply)({"params": reference.ours.params}, jnp.asarray(ids), jnp.asarray(mask)))
+    assert ours.dtype == np.float32
+    with torch.no_grad():
+        theirs = copy.deepcopy(reference.model).bfloat16()(**reference.inputs("left")).logits.float().numpy()
+    our_error, their_error = (relative_error(x[real], exact[real]) for x in (ours, theirs))
+    assert 1e-4 < our_error < max(1.5 * their_error, 2**-6)
 
 
 def test_one_adamw_step_equals_torch(reference, tmp_path):

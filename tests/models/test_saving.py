@@ -1,17 +1,19 @@
 """Export folders: complete or absent, sharded by size, in the asked dtype, with everything a reload needs."""
 
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import checkpoint_files, load_pretrained, save_pretrained
+from jaxrlhf.models import ModelCard, checkpoint_files, load_pretrained, save_pretrained
 from jaxrlhf.sharding import make_mesh
 
 
@@ -194,3 +196,52 @@ def test_reward_models_say_so_and_get_a_pad_token(make_model, tmp_path):
     assert not (tmp_path / "generation_config.json").exists()
     again = load_pretrained(tmp_path, head="scalar", new_head=False)
     np.testing.assert_array_equal(again.params["score"]["kernel"], model.params["score"]["kernel"])
+
+
+def test_a_card_tells_where_the_model_came_from(model, tmp_path):
+    card = ModelCard("sft", "facebook/opt-125m", ("rows.jsonl",), 120, {"eval_loss": 1.25, "eval_perplexity": 3.4903})
+    save_pretrained(model, tmp_path, card=card)
+    _, meta, text = (tmp_path / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(meta) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["jaxrlhf", "sft"],
+        "base_model": "facebook/opt-125m",
+    }
+    for line in ("- Data: `rows.jsonl`", "- Optimizer steps: 120", "| eval_loss | 1.25 |", "- Trained by: supervised"):
+        assert line in text
+    save_pretrained(model, tmp_path, card=ModelCard(base_model="/models/local"))
+    text = (tmp_path / "README.md").read_text()
+    assert "base_model:" not in text and "`/models/local`" in text and "metric" not in text
+
+
+@pytest.fixture(scope="module")
+def larger(make_model):
+    sizes = {"hidden_size": 128, "num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "intermediate_size": 256}
+    return make_model("gpt2", num_layers=16, **sizes)
+
+
+def traced(function):
+    """(peak bytes, bytes kept) of numpy and Python allocations while `function` runs."""
+    tracemalloc.start()
+    try:
+        result = function()
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return peak, kept, result
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_loading_and_saving_hold_one_tensor_beside_the_model(larger, tmp_path, meshed):
+    save_pretrained(larger, tmp_path / "first")
+    mesh = make_mesh(fsdp=8) if meshed else None
+    load_pretrained(tmp_path / "first", mesh=mesh)  # imports and traces are not what is measured
+    size = sum(x.nbytes for x in jax.tree.leaves(larger.params))
+    tensor = 128 * 384 * 4
+    assert size > 40 * tensor
+    peak, _, model = traced(lambda: load_pretrained(tmp_path / "first", mesh=mesh))
+    assert peak < 1.05 * size + 4 * tensor
+    save_pretrained(model, tmp_path / "second")
+    peak, kept, _ = traced(lambda: save_pretrained(model, tmp_path / "second"))
+    assert peak < 5 * tensor and kept < tensor

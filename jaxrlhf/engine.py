@@ -21,7 +21,6 @@ from jaxrlhf.models import (
     decode_step,
     generation_view,
     init_cache,
-    logical_axes,
     param_shardings,
     prefill,
 )
@@ -89,7 +88,7 @@ def generate(
 ) -> Rollout:
     """The generate program: flip, prefill and the decode loop. See `HybridEngine.generate` for shapes."""
     with use(mesh, rules):
-        view = generation_view(params, logical_axes(module), module.dtype)
+        view = generation_view(params, module)
         rows, prompt_length = prompt_ids.shape
         length = prompt_length + sampling.max_new_tokens
         prompt_mask = prompt_mask.astype(bool)
@@ -133,7 +132,7 @@ def generate(
 @partial(jax.jit, static_argnames=("module", "sampling", "mesh", "rules"))
 def _stream_start(params, prompt_ids, prompt_mask, key, *, module, sampling, mesh, rules):
     with use(mesh, rules):
-        view = generation_view(params, logical_axes(module), module.dtype)
+        view = generation_view(params, module)
         caches = init_cache(module, prompt_ids.shape[0], prompt_ids.shape[1] + sampling.max_new_tokens)
         logits, caches = prefill(module, view, prompt_ids, prompt_mask, caches)
         token, _ = sample_token(logits, row_keys(key, jnp.arange(prompt_ids.shape[0])), 0, sampling)

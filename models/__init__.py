@@ -1,9 +1,11 @@
 """Decoder models in Flax linen, their Hugging Face families, and checkpoints in and out."""
 
-from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.card import ModelCard
+from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, init_cache, prefill
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
+from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable
 from jaxrlhf.models.model import (
     Model,
     count_params,
@@ -29,7 +31,11 @@ __all__ = [
     "DecoderConfig",
     "GenerationView",
     "KnownModel",
+    "LoRAConfig",
     "Model",
+    "ModelCard",
+    "add_lora",
+    "base_leaves",
     "config_from_dict",
     "config_to_dict",
     "count_params",
@@ -38,14 +44,18 @@ __all__ = [
     "default_dtype",
     "generation_view",
     "init_cache",
+    "join",
     "known_config",
     "load_pretrained",
     "logical_axes",
+    "merge_lora",
+    "merged",
     "model_from_overrides",
     "param_shapes",
     "param_shardings",
     "prefill",
     "read_config",
     "save_pretrained",
+    "split_trainable",
     "with_head",
 ]

@@ -131,7 +131,7 @@ class LoRAConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     """Of the adapter's input; active exactly when a `dropout` RNG is passed to `apply`."""
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = (r"/(attn|mlp)/",)
     """Regular expressions, searched in the paths of the linear maps (`layers/attn/query`)."""
 
     def __post_init__(self) -> None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.decoder import AttentionContext, Block, Cache, Decoder, layer_options, positions_from_mask
+from jaxrlhf.models.lora import merge_lora
+from jaxrlhf.models.model import logical_axes
 from jaxrlhf.models.rotary import rotation
 from jaxrlhf.sharding import constrain
 
@@ -21,26 +23,25 @@ class GenerationView:
     layers: tuple[PyTree, ...]
 
 
-def generation_view(params: PyTree, axes: PyTree, dtype: jnp.dtype) -> GenerationView:
-    """Cast to `dtype`, unstack, and pin to the current generation rules: the one place where the flip happens.
+def generation_view(params: PyTree, module: Decoder) -> GenerationView:
+    """Cast to the compute dtype, unstack, and pin to the current generation rules: the one place of the flip.
 
-    `params` is the training tree and `axes` its logical axes. Casting comes before any collective, and pinning the
-    result keeps collectives out of the decode loop. Vectors (norms) stay in float32, as training uses them.
+    `params` is the training tree of `module`. Casting comes before any collective, and pinning the result keeps
+    collectives out of the decode loop. Vectors (norms) stay in float32, as training uses them. Adapters are merged
+    into their kernels layer by layer, so that decode pays nothing for them.
     """
+    axes = logical_axes(module.clone(lora=None))
 
     def leaf(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        return constrain(x.astype(dtype) if x.ndim > 1 else x, *names)
+        return constrain(x.astype(module.dtype) if x.ndim > 1 else x, *names)
 
-    def split(x: jax.Array, names: tuple[str | None, ...]) -> list[jax.Array]:
-        return [leaf(x[i], names[1:]) for i in range(x.shape[0])]
+    def layer(i: int) -> PyTree:
+        tree = merge_lora(jax.tree.map(lambda x: x[i], params["layers"]), module)
+        return jax.tree.map(lambda x, names: leaf(x, names[1:]), tree, axes["layers"])
 
-    stacked = jax.tree.map(split, params["layers"], axes["layers"])
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    layers = tuple(
-        jax.tree.map(lambda xs, i=i: xs[i], stacked, is_leaf=lambda x: isinstance(x, list)) for i in range(count)
-    )
-    outer = {k: jax.tree.map(leaf, v, axes[k]) for k, v in params.items() if k != "layers"}
-    return GenerationView(outer=outer, layers=layers)
+    outer = merge_lora({name: x for name, x in params.items() if name != "layers"}, module)
+    outer = {name: jax.tree.map(leaf, x, axes[name]) for name, x in outer.items()}
+    return GenerationView(outer=outer, layers=tuple(layer(i) for i in range(module.config.num_layers)))
 
 
 def init_cache(module: Decoder, batch: int, length: int) -> tuple[Cache, ...]:
@@ -63,6 +64,7 @@ def _run(
     context: AttentionContext,
     caches: tuple[Cache, ...],
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
+    module = module.clone(lora=None)  # the view holds merged kernels
     outer = {"params": view.outer}
     block = Block(module.config, module.dtype)
     x = module.apply(outer, input_ids, positions, method="embed_tokens")

@@ -23,14 +23,15 @@ from jaxrlhf.models.model import Model, param_shapes, param_shardings
 PyTree = Any
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear map
-DEFAULT_TARGETS = (r"/(attn|mlp)/",)
 _ADAPTER_LEAVES = ("lora_a", "lora_b")
 
 
 def linear_maps(module: Decoder) -> list[str]:
     """Paths of the linear maps that may have adapters (`layers/attn/query`, …); output heads are none."""
     paths = flatten_dict(param_shapes(module.clone(lora=None)), sep="/")
-    return [p.removesuffix("/kernel") for p in paths if p.endswith("/kernel") and not p.startswith(("lm_head", "score"))]
+    return [
+        p.removesuffix("/kernel") for p in paths if p.endswith("/kernel") and not p.startswith(("lm_head", "score"))
+    ]
 
 
 def hf_module_names(config: DecoderConfig) -> dict[str, str]:
@@ -54,13 +55,15 @@ def resolve_targets(module: Decoder, targets: Sequence[str]) -> tuple[str, ...]:
     paths = linear_maps(module)
     theirs = hf_module_names(module.config)
     chosen: set[str] = set()
-    for target in targets or DEFAULT_TARGETS:
+    for target in targets or LoRAConfig.targets:
         pattern = LoRAConfig(rank=1, targets=("" if target == ALL_LINEAR else target,))
         found = {p for p in paths if pattern.matches(p) or f".{theirs[p]}".endswith(f".{target}")}
         found = found or {p for p in paths if re.search(target, theirs[p].format(i=0))}
         if not found:
             known = "\n  ".join(f"{p}  ({theirs[p].format(i='N')})" for p in paths)
-            raise InputError(f"LoRA target {target!r} matches no linear map of {module.config.family}; there are\n  {known}")
+            raise InputError(
+                f"LoRA target {target!r} matches no linear map of {module.config.family}; there are\n  {known}"
+            )
         chosen |= found
     return tuple(p for p in paths if p in chosen)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.models import decode_step, generation_view, init_cache, logical_axes, prefill
+from jaxrlhf.models import decode_step, generation_view, init_cache, prefill
 
 PROMPT = 6
 
@@ -12,12 +12,11 @@ PROMPT = 6
 def full_and_decoded(model, ids, mask):
     """Logits of columns PROMPT-1 … T-1: of one forward pass, and of prefill with one decode step per further token."""
     module, length = model.module, ids.shape[1]
-    axes = logical_axes(module)
 
     @jax.jit
     def run(params, ids, mask):
         full = module.apply({"params": params}, ids, mask)[:, PROMPT - 1 :]
-        view = generation_view(params, axes, module.dtype)
+        view = generation_view(params, module)
         start = (mask == 0).sum(1)
         caches = init_cache(module, len(ids), length)
         first, caches = prefill(module, view, ids[:, :PROMPT], mask[:, :PROMPT], caches)
@@ -61,7 +60,7 @@ def test_content_of_padding_columns_is_irrelevant(make_model, make_batch):
 
 def test_generation_view_in_bfloat16_keeps_vectors_in_float32(make_model):
     model = make_model("llama")
-    view = generation_view(model.params, logical_axes(model.module), jnp.bfloat16)
+    view = generation_view(model.params, model.module.clone(dtype=jnp.bfloat16))
     assert len(view.layers) == model.config.num_layers
     assert view.layers[0]["attn"]["query"]["kernel"].dtype == jnp.bfloat16
     assert view.layers[0]["attn_norm"]["scale"].dtype == jnp.float32

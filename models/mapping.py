@@ -176,6 +176,14 @@ _INERT = frozenset(
         "diversity_penalty",
         "decoder_start_token_id",
         "sep_token_id",
+        "unk_token_id",
+        "end_token_id",  # written by DeepSpeed-Chat
+        "pruned_heads",
+        "output_past",
+        "tf_legacy_loss",
+        "use_bfloat16",
+        "tie_encoder_decoder",
+        "cross_attention_hidden_size",
     ]
 )
 

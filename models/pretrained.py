@@ -98,8 +98,8 @@ def _names(tensor: Tensor, layers: int) -> list[str]:
     return [tensor.hf.format(i=i) for i in range(layers)] if tensor.per_layer else [tensor.hf]
 
 
-# DeepSpeed-Chat saves its reward models under this attribute's name.
-_WRAPPERS = ("rwtransformer.",)
+# DeepSpeed-Chat saves its reward models under this attribute's name, misspelt in its first releases.
+_WRAPPERS = ("rwtransformer.", "rwtranrsformer.")
 
 
 def _with_our_names(source: TensorSource, family: Family, layers: int) -> TensorSource:

@@ -15,8 +15,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         hf.take(name)  # numerics: how partial sums were once split and rounded
     for name in ("bias_dropout_fusion", "masked_softmax_fusion", "skip_bias_add", "skip_bias_add_qkv"):
         hf.take(name)  # fused kernels of the original training code
-    for name in ("offset_alibi", "unk_token_id"):
-        hf.take(name)  # in published configs; transformers does not read them
+    hf.take("offset_alibi")  # in published configs; transformers does not read it
     return DecoderConfig(
         family="bloom",
         hidden_size=hidden,

@@ -10,6 +10,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
+    hf.refuse_unless("use_mrope", False)
     window = hf.nullable("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
     layers, first = hf.size("num_hidden_layers"), hf.take("max_window_layers", 28)
     hf.take("sliding_window")

@@ -92,21 +92,88 @@ def test_neox_heads_are_read_under_either_name(make_model, tmp_path):
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("case_name", ["opt", "opt-350m", "gpt2", "bloom"])
-@pytest.mark.parametrize("value_head", ["v_head.weight", "score.weight"])
-def test_deepspeed_chat_reward_checkpoints(make_model, make_batch, case_name, value_head, tmp_path):
+@pytest.mark.parametrize("case_name", ["opt-350m", "gpt2"])
+@pytest.mark.parametrize("wrapper", ["rwtransformer.", "rwtranrsformer."])
+def test_deepspeed_chat_reward_checkpoints(make_model, make_batch, case_name, wrapper, tmp_path):
     """A base model under `rwtransformer` and a value head, in one pytorch_model.bin beside the base model's config."""
     torch = pytest.importorskip("torch")
     model = make_model(case_name, head="scalar")
     save_pretrained(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     prefix = FAMILIES[model.config.family].prefix + "."
-    state = {"rwtransformer." + name.removeprefix(prefix): torch.tensor(x) for name, x in tensors.items()}
-    state[value_head] = state.pop("rwtransformer.score.weight")
+    state = {wrapper + name.removeprefix(prefix): torch.tensor(x) for name, x in tensors.items()}
+    state["v_head.weight"] = state.pop(wrapper + "score.weight")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"end_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").unlink()
     torch.save(state, tmp_path / "pytorch_model.bin")
     loaded = load_pretrained(tmp_path, head="scalar", new_head=False)
     ids, mask = make_batch("right", model.config.vocab_size)
-    values = [m.module.apply({"params": m.params}, jnp.asarray(ids), jnp.asarray(mask)) for m in (model, loaded)]
+    values = [
+        jax.jit(m.module.apply)({"params": m.params}, jnp.asarray(ids), jnp.asarray(mask)) for m in (model, loaded)
+    ]
     np.testing.assert_array_equal(*values)
     assert jax.tree.structure(loaded.params) == jax.tree.structure(model.params)
+
+
+# The options that published config.json files hold, with every name they use; what is generic stands in _GENERIC.
+_GENERIC = {"_name_or_path": "x", "architectures": ["X"], "torch_dtype": "float16", "transformers_version": "4.30.0"}
+_GENERIC |= {"use_cache": True, "tokenizer_class": "GPT2Tokenizer", "task_specific_params": {"text-generation": {}}}
+_SUMMARY = {"summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True}
+_SUMMARY |= {"summary_type": "cls_index", "summary_use_proj": True}
+_GPT = {"activation_function": "gelu_new", "attn_pdrop": 0.0, "bos_token_id": 1, "embd_pdrop": 0.0, "n_ctx": 64}
+_GPT |= {"eos_token_id": 2, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "n_embd": 32, "n_head": 4}
+_GPT |= {"n_layer": 2, "n_positions": 64, "resid_pdrop": 0.0, "vocab_size": 64} | _SUMMARY
+_LLAMA = {"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02}
+_LLAMA |= {"intermediate_size": 48, "max_position_embeddings": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+_LLAMA |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "vocab_size": 64}
+_J = {"gradient_checkpointing": False, "n_inner": None, "rotary_dim": 4, "scale_attn_weights": True}
+PUBLISHED = {
+    "gpt2-large": {"model_type": "gpt2", "output_past": True} | _GPT,
+    "opt-1.3b": {"model_type": "opt", "activation_dropout": 0.0, "activation_function": "relu", "bos_token_id": 2}
+    | {"attention_dropout": 0.0, "do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 48}
+    | {"hidden_size": 32, "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 64, "vocab_size": 64}
+    | {"num_attention_heads": 4, "num_hidden_layers": 2, "pad_token_id": 1, "prefix": "</s>"}
+    | {"word_embed_proj_dim": 32, "_remove_final_layer_norm": False},
+    "bloom-560m": {"model_type": "bloom", "apply_residual_connection_post_layernorm": False, "unk_token_id": 0}
+    | {"attention_dropout": 0.0, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "bos_token_id": 1}
+    | {"eos_token_id": 2, "pad_token_id": 3, "hidden_dropout": 0.0, "initializer_range": 0.02, "n_inner": None}
+    | {"layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True, "n_embed": 32, "n_layer": 2, "seq_length": 64}
+    | {"num_attention_heads": 4, "offset_alibi": 100, "pretraining_tp": 1, "skip_bias_add": True, "vocab_size": 64}
+    | {"skip_bias_add_qkv": False, "slow_but_exact": False},
+    "gpt-neox-20b": {"model_type": "gpt_neox", "attention_probs_dropout_prob": 0, "bos_token_id": 0}
+    | {"eos_token_id": 0, "hidden_act": "gelu_fast", "hidden_dropout_prob": 0, "hidden_size": 32}
+    | {"initializer_range": 0.02, "intermediate_size": 48, "layer_norm_eps": 1e-05, "max_position_embeddings": 64}
+    | {"num_attention_heads": 4, "num_hidden_layers": 2, "rotary_emb_base": 10000, "rotary_pct": 0.25}
+    | {"tie_word_embeddings": False, "vocab_size": 64, "use_parallel_residual": True},
+    "gpt-j-6b": {"model_type": "gptj", "rotary": True, "tie_word_embeddings": False} | _GPT | _J,
+    "codegen-350m": {"model_type": "codegen", "tie_word_embeddings": False} | _GPT | _J,
+    "gpt-neo-125m": {"model_type": "gpt_neo", "activation_function": "gelu_new", "attention_dropout": 0}
+    | {"attention_layers": ["global", "local"], "attention_types": [[["global", "local"], 1]], "bos_token_id": 1}
+    | {"embed_dropout": 0, "eos_token_id": 2, "gradient_checkpointing": False, "hidden_size": 32, "num_heads": 4}
+    | {"initializer_range": 0.02, "intermediate_size": None, "layer_norm_epsilon": 1e-05, "num_layers": 2}
+    | {"max_position_embeddings": 64, "resid_dropout": 0, "vocab_size": 64, "window_size": 16}
+    | _SUMMARY,
+    "llama-2-7b": {"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None} | _LLAMA,
+    "llama-3.1-8b": {"model_type": "llama", "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}
+    | (_LLAMA | {"eos_token_id": [2, 3], "rope_theta": 500000.0})
+    | {
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+        | {"original_max_position_embeddings": 32}
+    },
+    "mistral-7b": {"model_type": "mistral", "rope_theta": 10000.0, "sliding_window": 16} | _LLAMA,
+    "qwen2.5-7b": {"model_type": "qwen2", "attention_dropout": 0.0, "max_window_layers": 2, "use_mrope": False}
+    | (_LLAMA | {"rope_theta": 1000000.0, "sliding_window": 131072, "use_sliding_window": False}),
+    "qwen3-8b": {"model_type": "qwen3", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 16}
+    | (_LLAMA | {"max_window_layers": 2, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None})
+    | {"use_sliding_window": False},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_completely(name):
+    config = config_from_dict(PUBLISHED[name] | _GENERIC)
+    assert (config.hidden_size, config.num_layers, config.num_heads, config.vocab_size) == (32, 2, 4, 64)
+    for option in PUBLISHED[name].keys() - {"model_type"}:
+        with pytest.raises(InputError, match=option + "_"):  # every name is read: a misspelt one is not
+            config_from_dict(PUBLISHED[name] | {option + "_": 1})

@@ -1,5 +1,6 @@
 """Decoder models in Flax linen, their Hugging Face families, and checkpoints in and out."""
 
+from jaxrlhf.models.adapters import load_adapter, save_adapter
 from jaxrlhf.models.card import ModelCard
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, init_cache, prefill
@@ -46,6 +47,7 @@ __all__ = [
     "init_cache",
     "join",
     "known_config",
+    "load_adapter",
     "load_pretrained",
     "logical_axes",
     "merge_lora",
@@ -55,6 +57,7 @@ __all__ = [
     "param_shardings",
     "prefill",
     "read_config",
+    "save_adapter",
     "save_pretrained",
     "split_trainable",
     "with_head",

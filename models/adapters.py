@@ -1,0 +1,350 @@
+"""LoRA adapters as PEFT folders (`adapter_config.json`, `adapter_model.safetensors`), out and in.
+
+Hugging Face fuses some linear maps that are separate here (query, key and value of GPT-2, BLOOM, GPT-NeoX, CodeGen). An
+adapter of a fused map has one A for all parts; ours have one each. Out: the As are stacked, B gets one block per part,
+so the rank is the sum and the scale stays. In: every part takes the whole A and its own rows of B. Both are exact.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.models.checkpoint_files import all_finite, read_json
+from jaxrlhf.models.config import LoRAConfig
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.families import get_family
+from jaxrlhf.models.lora import join, linear_maps
+from jaxrlhf.models.mapping import Layout
+from jaxrlhf.models.model import Model, param_shapes, param_shardings
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TARGETS = "jaxrlhf_targets"  # in the weights' metadata, which PEFT does not read: the linear maps of ours
+
+# Options of PEFT that do not change what a saved adapter computes, or that are read here.
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "bias"}
+_READ |= {"modules_to_save", "init_lora_weights"}
+_INERT = {"task_type", "base_model_name_or_path", "target_modules", "exclude_modules", "fan_in_fan_out", "auto_mapping"}
+_INERT |= {"inference_mode", "revision", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
+_INERT |= {"eva_config", "ensure_weight_tying"}
+# Initialisations after which the base stays as it was (PiSSA and its like move a part of it into the adapter).
+_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class _Linear(NamedTuple):
+    """A linear module of Hugging Face, and the maps of ours that it holds."""
+
+    name: str
+    """With `{i}` for the layer when there is one per layer."""
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of our kernels, of one layer."""
+    inputs: tuple[int, ...]
+    """Dimensions of our kernels that are contracted."""
+    layout: Layout
+
+    @property
+    def per_layer(self) -> bool:
+        return "{i}" in self.name
+
+    @property
+    def in_size(self) -> int:
+        return math.prod(self.inputs)
+
+    @property
+    def out_size(self) -> int:
+        return sum(math.prod(shape[len(self.inputs) :]) for shape in self.shapes)
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether Hugging Face stores the weight `[in, out]`."""
+        ones = (1,) * len(self.inputs)
+        kernels = [jax.ShapeDtypeStruct(ones + shape[len(ones) :], jnp.float32) for shape in self.shapes]
+        return jax.eval_shape(lambda *parts: self.layout.to_hf(parts, jnp), *kernels).shape[0] == 1
+
+    def b_to_hf(self, parts: list[np.ndarray]) -> np.ndarray:
+        """B of every path `[r, out…]` → PEFT's `[out, r]`."""
+        if len(parts) == 1:
+            return parts[0].reshape(len(parts[0]), -1).T
+        weight = self.layout.to_hf(parts, np)
+        return weight.T if self.is_conv1d else weight
+
+    def b_to_ours(self, weight: np.ndarray) -> list[np.ndarray]:
+        rank = weight.shape[1]
+        shapes = [(rank, *shape[len(self.inputs) :]) for shape in self.shapes]
+        if len(shapes) == 1:
+            return [weight.T.reshape(shapes[0])]
+        return list(self.layout.to_ours(weight.T if self.is_conv1d else weight, shapes))
+
+
+def _linears(module: Decoder) -> list[_Linear]:
+    """Every linear module that may have an adapter."""
+    base = module.clone(lora=None)
+    shapes, maps = flatten_dict(param_shapes(base), sep="/"), set(linear_maps(base))
+    # Adapters everywhere show which dimensions are contracted: those of A but the last.
+    adapted = flatten_dict(param_shapes(base.clone(lora=LoRAConfig(rank=1, targets=("",)))), sep="/")
+    found = []
+    for tensor in get_family(module.config.family, "config").tensors:
+        paths = tuple(leaf.removesuffix("/kernel") for leaf in tensor.leaves)
+        if not maps.issuperset(paths):
+            continue
+        skip = 1 if tensor.per_layer else 0
+        kernels = tuple(shapes[f"{path}/kernel"].shape[skip:] for path in paths)
+        inputs = adapted[f"{paths[0]}/lora_a"].shape[skip:-1]
+        found.append(_Linear(tensor.hf.removesuffix(".weight"), paths, kernels, inputs, tensor.layout))
+    return found
+
+
+def _targeted(module: Decoder) -> list[str]:
+    return [path for path in linear_maps(module) if module.lora.matches(path)]
+
+
+def _suffix(linear: _Linear) -> str:
+    """What names the module in every layer, for PEFT's `target_modules`: `attn.c_attn`."""
+    return linear.name.split("{i}.")[-1]
+
+
+def _adapter_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    params = flatten_dict(model.params, sep="/")
+    targeted, rank = set(_targeted(model.module)), model.module.lora.rank
+    for linear in _linears(model.module):
+        own = [path for path in linear.paths if path in targeted]
+        leaves = {path: [np.asarray(params[f"{path}/{n}"], np.float32) for n in ("lora_a", "lora_b")] for path in own}
+        for layer in range(model.config.num_layers if linear.per_layer else 1) if own else ():
+            pairs = {path: [x[layer] if linear.per_layer else x for x in ab] for path, ab in leaves.items()}
+            a = np.concatenate([pairs[path][0].reshape(linear.in_size, rank).T for path in own])
+            parts = []
+            for path, shape in zip(linear.paths, linear.shapes, strict=True):
+                b = np.zeros((len(own) * rank, *shape[len(linear.inputs) :]), np.float32)
+                if path in own:
+                    b[own.index(path) * rank :][:rank] = pairs[path][1]
+                parts.append(b)
+            name = _PREFIX + linear.name.format(i=layer)
+            yield f"{name}.lora_A.weight", a
+            yield f"{name}.lora_B.weight", linear.b_to_hf(parts)
+    if model.module.head == "scalar":
+        yield f"{_PREFIX}score.weight", np.asarray(params["score/kernel"], np.float32).reshape(1, -1)
+
+
+def _config_to_peft(module: Decoder, base: str | None) -> dict[str, Any]:
+    lora, targeted = module.lora, set(_targeted(module))
+    linears = [linear for linear in _linears(module) if targeted.intersection(linear.paths)]
+    parts = {_suffix(linear): len(targeted.intersection(linear.paths)) for linear in linears}
+    whole = lambda x: int(x) if x == int(x) else x  # noqa: E731 - PEFT's alpha is an int
+    scalar = module.head == "scalar"
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": whole(lora.alpha),
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(parts),
+        "rank_pattern": {name: n * lora.rank for name, n in parts.items() if n > 1},
+        "alpha_pattern": {name: whole(n * lora.alpha) for name, n in parts.items() if n > 1},
+        "modules_to_save": ["score"] if scalar else None,
+        "fan_in_fan_out": all(linear.is_conv1d for linear in linears),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path: str | None = None) -> None:
+    """Write the adapters (and the scalar head) as a folder that `peft.PeftModel.from_pretrained(base, path)` loads.
+
+    Float32. `base_model_name_or_path` is noted for whoever loads it. An interrupted save leaves older files whole.
+    InputError when the model has no adapters, or when they are not finite.
+    """
+    from safetensors.numpy import save_file
+
+    if model.module.lora is None:
+        raise InputError("the model has no LoRA adapters to save; add_lora adds them")
+    tensors = {name: np.ascontiguousarray(x) for name, x in _adapter_tensors(model)}
+    if bad := [name for name, x in tensors.items() if not all_finite(x)]:
+        raise InputError(f"{', '.join(bad)}: NaN or infinite; the model has diverged and its adapter is not saved")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f".adapter-{os.getpid()}"
+    staging.mkdir()
+    try:
+        metadata = {"format": "pt", _TARGETS: ",".join(_targeted(model.module))}
+        save_file(tensors, staging / ADAPTER_WEIGHTS, metadata)
+        text = json.dumps(_config_to_peft(model.module, base_model_name_or_path), indent=2)
+        (staging / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type={config.get('peft_type')!r} is not supported, only 'LORA' is")
+    refused = {name: value for name, value in config.items() if name not in _READ | _INERT and value}
+    if config.get("bias", "none") != "none":
+        refused["bias"] = config["bias"]
+    if config.get("init_lora_weights") not in _KEEP_BASE:
+        refused["init_lora_weights"] = config["init_lora_weights"]
+    if set(config.get("modules_to_save") or ()) - {"score"}:
+        refused["modules_to_save"] = config["modules_to_save"]
+    if refused:
+        shown = ", ".join(f"{name}={value!r}" for name, value in refused.items())
+        raise InputError(f"{path}: not supported: {shown}; merge this adapter with peft and load the merged model")
+    return config
+
+
+def _read_weights(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no {path.name}; save the adapter with peft's save_pretrained")
+    try:
+        with safe_open(str(path), framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from error
+    if bad := [name for name, x in tensors.items() if not all_finite(x)]:
+        raise InputError(f"{path}: NaN or infinite values in {', '.join(bad)}; the adapter is damaged")
+    return {name: x.astype(np.float32) for name, x in tensors.items()}, metadata
+
+
+def _of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that is, as a regular expression, the end of the module's name."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _split_by_part(linear: _Linear, a: np.ndarray, bs: list[np.ndarray], own: list[str]) -> dict[str, tuple] | None:
+    """Undo our own stacking: {path: (A `[r, in]`, B `[r, out…]`)}, or None where the blocks are not ours."""
+    rank, rest = divmod(len(a), len(own))
+    blocks = {}
+    for path, b in zip(linear.paths, bs, strict=True):
+        start = own.index(path) * rank if path in own else 0
+        block = slice(start, start + (rank if path in own else 0))
+        if rest or np.delete(b, block, axis=0).any():
+            return None
+        blocks[path] = (a[block], b[block])
+    return {path: blocks[path] for path in own}
+
+
+def _pairs_of(linear: _Linear, a: np.ndarray, b: np.ndarray, hint: set[str], scale: float, rank: int) -> dict:
+    """{path: (A, B)} of one module and layer; B is rescaled where the module's scale is another than the config's."""
+    bs = [part * np.float32(scale) for part in linear.b_to_ours(b)]
+    own = [path for path in linear.paths if path in hint] or list(linear.paths)
+    stacked = len(a) == rank * len(own) and (len(own) > 1 or bool(hint))
+    split = _split_by_part(linear, a, bs, own) if stacked else None
+    return split or {path: (a, part) for path, part in zip(linear.paths, bs, strict=True)}
+
+
+def load_adapter(model: Model, path: str | os.PathLike) -> Model:
+    """`model` with the adapters of a PEFT LoRA folder: the same function as PEFT's, ready to train on or to merge.
+
+    Ranks and scales that differ between modules are exact too: adapters of lower rank are padded with zeros, and
+    their scale goes into B. InputError for a folder that is no LoRA adapter, options that are not supported, and for
+    tensors that are missing, unexpected or mis-shaped for this base model.
+    """
+    if model.module.lora is not None:
+        raise InputError("the model has LoRA adapters already; merge them first")
+    folder = Path(path)
+    config = _read_config(folder / ADAPTER_CONFIG)
+    tensors, metadata = _read_weights(folder / ADAPTER_WEIGHTS)
+    prefix = get_family(model.config.family, "config").prefix
+    names = {name.replace(".default.weight", ".weight").removeprefix(_PREFIX): name for name in tensors}
+    if not any(name.startswith(f"{prefix}.") for name in names):  # trained on the base model's class
+        names = {name if name.startswith("score.") else f"{prefix}.{name}": old for name, old in names.items()}
+    tensors = {name: tensors[old] for name, old in names.items()}
+    linears = [x for x in _linears(model.module) if any(f"{n}.lora_A.weight" in tensors for n in _modules(x, model))]
+    score = tensors.pop("score.weight", None)
+    _check(folder, model, linears, tensors, score)
+
+    hint = set(filter(None, metadata.get(_TARGETS, "").split(",")))
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    root = bool(config.get("use_rslora"))
+    base_scale = alpha / (rank**0.5 if root else rank)
+    collected: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for linear in linears:
+        for module in _modules(linear, model):
+            a, b = (tensors[f"{module}.lora_{x}.weight"] for x in "AB")
+            own_rank, own_alpha = len(a), _of_pattern(config.get("alpha_pattern"), module, alpha)
+            scale = own_alpha / (own_rank**0.5 if root else own_rank) / base_scale
+            for leaf, pair in _pairs_of(linear, a, b, hint, scale, rank).items():
+                collected.setdefault(leaf, []).append(pair)
+    largest = max(len(a) for pairs in collected.values() for a, _ in pairs)
+    lora = LoRAConfig(
+        rank=largest,
+        alpha=alpha if largest == rank and not root else base_scale * largest,
+        dropout=config.get("lora_dropout", 0.0),
+        targets=tuple(f"^{leaf}$" for leaf in linear_maps(model.module) if leaf in collected),
+    )
+    return _with_adapters(model, lora, collected, linears, score)
+
+
+def _modules(linear: _Linear, model: Model) -> list[str]:
+    """The full names of a linear module, layer by layer."""
+    return [linear.name.format(i=i) for i in range(model.config.num_layers)] if linear.per_layer else [linear.name]
+
+
+def _check(folder: Path, model: Model, linears: list[_Linear], tensors: dict, score: np.ndarray | None) -> None:
+    """One error that lists every missing, unexpected and mis-shaped tensor."""
+    problems, expected = [], set()
+    for linear in linears:
+        for module in _modules(linear, model):
+            names = [f"{module}.lora_{x}.weight" for x in "AB"]
+            expected.update(names)
+            if absent := [name for name in names if name not in tensors]:
+                problems += [f"missing {name}" for name in absent]
+                continue
+            a, b = (tensors[name].shape for name in names)
+            wanted = ((a[0], linear.in_size), (linear.out_size, a[0]))
+            for name, got, want in zip(names, (a, b), wanted, strict=True):
+                if got != want:
+                    problems.append(f"{name} has shape {got}, the base model asks for {want}")
+    problems += [f"unexpected {name} {tensors[name].shape}" for name in sorted(set(tensors) - expected)]
+    if score is not None and model.module.head != "scalar":
+        problems.append("unexpected score.weight: load the base model with head='scalar'")
+    elif score is not None and score.shape != (1, model.config.embedding_size):
+        problems.append(f"score.weight has shape {score.shape}, not {(1, model.config.embedding_size)}")
+    if not linears:
+        problems.append(f"no adapter of a linear map of {model.config.family}")
+    if problems:
+        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
+        listed = "\n  ".join([*problems[:20], *more])
+        raise InputError(f"the adapter {folder} does not fit this {model.config.family} model:\n  {listed}")
+
+
+def _with_adapters(model: Model, lora: LoRAConfig, collected: dict, linears: list[_Linear], score: Any) -> Model:
+    module = model.module.clone(lora=lora)
+    flat: dict[str, np.ndarray] = {}
+    for linear in linears:
+        for path in set(linear.paths) & set(collected):
+            pairs = [
+                tuple(np.pad(x, ((0, lora.rank - len(x)), *[(0, 0)] * (x.ndim - 1))) for x in pair)
+                for pair in collected[path]
+            ]
+            a = np.stack([a.T.reshape(*linear.inputs, lora.rank) for a, _ in pairs])
+            b = np.stack([b for _, b in pairs])
+            flat |= {f"{path}/lora_{n}": x if linear.per_layer else x[0] for n, x in (("a", a), ("b", b))}
+    params = dict(model.params)
+    if score is not None:
+        flat["score/kernel"] = score.reshape(-1)
+        params.pop("score")
+    mesh = getattr(jax.tree.leaves(model.params)[0].sharding, "mesh", None)
+    if mesh is None:
+        placed = {name: jnp.asarray(x) for name, x in flat.items()}
+    else:
+        shardings = flatten_dict(param_shardings(module, mesh), sep="/")
+        placed = {name: jax.device_put(x, shardings[name]) for name, x in flat.items()}
+    return Model(module=module, params=join(params, unflatten_dict(placed, sep="/")), config=model.config)

@@ -134,10 +134,10 @@ def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) ->
     """
     inputs = kernel.ndim - b.ndim + 1
     stacked = tuple(range(a.ndim - 1 - inputs))
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     dims = (((a.ndim - 1,), (len(stacked),)), (stacked, stacked))
     update = jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + update * scale).astype(kernel.dtype)
+    return (jnp.asarray(kernel, jnp.float32) + update * scale).astype(kernel.dtype)
 
 
 def merge_lora(params: PyTree, module: Decoder) -> PyTree:

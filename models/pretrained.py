@@ -28,9 +28,10 @@ from jaxrlhf.models.checkpoint_files import (
     replace_files,
     write_checkpoint,
 )
-from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
+from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.mapping import Family, HFConfig, Tensor
 from jaxrlhf.models.model import Model, create_model, default_dtype, logical_axes, param_shapes, param_shardings
 
@@ -285,15 +286,26 @@ def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
     return whole
 
 
+def _fetch_merged(params: dict[str, jax.Array], leaf: str, layer: int | None, lora: LoRAConfig | None) -> np.ndarray:
+    """`_fetch`, with the adapters of a kernel merged into it."""
+    array = _fetch(params[leaf], layer)
+    path, _, name = leaf.rpartition("/")
+    if lora is None or name != "kernel" or f"{path}/lora_a" not in params:
+        return array
+    return np.asarray(
+        merge_kernel(array, *(_fetch(params[f"{path}/{n}"], layer) for n in ("lora_a", "lora_b")), lora.scale)
+    )
+
+
 def _tensors_to_write(family: Family, module: Decoder, params: dict[str, jax.Array]) -> Iterator[TensorToWrite]:
-    for tensor, leaves in _declared(family, module):
+    for tensor, leaves in _declared(family, module.clone(lora=None)):
         shape = _hf_shape(tensor, leaves)
         for layer, name in enumerate(_names(tensor, module.config.num_layers)):
 
             def make(tensor=tensor, leaves=leaves, layer=layer) -> np.ndarray:
                 parts = []
                 for leaf, expected in zip(tensor.leaves, leaves, strict=True):
-                    array = _fetch(params[leaf], layer if tensor.per_layer else None)
+                    array = _fetch_merged(params, leaf, layer if tensor.per_layer else None, module.lora)
                     parts.append(array[tuple(slice(0, n) for n in expected.shape)])
                 return tensor.layout.to_hf(parts, np)
 
@@ -313,7 +325,8 @@ def save_pretrained(
 
     Tensors are gathered one at a time; `dtype` is theirs in the file (default: as stored). A `card` becomes the
     folder's README.md. Everything is written beside the target first and then renamed into place, so an interrupted
-    save leaves an older export intact. Raises InputError for parameters that are not finite or do not fit `dtype`.
+    save leaves an older export intact. Adapters are written merged (for themselves: `save_adapter`). Raises InputError
+    for parameters that are not finite or do not fit `dtype`.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

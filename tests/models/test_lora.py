@@ -19,6 +19,7 @@ from jaxrlhf.models import (
     base_leaves,
     join,
     load_adapter,
+    load_pretrained,
     merged,
     save_adapter,
     save_pretrained,
@@ -196,6 +197,17 @@ def test_merged_model_computes_what_the_adapters_do(case, make_model, make_batch
     assert jax.tree.structure(whole.params) == jax.tree.structure(base_leaves(model.params))
     assert relative_error(logits_of(whole, ids, mask), logits_of(model, ids, mask)) < 1e-5
     assert merged(whole) is whole
+
+
+def test_export_is_merged(make_model, make_batch, tmp_path):
+    model = adapted(make_model("opt-350m"), targets=("all-linear",))
+    save_pretrained(model, tmp_path)
+    assert (
+        relative_error(
+            logits_of(load_pretrained(tmp_path), *make_batch("left", 101)), logits_of(model, *make_batch("left", 101))
+        )
+        < 1e-5
+    )
 
 
 def test_fresh_adapters_change_nothing_and_start_as_in_peft(make_model, make_batch):

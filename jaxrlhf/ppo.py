@@ -19,7 +19,7 @@ from jaxrlhf import objectives
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.gradients import accumulate_gradients, map_rows
-from jaxrlhf.models import Decoder, param_shardings
+from jaxrlhf.models import Decoder, join, param_shardings, split_trainable
 from jaxrlhf.sharding import TRAIN_RULES, constrain, constrain_tree, use
 
 PyTree = Any
@@ -67,7 +67,10 @@ class PPOHyperparameters:
 
 @flax.struct.dataclass
 class PPOState:
-    """Everything the update reads and replaces; donated to `ppo_step`."""
+    """Everything the update reads and replaces; donated to `ppo_step`.
+
+    With adapters (`actor.lora`, `critic.lora`), they and the critic's head alone have optimizer state and an average.
+    """
 
     step: jax.Array
     """int32: finished calls of `ppo_step`."""
@@ -76,7 +79,7 @@ class PPOState:
     actor_opt_state: PyTree
     critic_opt_state: PyTree
     ema_params: PyTree
-    """Moving average of the actor, or None."""
+    """Moving average of the actor's trainable leaves (`split_trainable`), or None."""
     kl_coef: jax.Array
     """float32 β of the per-token KL reward."""
     actor: Decoder = flax.struct.field(pytree_node=False)
@@ -230,13 +233,16 @@ def ppo_step(state: PPOState, experience: Experience) -> tuple[PPOState, dict[st
             "returns": returns,
         }
 
+        actor_params, actor_frozen = split_trainable(state.actor_params, state.actor)
+        critic_params, critic_frozen = split_trainable(state.critic_params, state.critic)
+
         def update(carry: tuple, index: jax.Array) -> tuple[tuple, dict[str, jax.Array]]:
             batch = jax.tree.map(lambda x: constrain(jnp.take(x, index, axis=0), "batch", None), data)
-            return _update(state, carry, batch)
+            return _update(state, (actor_frozen, critic_frozen), carry, batch)
 
         carry = (
-            state.actor_params,
-            state.critic_params,
+            actor_params,
+            critic_params,
             state.actor_opt_state,
             state.critic_opt_state,
             state.ema_params,
@@ -246,8 +252,8 @@ def ppo_step(state: PPOState, experience: Experience) -> tuple[PPOState, dict[st
     metrics |= jax.tree.map(jnp.mean, updates)
     new = state.replace(
         step=state.step + 1,
-        actor_params=carry[0],
-        critic_params=carry[1],
+        actor_params=join(carry[0], actor_frozen),
+        critic_params=join(carry[1], critic_frozen),
         actor_opt_state=carry[2],
         critic_opt_state=carry[3],
         ema_params=carry[4],
@@ -255,20 +261,24 @@ def ppo_step(state: PPOState, experience: Experience) -> tuple[PPOState, dict[st
     return new, metrics
 
 
-def _update(state: PPOState, carry: tuple, batch: dict[str, jax.Array]) -> tuple[tuple, dict[str, jax.Array]]:
-    """One optimizer step of actor and critic on one minibatch."""
+def _update(
+    state: PPOState, frozen: tuple[PyTree, PyTree], carry: tuple, batch: dict[str, jax.Array]
+) -> tuple[tuple, dict[str, jax.Array]]:
+    """One optimizer step of actor and critic on one minibatch; parameters in `carry` are the trainable ones."""
     h = state.hyperparameters
+    actor_frozen, critic_frozen = frozen
     actor_params, critic_params, actor_opt, critic_opt, ema = carry
     tokens_in_batch = jnp.sum(batch["response_mask"])
 
     def actor_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = join(params, actor_frozen)
         logprobs, _ = actor_logprobs(state.actor, params, b["tokens"], b["mask"], h.temperature)
         return objectives.policy_loss(
             logprobs, b["logprobs"], b["advantages"], b["response_mask"], h.cliprange, tokens_in_batch
         )
 
     def critic_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
-        values = critic_values(state.critic, params, b["tokens"], b["mask"])
+        values = critic_values(state.critic, join(params, critic_frozen), b["tokens"], b["mask"])
         return objectives.value_loss(
             values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
         )
@@ -308,5 +318,5 @@ def _apply(
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     if mesh is not None:
-        params = constrain_tree(params, param_shardings(module, mesh))
+        params = constrain_tree(params, split_trainable(param_shardings(module, mesh), module)[0])
     return params, opt_state

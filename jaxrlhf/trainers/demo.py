@@ -21,7 +21,7 @@ from jaxrlhf.engine import HybridEngine
 from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.sampling import SamplingConfig
-from jaxrlhf.trainers.ppo import PPOOptions
+from jaxrlhf.trainers.ppo_settings import PPOOptions
 from jaxrlhf.trainers.reward import RewardOptions
 from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.trainers.sft import SFTOptions

@@ -13,7 +13,7 @@ from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
 
 SCHEDULES = ("linear", "cosine", "constant")
-DECAYED_LEAVES = ("kernel", "embedding")
+DECAYED_LEAVES = ("kernel", "embedding", "lora_a", "lora_b")
 UNDECAYED_LEAVES = ("scale", "bias")
 
 

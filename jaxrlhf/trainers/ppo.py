@@ -1,7 +1,7 @@
 """Step 3: PPO. The four models on one mesh, the loop a user can call piece by piece, and the trainer around it."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,22 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.config import field
-from jaxrlhf.data import DataConfig, eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
+from jaxrlhf.data import eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
 from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, Model, config_to_dict, load_pretrained, param_shardings, save_pretrained
+from jaxrlhf.models import (
+    Decoder,
+    Model,
+    base_leaves,
+    join,
+    load_pretrained,
+    merged,
+    param_shardings,
+    split_trainable,
+)
 from jaxrlhf.ppo import Experience, PPOHyperparameters, PPOState, ppo_step, score_rollout
 from jaxrlhf.runs import Run
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import optimizer_shardings
 from jaxrlhf.trainers.loop import Announce, Task, fit
+from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
+from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.settings import (
     DTYPES,
-    FolderConfig,
-    MeshConfig,
-    TrainingConfig,
     batch_devices,
     check_context,
     open_run,
@@ -34,83 +40,6 @@ from jaxrlhf.trainers.settings import (
 
 PyTree = Any
 HEADLINE = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "perf/sequences_per_second")
-
-
-@dataclass(frozen=True)
-class PPOModelConfig(MeshConfig):
-    """The models, the device mesh and the precision."""
-
-    actor_model_name_or_path: str | None = field(
-        None, "supervised model to train; also the reference", aliases=("model_name_or_path", "sft_model_path")
-    )
-    critic_model_name_or_path: str | None = field(
-        None,
-        "reward model; also the critic's starting point",
-        aliases=("reward_model_name_or_path", "reward_model_path"),
-    )
-    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the actor")
-
-
-@dataclass(frozen=True)
-class PPOOptions(TrainingConfig):
-    """PPO. A rollout batch has per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches rows per
-    device; max_steps counts rollout batches."""
-
-    learning_rate: float = field(9.65e-6, "peak learning rate of the actor", aliases=("actor_learning_rate",))
-    critic_learning_rate: float = field(5e-6, "peak learning rate of the critic")
-    max_answer_seq_len: int = field(256, "longest response in tokens", aliases=("response_length",))
-    min_answer_seq_len: int = field(0, "EOS cannot be drawn before this many tokens")
-    temperature: float = field(1.0, "sampling temperature; log-probs are taken at the same one")
-    top_k: int = field(0, "sample among the k most likely tokens; 0: all")
-    top_p: float = field(1.0, "sample among the most likely tokens that hold this probability")
-    ppo_epochs: int = field(1, "passes over each rollout batch", aliases=("num_ppo_epochs",))
-    num_mini_batches: int = field(1, "optimizer steps per pass")
-    kl_coef: float = field(0.1, "weight of the per-token KL penalty in the reward")
-    cliprange: float = field(0.2, "clipping of the policy ratio")
-    cliprange_value: float = field(0.2, "clipping of the value update")
-    gamma: float = field(1.0, "discount")
-    lam: float = field(0.95, "lambda of generalised advantage estimation")
-    clip_reward: float | None = field(5.0, "bound on the reward model's score; none: unbounded")
-    whiten_advantages: bool = field(True, "scale advantages to zero mean and unit variance over the batch")
-    enable_ema: bool = field(False, "keep a moving average of the actor and export it to output_dir/ema")
-    ema_decay: float = field(0.992, "decay of that average per optimizer step")
-    sample_steps: int = field(20, "steps between printed tables of prompts, responses and scores; 0: none")
-    num_sample_rows: int = field(4, "rows of those tables")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.hyperparameters(seed=0)  # both refuse bad values by name
-        self.sampling(None, 0)
-        if self.kl_coef < 0:
-            raise InputError(f"kl_coef={self.kl_coef} must be 0 or more")
-        for name in ("sample_steps", "num_sample_rows"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
-
-    def hyperparameters(self, seed: int) -> PPOHyperparameters:
-        same = ("ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "clip_reward")
-        same += ("whiten_advantages", "temperature", "ema_decay")
-        values = {name: getattr(self, name) for name in same}
-        return PPOHyperparameters(micro_batches=self.gradient_accumulation_steps, seed=seed, **values)
-
-    def sampling(self, eos_token_id: int | None, pad_id: int) -> SamplingConfig:
-        return SamplingConfig(
-            max_new_tokens=self.max_answer_seq_len,
-            min_new_tokens=self.min_answer_seq_len,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_id,
-        )
-
-    def rollout_rows(self, devices: int) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches * devices
-
-
-@dataclass(frozen=True)
-class PPOConfig(DataConfig, PPOModelConfig, FolderConfig, PPOOptions):
-    """Step 3 alone."""
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -124,11 +53,22 @@ def frozen_copy(params: PyTree, dtype: Any) -> PyTree:
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
+def _without_base(params: PyTree, module: Decoder) -> PyTree:
+    """What a frozen copy must hold of its own: everything, or with adapters only what training changes in the base."""
+    return base_leaves(split_trainable(params, module)[0]) if module.lora else params
+
+
+def _with_base(own: PyTree, params: PyTree, module: Decoder) -> PyTree:
+    """The inverse: what the copy lacks is the frozen part of the current `params`."""
+    return join(own, split_trainable(params, module)[1])
+
+
 class RLHFEngine:
     """Actor, reference, critic and reward model on one mesh, and the PPO state that training replaces.
 
     The reference is a frozen copy of the actor, the critic starts as the reward model. `actor` is a HybridEngine that
-    generates with the current parameters.
+    generates with the current parameters. With LoRA there are no copies: the frozen base of the actor is the reference,
+    that of the critic, under a head of its own, the reward model. Adapters that a given Model brings are merged first.
     """
 
     def __init__(
@@ -160,39 +100,57 @@ class RLHFEngine:
         longest = config.max_prompt_seq_len + config.max_answer_seq_len
         for model, name in ((actor, "actor"), (reward, "reward model")):
             check_context(model.config, longest, f"max_prompt_seq_len + max_answer_seq_len for the {name}")
-        actor = with_special_tokens(actor, tokenizer)
-        self.actor = HybridEngine(actor, self.mesh)
-        self.critic_config = reward.config
+        actor, reward = merged(with_special_tokens(actor, tokenizer)), merged(reward)
         self.reference: Decoder = actor.module
         self.reward: Decoder = reward.module
-        self.reference_params = frozen_copy(self.actor.params, config.compute_dtype)
-        critic_engine_params = HybridEngine(reward, self.mesh).params
-        self.reward_params = frozen_copy(critic_engine_params, config.compute_dtype)
+        self.critic_config = reward.config
+        keys = jax.random.split(jax.random.key(config.seed))
+        actor = with_adapters(actor, config, keys[0])
+        critic = with_adapters(reward, config, keys[1], config.critic_lora_r, config.critic_lora_target_modules)
+        self.actor = HybridEngine(actor, self.mesh)
+        critic_params = HybridEngine(critic, self.mesh).params
+        # Only what is trained must be copied: the rest is read out of the state (reference_params, reward_params).
+        dtype = config.compute_dtype
+        self._reference = frozen_copy(_without_base(self.actor.params, actor.module), dtype)
+        self._reward = frozen_copy(_without_base(critic_params, critic.module), dtype)
 
         updates = max(1, num_total_iters * config.ppo_epochs * config.num_mini_batches)
         self.schedule = make_schedule(config, updates)
         critic_settings = {"learning_rate": config.critic_learning_rate}
-        actor_optimizer = make_optimizer(config, updates, self.actor.params)
-        critic_optimizer = make_optimizer(replace(config, **critic_settings), updates, critic_engine_params)
+        actor_trainable, _ = split_trainable(self.actor.params, actor.module)
+        critic_trainable, _ = split_trainable(critic_params, critic.module)
+        actor_optimizer = make_optimizer(config, updates, actor_trainable)
+        critic_optimizer = make_optimizer(replace(config, **critic_settings), updates, critic_trainable)
         self._state = PPOState(
             step=jnp.int32(0),
             actor_params=self.actor.params,
-            critic_params=critic_engine_params,
-            actor_opt_state=self._init(actor_optimizer, actor.module, self.actor.params),
-            critic_opt_state=self._init(critic_optimizer, reward.module, critic_engine_params),
-            ema_params=frozen_copy(self.actor.params, jnp.float32) if config.enable_ema else None,
+            critic_params=critic_params,
+            actor_opt_state=self._init(actor_optimizer, actor.module, actor_trainable),
+            critic_opt_state=self._init(critic_optimizer, critic.module, critic_trainable),
+            ema_params=frozen_copy(actor_trainable, jnp.float32) if config.enable_ema else None,
             kl_coef=jnp.float32(config.kl_coef),
             actor=actor.module,
-            critic=reward.module,
+            critic=critic.module,
             actor_optimizer=actor_optimizer,
             critic_optimizer=critic_optimizer,
             hyperparameters=config.hyperparameters(config.seed),
             mesh=self.mesh,
         )
 
-    def _init(self, optimizer: Any, module: Decoder, params: PyTree) -> PyTree:
-        shardings = optimizer_shardings(optimizer, params, param_shardings(module, self.mesh), self.mesh)
-        return jax.jit(optimizer.init, out_shardings=shardings)(params)
+    def _init(self, optimizer: Any, module: Decoder, trainable: PyTree) -> PyTree:
+        placement, _ = split_trainable(param_shardings(module, self.mesh), module)
+        shardings = optimizer_shardings(optimizer, trainable, placement, self.mesh)
+        return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+
+    @property
+    def reference_params(self) -> PyTree:
+        """Of the reference: its own copy, or the frozen base of the current actor."""
+        return _with_base(self._reference, self.state.actor_params, self.state.actor)
+
+    @property
+    def reward_params(self) -> PyTree:
+        """Of the reward model: its own copy, or the frozen base of the current critic under the reward model's head."""
+        return _with_base(self._reward, self.state.critic_params, self.state.critic)
 
     @property
     def state(self) -> PPOState:
@@ -205,7 +163,9 @@ class RLHFEngine:
 
     def actor_model(self, ema: bool = False) -> Model:
         """The trained actor (or its moving average) as a Model that `save_pretrained` takes."""
-        params = self.state.ema_params if ema else self.state.actor_params
+        params = self.state.actor_params
+        if ema:
+            params = join(self.state.ema_params, split_trainable(params, self.actor.module)[1])
         return Model(module=self.actor.module, params=params, config=self.actor.config)
 
     def critic_model(self) -> Model:
@@ -343,11 +303,12 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
 
     def export(state: PPOState) -> None:
         engine.state = state
-        dtype = DTYPES[config.save_dtype]
-        save_pretrained(engine.critic_model(), run.output_dir / "critic", engine.tokenizer, dtype=dtype)
+        folder, actor, critic = run.output_dir, config.actor_model_name_or_path, config.critic_model_name_or_path
+        export = partial(export_model, tokenizer=engine.tokenizer, options=config, dtype=DTYPES[config.save_dtype])
+        export(engine.critic_model(), folder / "critic", base=critic)
         if config.enable_ema:
-            save_pretrained(engine.actor_model(ema=True), run.output_dir / "ema", engine.tokenizer, dtype=dtype)
-        save_pretrained(engine.actor_model(), run.output_dir, engine.tokenizer, dtype=dtype)
+            export(engine.actor_model(ema=True), folder / "ema", base=actor)
+        export(engine.actor_model(), folder, base=actor)
 
     identity = {
         "trainer": "ppo",
@@ -364,9 +325,11 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
         "num_mini_batches": config.num_mini_batches,
         "enable_ema": config.enable_ema,
     }
-    actor = {"head": "lm", "config": config_to_dict(engine.actor.config)}
-    critic = {"head": "scalar", "config": config_to_dict(engine.critic_config, "scalar")}
-    exports = {"actor_params": actor, "critic_params": critic} | ({"ema_params": actor} if config.enable_ema else {})
+    actor, critic = describe_model(engine.actor_model()), describe_model(engine.critic_model())
+    identity |= {"actor_lora": actor.get("lora"), "critic_lora": critic.get("lora")}
+    exports = {"actor_params": actor, "critic_params": critic}
+    if config.enable_ema:
+        exports["ema_params"] = describe_model(engine.actor_model(), frozen="actor_params")
     return Task("ppo", steps, step, evaluate, export, identity, exports)
 
 

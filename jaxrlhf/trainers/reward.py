@@ -12,6 +12,7 @@ from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig, load_data, load_tokenizer
 from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.loop import fit
+from jaxrlhf.trainers.lora import LoRAOptions, with_adapters
 from jaxrlhf.trainers.settings import (
     FolderConfig,
     ModelConfig,
@@ -27,7 +28,7 @@ HEADLINE = ("loss", "accuracy", "grad_norm", "learning_rate")
 
 
 @dataclass(frozen=True)
-class RewardOptions(TrainingConfig):
+class RewardOptions(LoRAOptions, TrainingConfig):
     """Reward modelling."""
 
     reward_loss: str = field(
@@ -111,7 +112,7 @@ def train_reward(config: RewardConfig) -> TrainState:
         mesh = config.make_mesh()
         tokenizer = load_tokenizer(config.tokenizer_source)
         model = load_model(config, "scalar", mesh, len(tokenizer), remat=config.gradient_checkpointing)
-        model = with_special_tokens(model, tokenizer)
+        model = with_adapters(with_special_tokens(model, tokenizer), config, jax.random.key(config.seed))
         check_context(model.config, config.max_length, "max_length")
         task, state = supervised_task(
             "reward",

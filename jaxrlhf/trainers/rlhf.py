@@ -13,7 +13,8 @@ from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import read_config
 from jaxrlhf.report import write_report
 from jaxrlhf.runs import what_is_there
-from jaxrlhf.trainers.ppo import PPOConfig, PPOOptions, train_ppo
+from jaxrlhf.trainers.ppo import train_ppo
+from jaxrlhf.trainers.ppo_settings import PPOConfig, PPOOptions
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
 from jaxrlhf.trainers.settings import FolderConfig, MeshConfig, StartConfig
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
@@ -43,6 +44,13 @@ class RLHFConfig(DataConfig, BaseModelsConfig, MeshConfig, FolderConfig):
     ppo: PPOOptions = field(PPOOptions(), "step 3")
 
 
+def check_exports(config: RLHFConfig) -> None:
+    """Refuse steps that would leave only an adapter where the next step needs a model."""
+    for name in ("sft", "reward"):
+        if getattr(config, name).lora_export == "adapter":
+            raise InputError(f"{name}.lora_export=adapter: the next step needs the merged model; choose merged or both")
+
+
 def step_configs(config: RLHFConfig) -> tuple[SFTConfig, RewardConfig, PPOConfig]:
     """The three steps' own configs: what they share from `config`, the rest from their sections."""
 
@@ -70,6 +78,7 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     root = Path(config.output_dir)
     sft, reward, ppo = step_configs(config)
     sft.tokenizer_source  # noqa: B018 - refuses contradictory model flags before anything is written
+    check_exports(config)
     check_vocabularies(config)
     check_root(root, config)
     root.mkdir(parents=True, exist_ok=True)

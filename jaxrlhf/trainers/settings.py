@@ -70,7 +70,7 @@ class ModelConfig(MeshConfig, StartConfig):
         return self.tokenizer_name_or_path or self.model_name_or_path
 
 
-def _next_post_init(self: Any, cls: type) -> None:
+def next_post_init(self: Any, cls: type) -> None:
     following = getattr(super(cls, self), "__post_init__", None)
     if following is not None:
         following()
@@ -89,7 +89,7 @@ class FolderConfig:
     def __post_init__(self) -> None:
         if self.resume and self.overwrite_output_dir:
             raise InputError("resume and overwrite_output_dir exclude each other: keep the old run, or delete it")
-        _next_post_init(self, FolderConfig)
+        next_post_init(self, FolderConfig)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class RunConfig:
             raise InputError(f"max_steps={self.max_steps} must be at least 1, or -1 for num_train_epochs")
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise InputError(f"num_train_epochs={self.num_train_epochs} must be above 0 when max_steps is not given")
-        _next_post_init(self, RunConfig)
+        next_post_init(self, RunConfig)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig, load_data, load_tokenizer
 from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.loop import fit
+from jaxrlhf.trainers.lora import LoRAOptions, with_adapters
 from jaxrlhf.trainers.settings import (
     FolderConfig,
     ModelConfig,
@@ -26,7 +27,7 @@ HEADLINE = ("loss", "grad_norm", "learning_rate", "perf/tokens_per_second")
 
 
 @dataclass(frozen=True)
-class SFTOptions(TrainingConfig):
+class SFTOptions(LoRAOptions, TrainingConfig):
     """Supervised fine-tuning."""
 
     completion_only_loss: bool = field(True, "loss on the response only; false: on the whole sequence")
@@ -72,7 +73,7 @@ def train_sft(config: SFTConfig) -> TrainState:
         mesh = config.make_mesh()
         tokenizer = load_tokenizer(config.tokenizer_source)
         model = load_model(config, "lm", mesh, len(tokenizer), remat=config.gradient_checkpointing)
-        model = with_special_tokens(model, tokenizer)
+        model = with_adapters(with_special_tokens(model, tokenizer), config, jax.random.key(config.seed))
         check_context(model.config, config.max_length, "max_length")
         task, state = supervised_task(
             "sft",

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from jaxrlhf.data import Data, eval_batches, padding_fraction, stream_indices
 from jaxrlhf.gradients import accumulate_gradients
-from jaxrlhf.models import Decoder, Model, config_to_dict, param_shardings, save_pretrained
+from jaxrlhf.models import Decoder, Model, join, param_shardings, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, constrain_tree, optimizer_shardings, place_batch, use
 from jaxrlhf.trainers.loop import Announce, Task
+from jaxrlhf.trainers.lora import describe_model, export_model
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
-from jaxrlhf.trainers.settings import DTYPES, TrainingConfig, batch_devices, total_steps
+from jaxrlhf.trainers.settings import DTYPES, batch_devices, total_steps
 
 PyTree = Any
 Batch = dict[str, Any]
@@ -38,7 +39,7 @@ class Objective(NamedTuple):
 
 @flax.struct.dataclass
 class TrainState:
-    """What one step reads and replaces; donated to `train_step`."""
+    """What one step reads and replaces; donated to `train_step`. With adapters, only they have optimizer state."""
 
     step: jax.Array
     params: PyTree
@@ -49,34 +50,40 @@ class TrainState:
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    shardings = optimizer_shardings(optimizer, model.params, param_shardings(model.module, mesh), mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(model.params)
+    trainable, _ = split_trainable(model.params, model.module)
+    placement, _ = split_trainable(param_shardings(model.module, mesh), model.module)
+    shardings = optimizer_shardings(optimizer, trainable, placement, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
     return TrainState(jnp.int32(0), model.params, opt_state, module=model.module, optimizer=optimizer, mesh=mesh)
 
 
 def has_dropout(module: Decoder) -> bool:
-    c = module.config
-    return max(c.embed_dropout, c.attention_dropout, c.residual_dropout) > 0
+    c, lora = module.config, module.lora
+    return max(c.embed_dropout, c.attention_dropout, c.residual_dropout, lora.dropout if lora else 0) > 0
 
 
 @partial(jax.jit, static_argnames=("objective", "micro_batches"), donate_argnums=0)
 def train_step(
     state: TrainState, batch: Batch, key: jax.Array, *, objective: Objective, micro_batches: int
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on a batch `[B, …]`, in `micro_batches` chunks whose number does not change the result."""
+    """One optimizer step on a batch `[B, …]`, in `micro_batches` chunks whose number does not change the result.
+
+    Gradients are taken of the trainable leaves only: all, or the adapters and a scalar head (`split_trainable`).
+    """
     with use(state.mesh, TRAIN_RULES):
         count = objective.count(batch)
+        trainable, frozen = split_trainable(state.params, state.module)
 
-        def loss(params: PyTree, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return objective.loss(state.module, params, rows, count, key)
+        def loss(trainable: PyTree, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return objective.loss(state.module, join(trainable, frozen), rows, count, key)
 
         dropout_key = jax.random.fold_in(key, state.step) if has_dropout(state.module) else None
-        value, stats, grads = accumulate_gradients(loss, state.params, batch, micro_batches, dropout_key)
-        updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params = constrain_tree(params, param_shardings(state.module, state.mesh))
+        value, stats, grads = accumulate_gradients(loss, trainable, batch, micro_batches, dropout_key)
+        updates, opt_state = state.optimizer.update(grads, state.opt_state, trainable)
+        placement, _ = split_trainable(param_shardings(state.module, state.mesh), state.module)
+        trainable = constrain_tree(optax.apply_updates(trainable, updates), placement)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **stats}
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
 
 @partial(jax.jit, static_argnames=("module", "mesh", "measure"))
@@ -89,7 +96,7 @@ def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, meas
 def supervised_task(
     name: str,
     run: Run,
-    config: TrainingConfig,
+    config: Any,
     model: Model,
     tokenizer: Any,
     data: tuple[Data, Data],
@@ -100,7 +107,7 @@ def supervised_task(
     summarise: Callable[[dict[str, float]], dict[str, float]],
     batch_options: dict[str, Any],
 ) -> tuple[Task, TrainState]:
-    """A Task over labelled rows and its initial state.
+    """A Task over labelled rows and its initial state; `config` is an SFTConfig or a RewardConfig.
 
     `measure` sums figures over an evaluation batch, `summarise` turns their totals into metrics, `batch_options` go to
     `data.batch`.
@@ -109,7 +116,7 @@ def supervised_task(
     rows = config.per_device_train_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
     eval_rows = config.per_device_eval_batch_size * batch_devices(mesh)
     steps = total_steps(config, len(train), rows)
-    optimizer = make_optimizer(config, steps, model.params)
+    optimizer = make_optimizer(config, steps, split_trainable(model.params, model.module)[0])
     schedule = make_schedule(config, steps)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     update = Announce(run, f"{name} train step", train_step)
@@ -142,7 +149,8 @@ def supervised_task(
 
     def export(state: TrainState) -> None:
         trained = Model(module=state.module, params=state.params, config=model.config)
-        save_pretrained(trained, run.output_dir, tokenizer, dtype=DTYPES[config.save_dtype])
+        dtype = DTYPES[config.save_dtype]
+        export_model(trained, run.output_dir, tokenizer, config, config.model_name_or_path, dtype=dtype)
 
     identity = {
         "trainer": name,
@@ -152,7 +160,7 @@ def supervised_task(
         "train_rows": len(train),
         "total_steps": steps,
         "learning_rate": config.learning_rate,
+        "lora": describe_model(model).get("lora"),
     }
-    exports = {"params": {"head": model.module.head, "config": config_to_dict(model.config, model.module.head)}}
-    task = Task(name, steps, step, evaluate, export, identity, exports)
+    task = Task(name, steps, step, evaluate, export, identity, {"params": describe_model(model)})
     return task, init_state(model, optimizer, mesh)

@@ -1,0 +1,112 @@
+"""Settings of step 3, PPO: its models, the options of its section in a three-step run, and both together."""
+
+from dataclasses import dataclass
+
+from jaxrlhf.config import field
+from jaxrlhf.data import DataConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.ppo import PPOHyperparameters
+from jaxrlhf.sampling import SamplingConfig
+from jaxrlhf.trainers.lora import LoRAOptions
+from jaxrlhf.trainers.settings import FolderConfig, MeshConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class PPOModelConfig(MeshConfig):
+    """The models, the device mesh and the precision."""
+
+    actor_model_name_or_path: str | None = field(
+        None, "supervised model to train; also the reference", aliases=("model_name_or_path", "sft_model_path")
+    )
+    critic_model_name_or_path: str | None = field(
+        None,
+        "reward model; also the critic's starting point",
+        aliases=("reward_model_name_or_path", "reward_model_path"),
+    )
+    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the actor")
+
+
+@dataclass(frozen=True)
+class PPOOptions(LoRAOptions, TrainingConfig):
+    """PPO. A rollout batch has per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches rows per
+    device; max_steps counts rollout batches."""
+
+    learning_rate: float = field(9.65e-6, "peak learning rate of the actor", aliases=("actor_learning_rate",))
+    critic_learning_rate: float = field(5e-6, "peak learning rate of the critic")
+    lora_r: int = field(
+        0,
+        "rank of the actor's LoRA adapters; its base is frozen then, and serves as the reference too; 0: train all",
+        aliases=("lora_dim", "actor_lora_r", "actor_lora_dim"),
+    )
+    lora_target_modules: tuple[str, ...] = field(
+        (),
+        "linear maps of the actor that get adapters: names such as q_proj or c_attn, patterns such as attn/query, or "
+        "all-linear; default: all of attention and MLP",
+        aliases=("lora_module_name", "actor_lora_module_name"),
+    )
+    critic_lora_r: int = field(
+        0,
+        "rank of the critic's LoRA adapters, with the actor's lora_alpha; its base serves as the reward model too; "
+        "0: train all",
+        aliases=("critic_lora_dim",),
+    )
+    critic_lora_target_modules: tuple[str, ...] = field(
+        (), "as lora_target_modules, for the critic", aliases=("critic_lora_module_name",)
+    )
+    max_answer_seq_len: int = field(256, "longest response in tokens", aliases=("response_length",))
+    min_answer_seq_len: int = field(0, "EOS cannot be drawn before this many tokens")
+    temperature: float = field(1.0, "sampling temperature; log-probs are taken at the same one")
+    top_k: int = field(0, "sample among the k most likely tokens; 0: all")
+    top_p: float = field(1.0, "sample among the most likely tokens that hold this probability")
+    ppo_epochs: int = field(1, "passes over each rollout batch", aliases=("num_ppo_epochs",))
+    num_mini_batches: int = field(1, "optimizer steps per pass")
+    kl_coef: float = field(0.1, "weight of the per-token KL penalty in the reward")
+    cliprange: float = field(0.2, "clipping of the policy ratio")
+    cliprange_value: float = field(0.2, "clipping of the value update")
+    gamma: float = field(1.0, "discount")
+    lam: float = field(0.95, "lambda of generalised advantage estimation")
+    clip_reward: float | None = field(5.0, "bound on the reward model's score; none: unbounded")
+    whiten_advantages: bool = field(True, "scale advantages to zero mean and unit variance over the batch")
+    enable_ema: bool = field(False, "keep a moving average of the actor and export it to output_dir/ema")
+    ema_decay: float = field(0.992, "decay of that average per optimizer step")
+    sample_steps: int = field(20, "steps between printed tables of prompts, responses and scores; 0: none")
+    num_sample_rows: int = field(4, "rows of those tables")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.hyperparameters(seed=0)  # both refuse bad values by name
+        self.sampling(None, 0)
+        if self.critic_lora_r < 0:
+            raise InputError(f"critic_lora_r={self.critic_lora_r} must be 0 (no adapters) or more")
+        if self.lora_dropout:
+            raise InputError(f"lora_dropout={self.lora_dropout}: ppo never drops out; leave it at 0")
+        if self.kl_coef < 0:
+            raise InputError(f"kl_coef={self.kl_coef} must be 0 or more")
+        for name in ("sample_steps", "num_sample_rows"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+
+    def hyperparameters(self, seed: int) -> PPOHyperparameters:
+        same = ("ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "clip_reward")
+        same += ("whiten_advantages", "temperature", "ema_decay")
+        values = {name: getattr(self, name) for name in same}
+        return PPOHyperparameters(micro_batches=self.gradient_accumulation_steps, seed=seed, **values)
+
+    def sampling(self, eos_token_id: int | None, pad_id: int) -> SamplingConfig:
+        return SamplingConfig(
+            max_new_tokens=self.max_answer_seq_len,
+            min_new_tokens=self.min_answer_seq_len,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_id,
+        )
+
+    def rollout_rows(self, devices: int) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches * devices
+
+
+@dataclass(frozen=True)
+class PPOConfig(DataConfig, PPOModelConfig, FolderConfig, PPOOptions):
+    """Step 3 alone."""

@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,17 @@ class TensorToWrite:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Iterable[TensorToWrite], dtype: np.dtype, max_shard_bytes: int = 5 * 2**30
+    folder: Path,
+    tensors: Iterable[TensorToWrite],
+    dtype: np.dtype,
+    max_shard_bytes: int = 5 * 2**30,
+    taken: Collection[str] = (),
 ) -> None:
-    """Write `model.safetensors`, or shards of at most `max_shard_bytes` with an index, holding one tensor at a time."""
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` with an index, holding one tensor at a time.
+
+    Shards get none of the names in `taken`: with those of an older export there, its index stays true until the new
+    index replaces it.
+    """
     dtype = np.dtype(dtype)
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype} cannot be exported; one of {[str(d) for d in _DTYPES]} can")
@@ -173,12 +182,21 @@ def write_checkpoint(
         _write_safetensors(folder / _SAFETENSORS, shards[0], dtype)
         return
     weight_map = {}
+    stem = "model-b" if any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in taken) else "model"
     for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        name = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         _write_safetensors(folder / name, shard, dtype)
         weight_map |= {tensor.name: name for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / f"{_SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def indexed_shards(folder: Path) -> set[str]:
+    """The files that the folder's safetensors index names; none without a readable index."""
+    try:
+        return set(read_json(folder / f"{_SAFETENSORS}.index.json")["weight_map"].values())
+    except (InputError, KeyError, AttributeError):
+        return set()
 
 
 def _write_safetensors(path: Path, tensors: list[TensorToWrite], dtype: np.dtype) -> None:
@@ -218,16 +236,18 @@ def _converted(tensor: TensorToWrite, dtype: np.dtype) -> np.ndarray:
 def replace_files(staging: Path, folder: Path) -> None:
     """Move a finished export from `staging` into `folder`, weights first and config.json last, then drop stale weights.
 
-    Each file replaces its old version in one rename, so that a reader finds whole files at any time.
+    Each file replaces its old version in one rename, and the index comes after its shards, so that a reader finds the
+    old weights or the new, never a mixture, at any time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(
-        (p.name for p in staging.iterdir()), key=lambda name: (name == CONFIG, "safetensors" not in name, name)
+        (p.name for p in staging.iterdir()),
+        key=lambda name: (name == CONFIG, "safetensors" not in name, name.endswith(".json"), name),
     )
     for name in names:
         os.replace(staging / name, folder / name)
     stale = [p for p in folder.glob("model*.safetensors*") if p.name not in names]
     stale += [p for p in folder.glob("pytorch_model*.bin*") if p.name not in names]
-    for path in stale:
+    for path in sorted(stale, key=lambda p: p.suffix != ".json"):  # an index goes before its shards
         path.unlink()
     shutil.rmtree(staging)

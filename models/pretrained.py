@@ -23,6 +23,7 @@ from jaxrlhf.models.checkpoint_files import (
     TensorToWrite,
     all_finite,
     find_model_folder,
+    indexed_shards,
     open_checkpoint,
     read_json,
     replace_files,
@@ -339,7 +340,8 @@ def save_pretrained(
     family = get_family(config.family, "config")
     stored = dtype or next(iter(params.values())).dtype
     try:
-        write_checkpoint(staging, _tensors_to_write(family, model.module, params), np.dtype(stored), max_shard_bytes)
+        tensors = _tensors_to_write(family, model.module, params)
+        write_checkpoint(staging, tensors, np.dtype(stored), max_shard_bytes, taken=indexed_shards(folder))
         values = config_to_dict(config, head) | {"dtype": str(np.dtype(stored))}
         (staging / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if head == "lm":

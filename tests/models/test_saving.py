@@ -72,6 +72,55 @@ def test_an_interrupted_save_leaves_the_older_export_whole(model, tmp_path, monk
     )
 
 
+@pytest.mark.parametrize("old_bytes", [20_000, 2**30])
+@pytest.mark.parametrize("new_bytes", [20_000, 2**30])
+def test_a_save_killed_at_any_moment_leaves_old_or_new_weights_but_no_mixture(
+    model, tmp_path, monkeypatch, old_bytes, new_bytes
+):
+    """As `kill -9` would: nothing is cleaned up after the failing operation."""
+    from pathlib import Path
+
+    new = changed(model)
+    norms = [np.asarray(m.params["final_norm"]["scale"]) for m in (model, new)]
+    tables = [np.asarray(m.params["layers"]["mlp"]["up"]["kernel"]) for m in (model, new)]
+    seen, moment = set(), 0
+    while True:
+        folder = tmp_path / str(moment)
+        save_pretrained(model, folder, max_shard_bytes=old_bytes)
+        left = moment
+
+        def count_down(function):
+            def counted(*args, **kwargs):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise DiskFull
+                return function(*args, **kwargs)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint_files.os, "replace", count_down(checkpoint_files.os.replace))
+            patch.setattr(Path, "unlink", count_down(Path.unlink))
+            patch.setattr(checkpoint_files.shutil, "rmtree", lambda *args, **kwargs: None)
+            try:
+                save_pretrained(new, folder, max_shard_bytes=new_bytes)
+                finished = True
+            except DiskFull:
+                finished = False
+        loaded = load_pretrained(folder).params
+        which = 0 if (np.asarray(loaded["final_norm"]["scale"]) == norms[0]).all() else 1
+        np.testing.assert_array_equal(loaded["final_norm"]["scale"], norms[which])
+        np.testing.assert_array_equal(loaded["layers"]["mlp"]["up"]["kernel"], tables[which])
+        seen.add(which)
+        if finished:
+            break
+        moment += 1
+    assert which == 1 and seen == {0, 1} and moment >= 2
+    save_pretrained(model, folder, max_shard_bytes=old_bytes)
+    assert (np.asarray(load_pretrained(folder).params["final_norm"]["scale"]) == norms[0]).all()
+
+
 def test_leftovers_of_a_killed_save_are_cleared(model, tmp_path):
     (tmp_path / ".export-99999").mkdir()
     (tmp_path / ".export-99999" / "model.safetensors").write_bytes(b"half")

@@ -10,16 +10,22 @@ import numpy as np
 
 from jaxrlhf.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.config import REQUIRED, field
+from jaxrlhf.data import load_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
+    LoRAConfig,
     Model,
     config_from_dict,
     config_to_dict,
+    join,
+    load_adapter,
     load_pretrained,
+    merged,
     param_shapes,
     param_shardings,
     save_pretrained,
+    split_trainable,
 )
 from jaxrlhf.sharding import make_mesh
 
@@ -36,11 +42,27 @@ class ConvertConfig:
     source: str = field("hf", "format of the input", choices=FORMATS, aliases=("from",))
     target: str = field("orbax", "format of the output", choices=FORMATS, aliases=("to",))
     head: str = field("auto", "head of a Hugging Face input", choices=("auto", "lm", "scalar"))
-    params: str = field("", "with a checkpoint as input: which parameters, such as actor_params or ema_params")
+    adapter: str = field("", "PEFT LoRA folder to merge into a Hugging Face input")
+    params: str = field(
+        "", "with a checkpoint as input: which parameters, such as actor_params or ema_params; default: the first"
+    )
     dtype: str = field("float32", "precision of the written weights", choices=tuple(DTYPES))
-    tokenizer_name_or_path: str | None = field(None, "tokenizer to copy into a Hugging Face output")
+    tokenizer_name_or_path: str | None = field(
+        None, "tokenizer to copy into a Hugging Face output; default: that of the input or of its run folder, if any"
+    )
     mesh_fsdp: int = field(-1, "devices to spread the parameters over while converting; -1: all")
     verify: bool = field(False, "read the output back and compare every parameter")
+
+    def __post_init__(self) -> None:
+        if self.source == "hf" and self.params:
+            raise InputError(
+                f"params={self.params!r} is for checkpoints (--from orbax); a Hugging Face folder has one model"
+            )
+        if self.source == "orbax" and (self.adapter or self.head != "auto"):
+            name = "adapter" if self.adapter else "head"
+            raise InputError(f"{name} is for Hugging Face folders; a checkpoint knows its own (merged on the way out)")
+        if Path(self.input).resolve() == Path(self.output).resolve():
+            raise InputError(f"output {self.output} is the input; name another folder")
 
 
 def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
@@ -50,7 +72,7 @@ def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
 
         names = read_json(find_model_folder(config.input) / "config.json").get("architectures") or [""]
         head = "scalar" if names[0].endswith("ForSequenceClassification") else "lm"
-    return load_pretrained(
+    model = load_pretrained(
         config.input,
         head=head,
         mesh=mesh,
@@ -59,29 +81,57 @@ def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
         new_head=False,
         progress=True,
     )
+    return merged(load_adapter(model, config.adapter)) if config.adapter else model
 
 
 def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
-    """One model out of a checkpoint: `params` names its place in the state, "" means the only or the first one."""
-    path = Path(path)
-    folder = path if path.name.startswith("checkpoint-") else latest_checkpoint(path)
-    if folder is None:
-        raise InputError(f"{path} holds no checkpoint-N folder")
+    """One model out of a checkpoint: `params` names its place in the state, "" means the only or the first one.
+
+    Adapters of a LoRA run are merged. InputError when there is no such checkpoint, model, or one of another version.
+    """
+    folder = _checkpoint_folder(path)
     exports = read_metadata(folder).get("exports") or {}
-    name = params or next(iter(exports), "")
+    if not exports:
+        raise InputError(f"{folder} does not say which models it holds; it was not written by jaxrlhf's trainers")
+    name = params or next(iter(exports))
     if name not in exports:
-        raise InputError(f"{folder} holds no parameters {name!r}; it has {sorted(exports)}")
+        raise InputError(f"{folder} holds no parameters {name!r}; it has {', '.join(exports)}")
     info = exports[name]
     config = config_from_dict(info["config"], f"{folder}/metadata.json")
-    module = Decoder(config, head=info["head"])
+    lora = info.get("lora")
+    lora = LoRAConfig(**lora | {"targets": tuple(lora["targets"])}) if lora else None
+    module = Decoder(config, head=info["head"], lora=lora)
     stored = jnp.dtype(info.get("dtype", "float32"))
     like = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, stored, sharding=s),
         param_shapes(module),
         param_shardings(module, mesh),
     )
-    restored, _ = restore_checkpoint(folder, like, subtree=name)
-    return Model(module=module, params=restored, config=config)
+    if "frozen" in info:  # an average of adapters: the base lies with the model that was trained
+        own, _ = restore_checkpoint(folder, split_trainable(like, module)[0], subtree=name)
+        trained, _ = restore_checkpoint(folder, like, subtree=info["frozen"])
+        restored = join(own, split_trainable(trained, module)[1])
+    else:
+        restored, _ = restore_checkpoint(folder, like, subtree=name)
+    return merged(Model(module=module, params=restored, config=config))
+
+
+def _checkpoint_folder(path: str | Path) -> Path:
+    path = Path(path)
+    folder = path if path.name.startswith("checkpoint-") else latest_checkpoint(path)
+    if folder is None:
+        raise InputError(f"{path} holds no checkpoint-N folder")
+    return folder
+
+
+def _load_tokenizer(config: ConvertConfig) -> Any:
+    """The tokenizer for a Hugging Face output, or None when neither named nor found beside the input."""
+    source = config.tokenizer_name_or_path
+    if source is None:
+        path = Path(config.input)
+        found = [f for f in (path, path.parent) if (f / "tokenizer_config.json").is_file()]
+        source = str(found[0]) if found else None
+    return None if source is None else load_tokenizer(source)
 
 
 def convert(config: ConvertConfig) -> None:
@@ -91,14 +141,9 @@ def convert(config: ConvertConfig) -> None:
     model = (
         _read_hf(config, mesh) if config.source == "hf" else read_checkpoint_model(config.input, config.params, mesh)
     )
-    tokenizer = None
-    if config.tokenizer_name_or_path:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path)
     head = model.module.head
     if config.target == "hf":
-        save_pretrained(model, config.output, tokenizer, dtype=dtype)
+        save_pretrained(model, config.output, _load_tokenizer(config), dtype=dtype)
     else:
         stored = jax.tree.map(lambda x: x.astype(dtype), model.params)
         info = {"head": head, "config": config_to_dict(model.config, head), "dtype": config.dtype}
@@ -115,7 +160,7 @@ def verify(model: Model, config: ConvertConfig, mesh: Any) -> None:
         options = {"mesh": mesh, "param_dtype": dtype, "new_head": False}
         back = load_pretrained(config.output, head=model.module.head, **options)
     else:
-        back = read_checkpoint_model(config.output, "params", mesh)
+        back = read_checkpoint_model(Path(config.output) / "checkpoint-0", "params", mesh)
     differing = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for (path, a), b in zip(

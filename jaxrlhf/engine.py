@@ -165,6 +165,13 @@ class HybridEngine:
             raise InputError(
                 f"prompt_ids {np.shape(prompt_ids)} and prompt_mask {np.shape(prompt_mask)} must be two [B, P] arrays"
             )
+        mask = np.asarray(prompt_mask).astype(bool)
+        bad = np.flatnonzero((mask[:, 1:] < mask[:, :-1]).any(axis=1) | ~mask.any(axis=1))
+        if len(bad):
+            raise InputError(
+                f"prompt_mask row {bad[0]}: prompts must be left-padded and hold at least one token; put the padding "
+                "first"
+            )
         total = np.shape(prompt_ids)[1] + sampling.max_new_tokens
         if self.config.position != "alibi" and total > self.config.max_positions:
             raise InputError(

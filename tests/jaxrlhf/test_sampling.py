@@ -1,0 +1,137 @@
+"""Drawing tokens: frequencies and support against a numpy oracle, log-probs, and keys that belong to rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.sampling import SamplingConfig, sample_token, truncate_logits
+
+VOCAB, ROWS = 12, 20_000
+LOGITS = np.random.default_rng(0).normal(0, 1.5, VOCAB).astype(np.float32)
+
+
+def keys(rows=ROWS, seed=0):
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))
+
+
+def draw(config, rows=ROWS, step=0, logits=LOGITS, row_keys=None):
+    logits = np.broadcast_to(logits, (rows, logits.shape[-1]))
+    row_keys = keys(rows) if row_keys is None else row_keys
+    return (np.asarray(x) for x in sample_token(jnp.asarray(logits), row_keys, step, config))
+
+
+def oracle(temperature, top_k, top_p, logits=LOGITS) -> np.ndarray:
+    """Probabilities after temperature, then top-k, then the smallest prefix of the rest that reaches top_p."""
+    p = np.exp(logits.astype(np.float64) / temperature)
+    p /= p.sum()
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    if top_k:
+        order = order[:top_k]
+    mass = sum(p[i] for i in order)
+    kept, total = [], 0.0
+    for i in order:
+        kept.append(i)
+        total += p[i] / mass
+        if total >= top_p:
+            break
+    result = np.zeros(len(p))
+    result[kept] = p[kept] / p[kept].sum()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.7), (1.5, 7, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
+)
+def test_frequencies_follow_the_truncated_distribution(temperature, top_k, top_p):
+    config = SamplingConfig(1, temperature=temperature, top_k=top_k, top_p=top_p)
+    expected = oracle(temperature, top_k, top_p)
+    allowed = np.asarray(truncate_logits(jnp.asarray(LOGITS[None] / temperature), config))[0] > -1e29
+    np.testing.assert_array_equal(allowed, expected > 0)
+    tokens, _ = draw(config)
+    counts = np.bincount(tokens, minlength=VOCAB)
+    assert (counts[expected == 0] == 0).all()
+    inside = expected > 0
+    chi_square = ((counts - ROWS * expected)[inside] ** 2 / (ROWS * expected)[inside]).sum()
+    # The 0.999 quantile of chi-square with n-1 degrees of freedom lies below this for every n here.
+    assert chi_square <= 2.2 * (inside.sum() - 1) + 11
+
+
+def test_logprobs_are_those_of_the_tempered_distribution_before_truncation():
+    tokens, logprobs = draw(SamplingConfig(1, temperature=0.7, top_k=3, top_p=0.9), rows=200)
+    scaled = LOGITS.astype(np.float64) / 0.7
+    expected = scaled - np.log(np.exp(scaled).sum())
+    np.testing.assert_allclose(logprobs, expected[tokens], rtol=0, atol=1e-6)
+
+
+def test_greedy_takes_the_largest_logit_and_reports_its_logprob_at_temperature_one():
+    tokens, logprobs = draw(SamplingConfig(1, temperature=0, top_k=5, top_p=0.5), rows=3)
+    logits = LOGITS.astype(np.float64)
+    assert (tokens == LOGITS.argmax()).all()
+    np.testing.assert_allclose(logprobs, logits.max() - np.log(np.exp(logits).sum()), rtol=0, atol=1e-6)
+
+
+def test_ties_at_the_edge_of_top_k_and_top_p_all_stay():
+    logits = jnp.asarray([[3.0, 1.0, 1.0, 1.0, -2.0]])
+    top_k = np.asarray(truncate_logits(logits, SamplingConfig(1, top_k=2)))[0]
+    top_p = np.asarray(truncate_logits(logits, SamplingConfig(1, top_p=0.8)))[0]
+    for kept in (top_k, top_p):
+        np.testing.assert_array_equal(kept > -1e29, [True, True, True, True, False])
+    everything = np.asarray(truncate_logits(logits, SamplingConfig(1, top_k=99)))
+    np.testing.assert_array_equal(everything, logits)
+
+
+def test_a_draw_depends_on_its_own_key_and_the_step_alone():
+    config = SamplingConfig(1)
+    first, _ = draw(config, rows=256)
+    order = np.random.default_rng(1).permutation(256)
+    moved, _ = draw(config, rows=256, row_keys=keys(256)[order])
+    np.testing.assert_array_equal(moved, first[order])
+    few, _ = draw(config, rows=5, row_keys=keys(256)[40:45])
+    np.testing.assert_array_equal(few, first[40:45])
+    other = np.broadcast_to(LOGITS, (256, VOCAB)).copy()
+    other[1:] = 0.0
+    alone, _ = draw(config, rows=256, logits=other)
+    assert alone[0] == first[0]
+    later, _ = draw(config, rows=256, step=1)
+    assert 0.2 < (later != first).mean() < 1
+    same, _ = draw(config, rows=256, row_keys=jnp.broadcast_to(keys(1), 256))
+    assert len(set(same.tolist())) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_eos_cannot_be_drawn_before_min_new_tokens(temperature):
+    eos = (int(LOGITS.argmax()), int(np.argsort(LOGITS)[-2]))
+    config = SamplingConfig(8, temperature=temperature, eos_token_id=eos, min_new_tokens=3)
+    for step in (0, 2):
+        tokens, logprobs = draw(config, rows=500, step=step)
+        assert not np.isin(tokens, eos).any()
+        full = LOGITS - np.log(np.exp(LOGITS).sum())
+        np.testing.assert_allclose(logprobs, full[tokens], rtol=0, atol=1e-6)
+    tokens, _ = draw(config, rows=500, step=3)
+    assert np.isin(tokens, eos).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_new_tokens", 9),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(name, value):
+    with pytest.raises(InputError, match=rf"{name}={value}.*must be"):
+        SamplingConfig(**({"max_new_tokens": 8} | {name: value}))
+
+
+def test_eos_given_as_a_list_is_still_hashable():
+    config = SamplingConfig(4, eos_token_id=[3, 9])
+    assert config.eos_ids == (3, 9)
+    assert hash(config) == hash(SamplingConfig(4, eos_token_id=(3, 9)))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxrlhf.errors import InputError
@@ -277,8 +278,11 @@ def _progress(items: list, description: str, enabled: bool) -> Iterator:
 def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
     """A parameter (or one layer of it) on the host, gathered shard by shard.
 
-    Not `np.asarray(x)`: that leaves a host copy of the whole parameter cached in `x` for as long as it lives.
+    Not `np.asarray(x)`: that leaves a host copy of the whole parameter cached in `x` for as long as it lives. Across
+    hosts every process must call it, and all get the result.
     """
+    if not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x if layer is None else x[layer], tiled=True))
     whole = np.empty(x.shape if layer is None else x.shape[1:], x.dtype)
     for shard in x.addressable_shards:
         if shard.replica_id == 0:
@@ -326,10 +330,17 @@ def save_pretrained(
 
     Tensors are gathered one at a time; `dtype` is theirs in the file (default: as stored). A `card` becomes the
     folder's README.md. Everything is written beside the target first and then renamed into place, so an interrupted
-    save leaves an older export intact. Adapters are written merged (for themselves: `save_adapter`). Raises InputError
-    for parameters that are not finite or do not fit `dtype`.
+    save leaves an older export intact. Adapters are written merged (for themselves: `save_adapter`). Of several
+    processes, all call it and the first writes. Raises InputError for parameters that are not finite or do not fit
+    `dtype`.
     """
     folder = Path(path)
+    if jax.process_index() > 0:  # take part in the gathering; the first process writes
+        family, params = get_family(model.config.family, "config"), flatten_dict(model.params, sep="/")
+        for tensor in _tensors_to_write(family, model.module, params):
+            tensor.make()
+        multihost_utils.sync_global_devices(f"export {folder}")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".export-*"):
         shutil.rmtree(left)
@@ -355,6 +366,8 @@ def save_pretrained(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"export {folder}")
 
 
 def model_from_overrides(model_type: str, overrides: dict[str, Any], **kwargs: Any) -> Model:

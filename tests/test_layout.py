@@ -30,13 +30,14 @@ LAYERS = (
     ("report",),
     ("runs",),
     ("trainers",),
-    ("chat",),
+    ("chat", "convert"),
     ("cli",),
+    ("__main__",),
     ("scripts",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 ISOLATED = ("kernels", "objectives", "errors")
-USERS_OF_DATA = ("trainers", "chat", "cli", "scripts")
+USERS_OF_DATA = ("trainers", "chat", "convert", "cli", "scripts")
 IMPORTED_WHERE_USED = ("datasets", "transformers", "matplotlib", "tensorboardX", "torch")
 
 

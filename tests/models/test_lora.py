@@ -17,6 +17,7 @@ from jaxrlhf.models import (
     LoRAConfig,
     add_lora,
     base_leaves,
+    generation_view,
     join,
     load_adapter,
     load_pretrained,
@@ -264,6 +265,17 @@ def test_generation_with_adapters_equals_generation_with_merged_weights(make_mod
     )
     np.testing.assert_array_equal(with_adapters.tokens, whole.tokens)
     np.testing.assert_allclose(with_adapters.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
+    # and as the train program sees the adapters, not merged
+    unmerged, _ = jax.jit(lambda p, t, m: model.module.apply({"params": p}, t, m, method="logprobs"))(
+        model.params, np.asarray(with_adapters.tokens), np.asarray(with_adapters.mask)
+    )
+    drawn = np.asarray(with_adapters.response_mask)
+    np.testing.assert_allclose(
+        np.asarray(unmerged)[drawn], np.asarray(with_adapters.logprobs)[drawn], rtol=1e-5, atol=1e-5
+    )
+    # decode pays nothing: its parameters are those of a model without adapters
+    views = [jax.eval_shape(lambda p, m=m: generation_view(p, m.module), m.params) for m in (model, merged(model))]
+    assert jax.tree.structure(views[0]) == jax.tree.structure(views[1])
 
 
 def targets_of(model, *targets):

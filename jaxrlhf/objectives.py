@@ -202,9 +202,10 @@ def policy_loss(
     """PPO's clipped surrogate `mean(max(-A·r, -A·clip(r, 1 - ε, 1 + ε)))`, r = exp(logp - old), and its statistics.
 
     All arrays are [B, T]; `denominator` is the number of response tokens of the global (mini)batch. Statistics, each a
-    masked sum over that same denominator, so that those of micro-batches add up: `ratio` (mean of r), `ratio_spread`
-    (mean of (r - 1)², see `ratio_variance`), `clipfrac` (share of tokens where the clipped term is the larger) and
-    `approx_kl` (mean of (logp - old)²/2). Source: Schulman et al. 2017, equation 7.
+    masked sum over that same denominator, so that those of micro-batches add up: `ratio_shift` (mean of r - 1: shares
+    of a mean of 1 would not add up to exactly 1), `ratio_spread` (mean of (r - 1)², see `ratio_variance`), `clipfrac`
+    (share of tokens where the clipped term is the larger) and `approx_kl` (mean of (logp - old)²/2).
+    Source: Schulman et al. 2017, equation 7.
     """
     keep = jnp.asarray(mask) != 0
     log_ratio = _keep(logprobs, keep) - _keep(old_logprobs, keep)
@@ -217,7 +218,7 @@ def policy_loss(
         return masked_mean(x, keep, denominator)
 
     stats = {
-        "ratio": mean(ratio),
+        "ratio_shift": mean(ratio - 1),
         "ratio_spread": mean(jnp.square(ratio - 1)),
         "clipfrac": mean(clipped > plain),
         "approx_kl": mean(0.5 * jnp.square(log_ratio)),
@@ -227,7 +228,7 @@ def policy_loss(
 
 def ratio_variance(stats: dict[str, Array]) -> Array:
     """Variance over tokens of the ratio, from `policy_loss` statistics that were added up over all micro-batches."""
-    return jnp.maximum(stats["ratio_spread"] - jnp.square(stats["ratio"] - 1), 0)
+    return jnp.maximum(stats["ratio_spread"] - jnp.square(stats["ratio_shift"]), 0)
 
 
 def value_loss(values, old_values, returns, mask, clip_range: float, denominator=None) -> tuple[Array, Array]:

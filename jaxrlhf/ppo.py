@@ -291,7 +291,7 @@ def _update(
         "policy/approxkl_avg": stats["approx_kl"],
         "policy/clipfrac_avg": stats["clipfrac"],
         "val/clipfrac_avg": value_clipfrac,
-        "val/ratio": stats["ratio"],
+        "val/ratio": 1 + stats["ratio_shift"],
         "val/ratio_var": objectives.ratio_variance(stats),
         "policy/grad_norm": optax.global_norm(actor_grads),
         "val/grad_norm": optax.global_norm(critic_grads),

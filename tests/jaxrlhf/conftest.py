@@ -73,13 +73,14 @@ class Setup:
         modules = {k: m.module for k, m in models.items()}
         return score_rollout(rollout, *params, **modules, hyperparameters=hyperparameters, mesh=self.mesh)
 
-    def state(self, optimizer, hyperparameters=DEFAULTS, kl_coef=0.1):
+    def state(self, optimizer, hyperparameters=DEFAULTS, kl_coef=0.1, critic_optimizer=None):
         """A state of its own: donating it leaves the models alone."""
+        critic_optimizer = critic_optimizer or optimizer
 
         def copy(model):
             return jax.tree.map(jnp.copy, model.params)
 
-        def moments(model):
+        def moments(optimizer, model):
             shardings = param_shardings(model.module, self.mesh)
             shardings = optimizer_shardings(optimizer, model.params, shardings, self.mesh)
             return jax.jit(optimizer.init, out_shardings=shardings)(model.params)
@@ -88,14 +89,14 @@ class Setup:
             step=jnp.int32(0),
             actor_params=copy(self.actor),
             critic_params=copy(self.critic),
-            actor_opt_state=moments(self.actor),
-            critic_opt_state=moments(self.critic),
+            actor_opt_state=moments(optimizer, self.actor),
+            critic_opt_state=moments(critic_optimizer, self.critic),
             ema_params=copy(self.actor),
             kl_coef=jnp.float32(kl_coef),
             actor=self.actor.module,
             critic=self.critic.module,
             actor_optimizer=optimizer,
-            critic_optimizer=optimizer,
+            critic_optimizer=critic_optimizer,
             hyperparameters=hyperparameters,
             mesh=self.mesh,
         )

@@ -354,7 +354,7 @@ def test_policy_statistics_describe_the_unmasked_tokens(rng):
         for ratio, i in zip(ratios, tokens(mask), strict=True)
     ]
     _, stats = objectives.policy_loss(new, old, advantages, mask, CLIP)
-    np.testing.assert_allclose(stats["ratio"], np.mean(ratios), rtol=1e-5)
+    np.testing.assert_allclose(1 + stats["ratio_shift"], np.mean(ratios), rtol=1e-5)
     np.testing.assert_allclose(objectives.ratio_variance(stats), np.var(ratios), rtol=1e-5)
     np.testing.assert_allclose(stats["clipfrac"], np.mean(bound), rtol=1e-6)
     np.testing.assert_allclose(stats["approx_kl"], 0.5 * np.mean(np.log(ratios) ** 2), rtol=1e-5)
@@ -366,9 +366,19 @@ def test_unchanged_policy_has_ratio_exactly_one_and_the_policy_gradient(rng):
     loss = lambda new: objectives.policy_loss(new, logprobs, advantages, mask, CLIP)  # noqa: E731
     gradient, stats = jax.grad(loss, has_aux=True)(jnp.asarray(logprobs))
     np.testing.assert_allclose(gradient, np.where(mask == 1, -advantages / mask.sum(), 0), rtol=1e-6)
-    for name, expected in {"ratio_spread": 0, "clipfrac": 0, "approx_kl": 0}.items():
+    for name, expected in {"ratio_shift": 0, "ratio_spread": 0, "clipfrac": 0, "approx_kl": 0}.items():
         assert stats[name] == expected
-    assert stats["ratio"] == 1
+
+
+def test_ratio_one_stays_exactly_one_when_micro_batches_are_added_up():
+    counts = (134, 101, 88, 11)  # whose shares of their sum do not add up to 1 in float32
+    assert sum((np.float32(n) / np.float32(sum(counts)) for n in counts), np.float32(0)) != 1
+    mask = np.arange(max(counts))[None] < np.array(counts)[:, None]
+    zeros = np.zeros(mask.shape, np.float32)
+    parts = [objectives.policy_loss(zeros, zeros, zeros, m, CLIP, sum(counts))[1] for m in mask]
+    stats = jax.tree.map(lambda *x: sum(x), *parts)
+    assert 1 + stats["ratio_shift"] == 1
+    assert objectives.ratio_variance(stats) == 0
 
 
 def test_value_loss_takes_the_worse_of_plain_and_clipped(rng):

@@ -1,0 +1,80 @@
+"""Micro-batches: rows are dealt out and collected in order, and their gradients add up to the whole batch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.gradients import accumulate_gradients, join_rows, map_rows, split_rows
+from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
+
+ROWS = 24
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    return {"x": rng.normal(size=(ROWS, 3)).astype("f4"), "y": rng.normal(size=ROWS).astype("f4")}
+
+
+def loss(params, rows, key):
+    """A sum over rows divided by the global number of rows, with a statistic and, given a key, noise per draw."""
+    noise = 0.0 if key is None else jax.random.normal(key)
+    error = rows["x"] @ params["w"] + noise - rows["y"]
+    return jnp.sum(error**2) / ROWS, {"error": jnp.sum(error) / ROWS, "noise": jnp.asarray(noise) / 4}
+
+
+PARAMS = {"w": jnp.asarray([0.3, -1.0, 2.0])}
+
+
+@pytest.mark.parametrize("parts", [1, 4, 24])
+def test_split_rows_deals_them_out_and_join_rows_collects_them(batch, parts):
+    split = split_rows(batch, parts)
+    assert split["x"].shape == (parts, ROWS // parts, 3)
+    for j in range(parts):
+        np.testing.assert_array_equal(split["y"][j], batch["y"][j::parts])
+    jax.tree.map(np.testing.assert_array_equal, join_rows(split), batch)
+
+
+def test_parts_that_do_not_divide_the_rows_are_refused(batch):
+    with pytest.raises(ValueError, match=f"5 parts do not divide a batch of {ROWS} rows"):
+        split_rows(batch, 5)
+
+
+def test_every_part_is_spread_over_all_devices(batch, lab):
+    mesh = lab.mesh_of(2, 4)
+    placed = place_batch(batch, mesh)
+
+    @jax.jit
+    def split(rows):
+        with use(mesh, TRAIN_RULES):
+            return split_rows(rows, 3)
+
+    parts = split(placed)
+    assert tuple(parts["x"].sharding.spec) == (None, ("data", "fsdp"))
+    assert {shard.data.shape for shard in parts["x"].addressable_shards} == {(3, 1, 3)}
+    text = split.lower(placed).compile().as_text()
+    assert not any(word in text for word in ("all-to-all", "all-gather", "collective-permute"))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_map_rows_keeps_the_order_of_rows(batch, parts):
+    result = map_rows(lambda rows: {"sum": rows["x"].sum(1), "y": rows["y"]}, batch, parts)
+    np.testing.assert_array_equal(result["y"], batch["y"])
+    np.testing.assert_allclose(result["sum"], batch["x"].sum(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 8, 24])
+def test_accumulated_loss_statistics_and_gradients_are_those_of_the_whole_batch(batch, parts):
+    whole = jax.value_and_grad(loss, has_aux=True)(PARAMS, batch, None)
+    value, stats, grads = accumulate_gradients(loss, PARAMS, batch, parts)
+    np.testing.assert_allclose(value, whole[0][0], rtol=2e-6)
+    np.testing.assert_allclose(stats["error"], whole[0][1]["error"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(grads["w"], whole[1]["w"], rtol=2e-6, atol=1e-6)
+
+
+def test_every_micro_batch_has_a_key_of_its_own(batch):
+    key = jax.random.key(7)
+    _, stats, _ = accumulate_gradients(loss, PARAMS, batch, 4, key)
+    expected = np.mean([float(jax.random.normal(k)) for k in jax.random.split(key, 4)])
+    np.testing.assert_allclose(stats["noise"], expected, rtol=0, atol=1e-6)

@@ -44,10 +44,11 @@ HEADLINE = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_a
 
 @partial(jax.jit, static_argnames="dtype")
 def frozen_copy(params: PyTree, dtype: Any) -> PyTree:
-    """A copy for a model that is only read: matrices in `dtype`, vectors as they are."""
+    """A copy for a model that is only read: matrices in `dtype`, vectors (norms, a scalar head) as they are."""
 
     def leaf(path: Any, x: jax.Array) -> jax.Array:
-        matrix = jax.tree_util.keystr(path, simple=True, separator="/").endswith(("kernel", "embedding"))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        matrix = name.endswith(("kernel", "embedding")) and name != "score/kernel"
         return x.astype(dtype) if matrix and x.dtype != dtype else jnp.copy(x)
 
     return jax.tree_util.tree_map_with_path(leaf, params)

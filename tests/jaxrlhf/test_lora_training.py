@@ -231,6 +231,17 @@ def trainable_of(model):
     return split_trainable(model.params, model.module)[0]
 
 
+@pytest.mark.parametrize("rank", (0, 1))
+def test_the_reward_models_head_is_not_rounded_to_the_compute_dtype(rank):
+    actor = create_model(config_from_dict(SHAPE), key=jax.random.key(1), dtype=jnp.bfloat16)
+    reward = create_model(config_from_dict(SHAPE), head="scalar", key=jax.random.key(4), dtype=jnp.bfloat16)
+    config = PPOConfig(critic_lora_r=rank, max_prompt_seq_len=6, max_answer_seq_len=5, dtype="bfloat16")
+    params = RLHFEngine(actor, reward, TOKENIZER, 1, config).reward_params
+    np.testing.assert_array_equal(params["score"]["kernel"], reward.params["score"]["kernel"])
+    up = params["layers"]["mlp"]["up"]["kernel"]
+    assert up.dtype == (jnp.float32 if rank else jnp.bfloat16)  # shared with the critic, or a copy
+
+
 def test_a_model_that_brings_adapters_is_merged_before_ppo(single):
     given = tiny()
     given.params["layers"]["mlp"]["up"]["lora_b"] += 0.1

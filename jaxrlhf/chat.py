@@ -57,8 +57,6 @@ class ChatConfig(MeshConfig):
         self.sampling(1 if self.max_new_tokens is None else self.max_new_tokens)
         if self.prompt_template is not None:
             check_template(self.prompt_template)
-        if self.gradient_checkpointing:
-            raise InputError("gradient_checkpointing is for training; leave it out of chat")
 
     def sampling(self, max_new_tokens: int, **special_ids: Any) -> SamplingConfig:
         return SamplingConfig(max_new_tokens, self.temperature, self.top_k, self.top_p, **special_ids)

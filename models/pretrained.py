@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,8 @@ def load_pretrained(
     family = get_family(config.family, str(folder))
     source = _with_our_names(open_checkpoint(folder), family, config.num_layers)
     declared = _declared(family, module)
+    if head == "lm" and any(name in source.shapes for name in ("score.weight", "v_head.weight")):
+        raise InputError(f"{folder} is a reward model (it has a scalar head), not a language model; load it as one")
     fresh = {t.hf for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
     if fresh and not new_head:
         raise InputError(
@@ -269,6 +272,9 @@ def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Any, dtype: A
 
 def _progress(items: list, description: str, enabled: bool) -> Iterator:
     if not enabled:
+        return iter(items)
+    if not sys.stderr.isatty():
+        print(f"{description}…", file=sys.stderr, flush=True)
         return iter(items)
     from tqdm import tqdm
 

@@ -55,10 +55,11 @@ class Data:
     """Tokenised rows of one step, read at random by row number; made by `load_data`.
 
     `counts`: how many rows were given, kept, skipped, truncated and dropped. `problems`: what was wrong, and where.
+    `key`: changes with the rows, the tokenizer, and the settings they were tokenised with.
     """
 
-    def __init__(self, ragged: Ragged, tokenizer, maximum: int):
-        self.ragged, self.tokenizer, self.maximum = ragged, tokenizer, maximum
+    def __init__(self, ragged: Ragged, tokenizer, maximum: int, key: str = ""):
+        self.ragged, self.tokenizer, self.maximum, self.key = ragged, tokenizer, maximum, key
         self.pad_id = pad_token_id(tokenizer)
 
     def __len__(self) -> int:

@@ -128,7 +128,7 @@ def load_data(config: DataConfig, tokenizer, step: str) -> tuple[Data, Data]:
         selection = Selection(part, step, tuple(sources), tuple(eval_sources), config, read)
         key = hash_json([FORMAT, tokenizer_hash, asdict(encoding), selection.key()])
         ragged = cached_part(folder / "tokens" / f"{step}-{part}-{key}", selection, tokenizer, encoding)
-        result.append(DATA_CLASSES[step](ragged, tokenizer, maximum))
+        result.append(DATA_CLASSES[step](ragged, tokenizer, maximum, key))
     return result[0], result[1]
 
 

@@ -14,6 +14,7 @@ import jax
 from jaxrlhf.checkpoints import latest_checkpoint, restore_checkpoint, save_checkpoint
 from jaxrlhf.errors import InputError
 from jaxrlhf.files import read_jsonl
+from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.trainers.settings import RunConfig
 
@@ -38,7 +39,9 @@ class Task:
     total_steps: int
     step: Callable[[PyTree, int], tuple[PyTree, Metrics]]
     evaluate: Callable[[PyTree, int], Metrics]
-    export: Callable[[PyTree], None]
+    export: Callable[[PyTree, ModelCard], None]
+    base_model: str
+    """What the exported model was trained from."""
     identity: dict[str, Any]
     exports: dict[str, Any]
     """For `convert`, per model in the state: {path of its parameters: {"head": …, "config": HF config}}."""
@@ -104,7 +107,8 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
             if stopped() and not last:
                 raise Interrupted(f"stopped after step {done}; continue with --resume")
     with run.status(f"exporting the model to {run.output_dir}…"):
-        task.export(state)
+        figures = evals(run)["eval_after"]
+        task.export(state, ModelCard(task.name, task.base_model, tuple(config.data_path), task.total_steps, figures))
     seconds = time.monotonic() - begin
     run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **evals(run)})
     run.print(f"{task.name}: {task.total_steps - start} steps in {seconds:.1f}s → {run.output_dir}")

@@ -15,11 +15,13 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
     Model,
+    ModelCard,
     base_leaves,
     join,
     load_pretrained,
     merged,
     param_shardings,
+    read_config,
     split_trainable,
 )
 from jaxrlhf.ppo import Experience, PPOHyperparameters, PPOState, ppo_step, score_rollout
@@ -302,10 +304,11 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
         show_samples(run, "held-out samples", records[: config.num_sample_rows], done)
         return figures
 
-    def export(state: PPOState) -> None:
+    def export(state: PPOState, card: ModelCard) -> None:
         engine.state = state
         folder, actor, critic = run.output_dir, config.actor_model_name_or_path, config.critic_model_name_or_path
-        export = partial(export_model, tokenizer=engine.tokenizer, options=config, dtype=DTYPES[config.save_dtype])
+        options = {"tokenizer": engine.tokenizer, "options": config, "dtype": DTYPES[config.save_dtype], "card": card}
+        export = partial(export_model, **options)
         export(engine.critic_model(), folder / "critic", base=critic)
         if config.enable_ema:
             export(engine.actor_model(ema=True), folder / "ema", base=actor)
@@ -313,6 +316,7 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
 
     identity = {
         "trainer": "ppo",
+        "data": train.key,
         "seed": config.seed,
         "rollout_batch_size": rows,
         "train_rows": len(train),
@@ -331,7 +335,7 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
     exports = {"actor_params": actor, "critic_params": critic}
     if config.enable_ema:
         exports["ema_params"] = describe_model(engine.actor_model(), frozen="actor_params")
-    return Task("ppo", steps, step, evaluate, export, identity, exports)
+    return Task("ppo", steps, step, evaluate, export, str(config.actor_model_name_or_path), identity, exports)
 
 
 def train_ppo(config: PPOConfig) -> PPOState:
@@ -340,6 +344,8 @@ def train_ppo(config: PPOConfig) -> PPOState:
         if getattr(config, name) is None:
             raise InputError(f"{name}: name a model folder ({'sft' if name[0] == 'a' else 'reward'} step's output)")
     with open_run(config, HEADLINE) as run:
+        for model in (config.actor_model_name_or_path, config.critic_model_name_or_path):
+            read_config(model)  # a model that cannot be used is the first thing to say
         tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.actor_model_name_or_path)
         train, evaluation = load_data(config, tokenizer, "ppo")
         rows = config.rollout_rows(batch_devices(config.make_mesh()))

@@ -9,22 +9,11 @@ import jax.numpy as jnp
 
 from jaxrlhf import objectives
 from jaxrlhf.config import field
-from jaxrlhf.data import DataConfig, load_data, load_tokenizer
+from jaxrlhf.data import DataConfig
 from jaxrlhf.models import Decoder
-from jaxrlhf.trainers.loop import fit
-from jaxrlhf.trainers.lora import LoRAOptions, with_adapters
-from jaxrlhf.trainers.settings import (
-    FolderConfig,
-    ModelConfig,
-    TrainingConfig,
-    check_context,
-    load_model,
-    open_run,
-    with_special_tokens,
-)
-from jaxrlhf.trainers.supervised import Batch, Objective, TrainState, supervised_task
-
-HEADLINE = ("loss", "accuracy", "grad_norm", "learning_rate")
+from jaxrlhf.trainers.lora import LoRAOptions
+from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig
+from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
 
 
 @dataclass(frozen=True)
@@ -108,23 +97,13 @@ MEASURES = {kind: partial(reward_sums, kind) for kind in OBJECTIVES}
 
 def train_reward(config: RewardConfig) -> TrainState:
     """Run step 2; the reward model lies in `config.output_dir` afterwards."""
-    with open_run(config, HEADLINE) as run:
-        mesh = config.make_mesh()
-        tokenizer = load_tokenizer(config.tokenizer_source)
-        model = load_model(config, "scalar", mesh, len(tokenizer), remat=config.gradient_checkpointing)
-        model = with_adapters(with_special_tokens(model, tokenizer), config, jax.random.key(config.seed))
-        check_context(model.config, config.max_length, "max_length")
-        task, state = supervised_task(
-            "reward",
-            run,
-            config,
-            model,
-            tokenizer,
-            load_data(config, tokenizer, "reward"),
-            mesh,
-            objective=OBJECTIVES[config.reward_loss],
-            measure=MEASURES[config.reward_loss],
-            summarise=reward_figures,
-            batch_options={},
-        )
-        return fit(run, config, task, state)
+    recipe = Recipe(
+        name="reward",
+        head="scalar",
+        headline=("loss", "accuracy", "grad_norm", "learning_rate"),
+        objective=OBJECTIVES[config.reward_loss],
+        measure=MEASURES[config.reward_loss],
+        summarise=reward_figures,
+        batch_options={},
+    )
+    return train_supervised(config, recipe)

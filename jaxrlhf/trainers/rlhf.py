@@ -79,6 +79,9 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     sft, reward, ppo = step_configs(config)
     sft.tokenizer_source  # noqa: B018 - refuses contradictory model flags before anything is written
     check_exports(config)
+    for name, section in (("sft", config.sft), ("reward", config.reward)):
+        if section.lora_export == "adapter":
+            raise InputError(f"{name}.lora_export=adapter: the next step needs the merged model; use both")
     check_vocabularies(config)
     check_root(root, config)
     root.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,6 @@ class MeshConfig:
         "compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are float32 in any case",
         choices=("auto", "float32", "bfloat16"),
     )
-    gradient_checkpointing: bool = field(False, "recompute each layer in the backward pass, to save memory")
 
     @property
     def compute_dtype(self) -> Any:
@@ -101,6 +100,7 @@ class RunConfig:
     per_device_train_batch_size: int = field(8, "rows per device of one micro-batch")
     per_device_eval_batch_size: int = field(8, "rows per device of an evaluation batch")
     gradient_accumulation_steps: int = field(1, "micro-batches per optimizer step, accumulated inside the jitted step")
+    gradient_checkpointing: bool = field(False, "recompute each layer in the backward pass, to save memory")
     logging_steps: int = field(10, "steps between console lines; metrics.jsonl gets every step")
     eval_steps: int = field(0, "steps between evaluations; 0: only before the first and after the last step")
     save_steps: int = field(0, "steps between checkpoints; 0: only after the last step")

@@ -8,22 +8,11 @@ import jax
 
 from jaxrlhf import objectives
 from jaxrlhf.config import field
-from jaxrlhf.data import DataConfig, load_data, load_tokenizer
+from jaxrlhf.data import DataConfig
 from jaxrlhf.models import Decoder
-from jaxrlhf.trainers.loop import fit
-from jaxrlhf.trainers.lora import LoRAOptions, with_adapters
-from jaxrlhf.trainers.settings import (
-    FolderConfig,
-    ModelConfig,
-    TrainingConfig,
-    check_context,
-    load_model,
-    open_run,
-    with_special_tokens,
-)
-from jaxrlhf.trainers.supervised import Batch, Objective, TrainState, supervised_task
-
-HEADLINE = ("loss", "grad_norm", "learning_rate", "perf/tokens_per_second")
+from jaxrlhf.trainers.lora import LoRAOptions
+from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig
+from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
 
 
 @dataclass(frozen=True)
@@ -67,25 +56,18 @@ def sft_figures(totals: dict[str, float]) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
+OBJECTIVE = Objective(token_count, sft_loss)
+
+
 def train_sft(config: SFTConfig) -> TrainState:
     """Run step 1; the trained model lies in `config.output_dir` afterwards."""
-    with open_run(config, HEADLINE) as run:
-        mesh = config.make_mesh()
-        tokenizer = load_tokenizer(config.tokenizer_source)
-        model = load_model(config, "lm", mesh, len(tokenizer), remat=config.gradient_checkpointing)
-        model = with_adapters(with_special_tokens(model, tokenizer), config, jax.random.key(config.seed))
-        check_context(model.config, config.max_length, "max_length")
-        task, state = supervised_task(
-            "sft",
-            run,
-            config,
-            model,
-            tokenizer,
-            load_data(config, tokenizer, "sft"),
-            mesh,
-            objective=Objective(token_count, sft_loss),
-            measure=sft_sums,
-            summarise=sft_figures,
-            batch_options={"completion_only_loss": config.completion_only_loss},
-        )
-        return fit(run, config, task, state)
+    recipe = Recipe(
+        name="sft",
+        head="lm",
+        headline=("loss", "grad_norm", "learning_rate", "perf/tokens_per_second"),
+        objective=OBJECTIVE,
+        measure=sft_sums,
+        summarise=sft_figures,
+        batch_options={"completion_only_loss": config.completion_only_loss},
+    )
+    return train_supervised(config, recipe)

@@ -12,15 +12,23 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxrlhf.data import Data, eval_batches, padding_fraction, stream_indices
+from jaxrlhf.data import Data, eval_batches, load_data, load_tokenizer, padding_fraction, stream_indices
 from jaxrlhf.gradients import accumulate_gradients
-from jaxrlhf.models import Decoder, Model, join, param_shardings, split_trainable
+from jaxrlhf.models import Decoder, Model, ModelCard, join, param_shardings, read_config, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, constrain_tree, optimizer_shardings, place_batch, use
-from jaxrlhf.trainers.loop import Announce, Task
-from jaxrlhf.trainers.lora import describe_model, export_model
+from jaxrlhf.trainers.loop import Announce, Task, fit
+from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
-from jaxrlhf.trainers.settings import DTYPES, batch_devices, total_steps
+from jaxrlhf.trainers.settings import (
+    DTYPES,
+    batch_devices,
+    check_context,
+    load_model,
+    open_run,
+    total_steps,
+    with_special_tokens,
+)
 
 PyTree = Any
 Batch = dict[str, Any]
@@ -93,25 +101,42 @@ def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, meas
         return measure(module, params, batch)
 
 
-def supervised_task(
-    name: str,
-    run: Run,
-    config: Any,
-    model: Model,
-    tokenizer: Any,
-    data: tuple[Data, Data],
-    mesh: Mesh,
-    *,
-    objective: Objective,
-    measure: Callable[[Decoder, PyTree, Batch], dict[str, jax.Array]],
-    summarise: Callable[[dict[str, float]], dict[str, float]],
-    batch_options: dict[str, Any],
-) -> tuple[Task, TrainState]:
-    """A Task over labelled rows and its initial state; `config` is an SFTConfig or a RewardConfig.
+class Recipe(NamedTuple):
+    """What one kind of supervised training adds to the common course."""
 
-    `measure` sums figures over an evaluation batch, `summarise` turns their totals into metrics, `batch_options` go to
-    `data.batch`.
-    """
+    name: str
+    """Also the step whose rows `load_data` gives."""
+    head: str
+    headline: tuple[str, ...]
+    objective: Objective
+    measure: Callable[[Decoder, PyTree, Batch], dict[str, jax.Array]]
+    """Sums of figures over an evaluation batch."""
+    summarise: Callable[[dict[str, float]], dict[str, float]]
+    """From their totals to metrics."""
+    batch_options: dict[str, Any]
+    """Passed to `data.batch`."""
+
+
+def train_supervised(config: Any, recipe: Recipe) -> TrainState:
+    """Run one supervised step; the trained model lies in `config.output_dir` afterwards."""
+    with open_run(config, recipe.headline) as run:
+        mesh = config.make_mesh()
+        source = config.tokenizer_source
+        if config.model_name_or_path is not None:
+            read_config(config.model_name_or_path)  # a model that cannot be used is the first thing to say
+        tokenizer = load_tokenizer(source)
+        model = load_model(config, recipe.head, mesh, len(tokenizer), remat=config.gradient_checkpointing)
+        model = with_adapters(with_special_tokens(model, tokenizer), config, jax.random.key(config.seed))
+        check_context(model.config, config.max_length, "max_length")
+        data = load_data(config, tokenizer, recipe.name)
+        task, state = supervised_task(run, config, recipe, model, tokenizer, data, mesh)
+        return fit(run, config, task, state)
+
+
+def supervised_task(
+    run: Run, config: Any, recipe: Recipe, model: Model, tokenizer: Any, data: tuple[Data, Data], mesh: Mesh
+) -> tuple[Task, TrainState]:
+    """A Task over labelled rows and its initial state; `config` is an SFTConfig or a RewardConfig."""
     train, evaluation = data
     rows = config.per_device_train_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
     eval_rows = config.per_device_eval_batch_size * batch_devices(mesh)
@@ -119,13 +144,13 @@ def supervised_task(
     optimizer = make_optimizer(config, steps, split_trainable(model.params, model.module)[0])
     schedule = make_schedule(config, steps)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    update = Announce(run, f"{name} train step", train_step)
-    measured = Announce(run, f"{name} evaluation", eval_step)
+    update = Announce(run, f"{recipe.name} train step", train_step)
+    measured = Announce(run, f"{recipe.name} evaluation", eval_step)
 
     def step(state: TrainState, i: int) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
-        batch = train.batch(stream_indices(i, rows, len(train), config.seed), **batch_options)
-        options = {"objective": objective, "micro_batches": config.gradient_accumulation_steps}
+        batch = train.batch(stream_indices(i, rows, len(train), config.seed), **recipe.batch_options)
+        options = {"objective": recipe.objective, "micro_batches": config.gradient_accumulation_steps}
         state, metrics = update(state, place_batch(batch, mesh), key, **options)
         metrics = jax.block_until_ready(metrics)
         tokens = sum(int(batch[mask].sum()) for mask in TOKEN_MASKS if mask in batch)
@@ -140,20 +165,23 @@ def supervised_task(
 
     def evaluate(state: TrainState, _: int) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for batch in eval_batches(evaluation, eval_rows, **batch_options):
-            options = {"module": state.module, "mesh": mesh, "measure": measure}
+        for batch in eval_batches(evaluation, eval_rows, **recipe.batch_options):
+            options = {"module": state.module, "mesh": mesh, "measure": recipe.measure}
             sums = jax.device_get(measured(state.params, place_batch(batch, mesh), **options))
             for figure, value in sums.items():
                 totals[figure] = totals.get(figure, 0.0) + float(value)
-        return summarise(totals)
+        return recipe.summarise(totals)
 
-    def export(state: TrainState) -> None:
+    def export(state: TrainState, card: ModelCard) -> None:
         trained = Model(module=state.module, params=state.params, config=model.config)
         dtype = DTYPES[config.save_dtype]
-        export_model(trained, run.output_dir, tokenizer, config, config.model_name_or_path, dtype=dtype)
+        base = config.model_name_or_path
+        export_model(trained, run.output_dir, tokenizer, config, base, dtype=dtype, card=card)
 
     identity = {
-        "trainer": name,
+        "trainer": recipe.name,
+        "model": config.model_name_or_path or config.model_type,
+        "data": train.key,
         "seed": config.seed,
         "global_batch_size": rows,
         "micro_batches": config.gradient_accumulation_steps,
@@ -162,5 +190,6 @@ def supervised_task(
         "learning_rate": config.learning_rate,
         "lora": describe_model(model).get("lora"),
     }
-    task = Task(name, steps, step, evaluate, export, identity, {"params": describe_model(model)})
+    base = config.model_name_or_path or f"{config.model_type} with random weights"
+    task = Task(recipe.name, steps, step, evaluate, export, base, identity, {"params": describe_model(model)})
     return task, init_state(model, optimizer, mesh)

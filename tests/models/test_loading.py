@@ -148,6 +148,12 @@ def test_a_reward_loader_refuses_a_language_model(exported):
         load_pretrained(exported, head="scalar", new_head=False)
 
 
+def test_a_language_model_loader_refuses_a_reward_model(exported, tmp_path):
+    save_pretrained(load_pretrained(exported, head="scalar"), tmp_path / "reward")
+    with pytest.raises(InputError, match=r"reward is a reward model.*not a language model"):
+        load_pretrained(tmp_path / "reward", head="lm")
+
+
 def test_a_malicious_pickle_does_not_execute(folder, tmp_path):
     pytest.importorskip("torch")
     witness = tmp_path / "executed"

@@ -15,6 +15,7 @@ from jaxrlhf.models.model import (
     logical_axes,
     param_shapes,
     param_shardings,
+    resize_vocabulary,
     with_head,
 )
 from jaxrlhf.models.pretrained import (
@@ -57,6 +58,7 @@ __all__ = [
     "param_shardings",
     "prefill",
     "read_config",
+    "resize_vocabulary",
     "save_adapter",
     "save_pretrained",
     "split_trainable",

@@ -104,3 +104,29 @@ def with_head(model: Model, head: str, key: jax.Array) -> Model:
 
     fresh = jax.jit(init, out_shardings=shardings)(key) if missing else {}
     return Model(module=module, params=body | fresh, config=model.config)
+
+
+def resize_vocabulary(model: Model, vocab_size: int) -> Model:
+    """The model with rows for `vocab_size` tokens: old rows are kept, each new one is the mean of the old.
+
+    Embedding and head grow alike, each in its place on the mesh. Raises InputError when rows would be lost.
+    """
+    old = model.config.vocab_size
+    if vocab_size < old:
+        raise InputError(f"vocab_size={vocab_size} is below the model's {old}: rows are only ever added")
+    config = model.config.replace(vocab_size=vocab_size)
+    module = model.module.clone(config=config)
+    mesh = getattr(jax.tree.leaves(model.params)[0].sharding, "mesh", None)
+    shardings = None if mesh is None else param_shardings(module, mesh)
+
+    def grow(x: jax.Array, axes: tuple[str | None, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if "vocab" not in axes:
+            return x
+        real = x[:old]
+        mean = real.astype(jnp.float32).mean(0, keepdims=True).astype(x.dtype)
+        grown = jnp.concatenate([real, jnp.broadcast_to(mean, (vocab_size - old, *x.shape[1:]))])
+        return jnp.pad(grown, [(0, shape.shape[0] - vocab_size), *([(0, 0)] * (x.ndim - 1))])
+
+    resize = jax.jit(lambda params: jax.tree.map(grow, params, logical_axes(module), param_shapes(module)))
+    params = resize(model.params) if shardings is None else jax.device_put(resize(model.params), shardings)
+    return Model(module=module, params=params, config=config)

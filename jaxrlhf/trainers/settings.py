@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, config_from_dict, create_model, default_dtype, load_pretrained
+from jaxrlhf.models import Model, config_from_dict, create_model, default_dtype, load_pretrained, resize_vocabulary
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.optimizer import OptimizerConfig
@@ -48,6 +48,9 @@ class StartConfig:
         {}, "with model_type: the family's config options, such as hidden_size=256,num_hidden_layers=4"
     )
     tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
+    resize_vocabulary: bool = field(
+        False, "give the model rows for tokens that the tokenizer has and the model lacks: the mean of the others"
+    )
     disable_dropout: bool = field(False, "set every dropout rate of the model to 0 (ppo never drops out)")
 
 
@@ -163,11 +166,13 @@ def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, r
             remat=remat,
             progress=True,
         )
-    if model.config.vocab_size < vocab_size:
+    if model.config.vocab_size < vocab_size and not config.resize_vocabulary:
         raise InputError(
             f"the tokenizer of {config.tokenizer_source} has {vocab_size} tokens, the model only "
-            f"{model.config.vocab_size}; use the model's own tokenizer"
+            f"{model.config.vocab_size}; use the model's own tokenizer, or add rows with --resize_vocabulary"
         )
+    if model.config.vocab_size < vocab_size:
+        model = resize_vocabulary(model, vocab_size)
     return without_dropout(model) if config.disable_dropout else model
 
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import config_from_dict, count_params, create_model, model_from_overrides, with_head
+from jaxrlhf.models import (
+    config_from_dict,
+    count_params,
+    create_model,
+    model_from_overrides,
+    resize_vocabulary,
+    with_head,
+)
 from jaxrlhf.sharding import make_mesh
 
 
@@ -173,3 +180,27 @@ def test_token_ids_absent_and_null_follow_transformers():
     assert config_from_dict(llama).eos_token_id == 2
     assert config_from_dict(llama | {"eos_token_id": None}).eos_token_id is None
     assert config_from_dict(llama | {"eos_token_id": [3, 4]}).eos_token_id == (3, 4)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_tokens_get_mean_rows_and_change_nothing_else(sizes, tied):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    options = {"vocab_size": 21, "tie_word_embeddings": tied, "initializer_range": 0.5, **shape}
+    mesh = None if sizes is None else make_mesh(*sizes)
+    model = model_from_overrides("llama", options, mesh=mesh, key=jax.random.key(3))
+    grown = resize_vocabulary(model, 27)
+
+    tables = [("embed", "embedding")] if tied else [("embed", "embedding"), ("lm_head", "kernel")]
+    for module, leaf in tables:
+        old, new = (np.asarray(m.params[module][leaf]) for m in (model, grown))
+        assert old.shape == (24, 16) and new.shape == (32, 16)
+        np.testing.assert_array_equal(new[:21], old[:21])
+        np.testing.assert_allclose(new[21:27], np.tile(old[:21].mean(0), (6, 1)), rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(new[27:], 0)
+    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
+    before, after = apply(model, ids), apply(grown, ids)
+    assert after.shape == (2, 6, 27)
+    np.testing.assert_allclose(after[..., :21], before, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="vocab_size=20 is below the model's 21"):
+        resize_vocabulary(model, 20)

@@ -26,7 +26,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.ppo import Experience, PPOHyperparameters, PPOState, ppo_step, score_rollout
 from jaxrlhf.runs import Run
-from jaxrlhf.sharding import optimizer_shardings
+from jaxrlhf.sharding import optimizer_shardings, replicated
 from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
@@ -125,13 +125,13 @@ class RLHFEngine:
         actor_optimizer = make_optimizer(config, updates, actor_trainable)
         critic_optimizer = make_optimizer(replace(config, **critic_settings), updates, critic_trainable)
         self._state = PPOState(
-            step=jnp.int32(0),
+            step=jax.device_put(jnp.int32(0), replicated(self.mesh)),  # as the step returns it: one compilation
             actor_params=self.actor.params,
             critic_params=critic_params,
             actor_opt_state=self._init(actor_optimizer, actor.module, actor_trainable),
             critic_opt_state=self._init(critic_optimizer, critic.module, critic_trainable),
             ema_params=frozen_copy(actor_trainable, jnp.float32) if config.enable_ema else None,
-            kl_coef=jnp.float32(config.kl_coef),
+            kl_coef=jax.device_put(jnp.float32(config.kl_coef), replicated(self.mesh)),
             actor=actor.module,
             critic=critic.module,
             actor_optimizer=actor_optimizer,

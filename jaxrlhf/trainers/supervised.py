@@ -16,7 +16,7 @@ from jaxrlhf.data import Data, eval_batches, load_data, load_tokenizer, padding_
 from jaxrlhf.gradients import accumulate_gradients
 from jaxrlhf.models import Decoder, Model, ModelCard, join, param_shardings, read_config, split_trainable
 from jaxrlhf.runs import Run
-from jaxrlhf.sharding import TRAIN_RULES, constrain_tree, optimizer_shardings, place_batch, use
+from jaxrlhf.sharding import TRAIN_RULES, constrain_tree, optimizer_shardings, place_batch, replicated, use
 from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
@@ -62,7 +62,8 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
     placement, _ = split_trainable(param_shardings(model.module, mesh), model.module)
     shardings = optimizer_shardings(optimizer, trainable, placement, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    return TrainState(jnp.int32(0), model.params, opt_state, module=model.module, optimizer=optimizer, mesh=mesh)
+    step = jax.device_put(jnp.int32(0), replicated(mesh))  # as the step returns it, or the second call compiles anew
+    return TrainState(step, model.params, opt_state, module=model.module, optimizer=optimizer, mesh=mesh)
 
 
 def has_dropout(module: Decoder) -> bool:

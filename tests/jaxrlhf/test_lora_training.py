@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.config import from_dict
 from jaxrlhf.data import materialize_demo
+from jaxrlhf.engine import generate
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     LoRAConfig,
@@ -27,6 +28,7 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
+from jaxrlhf.ppo import ppo_step, score_rollout
 from jaxrlhf.sharding import make_mesh, place_batch
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
 from jaxrlhf.trainers.ppo import PPOTrainer, RLHFEngine
@@ -202,6 +204,8 @@ def test_ppo_trains_adapters_and_shares_the_base_with_reference_and_reward_model
     assert shapes(state.actor_opt_state) == sorted(2 * shapes(trainable))
     assert jax.tree.structure(state.ema_params) == jax.tree.structure(trainable)
 
+    programs = (generate, score_rollout, ppo_step)
+    compiled = [program._cache_size() for program in programs]
     first = trainer.generate_experience(prompts())
     reference = engine.reference_params
     assert jax.tree.structure(reference) == jax.tree.structure(actor.params)
@@ -214,6 +218,8 @@ def test_ppo_trains_adapters_and_shares_the_base_with_reference_and_reward_model
     second = trainer.generate_experience(prompts())
     trainer.train_rlhf(second)
     assert trainer.metrics["objective/kl"] != 0
+    # a state that came out of a step is one that may go in: nothing is compiled twice
+    assert [program._cache_size() for program in programs] == [n + 1 for n in compiled]
 
     state = engine.state
     moved = {f"layers/{m}/lora_{x}" for m in ("attn/query", "mlp/down") for x in "ab"}

@@ -293,8 +293,8 @@ def _update(
         "val/clipfrac_avg": value_clipfrac,
         "val/ratio": 1 + stats["ratio_shift"],
         "val/ratio_var": objectives.ratio_variance(stats),
-        "policy/grad_norm": optax.global_norm(actor_grads),
-        "val/grad_norm": optax.global_norm(critic_grads),
+        "policy/grad_norm": optax.tree.norm(actor_grads),
+        "val/grad_norm": optax.tree.norm(critic_grads),
     }
     actor_params, actor_opt = _apply(
         state.actor, state.actor_optimizer, actor_params, actor_opt, actor_grads, state.mesh

@@ -35,6 +35,7 @@ from jaxrlhf.trainers.settings import (
     DTYPES,
     batch_devices,
     check_context,
+    lasting_settings,
     open_run,
     total_steps,
     with_special_tokens,
@@ -317,18 +318,12 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
     identity = {
         "trainer": "ppo",
         "data": train.key,
-        "seed": config.seed,
         "rollout_batch_size": rows,
         "train_rows": len(train),
         "total_steps": steps,
         "actor": config.actor_model_name_or_path,
         "reward": config.critic_model_name_or_path,
-        "learning_rate": config.learning_rate,
-        "critic_learning_rate": config.critic_learning_rate,
-        "max_answer_seq_len": config.max_answer_seq_len,
-        "ppo_epochs": config.ppo_epochs,
-        "num_mini_batches": config.num_mini_batches,
-        "enable_ema": config.enable_ema,
+        **lasting_settings(config),
     }
     actor, critic = describe_model(engine.actor_model()), describe_model(engine.critic_model())
     identity |= {"actor_lora": actor.get("lora"), "critic_lora": critic.get("lora")}

@@ -1,6 +1,7 @@
 """Settings every trainer shares: which model, on which mesh, in what precision, and how the run goes."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.config import field
+from jaxrlhf.data import DataConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Model, config_from_dict, create_model, default_dtype, load_pretrained, resize_vocabulary
 from jaxrlhf.runs import Run
@@ -132,6 +134,22 @@ class RunConfig:
 @dataclass(frozen=True)
 class TrainingConfig(RunConfig, OptimizerConfig):
     """What the steps of a run share: their number, batches and optimizer."""
+
+
+# What a resumed run may change: where and how often it writes, how it is laid out on devices, and what the checkpoint
+# identifies by its outcome (number of steps, rows of a batch, tokenised data, model).
+_WRITING = ("output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps")
+_WRITING += ("save_total_limit", "save_dtype", "lora_export", "sample_steps", "num_sample_rows")
+_LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "gradient_checkpointing", "per_device_eval_batch_size")
+_LAYOUT += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+_NAMES = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path")
+MAY_CHANGE = {*_WRITING, *_LAYOUT, *_NAMES, *(f.name for f in dataclasses.fields(DataConfig))} - {"seed"}
+
+
+def lasting_settings(config: Any) -> dict[str, Any]:
+    """The settings that a resumed run must have as the run it goes on with had them, as JSON values."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in MAY_CHANGE}
+    return json.loads(json.dumps(values))
 
 
 def batch_devices(mesh: Mesh) -> int:

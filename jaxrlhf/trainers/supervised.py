@@ -24,6 +24,7 @@ from jaxrlhf.trainers.settings import (
     DTYPES,
     batch_devices,
     check_context,
+    lasting_settings,
     load_model,
     open_run,
     total_steps,
@@ -91,7 +92,7 @@ def train_step(
         updates, opt_state = state.optimizer.update(grads, state.opt_state, trainable)
         placement, _ = split_trainable(param_shardings(state.module, state.mesh), state.module)
         trainable = constrain_tree(optax.apply_updates(trainable, updates), placement)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **stats}
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **stats}
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
 
@@ -183,13 +184,12 @@ def supervised_task(
         "trainer": recipe.name,
         "model": config.model_name_or_path or config.model_type,
         "data": train.key,
-        "seed": config.seed,
         "global_batch_size": rows,
         "micro_batches": config.gradient_accumulation_steps,
         "train_rows": len(train),
         "total_steps": steps,
-        "learning_rate": config.learning_rate,
         "lora": describe_model(model).get("lora"),
+        **lasting_settings(config),
     }
     base = config.model_name_or_path or f"{config.model_type} with random weights"
     task = Task(recipe.name, steps, step, evaluate, export, base, identity, {"params": describe_model(model)})

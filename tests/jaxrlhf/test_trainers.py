@@ -1,0 +1,401 @@
+"""The three trainers as runs (resumption, exports, refused input), and the supervised step."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrlhf.checkpoints import list_checkpoints
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import load_pretrained, save_pretrained
+from jaxrlhf.runs import Run, read_jsonl
+from jaxrlhf.trainers.loop import Interrupted
+from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
+from jaxrlhf.trainers.reward import OBJECTIVES, RewardConfig, train_reward
+from jaxrlhf.trainers.sft import SFTConfig, sft_loss, token_count, train_sft
+from jaxrlhf.trainers.supervised import Objective, init_state, train_step
+
+STEPS = 10
+TRAINERS = {"sft": (train_sft, SFTConfig), "reward": (train_reward, RewardConfig), "ppo": (train_ppo, PPOConfig)}
+MODEL = {
+    "sft": {"model_name_or_path": "lm", "gradient_accumulation_steps": 2},
+    "reward": {"model_name_or_path": "lm"},
+    "ppo": {"actor_model_name_or_path": "lm", "critic_model_name_or_path": "reward"}
+    | {"max_answer_seq_len": 8, "ppo_epochs": 2, "num_mini_batches": 2, "enable_ema": True, "sample_steps": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Drawing the report has tests of its own."""
+    monkeypatch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def train(demo):
+    """`train("sft", folder, **options)`: a run on the demo data, on all devices, with every batch of one shape."""
+
+    def start(name, folder, **options):
+        run, config = TRAINERS[name]
+        model = {k: getattr(demo, v) if k.endswith("_path") else v for k, v in MODEL[name].items()}
+        common = {"data_path": demo.train, "eval_data_path": demo.eval, "data_cache_dir": demo.cache, "seed": 3}
+        common |= {"max_length": 32, "max_prompt_seq_len": 32, "max_train_samples": 70, "max_eval_samples": 10}
+        common |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 2, "max_steps": STEPS}
+        common |= {"learning_rate": 1e-3, "warmup_steps": 2, "output_dir": str(folder), "logging_steps": 100}
+        return run(config(**(common | model | options)))
+
+    return start
+
+
+@pytest.fixture(scope="module", params=sorted(TRAINERS))
+def finished(request, train, tmp_path_factory):
+    """A whole run of one trainer: its name, final state on the host, and folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+        state = train(request.param, folder)
+    return SimpleNamespace(name=request.param, state=jax.device_get(state), folder=folder)
+
+
+@pytest.fixture
+def sigint_after(monkeypatch):
+    """`sigint_after(5)`: Ctrl-C comes while step 5 is being logged."""
+
+    def arm(step):
+        log = Run.log
+
+        def interrupting(self, number, metrics):
+            log(self, number, metrics)
+            if number == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(Run, "log", interrupting)
+
+    yield arm
+
+
+def figures(folder) -> list[dict]:
+    """The records of metrics.jsonl without what a clock or a process says."""
+    measured = ("time", "perf/tokens_per_second", "perf/sequences_per_second", "perf/peak_memory_gib")
+    return [
+        {k: v for k, v in record.items() if k not in measured and not k.startswith("timing/")}
+        for record in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def leaves(state) -> dict:
+    """Every array of a state by its path; what is not data (optimizers, modules) left out."""
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(state))}
+
+
+# ---- resumption
+
+
+def test_ten_steps_equal_five_a_stop_and_five(finished, train, tmp_path, sigint_after, monkeypatch):
+    sigint_after(5)
+    with pytest.raises(Interrupted, match="stopped after step 5; continue with --resume"):
+        train(finished.name, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+    assert not (tmp_path / "model.safetensors").exists()
+    state = train(finished.name, tmp_path, resume=True)
+    chex.assert_trees_all_equal(leaves(state), leaves(finished.state))
+    expected = figures(finished.folder)
+    assert figures(tmp_path) == expected
+    steps = [r["step"] for r in expected if not any(k.startswith("eval/") for k in r)]
+    assert steps == list(range(1, STEPS + 1))
+    assert [r["step"] for r in expected if any(k.startswith("eval/") for k in r)] == [0, STEPS]
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
+def test_a_second_run_in_the_folder_is_refused_and_a_finished_one_resumes_to_itself(finished, train, tmp_path):
+    before = sorted(path.name for path in finished.folder.iterdir())
+    with pytest.raises(InputError, match=r"already holds a run.*--resume.*--overwrite_output_dir"):
+        train(finished.name, finished.folder)
+    assert sorted(path.name for path in finished.folder.iterdir()) == before
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    state = train(finished.name, tmp_path, resume=True)
+    chex.assert_trees_all_equal(leaves(state), leaves(finished.state))
+    assert figures(tmp_path) == figures(finished.folder)
+
+
+CHANGED = {
+    "sft": {
+        "learning_rate": 2e-3,
+        "disable_dropout": True,
+        "seed": 4,
+        "max_steps": 11,
+        "gradient_accumulation_steps": 1,
+    },
+    "reward": {
+        "weight_decay": 0.1,
+        "reward_loss": "tokenwise",
+        "per_device_train_batch_size": 2,
+        "max_train_samples": 60,
+    },
+    "ppo": {"critic_learning_rate": 1.0, "max_answer_seq_len": 7, "ppo_epochs": 1, "kl_coef": 0.5, "temperature": 0.5},
+}
+NAMED = {"max_steps": "total_steps", "gradient_accumulation_steps": "global_batch_size"}
+NAMED |= {"per_device_train_batch_size": "global_batch_size", "max_train_samples": "train_rows"}
+
+
+def test_a_changed_setting_is_refused_by_name(finished, train):
+    for name, value in CHANGED[finished.name].items():
+        with pytest.raises(
+            InputError, match=rf"cannot resume .*{NAMED.get(name, name)}: .* then, .* now.*another folder"
+        ):
+            train(finished.name, finished.folder, resume=True, **{name: value})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_checkpoint_and_export(train, demo, tmp_path):
+    older = {name: (demo.folder / "lm" / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    for name, content in older.items():
+        (tmp_path / name).write_bytes(content)
+    options = {"overwrite_output_dir": True, "learning_rate": 1e38, "warmup_steps": 0, "save_steps": 1}
+    with pytest.raises(InputError, match=r"step 2: .*loss.* non-finite.*learning rate.*--resume.*checkpoint-1"):
+        train("sft", tmp_path, **options)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert {name: (tmp_path / name).read_bytes() for name in older} == older
+
+
+def test_the_summary_tells_what_training_did(finished):
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    assert (summary["trainer"], summary["steps"]) == (finished.name, STEPS)
+    assert set(summary["eval_before"]) == set(summary["eval_after"])
+    assert summary["eval_before"] != summary["eval_after"]
+    if finished.name == "sft":
+        assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"] - 0.1
+
+
+# ---- exports
+
+
+def final(finished):
+    return finished.state.actor_params if finished.name == "ppo" else finished.state.params
+
+
+def test_the_export_holds_the_final_parameters(finished, demo):
+    head = "scalar" if finished.name == "reward" else "lm"
+    loaded = load_pretrained(finished.folder, head=head, new_head=False)
+    chex.assert_trees_all_equal(jax.device_get(loaded.params), final(finished))
+    assert loaded.config.eos_token_id == demo.tokenizer.eos_token_id
+    assert (finished.folder / "tokenizer.json").exists()
+    if finished.name == "ppo":
+        critic = load_pretrained(finished.folder / "critic", head="scalar", new_head=False)
+        chex.assert_trees_all_equal(jax.device_get(critic.params), finished.state.critic_params)
+        ema = load_pretrained(finished.folder / "ema")
+        chex.assert_trees_all_equal(jax.device_get(ema.params), finished.state.ema_params)
+        start = load_pretrained(demo.lm)
+        for tree in (final(finished), finished.state.ema_params):
+            assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (tree, start.params)), strict=True))
+
+
+def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    ids = np.random.default_rng(0).integers(2, 400, (3, 9))
+    ids[0, 6:] = demo.tokenizer.pad_token_id
+    mask = ids != demo.tokenizer.pad_token_id
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask.astype(int))}
+    head = "scalar" if finished.name == "reward" else "lm"
+    module = load_pretrained(finished.folder, head=head).module
+    ours = np.asarray(module.apply({"params": final(finished)}, ids, mask))
+    with torch.no_grad():
+        if head == "lm":
+            theirs = AutoModelForCausalLM.from_pretrained(finished.folder).eval()(**inputs).logits.numpy()
+            theirs, ours = theirs[mask], ours[mask]
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(finished.folder, num_labels=1).eval()
+            theirs = model(**inputs).logits.numpy()[:, 0]
+            ours = ours[np.arange(3), mask.sum(1) - 1]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sft", {"model_name_or_path": "no/such/folder"}, r"no/such/folder"),
+        ("sft", {"model_name_or_path": None}, r"exactly one of model_name_or_path .* and model_type"),
+        ("sft", {"output_dir": ""}, r"output_dir: name the folder"),
+        ("sft", {"data_path": ()}, r"data_path: no data given; name a file"),
+        ("sft", {"max_length": 97}, r"max_length of 97 tokens exceeds the model's context of 96; lower it"),
+        ("reward", {"max_length": 97}, r"max_length of 97 tokens exceeds"),
+        ("ppo", {"actor_model_name_or_path": None}, r"actor_model_name_or_path: name a model folder"),
+        ("ppo", {"critic_model_name_or_path": None}, r"critic_model_name_or_path: name a model folder"),
+        ("ppo", {"actor_model_name_or_path": "no/such/folder"}, r"no/such/folder"),
+        ("ppo", {"max_answer_seq_len": 65}, r"max_prompt_seq_len \+ max_answer_seq_len for the actor of 97 tokens.*96"),
+    ],
+)
+def test_unusable_settings_stop_with_a_message_and_leave_no_run(name, options, message, train, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match=message):
+        train(name, folder, **options)
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_a_language_model_is_no_reward_model(train, demo, tmp_path):
+    with pytest.raises(InputError, match=r"no scalar head.*language model, not a reward model.*jaxrlhf reward"):
+        train("ppo", tmp_path / "run", critic_model_name_or_path=demo.lm)
+
+
+def test_vocabularies_that_differ_are_refused(train, demo, lab, tmp_path):
+    options = demo.options | {"vocab_size": demo.options["vocab_size"] + 9}
+    save_pretrained(lab.tiny_model(options, "scalar"), tmp_path / "other", demo.tokenizer)
+    with pytest.raises(InputError, match=r"vocabulary of \d+ tokens and the reward model one of \d+.*same tokenizer"):
+        train("ppo", tmp_path / "run", critic_model_name_or_path=str(tmp_path / "other"))
+    small = demo.options | {"vocab_size": 100}
+    save_pretrained(lab.tiny_model(small), tmp_path / "small", demo.tokenizer)
+    with pytest.raises(InputError, match=r"the tokenizer of .* has \d+ tokens, the model only 100"):
+        train("sft", tmp_path / "run", model_name_or_path=str(tmp_path / "small"))
+
+
+@pytest.fixture
+def own_loop(demo):
+    """An RLHFEngine and its trainer, as a notebook makes them."""
+    # As in the runs above, so that nothing new is compiled.
+    sizes = {name: value for name, value in MODEL["ppo"].items() if not name.endswith("_path")}
+    config = PPOConfig(max_prompt_seq_len=32, learning_rate=1e-3, warmup_steps=2, seed=3, **sizes)
+    engine = RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=STEPS, config=config)
+    return PPOTrainer(engine)
+
+
+def test_a_loop_of_ones_own_generates_with_the_trained_parameters(own_loop, lab):
+    ids, mask = lab.prompts(rows=16, width=32, vocab=400)
+    batch = {"prompt_ids": ids, "prompt_mask": mask}
+    before = jax.device_get(own_loop.engine.actor.params)
+    experience = own_loop.generate_experience(batch)
+    assert (np.asarray(experience.logprobs) == np.asarray(own_loop.generate_experience(batch).logprobs)).all()
+    losses = own_loop.train_rlhf(experience)
+    assert losses == (own_loop.metrics["loss/policy_avg"], own_loop.metrics["loss/value_avg"])
+    assert own_loop.engine.actor.params is own_loop.engine.state.actor_params
+    assert any(
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, own_loop.engine.actor.params)), strict=True)
+    )
+    again = own_loop.generate_experience(batch)
+    assert own_loop.metrics["sampling/logp_difference/max"] < 1e-4
+    assert (np.asarray(again.tokens) != np.asarray(experience.tokens)).any(), "draws are keyed by the step"
+
+
+def test_a_prompt_batch_that_minibatches_do_not_divide_is_refused_before_it_is_generated(own_loop, lab):
+    ids, mask = lab.prompts(rows=15, width=32, vocab=400)
+    with pytest.raises(InputError, match=r"num_mini_batches=2 .*must divide the rollout batch of 15 rows"):
+        own_loop.generate_experience({"prompt_ids": ids, "prompt_mask": mask})
+
+
+# ---- the supervised step: what must not matter
+
+
+def sft_batch(rows, width, vocab):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, width + 1, rows)
+    mask = (np.arange(width)[None] < lengths[:, None]).astype(np.int32)
+    loss_mask = mask * (np.arange(width)[None] >= rng.integers(1, 4, rows)[:, None])
+    ids = rng.integers(0, vocab, (rows, width)).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": mask, "loss_mask": loss_mask, "row_mask": np.ones(rows, np.int32)}
+
+
+def pair_batch(rows, width, vocab):
+    chosen, rejected = (sft_batch(rows, width, vocab) for _ in range(2))
+    shuffled = np.random.default_rng(1).permutation(rows)
+    ids = np.where(np.arange(width)[None] < 2, chosen["input_ids"], rejected["input_ids"][shuffled])
+    return {
+        "chosen_ids": chosen["input_ids"],
+        "chosen_mask": chosen["attention_mask"],
+        "rejected_ids": ids,
+        "rejected_mask": chosen["attention_mask"][shuffled],
+        "row_mask": np.ones(rows, np.int32),
+    }
+
+
+OBJECTIVE = {"sft": Objective(token_count, sft_loss), **OBJECTIVES}
+WIDTH = 12
+
+
+@pytest.fixture(scope="module", params=["sft", "pairwise", "tokenwise"])
+def supervised(request, lab):
+    """One SGD step of a dropout-free model on one device: `step(batch, parts)` → (params, metrics)."""
+    kind = request.param
+    model = lab.tiny_model(head="lm" if kind == "sft" else "scalar", mesh=lab.mesh_of())
+
+    def step(batch, parts=1):
+        state = init_state(replace(model, params=jax.tree.map(jnp.copy, model.params)), lab.sgd, lab.mesh_of())
+        options = {"objective": OBJECTIVE[kind], "micro_batches": parts}
+        state, metrics = train_step(state, batch, jax.random.key(0), **options)
+        return jax.device_get((state.params, metrics))
+
+    batch = (sft_batch if kind == "sft" else pair_batch)(8, WIDTH, 101)
+    return SimpleNamespace(kind=kind, model=model, step=step, batch=batch, whole=step(batch))
+
+
+def assert_same(step, expected):
+    chex.assert_trees_all_close(step, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_accumulating_single_rows_equals_the_whole_batch(supervised):
+    assert_same(supervised.step(supervised.batch, parts=8), supervised.whole)
+
+
+def test_row_order_changes_nothing(supervised):
+    order = np.random.default_rng(5).permutation(8)
+    assert_same(supervised.step({k: v[order] for k, v in supervised.batch.items()}), supervised.whole)
+
+
+def test_filler_rows_and_wider_padding_change_nothing(supervised):
+    wider = {}
+    for name, x in supervised.batch.items():
+        filler = 7 if name.endswith("ids") else 0
+        x = np.pad(x, ((0, 4), (0, 5))[: x.ndim], constant_values=filler)
+        if name.endswith("mask") and x.ndim > 1 and name != "loss_mask":
+            x[8:, 0] = 1  # as the data gives them: one token, so that attention has something to look at
+        wider[name] = x
+    assert_same(supervised.step(wider), supervised.whole)
+
+
+def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):
+    b, module = supervised.batch, supervised.model.module
+
+    def last(values, mask):
+        return values[np.arange(8), mask.sum(1) - 1]
+
+    def loss(params):
+        if supervised.kind == "sft":
+            logp = jax.nn.log_softmax(module.apply({"params": params}, b["input_ids"], b["attention_mask"]))
+            picked = jnp.take_along_axis(logp[:, :-1], b["input_ids"][:, 1:, None], axis=-1)[..., 0]
+            return -(picked * b["loss_mask"][:, 1:]).sum() / b["loss_mask"].sum()
+        chosen, rejected = (
+            module.apply({"params": params}, b[f"{k}_ids"], b[f"{k}_mask"]) for k in ("chosen", "rejected")
+        )
+        if supervised.kind == "pairwise":
+            margin = last(chosen, b["chosen_mask"]) - last(rejected, b["rejected_mask"])
+            return -jnp.log(jax.nn.sigmoid(margin)).mean()
+        total = 0.0
+        for row in range(8):
+            ends = [b[f"{k}_mask"][row].sum() for k in ("chosen", "rejected")]
+            differs = (b["chosen_ids"][row] != b["rejected_ids"][row])[: min(ends)]
+            first = int(np.argmax(differs)) if differs.any() else min(min(ends), max(ends) - 1)
+            columns = np.arange(first, max(ends))
+            c, r = (v[row, np.minimum(columns, end - 1)] for v, end in zip((chosen, rejected), ends, strict=True))
+            total += -jnp.log(jax.nn.sigmoid(c - r)).mean()
+        return total / 8
+
+    value, grads = jax.value_and_grad(loss)(supervised.model.params)
+    params, metrics = supervised.whole
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, supervised.model.params, grads)
+    chex.assert_trees_all_close(params, jax.device_get(expected), rtol=1e-5, atol=2e-6)

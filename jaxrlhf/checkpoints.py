@@ -44,7 +44,11 @@ def save_checkpoint(folder: str | Path, step: int, state: Any, metadata: dict, k
         _tidy(folder)
         work.mkdir()
     _sync("checkpoint folder made")
-    _write_arrays(work / "state", arrays)
+    try:
+        _write_arrays(work / "state", arrays)
+    except (OSError, ValueError) as error:  # tensorstore tells a full disk as a ValueError
+        reason = "no space left on the disk" if "No space left" in str(error) else str(error).splitlines()[0]
+        raise InputError(f"cannot write the checkpoint {target}: {reason}; older checkpoints are kept") from error
     if _is_primary():
         write_json_atomic(work / "index.json", {"format": 1, "leaves": entries, "files": _sizes(work / "state")})
         write_json_atomic(work / "metadata.json", {**metadata, "step": step})

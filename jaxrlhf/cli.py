@@ -71,6 +71,7 @@ def run(name: str, command: Command, argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("jaxrlhf").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback per thread for what we say once
     from jaxrlhf.config import parse
     from jaxrlhf.trainers.loop import Interrupted
 

@@ -78,6 +78,7 @@ class Console:
             desc=description or None,
             unit="step",
             miniters=1,
+            smoothing=0,  # the average rate: steps are alike, and the first one, which compiles, is left out of it
             dynamic_ncols=True,
             file=self.stream,
             disable=self.quiet,

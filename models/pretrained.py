@@ -369,8 +369,10 @@ def save_pretrained(
         if card is not None:
             (staging / "README.md").write_text(render_card(card, config, head), encoding="utf-8")
         replace_files(staging, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write the model to {folder}: {error.strerror}; what was there is kept") from error
         raise
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"export {folder}")

@@ -99,6 +99,8 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
             check_finite(metrics, done, run)
             run.log(done, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
             bar.update()
+            if step == start:  # the step that compiles would spoil the rate and the remaining time
+                bar.initial, bar.start_t = bar.n, time.time()
             last = done == task.total_steps
             if last or (config.eval_steps and done % config.eval_steps == 0):
                 evaluate(done)

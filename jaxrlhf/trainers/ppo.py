@@ -67,6 +67,11 @@ def _with_base(own: PyTree, params: PyTree, module: Decoder) -> PyTree:
     return join(own, split_trainable(params, module)[1])
 
 
+def _own(model: Model) -> Model:
+    """The model with arrays of its own: the step donates them, while a caller may keep theirs, or share a body."""
+    return model.replace(params=jax.tree.map(jnp.copy, model.params))
+
+
 class RLHFEngine:
     """Actor, reference, critic and reward model on one mesh, and the PPO state that training replaces.
 
@@ -94,8 +99,8 @@ class RLHFEngine:
             progress=True,
         )
         actor, reward = actor_model_name_or_path, critic_model_name_or_path
-        actor = actor if isinstance(actor, Model) else load(actor)
-        reward = reward if isinstance(reward, Model) else load(reward, head="scalar", new_head=False)
+        actor = _own(actor) if isinstance(actor, Model) else load(actor)
+        reward = _own(reward) if isinstance(reward, Model) else load(reward, head="scalar", new_head=False)
         if actor.config.vocab_size != reward.config.vocab_size:
             raise InputError(
                 f"the actor has a vocabulary of {actor.config.vocab_size} tokens and the reward model one of "

@@ -134,6 +134,13 @@ def test_logprobs_and_values_of_a_token_come_from_the_column_before_it(experienc
     assert (e.sampler_logprobs == np.where(e.response_mask, np.float32(-1.5), 0)).all()
 
 
+def test_logprobs_are_taken_at_the_sampling_temperature(setup, lab, lengths):
+    e = setup.experience(handmade_rollout(lab, lengths, 0), PPOHyperparameters(temperature=0.6))
+    for name, model in (("logprobs", setup.actor), ("ref_logprobs", setup.reference)):
+        expected = np.asarray(naive_logprobs(model.module, model.params, e, 0.6))[e.mask]
+        np.testing.assert_allclose(np.asarray(getattr(e, name))[e.mask], expected, rtol=0, atol=2e-5)
+
+
 def test_the_score_is_read_and_paid_at_the_last_response_token(experience, setup, lab, lengths):
     e, rows = experience, np.arange(lab.ROWS)
     last = lab.prompts()[1].sum(1) + lengths - 1
@@ -271,7 +278,7 @@ def test_minibatches_are_a_new_permutation_each_epoch_and_step():
 )
 def test_ratio_is_exactly_one_until_parameters_move(shape, options, split, lab):
     """A learning rate of 0 makes every minibatch of every epoch the first one."""
-    h = PPOHyperparameters(ppo_epochs=split[0], num_mini_batches=split[1], micro_batches=split[2])
+    h = PPOHyperparameters(ppo_epochs=split[0], num_mini_batches=split[1], micro_batches=split[2], temperature=0.8)
     models = lab.Setup(lab.mesh_of(*shape), **options)
     experience = models.experience(models.rollout(lab.sampling), h)
     assert len(set(np.asarray(experience.response_mask).sum(1).tolist())) > 2

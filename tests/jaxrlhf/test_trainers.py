@@ -1,28 +1,24 @@
-"""The three trainers as runs (resumption, exports, refused input), and the supervised step."""
+"""The three trainers as runs: exact resumption, exports, refused input, and a loop of one's own."""
 
 import json
 import os
 import shutil
 import signal
-from dataclasses import replace
 from types import SimpleNamespace
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import load_pretrained, save_pretrained
+from jaxrlhf.models import load_pretrained, save_pretrained, with_head
 from jaxrlhf.runs import Run, read_jsonl
 from jaxrlhf.trainers.loop import Interrupted
 from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
-from jaxrlhf.trainers.reward import OBJECTIVES, RewardConfig, train_reward
-from jaxrlhf.trainers.sft import SFTConfig, sft_loss, token_count, train_sft
-from jaxrlhf.trainers.supervised import Objective, init_state, train_step
+from jaxrlhf.trainers.reward import RewardConfig, train_reward
+from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
 STEPS = 10
 TRAINERS = {"sft": (train_sft, SFTConfig), "reward": (train_reward, RewardConfig), "ppo": (train_ppo, PPOConfig)}
@@ -181,6 +177,11 @@ def test_the_summary_tells_what_training_did(finished):
 # ---- exports
 
 
+def furthest(tree, other) -> float:
+    """The largest difference between two trees."""
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), tree, other)))
+
+
 def final(finished):
     return finished.state.actor_params if finished.name == "ppo" else finished.state.params
 
@@ -198,7 +199,9 @@ def test_the_export_holds_the_final_parameters(finished, demo):
         chex.assert_trees_all_equal(jax.device_get(ema.params), finished.state.ema_params)
         start = load_pretrained(demo.lm)
         for tree in (final(finished), finished.state.ema_params):
-            assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (tree, start.params)), strict=True))
+            assert furthest(tree, start.params) > 2e-3
+        start = load_pretrained(demo.reward, head="scalar")
+        assert 1e-5 < furthest(finished.state.critic_params, start.params) < 5e-4, "the critic has a rate of its own"
 
 
 def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
@@ -264,12 +267,16 @@ def test_vocabularies_that_differ_are_refused(train, demo, lab, tmp_path):
         train("sft", tmp_path / "run", model_name_or_path=str(tmp_path / "small"))
 
 
+def own_config() -> PPOConfig:
+    """As in the runs above, so that nothing new is compiled."""
+    sizes = {name: value for name, value in MODEL["ppo"].items() if not name.endswith("_path")}
+    return PPOConfig(max_prompt_seq_len=32, learning_rate=1e-3, warmup_steps=2, seed=3, **sizes)
+
+
 @pytest.fixture
 def own_loop(demo):
     """An RLHFEngine and its trainer, as a notebook makes them."""
-    # As in the runs above, so that nothing new is compiled.
-    sizes = {name: value for name, value in MODEL["ppo"].items() if not name.endswith("_path")}
-    config = PPOConfig(max_prompt_seq_len=32, learning_rate=1e-3, warmup_steps=2, seed=3, **sizes)
+    config = own_config()
     engine = RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=STEPS, config=config)
     return PPOTrainer(engine)
 
@@ -297,105 +304,10 @@ def test_a_prompt_batch_that_minibatches_do_not_divide_is_refused_before_it_is_g
         own_loop.generate_experience({"prompt_ids": ids, "prompt_mask": mask})
 
 
-# ---- the supervised step: what must not matter
-
-
-def sft_batch(rows, width, vocab):
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(4, width + 1, rows)
-    mask = (np.arange(width)[None] < lengths[:, None]).astype(np.int32)
-    loss_mask = mask * (np.arange(width)[None] >= rng.integers(1, 4, rows)[:, None])
-    ids = rng.integers(0, vocab, (rows, width)).astype(np.int32)
-    return {"input_ids": ids, "attention_mask": mask, "loss_mask": loss_mask, "row_mask": np.ones(rows, np.int32)}
-
-
-def pair_batch(rows, width, vocab):
-    chosen, rejected = (sft_batch(rows, width, vocab) for _ in range(2))
-    shuffled = np.random.default_rng(1).permutation(rows)
-    ids = np.where(np.arange(width)[None] < 2, chosen["input_ids"], rejected["input_ids"][shuffled])
-    return {
-        "chosen_ids": chosen["input_ids"],
-        "chosen_mask": chosen["attention_mask"],
-        "rejected_ids": ids,
-        "rejected_mask": chosen["attention_mask"][shuffled],
-        "row_mask": np.ones(rows, np.int32),
-    }
-
-
-OBJECTIVE = {"sft": Objective(token_count, sft_loss), **OBJECTIVES}
-WIDTH = 12
-
-
-@pytest.fixture(scope="module", params=["sft", "pairwise", "tokenwise"])
-def supervised(request, lab):
-    """One SGD step of a dropout-free model on one device: `step(batch, parts)` → (params, metrics)."""
-    kind = request.param
-    model = lab.tiny_model(head="lm" if kind == "sft" else "scalar", mesh=lab.mesh_of())
-
-    def step(batch, parts=1):
-        state = init_state(replace(model, params=jax.tree.map(jnp.copy, model.params)), lab.sgd, lab.mesh_of())
-        options = {"objective": OBJECTIVE[kind], "micro_batches": parts}
-        state, metrics = train_step(state, batch, jax.random.key(0), **options)
-        return jax.device_get((state.params, metrics))
-
-    batch = (sft_batch if kind == "sft" else pair_batch)(8, WIDTH, 101)
-    return SimpleNamespace(kind=kind, model=model, step=step, batch=batch, whole=step(batch))
-
-
-def assert_same(step, expected):
-    chex.assert_trees_all_close(step, expected, rtol=1e-5, atol=2e-6)
-
-
-def test_accumulating_single_rows_equals_the_whole_batch(supervised):
-    assert_same(supervised.step(supervised.batch, parts=8), supervised.whole)
-
-
-def test_row_order_changes_nothing(supervised):
-    order = np.random.default_rng(5).permutation(8)
-    assert_same(supervised.step({k: v[order] for k, v in supervised.batch.items()}), supervised.whole)
-
-
-def test_filler_rows_and_wider_padding_change_nothing(supervised):
-    wider = {}
-    for name, x in supervised.batch.items():
-        filler = 7 if name.endswith("ids") else 0
-        x = np.pad(x, ((0, 4), (0, 5))[: x.ndim], constant_values=filler)
-        if name.endswith("mask") and x.ndim > 1 and name != "loss_mask":
-            x[8:, 0] = 1  # as the data gives them: one token, so that attention has something to look at
-        wider[name] = x
-    assert_same(supervised.step(wider), supervised.whole)
-
-
-def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):
-    b, module = supervised.batch, supervised.model.module
-
-    def last(values, mask):
-        return values[np.arange(8), mask.sum(1) - 1]
-
-    def loss(params):
-        if supervised.kind == "sft":
-            logp = jax.nn.log_softmax(module.apply({"params": params}, b["input_ids"], b["attention_mask"]))
-            picked = jnp.take_along_axis(logp[:, :-1], b["input_ids"][:, 1:, None], axis=-1)[..., 0]
-            return -(picked * b["loss_mask"][:, 1:]).sum() / b["loss_mask"].sum()
-        chosen, rejected = (
-            module.apply({"params": params}, b[f"{k}_ids"], b[f"{k}_mask"]) for k in ("chosen", "rejected")
-        )
-        if supervised.kind == "pairwise":
-            margin = last(chosen, b["chosen_mask"]) - last(rejected, b["rejected_mask"])
-            return -jnp.log(jax.nn.sigmoid(margin)).mean()
-        total = 0.0
-        for row in range(8):
-            ends = [b[f"{k}_mask"][row].sum() for k in ("chosen", "rejected")]
-            differs = (b["chosen_ids"][row] != b["rejected_ids"][row])[: min(ends)]
-            first = int(np.argmax(differs)) if differs.any() else min(min(ends), max(ends) - 1)
-            columns = np.arange(first, max(ends))
-            c, r = (v[row, np.minimum(columns, end - 1)] for v, end in zip((chosen, rejected), ends, strict=True))
-            total += -jnp.log(jax.nn.sigmoid(c - r)).mean()
-        return total / 8
-
-    value, grads = jax.value_and_grad(loss)(supervised.model.params)
-    params, metrics = supervised.whole
-    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
-    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, supervised.model.params, grads)
-    chex.assert_trees_all_close(params, jax.device_get(expected), rtol=1e-5, atol=2e-6)
+def test_given_models_may_share_a_body_and_stay_usable(demo, lab):
+    actor = load_pretrained(demo.lm, mesh=lab.mesh_of(fsdp=8))
+    reward = with_head(actor, "scalar", jax.random.key(1))
+    trainer = PPOTrainer(RLHFEngine(actor, reward, demo.tokenizer, num_total_iters=STEPS, config=own_config()))
+    ids, mask = lab.prompts(rows=16, width=32, vocab=400)
+    trainer.train_rlhf(trainer.generate_experience({"prompt_ids": ids, "prompt_mask": mask}))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((actor.params, reward.params)))

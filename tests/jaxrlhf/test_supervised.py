@@ -1,0 +1,136 @@
+"""The step of SFT and reward modelling against a plain forward, and under everything that must not matter."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrlhf.trainers.reward import OBJECTIVES
+from jaxrlhf.trainers.sft import sft_loss, token_count
+from jaxrlhf.trainers.supervised import Objective, init_state, train_step
+
+
+def sft_batch(rows, width, vocab):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, width + 1, rows)
+    mask = (np.arange(width)[None] < lengths[:, None]).astype(np.int32)
+    loss_mask = mask * (np.arange(width)[None] >= rng.integers(1, 4, rows)[:, None])
+    ids = rng.integers(0, vocab, (rows, width)).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": mask, "loss_mask": loss_mask, "row_mask": np.ones(rows, np.int32)}
+
+
+def pair_batch(rows, width, vocab):
+    chosen, rejected = (sft_batch(rows, width, vocab) for _ in range(2))
+    shuffled = np.random.default_rng(1).permutation(rows)
+    ids = np.where(np.arange(width)[None] < 2, chosen["input_ids"], rejected["input_ids"][shuffled])
+    return {
+        "chosen_ids": chosen["input_ids"],
+        "chosen_mask": chosen["attention_mask"],
+        "rejected_ids": ids,
+        "rejected_mask": chosen["attention_mask"][shuffled],
+        "row_mask": np.ones(rows, np.int32),
+    }
+
+
+OBJECTIVE = {"sft": Objective(token_count, sft_loss), **OBJECTIVES}
+WIDTH = 12
+
+
+@pytest.fixture(scope="module", params=["sft", "pairwise", "tokenwise"])
+def supervised(request, lab):
+    """One SGD step of a dropout-free model on one device: `step(batch, parts)` → (params, metrics)."""
+    kind = request.param
+    model = lab.tiny_model(head="lm" if kind == "sft" else "scalar", mesh=lab.mesh_of())
+
+    def step(batch, parts=1):
+        state = init_state(replace(model, params=jax.tree.map(jnp.copy, model.params)), lab.sgd, lab.mesh_of())
+        options = {"objective": OBJECTIVE[kind], "micro_batches": parts}
+        state, metrics = train_step(state, batch, jax.random.key(0), **options)
+        return jax.device_get((state.params, metrics))
+
+    batch = (sft_batch if kind == "sft" else pair_batch)(8, WIDTH, 101)
+    return SimpleNamespace(kind=kind, model=model, step=step, batch=batch, whole=step(batch))
+
+
+def assert_same(step, expected):
+    chex.assert_trees_all_close(step, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_accumulating_single_rows_equals_the_whole_batch(supervised):
+    assert_same(supervised.step(supervised.batch, parts=8), supervised.whole)
+
+
+def test_row_order_changes_nothing(supervised):
+    order = np.random.default_rng(5).permutation(8)
+    assert_same(supervised.step({k: v[order] for k, v in supervised.batch.items()}), supervised.whole)
+
+
+def test_filler_rows_and_wider_padding_change_nothing(supervised):
+    wider = {}
+    for name, x in supervised.batch.items():
+        filler = 7 if name.endswith("ids") else 0
+        x = np.pad(x, ((0, 4), (0, 5))[: x.ndim], constant_values=filler)
+        if name.endswith("mask") and x.ndim > 1 and name != "loss_mask":
+            x[8:, 0] = 1  # as the data gives them: one token, so that attention has something to look at
+        wider[name] = x
+    assert_same(supervised.step(wider), supervised.whole)
+
+
+def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):
+    b, module = supervised.batch, supervised.model.module
+
+    def last(values, mask):
+        return values[np.arange(8), mask.sum(1) - 1]
+
+    def loss(params):
+        if supervised.kind == "sft":
+            logp = jax.nn.log_softmax(module.apply({"params": params}, b["input_ids"], b["attention_mask"]))
+            picked = jnp.take_along_axis(logp[:, :-1], b["input_ids"][:, 1:, None], axis=-1)[..., 0]
+            return -(picked * b["loss_mask"][:, 1:]).sum() / b["loss_mask"].sum()
+        chosen, rejected = (
+            module.apply({"params": params}, b[f"{k}_ids"], b[f"{k}_mask"]) for k in ("chosen", "rejected")
+        )
+        if supervised.kind == "pairwise":
+            margin = last(chosen, b["chosen_mask"]) - last(rejected, b["rejected_mask"])
+            return -jnp.log(jax.nn.sigmoid(margin)).mean()
+        total = 0.0
+        for row in range(8):
+            ends = [b[f"{k}_mask"][row].sum() for k in ("chosen", "rejected")]
+            differs = (b["chosen_ids"][row] != b["rejected_ids"][row])[: min(ends)]
+            first = int(np.argmax(differs)) if differs.any() else min(min(ends), max(ends) - 1)
+            columns = np.arange(first, max(ends))
+            c, r = (v[row, np.minimum(columns, end - 1)] for v, end in zip((chosen, rejected), ends, strict=True))
+            total += -jnp.log(jax.nn.sigmoid(c - r)).mean()
+        return total / 8
+
+    value, grads = jax.value_and_grad(loss)(supervised.model.params)
+    params, metrics = supervised.whole
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, supervised.model.params, grads)
+    chex.assert_trees_all_close(params, jax.device_get(expected), rtol=1e-5, atol=2e-6)
+
+
+def test_dropout_is_drawn_anew_each_step_and_is_a_function_of_seed_and_step(lab):
+    """A learning rate of 0: only dropout can make two steps on one batch differ."""
+    model = lab.tiny_model(lab.GPT2 | {"vocab_size": 101}, mesh=lab.mesh_of())
+    batch = sft_batch(8, WIDTH, 101)
+
+    def losses(seed):
+        state = init_state(replace(model, params=jax.tree.map(jnp.copy, model.params)), lab.still, lab.mesh_of())
+        result = []
+        for _ in range(3):
+            options = {"objective": OBJECTIVE["sft"], "micro_batches": 2}
+            state, metrics = train_step(state, batch, jax.random.key(seed), **options)
+            result.append(float(metrics["loss"]))
+        return result
+
+    first = losses(0)
+    assert len(set(first)) == 3
+    assert losses(0) == first
+    assert not set(losses(1)) & set(first)

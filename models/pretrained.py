@@ -372,7 +372,8 @@ def save_pretrained(
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
-            raise InputError(f"cannot write the model to {folder}: {error.strerror}; what was there is kept") from error
+            reason = error.strerror or error
+            raise InputError(f"cannot write the model to {folder}: {reason}; what was there is kept") from error
         raise
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"export {folder}")

@@ -1,13 +1,13 @@
 # Every target sets up what it needs, in .venv, with nothing but python3 (3.11 or newer) and make on the machine.
 #   PYTHON=python3.13              another interpreter for .venv
 #   PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   further arguments of pip, here a smaller torch
-#   PYTEST_ARGS="-k ppo"           further arguments of pytest
+#   PYTEST_ARGS="-k ppo"           arguments of pytest, instead of -n 2 (two processes)
 #   PYTHON312=/path/python3.12     the interpreter of test-newest, if it is not found by itself
 
 PYTHON ?= python3
 PYTHON312 ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 VENV := .venv
 NEWEST := .venv312

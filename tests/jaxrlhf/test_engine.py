@@ -124,7 +124,7 @@ def test_eos_stays_inside_the_mask_when_it_is_the_padding_too(rollout, setup, la
     assert np.isin(last[ended], lab.EOS).all()
 
 
-def test_the_loop_stops_when_every_row_is_done(setup, lab, monkeypatch):
+def test_the_loop_stops_when_every_row_is_done_and_no_row_before_min_new_tokens(setup, lab, monkeypatch):
     steps = []
 
     def counting(*args):
@@ -134,18 +134,13 @@ def test_the_loop_stops_when_every_row_is_done(setup, lab, monkeypatch):
     original = engine_module.decode_step
     monkeypatch.setattr(engine_module, "decode_step", counting)
     # A pad id of its own: this program is traced here, and used by no other test.
-    sampling = replace(lab.sampling, eos_token_id=tuple(range(0, 101, 2)), pad_token_id=3)
+    sampling = replace(lab.sampling, eos_token_id=tuple(range(0, 101, 2)), min_new_tokens=4, pad_token_id=3)
     got = jax.block_until_ready(setup.rollout(sampling))
     jax.effects_barrier()
-    longest = int(np.asarray(got.response_mask).sum(1).max())
-    assert len(steps) == longest - 1 < lab.ANSWER - 1
-
-
-def test_min_new_tokens_delays_eos_and_nothing_before_it(setup, lab):
-    sampling = replace(lab.sampling, eos_token_id=tuple(range(0, 101, 2)), min_new_tokens=4)
-    got = jax.device_get(setup.rollout(sampling))
-    assert got.response_mask.sum(1).min() == 5
-    assert not np.isin(got.tokens[:, lab.PROMPT : lab.PROMPT + 4], sampling.eos_ids).any()
+    lengths = np.asarray(got.response_mask).sum(1)
+    assert len(steps) == lengths.max() - 1 < lab.ANSWER - 1
+    assert lengths.min() == 5
+    assert not np.isin(np.asarray(got.tokens)[:, lab.PROMPT : lab.PROMPT + 4], sampling.eos_ids).any()
 
 
 def test_stream_yields_the_same_tokens(rollout, setup, lab):

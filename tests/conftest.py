@@ -11,3 +11,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = Path(os.environ.get("JAXRLHF_TEST_CACHE", Path(tempfile.gettempdir()) / "jaxrlhf-test-cache"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402 - after the settings above
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_compiled_programs():
+    """Programs for eight devices add up to gigabytes over the suite; the cache on disk makes coming back cheap."""
+    yield
+    jax.clear_caches()

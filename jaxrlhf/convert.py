@@ -28,8 +28,8 @@ from jaxrlhf.models import (
     split_trainable,
 )
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.trainers.settings import DTYPES
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 FORMATS = ("hf", "orbax")
 
 

@@ -1,12 +1,15 @@
-"""Gradient accumulation inside a jitted step, and the scan over row chunks that scoring shares with it."""
+"""Gradients inside a jitted step: accumulated over chunks of rows (scoring shares the chunks), then applied."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
-from jaxrlhf.sharding import constrain
+from jaxrlhf.models import Decoder, param_shardings, split_trainable
+from jaxrlhf.sharding import constrain, constrain_tree, optimizer_shardings
 
 PyTree = Any
 
@@ -65,3 +68,27 @@ def accumulate_gradients(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][0], shapes[0][1], shapes[1]))
     total, _ = jax.lax.scan(add, zeros, rows)
     return total
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, module: Decoder, trainable: PyTree, mesh: Mesh) -> PyTree:
+    """`optimizer.init` of the trainable leaves (`split_trainable`), made in its place beside them."""
+    shardings = optimizer_shardings(optimizer, trainable, _trainable_shardings(module, mesh), mesh)
+    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation,
+    module: Decoder,
+    trainable: PyTree,
+    opt_state: PyTree,
+    grads: PyTree,
+    mesh: Mesh | None,
+) -> tuple[PyTree, PyTree]:
+    """One optimizer step: the new trainable leaves, pinned to where they lie, and the new optimizer state."""
+    updates, opt_state = optimizer.update(grads, opt_state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    return trainable if mesh is None else constrain_tree(trainable, _trainable_shardings(module, mesh)), opt_state
+
+
+def _trainable_shardings(module: Decoder, mesh: Mesh) -> PyTree:
+    return split_trainable(param_shardings(module, mesh), module)[0]

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
-from jaxrlhf.gradients import accumulate_gradients, map_rows
-from jaxrlhf.models import Decoder, join, param_shardings, split_trainable
-from jaxrlhf.sharding import TRAIN_RULES, constrain, constrain_tree, use
+from jaxrlhf.gradients import accumulate_gradients, apply_gradients, map_rows
+from jaxrlhf.models import Decoder, join, split_trainable
+from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 
 PyTree = Any
 
@@ -296,27 +296,12 @@ def _update(
         "policy/grad_norm": optax.tree.norm(actor_grads),
         "val/grad_norm": optax.tree.norm(critic_grads),
     }
-    actor_params, actor_opt = _apply(
-        state.actor, state.actor_optimizer, actor_params, actor_opt, actor_grads, state.mesh
+    actor_params, actor_opt = apply_gradients(
+        state.actor_optimizer, state.actor, actor_params, actor_opt, actor_grads, state.mesh
     )
-    critic_params, critic_opt = _apply(
-        state.critic, state.critic_optimizer, critic_params, critic_opt, critic_grads, state.mesh
+    critic_params, critic_opt = apply_gradients(
+        state.critic_optimizer, state.critic, critic_params, critic_opt, critic_grads, state.mesh
     )
     if ema is not None:
         ema = jax.tree.map(lambda e, p: h.ema_decay * e + (1 - h.ema_decay) * p, ema, actor_params)
     return (actor_params, critic_params, actor_opt, critic_opt, ema), metrics
-
-
-def _apply(
-    module: Decoder,
-    optimizer: optax.GradientTransformation,
-    params: PyTree,
-    opt_state: PyTree,
-    grads: PyTree,
-    mesh: Mesh | None,
-) -> tuple[PyTree, PyTree]:
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    if mesh is not None:
-        params = constrain_tree(params, split_trainable(param_shardings(module, mesh), module)[0])
-    return params, opt_state

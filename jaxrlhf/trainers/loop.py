@@ -109,10 +109,11 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
             if stopped() and not last:
                 raise Interrupted(f"stopped after step {done}; continue with --resume")
     with run.status(f"exporting the model to {run.output_dir}…"):
-        figures = evals(run)["eval_after"]
-        task.export(state, ModelCard(task.name, task.base_model, tuple(config.data_path), task.total_steps, figures))
+        figures = evals(run)
+        data = tuple(config.data_path)
+        task.export(state, ModelCard(task.name, task.base_model, data, task.total_steps, figures["eval_after"]))
     seconds = time.monotonic() - begin
-    run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **evals(run)})
+    run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **figures})
     run.print(f"{task.name}: {task.total_steps - start} steps in {seconds:.1f}s → {run.output_dir}")
     return state
 

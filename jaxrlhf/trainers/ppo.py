@@ -12,6 +12,7 @@ import numpy as np
 from jaxrlhf.data import eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
 from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
+from jaxrlhf.gradients import init_optimizer
 from jaxrlhf.models import (
     Decoder,
     Model,
@@ -20,13 +21,12 @@ from jaxrlhf.models import (
     join,
     load_pretrained,
     merged,
-    param_shardings,
     read_config,
     split_trainable,
 )
 from jaxrlhf.ppo import Experience, PPOHyperparameters, PPOState, ppo_step, score_rollout
 from jaxrlhf.runs import Run
-from jaxrlhf.sharding import optimizer_shardings, replicated
+from jaxrlhf.sharding import replicated
 from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
@@ -134,8 +134,8 @@ class RLHFEngine:
             step=jax.device_put(jnp.int32(0), replicated(self.mesh)),  # as the step returns it: one compilation
             actor_params=self.actor.params,
             critic_params=critic_params,
-            actor_opt_state=self._init(actor_optimizer, actor.module, actor_trainable),
-            critic_opt_state=self._init(critic_optimizer, critic.module, critic_trainable),
+            actor_opt_state=init_optimizer(actor_optimizer, actor.module, actor_trainable, self.mesh),
+            critic_opt_state=init_optimizer(critic_optimizer, critic.module, critic_trainable, self.mesh),
             ema_params=frozen_copy(actor_trainable, jnp.float32) if config.enable_ema else None,
             kl_coef=jax.device_put(jnp.float32(config.kl_coef), replicated(self.mesh)),
             actor=actor.module,
@@ -145,11 +145,6 @@ class RLHFEngine:
             hyperparameters=config.hyperparameters(config.seed),
             mesh=self.mesh,
         )
-
-    def _init(self, optimizer: Any, module: Decoder, trainable: PyTree) -> PyTree:
-        placement, _ = split_trainable(param_shardings(module, self.mesh), module)
-        shardings = optimizer_shardings(optimizer, trainable, placement, self.mesh)
-        return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
 
     @property
     def reference_params(self) -> PyTree:

@@ -13,10 +13,10 @@ import optax
 from jax.sharding import Mesh
 
 from jaxrlhf.data import Data, eval_batches, load_data, load_tokenizer, padding_fraction, stream_indices
-from jaxrlhf.gradients import accumulate_gradients
-from jaxrlhf.models import Decoder, Model, ModelCard, join, param_shardings, read_config, split_trainable
+from jaxrlhf.gradients import accumulate_gradients, apply_gradients, init_optimizer
+from jaxrlhf.models import Decoder, Model, ModelCard, join, read_config, split_trainable
 from jaxrlhf.runs import Run
-from jaxrlhf.sharding import TRAIN_RULES, constrain_tree, optimizer_shardings, place_batch, replicated, use
+from jaxrlhf.sharding import TRAIN_RULES, place_batch, replicated, use
 from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
@@ -60,9 +60,7 @@ class TrainState:
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     trainable, _ = split_trainable(model.params, model.module)
-    placement, _ = split_trainable(param_shardings(model.module, mesh), model.module)
-    shardings = optimizer_shardings(optimizer, trainable, placement, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    opt_state = init_optimizer(optimizer, model.module, trainable, mesh)
     step = jax.device_put(jnp.int32(0), replicated(mesh))  # as the step returns it, or the second call compiles anew
     return TrainState(step, model.params, opt_state, module=model.module, optimizer=optimizer, mesh=mesh)
 
@@ -89,9 +87,9 @@ def train_step(
 
         dropout_key = jax.random.fold_in(key, state.step) if has_dropout(state.module) else None
         value, stats, grads = accumulate_gradients(loss, trainable, batch, micro_batches, dropout_key)
-        updates, opt_state = state.optimizer.update(grads, state.opt_state, trainable)
-        placement, _ = split_trainable(param_shardings(state.module, state.mesh), state.module)
-        trainable = constrain_tree(optax.apply_updates(trainable, updates), placement)
+        trainable, opt_state = apply_gradients(
+            state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh
+        )
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **stats}
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
@@ -180,6 +178,7 @@ def supervised_task(
         base = config.model_name_or_path
         export_model(trained, run.output_dir, tokenizer, config, base, dtype=dtype, card=card)
 
+    described = describe_model(model)
     identity = {
         "trainer": recipe.name,
         "model": config.model_name_or_path or config.model_type,
@@ -188,9 +187,9 @@ def supervised_task(
         "micro_batches": config.gradient_accumulation_steps,
         "train_rows": len(train),
         "total_steps": steps,
-        "lora": describe_model(model).get("lora"),
+        "lora": described.get("lora"),
         **lasting_settings(config),
     }
     base = config.model_name_or_path or f"{config.model_type} with random weights"
-    task = Task(recipe.name, steps, step, evaluate, export, base, identity, {"params": describe_model(model)})
+    task = Task(recipe.name, steps, step, evaluate, export, base, identity, {"params": described})
     return task, init_state(model, optimizer, mesh)

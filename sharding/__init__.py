@@ -19,6 +19,7 @@ from jaxrlhf.sharding.rules import (
     generate_rules,
     named_sharding,
     resolve_spec,
+    split,
     use,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "place_batch",
     "replicated",
     "resolve_spec",
+    "split",
     "tree_shardings",
     "use",
 ]

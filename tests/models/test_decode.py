@@ -62,7 +62,7 @@ def test_generation_view_in_bfloat16_keeps_vectors_in_float32(make_model):
     model = make_model("llama")
     view = generation_view(model.params, model.module.clone(dtype=jnp.bfloat16))
     assert len(view.layers) == model.config.num_layers
-    assert view.layers[0]["attn"]["query"]["kernel"].dtype == jnp.bfloat16
+    assert view.layers[0]["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert view.layers[0]["attn_norm"]["scale"].dtype == jnp.float32
     np.testing.assert_array_equal(
         view.layers[1]["mlp"]["up"]["kernel"], model.params["layers"]["mlp"]["up"]["kernel"][1].astype(jnp.bfloat16)

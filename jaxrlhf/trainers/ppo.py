@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.data import eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
+from jaxrlhf.data import encode_stops, eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
 from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.gradients import init_optimizer
@@ -31,6 +31,7 @@ from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
 from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.trainers.rollouts import generate_in_pieces
 from jaxrlhf.trainers.settings import (
     DTYPES,
     batch_devices,
@@ -183,7 +184,8 @@ class PPOTrainer:
         self.engine = engine
         self.config = config = engine.config if config is None else config
         self.run = run
-        self.sampling = config.sampling(engine.tokenizer.eos_token_id, pad_token_id(engine.tokenizer))
+        stops = encode_stops(engine.tokenizer, config.stop_strings)
+        self.sampling = config.sampling(engine.tokenizer.eos_token_id, pad_token_id(engine.tokenizer), stops)
         self.key = jax.random.fold_in(jax.random.key(config.seed), 2)
         self.metrics: dict[str, float] = {}
         """Of the last `train_rlhf`, under TRL's names."""
@@ -192,9 +194,12 @@ class PPOTrainer:
         self._train = Announce(run, "PPO train program", ppo_step)
         self.timing: dict[str, float] = {}
 
-    def rollout(self, prompt_batch: dict[str, Any], key: jax.Array, sample_index: Any = None) -> Rollout:
-        ids, mask = prompt_batch["prompt_ids"], prompt_batch["prompt_mask"]
-        return self._generate(ids, mask, key, self.sampling, sample_index=sample_index)
+    def rollout(
+        self, prompt_batch: dict[str, Any], key: jax.Array, sample_index: Any = None, pieces: int = 1
+    ) -> Rollout:
+        batch = (self._generate, prompt_batch["prompt_ids"], prompt_batch["prompt_mask"], key, self.sampling)
+        slots = self.config.generation_slots
+        return generate_in_pieces(*batch, pieces=pieces, sample_index=sample_index, slots=slots)
 
     def score(self, rollout: Rollout, hyperparameters: PPOHyperparameters) -> Experience:
         e = self.engine
@@ -209,9 +214,10 @@ class PPOTrainer:
         """
         h = self.engine.state.hyperparameters
         h.check_rows(len(prompt_batch["prompt_ids"]))
+        self.config.check_pieces(len(prompt_batch["prompt_ids"]))
         begin = time.monotonic()
         key = jax.random.fold_in(self.key, int(self.engine.state.step))
-        rollout = jax.block_until_ready(self.rollout(prompt_batch, key))
+        rollout = jax.block_until_ready(self.rollout(prompt_batch, key, pieces=self.config.generation_batches))
         middle = time.monotonic()
         experience = jax.block_until_ready(self.score(rollout, h))
         self.timing = {"timing/generate": middle - begin, "timing/score": time.monotonic() - middle}
@@ -259,7 +265,7 @@ class PPOTrainer:
                     "score": float(e.scores[b]),
                     "kl": float(gap.sum()),
                     "length": len(response),
-                    "ended": bool(len(response)) and int(response[-1]) in self.sampling.eos_ids,
+                    "ended": self.sampling.ended(response),
                 }
             )
         return records

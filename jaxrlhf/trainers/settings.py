@@ -142,6 +142,7 @@ _WRITING = ("output_dir", "resume", "overwrite_output_dir", "logging_steps", "ev
 _WRITING += ("save_total_limit", "save_dtype", "lora_export", "sample_steps", "num_sample_rows")
 _LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "gradient_checkpointing", "per_device_eval_batch_size")
 _LAYOUT += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+_LAYOUT += ("generation_batches", "generation_slots")
 _NAMES = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path")
 MAY_CHANGE = {*_WRITING, *_LAYOUT, *_NAMES, *(f.name for f in dataclasses.fields(DataConfig))} - {"seed"}
 

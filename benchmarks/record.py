@@ -1,0 +1,57 @@
+"""What the benchmarks share: timing by minima, and where and with what a result was measured."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each run: the fastest of `repeats`, taken in turns after one uncounted round (compilation)."""
+    best = dict.fromkeys(runs, float("inf"))
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - begin)
+    return best
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions, command and commit."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    device = jax.devices()[0]
+    return {
+        "device": f"{processor()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+        "devices": jax.device_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        "commit": commit + (" with changes" if changed.strip() else ""),
+    }
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
+
+
+def write(path: str | None, result: dict[str, Any]) -> None:
+    """The result with its provenance as JSON, where `--json` named a file."""
+    if path:
+        Path(path).write_text(json.dumps(provenance() | result, indent=2) + "\n")

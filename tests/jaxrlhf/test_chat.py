@@ -320,7 +320,7 @@ def test_models_that_cannot_chat_are_refused_by_name(model, tokenizer, tmp_path)
 def test_settings_that_cannot_work_are_refused_by_name(model, tokenizer):
     with pytest.raises(InputError, match=f"max_new_tokens={CONTEXT} leaves no room .* context of {CONTEXT}"):
         ChatSession(model, tokenizer, ChatConfig(model="tiny", max_new_tokens=CONTEXT))
-    with pytest.raises(InputError, match="stop_strings.*empty"):
+    with pytest.raises(InputError, match=r"stop_strings.*empty"):
         ChatConfig(model="tiny", stop_strings=("",))
     for name, value in (
         ("repetition_penalty", 0.0),

@@ -24,10 +24,10 @@ EOS = (5, 17, 33, 70)
 DEFAULTS = PPOHyperparameters()
 
 
-def tiny_model(options=LLAMA, head="lm", seed=0, mesh=None, scale=0.3, dtype=jnp.float32, remat=False) -> Model:
+def tiny_model(options=LLAMA, head="lm", seed=0, mesh=None, scale=0.3, dtype=jnp.float32, **layout) -> Model:
     """A model with normal random weights drawn by numpy: the same on every mesh, and nothing to compile."""
     config = config_from_dict(options)
-    module = Decoder(config, head=head, dtype=dtype, remat=remat)
+    module = Decoder(config, head=head, dtype=dtype, **layout)
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):

@@ -267,7 +267,7 @@ def test_minibatches_are_a_new_permutation_each_epoch_and_step():
 
 @pytest.mark.parametrize(
     ("options", "split"),
-    [({}, (2, 2, 4)), ({"dtype": jnp.bfloat16, "remat": True}, (1, 2, 2))],
+    [({}, (2, 2, 4)), ({"dtype": jnp.bfloat16, "remat": "full"}, (1, 2, 2))],
     ids=["float32", "bfloat16-remat"],
 )
 def test_ratio_is_exactly_one_until_parameters_move(options, split, lab, lengths):

@@ -13,10 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.generation import Requests, Rollout, generate, stream_start, stream_step
+from jaxrlhf.generation import Rollout, generate, stream_start, stream_step
 from jaxrlhf.models import Model, param_shardings
 from jaxrlhf.sampling import SamplingConfig
-from jaxrlhf.sharding import generate_rules, make_mesh, place, place_batch, split, use
+from jaxrlhf.sharding import (
+    GENERATE_RULES,
+    check_tensor_parallel,
+    default_tensor_parallel,
+    generate_mesh,
+    make_mesh,
+    place,
+    place_batch,
+    split,
+    use,
+)
 
 PyTree = Any
 
@@ -26,14 +36,17 @@ __all__ = ["HybridEngine", "Rollout", "generate"]
 class HybridEngine:
     """One parameter tree on one mesh, for training and for generation.
 
-    `params` lie by TRAIN_RULES; `generate` reads them through the generation rules of this mesh.
+    `params` lie by the training rules; `generate` reads them through GENERATE_RULES on a view of this mesh, split over
+    groups of `generate_tensor_parallel` devices (default: the `fsdp × tensor` devices of one host).
     """
 
-    def __init__(self, model: Model, mesh: Mesh | None = None) -> None:
+    def __init__(self, model: Model, mesh: Mesh | None = None, generate_tensor_parallel: int | None = None) -> None:
         self.mesh = make_mesh() if mesh is None else mesh
         self.module = model.module
         self.config = model.config
-        self.rules = generate_rules(self.mesh, model.config.num_heads)
+        group = generate_tensor_parallel or default_tensor_parallel(self.mesh, model.config.num_heads)
+        check_tensor_parallel(group, model.config.num_heads)
+        self.generate_mesh = generate_mesh(self.mesh, group)
         self.params = place(model.params, param_shardings(model.module, self.mesh))
 
     def _check(self, prompt_ids: Any, prompt_mask: Any, sampling: SamplingConfig) -> None:
@@ -57,8 +70,8 @@ class HybridEngine:
 
     def _requests(
         self, prompt_ids: Any, prompt_mask: Any, sampling: SamplingConfig, sample_index: Any, temperature: Any
-    ) -> Requests:
-        """The checked requests on the mesh, rows split over the batch axes of generation."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Checked: ids and mask `[B, P]`, sample numbers and temperatures `[B·n]`, on the mesh of generation."""
         self._check(prompt_ids, prompt_mask, sampling)
         prompts, n = np.shape(prompt_ids)[0], sampling.samples_per_prompt
         number = np.arange(prompts * n) if sample_index is None else np.asarray(sample_index)
@@ -75,13 +88,8 @@ class HybridEngine:
                     "or positive"
                 )
             temperature = np.repeat(temperature, n)
-        requests = Requests(
-            ids=np.asarray(prompt_ids, np.int32),
-            mask=np.asarray(prompt_mask, bool),
-            number=number.astype(np.int32),
-            temperature=temperature,
-        )
-        return place_batch(requests, self.mesh, self.rules)
+        arrays = (np.asarray(prompt_ids, np.int32), np.asarray(prompt_mask, bool), number.astype(np.int32), temperature)
+        return place_batch(arrays, self.generate_mesh, GENERATE_RULES)
 
     def _check_slots(self, slots: int, rows: int) -> int:
         """The slots of continuous batching, 0 where a fixed batch does as well."""
@@ -89,7 +97,7 @@ class HybridEngine:
             raise InputError(f"slots={slots} must be 0 (a fixed batch) or positive")
         if not slots or slots >= rows:
             return 0
-        with use(self.mesh, self.rules):
+        with use(self.generate_mesh, GENERATE_RULES):
             groups = split("batch", self.mesh.size)
         for name, size in (("slots", slots), ("responses (prompts × samples_per_prompt)", rows)):
             if size % groups:
@@ -120,10 +128,10 @@ class HybridEngine:
         time (continuous batching): a row that is done makes room for the next prompt; as many slots as rows or more are
         a fixed batch. Raises InputError naming what does not fit.
         """
-        requests = self._requests(prompt_ids, prompt_mask, sampling, sample_index, temperature)
-        slots = self._check_slots(slots, requests.number.shape[0])
-        static = {"module": self.module, "sampling": sampling, "mesh": self.mesh, "rules": self.rules}
-        return generate(self.params if params is None else params, requests, key, **static, slots=slots)
+        *batch, temperature = self._requests(prompt_ids, prompt_mask, sampling, sample_index, temperature)
+        static = {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh}
+        static["slots"] = self._check_slots(slots, len(batch[-1]))
+        return generate(self.params if params is None else params, *batch, key, temperature, **static)
 
     def stream(
         self, prompt_ids: Any, prompt_mask: Any, key: jax.Array, sampling: SamplingConfig
@@ -137,9 +145,9 @@ class HybridEngine:
                 f"samples_per_prompt={sampling.samples_per_prompt}: a stream draws one response per prompt; "
                 "repeat the prompts, or use generate"
             )
-        requests = self._requests(prompt_ids, prompt_mask, sampling, None, None)
-        static = {"module": self.module, "sampling": sampling, "mesh": self.mesh, "rules": self.rules}
-        view, rows = stream_start(self.params, requests, key, **static)
+        *batch, _ = self._requests(prompt_ids, prompt_mask, sampling, None, None)
+        static = {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh}
+        view, rows = stream_start(self.params, *batch, key, **static)
         column = np.shape(prompt_ids)[1]
         while True:
             token, done = np.asarray(rows.token), np.asarray(rows.done).all()

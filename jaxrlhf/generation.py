@@ -12,7 +12,7 @@ from jaxrlhf.continuous import continuous_batch
 from jaxrlhf.decoding import Requests, Rows, advance, batched, begin, repeat
 from jaxrlhf.models import Decoder, GenerationView, generation_view
 from jaxrlhf.sampling import SamplingConfig
-from jaxrlhf.sharding import Rules, use
+from jaxrlhf.sharding import GENERATE_RULES, use
 
 PyTree = Any
 
@@ -75,26 +75,31 @@ def _fixed_batch(
     return tokens, batched(jnp.arange(longest) < rows.length[:, None]), logprobs
 
 
-@partial(jax.jit, static_argnames=("module", "sampling", "mesh", "rules", "slots"))
+@partial(jax.jit, static_argnames=("module", "sampling", "mesh", "slots"))
 def generate(
     params: PyTree,
-    requests: Requests,
+    prompt_ids: jax.Array,
+    prompt_mask: jax.Array,
+    sample_index: jax.Array,
     key: jax.Array,
+    temperature: jax.Array | None = None,
     *,
     module: Decoder,
     sampling: SamplingConfig,
     mesh: Mesh | None,
-    rules: Rules,
     slots: int = 0,
 ) -> Rollout:
-    """The whole program, with `slots` for continuous batching (0: one fixed batch). See `HybridEngine.generate`."""
-    with use(mesh, rules):
+    """The whole program, with `slots` for continuous batching (0: one fixed batch).
+
+    See `HybridEngine.generate`; here `temperature` is `[B·n]`, as `sample_index` is.
+    """
+    with use(mesh, GENERATE_RULES):
+        requests = Requests(ids=prompt_ids, mask=prompt_mask, number=sample_index, temperature=temperature)
         view = generation_view(params, module)
         run = partial(continuous_batch, slots=slots) if slots else _fixed_batch
         tokens, response, logprobs = run(module, view, requests, key, sampling)
-        mask, n = requests.mask, sampling.samples_per_prompt
-        ids = jnp.where(mask, requests.ids, sampling.pad_token_id)
-        ids, mask = repeat(ids, n), repeat(mask, n)
+        ids = repeat(jnp.where(prompt_mask, prompt_ids, sampling.pad_token_id), sampling.samples_per_prompt)
+        mask = repeat(prompt_mask, sampling.samples_per_prompt)
 
         def joined(prompt: jax.Array, answer: jax.Array) -> jax.Array:
             return batched(jnp.concatenate([prompt, answer], axis=1))
@@ -108,25 +113,27 @@ def generate(
         )
 
 
-@partial(jax.jit, static_argnames=("module", "sampling", "mesh", "rules"))
+@partial(jax.jit, static_argnames=("module", "sampling", "mesh"))
 def stream_start(
     params: PyTree,
-    requests: Requests,
+    prompt_ids: jax.Array,
+    prompt_mask: jax.Array,
+    sample_index: jax.Array,
     key: jax.Array,
     *,
     module: Decoder,
     sampling: SamplingConfig,
     mesh: Mesh | None,
-    rules: Rules,
 ) -> tuple[GenerationView, Rows]:
     """The first half of generation by the token: the flipped weights, and rows that hold the first token."""
-    with use(mesh, rules):
+    with use(mesh, GENERATE_RULES):
+        requests = Requests(ids=prompt_ids, mask=prompt_mask, number=sample_index, temperature=None)
         view = generation_view(params, module)
-        length = requests.ids.shape[1] + sampling.max_new_tokens
+        length = prompt_ids.shape[1] + sampling.max_new_tokens
         return view, begin(module, view, requests, key, sampling, cache_length=length)[0]
 
 
-@partial(jax.jit, static_argnames=("module", "sampling", "mesh", "rules"), donate_argnames="rows")
+@partial(jax.jit, static_argnames=("module", "sampling", "mesh"), donate_argnames="rows")
 def stream_step(
     view: GenerationView,
     rows: Rows,
@@ -136,8 +143,7 @@ def stream_step(
     module: Decoder,
     sampling: SamplingConfig,
     mesh: Mesh | None,
-    rules: Rules,
 ) -> Rows:
     """The other half: one more token per row; `column` is the cache column of the last one."""
-    with use(mesh, rules):
+    with use(mesh, GENERATE_RULES):
         return advance(module, view, rows, column, key, sampling)[0]

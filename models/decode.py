@@ -47,6 +47,7 @@ def _fuse_qkv(attn: PyTree, g: int) -> PyTree:
     return {name: x for name, x in attn.items() if name not in ("query", "key", "value")} | {"qkv": fused}
 
 
+@jax.named_scope("flip")
 def generation_view(params: PyTree, module: Decoder) -> GenerationView:
     """Cast to the compute dtype, unstack, and pin to the current generation rules: the one place of the flip.
 

@@ -189,8 +189,8 @@ def test_groups_of_devices_work_through_queues_of_their_own(lab):
     """On a mesh that only splits the batch, the loops exchange nothing but the scalars of their conditions."""
     options = lab.LLAMA | {"num_attention_heads": 4, "num_key_value_heads": 4}
     mesh = lab.mesh_of(fsdp=8)
-    engine = HybridEngine(lab.tiny_model(options, mesh=mesh), mesh)
-    assert engine.rules is not GENERATE_RULES
+    engine = HybridEngine(lab.tiny_model(options, mesh=mesh), mesh, 1)
+    assert engine.generate_mesh.shape["replica"] == 8
     inside = [sizes for loop, sizes in collectives(compiled_text(engine, lab, slots=8)) if loop]
     assert inside and {x for sizes in inside for x in sizes} == {()}
     alone = HybridEngine(lab.tiny_model(options), lab.mesh_of())
@@ -241,9 +241,9 @@ def collectives(text):
 
 
 def compiled_text(engine, lab, **options):
-    requests = engine._requests(*lab.prompts(), lab.sampling, None, None)
-    static = {"module": engine.module, "sampling": lab.sampling, "mesh": engine.mesh, "rules": engine.rules}
-    return generate.lower(engine.params, requests, jax.random.key(0), **static, **options).compile().as_text()
+    *batch, _ = engine._requests(*lab.prompts(), lab.sampling, None, None)
+    static = {"module": engine.module, "sampling": lab.sampling, "mesh": engine.generate_mesh}
+    return generate.lower(engine.params, *batch, jax.random.key(0), **static, **options).compile().as_text()
 
 
 @pytest.mark.parametrize("slots", [0, 4])
@@ -258,7 +258,7 @@ def test_no_cache_is_copied_within_the_loops(slots, setup, lab):
 
 def flip_text(engine):
     def flip(params):
-        with use(engine.mesh, engine.rules):
+        with use(engine.generate_mesh, GENERATE_RULES):
             return generation_view(params, engine.module)
 
     return jax.jit(flip).lower(engine.params).compile().as_text()
@@ -268,7 +268,7 @@ def flip_text(engine):
 def test_the_flip_moves_nothing_where_decoding_splits_what_storage_splits(mesh, lab):
     mesh = lab.mesh_of(*mesh)
     engine = HybridEngine(lab.tiny_model(mesh=mesh), mesh)
-    assert engine.rules is GENERATE_RULES
+    assert engine.generate_mesh.shape["replica"] == 1
     assert not list(collectives(flip_text(engine)))
     for slots in (0, 8):
         inside = [
@@ -292,7 +292,7 @@ def test_qkv_is_one_kernel_where_every_shard_holds_its_own_heads(kv_heads, mesh,
     options = lab.LLAMA | {"num_key_value_heads": kv_heads}
     mesh = lab.mesh_of(*mesh)
     engine = HybridEngine(lab.tiny_model(options, mesh=mesh), mesh)
-    with use(engine.mesh, engine.rules):
+    with use(engine.generate_mesh, GENERATE_RULES):
         view = jax.eval_shape(lambda p: generation_view(p, engine.module), engine.params)
     assert view.qkv_groups == groups
     attn = view.layers[0]["attn"]

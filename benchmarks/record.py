@@ -29,9 +29,6 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 def provenance() -> dict[str, Any]:
     """Device, versions, command and commit."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     device = jax.devices()[0]
     return {
         "device": f"{processor()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
@@ -39,8 +36,19 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
-        "commit": commit + (" with changes" if changed.strip() else ""),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """What the working copy is at, and whether it differs from that; "unknown" outside of a repository."""
+
+    def git(*command: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "HEAD")
+    return "unknown" if head is None else head + (" with changes" if git("status", "--porcelain") else "")
 
 
 def processor() -> str:

@@ -73,7 +73,8 @@ def test_ppo_generates_the_same_in_pieces_and_through_slots(demo, lab):
     plain, other = (jax.device_get(t.rollout(batch, key, pieces=t.config.generation_batches)) for t in trainers)
     assert_same(other, plain)
     assert plain.tokens[row][plain.response_mask[row]].tolist() == answers[row][:4]
-    assert trainers[0].sampling.stop_sequences == (stop,)
+    sampling = trainers[0].sampling
+    assert (sampling.stop_sequences, sampling.repetition_penalty, sampling.min_new_tokens) == ((stop,), 1.2, 1)
 
 
 def test_batches_that_do_not_divide_are_refused_by_name(demo, lab):

@@ -28,11 +28,12 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 
 def provenance() -> dict[str, Any]:
-    """Device, versions, command and commit."""
+    """Device and how busy it was at the end, versions, command and commit."""
     device = jax.devices()[0]
     return {
         "device": f"{processor()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
         "devices": jax.device_count(),
+        "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "jax": jax.__version__,
         "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
@@ -48,7 +49,11 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "HEAD")
-    return "unknown" if head is None else head + (" with changes" if git("status", "--porcelain") else "")
+    return (
+        "unknown"
+        if head is None
+        else head + (" with changes" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
+    )
 
 
 def processor() -> str:

@@ -165,6 +165,16 @@ NAMED = {"max_steps": "total_steps", "gradient_accumulation_steps": "global_batc
 NAMED |= {"per_device_train_batch_size": "global_batch_size", "max_train_samples": "train_rows"}
 
 
+def test_a_gap_between_sampler_and_train_program_beyond_rounding_is_told_once(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jaxrlhf.trainers.ppo.LOGP_TOLERANCE", {"float32": 0.0})
+    train("ppo", tmp_path, max_steps=2, importance_sampling_correction=True, enable_ema=False)
+    assert capsys.readouterr().err.count("log-probs of the sampler and the train program differ by") == 1
+    records = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "sampling/logp_difference/mean" in r]
+    for record in records:
+        low, mean, high = (record[f"sampling/importance_sampling_ratio/{k}"] for k in ("min", "mean", "max"))
+        assert 0.999 < low < mean < high < 1.001
+
+
 def test_a_changed_setting_is_refused_by_name(finished, train):
     for name, value in CHANGED[finished.name].items():
         with pytest.raises(

@@ -316,7 +316,7 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
         if gap > tolerance and not told:
             told.append(step)
             run.print(
-                f"step {step}: log-probs of the sampler and the train program differ by {gap:.2g} per token on average, "
+                f"step {step}: log-probs of the sampler and the train program differ by {gap:.2g} a token on average, "
                 f"above the {tolerance:.2g} that rounding explains; --importance_sampling_correction makes up for it "
                 "(said once)"
             )

@@ -4,6 +4,7 @@ from jaxrlhf.sharding.mesh import AXES, check_divisible, make_mesh
 from jaxrlhf.sharding.placement import (
     batch_sharding,
     constrain_tree,
+    held_rows,
     optimizer_shardings,
     place,
     place_batch,
@@ -33,6 +34,7 @@ __all__ = [
     "constrain",
     "constrain_tree",
     "generate_rules",
+    "held_rows",
     "make_mesh",
     "named_sharding",
     "optimizer_shardings",

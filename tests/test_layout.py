@@ -20,8 +20,9 @@ PACKAGES = {
 # after `jaxrlhf.`. A new module or package of jaxrlhf/ gets its place here.
 LAYERS = (
     ("errors", "objectives", "kernels", "plots"),
-    ("files", "config_values", "console"),
+    ("files", "config_values", "console", "lifeline"),
     ("config",),
+    ("distributed",),
     ("sharding", "sampling"),
     ("models",),
     ("gradients",),

@@ -23,7 +23,7 @@ LOST = 75
 """Exit status of a process that stops because another one is gone (EX_TEMPFAIL: try again)."""
 GRACE = 2.0  # seconds that a process has to tell of its own error when another one fails
 LINGER = 3.0  # seconds that a failing hub waits for the others to read why
-END_LIMIT = 60.0  # seconds between the first and the last process that reaches its end
+END_LIMIT = 600.0  # seconds between the first and the last process that reaches its end
 SAY_EVERY = 10.0  # seconds between lines on what a process waits for
 RETRY = 0.2  # seconds between attempts to connect
 THE_END = "the end of the program"

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from jaxrlhf.distributed import barrier, is_primary, to_host
+from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.card import ModelCard, render_card
 from jaxrlhf.models.checkpoint_files import (
@@ -25,6 +25,7 @@ from jaxrlhf.models.checkpoint_files import (
     TensorToWrite,
     all_finite,
     find_model_folder,
+    fingerprint,
     indexed_shards,
     open_checkpoint,
     read_json,
@@ -228,11 +229,15 @@ def load_pretrained(
 
     `head` is "lm" or "scalar". A checkpoint without a scalar head gets a fresh one from `key`, unless `new_head` is
     false. `dtype` is the compute dtype (default: bfloat16 on accelerators, float32 on CPU), `param_dtype` the stored
-    one. Raises InputError for a missing or unreadable folder, unknown family or option, and lists every missing,
-    unexpected or mis-shaped tensor.
+    one. Raises InputError for a missing or unreadable folder, unknown family or option, for
+    files that differ between the processes of the mesh, and lists every missing, unexpected or mis-shaped tensor.
     """
     folder = find_model_folder(name_or_path)
     config = read_config(folder)
+    if mesh is not None and mesh.is_multi_process:
+        check_same(
+            "files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in fingerprint(folder).items()}
+        )
     if head not in ("lm", "scalar"):
         raise InputError(f"head={head!r} is not one of 'lm', 'scalar'")
     module = Decoder(config, head=head, dtype=dtype or default_dtype(), remat=remat)

@@ -87,7 +87,8 @@ def two(demo, folder, process):
     settings = refusal(lambda: train_sft(sft_config(demo, folder / "settings", **other)))
     os.chdir(folder / f"rows-{process}")
     data = refusal(lambda: train_sft(sft_config(demo, folder / "data", data_path=("rows.jsonl",))))
-    facts = {"stopped": stopped, "settings": settings, "data": data}
+    model = refusal(lambda: train_sft(sft_config(demo, folder / "model", model_name_or_path="lm")))
+    facts = {"model": model, "stopped": stopped, "settings": settings, "data": data}
     (folder / f"process-{process}.json").write_text(json.dumps(facts))
     if process == 0:
         in_step(1, lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -83,6 +83,9 @@ def two(places, one, tmp_path_factory):
     for process, rows in enumerate(Path(places["train"]).read_text().splitlines()[i : i + 300] for i in (0, 1)):
         (folder / f"rows-{process}").mkdir()
         (folder / f"rows-{process}" / "rows.jsonl").write_text("\n".join(rows))
+        shutil.copytree(places["lm"], folder / f"rows-{process}" / "lm")
+    weights = folder / "rows-1" / "lm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0" * 4)
     statuses, outputs = launch("two", 2, places, folder)
     facts = [folder / f"process-{i}.json" for i in range(2)]
     assert all(path.exists() for path in facts), "\n".join(outputs)
@@ -133,9 +136,10 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_
     assert_same_run(two.folder / "sft", one / "sft")
 
 
-def test_settings_and_data_that_differ_are_named_with_who_has_which_on_every_process(two):
+def test_settings_models_and_data_that_differ_are_named_with_who_has_which_on_every_process(two):
     assert two.facts[0] == two.facts[1]
     assert "learning_rate: 0.01 on process 0, 0.5 on process 1" in two.facts[0]["settings"]
+    assert "lm/model.safetensors: " in two.facts[0]["model"] and "config.json" not in two.facts[0]["model"]
     assert "rows.jsonl (train)" in two.facts[0]["data"] and "the tokenizer" not in two.facts[0]["data"]
 
 
@@ -289,6 +293,12 @@ def test_a_pod_of_an_indexed_job_without_the_kubernetes_package_is_told_what_is_
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.warns(UserWarning), pytest.raises(InputError, match="package `kubernetes` is missing"):
         distributed.detect(distributed.ProcessConfig())
+
+
+def test_how_processes_connect_is_not_kept_with_the_settings(places, tmp_path):
+    flags = {"num_processes": 1, "process_id": 0, "coordinator_address": "h:1", "heartbeat_timeout": 7}
+    config = distributed.joined(processes.sft_config(places, tmp_path, **flags))
+    assert config == processes.sft_config(places, tmp_path)
 
 
 def test_one_process_shares_values_with_itself():

@@ -142,14 +142,14 @@ def check_root(root: Path, config: RLHFConfig) -> None:
 
 
 def finished(stage: Any) -> dict[str, Any] | None:
-    """The summary of a step that ran to its end with the same settings, or None."""
+    """The summary of a step that ran to its end with the same settings (on whatever mesh), or None."""
     folder = Path(stage.output_dir)
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         return None
     from jaxrlhf.config import load_yaml
 
     before, now = (to_dict(c) for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
-    for name in ("resume", "overwrite_output_dir"):
+    for name in ("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"):
         before.pop(name), now.pop(name)
     return summary_of(stage) if before == now else None
 

@@ -295,6 +295,13 @@ def test_a_pod_of_an_indexed_job_without_the_kubernetes_package_is_told_what_is_
         distributed.detect(distributed.ProcessConfig())
 
 
+def test_a_finished_step_of_a_three_step_run_is_kept_on_another_mesh_but_not_with_other_settings(one, places):
+    from jaxrlhf.trainers.rlhf import finished
+
+    assert finished(processes.sft_config(places, one / "sft", mesh_fsdp=2, mesh_data=4, resume=True))["steps"] == 2
+    assert finished(processes.sft_config(places, one / "sft", learning_rate=0.5)) is None
+
+
 def test_how_processes_connect_is_not_kept_with_the_settings(places, tmp_path):
     flags = {"num_processes": 1, "process_id": 0, "coordinator_address": "h:1", "heartbeat_timeout": 7}
     config = distributed.joined(processes.sft_config(places, tmp_path, **flags))

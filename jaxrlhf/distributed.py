@@ -126,9 +126,8 @@ def initialize(config: Any = None, **options: Any) -> bool:
     names = [f.name for f in dataclasses.fields(ProcessConfig)]
     given = {name: getattr(config, name) for name in names if hasattr(config, name)}
     wanted = ProcessConfig(**(given | options))
-    facts = _facts(config)
     if jax.distributed.is_initialized():
-        check_same("settings", facts)
+        check_same("settings", _facts(config))
         return True
     address, number, process, devices = detect(wanted)
     if number == 1 or (address, number, process) == (None, None, None):
@@ -140,7 +139,9 @@ def initialize(config: Any = None, **options: Any) -> bool:
     if not 0 <= process < number:
         raise InputError(f"process_id={process} must be from 0 to {number - 1}, as num_processes={number}")
     compare = lambda all_facts: _differences("settings", all_facts)  # noqa: E731
-    _lifeline = join(address, number, process, facts, compare, wanted.initialization_timeout, wanted.heartbeat_timeout)
+    limits = (wanted.initialization_timeout, wanted.heartbeat_timeout)
+    _lifeline = join(address, number, process, _facts(config), compare, *limits)
+    sys.excepthook = _fail_on_uncaught
     # JAX's own watch is slower than the lifeline's, so that it does not cut in with an abort.
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
     jax.distributed.initialize(
@@ -153,7 +154,6 @@ def initialize(config: Any = None, **options: Any) -> bool:
         heartbeat_timeout_seconds=max(100, 4 * wanted.heartbeat_timeout),
     )
     atexit.register(_lifeline.end)
-    sys.excepthook = _fail_on_uncaught
     if process > 0:
         logging.getLogger("jaxrlhf").setLevel(logging.ERROR)  # process 0 says it
     return True

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.data import encode_stops, eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
+from jaxrlhf.distributed import is_primary, joined, to_host
 from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.gradients import init_optimizer
@@ -103,7 +104,7 @@ class RLHFEngine:
             mesh=self.mesh,
             dtype=config.compute_dtype,
             remat=config.remat,
-            progress=True,
+            progress=is_primary(),
         )
         actor, reward = actor_model_name_or_path, critic_model_name_or_path
         stage = config.zero_stage
@@ -252,7 +253,7 @@ class PPOTrainer:
         """All PPO epochs and minibatches on this experience; returns (actor loss, critic loss), more in `metrics`."""
         begin = time.monotonic()
         self.engine.state, metrics = self._train(self.engine.state, experience)
-        self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.metrics = {name: float(value) for name, value in to_host(metrics).items()}
         self.timing["timing/train"] = time.monotonic() - begin
         return self.metrics["loss/policy_avg"], self.metrics["loss/value_avg"]
 
@@ -275,7 +276,7 @@ class PPOTrainer:
 
     def records(self, experience: Experience, row_mask: Any = None) -> list[dict[str, Any]]:
         """Per real row: prompt and response text, score, KL to the reference in nats, length, whether it ended."""
-        e = jax.device_get(experience)
+        e = to_host(experience)
         decode = partial(self.engine.tokenizer.decode, skip_special_tokens=True)
         records = []
         for b in range(len(e.scores)):
@@ -334,8 +335,9 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
         if config.sample_steps and (i + 1) % config.sample_steps == 0:
             first = jax.tree.map(lambda x: x[: config.num_sample_rows], experience)
             show_samples(run, "training samples", trainer.records(first), i + 1)
-        ended = np.isin(np.asarray(experience.tokens), trainer.sampling.eos_ids) & np.asarray(experience.response_mask)
-        tokens = int(np.asarray(experience.mask).sum())
+        ids, mask, response_mask = to_host((experience.tokens, experience.mask, experience.response_mask))
+        ended = np.isin(ids, trainer.sampling.eos_ids) & response_mask
+        tokens = int(mask.sum())
         trainer.train_rlhf(experience)
         check_consistency(i + 1)
         seconds = sum(trainer.timing.values())
@@ -389,6 +391,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
     for name in ("actor_model_name_or_path", "critic_model_name_or_path"):
         if getattr(config, name) is None:
             raise InputError(f"{name}: name a model folder ({'sft' if name[0] == 'a' else 'reward'} step's output)")
+    config = joined(config)
     with open_run(config, HEADLINE) as run:
         for model in (config.actor_model_name_or_path, config.critic_model_name_or_path):
             read_config(model)  # a model that cannot be used is the first thing to say

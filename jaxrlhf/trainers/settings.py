@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
+from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     REMAT_POLICIES,
@@ -29,7 +30,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(ProcessConfig):
     """The device mesh and the precision of the arithmetic."""
 
     mesh_data: int = field(1, "devices that hold replicas; -1: all remaining devices")
@@ -178,7 +179,8 @@ _LAYOUT += ("remat_policy", "offload_optimizer", "offload_reference_model", "off
 _LAYOUT += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 _LAYOUT += ("generation_batches", "generation_slots")
 _NAMES = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path")
-MAY_CHANGE = {*_WRITING, *_LAYOUT, *_NAMES, *(f.name for f in dataclasses.fields(DataConfig))} - {"seed"}
+_OTHERS = tuple(f.name for kind in (DataConfig, ProcessConfig) for f in dataclasses.fields(kind))
+MAY_CHANGE = {*_WRITING, *_LAYOUT, *_NAMES, *_OTHERS} - {"seed"}
 
 
 def lasting_settings(config: Any) -> dict[str, Any]:
@@ -219,7 +221,7 @@ def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, r
             key=key,
             remat=remat,
             zero_stage=config.zero_stage,
-            progress=True,
+            progress=is_primary(),
         )
     if model.config.vocab_size < vocab_size and not config.resize_vocabulary:
         raise InputError(

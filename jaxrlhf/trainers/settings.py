@@ -30,7 +30,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 @dataclass(frozen=True)
-class MeshConfig(ProcessConfig):
+class MeshConfig:
     """The device mesh and the precision of the arithmetic."""
 
     mesh_data: int = field(1, "devices that hold replicas; -1: all remaining devices")
@@ -51,7 +51,7 @@ class MeshConfig(ProcessConfig):
 
 
 @dataclass(frozen=True)
-class TrainingMeshConfig(MeshConfig):
+class TrainingMeshConfig(MeshConfig, ProcessConfig):
     """The device mesh, the precision, and how training uses them."""
 
     zero_stage: int = field(

@@ -1,6 +1,7 @@
 """What the compiler made of the two programs: where collectives and copies are, read from the optimised HLO."""
 
 import re
+from collections import Counter
 from math import prod
 from typing import NamedTuple
 
@@ -127,17 +128,21 @@ def test_the_decode_loop_moves_activations_only(group, generate_programs):
     assert len(written) == 2 * LAYERS
 
 
+def moved_weights(program: Program) -> list[Instruction]:
+    """Collectives of at least a weight's size outside the decode loop."""
+    loop = program.below(decode_loop(program))
+    smallest = WIDE["hidden_size"] ** 2 // 8
+    outside = (i for i in program.instructions if i.opcode in COLLECTIVES and i.computation not in loop)
+    return [i for i in outside if max(i.elements) >= smallest and "Decoder" not in i.source and "Block" not in i.source]
+
+
 def test_the_flip_is_free_where_generation_splits_what_storage_splits(generate_programs):
-    program = generate_programs[8][1]
-    assert [i for i in program.instructions if i.opcode in COLLECTIVES and "flip" in i.source] == []
+    assert moved_weights(generate_programs[8][1]) == []
 
 
 def test_otherwise_the_flip_is_one_gather_per_weight_before_the_loop(generate_programs):
-    program = generate_programs[2][1]
-    loop = program.below(decode_loop(program))
-    flips = [i for i in program.instructions if i.opcode in COLLECTIVES and "flip" in i.source]
+    flips = moved_weights(generate_programs[2][1])
     assert {i.opcode for i in flips} == {"all-gather"}
-    assert not any(i.computation in loop for i in flips)
     assert len(flips) == 7 * LAYERS + 2  # q, k, v, out, gate, up, down; embedding and head
 
 
@@ -192,15 +197,14 @@ def train_program(lab, stage: int) -> Program:
 def test_fully_sharded_training_gathers_layer_by_layer(lab):
     """Stage 3: what is gathered at a time is one layer's weight, inside the loop over layers; never the stacked one."""
     program = train_program(lab, 3)
-    gathers = [i for i in program.instructions if i.opcode == "all-gather" and "layers/" in i.source]
-    assert gathers
-    hidden, wide = WIDE["hidden_size"], WIDE["intermediate_size"]
+    gathers = [i for i in program.instructions if i.opcode == "all-gather" and "hidden_states/while/" in i.source]
     loops = set().union(*(program.below(body) for body, _ in program.bodies))
+    found = Counter(i.computation for i in gathers)
+    assert len(found) == 4, "forward and backward, actor and critic"
+    assert set(found.values()) == {7}, "q, k, v, out, gate, up, down of one layer"
     for one in gathers:
-        assert max(one.elements) <= hidden * wide, f"{one} is more than one layer's matrix"
+        assert max(one.elements) <= WIDE["hidden_size"] * WIDE["intermediate_size"], f"{one} is more than one matrix"
         assert one.computation in loops
-    for side in ("query", "key", "value", "out", "up", "gate", "down"):
-        assert [i for i in gathers if f"/{side}/" in i.source], side
 
 
 def test_stage_two_gathers_the_model_once_per_update_and_nothing_in_the_layers(lab):

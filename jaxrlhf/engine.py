@@ -25,7 +25,17 @@ from jaxrlhf.models import (
     prefill,
 )
 from jaxrlhf.sampling import SamplingConfig, sample_token
-from jaxrlhf.sharding import Rules, constrain, generate_rules, make_mesh, place, place_batch, use
+from jaxrlhf.sharding import (
+    GENERATE_RULES,
+    check_tensor_parallel,
+    constrain,
+    default_tensor_parallel,
+    generate_mesh,
+    make_mesh,
+    place,
+    place_batch,
+    use,
+)
 
 PyTree = Any
 
@@ -73,7 +83,7 @@ def is_eos(tokens: jax.Array, sampling: SamplingConfig) -> jax.Array:
     return jnp.isin(tokens, jnp.asarray(sampling.eos_ids))
 
 
-@partial(jax.jit, static_argnames=("module", "sampling", "mesh", "rules"))
+@partial(jax.jit, static_argnames=("module", "sampling", "mesh"))
 def generate(
     params: PyTree,
     prompt_ids: jax.Array,
@@ -84,10 +94,9 @@ def generate(
     module: Decoder,
     sampling: SamplingConfig,
     mesh: Mesh | None,
-    rules: Rules,
 ) -> Rollout:
     """The generate program: flip, prefill and the decode loop. See `HybridEngine.generate` for shapes."""
-    with use(mesh, rules):
+    with use(mesh, GENERATE_RULES):
         view = generation_view(params, module)
         rows, prompt_length = prompt_ids.shape
         length = prompt_length + sampling.max_new_tokens
@@ -129,9 +138,9 @@ def generate(
     return Rollout(tokens=tokens, mask=mask, response_mask=response, logprobs=logprobs, prompt_length=prompt_length)
 
 
-@partial(jax.jit, static_argnames=("module", "sampling", "mesh", "rules"))
-def _stream_start(params, prompt_ids, prompt_mask, key, *, module, sampling, mesh, rules):
-    with use(mesh, rules):
+@partial(jax.jit, static_argnames=("module", "sampling", "mesh"))
+def _stream_start(params, prompt_ids, prompt_mask, key, *, module, sampling, mesh):
+    with use(mesh, GENERATE_RULES):
         view = generation_view(params, module)
         caches = init_cache(module, prompt_ids.shape[0], prompt_ids.shape[1] + sampling.max_new_tokens)
         logits, caches = prefill(module, view, prompt_ids, prompt_mask, caches)
@@ -139,9 +148,9 @@ def _stream_start(params, prompt_ids, prompt_mask, key, *, module, sampling, mes
         return view, token, caches
 
 
-@partial(jax.jit, static_argnames=("module", "sampling", "mesh", "rules"), donate_argnames=("caches",))
-def _stream_step(view, token, column, start, step, key, caches, *, module, sampling, mesh, rules):
-    with use(mesh, rules):
+@partial(jax.jit, static_argnames=("module", "sampling", "mesh"), donate_argnames=("caches",))
+def _stream_step(view, token, column, start, step, key, caches, *, module, sampling, mesh):
+    with use(mesh, GENERATE_RULES):
         logits, caches = decode_step(module, view, token, column, start, caches)
         token, _ = sample_token(logits, row_keys(key, jnp.arange(token.shape[0])), step, sampling)
         return token, caches
@@ -150,14 +159,17 @@ def _stream_step(view, token, column, start, step, key, caches, *, module, sampl
 class HybridEngine:
     """One parameter tree on one mesh, for training and for generation.
 
-    `params` lie by TRAIN_RULES; `generate` reads them through the generation rules of this mesh.
+    `params` lie by the training rules; `generate` reads them through GENERATE_RULES on a view of this mesh, split over
+    groups of `generate_tensor_parallel` devices (default: the `fsdp × tensor` devices of one host).
     """
 
-    def __init__(self, model: Model, mesh: Mesh | None = None) -> None:
+    def __init__(self, model: Model, mesh: Mesh | None = None, generate_tensor_parallel: int | None = None) -> None:
         self.mesh = make_mesh() if mesh is None else mesh
         self.module = model.module
         self.config = model.config
-        self.rules = generate_rules(self.mesh, model.config.num_heads)
+        group = generate_tensor_parallel or default_tensor_parallel(self.mesh, model.config.num_heads)
+        check_tensor_parallel(group, model.config.num_heads)
+        self.generate_mesh = generate_mesh(self.mesh, group)
         self.params = place(model.params, param_shardings(model.module, self.mesh))
 
     def _check(self, prompt_ids: Any, prompt_mask: Any, sampling: SamplingConfig) -> None:
@@ -198,9 +210,9 @@ class HybridEngine:
         if sample_index is None:
             sample_index = np.arange(np.shape(prompt_ids)[0], dtype=np.int32)
         batch = (np.asarray(prompt_ids, np.int32), np.asarray(prompt_mask, bool), np.asarray(sample_index, np.int32))
-        batch = place_batch(batch, self.mesh, self.rules)
+        batch = place_batch(batch, self.generate_mesh, GENERATE_RULES)
         params = self.params if params is None else params
-        static = {"module": self.module, "sampling": sampling, "mesh": self.mesh, "rules": self.rules}
+        static = {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh}
         return generate(params, *batch, key, **static)
 
     def stream(
@@ -212,9 +224,9 @@ class HybridEngine:
         """
         self._check(prompt_ids, prompt_mask, sampling)
         ids, mask = place_batch(
-            (np.asarray(prompt_ids, np.int32), np.asarray(prompt_mask, bool)), self.mesh, self.rules
+            (np.asarray(prompt_ids, np.int32), np.asarray(prompt_mask, bool)), self.generate_mesh, GENERATE_RULES
         )
-        static = {"module": self.module, "sampling": sampling, "mesh": self.mesh, "rules": self.rules}
+        static = {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh}
         view, token, caches = _stream_start(self.params, ids, mask, key, **static)
         start = ids.shape[1] - jnp.sum(mask, axis=1, dtype=jnp.int32)
         done = np.zeros(ids.shape[0], bool)

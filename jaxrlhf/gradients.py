@@ -8,8 +8,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxrlhf.models import Decoder, param_shardings, split_trainable
-from jaxrlhf.sharding import constrain, constrain_tree, optimizer_shardings
+from jaxrlhf.models import Decoder, logical_axes, param_shardings, split_trainable, working_copy
+from jaxrlhf.sharding import (
+    REPLICATED_RULES,
+    TRAIN_RULES,
+    back_like,
+    constrain,
+    constrain_tree,
+    on_device,
+    optimizer_shardings,
+    tree_shardings,
+)
 
 PyTree = Any
 
@@ -47,12 +56,18 @@ def accumulate_gradients(
     batch: PyTree,
     parts: int,
     key: jax.Array | None = None,
+    pin: Callable[[PyTree], PyTree] = lambda grads: grads,
 ) -> tuple[jax.Array, PyTree, PyTree]:
     """(loss, stats, gradients) of `loss(params, rows, key)` summed over `parts` micro-batches.
 
     The loss and its stats must be sums over global denominators, so that their sum is the value of the whole batch.
+    `pin` is applied to the gradients of each micro-batch before they are added.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def gradient(params: PyTree, rows: PyTree, key: jax.Array | None) -> tuple[tuple[jax.Array, PyTree], PyTree]:
+        result, grads = jax.value_and_grad(loss, has_aux=True)(params, rows, key)
+        return result, pin(grads)
+
     if parts == 1:
         (value, stats), grads = gradient(params, batch, key)
         return value, stats, grads
@@ -70,9 +85,44 @@ def accumulate_gradients(
     return total
 
 
-def init_optimizer(optimizer: optax.GradientTransformation, module: Decoder, trainable: PyTree, mesh: Mesh) -> PyTree:
-    """`optimizer.init` of the trainable leaves (`split_trainable`), made in its place beside them."""
-    shardings = optimizer_shardings(optimizer, trainable, _trainable_shardings(module, mesh), mesh)
+def model_gradients(
+    loss: Callable[..., tuple[jax.Array, PyTree]],
+    module: Decoder,
+    trainable: PyTree,
+    batch: PyTree,
+    parts: int,
+    mesh: Mesh | None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, PyTree, PyTree]:
+    """`accumulate_gradients` for a model's trainable leaves (`split_trainable`) as its ZeRO stage has it.
+
+    The passes read a working copy (stages 1 and 2). Gradients are float32; they lie whole on every device below stage
+    2 (all-reduced), else like the parameters (reduce-scattered).
+    """
+    axes = split_trainable(logical_axes(module), module)[0]
+    rules = REPLICATED_RULES if module.zero_stage < 2 else TRAIN_RULES
+
+    def pin(grads: PyTree) -> PyTree:
+        grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+        return grads if mesh is None else constrain_tree(grads, tree_shardings(axes, grads, mesh, rules))
+
+    return accumulate_gradients(loss, working_copy(trainable, axes, module, mesh), batch, parts, key, pin)
+
+
+def frozen_working_copy(frozen: PyTree, module: Decoder, mesh: Mesh | None) -> PyTree:
+    """`working_copy` of the leaves that are not trained (`split_trainable`)."""
+    return working_copy(frozen, split_trainable(logical_axes(module), module)[1], module, mesh)
+
+
+def init_optimizer(
+    optimizer: optax.GradientTransformation, module: Decoder, trainable: PyTree, mesh: Mesh, *, offload: bool = False
+) -> PyTree:
+    """`optimizer.init` of the trainable leaves (`split_trainable`), made in its place beside them.
+
+    `offload` keeps the moments in host memory; `apply_gradients` brings them to the devices and back.
+    """
+    shardings = _trainable_shardings(module, mesh)
+    shardings = optimizer_shardings(optimizer, trainable, shardings, mesh, offload=offload)
     return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
 
 
@@ -85,9 +135,11 @@ def apply_gradients(
     mesh: Mesh | None,
 ) -> tuple[PyTree, PyTree]:
     """One optimizer step: the new trainable leaves, pinned to where they lie, and the new optimizer state."""
-    updates, opt_state = optimizer.update(grads, opt_state, trainable)
+    updates, new_state = optimizer.update(grads, on_device(opt_state), trainable)
     trainable = optax.apply_updates(trainable, updates)
-    return trainable if mesh is None else constrain_tree(trainable, _trainable_shardings(module, mesh)), opt_state
+    if mesh is not None:
+        trainable = constrain_tree(trainable, _trainable_shardings(module, mesh))
+    return trainable, back_like(new_state, opt_state)
 
 
 def _trainable_shardings(module: Decoder, mesh: Mesh) -> PyTree:

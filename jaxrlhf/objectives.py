@@ -196,15 +196,26 @@ def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[Array
     return advantages.T, advantages.T + values
 
 
-def policy_loss(
-    logprobs, old_logprobs, advantages, mask, clip_range: float, denominator=None
-) -> tuple[Array, dict[str, Array]]:
-    """PPO's clipped surrogate `mean(max(-A·r, -A·clip(r, 1 - ε, 1 + ε)))`, r = exp(logp - old), and its statistics.
+def truncated_importance_weights(logprobs, sampler_logprobs, mask, cap: float) -> Array:
+    """`min(exp(logp - sampler), cap)` per response token, 1 elsewhere; [B, T] float32.
 
-    All arrays are [B, T]; `denominator` is the number of response tokens of the global (mini)batch. Statistics, each a
-    masked sum over that same denominator, so that those of micro-batches add up: `ratio_shift` (mean of r - 1: shares
-    of a mean of 1 would not add up to exactly 1), `ratio_spread` (mean of (r - 1)², see `ratio_variance`), `clipfrac`
-    (share of tokens where the clipped term is the larger) and `approx_kl` (mean of (logp - old)²/2).
+    What was drawn by one program and is trained by another (other kernels, another precision) is weighed by the ratio
+    of their probabilities. Source: Ionides 2008, Truncated Importance Sampling; Yao et al. 2025 for this use.
+    """
+    keep = jnp.asarray(mask) != 0
+    return jnp.minimum(jnp.exp(_keep(logprobs, keep) - _keep(sampler_logprobs, keep)), jnp.where(keep, cap, 1.0))
+
+
+def policy_loss(
+    logprobs, old_logprobs, advantages, mask, clip_range: float, denominator=None, weights=None
+) -> tuple[Array, dict[str, Array]]:
+    """PPO's clipped surrogate `mean(w·max(-A·r, -A·clip(r, 1 - ε, 1 + ε)))`, r = exp(logp - old), and its statistics.
+
+    All arrays are [B, T]; `weights` w are 1 unless given (`truncated_importance_weights`); `denominator` is the number
+    of response tokens of the global (mini)batch. Statistics, each a masked sum over that same denominator, so that
+    those of micro-batches add up: `ratio_shift` (mean of r - 1: shares of a mean of 1 would not add up to exactly 1),
+    `ratio_spread` (mean of (r - 1)², see `ratio_variance`), `clipfrac` (share of tokens where the clipped term is the
+    larger) and `approx_kl` (mean of (logp - old)²/2).
     Source: Schulman et al. 2017, equation 7.
     """
     keep = jnp.asarray(mask) != 0
@@ -223,7 +234,8 @@ def policy_loss(
         "clipfrac": mean(clipped > plain),
         "approx_kl": mean(0.5 * jnp.square(log_ratio)),
     }
-    return mean(jnp.maximum(plain, clipped)), stats
+    loss = jnp.maximum(plain, clipped)
+    return mean(loss if weights is None else loss * _keep(weights, keep)), stats
 
 
 def ratio_variance(stats: dict[str, Array]) -> Array:

@@ -5,6 +5,7 @@ advantages whitened over the global batch, clipped policy and value losses; all 
 Source: Ouyang et al. 2022 (arXiv 2203.02155), Yao et al. 2023 (arXiv 2308.01320).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,9 +19,9 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
-from jaxrlhf.gradients import accumulate_gradients, apply_gradients, map_rows
-from jaxrlhf.models import Decoder, join, split_trainable
-from jaxrlhf.sharding import TRAIN_RULES, constrain, use
+from jaxrlhf.gradients import apply_gradients, frozen_working_copy, map_rows, model_gradients
+from jaxrlhf.models import Decoder, join, logical_axes, split_trainable, working_copy
+from jaxrlhf.sharding import TRAIN_RULES, constrain, on_device, use
 
 PyTree = Any
 
@@ -41,6 +42,8 @@ class PPOHyperparameters:
     whiten_advantages: bool = True
     temperature: float = 1.0
     """Of the distribution that was sampled from; log-probs are taken at the same one."""
+    importance_cap: float | None = None
+    """Weigh each token's policy loss by train over sampler probability, at most this; None: no weights."""
     ema_decay: float = 0.992
     seed: int = 0
     """Keys the order of rows in minibatches, with the step and the epoch."""
@@ -52,8 +55,9 @@ class PPOHyperparameters:
         for name in ("gamma", "lam", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("cliprange", "cliprange_value", "temperature"):
-            if getattr(self, name) <= 0:
+        for name in ("cliprange", "cliprange_value", "temperature", "importance_cap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 raise InputError(f"{name}={getattr(self, name)} must be positive")
 
     def check_rows(self, rows: int) -> None:
@@ -142,26 +146,36 @@ def score_rollout(
     """Turn a rollout into experience with the train program's forward passes, in chunks of a micro-batch."""
     h = hyperparameters
 
-    def score(rows: Rollout) -> Experience:
-        tokens, mask = rows.tokens, rows.mask
-        logprobs, entropy = actor_logprobs(actor, actor_params, tokens, mask, h.temperature)
-        ref_logprobs, _ = actor_logprobs(reference, reference_params, tokens, mask, h.temperature)
-        rewards = reward.apply({"params": reward_params}, tokens, mask)
+    def passes(module: Decoder, params: PyTree, function: Callable[[PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
+        params = working_copy(on_device(params), logical_axes(module), module, mesh)
+        return map_rows(partial(function, params), rows, h.num_mini_batches * h.micro_batches)
+
+    def logprobs_of(module: Decoder, params: PyTree, rows: Rollout) -> tuple[jax.Array, jax.Array]:
+        return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature)
+
+    def score_of(params: PyTree, rows: Rollout) -> jax.Array:
+        return objectives.score_at_last_token(reward.apply({"params": params}, rows.tokens, rows.mask), rows.mask)
+
+    def value_of(params: PyTree, rows: Rollout) -> jax.Array:
+        return critic_values(critic, params, rows.tokens, rows.mask)
+
+    with use(mesh, TRAIN_RULES):
+        rows = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
+        logprobs, entropy = passes(actor, actor_params, partial(logprobs_of, actor), rows)
+        # One model after the other: what is offloaded is on the devices during its own passes only.
+        ref_logprobs, _ = passes(reference, reference_params, partial(logprobs_of, reference), rows)
+        scores = passes(reward, reward_params, score_of, rows)
         return Experience(
-            tokens=tokens,
-            mask=mask,
+            tokens=rows.tokens,
+            mask=rows.mask,
             response_mask=rows.response_mask,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
-            values=critic_values(critic, critic_params, tokens, mask),
-            scores=objectives.score_at_last_token(rewards, mask),
+            values=passes(critic, critic_params, value_of, rows),
+            scores=scores,
             sampler_logprobs=rows.logprobs,
             entropy=entropy,
         )
-
-    with use(mesh, TRAIN_RULES):
-        rollout = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
-        return map_rows(score, rollout, h.num_mini_batches * h.micro_batches)
 
 
 def advantages_and_returns(
@@ -178,7 +192,9 @@ def advantages_and_returns(
     return rewards, advantages, returns
 
 
-def _experience_metrics(e: Experience, rewards: jax.Array, kl_coef: jax.Array) -> dict[str, jax.Array]:
+def _experience_metrics(
+    e: Experience, rewards: jax.Array, kl_coef: jax.Array, weights: jax.Array
+) -> dict[str, jax.Array]:
     mask = e.response_mask
     rows = e.scores.shape[0]
     kl = objectives.masked_sum(e.logprobs - e.ref_logprobs, mask) / rows
@@ -196,6 +212,9 @@ def _experience_metrics(e: Experience, rewards: jax.Array, kl_coef: jax.Array) -
         "val/value_avg": objectives.masked_mean(e.values, mask),
         "sampling/logp_difference/mean": objectives.masked_mean(gap, mask),
         "sampling/logp_difference/max": jnp.max(gap),
+        "sampling/importance_sampling_ratio/min": jnp.min(jnp.where(mask, weights, jnp.inf), initial=jnp.inf),
+        "sampling/importance_sampling_ratio/mean": objectives.masked_mean(weights, mask),
+        "sampling/importance_sampling_ratio/max": jnp.max(jnp.where(mask, weights, 0.0)),
     }
 
 
@@ -232,13 +251,22 @@ def ppo_step(state: PPOState, experience: Experience) -> tuple[PPOState, dict[st
             "advantages": advantages,
             "returns": returns,
         }
+        weights = objectives.truncated_importance_weights(
+            experience.logprobs, experience.sampler_logprobs, experience.response_mask, h.importance_cap or jnp.inf
+        )
+        if h.importance_cap is not None:
+            data["weights"] = weights
 
         actor_params, actor_frozen = split_trainable(state.actor_params, state.actor)
         critic_params, critic_frozen = split_trainable(state.critic_params, state.critic)
+        frozen = (
+            frozen_working_copy(actor_frozen, state.actor, mesh),
+            frozen_working_copy(critic_frozen, state.critic, mesh),
+        )
 
         def update(carry: tuple, index: jax.Array) -> tuple[tuple, dict[str, jax.Array]]:
             batch = jax.tree.map(lambda x: constrain(jnp.take(x, index, axis=0), "batch", None), data)
-            return _update(state, (actor_frozen, critic_frozen), carry, batch)
+            return _update(state, frozen, carry, batch)
 
         carry = (
             actor_params,
@@ -248,7 +276,7 @@ def ppo_step(state: PPOState, experience: Experience) -> tuple[PPOState, dict[st
             state.ema_params,
         )
         carry, updates = jax.lax.scan(update, carry, _minibatch_rows(h, state.step, rows))
-    metrics = _experience_metrics(experience, rewards, state.kl_coef)
+    metrics = _experience_metrics(experience, rewards, state.kl_coef, weights)
     metrics |= jax.tree.map(jnp.mean, updates)
     new = state.replace(
         step=state.step + 1,
@@ -274,7 +302,13 @@ def _update(
         params = join(params, actor_frozen)
         logprobs, _ = actor_logprobs(state.actor, params, b["tokens"], b["mask"], h.temperature)
         return objectives.policy_loss(
-            logprobs, b["logprobs"], b["advantages"], b["response_mask"], h.cliprange, tokens_in_batch
+            logprobs,
+            b["logprobs"],
+            b["advantages"],
+            b["response_mask"],
+            h.cliprange,
+            tokens_in_batch,
+            b.get("weights"),
         )
 
     def critic_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
@@ -283,8 +317,9 @@ def _update(
             values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
         )
 
-    policy, stats, actor_grads = accumulate_gradients(actor_loss, actor_params, batch, h.micro_batches)
-    value, value_clipfrac, critic_grads = accumulate_gradients(critic_loss, critic_params, batch, h.micro_batches)
+    parts, mesh = h.micro_batches, state.mesh
+    policy, stats, actor_grads = model_gradients(actor_loss, state.actor, actor_params, batch, parts, mesh)
+    value, value_clipfrac, critic_grads = model_gradients(critic_loss, state.critic, critic_params, batch, parts, mesh)
     metrics = {
         "loss/policy_avg": policy,
         "loss/value_avg": value,
@@ -297,10 +332,10 @@ def _update(
         "val/grad_norm": optax.tree.norm(critic_grads),
     }
     actor_params, actor_opt = apply_gradients(
-        state.actor_optimizer, state.actor, actor_params, actor_opt, actor_grads, state.mesh
+        state.actor_optimizer, state.actor, actor_params, actor_opt, actor_grads, mesh
     )
     critic_params, critic_opt = apply_gradients(
-        state.critic_optimizer, state.critic, critic_params, critic_opt, critic_grads, state.mesh
+        state.critic_optimizer, state.critic, critic_params, critic_opt, critic_grads, mesh
     )
     if ema is not None:
         ema = jax.tree.map(lambda e, p: h.ema_decay * e + (1 - h.ema_decay) * p, ema, actor_params)

@@ -4,11 +4,12 @@ from jaxrlhf.models.adapters import load_adapter, save_adapter
 from jaxrlhf.models.card import ModelCard
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, init_cache, prefill
-from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable
 from jaxrlhf.models.model import (
     Model,
+    cast_matrices,
     count_params,
     create_model,
     default_dtype,
@@ -17,6 +18,7 @@ from jaxrlhf.models.model import (
     param_shardings,
     resize_vocabulary,
     with_head,
+    working_copy,
 )
 from jaxrlhf.models.pretrained import (
     config_from_dict,
@@ -29,6 +31,7 @@ from jaxrlhf.models.pretrained import (
 
 __all__ = [
     "KNOWN",
+    "REMAT_POLICIES",
     "Decoder",
     "DecoderConfig",
     "GenerationView",
@@ -38,6 +41,7 @@ __all__ = [
     "ModelCard",
     "add_lora",
     "base_leaves",
+    "cast_matrices",
     "config_from_dict",
     "config_to_dict",
     "count_params",
@@ -63,4 +67,5 @@ __all__ = [
     "save_pretrained",
     "split_trainable",
     "with_head",
+    "working_copy",
 ]

@@ -27,6 +27,13 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
 }
 
+# What is kept of a block's forward pass: all of it; nothing but its input; the results of its projections.
+REMAT_POLICIES = {
+    "none": None,
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
 
 @flax.struct.dataclass
 class AttentionContext:
@@ -301,15 +308,17 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """`apply({"params": params}, input_ids, attention_mask)` → logits `[B, T, V]` (head "lm") or values `[B, T]`.
 
-    Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` recomputes each
-    block in the backward pass; `lora` adds adapters (models/lora.py).
+    Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` says what of a block
+    the backward pass recomputes (REMAT_POLICIES); `lora` adds adapters (models/lora.py); `zero_stage` how parameters
+    lie on a mesh (models/model.py) and changes no result.
     """
 
     config: DecoderConfig
     head: str = "lm"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     lora: LoRAConfig | None = None
+    zero_stage: int = 3
 
     def setup(self) -> None:
         c = self.config
@@ -326,7 +335,8 @@ class Decoder(nn.Module):
             self.project_out = Projection(c, *reversed(shapes), ("mlp",), ("embed",), False, self.dtype, self.lora)
         if c.embed_norm:
             self.embed_norm = Norm(c, self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        policy = REMAT_POLICIES[self.remat]
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.sharding import TRAIN_RULES, Rules, check_divisible, tree_shardings
+from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
+from jaxrlhf.sharding import REPLICATED_RULES, TRAIN_RULES, Rules, check_divisible, constrain, tree_shardings, use
 
 PyTree = Any
 
@@ -52,15 +52,56 @@ def param_shapes(module: Decoder) -> PyTree:
     return _abstract(module)[1]
 
 
-def param_shardings(module: Decoder, mesh: Mesh, rules: Rules = TRAIN_RULES) -> PyTree:
-    """NamedShardings of the parameters on `mesh`; InputError when `tensor` does not divide heads or MLP."""
+def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> PyTree:
+    """NamedShardings of the parameters on `mesh`, by default as `module.zero_stage` stores them.
+
+    Stage 0 keeps them whole over `fsdp`, the others split them. InputError when `tensor` does not divide heads or MLP.
+    """
     c = module.config
     check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.intermediate_size})
+    rules = rules or (REPLICATED_RULES if module.zero_stage == 0 else TRAIN_RULES)
     return tree_shardings(logical_axes(module), param_shapes(module), mesh, rules)
+
+
+def cast_matrices(params: PyTree, dtype: jnp.dtype) -> PyTree:
+    """Kernels, embeddings and adapters in `dtype`; what computes in float32 (norms, biases, a scalar head) as it is."""
+
+    def leaf(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        matrix = name.endswith(("kernel", "embedding", "lora_a", "lora_b")) and name != "score/kernel"
+        return x.astype(dtype) if matrix else x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | None) -> PyTree:
+    """The parameters as the passes of one train or scoring program read them, made once at its entry.
+
+    Stages 0 and 3 read them where they lie (3: gathered layer by layer). Stages 1 and 2 gather them once over `fsdp`,
+    in the compute dtype. `params` may be a part of the module's tree, with the same part of `logical_axes`.
+    """
+    if mesh is None or module.zero_stage in (0, 3):
+        return params
+    with use(mesh, REPLICATED_RULES):
+        return jax.tree.map(lambda x, names: constrain(x, *names), cast_matrices(params, module.dtype), axes)
 
 
 def count_params(params: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def make_module(
+    config: DecoderConfig, head: str, dtype: jnp.dtype | None, remat: str = "none", zero_stage: int = 3
+) -> Decoder:
+    """The module of a model; InputError for an unknown head, remat policy or stage."""
+    for name, value, known in (
+        ("head", head, ("lm", "scalar")),
+        ("remat", remat, tuple(REMAT_POLICIES)),
+        ("zero_stage", zero_stage, (0, 1, 2, 3)),
+    ):
+        if value not in known:
+            raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+    return Decoder(config, head=head, dtype=dtype or default_dtype(), remat=remat, zero_stage=zero_stage)
 
 
 def create_model(
@@ -70,12 +111,11 @@ def create_model(
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
     dtype: jnp.dtype | None = None,
-    remat: bool = False,
+    remat: str = "none",
+    zero_stage: int = 3,
 ) -> Model:
     """A randomly initialised model, created directly in its place on `mesh`; parameters are float32."""
-    if head not in ("lm", "scalar"):
-        raise InputError(f"head={head!r} is not one of 'lm', 'scalar'")
-    module = Decoder(config, head=head, dtype=dtype or default_dtype(), remat=remat)
+    module = make_module(config, head, dtype, remat, zero_stage)
     shardings = None if mesh is None else param_shardings(module, mesh)
 
     def init(key: jax.Array) -> PyTree:

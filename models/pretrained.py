@@ -36,7 +36,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.mapping import Family, HFConfig, Tensor
-from jaxrlhf.models.model import Model, create_model, default_dtype, logical_axes, param_shapes, param_shardings
+from jaxrlhf.models.model import Model, create_model, logical_axes, make_module, param_shapes, param_shardings
 
 Leaf = jax.ShapeDtypeStruct
 
@@ -221,21 +221,20 @@ def load_pretrained(
     param_dtype: Any = jnp.float32,
     new_head: bool = True,
     key: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
+    zero_stage: int = 3,
     progress: bool = False,
 ) -> Model:
     """Load a Hugging Face model folder (or hub name) straight into its place on `mesh`.
 
     `head` is "lm" or "scalar". A checkpoint without a scalar head gets a fresh one from `key`, unless `new_head` is
     false. `dtype` is the compute dtype (default: bfloat16 on accelerators, float32 on CPU), `param_dtype` the stored
-    one. Raises InputError for a missing or unreadable folder, unknown family or option, and lists every missing,
-    unexpected or mis-shaped tensor.
+    one; `remat` and `zero_stage` are Decoder's. Raises InputError for a missing or unreadable folder, unknown family or
+    option, and lists every missing, unexpected or mis-shaped tensor.
     """
     folder = find_model_folder(name_or_path)
     config = read_config(folder)
-    if head not in ("lm", "scalar"):
-        raise InputError(f"head={head!r} is not one of 'lm', 'scalar'")
-    module = Decoder(config, head=head, dtype=dtype or default_dtype(), remat=remat)
+    module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
     source = _with_our_names(open_checkpoint(folder), family, config.num_layers)
     declared = _declared(family, module)

@@ -1,9 +1,19 @@
 """One device mesh, two rule tables, placement of parameter trees and optimizer states."""
 
-from jaxrlhf.sharding.mesh import AXES, check_divisible, make_mesh
+from jaxrlhf.sharding.mesh import (
+    AXES,
+    check_divisible,
+    check_tensor_parallel,
+    default_tensor_parallel,
+    generate_mesh,
+    make_mesh,
+)
 from jaxrlhf.sharding.placement import (
+    back_like,
     batch_sharding,
     constrain_tree,
+    offloaded,
+    on_device,
     optimizer_shardings,
     place,
     place_batch,
@@ -11,12 +21,11 @@ from jaxrlhf.sharding.placement import (
     tree_shardings,
 )
 from jaxrlhf.sharding.rules import (
-    GENERATE_GATHERED_RULES,
     GENERATE_RULES,
+    REPLICATED_RULES,
     TRAIN_RULES,
     Rules,
     constrain,
-    generate_rules,
     named_sharding,
     resolve_spec,
     use,
@@ -24,17 +33,22 @@ from jaxrlhf.sharding.rules import (
 
 __all__ = [
     "AXES",
-    "GENERATE_GATHERED_RULES",
     "GENERATE_RULES",
+    "REPLICATED_RULES",
     "TRAIN_RULES",
     "Rules",
+    "back_like",
     "batch_sharding",
     "check_divisible",
+    "check_tensor_parallel",
     "constrain",
     "constrain_tree",
-    "generate_rules",
+    "default_tensor_parallel",
+    "generate_mesh",
     "make_mesh",
     "named_sharding",
+    "offloaded",
+    "on_device",
     "optimizer_shardings",
     "place",
     "place_batch",

@@ -1,13 +1,18 @@
-"""The one device mesh: axes `data` (replicas), `fsdp` (sharded parameters), `tensor` (model parallel)."""
+"""The one device mesh: axes `data` (replicas), `fsdp` (sharded parameters), `tensor` (model parallel).
+
+Generation sees the same devices in the same order through a second mesh, whose `fsdp` axis is cut in two.
+"""
 
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxrlhf.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
+GENERATE_AXES = ("data", "fsdp", "replica", "tensor")
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -35,7 +40,68 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
             f"mesh data={sizes['data']} × fsdp={sizes['fsdp']} × tensor={sizes['tensor']} needs {total} devices, "
             f"but {len(devices)} are present; set one size to -1 to use all of them"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, auto = tuple(sizes.values()), (AxisType.Auto,) * 3
+    if devices[0].platform == "tpu" or len({d.process_index for d in devices}) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    return Mesh(arrange_hosts(np.asarray(devices), shape), AXES, axis_types=auto)
+
+
+def arrange_hosts(devices: np.ndarray, sizes: tuple[int, int, int]) -> np.ndarray:
+    """Devices of several hosts as a mesh of `sizes`, where neighbours along `fsdp` are on different hosts.
+
+    Generation cuts `fsdp` into a slow part for tensor parallelism and a fast part for the batch (`generate_mesh`): so
+    the slow part stays within a host, where links are fast. (On TPUs jax arranges the mesh by the topology instead.)
+    """
+    data, fsdp, tensor = sizes
+    ordered = np.array(sorted(devices, key=lambda d: (d.process_index, d.id)), dtype=object)
+    local = len(devices) // len({d.process_index for d in devices})
+    if local % tensor or (fsdp * tensor) % local:
+        return ordered.reshape(sizes)
+    spread = ordered.reshape(data, fsdp * tensor // local, local // tensor, tensor)
+    return spread.swapaxes(1, 2).reshape(sizes)
+
+
+def generate_mesh(mesh: Mesh, tensor_parallel: int) -> Mesh:
+    """The view of `mesh` that generation uses: groups of `tensor_parallel` devices, axes GENERATE_AXES.
+
+    A group spans the `tensor` axis and the slow part of `fsdp`; the fast part becomes `replica`, over which the batch
+    is split as over `data`. Storage splits a dimension over (tensor, fsdp), so a group's share of it is in one piece
+    and the flip is a plain all-gather over `replica`, or nothing where `replica` is 1.
+
+    Raises InputError when `tensor_parallel` is not `tensor` times a divisor of `fsdp`.
+    """
+    data, fsdp, tensor = (mesh.shape[name] for name in AXES)
+    allowed = [tensor * part for part in range(1, fsdp + 1) if fsdp % part == 0]
+    if tensor_parallel not in allowed:
+        raise InputError(
+            f"generate_tensor_parallel={tensor_parallel} does not fit the mesh data={data} × fsdp={fsdp} × "
+            f"tensor={tensor}: it must be tensor times a divisor of fsdp, one of {', '.join(map(str, allowed))}"
+        )
+    part = tensor_parallel // tensor
+    devices = mesh.devices.reshape(data, part, fsdp // part, tensor)
+    return Mesh(devices, GENERATE_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def default_tensor_parallel(mesh: Mesh, num_heads: int) -> int:
+    """Generation's tensor-parallel group when none is asked for: the `fsdp × tensor` devices of one host.
+
+    Fewer where they do not divide the heads: the largest legal group that does (`tensor` always does).
+    """
+    replica = mesh.devices[0]
+    first = replica.flat[0]
+    local = sum(d.process_index == first.process_index for d in replica.flat)
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    parts = [p for p in range(1, fsdp + 1) if fsdp % p == 0 and num_heads % (p * tensor) == 0]
+    return tensor * max([p for p in parts if p * tensor <= local], default=1)
+
+
+def check_tensor_parallel(tensor_parallel: int, num_heads: int) -> None:
+    """Refuse a tensor-parallel group for generation that does not divide the attention heads."""
+    if num_heads % tensor_parallel:
+        raise InputError(
+            f"generate_tensor_parallel={tensor_parallel} does not divide the model's num_heads={num_heads}; choose a "
+            f"divisor of {num_heads}"
+        )
 
 
 def check_divisible(mesh: Mesh, sizes: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Placement of whole trees: parameters by their logical axes, optimizer states by the parameters they belong to."""
+"""Placement of whole trees: parameters by logical axes, optimizer states by their parameters, offload to the host."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrlhf.errors import InputError
 from jaxrlhf.sharding.rules import TRAIN_RULES, LogicalAxes, Rules, named_sharding
 
 PyTree = Any
@@ -24,11 +25,58 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+HOST = "pinned_host"  # the memory kind of offloaded arrays
+
+
+def offloaded(shardings: PyTree) -> PyTree:
+    """The same shardings in the host memory of the devices that they name.
+
+    A jitted program that gets such arrays moves them with `on_device`. InputError where the backend has no such memory.
+    """
+
+    def move(sharding: NamedSharding) -> NamedSharding:
+        device = sharding.mesh.devices.flat[0]
+        kinds = sorted(memory.kind for memory in device.addressable_memories())
+        if HOST not in kinds:
+            raise InputError(
+                f"offload: {device.device_kind} devices of the {device.platform} backend have no {HOST} memory, only "
+                f"{', '.join(kinds)}; leave the offload flags out"
+            )
+        return sharding.with_memory_kind(HOST)
+
+    return jax.tree.map(move, shardings)
+
+
+def on_device(tree: PyTree) -> PyTree:
+    """Inside a jitted program: the tree with what lies in host memory copied to the devices."""
+    return jax.tree.map(
+        lambda x: (
+            jax.device_put(x, jax.memory.Space.Device) if jax.typeof(x).memory_space == jax.memory.Space.Host else x
+        ),
+        tree,
+    )
+
+
+def back_like(tree: PyTree, before: PyTree) -> PyTree:
+    """Inside a jitted program: each leaf of `tree` in the memory of its counterpart in `before`."""
+    return jax.tree.map(
+        lambda x, b: (
+            jax.device_put(x, jax.memory.Space.Host) if jax.typeof(b).memory_space == jax.memory.Space.Host else x
+        ),
+        tree,
+        before,
+    )
+
+
 def optimizer_shardings(
-    optimizer: optax.GradientTransformation, params: PyTree, shardings: PyTree, mesh: Mesh
+    optimizer: optax.GradientTransformation, params: PyTree, shardings: PyTree, mesh: Mesh, *, offload: bool = False
 ) -> PyTree:
-    """Shardings of `optimizer.init(params)`: moments lie like their parameters, counters are replicated."""
+    """Shardings of `optimizer.init(params)`: moments lie like their parameters, counters are replicated.
+
+    `offload` puts the moments in host memory.
+    """
     state = jax.eval_shape(optimizer.init, params)
+    shardings = offloaded(shardings) if offload else shardings
     return optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,

@@ -26,20 +26,11 @@ _MODEL_AXES: Rules = (
 # Fully sharded parameters; the batch is split over the same devices.
 TRAIN_RULES: Rules = (("batch", ("data", "fsdp")), *_MODEL_AXES, ("embed", ("fsdp",)))
 
-# Tensor-parallel over tensor × fsdp; the batch is split over data only.
-GENERATE_RULES: Rules = (("batch", ("data",)), *_MODEL_AXES)
+# Parameters whole on every device but for `tensor`: plain data parallelism.
+REPLICATED_RULES: Rules = (("batch", ("data", "fsdp")), *((name, ("tensor",)) for name, _ in _MODEL_AXES))
 
-# Tensor-parallel over `tensor` alone, weights gathered over fsdp: for head counts that tensor × fsdp does not divide.
-GENERATE_GATHERED_RULES: Rules = (
-    ("batch", ("data", "fsdp")),
-    *((name, ("tensor",)) for name, _ in _MODEL_AXES),
-)
-
-
-def generate_rules(mesh: Mesh, num_heads: int) -> Rules:
-    """The generation table for a model of `num_heads` on `mesh`: the whole mesh as one TP group where heads divide."""
-    group = mesh.shape["tensor"] * mesh.shape["fsdp"]
-    return GENERATE_RULES if num_heads % group == 0 else GENERATE_GATHERED_RULES
+# On `generate_mesh`: tensor-parallel over tensor × the slow part of fsdp; the batch is split over the rest.
+GENERATE_RULES: Rules = (("batch", ("data", "replica")), *_MODEL_AXES)
 
 
 def resolve_spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:

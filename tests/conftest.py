@@ -18,6 +18,10 @@ import jax  # noqa: E402 - after the settings above
 import pytest  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full-matrix", action="store_true", help="every mesh × decode group × ZeRO stage of 8 devices")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def release_compiled_programs():
     """Programs for eight devices add up to gigabytes over the suite; the cache on disk makes coming back cheap."""

@@ -9,7 +9,17 @@ import jax
 
 from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import LoRAConfig, Model, add_lora, config_to_dict, save_adapter, save_pretrained
+from jaxrlhf.models import (
+    LoRAConfig,
+    Model,
+    add_lora,
+    cast_matrices,
+    config_to_dict,
+    join,
+    save_adapter,
+    save_pretrained,
+    split_trainable,
+)
 from jaxrlhf.trainers.settings import next_post_init
 
 EXPORTS = ("merged", "adapter", "both")
@@ -49,12 +59,17 @@ class LoRAOptions:
 def with_adapters(
     model: Model, options: LoRAOptions, key: jax.Array, rank: int | None = None, targets: tuple[str, ...] | None = None
 ) -> Model:
-    """The model with the adapters that the options ask for; `rank` and `targets` replace theirs."""
+    """The model with the adapters that the options ask for; `rank` and `targets` replace theirs.
+
+    The matrices of the frozen base are held in the compute dtype, in which they are read.
+    """
     rank = options.lora_r if rank is None else rank
     targets = options.lora_target_modules if targets is None else targets
     if not rank:
         return model
-    return add_lora(model, LoRAConfig(rank, options.lora_alpha, options.lora_dropout, targets), key)
+    model = add_lora(model, LoRAConfig(rank, options.lora_alpha, options.lora_dropout, targets), key)
+    trainable, frozen = split_trainable(model.params, model.module)
+    return model.replace(params=join(trainable, cast_matrices(frozen, model.module.dtype)))
 
 
 def export_model(

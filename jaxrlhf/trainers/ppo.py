@@ -18,15 +18,17 @@ from jaxrlhf.models import (
     Model,
     ModelCard,
     base_leaves,
+    cast_matrices,
     join,
     load_pretrained,
     merged,
+    param_shardings,
     read_config,
     split_trainable,
 )
 from jaxrlhf.ppo import Experience, PPOHyperparameters, PPOState, ppo_step, score_rollout
 from jaxrlhf.runs import Run
-from jaxrlhf.sharding import replicated
+from jaxrlhf.sharding import offloaded, replicated
 from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
@@ -45,16 +47,16 @@ PyTree = Any
 HEADLINE = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "perf/sequences_per_second")
 
 
-@partial(jax.jit, static_argnames="dtype")
-def frozen_copy(params: PyTree, dtype: Any) -> PyTree:
-    """A copy for a model that is only read: matrices in `dtype`, vectors (norms, a scalar head) as they are."""
+def frozen_copy(params: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
+    """A copy for a model that is only read: matrices in `dtype`, vectors and a scalar head as they are.
 
-    def leaf(path: Any, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        matrix = name.endswith(("kernel", "embedding")) and name != "score/kernel"
-        return x.astype(dtype) if matrix and x.dtype != dtype else jnp.copy(x)
+    Goes leaf by leaf, since `shardings` may lie in host memory to make room.
+    """
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    def leaf(x: jax.Array, new: jax.Array, sharding: Any) -> jax.Array:
+        return jax.device_put(jnp.copy(x) if new.dtype == x.dtype else new, sharding)
+
+    return jax.tree.map(leaf, params, cast_matrices(params, dtype), shardings)
 
 
 def _without_base(params: PyTree, module: Decoder) -> PyTree:
@@ -67,9 +69,10 @@ def _with_base(own: PyTree, params: PyTree, module: Decoder) -> PyTree:
     return join(own, split_trainable(params, module)[1])
 
 
-def _own(model: Model) -> Model:
+def _own(model: Model, zero_stage: int) -> Model:
     """The model with arrays of its own: the step donates them, while a caller may keep theirs, or share a body."""
-    return model.replace(params=jax.tree.map(jnp.copy, model.params))
+    module = model.module.clone(zero_stage=zero_stage)
+    return model.replace(module=module, params=jax.tree.map(jnp.copy, model.params))
 
 
 class RLHFEngine:
@@ -95,12 +98,17 @@ class RLHFEngine:
             load_pretrained,
             mesh=self.mesh,
             dtype=config.compute_dtype,
-            remat=config.gradient_checkpointing,
+            remat=config.remat,
             progress=True,
         )
         actor, reward = actor_model_name_or_path, critic_model_name_or_path
-        actor = _own(actor) if isinstance(actor, Model) else load(actor)
-        reward = _own(reward) if isinstance(reward, Model) else load(reward, head="scalar", new_head=False)
+        stage = config.zero_stage
+        critic_stage = stage if config.critic_zero_stage is None else config.critic_zero_stage
+        actor = _own(actor, stage) if isinstance(actor, Model) else load(actor, zero_stage=stage)
+        if isinstance(reward, Model):
+            reward = _own(reward, critic_stage)
+        else:
+            reward = load(reward, head="scalar", new_head=False, zero_stage=critic_stage)
         if actor.config.vocab_size != reward.config.vocab_size:
             raise InputError(
                 f"the actor has a vocabulary of {actor.config.vocab_size} tokens and the reward model one of "
@@ -110,18 +118,31 @@ class RLHFEngine:
         for model, name in ((actor, "actor"), (reward, "reward model")):
             check_context(model.config, longest, f"max_prompt_seq_len + max_answer_seq_len for the {name}")
         actor, reward = merged(with_special_tokens(actor, tokenizer)), merged(reward)
-        self.reference: Decoder = actor.module
-        self.reward: Decoder = reward.module
         self.critic_config = reward.config
         keys = jax.random.split(jax.random.key(config.seed))
+        frozen = {
+            "reference": (actor.module, config.reference_zero_stage, config.offload_reference_model),
+            "reward": (reward.module, config.reward_zero_stage, config.offload_reward_model),
+        }
         actor = with_adapters(actor, config, keys[0])
         critic = with_adapters(reward, config, keys[1], config.critic_lora_r, config.critic_lora_target_modules)
-        self.actor = HybridEngine(actor, self.mesh)
+        self.actor = HybridEngine(actor, self.mesh, config.generate_tensor_parallel or None)
         critic_params = HybridEngine(critic, self.mesh).params
         # Only what is trained must be copied: the rest is read out of the state (reference_params, reward_params).
-        dtype = config.compute_dtype
-        self._reference = frozen_copy(_without_base(self.actor.params, actor.module), dtype)
-        self._reward = frozen_copy(_without_base(critic_params, critic.module), dtype)
+        live = {"reference": (self.actor.params, actor.module), "reward": (critic_params, critic.module)}
+        modules, copies = {}, {}
+        for name, (base, stage, offload) in frozen.items():
+            params, trained = live[name]
+            stage = base.zero_stage if stage is None else stage
+            if trained.lora is None:  # below stage 3 a model without optimizer state is whole on every device
+                base = base.clone(zero_stage=3 if stage == 3 else 0)
+            shardings = _without_base(param_shardings(trained.clone(zero_stage=base.zero_stage), self.mesh), trained)
+            shardings = offloaded(shardings) if offload else shardings
+            modules[name] = base
+            copies[name] = frozen_copy(_without_base(params, trained), shardings, config.compute_dtype)
+        self.reference: Decoder = modules["reference"]
+        self.reward: Decoder = modules["reward"]
+        self._reference, self._reward = copies["reference"], copies["reward"]
 
         updates = max(1, num_total_iters * config.ppo_epochs * config.num_mini_batches)
         self.schedule = make_schedule(config, updates)
@@ -130,13 +151,14 @@ class RLHFEngine:
         critic_trainable, _ = split_trainable(critic_params, critic.module)
         actor_optimizer = make_optimizer(config, updates, actor_trainable)
         critic_optimizer = make_optimizer(replace(config, **critic_settings), updates, critic_trainable)
+        start = partial(init_optimizer, mesh=self.mesh, offload=config.offload_optimizer)
         self._state = PPOState(
             step=jax.device_put(jnp.int32(0), replicated(self.mesh)),  # as the step returns it: one compilation
             actor_params=self.actor.params,
             critic_params=critic_params,
-            actor_opt_state=init_optimizer(actor_optimizer, actor.module, actor_trainable, self.mesh),
-            critic_opt_state=init_optimizer(critic_optimizer, critic.module, critic_trainable, self.mesh),
-            ema_params=frozen_copy(actor_trainable, jnp.float32) if config.enable_ema else None,
+            actor_opt_state=start(actor_optimizer, actor.module, actor_trainable),
+            critic_opt_state=start(critic_optimizer, critic.module, critic_trainable),
+            ema_params=jax.tree.map(jnp.copy, actor_trainable) if config.enable_ema else None,
             kl_coef=jax.device_put(jnp.float32(config.kl_coef), replicated(self.mesh)),
             actor=actor.module,
             critic=critic.module,

@@ -69,6 +69,22 @@ class PPOOptions(LoRAOptions, TrainingConfig):
     whiten_advantages: bool = field(True, "scale advantages to zero mean and unit variance over the batch")
     enable_ema: bool = field(False, "keep a moving average of the actor and export it to output_dir/ema")
     ema_decay: float = field(0.992, "decay of that average per optimizer step")
+    critic_zero_stage: int | None = field(None, "zero_stage of the critic; default: that of the actor")
+    reference_zero_stage: int | None = field(
+        None, "of the reference: 3 splits it, below it is whole on every device; default: that of the actor"
+    )
+    reward_zero_stage: int | None = field(None, "of the reward model, likewise; default: that of the critic")
+    offload_reference_model: bool = field(False, "keep the reference in host memory while it is not scoring")
+    offload_reward_model: bool = field(False, "keep the reward model in host memory while it is not scoring")
+    generate_tensor_parallel: int = field(
+        0,
+        "devices that one copy of the actor is split over when it generates: mesh_tensor times a divisor of mesh_fsdp; "
+        "0: those of one host",
+    )
+    importance_sampling_correction: bool = field(
+        False, "weigh each token's policy loss by train over sampler probability, for the gap between both programs"
+    )
+    importance_sampling_cap: float = field(2.0, "largest such weight")
     sample_steps: int = field(20, "steps between printed tables of prompts, responses and scores; 0: none")
     num_sample_rows: int = field(4, "rows of those tables")
 
@@ -82,6 +98,25 @@ class PPOOptions(LoRAOptions, TrainingConfig):
             raise InputError(f"lora_dropout={self.lora_dropout}: ppo never drops out; leave it at 0")
         if self.kl_coef < 0:
             raise InputError(f"kl_coef={self.kl_coef} must be 0 or more")
+        for name, model, shared in (
+            ("reference", "actor", self.lora_r),
+            ("reward", "critic", self.critic_lora_r),
+        ):
+            if shared and getattr(self, f"offload_{name}_model"):
+                raise InputError(
+                    f"offload_{name}_model: with LoRA the {name} model is the {model}'s own base, so there is nothing "
+                    "to offload; leave it out"
+                )
+            if shared and getattr(self, f"{name}_zero_stage") is not None:
+                raise InputError(
+                    f"{name}_zero_stage: with LoRA the {name} model is the {model}'s own base and lies as that does; "
+                    "leave it out"
+                )
+        for name in ("critic_zero_stage", "reference_zero_stage", "reward_zero_stage"):
+            if getattr(self, name) not in (None, 0, 1, 2, 3):
+                raise InputError(f"{name}={getattr(self, name)} must be 0, 1, 2 or 3")
+        if self.generate_tensor_parallel < 0:
+            raise InputError(f"generate_tensor_parallel={self.generate_tensor_parallel} must be 0 (choose) or more")
         for name in ("sample_steps", "num_sample_rows"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
@@ -90,6 +125,7 @@ class PPOOptions(LoRAOptions, TrainingConfig):
         same = ("ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "clip_reward")
         same += ("whiten_advantages", "temperature", "ema_decay")
         values = {name: getattr(self, name) for name in same}
+        values["importance_cap"] = self.importance_sampling_cap if self.importance_sampling_correction else None
         return PPOHyperparameters(micro_batches=self.gradient_accumulation_steps, seed=seed, **values)
 
     def sampling(self, eos_token_id: int | None, pad_id: int) -> SamplingConfig:

@@ -12,7 +12,15 @@ from jax.sharding import Mesh
 from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, config_from_dict, create_model, default_dtype, load_pretrained, resize_vocabulary
+from jaxrlhf.models import (
+    REMAT_POLICIES,
+    Model,
+    config_from_dict,
+    create_model,
+    default_dtype,
+    load_pretrained,
+    resize_vocabulary,
+)
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.optimizer import OptimizerConfig
@@ -31,6 +39,13 @@ class MeshConfig:
         "auto",
         "compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are float32 in any case",
         choices=("auto", "float32", "bfloat16"),
+    )
+
+    zero_stage: int = field(
+        3,
+        "what mesh_fsdp splits besides the batch. 3: parameters, gradients and optimizer state, the parameters being "
+        "gathered layer by layer; 2: likewise, but gathered once per step; 1: gradients are whole too; 0: nothing",
+        choices=(0, 1, 2, 3),
     )
 
     @property
@@ -105,7 +120,15 @@ class RunConfig:
     per_device_train_batch_size: int = field(8, "rows per device of one micro-batch")
     per_device_eval_batch_size: int = field(8, "rows per device of an evaluation batch")
     gradient_accumulation_steps: int = field(1, "micro-batches per optimizer step, accumulated inside the jitted step")
-    gradient_checkpointing: bool = field(False, "recompute each layer in the backward pass, to save memory")
+    gradient_checkpointing: bool = field(False, "recompute each layer in the backward pass: remat_policy full")
+    remat_policy: str = field(
+        "none",
+        "what the backward pass recomputes of a layer. none: nothing; full: everything; dots: all but matrix products",
+        choices=tuple(REMAT_POLICIES),
+    )
+    offload_optimizer: bool = field(
+        False, "keep Adam's moments in host memory, and bring them to the devices for the update", aliases=("offload",)
+    )
     logging_steps: int = field(10, "steps between console lines; metrics.jsonl gets every step")
     eval_steps: int = field(0, "steps between evaluations; 0: only before the first and after the last step")
     save_steps: int = field(0, "steps between checkpoints; 0: only after the last step")
@@ -130,6 +153,10 @@ class RunConfig:
             raise InputError(f"num_train_epochs={self.num_train_epochs} must be above 0 when max_steps is not given")
         next_post_init(self, RunConfig)
 
+    @property
+    def remat(self) -> str:
+        return "full" if self.remat_policy == "none" and self.gradient_checkpointing else self.remat_policy
+
 
 @dataclass(frozen=True)
 class TrainingConfig(RunConfig, OptimizerConfig):
@@ -141,6 +168,8 @@ class TrainingConfig(RunConfig, OptimizerConfig):
 _WRITING = ("output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps")
 _WRITING += ("save_total_limit", "save_dtype", "lora_export", "sample_steps", "num_sample_rows")
 _LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "gradient_checkpointing", "per_device_eval_batch_size")
+_LAYOUT += ("zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage", "generate_tensor_parallel")
+_LAYOUT += ("remat_policy", "offload_optimizer", "offload_reference_model", "offload_reward_model")
 _LAYOUT += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 _NAMES = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path")
 MAY_CHANGE = {*_WRITING, *_LAYOUT, *_NAMES, *(f.name for f in dataclasses.fields(DataConfig))} - {"seed"}
@@ -162,7 +191,7 @@ def total_steps(config: RunConfig, rows: int, batch: int) -> int:
     return config.max_steps if config.max_steps > 0 else max(1, -int(-config.num_train_epochs * rows // batch))
 
 
-def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, remat: bool = False) -> Model:
+def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, remat: str = "none") -> Model:
     """The model to train, from a folder or from random weights, with float32 masters in place on `mesh`.
 
     `vocab_size` is the tokenizer's: InputError when the model has fewer rows.
@@ -173,7 +202,8 @@ def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, r
         shape = config_from_dict(
             {"model_type": config.model_type} | options, f"config_overrides of {config.model_type}"
         )
-        model = create_model(shape, head=head, key=key, mesh=mesh, dtype=config.compute_dtype, remat=remat)
+        layout = {"mesh": mesh, "dtype": config.compute_dtype, "remat": remat, "zero_stage": config.zero_stage}
+        model = create_model(shape, head=head, key=key, **layout)
     else:
         model = load_pretrained(
             config.model_name_or_path,
@@ -182,6 +212,7 @@ def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, r
             dtype=config.compute_dtype,
             key=key,
             remat=remat,
+            zero_stage=config.zero_stage,
             progress=True,
         )
     if model.config.vocab_size < vocab_size and not config.resize_vocabulary:

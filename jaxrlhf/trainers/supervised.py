@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxrlhf.data import Data, eval_batches, load_data, load_tokenizer, padding_fraction, stream_indices
-from jaxrlhf.gradients import accumulate_gradients, apply_gradients, init_optimizer
+from jaxrlhf.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
 from jaxrlhf.models import Decoder, Model, ModelCard, join, read_config, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, replicated, use
@@ -58,9 +58,11 @@ class TrainState:
     mesh: Mesh = flax.struct.field(pytree_node=False)
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload_optimizer: bool = False
+) -> TrainState:
     trainable, _ = split_trainable(model.params, model.module)
-    opt_state = init_optimizer(optimizer, model.module, trainable, mesh)
+    opt_state = init_optimizer(optimizer, model.module, trainable, mesh, offload=offload_optimizer)
     step = jax.device_put(jnp.int32(0), replicated(mesh))  # as the step returns it, or the second call compiles anew
     return TrainState(step, model.params, opt_state, module=model.module, optimizer=optimizer, mesh=mesh)
 
@@ -82,11 +84,15 @@ def train_step(
         count = objective.count(batch)
         trainable, frozen = split_trainable(state.params, state.module)
 
+        read = frozen_working_copy(frozen, state.module, state.mesh)
+
         def loss(trainable: PyTree, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return objective.loss(state.module, join(trainable, frozen), rows, count, key)
+            return objective.loss(state.module, join(trainable, read), rows, count, key)
 
         dropout_key = jax.random.fold_in(key, state.step) if has_dropout(state.module) else None
-        value, stats, grads = accumulate_gradients(loss, trainable, batch, micro_batches, dropout_key)
+        value, stats, grads = model_gradients(
+            loss, state.module, trainable, batch, micro_batches, state.mesh, dropout_key
+        )
         trainable, opt_state = apply_gradients(
             state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh
         )
@@ -125,7 +131,7 @@ def train_supervised(config: Any, recipe: Recipe) -> TrainState:
         if config.model_name_or_path is not None:
             read_config(config.model_name_or_path)  # a model that cannot be used is the first thing to say
         tokenizer = load_tokenizer(source)
-        model = load_model(config, recipe.head, mesh, len(tokenizer), remat=config.gradient_checkpointing)
+        model = load_model(config, recipe.head, mesh, len(tokenizer), remat=config.remat)
         model = with_adapters(with_special_tokens(model, tokenizer), config, jax.random.key(config.seed))
         check_context(model.config, config.max_length, "max_length")
         data = load_data(config, tokenizer, recipe.name)
@@ -192,4 +198,4 @@ def supervised_task(
     }
     base = config.model_name_or_path or f"{config.model_type} with random weights"
     task = Task(recipe.name, steps, step, evaluate, export, base, identity, {"params": described})
-    return task, init_state(model, optimizer, mesh)
+    return task, init_state(model, optimizer, mesh, offload_optimizer=config.offload_optimizer)

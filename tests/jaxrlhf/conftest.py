@@ -12,7 +12,7 @@ from jaxrlhf.engine import HybridEngine
 from jaxrlhf.models import Decoder, Model, config_from_dict, param_shapes, param_shardings, save_pretrained
 from jaxrlhf.ppo import PPOHyperparameters, PPOState, score_rollout
 from jaxrlhf.sampling import SamplingConfig
-from jaxrlhf.sharding import make_mesh, optimizer_shardings, place
+from jaxrlhf.sharding import make_mesh, offloaded, optimizer_shardings, place
 
 LLAMA = {"model_type": "llama", "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
 LLAMA |= {"num_key_value_heads": 8, "intermediate_size": 64, "max_position_embeddings": 64}
@@ -24,10 +24,10 @@ EOS = (5, 17, 33, 70)
 DEFAULTS = PPOHyperparameters()
 
 
-def tiny_model(options=LLAMA, head="lm", seed=0, mesh=None, scale=0.3, dtype=jnp.float32, remat=False) -> Model:
+def tiny_model(options=LLAMA, head="lm", seed=0, mesh=None, scale=0.3, dtype=jnp.float32, **layout) -> Model:
     """A model with normal random weights drawn by numpy: the same on every mesh, and nothing to compile."""
     config = config_from_dict(options)
-    module = Decoder(config, head=head, dtype=dtype, remat=remat)
+    module = Decoder(config, head=head, dtype=dtype, **layout)
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):
@@ -52,16 +52,27 @@ def prompts(rows=ROWS, width=PROMPT, seed=0, vocab=101):
     return ids, mask
 
 
-class Setup:
-    """The four models of a PPO run on one mesh; the reference and the reward model differ from actor and critic."""
+def on_host(model: Model) -> Model:
+    return model.replace(params=place(model.params, offloaded(jax.tree.map(lambda x: x.sharding, model.params))))
 
-    def __init__(self, mesh, **options) -> None:
-        self.mesh = mesh
-        self.actor = tiny_model(mesh=mesh, **options)
-        self.reference = tiny_model(mesh=mesh, seed=5, **options)
-        self.critic = tiny_model(mesh=mesh, head="scalar", seed=1, **options)
-        self.reward = tiny_model(mesh=mesh, head="scalar", seed=2, **options)
-        self.engine = HybridEngine(self.actor, mesh)
+
+class Setup:
+    """The four models of a PPO run on one mesh; the reference and the reward model differ from actor and critic.
+
+    `stages`: ZeRO stage of actor, critic, reference and reward. `offload`: reference, reward and moments lie in host
+    memory.
+    """
+
+    def __init__(self, mesh, tensor_parallel=None, stages=(3, 3, 3, 3), offload=False, **options) -> None:
+        self.mesh, self.offload = mesh, offload
+        actor, critic, reference, reward = stages
+        self.actor = tiny_model(mesh=mesh, zero_stage=actor, **options)
+        self.reference = tiny_model(mesh=mesh, seed=5, zero_stage=reference, **options)
+        self.critic = tiny_model(mesh=mesh, head="scalar", seed=1, zero_stage=critic, **options)
+        self.reward = tiny_model(mesh=mesh, head="scalar", seed=2, zero_stage=reward, **options)
+        if offload:
+            self.reference, self.reward = map(on_host, (self.reference, self.reward))
+        self.engine = HybridEngine(self.actor, mesh, tensor_parallel)
 
     def rollout(self, sampling, seed=3, **options):
         ids, mask = prompts()
@@ -82,7 +93,7 @@ class Setup:
 
         def moments(optimizer, model):
             shardings = param_shardings(model.module, self.mesh)
-            shardings = optimizer_shardings(optimizer, model.params, shardings, self.mesh)
+            shardings = optimizer_shardings(optimizer, model.params, shardings, self.mesh, offload=self.offload)
             return jax.jit(optimizer.init, out_shardings=shardings)(model.params)
 
         return PPOState(

@@ -245,7 +245,7 @@ def test_the_reward_models_head_is_not_rounded_to_the_compute_dtype(rank):
     params = RLHFEngine(actor, reward, TOKENIZER, 1, config).reward_params
     np.testing.assert_array_equal(params["score"]["kernel"], reward.params["score"]["kernel"])
     up = params["layers"]["mlp"]["up"]["kernel"]
-    assert up.dtype == (jnp.float32 if rank else jnp.bfloat16)  # shared with the critic, or a copy
+    assert up.dtype == jnp.bfloat16  # shared with the critic, or a copy
 
 
 def test_a_model_that_brings_adapters_is_merged_before_ppo(single):

@@ -1,4 +1,4 @@
-"""Experience and the PPO step against an independent float64 oracle, on every mesh, and under what must not matter."""
+"""Experience and the PPO step against an independent float64 oracle, and under what must not matter."""
 
 from dataclasses import replace
 
@@ -12,9 +12,7 @@ from jaxrlhf import ppo
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.ppo import PPOHyperparameters, advantages_and_returns, ppo_step
-from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
 
-MESHES = [(1, 1, 1), (2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 1, 8)]
 BETA = 0.1
 
 
@@ -267,7 +265,7 @@ def test_minibatches_are_a_new_permutation_each_epoch_and_step():
 
 @pytest.mark.parametrize(
     ("options", "split"),
-    [({}, (2, 2, 4)), ({"dtype": jnp.bfloat16, "remat": True}, (1, 2, 2))],
+    [({}, (2, 2, 4)), ({"dtype": jnp.bfloat16, "remat": "full"}, (1, 2, 2))],
     ids=["float32", "bfloat16-remat"],
 )
 def test_ratio_is_exactly_one_until_parameters_move(options, split, lab, lengths):
@@ -311,61 +309,6 @@ def test_rows_without_a_response_and_more_padding_change_neither_losses_nor_grad
     chex.assert_trees_all_close(params, alone, rtol=1e-5, atol=2e-6)
     for name in ("loss/policy_avg", "loss/value_avg", "val/ratio", "policy/grad_norm", "val/grad_norm"):
         assert float(metrics[name]) == pytest.approx(float(few[name]), rel=1e-5, abs=1e-6), name
-
-
-@pytest.fixture(scope="module")
-def adam(lab):
-    """Adam whose epsilon keeps the rounding of tiny gradients from being blown up by its first, sign-like step."""
-    config = OptimizerConfig(learning_rate=1e-2, adam_epsilon=1e-3, lr_scheduler_type="constant", weight_decay=0.1)
-    return {head: make_optimizer(config, 10, lab.tiny_model(head=head).params) for head in ("lm", "scalar")}
-
-
-@pytest.fixture(scope="module")
-def on_one_device(lab, adam):
-    return ppo_on(lab, adam, (1, 1, 1))
-
-
-def ppo_on(lab, adam, shape):
-    """Sampled rollout, metrics and new parameters of one PPO iteration on a mesh; shardings before and after."""
-    models = lab.Setup(lab.mesh_of(*shape))
-    rollout = models.rollout(lab.sampling)
-    experience = models.experience(rollout)
-    state = models.state(adam["lm"], critic_optimizer=adam["scalar"])
-    before = jax.tree.map(lambda x: x.sharding, state)
-    old = state
-    state, metrics = ppo_step(state, experience)
-    jax.block_until_ready(state)
-    deleted = [x.is_deleted() for x in jax.tree.leaves((old.actor_params, old.critic_params, old.actor_opt_state))]
-    after = jax.tree.map(lambda x: x.sharding, state)
-    return jax.device_get((rollout, experience, metrics, state)), before, after, deleted
-
-
-@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
-def test_one_iteration_is_the_same_on_every_mesh(shape, lab, adam, on_one_device):
-    (rollout, experience, metrics, state), before, after, deleted = ppo_on(lab, adam, shape)
-    expected = on_one_device[0]
-    np.testing.assert_array_equal(rollout.tokens, expected[0].tokens)
-    np.testing.assert_array_equal(rollout.mask, expected[0].mask)
-    chex.assert_trees_all_close(experience, expected[1], rtol=0, atol=3e-5)
-    chex.assert_trees_all_close(metrics, expected[2], rtol=2e-5, atol=2e-5)
-    for one in (metrics, expected[2]):
-        assert (one["val/ratio"], one["val/ratio_var"], one["policy/approxkl_avg"]) == (1, 0, 0)
-    for name in ("actor_params", "critic_params", "ema_params"):
-        chex.assert_trees_all_close(getattr(state, name), getattr(expected[3], name), rtol=0, atol=1e-5)
-    leaves = jax.tree.leaves(state)
-    for x, one, other in zip(leaves, jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        if x.ndim:
-            assert one.is_equivalent_to(other, x.ndim), f"{x.shape}: {one} became {other}"
-    kernel = after.actor_params["layers"]["mlp"]["up"]["kernel"]
-    split = {axis for entry in kernel.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
-    assert split == {name for name, size in zip(("data", "fsdp", "tensor"), shape, strict=True) if size > 1} - {"data"}
-    assert all(deleted)
-
-
-def test_parameters_move_far_more_than_meshes_differ(setup, on_one_device):
-    _, _, _, state = on_one_device[0]
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.actor_params, setup.actor.params)
-    assert np.median(jax.tree.leaves(moved)) > 1e-3
 
 
 def test_minibatches_that_do_not_divide_the_rollout_are_refused(experience, setup, lab):

@@ -1,5 +1,7 @@
 """The mesh, how logical axes become partition specs, and the pinning of activations."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,18 +12,22 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.errors import InputError
 from jaxrlhf.sharding import (
     AXES,
-    GENERATE_GATHERED_RULES,
     GENERATE_RULES,
+    REPLICATED_RULES,
     TRAIN_RULES,
     batch_sharding,
     check_divisible,
+    check_tensor_parallel,
     constrain,
-    generate_rules,
+    default_tensor_parallel,
+    generate_mesh,
     make_mesh,
+    named_sharding,
     place_batch,
     resolve_spec,
     use,
 )
+from jaxrlhf.sharding.mesh import arrange_hosts
 
 
 @pytest.mark.parametrize(
@@ -88,15 +94,71 @@ def test_train_rules(sizes, axes, shape, expected):
     assert resolve_spec(axes, shape, mesh, TRAIN_RULES) == expected
 
 
-def test_generation_rules_split_the_same_dimension_and_never_embed():
+def test_generation_splits_the_dimension_that_storage_splits_and_never_embed():
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
-    axes = ("embed", "heads", "head_dim")
-    assert generate_rules(mesh, 8) is GENERATE_RULES and generate_rules(mesh, 6) is GENERATE_GATHERED_RULES
-    train = resolve_spec(axes, (32, 8, 4), mesh, TRAIN_RULES)
-    assert resolve_spec(axes, (32, 8, 4), mesh, GENERATE_RULES) == train == P(None, ("tensor", "fsdp"))
-    assert resolve_spec(axes, (32, 6, 4), mesh, GENERATE_GATHERED_RULES) == P(None, "tensor")
-    assert resolve_spec(("batch", "kv_heads"), (8, 8), mesh, GENERATE_RULES) == P(None, ("tensor", "fsdp"))
-    assert resolve_spec(("batch", "kv_heads"), (8, 8), mesh, GENERATE_GATHERED_RULES) == P("fsdp", "tensor")
+    axes, shape = ("embed", "heads", "head_dim"), (32, 8, 4)
+    stored = resolve_spec(axes, shape, mesh, TRAIN_RULES)
+    whole, halves, gathered = (generate_mesh(mesh, group) for group in (8, 4, 2))
+    assert resolve_spec(axes, shape, whole, GENERATE_RULES) == stored == P(None, ("tensor", "fsdp"))
+    assert resolve_spec(axes, shape, halves, GENERATE_RULES) == P(None, ("tensor", "fsdp"))
+    assert resolve_spec(axes, shape, gathered, GENERATE_RULES) == P(None, "tensor")
+    assert resolve_spec(("batch", "kv_heads"), (8, 8), whole, GENERATE_RULES) == P(None, ("tensor", "fsdp"))
+    assert resolve_spec(("batch", "kv_heads"), (8, 8), halves, GENERATE_RULES) == P("replica", ("tensor", "fsdp"))
+    assert resolve_spec(("batch", "kv_heads"), (8, 8), gathered, GENERATE_RULES) == P("replica", "tensor")
+    assert resolve_spec(axes, shape, mesh, REPLICATED_RULES) == P(None, "tensor")
+    assert list(halves.devices.flat) == list(mesh.devices.flat)
+
+
+@pytest.mark.parametrize("group", [2, 4, 8])
+def test_the_flip_is_nothing_or_one_gather_of_each_device_s_share(group):
+    """Storage blocks of a group are neighbours, so there is nothing to permute."""
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    view = generate_mesh(mesh, group)
+    spec = ("embed", "mlp")
+    x = jax.ShapeDtypeStruct((4, 16), jnp.float32, sharding=named_sharding(spec, (4, 16), mesh, TRAIN_RULES))
+
+    def flip(x):
+        with use(view, GENERATE_RULES):
+            return constrain(x, *spec)
+
+    text = jax.jit(flip).lower(x).compile().as_text()
+    found = [name for name in ("all-gather", "all-to-all", "collective-permute", "all-reduce") if f" {name}(" in text]
+    assert found == ([] if group == 8 else ["all-gather"])
+
+
+def test_tensor_parallel_groups_that_do_not_fit_are_refused():
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    for group in (1, 3, 6, 16):
+        with pytest.raises(InputError, match=rf"generate_tensor_parallel={group} .*one of 2, 4, 8"):
+            generate_mesh(mesh, group)
+    with pytest.raises(InputError, match="generate_tensor_parallel=8 does not divide the model's num_heads=12"):
+        check_tensor_parallel(8, 12)
+
+
+class Chip:
+    """A device of some host, as far as arranging a mesh looks at it."""
+
+    platform = "gpu"
+
+    def __init__(self, number: int, per_host: int) -> None:
+        self.id, self.process_index = number, number // per_host
+
+
+@pytest.mark.parametrize(
+    ("sizes", "per_host", "group"),
+    [((1, 16, 1), 4, 4), ((1, 8, 2), 4, 4), ((2, 8, 1), 4, 4), ((4, 2, 2), 4, 4), ((1, 16, 1), 8, 8)],
+)
+def test_the_default_group_is_the_devices_of_one_host_and_storage_neighbours_are_not(sizes, per_host, group):
+    devices = [Chip(number, per_host) for number in range(16)]
+    mesh = SimpleNamespace(devices=arrange_hosts(np.array(devices), sizes), shape=dict(zip(AXES, sizes, strict=True)))
+    assert {d.id for d in mesh.devices.flat} == set(range(16))
+    assert default_tensor_parallel(mesh, num_heads=16) == group
+    data, fsdp, tensor = sizes
+    part = group // tensor
+    view = mesh.devices.reshape(data, part, fsdp // part, tensor)
+    for a, b in np.ndindex(data, fsdp // part):
+        assert len({d.process_index for d in view[a, :, b, :].flat}) == 1
+    assert default_tensor_parallel(mesh, num_heads=12) == min(group, 4)
 
 
 def test_axes_must_fit_the_rank():

@@ -31,7 +31,7 @@ LAYERS = (
     ("report",),
     ("runs",),
     ("trainers",),
-    ("chat", "convert"),
+    ("chat", "convert", "plan"),
     ("cli",),
     ("__main__",),
     ("scripts",),

@@ -117,7 +117,9 @@ def topology_of(device: Device, devices: int, asked: str | None) -> str:
     if asked is None:
         if not fitting:
             known = ", ".join(f"{shape} ({chips(shape)} chips)" for shape in device.topologies)
-            raise InputError(f"devices={devices}: there is no {device.name} slice of that many chips; known are {known}")
+            raise InputError(
+                f"devices={devices}: there is no {device.name} slice of that many chips; known are {known}"
+            )
         return fitting[0]
     shape = asked.lower().removeprefix(f"{device.name}:")
     if shape not in device.topologies:

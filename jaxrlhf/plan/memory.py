@@ -152,9 +152,7 @@ def _working_copy(system: System, name: str, params: PyTree) -> int:
         return 0
     shapes = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype), params)
     shardings = tree_shardings(logical_axes(module), shapes, system.mesh, REPLICATED_RULES)
-    sizes = jax.tree.map(
-        lambda x, s: array_bytes(s.shard_shape(x.shape), x.dtype.itemsize, ""), shapes, shardings
-    )
+    sizes = jax.tree.map(lambda x, s: array_bytes(s.shard_shape(x.shape), x.dtype.itemsize, ""), shapes, shardings)
     return sum(jax.tree.leaves(sizes))
 
 
@@ -242,7 +240,9 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
         "activations": sum(kept) if both else max(kept),
         **_largest(*passes),
     }
-    brought = {f"{name} on the device": tree_bytes(system.trees[name], platform) for name in names if name in system.on_host}
+    brought = {
+        f"{name} on the device": tree_bytes(system.trees[name], platform) for name in names if name in system.on_host
+    }
     return _program(system, platform, "train", arguments, temporaries | brought, 0)
 
 

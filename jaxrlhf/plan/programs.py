@@ -302,8 +302,8 @@ def _where_it_waits(system: System, name: str) -> PyTree:
     def move(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # counters stay on the device, as in `optimizer_shardings`
         kept = x.ndim == 0
-        return x if kept else jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host")
+        return (
+            x if kept else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host"))
         )
 
     return jax.tree.map(move, tree)

@@ -1,0 +1,173 @@
+"""The nearest setting that fits: changes in order of what they cost, the fewest of them that suffice."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.plan.memory import ProgramMemory, estimate
+from jaxrlhf.plan.programs import build_system
+from jaxrlhf.plan.settings import PlanConfig
+
+Change = Callable[[PlanConfig], PlanConfig | None]
+MOST_DEVICES = 65_536
+LORA_RANK = 64
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A setting that fits, and how it differs from the one that was asked for."""
+
+    config: PlanConfig
+    flags: str
+    """What to add to the command line."""
+    reasons: tuple[str, ...]
+    bytes_per_device: int
+
+
+def capacity(config: PlanConfig) -> int:
+    """Bytes of a device that programs may fill."""
+    return int(config.accelerator.memory * config.accelerator.usable)
+
+
+def peak(programs: dict[str, ProgramMemory]) -> int:
+    """Most bytes on a device over an iteration."""
+    return max(program.bytes_per_device for program in programs.values())
+
+
+def _peak_of(config: PlanConfig) -> int | None:
+    """None for a setting that is refused: a mesh or a group that does not divide."""
+    try:
+        return peak(estimate(build_system(config), config.accelerator.platform))
+    except InputError:
+        return None
+
+
+def _fits(config: PlanConfig) -> bool:
+    size = _peak_of(config)
+    return size is not None and size <= capacity(config)
+
+
+def _smaller_micro_batches(c: PlanConfig) -> PlanConfig | None:
+    """The same rollout batch in micro-batches of one row."""
+    rows = c.per_device_train_batch_size
+    steps = rows * c.gradient_accumulation_steps
+    return _changed(c, per_device_train_batch_size=1, gradient_accumulation_steps=steps) if rows > 1 else None
+
+
+def _wider_generation(c: PlanConfig) -> PlanConfig | None:
+    """Generation split over the largest group that divides the heads."""
+    system = build_system(c)
+    tensor, fsdp = system.tensor, system.mesh.shape["fsdp"]
+    heads = system.modules["actor"].config.num_heads
+    groups = [tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0 and heads % (tensor * n) == 0]
+    return _changed(c, generate_tensor_parallel=max(groups)) if max(groups) > system.generate_tensor else None
+
+
+def _changed(c: PlanConfig, **values: object) -> PlanConfig | None:
+    return (
+        dataclasses.replace(c, **values) if any(getattr(c, name) != value for name, value in values.items()) else None
+    )
+
+
+def _remat(c: PlanConfig) -> PlanConfig | None:
+    return None if c.ppo.remat == "full" else _changed(c, remat_policy="full")
+
+
+def _full_sharding(c: PlanConfig) -> PlanConfig | None:
+    stages = {"zero_stage": 3} | {
+        name: None for name in ("critic_zero_stage", "reference_zero_stage", "reward_zero_stage")
+    }
+    return _changed(c, **stages)
+
+
+def _offload_frozen(c: PlanConfig) -> PlanConfig | None:
+    if not c.accelerator.pinned_host:
+        return None
+    return _changed(c, offload_reference_model=not c.lora_r, offload_reward_model=not c.critic_lora_r)
+
+
+def _offload_optimizer(c: PlanConfig) -> PlanConfig | None:
+    return _changed(c, offload_optimizer=True) if c.accelerator.pinned_host else None
+
+
+def _lora(c: PlanConfig) -> PlanConfig | None:
+    shared = {"offload_reference_model": False, "reference_zero_stage": None}
+    return None if c.lora_r else _changed(c, lora_r=LORA_RANK, **shared)
+
+
+def _fewer_rows(c: PlanConfig) -> PlanConfig | None:
+    """A rollout batch of one row per device: it shortens the cache, and changes what is trained on at once."""
+    return _changed(c, per_device_train_batch_size=1, gradient_accumulation_steps=1, num_mini_batches=1)
+
+
+CHANGES: tuple[tuple[str, Change], ...] = (
+    ("micro-batches of one row: the same results, a little slower", _smaller_micro_batches),
+    ("generation over more devices: more communication per token", _wider_generation),
+    ("recompute layers in the backward pass: about a third more arithmetic in training", _remat),
+    ("split parameters, gradients and optimizer state over all of mesh_fsdp", _full_sharding),
+    ("frozen models wait in host memory: a transfer per iteration", _offload_frozen),
+    ("Adam's moments wait in host memory: two transfers per update", _offload_optimizer),
+    ("a smaller rollout batch: other training dynamics", _fewer_rows),
+    (f"adapters of rank {LORA_RANK} instead of all parameters: another kind of training", _lora),
+)
+
+
+def flags_between(old: PlanConfig, new: PlanConfig) -> str:
+    """The flags that turn one setting into another."""
+    words = []
+    for f in dataclasses.fields(PlanConfig):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        if before != after:
+            words.append(f"--{f.name} {str(after).lower() if isinstance(after, bool | None) else after}")
+    return " ".join(words)
+
+
+def _combined(config: PlanConfig, chosen: list[int]) -> PlanConfig:
+    for number in chosen:
+        config = CHANGES[number][1](config) or config
+    return config
+
+
+def _fewest(config: PlanConfig) -> Nearest | None:
+    """The first change that suffices alone, else the shortest run of them from the top, thinned out."""
+    single = next(([n] for n in range(len(CHANGES)) if _fits(_combined(config, [n]))), None)
+    chosen = single or next(
+        (list(range(n)) for n in range(2, len(CHANGES) + 1) if _fits(_combined(config, list(range(n))))), None
+    )
+    if chosen is None:
+        return None
+    for number in reversed(chosen[:-1]):
+        fewer = [n for n in chosen if n != number]
+        chosen = fewer if _fits(_combined(config, fewer)) else chosen
+    found = _combined(config, chosen)
+    reasons = tuple(
+        CHANGES[n][0] for i, n in enumerate(chosen) if CHANGES[n][1](_combined(config, chosen[:i])) is not None
+    )
+    return Nearest(found, flags_between(config, found), reasons, _peak_of(found))
+
+
+def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
+    """The nearest setting that fits the devices that were asked for; None when nothing does."""
+    return _fewest(config)
+
+
+def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
+    """The same run, all parameters trained, on the smallest larger cluster that holds it with what changes no result."""
+    free = {"mesh_fsdp": -1, "topology": None}
+    device = config.accelerator
+    count = config.devices
+    keep_results = [n for n, (_, change) in enumerate(CHANGES) if change not in (_fewer_rows, _lora)]
+    while count < MOST_DEVICES:
+        count *= 2
+        hosts = {"devices_per_host": None} if config.devices < device.devices_per_host else {}
+        try:
+            larger = dataclasses.replace(config, devices=count, **free, **hosts)
+        except InputError:  # there is no slice of that size
+            continue
+        for chosen in ([], keep_results[:1], keep_results[:3], keep_results):
+            found = _combined(larger, chosen)
+            if _fits(found):
+                reasons = (f"{count} devices", *(CHANGES[n][0] for n in chosen))
+                return Nearest(found, flags_between(config, found), reasons, _peak_of(found))
+    return None

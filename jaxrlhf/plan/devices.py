@@ -116,10 +116,8 @@ def topology_of(device: Device, devices: int, asked: str | None) -> str:
     fitting = [shape for shape in device.topologies if chips(shape) == devices]
     if asked is None:
         if not fitting:
-            known = ", ".join(f"{shape} ({chips(shape)} chips)" for shape in device.topologies)
-            raise InputError(
-                f"devices={devices}: there is no {device.name} slice of that many chips; known are {known}"
-            )
+            known = ", ".join(f"{shape} ({chips(shape)})" for shape in device.topologies)
+            raise InputError(f"devices={devices}: {device.name} has no slice of that many chips; known are {known}")
         return fitting[0]
     shape = asked.lower().removeprefix(f"{device.name}:")
     if shape not in device.topologies:

@@ -90,7 +90,7 @@ def _residuals(module: Decoder, rows: int, length: int) -> int:
     parameter_shapes = {x.shape for x in jax.tree.leaves(params)} | {x.shape[1:] for x in jax.tree.leaves(params)}
     counts = Counter((x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(kept, trainable, frozen, tokens, mask)))
     return sum(
-        math.prod(shape) * dtype.itemsize * (1 if dtype == bool else count)
+        math.prod(shape) * dtype.itemsize * (1 if dtype == jnp.bool_ else count)
         for (shape, dtype), count in counts.items()
         if shape not in parameter_shapes
     )
@@ -240,9 +240,8 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
         "activations": sum(kept) if both else max(kept),
         **_largest(*passes),
     }
-    brought = {
-        f"{name} on the device": tree_bytes(system.trees[name], platform) for name in names if name in system.on_host
-    }
+    offloaded = [name for name in names if name in system.on_host]
+    brought = {f"{name} on the device": tree_bytes(system.trees[name], platform) for name in offloaded}
     return _program(system, platform, "train", arguments, temporaries | brought, 0)
 
 

@@ -353,7 +353,7 @@ def topology_devices(device: Device, shape: str, count: int) -> list:
     if device.platform == "tpu":
         options = {}
         if count < device.devices_per_host or count == 1:
-            options["chips_per_host_bounds"] = [int(n) for n in (shape.split("x") + ["1"])[:3]]
+            options["chips_per_host_bounds"] = [int(n) for n in f"{shape}x1".split("x")[:3]]
         return topologies.get_topology_desc(f"{device.name}:{shape}", "tpu", **options).devices
     hosts = -(-count // device.devices_per_host)
     return topologies.get_topology_desc(

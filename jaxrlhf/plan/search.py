@@ -153,7 +153,7 @@ def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
 
 
 def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
-    """The same run, all parameters trained, on the smallest larger cluster that holds it with what changes no result."""
+    """The same run, all parameters trained, on the smallest larger cluster that holds it."""
     free = {"mesh_fsdp": -1, "topology": None}
     device = config.accelerator
     count = config.devices

@@ -10,13 +10,14 @@ from jaxrlhf.plan.devices import DEVICES, OVERRIDES, Device, find_device, topolo
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 
 _PPO = {f.name: f for f in dataclasses.fields(PPOConfig)}
-SHARED = (
-    ("mesh_data", "mesh_fsdp", "mesh_tensor", "generate_tensor_parallel", "dtype")
-    + ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs")
-    + ("max_prompt_seq_len", "max_answer_seq_len", "lora_r", "lora_target_modules", "critic_lora_r")
-    + ("critic_lora_target_modules", "zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage")
-    + ("offload_reference_model", "offload_reward_model", "offload_optimizer", "gradient_checkpointing")
-    + ("remat_policy", "enable_ema", "num_train_epochs")
+SHARED = tuple(
+    """
+    mesh_data mesh_fsdp mesh_tensor generate_tensor_parallel dtype per_device_train_batch_size
+    gradient_accumulation_steps num_mini_batches ppo_epochs max_prompt_seq_len max_answer_seq_len lora_r
+    lora_target_modules critic_lora_r critic_lora_target_modules zero_stage critic_zero_stage reference_zero_stage
+    reward_zero_stage offload_reference_model offload_reward_model offload_optimizer gradient_checkpointing
+    remat_policy enable_ema num_train_epochs
+    """.split()
 )
 """Flags of `jaxrlhf ppo` that decide memory and time, with the same meaning here."""
 

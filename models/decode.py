@@ -23,6 +23,7 @@ class GenerationView:
     layers: tuple[PyTree, ...]
 
 
+@jax.named_scope("flip")
 def generation_view(params: PyTree, module: Decoder) -> GenerationView:
     """Cast to the compute dtype, unstack, and pin to the current generation rules: the one place of the flip.
 

@@ -82,7 +82,7 @@ def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | Non
     """
     if mesh is None or module.zero_stage in (0, 3):
         return params
-    with use(mesh, REPLICATED_RULES):
+    with use(mesh, REPLICATED_RULES), jax.named_scope("working_copy"):
         return jax.tree.map(lambda x, names: constrain(x, *names), cast_matrices(params, module.dtype), axes)
 
 

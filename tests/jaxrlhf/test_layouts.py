@@ -79,6 +79,13 @@ def on_one_device(lab, adam):
     return iterate(lab, adam, ONE)[0]
 
 
+@pytest.fixture(autouse=True)
+def release_programs_of_many_layouts(request):
+    yield
+    if request.config.getoption("full_matrix"):
+        jax.clear_caches()
+
+
 def axes_of(sharding) -> set[str]:
     return {axis for entry in sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
 

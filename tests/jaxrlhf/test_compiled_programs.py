@@ -1,0 +1,174 @@
+"""What the compiler made of the two programs: where collectives and copies are, read from the optimised HLO."""
+
+import re
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jaxrlhf.engine import HybridEngine, generate
+from jaxrlhf.models import init_cache
+from jaxrlhf.ppo import Experience, PPOHyperparameters, ppo_step
+from jaxrlhf.sharding import GENERATE_RULES, use
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+# Few rows and a wide model, so that the smallest weight is larger than the largest activation.
+WIDE = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 16}
+# With a single key/value head per device XLA's CPU backend does copy caches, unlike that for GPUs: here there are two.
+WIDE |= {"num_key_value_heads": 16, "intermediate_size": 192, "max_position_embeddings": 64}
+LAYERS, ROWS, PROMPT, ANSWER = 3, 2, 6, 26
+
+
+class Instruction(NamedTuple):
+    computation: str
+    opcode: str
+    elements: tuple[int, ...]
+    """Of each result, per device."""
+    shapes: tuple[tuple[int, ...], ...]
+    source: str
+    """Names of the JAX operations and scopes it came from."""
+
+
+class Program:
+    """Instructions of a compiled program by computation, and which computations call which."""
+
+    def __init__(self, text: str) -> None:
+        self.instructions: list[Instruction] = []
+        self.calls: dict[str, set[str]] = {}
+        self.bodies: list[tuple[str, str]] = []
+        computation = ""
+        for line in text.splitlines():
+            if head := re.match(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+                computation = head[1]
+                self.calls[computation] = set()
+                continue
+            found = re.match(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(", line)
+            if found is None:
+                continue
+            name = re.search(r'op_name="([^"]*)"', line)
+            source, opcode = name[1] if name else "", found[2].removesuffix("-start")
+            shapes = tuple(tuple(map(int, s.split(","))) if s else () for s in re.findall(r"\w+\[([\d,]*)\]", found[1]))
+            self.instructions.append(Instruction(computation, opcode, tuple(map(prod, shapes)), shapes, source))
+            self.calls[computation].update(re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line))
+            for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                self.calls[computation].update(x.strip().lstrip("%") for x in group.split(","))
+            if opcode == "while":
+                self.bodies.append((re.search(r"body=%?([\w.\-]+)", line)[1], source))
+
+    def below(self, computation: str) -> set[str]:
+        """The computation and all that it calls, directly or not."""
+        reached, todo = set(), [computation]
+        while todo:
+            one = todo.pop()
+            if one not in reached:
+                reached.add(one)
+                todo += self.calls.get(one, ())
+        return reached
+
+    def inside(self, computation: str, *opcodes: str) -> list[Instruction]:
+        names = self.below(computation)
+        return [i for i in self.instructions if i.computation in names and i.opcode in opcodes]
+
+
+def decode_loop(program: Program) -> str:
+    """The body of the one loop that holds the layers' attention."""
+    found = {body for body, source in program.bodies if source.endswith("jit(generate)/while")}
+    assert len(found) == 1, program.bodies
+    return found.pop()
+
+
+@pytest.fixture(scope="module")
+def generate_programs(lab):
+    """{tensor-parallel size: (engine, compiled generate program)} on 8 devices that store fully sharded."""
+    mesh = lab.mesh_of(1, 8, 1)
+    model = lab.tiny_model(WIDE, mesh=mesh)
+
+    def compiled(group: int) -> tuple[HybridEngine, Program]:
+        engine = HybridEngine(model, mesh, group)
+        rows = ROWS * 8 // group
+        arrays = [jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32), jax.ShapeDtypeStruct((rows, PROMPT), bool)]
+        arrays.append(jax.ShapeDtypeStruct((rows,), jnp.int32))
+        sampling = lab.sampling.__class__(ANSWER, eos_token_id=5)
+        static = {"module": engine.module, "sampling": sampling, "mesh": engine.generate_mesh}
+        lowered = generate.lower(engine.params, *arrays, jax.random.key(0), **static)
+        return engine, Program(lowered.compile().as_text())
+
+    return {group: compiled(group) for group in (8, 2)}
+
+
+def cache_elements(engine: HybridEngine, rows: int) -> int:
+    """Elements per device of the keys of one layer."""
+    with use(engine.generate_mesh, GENERATE_RULES):
+        cache = jax.jit(lambda: init_cache(engine.module, rows, PROMPT + ANSWER))()
+    return cache[0][0].addressable_shards[0].data.size
+
+
+@pytest.mark.parametrize("group", (8, 2))
+def test_the_decode_loop_moves_activations_only(group, generate_programs):
+    """No collective of a weight's or a cache's size, and no copy of one: neither as such nor inside a fusion."""
+    engine, program = generate_programs[group]
+    body = decode_loop(program)
+    activation = ROWS * WIDE["hidden_size"]
+    smallest = min(WIDE["hidden_size"] ** 2 // group, cache_elements(engine, ROWS * 8 // group))
+    assert smallest > activation
+    collectives = program.inside(body, *COLLECTIVES)
+    assert len([i for i in collectives if "dot_general" in i.source]) == 2 * LAYERS, "attention's and the MLP's sum"
+    assert max(max(i.elements) for i in collectives) <= activation
+    copies = program.inside(body, "copy", "transpose")
+    assert copies
+    assert max(max(i.elements) for i in copies) < smallest
+    # in place: a cache is written through a dynamic-update-slice, once per layer for keys and for values
+    written = [i for i in program.inside(body, "dynamic-update-slice") if len(i.shapes[0]) == 4]
+    assert len(written) == 2 * LAYERS
+
+
+def test_the_flip_is_free_where_generation_splits_what_storage_splits(generate_programs):
+    program = generate_programs[8][1]
+    assert [i for i in program.instructions if i.opcode in COLLECTIVES and "flip" in i.source] == []
+
+
+def test_otherwise_the_flip_is_one_gather_per_weight_before_the_loop(generate_programs):
+    program = generate_programs[2][1]
+    loop = program.below(decode_loop(program))
+    flips = [i for i in program.instructions if i.opcode in COLLECTIVES and "flip" in i.source]
+    assert {i.opcode for i in flips} == {"all-gather"}
+    assert not any(i.computation in loop for i in flips)
+    assert len(flips) == 7 * LAYERS + 2  # q, k, v, out, gate, up, down; embedding and head
+
+
+def train_program(lab, stage: int) -> Program:
+    mesh = lab.mesh_of(1, 8, 1)
+    hyperparameters = PPOHyperparameters(num_mini_batches=2, micro_batches=2)
+    setup = lab.Setup(mesh, stages=(stage, 3, 3, 3), options=WIDE, remat="full")
+    state = setup.state(optax.adam(1e-3), hyperparameters)
+    shape = (32, PROMPT + ANSWER)
+    whole = {name: jax.ShapeDtypeStruct(shape, bool) for name in ("mask", "response_mask")}
+    names = ("logprobs", "ref_logprobs", "values", "sampler_logprobs", "entropy")
+    whole |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
+    tokens, scores = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    return Program(ppo_step.lower(state, Experience(tokens=tokens, scores=scores, **whole)).compile().as_text())
+
+
+def test_fully_sharded_training_gathers_layer_by_layer(lab):
+    """Stage 3: what is gathered at a time is one layer's weight, inside the loop over layers; never the stacked one."""
+    program = train_program(lab, 3)
+    gathers = [i for i in program.instructions if i.opcode == "all-gather" and "layers/" in i.source]
+    assert gathers
+    hidden, wide = WIDE["hidden_size"], WIDE["intermediate_size"]
+    loops = set().union(*(program.below(body) for body, _ in program.bodies))
+    for one in gathers:
+        assert max(one.elements) <= hidden * wide, f"{one} is more than one layer's matrix"
+        assert one.computation in loops
+    for side in ("query", "key", "value", "out", "up", "gate", "down"):
+        assert [i for i in gathers if f"/{side}/" in i.source], side
+
+
+def test_stage_two_gathers_the_model_once_per_update_and_nothing_in_the_layers(lab):
+    program = train_program(lab, 2)
+    actor = [i for i in program.instructions if i.opcode == "all-gather" and "working_copy" in i.source]
+    stacked = LAYERS * WIDE["hidden_size"] * WIDE["intermediate_size"]
+    assert stacked in {n for i in actor for n in i.elements}
+    assert not [i for i in actor if "checkpoint" in i.source]

@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from jaxrlhf.models import Decoder, cast_matrices, join, logical_axes, param_shapes, split_trainable
+from jaxrlhf.models import (
+    Decoder,
+    cast_matrices,
+    join,
+    logical_axes,
+    param_shapes,
+    param_shardings,
+    split_trainable,
+)
 from jaxrlhf.plan.programs import (
     PROGRAMS,
     System,
@@ -28,7 +36,7 @@ from jaxrlhf.plan.programs import (
     tree_bytes,
 )
 from jaxrlhf.ppo import actor_logprobs, critic_values
-from jaxrlhf.sharding import GENERATE_RULES, REPLICATED_RULES, tree_shardings
+from jaxrlhf.sharding import GENERATE_RULES, REPLICATED_RULES, named_sharding, tree_shardings
 
 PyTree = Any
 LOGPROB_CHUNK = 64  # positions per chunk in kernels/logprobs.py
@@ -113,36 +121,56 @@ def layer_weights(module: Decoder, tensor: int) -> int:
     return size * jnp.dtype(module.dtype).itemsize // tensor
 
 
-def generation_view_bytes(system: System) -> int:
-    """Bytes of the weights as decoding reads them: cast, one array per layer, split for tensor parallelism."""
+@lru_cache(maxsize=64)
+def _generation_arrays(system: System) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int], ...]:
+    """(shape, shape on a device in generation, shape on a device in storage, how many) of the weights decoding reads.
+
+    Stored arrays are stacked by layer; both are given for one layer.
+    """
     module = system.modules["actor"].clone(lora=None)
-    axes, shapes = logical_axes(module), param_shapes(module)
-    per_layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes["layers"])
-    layer_axes = jax.tree.map(lambda a: a[1:], axes["layers"], is_leaf=lambda a: isinstance(a, tuple))
-    layers = _cast_bytes(system, per_layer, layer_axes)
-    outer = {name: x for name, x in shapes.items() if name != "layers"}
-    return module.config.num_layers * layers + _cast_bytes(system, outer, {name: axes[name] for name in outer})
+    axes, shapes = (flatten_dict(f(module)) for f in (logical_axes, param_shapes))
+    stored = flatten_dict(param_shardings(module, system.mesh))
+    arrays = []
+    for path, x in shapes.items():
+        skip = int(path[0] == "layers")
+        one = jax.ShapeDtypeStruct(x.shape[skip:], x.dtype)
+        read = named_sharding(axes[path][skip:], one.shape, system.generate_mesh, GENERATE_RULES)
+        shares = (read.shard_shape(one.shape), stored[path].shard_shape(x.shape)[skip:])
+        arrays.append((one.shape, *map(tuple, shares), x.shape[0] if skip else 1))
+    return tuple(arrays)
 
 
-def _cast_bytes(system: System, shapes: PyTree, axes: PyTree) -> int:
-    dtype = jnp.dtype(system.modules["actor"].dtype)
-    shardings = tree_shardings(axes, shapes, system.generate_mesh, GENERATE_RULES)
-
-    def size(x: jax.ShapeDtypeStruct, sharding: Any) -> int:
-        itemsize = dtype.itemsize if len(x.shape) > 1 else x.dtype.itemsize
-        return array_bytes(sharding.shard_shape(x.shape), itemsize, "")
-
-    return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))
+def generation_view_bytes(system: System, platform: str = "") -> int:
+    """Bytes of the weights as decoding reads them: cast, one array per layer, split for tensor parallelism."""
+    itemsize = jnp.dtype(system.modules["actor"].dtype).itemsize
+    return sum(
+        count * array_bytes(read, itemsize if len(shape) > 1 else 4, platform)
+        for shape, read, _, count in _generation_arrays(system)
+    )
 
 
-def cache_bytes(system: System) -> int:
-    """Bytes of the key/value cache of all layers, prompt and answer."""
-    c = system.modules["actor"].config
-    x = jax.ShapeDtypeStruct((system.rows, c.num_kv_heads, system.length, c.head_dim), system.modules["actor"].dtype)
-    sharding = jax.tree.leaves(
-        tree_shardings({"x": ("batch", "kv_heads", None, None)}, {"x": x}, system.generate_mesh, GENERATE_RULES)
-    )[0]
-    return 2 * c.num_layers * array_bytes(sharding.shard_shape(x.shape), x.dtype.itemsize, "")
+def whole_kernel_bytes(system: System) -> int:
+    """Bytes of the kernels that the flip holds whole: those whose split dimension is not the one that storage splits.
+
+    The compiler gathers such an array in full before it takes a part, and gathers all of them first.
+    """
+    itemsize = jnp.dtype(system.modules["actor"].dtype).itemsize
+    total = 0
+    for shape, read, stored, count in _generation_arrays(system):
+        nested = all(mine <= share for whole, share, mine in zip(shape, read, stored, strict=True) if share < whole)
+        if len(shape) > 1 and not nested:
+            total += count * math.prod(shape) * itemsize // system.tensor
+    return total
+
+
+def cache_bytes(system: System, platform: str = "") -> int:
+    """Bytes of the key/value cache of all layers, prompt and answer; on a TPU head_dim is padded to its lanes."""
+    c, itemsize = system.modules["actor"].config, jnp.dtype(system.modules["actor"].dtype).itemsize
+    shape = (system.rows, c.num_kv_heads, system.length, c.head_dim)
+    sharding = named_sharding(("batch", "kv_heads", None, None), shape, system.generate_mesh, GENERATE_RULES)
+    *rows, width = sharding.shard_shape(shape)
+    lanes = -(-width // 128) * 128 if platform == "tpu" else width
+    return 2 * c.num_layers * math.prod(rows) * lanes * itemsize
 
 
 def _working_copy(system: System, name: str, params: PyTree) -> int:
@@ -170,15 +198,14 @@ def _gradients(system: System, name: str) -> int:
     return sum(jax.tree.leaves(jax.tree.map(lambda x, s: 4 * math.prod(s.shard_shape(x.shape)), trainable, shardings)))
 
 
-def _layout_copies(system: System, name: str) -> int:
-    """Gradients of stacked kernels that the compiler holds in a second layout before the update.
+def _layout_copies(system: System) -> int:
+    """Gradients of the actor's stacked kernels that the compiler holds in a second layout before the update.
 
     Those whose split dimension is not the last one: query, key and value, and the MLP's down projection.
     """
-    module = system.modules[name]
-    if module.lora is not None or system.mesh.shape["fsdp"] == 1:
+    if system.modules["actor"].lora is not None or system.mesh.shape["fsdp"] == 1:
         return 0
-    layers = flatten_dict(system.trainable(name)["layers"])
+    layers = flatten_dict(system.trainable("actor")["layers"])
     turned = [x for path, x in layers.items() if path[-1] == "kernel" and path[-2] in ("query", "key", "value", "down")]
     return sum(4 * math.prod(local_shape(x)) for x in turned)
 
@@ -190,16 +217,37 @@ def _logits_chunk(system: System, name: str, rows: int, backward: bool) -> int:
     return (3 if backward else 2) * chunk
 
 
-def _pass_scratch(system: System, name: str, rows: int, backward: bool) -> dict[str, int]:
+@dataclass(frozen=True)
+class Scratch:
+    """A compiler's factors, fitted to what it reports."""
+
+    layers: float
+    """Layers whose gathered weights are on the device at once, in a backward pass."""
+    layout_copies: bool
+    """Whether gradients of some stacked kernels are held in a second layout."""
+    hoisted_casts: bool
+    """Whether a forward pass alone casts all layers' weights before the first one."""
+
+
+SCRATCH = {"tpu": Scratch(5, False, False)}
+GPU_SCRATCH = Scratch(2, True, True)
+
+
+def scratch_of(platform: str) -> Scratch:
+    return SCRATCH.get(platform, GPU_SCRATCH)
+
+
+def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform: str) -> dict[str, int]:
     """What one layer's arithmetic needs besides what is kept, or the head's where that is more."""
     module = system.modules[name]
     scores = score_bytes(module, rows, system.length, system.length, system.tensor)
     itemsize = jnp.dtype(module.dtype).itemsize
     held = (3 if backward else 1) + itemsize / 8
     gathered = module.zero_stage == 3 and system.mesh.shape["fsdp"] > 1
+    layers = scratch_of(platform).layers if backward else 2
     layer = {
         "attention scores": int(held * scores),
-        "gathered layer weights": 2 * layer_weights(module, system.tensor) if gathered else 0,
+        "gathered layer weights": int(layers * layer_weights(module, system.tensor)) if gathered else 0,
     }
     head = _logits_chunk(system, name, rows, backward) if module.head == "lm" else 0
     return layer if sum(layer.values()) >= head else {"logits": head}
@@ -231,11 +279,12 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     kept = [residual_bytes(system.modules[name], rows, system.length, system.tensor) for name in names_trained]
     # Both forward passes come before the backward passes, unless these run in a loop that recomputes.
     both = config.remat == "none"
-    passes = [_pass_scratch(system, name, rows, backward=True) for name in names_trained]
+    passes = [_pass_scratch(system, name, rows, True, platform) for name in names_trained]
+    loops = config.gradient_accumulation_steps > 1
     gradients = sum(_gradients(system, name) for name in ("actor", "critic"))
     temporaries = {
-        "gradients": gradients * (2 if config.gradient_accumulation_steps > 1 else 1),
-        "gradient layout copies": _layout_copies(system, "actor"),
+        "gradients": gradients * (2 if loops else 1),
+        "gradient layout copies": 0 if loops or not scratch_of(platform).layout_copies else _layout_copies(system),
         "working copies": sum(_working_copy(system, name, system.trees[name]) for name in ("actor", "critic")),
         "activations": sum(kept) if both else max(kept),
         **_largest(*passes),
@@ -254,9 +303,10 @@ def score_memory(system: System, platform: str) -> ProgramMemory:
     for name in names:
         module = system.modules[name]
         tree = system.trees.get(name)
-        scratch = _pass_scratch(system, name, rows, backward=False)
+        scratch = _pass_scratch(system, name, rows, False, platform)
         if tree is not None:
-            scratch["working copies"] = _working_copy(system, name, tree) or _cast(tree, module)
+            casts = _cast(tree, module) if scratch_of(platform).hoisted_casts else 0
+            scratch["working copies"] = _working_copy(system, name, tree) or casts
         if name in system.on_host:
             scratch[f"{name} on the device"] = tree_bytes(tree, platform)
         phases.append(scratch)
@@ -273,29 +323,28 @@ def _cast(tree: PyTree, module: Decoder) -> int:
 
 
 def generate_memory(system: System, platform: str) -> ProgramMemory:
-    """Of `generate`: during the prefill, or at the end of decoding."""
+    """Of `generate`: at the flip, during the prefill, or at the end of decoding, whichever needs most."""
     module, config = system.modules["actor"], system.config
     c, tensor = module.config, system.generate_tensor
     itemsize = jnp.dtype(module.dtype).itemsize
-    replicas = system.generate_mesh.size // tensor
-    rows = max(1, system.rows // replicas)
+    rows = max(1, system.rows * tensor // system.generate_mesh.size)
     prompt = config.max_prompt_seq_len
-    cache = cache_bytes(system)
     tokens = rows * prompt
     hidden = tokens * c.hidden_size * (4 + 3 * itemsize)
     mlp = tokens * c.intermediate_size // tensor * 2 * itemsize
-    scores = score_bytes(module, rows, prompt, prompt, tensor) * (1 + itemsize / 4)
-    prefill = {
-        "KV cache": cache * prompt // system.length,
-        "prefill activations": int(hidden + mlp + scores),
-    }
+    scores = int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + itemsize / 4))
+    prompt_cache = cache_bytes(system) * prompt // system.length
+    prefill = {"KV cache": prompt_cache, "prefill activations": hidden + mlp + scores}
     logits = 4 * rows * c.padded_vocab_size // tensor
     attend = 2 * score_bytes(module, rows, 1, system.length, tensor)
-    decode = {"KV cache": cache, "logits": 2 * logits + attend}
-    view = {"generation weights": generation_view_bytes(system)}
+    decode = {"KV cache": cache_bytes(system, platform), "logits": 2 * logits + attend}
+    if platform == "tpu":  # the prompt's keys and values are laid out anew for decoding
+        decode["KV cache of the prompt"] = prompt_cache
+    flip = {"whole kernels": whole_kernel_bytes(system)}
+    view = {"generation weights": generation_view_bytes(system, platform)}
     arguments = _on_device(system, platform, ("actor",)) | {"batch": tree_bytes(prompt_batch(system), platform)}
     outputs = tree_bytes(rollout(system), platform)
-    return _program(system, platform, "generate", arguments, view | _largest(prefill, decode), outputs)
+    return _program(system, platform, "generate", arguments, view | _largest(flip, prefill, decode), outputs)
 
 
 def _program(

@@ -84,7 +84,7 @@ def model_config(name: str) -> DecoderConfig:
         raise InputError(f"{error}; nor is {name!r} a known shape, which are {', '.join(KNOWN)}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class System:
     """What RLHFEngine holds, abstractly: the tree of each resident item, on one mesh."""
 

@@ -10,16 +10,6 @@ from jaxrlhf.plan.devices import DEVICES, OVERRIDES, Device, find_device, topolo
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 
 _PPO = {f.name: f for f in dataclasses.fields(PPOConfig)}
-SHARED = tuple(
-    """
-    mesh_data mesh_fsdp mesh_tensor generate_tensor_parallel dtype per_device_train_batch_size
-    gradient_accumulation_steps num_mini_batches ppo_epochs max_prompt_seq_len max_answer_seq_len lora_r
-    lora_target_modules critic_lora_r critic_lora_target_modules zero_stage critic_zero_stage reference_zero_stage
-    reward_zero_stage offload_reference_model offload_reward_model offload_optimizer gradient_checkpointing
-    remat_policy enable_ema num_train_epochs
-    """.split()
-)
-"""Flags of `jaxrlhf ppo` that decide memory and time, with the same meaning here."""
 
 
 def _same(name: str) -> Any:
@@ -105,7 +95,7 @@ class PlanConfig(ClusterConfig):
         if self.plot is not None and not self.plot.endswith((".png", ".svg")):
             raise InputError(f"plot={self.plot!r} must end in .png or .svg")
         accelerator, _, _ = self.accelerator, self.shape, self.ppo  # all three refuse bad values by name
-        offloads = [name for name in SHARED if name.startswith("offload_") and getattr(self, name)]
+        offloads = [name for name in self.shared if name.startswith("offload_") and getattr(self, name)]
         if offloads and not accelerator.pinned_host:
             raise InputError(
                 f"{offloads[0]}: {accelerator.name} devices have no pinned host memory to offload to; leave it out"
@@ -124,9 +114,14 @@ class PlanConfig(ClusterConfig):
         return topology_of(self.accelerator, self.devices, self.topology)
 
     @property
+    def shared(self) -> dict[str, Any]:
+        """The settings that `jaxrlhf ppo` has under the same names."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in _PPO}
+
+    @property
     def ppo(self) -> PPOConfig:
         """The settings of the planned run."""
-        values = {name: getattr(self, name) for name in SHARED}
+        values = dict(self.shared)
         if self.dtype == "auto":
             values["dtype"] = "float32" if self.accelerator.platform == "cpu" else "bfloat16"
         return PPOConfig(**values)

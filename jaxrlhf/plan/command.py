@@ -27,7 +27,8 @@ def make_plan(config: PlanConfig) -> Plan:
     if plan.fits:
         return plan
     nearest = nearest_on_mesh(config)
-    return dataclasses.replace(plan, nearest=nearest, larger=nearest_with_more_devices(config))
+    larger = None if nearest is not None and nearest.same_training else nearest_with_more_devices(config)
+    return dataclasses.replace(plan, nearest=nearest, larger=larger)
 
 
 def run_plan(config: PlanConfig, console: Console | None = None) -> Plan:

@@ -55,11 +55,17 @@ class ProgramMemory:
     """New arrays that it returns; what replaces a donated argument is not one."""
     resident: dict[str, int]
     """What lies on the device meanwhile, unread."""
+    shared: int = 0
+    """Of the arguments, what the program is handed twice; the device holds it once, the compiler counts it twice."""
 
     @property
     def program_bytes(self) -> int:
-        """What the compiler reports: arguments + temporaries + outputs − aliased."""
         return sum(self.arguments.values()) + sum(self.temporaries.values()) + self.outputs
+
+    @property
+    def compiler_bytes(self) -> int:
+        """What the compiler reports: arguments + temporaries + outputs − aliased."""
+        return self.program_bytes + self.shared
 
     @property
     def bytes_per_device(self) -> int:
@@ -158,9 +164,20 @@ def whole_kernel_bytes(system: System) -> int:
     total = 0
     for shape, read, stored, count in _generation_arrays(system):
         nested = all(mine <= share for whole, share, mine in zip(shape, read, stored, strict=True) if share < whole)
-        if len(shape) > 1 and not nested:
+        if len(shape) > 1 and stored != shape and not nested:
             total += count * math.prod(shape) * itemsize // system.tensor
     return total
+
+
+def _merged_adapters(system: System) -> int:
+    """Float32 kernels that the merge of adapters holds at the flip: about a third of those that have adapters."""
+    module = system.modules["actor"]
+    if module.lora is None:
+        return 0
+    split = system.generate_tensor
+    kernels = (path for path in flatten_dict(param_shapes(module), sep="/") if path.endswith("/lora_a"))
+    shapes = flatten_dict(param_shapes(module), sep="/")
+    return sum(4 * math.prod(shapes[p.replace("lora_a", "kernel")].shape) for p in kernels) // (3 * split)
 
 
 def cache_bytes(system: System, platform: str = "") -> int:
@@ -203,7 +220,8 @@ def _layout_copies(system: System) -> int:
 
     Those whose split dimension is not the last one: query, key and value, and the MLP's down projection.
     """
-    if system.modules["actor"].lora is not None or system.mesh.shape["fsdp"] == 1:
+    module = system.modules["actor"]
+    if module.lora is not None or module.zero_stage != 3 or system.mesh.shape["fsdp"] == 1:
         return 0
     layers = flatten_dict(system.trainable("actor")["layers"])
     turned = [x for path, x in layers.items() if path[-1] == "kernel" and path[-2] in ("query", "key", "value", "down")]
@@ -226,7 +244,7 @@ class Scratch:
     layout_copies: bool
     """Whether gradients of some stacked kernels are held in a second layout."""
     hoisted_casts: bool
-    """Whether a forward pass alone casts all layers' weights before the first one."""
+    """Whether a forward pass alone casts all layers' weights, where it gathers them, before the first one."""
 
 
 SCRATCH = {"tpu": Scratch(5, False, False)}
@@ -281,11 +299,11 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     both = config.remat == "none"
     passes = [_pass_scratch(system, name, rows, True, platform) for name in names_trained]
     loops = config.gradient_accumulation_steps > 1
-    gradients = sum(_gradients(system, name) for name in ("actor", "critic"))
+    gradients = sum(_gradients(system, name) for name in names_trained)
     temporaries = {
         "gradients": gradients * (2 if loops else 1),
         "gradient layout copies": 0 if loops or not scratch_of(platform).layout_copies else _layout_copies(system),
-        "working copies": sum(_working_copy(system, name, system.trees[name]) for name in ("actor", "critic")),
+        "working copies": max(_working_copy(system, name, system.trees[name]) for name in names_trained),
         "activations": sum(kept) if both else max(kept),
         **_largest(*passes),
     }
@@ -305,12 +323,16 @@ def score_memory(system: System, platform: str) -> ProgramMemory:
         tree = system.trees.get(name)
         scratch = _pass_scratch(system, name, rows, False, platform)
         if tree is not None:
-            casts = _cast(tree, module) if scratch_of(platform).hoisted_casts else 0
+            gathered = module.zero_stage == 3 and system.mesh.shape["fsdp"] > 1
+            casts = _cast(tree, module) if gathered and scratch_of(platform).hoisted_casts else 0
             scratch["working copies"] = _working_copy(system, name, tree) or casts
         if name in system.on_host:
             scratch[f"{name} on the device"] = tree_bytes(tree, platform)
         phases.append(scratch)
-    return _program(system, platform, "score", arguments, _largest(*phases), tree_bytes(experience(system), platform))
+    read = sum(tree_bytes(system.read_params(name), platform) for name in ("reference", "reward"))
+    own = sum(tree_bytes(system.trees.get(name, {}), platform) for name in ("reference", "reward"))
+    outputs = tree_bytes(experience(system), platform)
+    return _program(system, platform, "score", arguments, _largest(*phases), outputs, read - own)
 
 
 def _cast(tree: PyTree, module: Decoder) -> int:
@@ -340,7 +362,7 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     decode = {"KV cache": cache_bytes(system, platform), "logits": 2 * logits + attend}
     if platform == "tpu":  # the prompt's keys and values are laid out anew for decoding
         decode["KV cache of the prompt"] = prompt_cache
-    flip = {"whole kernels": whole_kernel_bytes(system)}
+    flip = {"whole kernels": whole_kernel_bytes(system), "merged adapters": _merged_adapters(system)}
     view = {"generation weights": generation_view_bytes(system, platform)}
     arguments = _on_device(system, platform, ("actor",)) | {"batch": tree_bytes(prompt_batch(system), platform)}
     outputs = tree_bytes(rollout(system), platform)
@@ -348,11 +370,17 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
 
 
 def _program(
-    system: System, platform: str, program: str, arguments: dict[str, int], temporaries: dict[str, int], outputs: int
+    system: System,
+    platform: str,
+    program: str,
+    arguments: dict[str, int],
+    temporaries: dict[str, int],
+    outputs: int,
+    shared: int = 0,
 ) -> ProgramMemory:
     waiting = tuple(name for name in system.trees if name not in arguments)
     kept = {name: size for name, size in temporaries.items() if size}
-    return ProgramMemory(program, arguments, kept, outputs, _on_device(system, platform, waiting))
+    return ProgramMemory(program, arguments, kept, outputs, _on_device(system, platform, waiting), shared)
 
 
 def estimate(system: System, platform: str) -> dict[str, ProgramMemory]:

@@ -42,7 +42,7 @@ class Plan:
     nearest: Nearest | None = None
     """A setting that fits these devices, when the asked one does not."""
     larger: Nearest | None = None
-    """One that fits more devices, when no setting fits these."""
+    """One that fits more devices, when on these nothing fits that trains the same."""
     compiled: dict[str, Compiled] | None = None
 
     @property
@@ -56,9 +56,10 @@ class Plan:
         for name, compiled in (self.compiled or {}).items():
             found += [f"{name}: {problem}" for problem in compiled.problems]
             beside = sum(self.programs[name].resident.values())
-            if not compiled.problems and compiled.bytes + beside > self.capacity:
+            needed = compiled.bytes - self.programs[name].shared
+            if not compiled.problems and needed + beside > self.capacity:
                 found.append(
-                    f"{name}: the compiled program needs {gib(compiled.bytes)} GiB beside {gib(beside)} GiB of other "
+                    f"{name}: the compiled program needs {gib(needed)} GiB beside {gib(beside)} GiB of other "
                     f"arrays, more than the {gib(self.capacity)} GiB that a device offers"
                 )
         return found
@@ -93,6 +94,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         result[name] = {
             "bytes_per_device": program.bytes_per_device,
             "program_bytes": program.program_bytes,
+            "compiler_bytes": program.compiler_bytes,
             "arguments": program.arguments,
             "temporaries": program.temporaries,
             "outputs": program.outputs,
@@ -157,7 +159,7 @@ def show(plan: Plan, console: Console) -> None:
     rows = [row for row in rows if any(cell not in ("-", "0.00") for cell in row[1:])]
     rows.append(["sum", *(gib(plan.programs[n].bytes_per_device) for n in PROGRAMS)])
     if plan.compiled is not None:
-        rows.append(["program, estimated", *(gib(plan.programs[n].program_bytes) for n in PROGRAMS)])
+        rows.append(["program, estimated", *(gib(plan.programs[n].compiler_bytes) for n in PROGRAMS)])
         rows.append(["program, compiled", *(gib(plan.compiled[n].bytes) for n in PROGRAMS)])
     console.table(f"GiB per device while it runs (of {gib(plan.capacity)} usable)", ["item", *PROGRAMS], rows)
     phases = [phase for name in PROGRAMS for phase in PHASES[name]]

@@ -1,6 +1,7 @@
 """The nearest setting that fits: changes in order of what they cost, the fewest of them that suffice."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ class Nearest:
     """What to add to the command line."""
     reasons: tuple[str, ...]
     bytes_per_device: int
+    same_training: bool
+    """Whether it computes what was asked for, only laid out otherwise."""
 
 
 def capacity(config: PlanConfig) -> int:
@@ -81,6 +84,19 @@ def _full_sharding(c: PlanConfig) -> PlanConfig | None:
     return _changed(c, **stages)
 
 
+def _tensor_parallel(c: PlanConfig) -> PlanConfig | None:
+    """Training split over the devices of a host too, as many as divide heads and MLP of both models."""
+    system = build_system(c)
+    configs = [system.modules[name].config for name in ("actor", "critic")]
+    sizes = [size for x in configs for size in (x.num_heads, x.intermediate_size)]
+    together = system.mesh.shape["fsdp"] * system.tensor
+    wanted = math.gcd(c.accelerator.devices_per_host, together, *sizes)
+    if wanted <= system.tensor:
+        return None
+    fsdp = c.mesh_fsdp if c.mesh_fsdp == -1 else together // wanted
+    return _changed(c, mesh_tensor=wanted, mesh_fsdp=fsdp)
+
+
 def _offload_frozen(c: PlanConfig) -> PlanConfig | None:
     if not c.accelerator.pinned_host:
         return None
@@ -106,11 +122,14 @@ CHANGES: tuple[tuple[str, Change], ...] = (
     ("generation over more devices: more communication per token", _wider_generation),
     ("recompute layers in the backward pass: about a third more arithmetic in training", _remat),
     ("split parameters, gradients and optimizer state over all of mesh_fsdp", _full_sharding),
+    ("layers split over the devices of a host in training: sums after each", _tensor_parallel),
     ("frozen models wait in host memory: a transfer per iteration", _offload_frozen),
     ("Adam's moments wait in host memory: two transfers per update", _offload_optimizer),
     ("a smaller rollout batch: other training dynamics", _fewer_rows),
     (f"adapters of rank {LORA_RANK} instead of all parameters: another kind of training", _lora),
 )
+
+OTHER_TRAINING = (_fewer_rows, _lora)
 
 
 def flags_between(old: PlanConfig, new: PlanConfig) -> str:
@@ -129,8 +148,11 @@ def _combined(config: PlanConfig, chosen: list[int]) -> PlanConfig:
     return config
 
 
-def _fewest(config: PlanConfig) -> Nearest | None:
-    """The first change that suffices alone, else the shortest run of them from the top, thinned out."""
+def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
+    """The nearest setting that fits the devices that were asked for; None when nothing does.
+
+    The first change that suffices alone, else the shortest run of them from the top, thinned out.
+    """
     single = next(([n] for n in range(len(CHANGES)) if _fits(_combined(config, [n]))), None)
     chosen = single or next(
         (list(range(n)) for n in range(2, len(CHANGES) + 1) if _fits(_combined(config, list(range(n))))), None
@@ -144,12 +166,8 @@ def _fewest(config: PlanConfig) -> Nearest | None:
     reasons = tuple(
         CHANGES[n][0] for i, n in enumerate(chosen) if CHANGES[n][1](_combined(config, chosen[:i])) is not None
     )
-    return Nearest(found, flags_between(config, found), reasons, _peak_of(found))
-
-
-def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
-    """The nearest setting that fits the devices that were asked for; None when nothing does."""
-    return _fewest(config)
+    same = not any(CHANGES[n][1] in OTHER_TRAINING for n in chosen)
+    return Nearest(found, flags_between(config, found), reasons, _peak_of(found), same)
 
 
 def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
@@ -157,7 +175,7 @@ def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
     free = {"mesh_fsdp": -1, "topology": None}
     device = config.accelerator
     count = config.devices
-    keep_results = [n for n, (_, change) in enumerate(CHANGES) if change not in (_fewer_rows, _lora)]
+    keep_results = [n for n, (_, change) in enumerate(CHANGES) if change not in OTHER_TRAINING]
     while count < MOST_DEVICES:
         count *= 2
         hosts = {"devices_per_host": None} if config.devices < device.devices_per_host else {}
@@ -165,9 +183,9 @@ def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
             larger = dataclasses.replace(config, devices=count, **free, **hosts)
         except InputError:  # there is no slice of that size
             continue
-        for chosen in ([], keep_results[:1], keep_results[:3], keep_results):
+        for chosen in (keep_results[:number] for number in range(len(keep_results) + 1)):
             found = _combined(larger, chosen)
             if _fits(found):
                 reasons = (f"{count} devices", *(CHANGES[n][0] for n in chosen))
-                return Nearest(found, flags_between(config, found), reasons, _peak_of(found))
+                return Nearest(found, flags_between(config, found), reasons, _peak_of(found), True)
     return None

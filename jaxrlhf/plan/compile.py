@@ -86,23 +86,26 @@ def _in_a_process(config: PlanConfig, program: str) -> Compiled:
         done = subprocess.run(command, input=settings, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         log.seek(0)
         said = log.read()
-    seconds = time.monotonic() - begin
-    if done.returncode:
-        return _failed(program, said, seconds)
-    figures = json.loads(done.stdout.splitlines()[-1])
-    problems = []
-    if INVOLUNTARY in said:
-        line = next(line for line in said.splitlines() if INVOLUNTARY in line)
-        problems.append(f"the compiler moves an array whole between shardings: {line.strip()[:300]}")
-    return Compiled(program, **figures, seconds=seconds, problems=tuple(problems))
+    return read_outcome(program, done.returncode, done.stdout, said, time.monotonic() - begin)
 
 
-def _failed(program: str, said: str, seconds: float) -> Compiled:
-    memory = re.search(rf"{OUT_OF_MEMORY}.*", said)
-    if memory is None:
-        tail = "\n  ".join(said.strip().splitlines()[-6:])
-        raise InputError(f"--compile: compiling {program} failed:\n  {tail}")
-    return Compiled(program, 0, 0, 0, 0, 0, seconds, (f"out of memory: {memory[0][:300]}",))
+def read_outcome(program: str, status: int, figures: str, said: str, seconds: float) -> Compiled:
+    """What the process found: `figures` from its standard output, `said` the compiler's log.
+
+    Raises InputError, with the end of the log, for a failure that is not one of memory.
+    """
+    if status:
+        memory = re.search(rf"{OUT_OF_MEMORY}.*", said)
+        if memory is None:
+            tail = "\n  ".join(said.strip().splitlines()[-6:])
+            raise InputError(f"--compile: compiling {program} failed:\n  {tail}")
+        return Compiled(program, 0, 0, 0, 0, 0, seconds, (f"out of memory: {memory[0][:300]}",))
+    problems = [
+        f"the compiler moves an array whole between shardings: {line.strip()[:300]}"
+        for line in said.splitlines()
+        if INVOLUNTARY in line
+    ]
+    return Compiled(program, **json.loads(figures.splitlines()[-1]), seconds=seconds, problems=tuple(problems[:1]))
 
 
 def topology_system(config: PlanConfig) -> System:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from jaxrlhf.console import Console
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.compile import check_compiler, compile_programs
@@ -37,6 +39,7 @@ def run_plan(config: PlanConfig, console: Console | None = None) -> Plan:
     Raises InputError, after all was written, when nothing fits the devices or when the compiler refutes the plan.
     """
     console = Console() if console is None else console
+    jax.config.update("jax_platforms", "cpu")  # what little is computed must not take an accelerator's memory
     if config.compile:
         check_compiler(config.accelerator)
     plan = make_plan(config)

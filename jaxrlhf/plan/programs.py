@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,6 @@ from jax.sharding import Mesh
 from jaxrlhf.engine import Rollout, generate
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
-    KNOWN,
     Decoder,
     DecoderConfig,
     LoRAConfig,
@@ -75,13 +75,13 @@ def absent_devices(device: Device, count: int) -> list[AbsentDevice]:
 
 
 def model_config(name: str) -> DecoderConfig:
-    """Of a known model or a folder; InputError names both ways when it is neither."""
-    if name.rsplit("/", 1)[-1].lower() in KNOWN:
-        return known_config(name)
-    try:
+    """Of a known model or a local folder: nothing is fetched. InputError names what there is."""
+    if Path(name).is_dir():
         return read_config(name)
+    try:
+        return known_config(name)
     except InputError as error:
-        raise InputError(f"{error}; nor is {name!r} a known shape, which are {', '.join(KNOWN)}") from error
+        raise InputError(f"{name!r} is no folder, and {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,10 +164,6 @@ def build_system(config: PlanConfig, devices: list | None = None) -> System:
             f"actor={config.actor} has a vocabulary of {shapes['actor'].vocab_size} tokens and reward={config.reward} "
             f"one of {shapes['reward'].vocab_size}; both must read the same tokens: choose models of one tokenizer"
         )
-    heads = shapes["actor"].num_heads
-    group = ppo.generate_tensor_parallel or default_tensor_parallel(mesh, heads)
-    check_tensor_parallel(group, heads)
-
     dtype, stage = ppo.compute_dtype, ppo.zero_stage
     critic_stage = stage if ppo.critic_zero_stage is None else ppo.critic_zero_stage
     bodies = {
@@ -210,6 +206,9 @@ def build_system(config: PlanConfig, devices: list | None = None) -> System:
             on_host |= {name} if offload else set()
     if ppo.enable_ema:
         trees["ema"] = split_trainable(trees["actor"], modules["actor"])[0]
+    heads = shapes["actor"].num_heads
+    group = ppo.generate_tensor_parallel or default_tensor_parallel(mesh, heads)
+    check_tensor_parallel(group, heads)
     return System(ppo, mesh, generate_mesh(mesh, group), modules, trees, optimizers, frozenset(on_host))
 
 

@@ -19,9 +19,19 @@ from jaxrlhf.config import from_dict, to_dict
 from jaxrlhf.console import Console
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.programs import PROGRAMS, System, build_system, lower, topology_devices
+from jaxrlhf.plan.programs import (
+    PROGRAMS,
+    System,
+    build_system,
+    lower,
+    offloaded_arguments,
+    topology_devices,
+)
 from jaxrlhf.plan.settings import PlanConfig
 
+# No device is opened, so the cloud need not be asked for one and several processes may load libtpu at once.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT |= {"TF_CPP_MIN_LOG_LEVEL": "0"}
 INVOLUNTARY = "Involuntary full rematerialization"
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
@@ -78,7 +88,7 @@ def compile_programs(config: PlanConfig, console: Console) -> dict[str, Compiled
 
 
 def _in_a_process(config: PlanConfig, program: str) -> Compiled:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    environment = os.environ | ENVIRONMENT
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         command = [sys.executable, "-m", "jaxrlhf.plan.compile", program]
@@ -116,13 +126,17 @@ def topology_system(config: PlanConfig) -> System:
 def main(program: str) -> None:
     """In the process: settings as JSON on standard input, figures as JSON on standard output."""
     config = from_dict(PlanConfig, json.load(sys.stdin))
-    memory = lower(topology_system(config), program).compile().memory_analysis()
+    system = topology_system(config)
+    memory = lower(system, program).compile().memory_analysis()
+    # The TPU compiler counts arguments in host memory apart, the CUDA compiler among the others.
+    waiting = 0 if memory.host_argument_size_in_bytes else offloaded_arguments(system, program)
+    replaced = waiting if program == "train" else 0
     figures = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes - waiting,
+        "outputs": memory.output_size_in_bytes - replaced,
+        "aliased": memory.alias_size_in_bytes - replaced,
         "temporaries": memory.temp_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
+        "peak": memory.peak_memory_in_bytes - waiting,
     }
     print(json.dumps(figures))
 

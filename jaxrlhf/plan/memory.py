@@ -243,12 +243,14 @@ class Scratch:
     """Layers whose gathered weights are on the device at once, in a backward pass."""
     layout_copies: bool
     """Whether gradients of some stacked kernels are held in a second layout."""
+    brings_all: bool
+    """Whether an update brings all moments from the host at once, instead of one array after the other."""
     hoisted_casts: bool
     """Whether a forward pass alone casts all layers' weights, where it gathers them, before the first one."""
 
 
-SCRATCH = {"tpu": Scratch(5, False, False)}
-GPU_SCRATCH = Scratch(2, True, True)
+SCRATCH = {"tpu": Scratch(5, False, True, False)}
+GPU_SCRATCH = Scratch(2, True, False, True)
 
 
 def scratch_of(platform: str) -> Scratch:
@@ -288,6 +290,13 @@ def _largest(*phases: dict[str, int]) -> dict[str, int]:
     return max(phases, key=lambda items: sum(items.values()))
 
 
+def _brought(tree: PyTree, platform: str) -> int:
+    """Bytes of a tree from host memory that are on the device at once."""
+    if scratch_of(platform).brings_all:
+        return tree_bytes(tree, platform)
+    return 2 * max(tree_bytes(x, platform) for x in jax.tree.leaves(tree))
+
+
 def train_memory(system: System, platform: str) -> ProgramMemory:
     """Of `ppo_step`, while the actor's or the critic's backward pass runs, whichever needs more."""
     rows, config = _micro_rows(system), system.config
@@ -307,8 +316,9 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
         "activations": sum(kept) if both else max(kept),
         **_largest(*passes),
     }
-    offloaded = [name for name in names if name in system.on_host]
-    brought = {f"{name} on the device": tree_bytes(system.trees[name], platform) for name in offloaded}
+    brought = {
+        f"{name} on the device": _brought(system.trees[name], platform) for name in names if name in system.on_host
+    }
     return _program(system, platform, "train", arguments, temporaries | brought, 0)
 
 

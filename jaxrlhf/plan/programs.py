@@ -308,6 +308,15 @@ def _where_it_waits(system: System, name: str) -> PyTree:
     return jax.tree.map(move, tree)
 
 
+READ_FROM_HOST = {"generate": (), "score": ("reference", "reward"), "train": ("actor_optimizer", "critic_optimizer")}
+
+
+def offloaded_arguments(system: System, program: str) -> int:
+    """Bytes per device that a program reads from host memory."""
+    trees = (_where_it_waits(system, name) for name in READ_FROM_HOST[program] if name in system.on_host)
+    return sum(tree_bytes([x for x in jax.tree.leaves(tree) if x.ndim]) for tree in trees)
+
+
 def lower(system: System, program: str) -> Any:
     """One of PROGRAMS lowered on abstract arguments, as `jax.stages.Lowered`; the mesh must be of a topology."""
     steps: dict[str, Callable[[], Any]] = {"generate": _generate, "score": _score, "train": _train}

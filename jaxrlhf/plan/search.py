@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.memory import ProgramMemory, estimate
@@ -38,6 +39,7 @@ def peak(programs: dict[str, ProgramMemory]) -> int:
     return max(program.bytes_per_device for program in programs.values())
 
 
+@lru_cache(maxsize=512)
 def _peak_of(config: PlanConfig) -> int | None:
     """None for a setting that is refused: a mesh or a group that does not divide."""
     try:
@@ -85,7 +87,10 @@ def _full_sharding(c: PlanConfig) -> PlanConfig | None:
 
 
 def _tensor_parallel(c: PlanConfig) -> PlanConfig | None:
-    """Training split over the devices of a host too, as many as divide heads and MLP of both models."""
+    """Training split over the devices of a host too, as many as divide heads and MLP of both models.
+
+    Fewer devices then split the batch, so there are more micro-batches, for the same rollout batch.
+    """
     system = build_system(c)
     configs = [system.modules[name].config for name in ("actor", "critic")]
     sizes = [size for x in configs for size in (x.num_heads, x.intermediate_size)]
@@ -94,7 +99,8 @@ def _tensor_parallel(c: PlanConfig) -> PlanConfig | None:
     if wanted <= system.tensor:
         return None
     fsdp = c.mesh_fsdp if c.mesh_fsdp == -1 else together // wanted
-    return _changed(c, mesh_tensor=wanted, mesh_fsdp=fsdp)
+    steps = c.gradient_accumulation_steps * (wanted // system.tensor)
+    return _changed(c, mesh_tensor=wanted, mesh_fsdp=fsdp, gradient_accumulation_steps=steps)
 
 
 def _offload_frozen(c: PlanConfig) -> PlanConfig | None:
@@ -151,12 +157,14 @@ def _combined(config: PlanConfig, chosen: list[int]) -> PlanConfig:
 def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
     """The nearest setting that fits the devices that were asked for; None when nothing does.
 
-    The first change that suffices alone, else the shortest run of them from the top, thinned out.
+    The first change that suffices alone, else the shortest run of them from the top, thinned out; what changes the
+    training itself comes last.
     """
-    single = next(([n] for n in range(len(CHANGES)) if _fits(_combined(config, [n]))), None)
-    chosen = single or next(
-        (list(range(n)) for n in range(2, len(CHANGES) + 1) if _fits(_combined(config, list(range(n))))), None
-    )
+    alike = [n for n, (_, change) in enumerate(CHANGES) if change not in OTHER_TRAINING]
+    other = [n for n in range(len(CHANGES)) if n not in alike]
+    candidates = [[n] for n in alike] + [alike[:count] for count in range(2, len(alike) + 1)]
+    candidates += [[n] for n in other] + [alike + other[:count] for count in range(1, len(other) + 1)]
+    chosen = next((numbers for numbers in candidates if _fits(_combined(config, numbers))), None)
     if chosen is None:
         return None
     for number in reversed(chosen[:-1]):
@@ -170,20 +178,31 @@ def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
     return Nearest(found, flags_between(config, found), reasons, _peak_of(found), same)
 
 
+def _shared_out(config: PlanConfig, devices: int) -> dict[str, int]:
+    """Batch settings that keep the rollout batch on more devices, as far as it divides."""
+    times = devices // config.devices
+    steps = math.gcd(times, config.gradient_accumulation_steps)
+    rows = math.gcd(times // steps, config.per_device_train_batch_size)
+    return {
+        "gradient_accumulation_steps": config.gradient_accumulation_steps // steps,
+        "per_device_train_batch_size": config.per_device_train_batch_size // rows,
+    }
+
+
 def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
     """The same run, all parameters trained, on the smallest larger cluster that holds it."""
     free = {"mesh_fsdp": -1, "topology": None}
     device = config.accelerator
     count = config.devices
-    keep_results = [n for n, (_, change) in enumerate(CHANGES) if change not in OTHER_TRAINING]
+    alike = [n for n, (_, change) in enumerate(CHANGES) if change not in OTHER_TRAINING]
     while count < MOST_DEVICES:
         count *= 2
         hosts = {"devices_per_host": None} if config.devices < device.devices_per_host else {}
         try:
-            larger = dataclasses.replace(config, devices=count, **free, **hosts)
+            larger = dataclasses.replace(config, devices=count, **free, **hosts, **_shared_out(config, count))
         except InputError:  # there is no slice of that size
             continue
-        for chosen in (keep_results[:number] for number in range(len(keep_results) + 1)):
+        for chosen in (alike[:number] for number in range(len(alike) + 1)):
             found = _combined(larger, chosen)
             if _fits(found):
                 reasons = (f"{count} devices", *(CHANGES[n][0] for n in chosen))

@@ -156,10 +156,10 @@ def test_items_move_with_what_they_depend_on():
 
     offloaded = programs_of(dataclasses.replace(base, offload_optimizer=True, offload_reference_model=True))
     assert not {"actor_optimizer", "reference"} & set(offloaded["generate"].resident)
-    assert (
-        offloaded["train"].temporaries["actor_optimizer on the device"]
-        == programs["train"].arguments["actor_optimizer"]
-    )
+    brought = offloaded["train"].temporaries["actor_optimizer on the device"]
+    assert 0 < brought < programs["train"].arguments["actor_optimizer"]
+    tpu = programs_of(dataclasses.replace(base, device="v5p", offload_optimizer=True))["train"]
+    assert tpu.temporaries["actor_optimizer on the device"] == pytest.approx(8 * params / 8, rel=0.01)
     assert offloaded["score"].arguments.keys() == {"actor", "critic", "reward", "batch"}
 
     adapters = programs_of(dataclasses.replace(base, lora_r=8))
@@ -246,6 +246,14 @@ def test_the_nearest_setting_fits_and_is_told_in_flags():
     assert again.fits
     assert again.config == plan.nearest.config
     assert again.system.rows == plan.system.rows
+
+
+@pytest.mark.parametrize(("actor", "devices"), [("opt-30b", 8), ("opt-175b", 64)])
+def test_changes_of_layout_keep_the_rollout_batch(actor, devices):
+    plan = make_plan(config_of(actor=actor, devices=devices, per_device_train_batch_size=2))
+    assert not plan.fits and plan.nearest.same_training
+    assert plan.nearest.config.mesh_tensor == 8
+    assert build_system(plan.nearest.config).rows == plan.system.rows
 
 
 def test_micro_batches_are_tried_before_anything_that_costs_more():

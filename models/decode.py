@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from jaxrlhf.models.decoder import AttentionContext, Block, Cache, Decoder, layer_options, positions_from_mask
 from jaxrlhf.models.lora import merge_lora
-from jaxrlhf.models.model import logical_axes
+from jaxrlhf.models.model import logical_axes, storage_rules
 from jaxrlhf.models.rotary import rotation
-from jaxrlhf.sharding import constrain
+from jaxrlhf.sharding import constrain, flip
 
 PyTree = Any
 
@@ -34,7 +34,7 @@ def generation_view(params: PyTree, module: Decoder) -> GenerationView:
     axes = logical_axes(module.clone(lora=None))
 
     def leaf(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        return constrain(x.astype(module.dtype) if x.ndim > 1 else x, *names)
+        return flip(x.astype(module.dtype) if x.ndim > 1 else x, names, storage_rules(module))
 
     def layer(i: int) -> PyTree:
         tree = merge_lora(jax.tree.map(lambda x: x[i], params["layers"]), module)

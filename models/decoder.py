@@ -364,7 +364,9 @@ class Decoder(nn.Module):
         if c.embed_norm:
             x = self.embed_norm(x)
         if c.position == "learned":
-            x = x + self.embed_positions(positions + c.position_offset)
+            # Whole before the look-up: from a table split by width XLA could reach rows split by batch only by copying.
+            table = constrain(self.embed_positions.embedding.astype(self.dtype), None, None)
+            x = x + jnp.take(table, positions + c.position_offset, axis=0)
         x = self.embed_drop(x, deterministic=c.embed_dropout == 0 or not self.has_rng("dropout"))
         return constrain(x, "batch", None, None)
 
@@ -390,7 +392,7 @@ class Decoder(nn.Module):
         options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(c))
         x = self.embed_tokens(input_ids, positions)
         x, _ = self.layers(x, context, options)
-        return self.finish(x)
+        return self.finish(constrain(x, "batch", None, None))
 
     def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
         """The language-model head's `[V_padded, E]` matrix in compute dtype, and its bias."""

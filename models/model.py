@@ -52,6 +52,11 @@ def param_shapes(module: Decoder) -> PyTree:
     return _abstract(module)[1]
 
 
+def storage_rules(module: Decoder) -> Rules:
+    """The rules by which `module.zero_stage` stores parameters."""
+    return REPLICATED_RULES if module.zero_stage == 0 else TRAIN_RULES
+
+
 def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     """NamedShardings of the parameters on `mesh`, by default as `module.zero_stage` stores them.
 
@@ -59,7 +64,7 @@ def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> 
     """
     c = module.config
     check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.intermediate_size})
-    rules = rules or (REPLICATED_RULES if module.zero_stage == 0 else TRAIN_RULES)
+    rules = rules or storage_rules(module)
     return tree_shardings(logical_axes(module), param_shapes(module), mesh, rules)
 
 

@@ -6,7 +6,7 @@ dimension that decode tensor-parallelism splits (heads, mlp, vocab: flipping to 
 falls back to `embed` where that dimension does not divide.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -33,8 +33,14 @@ REPLICATED_RULES: Rules = (("batch", ("data", "fsdp")), *((name, ("tensor",)) fo
 GENERATE_RULES: Rules = (("batch", ("data", "replica")), *_MODEL_AXES)
 
 
-def resolve_spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
-    """The PartitionSpec of an array of `shape` whose dimensions carry the logical `axes` (None: never split)."""
+def resolve_spec(
+    axes: LogicalAxes, shape: Sequence[int], mesh: Mesh | Mapping[str, int], rules: Rules
+) -> PartitionSpec:
+    """The PartitionSpec of an array of `shape` whose dimensions carry the logical `axes` (None: never split).
+
+    `mesh` may also be the sizes of its axes.
+    """
+    sizes = mesh.shape if isinstance(mesh, Mesh) else mesh
     if len(axes) != len(shape):
         raise ValueError(f"logical axes {axes} do not fit an array of shape {tuple(shape)}")
     chosen: list[tuple[str, ...]] = [()] * len(axes)
@@ -46,7 +52,7 @@ def resolve_spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rul
             taken: list[str] = []
             split = 1
             for mesh_axis in wanted:
-                size = mesh.shape[mesh_axis]
+                size = sizes[mesh_axis]
                 if mesh_axis in used or size == 1:
                     continue
                 if shape[dim] % (split * size):
@@ -85,3 +91,25 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     mesh, rules = current
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, rules))
+
+
+# Half-way from parameters stored over `embed` to GENERATE_RULES, on `generate_mesh`.
+_HALF_WAY_RULES: Rules = (*_MODEL_AXES, ("embed", ("replica",)))
+
+
+def flip(x: jax.Array, axes: LogicalAxes, stored: Rules) -> jax.Array:
+    """Pin a weight that lies by `stored` on the training mesh to the current rules, those of generation.
+
+    Where `fsdp` fell back to `embed`, it first swaps that for the dimension that generation splits (an all-to-all) and
+    then gathers the rest; asked to do both at once, XLA would gather the whole weight on every device.
+    """
+    current = _current.get()
+    if current is None:
+        return x
+    mesh, _ = current
+    sizes = {"data": mesh.shape["data"], "tensor": mesh.shape["tensor"]}
+    sizes["fsdp"] = mesh.shape["fsdp"] * mesh.shape["replica"]
+    spec = resolve_spec(axes, x.shape, sizes, stored)
+    if any(axis == "embed" and entry == "fsdp" for axis, entry in zip(axes, spec, strict=False)):
+        x = jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, _HALF_WAY_RULES))
+    return constrain(x, *axes)

@@ -8,11 +8,11 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.ppo import PPOHyperparameters
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.trainers.lora import LoRAOptions
-from jaxrlhf.trainers.settings import FolderConfig, MeshConfig, TrainingConfig
+from jaxrlhf.trainers.settings import FolderConfig, TrainingConfig, TrainingMeshConfig
 
 
 @dataclass(frozen=True)
-class PPOModelConfig(MeshConfig):
+class PPOModelConfig(TrainingMeshConfig):
     """The models, the device mesh and the precision."""
 
     actor_model_name_or_path: str | None = field(

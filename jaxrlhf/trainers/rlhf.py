@@ -16,7 +16,7 @@ from jaxrlhf.runs import what_is_there
 from jaxrlhf.trainers.ppo import train_ppo
 from jaxrlhf.trainers.ppo_settings import PPOConfig, PPOOptions
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
-from jaxrlhf.trainers.settings import FolderConfig, MeshConfig, StartConfig
+from jaxrlhf.trainers.settings import FolderConfig, StartConfig, TrainingMeshConfig
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
 
 
@@ -35,7 +35,7 @@ class BaseModelsConfig(StartConfig):
 
 
 @dataclass(frozen=True)
-class RLHFConfig(DataConfig, BaseModelsConfig, MeshConfig, FolderConfig):
+class RLHFConfig(DataConfig, BaseModelsConfig, TrainingMeshConfig, FolderConfig):
     """The three-step run."""
 
     data_split: str = field("2,4,4", "shares of the training rows for sft,reward,ppo, without overlap")

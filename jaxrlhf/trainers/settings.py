@@ -41,19 +41,24 @@ class MeshConfig:
         choices=("auto", "float32", "bfloat16"),
     )
 
-    zero_stage: int = field(
-        3,
-        "what mesh_fsdp splits besides the batch. 3: parameters, gradients and optimizer state, the parameters being "
-        "gathered layer by layer; 2: likewise, but gathered once per step; 1: gradients are whole too; 0: nothing",
-        choices=(0, 1, 2, 3),
-    )
-
     @property
     def compute_dtype(self) -> Any:
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
     def make_mesh(self) -> Mesh:
         return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
+
+
+@dataclass(frozen=True)
+class TrainingMeshConfig(MeshConfig):
+    """The device mesh, the precision, and how training uses them."""
+
+    zero_stage: int = field(
+        3,
+        "what mesh_fsdp splits besides the batch. 3: parameters, gradients and optimizer state, the parameters being "
+        "gathered layer by layer; 2: likewise, but gathered once per step; 1: gradients are whole too; 0: nothing",
+        choices=(0, 1, 2, 3),
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class StartConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig(MeshConfig, StartConfig):
+class ModelConfig(TrainingMeshConfig, StartConfig):
     """The model to start from."""
 
     model_name_or_path: str | None = field(None, "model folder or hub name to start from")

@@ -344,6 +344,32 @@ def test_policy_loss_is_the_clipped_surrogate(rng):
     assert_matches_oracle(lambda *a: objectives.policy_loss(*a, CLIP)[0], policy_oracle, args, [0])
 
 
+@pytest.mark.parametrize("cap", [2.0, 0.9, np.inf])
+def test_importance_weights_are_truncated_ratios_and_weigh_the_policy_loss(rng, cap):
+    mask = spans_with_edge_cases(rng)
+    logprobs, sampler = normal(rng, mask), normal(rng, mask)
+    spoiled = (spoil(x, mask, rng) for x in (logprobs, sampler))
+    weights = objectives.truncated_importance_weights(*spoiled, mask, cap)
+    expected = np.ones(mask.shape)
+    for i in tokens(mask):
+        expected[i] = min(np.exp(logprobs[i] - sampler[i]), cap)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert (expected[mask == 1] < 1).any() and (np.isinf(cap) or (expected[mask == 1] == cap).any())
+
+    def oracle(new, old, advantages, weights, mask):
+        total = 0.0
+        for i in tokens(mask):
+            ratio = np.exp(new[i] - old[i])
+            clipped = min(max(ratio, 1 - CLIP), 1 + CLIP)
+            total += weights[i] * max(-advantages[i] * ratio, -advantages[i] * clipped)
+        return total / max(mask.sum(), 1)
+
+    new = spoil(logprobs + rng.normal(scale=0.3, size=mask.shape), mask, rng)
+    args = [new, logprobs, normal(rng, mask), spoil(expected, mask, rng), mask]
+    weighted = lambda new, old, a, w, mask: objectives.policy_loss(new, old, a, mask, CLIP, weights=w)[0]  # noqa: E731
+    assert_matches_oracle(weighted, oracle, args, [0])
+
+
 def test_policy_statistics_describe_the_unmasked_tokens(rng):
     mask = spans_with_edge_cases(rng)
     old, advantages = normal(rng, mask), normal(rng, mask)

@@ -103,15 +103,35 @@ def test_ten_steps_equal_five_a_stop_and_five(finished, train, tmp_path, sigint_
     monkeypatch.setattr("jaxrlhf.report.write_report", lambda folder: None)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
     assert not (tmp_path / "model.safetensors").exists()
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    shutil.copytree(tmp_path, elsewhere)
     state = train(finished.name, tmp_path, resume=True)
     chex.assert_trees_all_equal(leaves(state), leaves(finished.state))
     expected = figures(finished.folder)
     assert figures(tmp_path) == expected
+    resumes_in_another_layout(finished, train, elsewhere)
     steps = [r["step"] for r in expected if not any(k.startswith("eval/") for k in r)]
     assert steps == list(range(1, STEPS + 1))
     assert [r["step"] for r in expected if any(k.startswith("eval/") for k in r)] == [0, STEPS]
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
+def resumes_in_another_layout(finished, train, folder):
+    """On another mesh, in other ZeRO stages and offloaded, the same steps follow up to rounding."""
+    layout = {"mesh_data": 2, "mesh_fsdp": 2, "mesh_tensor": 2, "per_device_train_batch_size": 2, "zero_stage": 1}
+    layout |= {"offload_optimizer": True, "remat_policy": "dots"}
+    if finished.name == "ppo":
+        layout |= {"generate_tensor_parallel": 2, "critic_zero_stage": 0, "reference_zero_stage": 3}
+        layout |= {"offload_reference_model": True, "offload_reward_model": True}
+    state = train(finished.name, folder, resume=True, **layout)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state)}
+    assert kinds == {"device", "pinned_host"}
+    chex.assert_trees_all_close(leaves(state), leaves(finished.state), rtol=0, atol=1e-3)
+    loss = {"sft": "loss", "reward": "loss", "ppo": "loss/value_avg"}[finished.name]
+    for ours, theirs in zip(figures(folder), figures(finished.folder), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours.get(loss, 0) == pytest.approx(theirs.get(loss, 0), rel=2e-3, abs=1e-5)
 
 
 def test_a_second_run_in_the_folder_is_refused_and_a_finished_one_resumes_to_itself(finished, train, tmp_path):
@@ -143,6 +163,16 @@ CHANGED = {
 }
 NAMED = {"max_steps": "total_steps", "gradient_accumulation_steps": "global_batch_size"}
 NAMED |= {"per_device_train_batch_size": "global_batch_size", "max_train_samples": "train_rows"}
+
+
+def test_a_gap_between_sampler_and_train_program_beyond_rounding_is_told_once(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jaxrlhf.trainers.ppo.LOGP_TOLERANCE", {"float32": 0.0})
+    train("ppo", tmp_path, max_steps=2, importance_sampling_correction=True, enable_ema=False)
+    assert capsys.readouterr().err.count("log-probs of the sampler and the train program differ by") == 1
+    records = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "sampling/logp_difference/mean" in r]
+    for record in records:
+        low, mean, high = (record[f"sampling/importance_sampling_ratio/{k}"] for k in ("min", "mean", "max"))
+        assert 0.999 < low < mean < high < 1.001
 
 
 def test_a_changed_setting_is_refused_by_name(finished, train):
@@ -240,6 +270,24 @@ def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
         ("ppo", {"actor_model_name_or_path": None}, r"actor_model_name_or_path: name a model folder"),
         ("ppo", {"critic_model_name_or_path": None}, r"critic_model_name_or_path: name a model folder"),
         ("ppo", {"actor_model_name_or_path": "no/such/folder"}, r"no/such/folder"),
+        (
+            "ppo",
+            {"generate_tensor_parallel": 3, "mesh_fsdp": 8},
+            r"generate_tensor_parallel=3 does not divide the model's num_heads=4",
+        ),
+        (
+            "ppo",
+            {"generate_tensor_parallel": 2, "mesh_tensor": 4, "mesh_fsdp": 2},
+            r"generate_tensor_parallel=2 .* 4, 8",
+        ),
+        ("ppo", {"offload_reference_model": True, "lora_r": 2}, r"offload_reference_model: with LoRA .* own base"),
+        ("ppo", {"reward_zero_stage": 1, "critic_lora_r": 2}, r"reward_zero_stage: with LoRA .* own base"),
+        ("ppo", {"critic_zero_stage": 4}, r"critic_zero_stage=4 must be 0, 1, 2 or 3"),
+        (
+            "ppo",
+            {"importance_sampling_cap": 0.0, "importance_sampling_correction": True},
+            r"importance_cap=0.0 must be",
+        ),
         ("ppo", {"max_answer_seq_len": 65}, r"max_prompt_seq_len \+ max_answer_seq_len for the actor of 97 tokens.*96"),
     ],
 )

@@ -78,7 +78,8 @@ def test_rows_that_pad_the_vocabulary_never_get_probability_or_gradient(make_mod
     assert not jax.jit(jax.grad(loss))(model.params)["embed"]["embedding"][101:].any()
 
 
-def test_remat_changes_neither_values_nor_gradients(make_model, make_batch):
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_remat_changes_neither_values_nor_gradients(policy, make_model, make_batch):
     model = make_model("llama")
     ids, mask = make_batch("right", model.config.vocab_size)
 
@@ -86,7 +87,7 @@ def test_remat_changes_neither_values_nor_gradients(make_model, make_batch):
         loss = lambda p: (module.apply({"params": p}, ids, mask, method="logprobs")[0] * mask).sum()  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(model.params)
 
-    plain, remat = run(model.module), run(model.module.clone(remat="full"))
+    plain, remat = run(model.module), run(model.module.clone(remat=policy))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -204,3 +205,24 @@ def test_added_tokens_get_mean_rows_and_change_nothing_else(sizes, tied):
     np.testing.assert_allclose(after[..., :21], before, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="vocab_size=20 is below the model's 21"):
         resize_vocabulary(model, 20)
+
+
+def test_remat_policies_keep_less_and_less(make_model):
+    """What the forward pass keeps for the backward one, in elements."""
+    from jax._src.ad_checkpoint import saved_residuals  # public only as a function that prints
+
+    model = make_model("llama")
+    ids = jnp.ones((2, 16), jnp.int32)
+
+    def kept(policy):
+        module = model.module.clone(remat=policy)
+        residuals = saved_residuals(lambda p: module.apply({"params": p}, ids).sum(), model.params)
+        return sum(aval.size for aval, source in residuals if "argument" not in source)
+
+    assert kept("full") < kept("dots") < kept("none")
+
+
+@pytest.mark.parametrize(("name", "value"), [("remat", "some"), ("zero_stage", 4), ("head", "both")])
+def test_an_unknown_layout_or_head_is_refused_by_name(name, value, make_model):
+    with pytest.raises(InputError, match=rf"{name}={value!r} is not one of"):
+        create_model(make_model("gpt2").config, **{name: value})

@@ -1,5 +1,7 @@
 """Whole trees on eight devices: every parameter of every family split, optimizer states beside their parameters."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import optax
@@ -11,8 +13,11 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, DecoderConfig, logical_axes, param_shapes, param_shardings
 from jaxrlhf.sharding import (
     GENERATE_RULES,
+    back_like,
     constrain_tree,
     make_mesh,
+    offloaded,
+    on_device,
     optimizer_shardings,
     place,
     replicated,
@@ -112,6 +117,42 @@ def test_optimizer_states_lie_like_their_parameters():
     for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert x.sharding == sharding
     assert adam.mu["layers"]["mlp"]["up"]["kernel"].spec == P(None, None, ("tensor", "fsdp"))
+
+
+@pytest.mark.parametrize(("stage", "split"), [(0, {"tensor"}), (1, {"tensor", "fsdp"}), (2, {"tensor", "fsdp"})])
+def test_stage_zero_keeps_parameters_whole_over_fsdp_and_the_others_split_them(stage, split):
+    mesh, module = make_mesh(fsdp=4, tensor=2), module_of("fused").clone(zero_stage=stage)
+    spec = param_shardings(module, mesh)["layers"]["mlp"]["up"]["kernel"].spec
+    assert {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())} == split
+
+
+def test_offload_moves_to_host_memory_and_programs_bring_it_back():
+    sharding = NamedSharding(make_mesh(), P("fsdp"))
+    x = jax.device_put(np.arange(16.0), offloaded({"x": sharding})["x"])
+    assert x.sharding.memory_kind == "pinned_host"
+
+    @jax.jit
+    def double(tree):
+        return back_like(jax.tree.map(lambda x: 2 * x, on_device(tree)), tree)
+
+    result = double({"host": x, "device": jax.device_put(np.ones(8), sharding)})
+    assert [x.sharding.memory_kind for x in result.values()] == ["device", "pinned_host"]
+    np.testing.assert_array_equal(result["host"], np.arange(16.0) * 2)
+
+
+def test_offload_is_refused_where_the_backend_has_no_host_memory():
+    class Memory:
+        kind = "device"
+
+    class Device:
+        platform, device_kind = "metal", "M9"
+
+        def addressable_memories(self):
+            return [Memory()]
+
+    sharding = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([Device()])))
+    with pytest.raises(InputError, match=r"offload: M9 devices of the metal backend have no pinned_host memory"):
+        offloaded({"x": sharding})
 
 
 def test_place_and_constrain_tree():

@@ -28,7 +28,7 @@ from jaxrlhf.plan.settings import PlanConfig
 OUTPUT = Path(__file__).parent / "results" / "plan_compile_grid.json"
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt")
 ROWS = {"opt-1.3b": 8, "opt-13b": 4, "opt-66b": 4, "opt-175b": 2}
-CLUSTERS = (("a100-80g", 8), ("v5p", 64), ("a100-80g", 64), ("a100-80g", 1), ("a100-80g", 16))
+CLUSTERS = (("a100-80g", 64), ("v5p", 64), ("a100-80g", 16), ("a100-80g", 8), ("a100-80g", 1))
 # On 64 devices the largest model fits when layers are split in training too, and generation over 32.
 SPLIT = {"mesh_tensor": 8, "generate_tensor_parallel": 32}
 SMALL = {"actor": "opt-1.3b", "device": "a100-80g", "devices": 8, "per_device_train_batch_size": 4}

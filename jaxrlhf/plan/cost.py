@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxrlhf.models import Decoder, param_shapes
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.memory import cache_bytes, generation_view_bytes, whole_kernel_bytes
+from jaxrlhf.plan.memory import cache_bytes, generation_view_bytes
 from jaxrlhf.plan.programs import System, local_shape, tree_bytes
 from jaxrlhf.plan.settings import PlanConfig
 
@@ -165,7 +165,7 @@ def generate_work(system: System, links: Links) -> dict[str, Work]:
     view, cache = generation_view_bytes(system), cache_bytes(system)
     stored = tree_bytes(system.trees["actor"])
     stored_cast = sum(math.prod(local_shape(x)) for x in jax.tree.leaves(system.trees["actor"])) * itemsize
-    arriving = max(0, view - stored_cast) + 2 * whole_kernel_bytes(system)
+    arriving = max(0, view - stored_cast)
     groups = max(1, system.mesh.shape["fsdp"] * system.tensor // tensor)
     flip = Work(0, stored + view, 0, arriving / links.bandwidth(groups, tensor), arriving)
 

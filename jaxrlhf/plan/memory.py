@@ -22,7 +22,6 @@ from jaxrlhf.models import (
     join,
     logical_axes,
     param_shapes,
-    param_shardings,
     split_trainable,
 )
 from jaxrlhf.plan.programs import (
@@ -127,45 +126,18 @@ def layer_weights(module: Decoder, tensor: int) -> int:
     return size * jnp.dtype(module.dtype).itemsize // tensor
 
 
-@lru_cache(maxsize=64)
-def _generation_arrays(system: System) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int], ...]:
-    """(shape, shape on a device in generation, shape on a device in storage, how many) of the weights decoding reads.
-
-    Stored arrays are stacked by layer; both are given for one layer.
-    """
-    module = system.modules["actor"].clone(lora=None)
-    axes, shapes = (flatten_dict(f(module)) for f in (logical_axes, param_shapes))
-    stored = flatten_dict(param_shardings(module, system.mesh))
-    arrays = []
-    for path, x in shapes.items():
-        skip = int(path[0] == "layers")
-        one = jax.ShapeDtypeStruct(x.shape[skip:], x.dtype)
-        read = named_sharding(axes[path][skip:], one.shape, system.generate_mesh, GENERATE_RULES)
-        shares = (read.shard_shape(one.shape), stored[path].shard_shape(x.shape)[skip:])
-        arrays.append((one.shape, *map(tuple, shares), x.shape[0] if skip else 1))
-    return tuple(arrays)
-
-
 def generation_view_bytes(system: System, platform: str = "") -> int:
     """Bytes of the weights as decoding reads them: cast, one array per layer, split for tensor parallelism."""
-    itemsize = jnp.dtype(system.modules["actor"].dtype).itemsize
-    return sum(
-        count * array_bytes(read, itemsize if len(shape) > 1 else 4, platform)
-        for shape, read, _, count in _generation_arrays(system)
-    )
-
-
-def whole_kernel_bytes(system: System) -> int:
-    """Bytes of the kernels that the flip holds whole: those whose split dimension is not the one that storage splits.
-
-    The compiler gathers such an array in full before it takes a part, and gathers all of them first.
-    """
-    itemsize = jnp.dtype(system.modules["actor"].dtype).itemsize
+    module = system.modules["actor"].clone(lora=None)
+    axes, shapes = (flatten_dict(f(module)) for f in (logical_axes, param_shapes))
+    itemsize = jnp.dtype(module.dtype).itemsize
     total = 0
-    for shape, read, stored, count in _generation_arrays(system):
-        nested = all(mine <= share for whole, share, mine in zip(shape, read, stored, strict=True) if share < whole)
-        if len(shape) > 1 and stored != shape and not nested:
-            total += count * math.prod(shape) * itemsize // system.tensor
+    for path, x in shapes.items():
+        stacked = int(path[0] == "layers")
+        shape = x.shape[stacked:]
+        sharding = named_sharding(axes[path][stacked:], shape, system.generate_mesh, GENERATE_RULES)
+        size = array_bytes(sharding.shard_shape(shape), itemsize if len(shape) > 1 else x.dtype.itemsize, platform)
+        total += size * (x.shape[0] if stacked else 1)
     return total
 
 
@@ -239,8 +211,10 @@ def _logits_chunk(system: System, name: str, rows: int, backward: bool) -> int:
 class Scratch:
     """A compiler's factors, fitted to what it reports."""
 
-    layers: float
-    """Layers whose gathered weights are on the device at once, in a backward pass."""
+    forward_layers: int
+    """Layers whose gathered weights are on the device at once, in a forward pass alone."""
+    backward_layers: int
+    """The same in training."""
     layout_copies: bool
     """Whether gradients of some stacked kernels are held in a second layout."""
     brings_all: bool
@@ -249,8 +223,8 @@ class Scratch:
     """Whether a forward pass alone casts all layers' weights, where it gathers them, before the first one."""
 
 
-SCRATCH = {"tpu": Scratch(5, False, True, False)}
-GPU_SCRATCH = Scratch(2, True, False, True)
+SCRATCH = {"tpu": Scratch(2, 5, False, True, False)}
+GPU_SCRATCH = Scratch(1, 1, True, False, True)
 
 
 def scratch_of(platform: str) -> Scratch:
@@ -264,10 +238,11 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
     itemsize = jnp.dtype(module.dtype).itemsize
     held = (3 if backward else 1) + itemsize / 8
     gathered = module.zero_stage == 3 and system.mesh.shape["fsdp"] > 1
-    layers = scratch_of(platform).layers if backward else 2
+    factors = scratch_of(platform)
+    layers = factors.backward_layers if backward else factors.forward_layers
     layer = {
         "attention scores": int(held * scores),
-        "gathered layer weights": int(layers * layer_weights(module, system.tensor)) if gathered else 0,
+        "gathered layer weights": layers * layer_weights(module, system.tensor) if gathered else 0,
     }
     head = _logits_chunk(system, name, rows, backward) if module.head == "lm" else 0
     return layer if sum(layer.values()) >= head else {"logits": head}
@@ -372,7 +347,7 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     decode = {"KV cache": cache_bytes(system, platform), "logits": 2 * logits + attend}
     if platform == "tpu":  # the prompt's keys and values are laid out anew for decoding
         decode["KV cache of the prompt"] = prompt_cache
-    flip = {"whole kernels": whole_kernel_bytes(system), "merged adapters": _merged_adapters(system)}
+    flip = {"merged adapters": _merged_adapters(system)}
     view = {"generation weights": generation_view_bytes(system, platform)}
     arguments = _on_device(system, platform, ("actor",)) | {"batch": tree_bytes(prompt_batch(system), platform)}
     outputs = tree_bytes(rollout(system), platform)

@@ -22,6 +22,7 @@ from jaxrlhf.models import (
     join,
     logical_axes,
     param_shapes,
+    param_shardings,
     split_trainable,
 )
 from jaxrlhf.plan.programs import (
@@ -138,6 +139,25 @@ def generation_view_bytes(system: System, platform: str = "") -> int:
         sharding = named_sharding(axes[path][stacked:], shape, system.generate_mesh, GENERATE_RULES)
         size = array_bytes(sharding.shard_shape(shape), itemsize if len(shape) > 1 else x.dtype.itemsize, platform)
         total += size * (x.shape[0] if stacked else 1)
+    return total
+
+
+def _half_way_bytes(system: System) -> int:
+    """Bytes of the weights that flip in two moves (`jaxrlhf.sharding.flip`): cast, and half-way to generation.
+
+    These are the kernels that storage splits along another dimension than generation does.
+    """
+    module = system.modules["actor"].clone(lora=None)
+    axes, shapes = (flatten_dict(f(module)) for f in (logical_axes, param_shapes))
+    stored = flatten_dict(param_shardings(module, system.mesh))
+    itemsize = jnp.dtype(module.dtype).itemsize
+    total = 0
+    for path, x in shapes.items():
+        share = stored[path].shard_shape(x.shape)
+        rules = named_sharding(axes[path], x.shape, system.generate_mesh, GENERATE_RULES)
+        read = rules.shard_shape(x.shape)
+        nested = all(mine <= part for whole, part, mine in zip(x.shape, read, share, strict=True) if part < whole)
+        total += 0 if nested or share == x.shape else 2 * math.prod(share) * itemsize
     return total
 
 
@@ -284,8 +304,7 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     passes = [_pass_scratch(system, name, rows, True, platform) for name in names_trained]
     loops = config.gradient_accumulation_steps > 1
     gradients = sum(_gradients(system, name) for name in names_trained)
-    temporaries = {
-        "gradients": gradients * (2 if loops else 1),
+    backward = {
         "gradient layout copies": 0 if loops or not scratch_of(platform).layout_copies else _layout_copies(system),
         "working copies": max(_working_copy(system, name, system.trees[name]) for name in names_trained),
         "activations": sum(kept) if both else max(kept),
@@ -294,7 +313,10 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     brought = {
         f"{name} on the device": _brought(system.trees[name], platform) for name in names if name in system.on_host
     }
-    return _program(system, platform, "train", arguments, temporaries | brought, 0)
+    # Moments that come one after the other come when the backward pass has given its room back.
+    phase = backward | brought if scratch_of(platform).brings_all else _largest(backward, brought)
+    gradients = {"gradients": gradients * (2 if loops else 1)}
+    return _program(system, platform, "train", arguments, gradients | phase, 0)
 
 
 def score_memory(system: System, platform: str) -> ProgramMemory:
@@ -347,7 +369,7 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     decode = {"KV cache": cache_bytes(system, platform), "logits": 2 * logits + attend}
     if platform == "tpu":  # the prompt's keys and values are laid out anew for decoding
         decode["KV cache of the prompt"] = prompt_cache
-    flip = {"merged adapters": _merged_adapters(system)}
+    flip = {"merged adapters": _merged_adapters(system), "weights on the move": _half_way_bytes(system)}
     view = {"generation weights": generation_view_bytes(system, platform)}
     arguments = _on_device(system, platform, ("actor",)) | {"batch": tree_bytes(prompt_batch(system), platform)}
     outputs = tree_bytes(rollout(system), platform)

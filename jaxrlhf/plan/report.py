@@ -21,9 +21,15 @@ PHASES = {"generate": ("flip", "prefill", "decode"), "score": ("score",), "train
 KINDS = {
     "models": ("actor", "critic", "reference", "reward", "ema"),
     "optimizer": ("actor_optimizer", "critic_optimizer"),
-    "weight copies": ("generation weights", "working copies", "gathered layer weights"),
+    "weight copies": (
+        "generation weights",
+        "weights on the move",
+        "merged adapters",
+        "working copies",
+        "gathered layer weights",
+    ),
     "gradients": ("gradients", "gradient layout copies"),
-    "KV cache": ("KV cache",),
+    "KV cache": ("KV cache", "KV cache of the prompt"),
 }
 REST = "activations and scratch"
 

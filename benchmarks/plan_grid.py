@@ -30,7 +30,10 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt")
 ROWS = {"opt-1.3b": 8, "opt-13b": 4, "opt-66b": 4, "opt-175b": 2}
 CLUSTERS = (("a100-80g", 64), ("v5p", 64), ("a100-80g", 16), ("a100-80g", 8), ("a100-80g", 1))
 # On 64 devices the largest model fits when layers are split in training too, and generation over 32.
-SPLIT = {"mesh_tensor": 8, "generate_tensor_parallel": 32}
+SPLIT = {
+    "a100-80g": {"mesh_tensor": 8, "generate_tensor_parallel": 32},
+    "v5p": {"mesh_tensor": 4, "generate_tensor_parallel": 16},
+}
 SMALL = {"actor": "opt-1.3b", "device": "a100-80g", "devices": 8, "per_device_train_batch_size": 4}
 
 
@@ -40,7 +43,8 @@ def points() -> list[dict[str, Any]]:
     for device, devices in CLUSTERS:
         for actor, rows in ROWS.items():
             point = {"actor": actor, "device": device, "devices": devices, "per_device_train_batch_size": rows}
-            grid.append(point | {"remat_policy": "full"} | (SPLIT if (actor, devices) == ("opt-175b", 64) else {}))
+            split = SPLIT[device] if (actor, devices) == ("opt-175b", 64) else {}
+            grid.append(point | {"remat_policy": "full"} | split)
     return [
         *grid,
         SMALL,

@@ -24,7 +24,7 @@ _HOME = {
     "train_rlhf": "jaxrlhf.trainers.rlhf",
     "InputError": "jaxrlhf.errors",
 }
-_SUBMODULES = ("models", "sharding", "kernels", "data", "objectives", "trainers")
+_SUBMODULES = ("distributed", "models", "sharding", "kernels", "data", "objectives", "trainers")
 
 __all__ = [*_HOME, *_SUBMODULES]
 

@@ -46,6 +46,12 @@ class ChatConfig(MeshConfig):
     temperature: float = field(0.7, "sampling temperature; 0: always the most likely token")
     top_k: int = field(0, "sample among the k most likely tokens; 0: all")
     top_p: float = field(0.9, "sample among the most likely tokens that hold this probability")
+    repetition_penalty: float = field(
+        1.0, "divides positive logits of tokens that were there before, and multiplies negative ones; 1: off"
+    )
+    stop_strings: tuple[str, ...] = field(
+        (), "texts that end an answer and are not shown, such as 'Human:'; matched on the text as it appears"
+    )
     seed: int = field(42, "seed of the sampling: the same conversation gets the same answers")
     prompt_template: str | None = field(
         None,
@@ -55,40 +61,52 @@ class ChatConfig(MeshConfig):
 
     def __post_init__(self) -> None:
         self.sampling(1 if self.max_new_tokens is None else self.max_new_tokens)
+        if not all(self.stop_strings):
+            raise InputError(f"stop_strings={list(self.stop_strings)} must not hold an empty text")
         if self.prompt_template is not None:
             check_template(self.prompt_template)
 
     def sampling(self, max_new_tokens: int, **special_ids: Any) -> SamplingConfig:
-        return SamplingConfig(max_new_tokens, self.temperature, self.top_k, self.top_p, **special_ids)
+        same = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+        return SamplingConfig(max_new_tokens, **same, **special_ids)
 
 
 class StreamedText:
     """Decodes a growing list of token ids and gives out what is new, whole characters only.
 
     All tokens are decoded each time, so spaces and merged characters come out as they would at the end. White space
-    before the first word is dropped.
+    before the first word is dropped. The text ends before the first of the `stops` in it; what may become one is held
+    back.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
         self.text = ""
         """Everything given out so far."""
+        self.stopped = False
+        """Whether the text has come to a stop; further tokens change nothing."""
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty while a character is still in pieces."""
         self.ids.append(int(token))
-        return self._new(self._decode().rstrip(BROKEN))
+        return self._new(self._decode().rstrip(BROKEN), hold=True)
 
     def finish(self) -> str:
-        """What was held back: the pieces of a character that was never completed."""
-        return self._new(self._decode())
+        """What was held back: the pieces of a character, or of a stop, that was never completed."""
+        return self._new(self._decode(), hold=False)
 
     def _decode(self) -> str:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(self.ids, **options).lstrip()
 
-    def _new(self, text: str) -> str:
+    def _new(self, text: str, hold: bool) -> str:
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, text = True, text[: min(found)]
+        elif hold:
+            begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            text = text[: len(text) - max(begun, default=0)]
         # Some tokenizers decode a run of byte tokens as a whole and spoil it while its last character is incomplete.
         if not text.startswith(self.text):
             return ""
@@ -169,13 +187,15 @@ class ChatSession:
         )
 
     def _answer(self, message: dict[str, str], prompt: list[int]) -> Iterator[str]:
-        answer = StreamedText(self.tokenizer)
+        answer = StreamedText(self.tokenizer, self.config.stop_strings)
         key = jax.random.fold_in(jax.random.key(self.config.seed), self.round)
         self.round += 1
         try:
             for token in self._tokens(prompt, key):
                 if token not in self.sampling.eos_ids and (piece := answer.add(token)):
                     yield piece
+                if answer.stopped:
+                    break
             if answer.ids and (piece := answer.finish()):
                 yield piece
         finally:

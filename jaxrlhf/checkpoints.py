@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.distributed import barrier, is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.files import write_json_atomic
 
@@ -39,17 +40,17 @@ def save_checkpoint(folder: str | Path, step: int, state: Any, metadata: dict, k
     target = folder / f"checkpoint-{step}"
     work = folder / f"checkpoint-{step}{UNFINISHED[0]}"
     entries, arrays = _encode(state)
-    if _is_primary():
+    if is_primary():
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
         work.mkdir()
-    _sync("checkpoint folder made")
+    barrier("checkpoint folder made")
     try:
         _write_arrays(work / "state", arrays)
     except (OSError, ValueError) as error:  # tensorstore tells a full disk as a ValueError
         reason = "no space left on the disk" if "No space left" in str(error) else str(error).splitlines()[0]
         raise InputError(f"cannot write the checkpoint {target}: {reason}; older checkpoints are kept") from error
-    if _is_primary():
+    if is_primary():
         write_json_atomic(work / "index.json", {"format": 1, "leaves": entries, "files": _sizes(work / "state")})
         write_json_atomic(work / "metadata.json", {**metadata, "step": step})
         if target.exists():
@@ -60,7 +61,7 @@ def save_checkpoint(folder: str | Path, step: int, state: Any, metadata: dict, k
         older = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= step]
         for path in older[: -keep_last if keep_last else 0]:
             _remove(path)
-    _sync("checkpoint complete")
+    barrier("checkpoint complete")
     return target
 
 
@@ -75,7 +76,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The complete checkpoint with the highest step number, or None."""
     folder = Path(folder)
-    if folder.is_dir() and _is_primary():
+    if folder.is_dir() and is_primary():
         _take_back_replaced(folder)
     return (list_checkpoints(folder) or [None])[-1]
 
@@ -306,14 +307,3 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _is_primary() -> bool:
-    return jax.process_index() == 0
-
-
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

@@ -44,7 +44,10 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted.
+
+    Of several processes, one that stops because another is gone exits with 75.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -61,10 +64,18 @@ def main(argv: list[str] | None = None) -> int:
         return run(name, COMMANDS[name], rest)
     except InputError as error:
         print(f"jaxrlhf: error: {error}", file=sys.stderr)
+        tell_others(error, 2)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("jaxrlhf: interrupted", file=sys.stderr)
+        tell_others(error, 130)
         return 130
+
+
+def tell_others(error: BaseException, status: int) -> None:
+    """End the other processes of the run too, when there are any (and this one with them)."""
+    if "jaxrlhf.distributed" in sys.modules:
+        sys.modules["jaxrlhf.distributed"].fail(error, status)
 
 
 def run(name: str, command: Command, argv: list[str]) -> int:
@@ -74,6 +85,7 @@ def run(name: str, command: Command, argv: list[str]) -> int:
     logging.getLogger("jaxrlhf").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback per thread for what we say once
     from jaxrlhf.config import parse
+    from jaxrlhf.distributed import is_primary
     from jaxrlhf.trainers.loop import Interrupted
 
     module = importlib.import_module(command.module)
@@ -81,7 +93,8 @@ def run(name: str, command: Command, argv: list[str]) -> int:
     try:
         getattr(module, command.function)(config)
     except Interrupted as stop:
-        print(f"jaxrlhf: {stop}", file=sys.stderr)
+        if is_primary():
+            print(f"jaxrlhf: {stop}", file=sys.stderr)
         return 130
     return 0
 

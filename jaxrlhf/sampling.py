@@ -1,5 +1,6 @@
-"""Drawing the next token: temperature, top-k, nucleus, minimum length, with one random key per row."""
+"""Drawing the next token, with one random key per row, and what ends a response (docs/generation.md)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -27,16 +28,26 @@ class SamplingConfig:
     pad_token_id: int = 0
     """Fills finished rows; the mask, not this id, says where a response ends."""
     min_new_tokens: int = 0
-    """EOS cannot be drawn before this many tokens."""
+    """EOS cannot be drawn, and no stop sequence ends a row, before this many tokens."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens seen in prompt or response are divided by it where positive, else multiplied; 1 is off."""
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    """A row ends once its response ends with one of these token sequences, which stays in the response."""
+    samples_per_prompt: int = 1
+    """n responses per prompt from one prefill; the rollout's rows are prompt-major, `[B·n, …]`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        object.__setattr__(self, "stop_sequences", tuple(tuple(int(i) for i in ids) for ids in self.stop_sequences))
         for name, ok, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 (greedy) or positive"),
             ("top_k", self.top_k >= 0, "0 (off) or positive"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive (1 is off)"),
+            ("stop_sequences", all(self.stop_sequences), "free of empty sequences"),
+            ("samples_per_prompt", self.samples_per_prompt >= 1, "at least 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
         ):
             if not ok:
@@ -47,6 +58,17 @@ class SamplingConfig:
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    def ended(self, response: Sequence[int]) -> bool:
+        """Whether a finished response ended by itself, with EOS or a stop sequence, rather than at the longest length.
+
+        A stop sequence that min_new_tokens held back does not count, as it did not end the row.
+        """
+        ids = tuple(int(i) for i in response)
+        if not ids:
+            return False
+        stopped = any(ids[-len(stop) :] == stop for stop in self.stop_sequences) and len(ids) > self.min_new_tokens
+        return ids[-1] in self.eos_ids or stopped
 
     @property
     def logprob_temperature(self) -> float:
@@ -68,24 +90,58 @@ def truncate_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     return logits
 
 
+def is_eos(tokens: jax.Array, config: SamplingConfig) -> jax.Array:
+    """bool, shaped as `tokens`: which are one of the EOS ids."""
+    if not config.eos_ids:
+        return jnp.zeros(tokens.shape, bool)
+    return jnp.isin(tokens, jnp.asarray(config.eos_ids))
+
+
+def ends_with_stop(tail: jax.Array, config: SamplingConfig) -> jax.Array:
+    """bool `[B]`: whether the last tokens `tail` `[B, K]` of each response (-1 before its beginning) end with a stop
+    sequence; K is at least the longest one's length."""
+    found = [jnp.all(tail[:, -len(ids) :] == jnp.asarray(ids), axis=1) for ids in config.stop_sequences]
+    return jnp.any(jnp.stack(found), axis=0)
+
+
+def penalize(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    """The repetition penalty of Keskar et al. 2019 (arXiv 1909.05858), as transformers has it; `seen` `[B, V]`."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def sample_token(
-    logits: jax.Array, row_keys: jax.Array, step: jax.Array | int, config: SamplingConfig
+    logits: jax.Array,
+    row_keys: jax.Array,
+    step: jax.Array | int,
+    config: SamplingConfig,
+    *,
+    seen: jax.Array | None = None,
+    temperature: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token per row and its log-prob: int32 `[B]`, float32 `[B]`, from logits `[B, V]`.
 
-    Row b's draw depends on its own key and `step` only. The log-prob is that of the tempered distribution before top-k
-    and top-p, the quantity the train program computes.
+    Row b's draw depends on its own key and its `step` (one for all, or `[B]`) only. `seen` `[B, V]` marks the tokens
+    that the repetition penalty acts on; `temperature` `[B]` replaces the config's, 0 makes its row greedy. The log-prob
+    is that of the tempered distribution before penalty, minimum length, top-k and top-p: the quantity the train program
+    computes.
     """
     logits = logits.astype(jnp.float32)
-    scaled = logits / config.logprob_temperature
-    allowed = scaled
+    if temperature is None:
+        divisor = config.logprob_temperature
+    else:
+        divisor = jnp.where(temperature > 0, temperature, 1.0).astype(jnp.float32)[:, None]
+    scaled = logits / divisor
+    allowed = scaled if seen is None else penalize(logits, seen, config.repetition_penalty) / divisor
+    step = jnp.broadcast_to(step, logits.shape[:1])
     if config.min_new_tokens and config.eos_ids:
-        is_eos = jnp.isin(jnp.arange(logits.shape[-1]), jnp.asarray(config.eos_ids))
-        allowed = jnp.where(is_eos & (step < config.min_new_tokens), _EXCLUDED, scaled)
-    if config.temperature == 0:
+        forbidden = is_eos(jnp.arange(logits.shape[-1]), config) & (step < config.min_new_tokens)[:, None]
+        allowed = jnp.where(forbidden, _EXCLUDED, allowed)
+    if temperature is None and config.temperature == 0:
         tokens = jnp.argmax(allowed, axis=-1)
     else:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, step)
+        keys = jax.vmap(jax.random.fold_in)(row_keys, step)
         tokens = jax.vmap(jax.random.categorical)(keys, truncate_logits(allowed, config))
+        if temperature is not None:
+            tokens = jnp.where(temperature > 0, tokens, jnp.argmax(allowed, axis=-1))
     picked = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), picked - jax.nn.logsumexp(scaled, axis=-1)

@@ -7,19 +7,24 @@ NEGATIVE = -1e30  # finite, so that fully masked rows stay free of NaN
 
 
 def attention_mask(
-    key_mask: jax.Array, query_length: int, *, window: jax.Array | int | None = None, query_offset: int = 0
+    key_mask: jax.Array,
+    query_length: int,
+    *,
+    window: jax.Array | int | None = None,
+    query_offset: jax.Array | int = 0,
 ) -> jax.Array:
     """Boolean `[B, 1, T, S]`: which keys a query may see.
 
     Causal, real keys only (`key_mask` `[B, S]`), and, with `window` > 0, only the last `window` positions including
-    the query's own. `query_offset` is the column of the first query.
+    the query's own. `query_offset` is the column of the first query, one for all rows or `[B]`.
     """
     columns = jnp.arange(key_mask.shape[1])
-    distance = (query_offset + jnp.arange(query_length))[:, None] - columns[None, :]
+    first = jnp.reshape(query_offset, (-1, 1, 1))
+    distance = first + jnp.arange(query_length)[None, :, None] - columns[None, None, :]
     allowed = distance >= 0
     if window is not None:
         allowed &= (distance < window) | (jnp.asarray(window) <= 0)
-    return allowed[None, None] & key_mask.astype(bool)[:, None, None, :]
+    return allowed[:, None] & key_mask.astype(bool)[:, None, None, :]
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxrlhf.distributed import barrier, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.checkpoint_files import all_finite, read_json
 from jaxrlhf.models.config import LoRAConfig
@@ -119,9 +120,10 @@ def _suffix(linear: _Linear) -> str:
 def _adapter_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
     params = flatten_dict(model.params, sep="/")
     targeted, rank = set(_targeted(model.module)), model.module.lora.rank
+    fetch = lambda name: np.asarray(to_host(params[name]), np.float32)  # noqa: E731
     for linear in _linears(model.module):
         own = [path for path in linear.paths if path in targeted]
-        leaves = {path: [np.asarray(params[f"{path}/{n}"], np.float32) for n in ("lora_a", "lora_b")] for path in own}
+        leaves = {path: [fetch(f"{path}/{n}") for n in ("lora_a", "lora_b")] for path in own}
         for layer in range(model.config.num_layers if linear.per_layer else 1) if own else ():
             pairs = {path: [x[layer] if linear.per_layer else x for x in ab] for path, ab in leaves.items()}
             a = np.concatenate([pairs[path][0].reshape(linear.in_size, rank).T for path in own])
@@ -135,7 +137,7 @@ def _adapter_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{name}.lora_A.weight", a
             yield f"{name}.lora_B.weight", linear.b_to_hf(parts)
     if model.module.head == "scalar":
-        yield f"{_PREFIX}score.weight", np.asarray(params["score/kernel"], np.float32).reshape(1, -1)
+        yield f"{_PREFIX}score.weight", fetch("score/kernel").reshape(1, -1)
 
 
 def _config_to_peft(module: Decoder, base: str | None) -> dict[str, Any]:
@@ -165,23 +167,30 @@ def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path:
     """Write the adapters (and the scalar head) as a folder that `peft.PeftModel.from_pretrained(base, path)` loads.
 
     Float32. `base_model_name_or_path` is noted for whoever loads it. An interrupted save leaves older files whole.
-    InputError when the model has no adapters, or when they are not finite.
+    InputError when the model has no adapters, or when they are not finite. Of several processes, all call it and the
+    first writes.
     """
-    from safetensors.numpy import save_file
-
     if model.module.lora is None:
         raise InputError("the model has no LoRA adapters to save; add_lora adds them")
     tensors = {name: np.ascontiguousarray(x) for name, x in _adapter_tensors(model)}
     if bad := [name for name, x in tensors.items() if not all_finite(x)]:
         raise InputError(f"{', '.join(bad)}: NaN or infinite; the model has diverged and its adapter is not saved")
     folder = Path(path)
+    if is_primary():
+        _write_adapter(model, tensors, folder, base_model_name_or_path)
+    barrier(f"writing the adapter {folder}")
+
+
+def _write_adapter(model: Model, tensors: dict[str, np.ndarray], folder: Path, base: str | None) -> None:
+    from safetensors.numpy import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f".adapter-{os.getpid()}"
     staging.mkdir()
     try:
         metadata = {"format": "pt", _TARGETS: ",".join(_targeted(model.module))}
         save_file(tensors, staging / ADAPTER_WEIGHTS, metadata)
-        text = json.dumps(_config_to_peft(model.module, base_model_name_or_path), indent=2)
+        text = json.dumps(_config_to_peft(model.module, base), indent=2)
         (staging / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             os.replace(staging / name, folder / name)

@@ -10,7 +10,7 @@ from jaxrlhf.models.decoder import AttentionContext, Block, Cache, Decoder, laye
 from jaxrlhf.models.lora import merge_lora
 from jaxrlhf.models.model import logical_axes, storage_rules
 from jaxrlhf.models.rotary import rotation
-from jaxrlhf.sharding import constrain, flip
+from jaxrlhf.sharding import constrain, flip, split
 
 PyTree = Any
 
@@ -21,6 +21,30 @@ class GenerationView:
 
     outer: PyTree
     layers: tuple[PyTree, ...]
+    qkv_groups: int = flax.struct.field(pytree_node=False, default=0)
+    """g of the fused `attn/qkv` kernels `[D, g, (H + 2·H_kv)/g, head_dim]`; 0: query, key and value are apart."""
+
+
+def qkv_groups(module: Decoder) -> int:
+    """The g under the current generation rules: how many shards split the heads, each holding its own q, k and v.
+
+    0 where query heads are split into more parts than key/value heads are: a fused kernel would mix shards.
+    """
+    c = module.config
+    g = split("kv_heads", c.num_kv_heads)
+    return g if g == split("heads", c.num_heads) else 0
+
+
+def _fuse_qkv(attn: PyTree, g: int) -> PyTree:
+    """One layer's attention with `query`, `key` and `value` joined into `qkv`, shard by shard of g."""
+    parts = [attn[name] for name in ("query", "key", "value")]
+
+    def join(axes: tuple[str | None, ...], *xs: jax.Array) -> jax.Array:
+        grouped = [x.reshape(*x.shape[:-2], g, x.shape[-2] // g, x.shape[-1]) for x in xs]
+        return constrain(jnp.concatenate(grouped, axis=-2), *axes, "heads", None, "head_dim")
+
+    fused = {name: join(("embed",) * (name == "kernel"), *(part[name] for part in parts)) for name in parts[0]}
+    return {name: x for name, x in attn.items() if name not in ("query", "key", "value")} | {"qkv": fused}
 
 
 @jax.named_scope("flip")
@@ -29,20 +53,24 @@ def generation_view(params: PyTree, module: Decoder) -> GenerationView:
 
     `params` is the training tree of `module`. Casting comes before any collective, and pinning the result keeps
     collectives out of the decode loop. Vectors (norms) stay in float32, as training uses them. Adapters are merged
-    into their kernels layer by layer, so that decode pays nothing for them.
+    into their kernels layer by layer, so that decode pays nothing for them. Query, key and value become one kernel
+    where that crosses no shards (`qkv_groups`).
     """
     axes = logical_axes(module.clone(lora=None))
+    groups = qkv_groups(module)
 
     def leaf(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return flip(x.astype(module.dtype) if x.ndim > 1 else x, names, storage_rules(module))
 
     def layer(i: int) -> PyTree:
         tree = merge_lora(jax.tree.map(lambda x: x[i], params["layers"]), module)
-        return jax.tree.map(lambda x, names: leaf(x, names[1:]), tree, axes["layers"])
+        tree = jax.tree.map(lambda x, names: leaf(x, names[1:]), tree, axes["layers"])
+        return tree | {"attn": _fuse_qkv(tree["attn"], groups)} if groups else tree
 
     outer = merge_lora({name: x for name, x in params.items() if name != "layers"}, module)
     outer = {name: jax.tree.map(leaf, x, axes[name]) for name, x in outer.items()}
-    return GenerationView(outer=outer, layers=tuple(layer(i) for i in range(module.config.num_layers)))
+    layers = tuple(layer(i) for i in range(module.config.num_layers))
+    return GenerationView(outer=outer, layers=layers, qkv_groups=groups)
 
 
 def init_cache(module: Decoder, batch: int, length: int) -> tuple[Cache, ...]:
@@ -67,7 +95,7 @@ def _run(
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     module = module.clone(lora=None)  # the view holds merged kernels
     outer = {"params": view.outer}
-    block = Block(module.config, module.dtype)
+    block = Block(module.config, module.dtype, qkv_groups=view.qkv_groups)
     x = module.apply(outer, input_ids, positions, method="embed_tokens")
     updated = []
     for params, options, cache in zip(view.layers, layer_options(module.config), caches, strict=True):
@@ -96,15 +124,16 @@ def decode_step(
     start: jax.Array,
     caches: tuple[Cache, ...],
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Feed one token per row `[B]`, written at cache `column` (one for all rows); rows begin at column `start` `[B]`.
+    """Feed one token per row `[B]`, written at cache `column`; rows begin at column `start` `[B]`.
 
-    Returns the next token's float32 logits `[B, V_padded]` and the caches, updated in place under jit.
+    `column` is one for all rows (the cheaper write) or `[B]`. Returns the next token's float32 logits `[B, V_padded]`
+    and the caches, updated in place under jit.
     """
     length = caches[0][0].shape[2]
     columns = jnp.arange(length)[None]
-    mask = (columns >= start[:, None]) & (columns <= column)
-    positions = jnp.maximum(columns - start[:, None], 0)
     own = (column - start)[:, None]
+    positions = jnp.maximum(columns - start[:, None], 0)
+    mask = (columns >= start[:, None]) & (columns <= jnp.reshape(column, (-1, 1)))
     rotary = rotation(module.config, own) if module.config.position == "rotary" else None
     context = AttentionContext(key_mask=mask, positions=positions, rotation=rotary, write_index=column)
     return _run(module, view, tokens[:, None], own, context, caches)

@@ -7,6 +7,7 @@ passed to `apply`.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import flax.struct
@@ -46,7 +47,7 @@ class AttentionContext:
     rotation: tuple[jax.Array, jax.Array] | None = None
     """cos and sin of the *query* columns, `[B, 1, T, rotated/2]`."""
     write_index: jax.Array | None = None
-    """Decoding: the cache column of the one new token, the same for every row."""
+    """Decoding: the cache column of the one new token, one for all rows or `[B]`."""
 
 
 @flax.struct.dataclass
@@ -161,34 +162,48 @@ class Projection(nn.Module):
         return y
 
 
+def write_columns(cache: jax.Array, new: jax.Array, column: jax.Array | int) -> jax.Array:
+    """`cache` `[B, H, S, D]` with `new` `[B, H, T, D]` from `column` on (one, or `[B]`); in place under jit."""
+    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+    if jnp.ndim(column):
+        write = jax.vmap(write)
+    return write(cache, new.astype(cache.dtype), column)
+
+
 class Attention(nn.Module):
+    """Self-attention. With `qkv_groups` g > 0 query, key and value are one map `qkv`, of which group i of g holds the
+    query heads, then the key heads, then the value heads of shard i (models/decode.py makes it)."""
+
     config: DecoderConfig
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
+    qkv_groups: int = 0
+
+    def _heads(self, x: jax.Array) -> list[jax.Array]:
+        """Query, key and value, each `[B, T, heads, D]`."""
+        c, g = self.config, self.qkv_groups
+        counts = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+
+        def project(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+            shapes = ((c.hidden_size,), (*shape, c.head_dim), ("embed",), (*axes, "head_dim"))
+            return Projection(c, *shapes, c.qkv_bias, self.dtype, self.lora, name=name)(x)
+
+        if not g:
+            names = (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads"))
+            return [project(name, (n,), (axis,)) for (name, axis), n in zip(names, counts, strict=True)]
+        fused = project("qkv", (g, sum(counts) // g), ("heads", None))
+        parts = jnp.split(fused, (counts[0] // g, (counts[0] + counts[1]) // g), axis=-2)
+        return [part.reshape(*x.shape[:2], n, c.head_dim) for part, n in zip(parts, counts, strict=True)]
 
     @nn.compact
     def __call__(
         self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-
-        def heads(name: str, count: int, axis: str) -> jax.Array:
-            project = Projection(
-                c,
-                (c.hidden_size,),
-                (count, c.head_dim),
-                ("embed",),
-                (axis, "head_dim"),
-                c.qkv_bias,
-                self.dtype,
-                self.lora,
-                name=name,
-            )
-            return constrain(project(x).swapaxes(1, 2), "batch", axis, None, None)
-
-        query = heads("query", c.num_heads, "heads")
-        key = heads("key", c.num_kv_heads, "kv_heads")
-        value = heads("value", c.num_kv_heads, "kv_heads")
+        query, key, value = (
+            constrain(part.swapaxes(1, 2), "batch", axis, None, None)
+            for part, axis in zip(self._heads(x), ("heads", "kv_heads", "kv_heads"), strict=True)
+        )
         if c.qk_norm:
             query = Norm(c, self.dtype, kind="rmsnorm", name="query_norm")(query)
             key = Norm(c, self.dtype, kind="rmsnorm", name="key_norm")(key)
@@ -199,10 +214,7 @@ class Attention(nn.Module):
         offset = 0
         if cache is not None:
             at = 0 if context.write_index is None else context.write_index
-            cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=2)
-                for old, new in zip(cache, (key, value), strict=True)
-            )
+            cache = tuple(write_columns(old, new, at) for old, new in zip(cache, (key, value), strict=True))
             if context.write_index is not None:
                 key, value = (x.astype(self.dtype) for x in cache)
                 offset = context.write_index
@@ -257,6 +269,7 @@ class Block(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
+    qkv_groups: int = 0
 
     def _drop(self, x: jax.Array) -> jax.Array:
         rate = self.config.residual_dropout
@@ -267,7 +280,7 @@ class Block(nn.Module):
         self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        attend = Attention(c, self.dtype, self.lora, name="attn")
+        attend = Attention(c, self.dtype, self.lora, self.qkv_groups, name="attn")
         mlp = MLP(c, self.dtype, self.lora, name="mlp")
         attn_norm = Norm(c, self.dtype, name="attn_norm")
         mlp_norm = None if c.residual == "parallel_shared_norm" else Norm(c, self.dtype, name="mlp_norm")

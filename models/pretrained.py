@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.card import ModelCard, render_card
 from jaxrlhf.models.checkpoint_files import (
@@ -25,6 +25,7 @@ from jaxrlhf.models.checkpoint_files import (
     TensorToWrite,
     all_finite,
     find_model_folder,
+    fingerprint,
     indexed_shards,
     open_checkpoint,
     read_json,
@@ -230,10 +231,15 @@ def load_pretrained(
     `head` is "lm" or "scalar". A checkpoint without a scalar head gets a fresh one from `key`, unless `new_head` is
     false. `dtype` is the compute dtype (default: bfloat16 on accelerators, float32 on CPU), `param_dtype` the stored
     one; `remat` and `zero_stage` are Decoder's. Raises InputError for a missing or unreadable folder, unknown family or
-    option, and lists every missing, unexpected or mis-shaped tensor.
+    option, for files that differ between the processes of the mesh, and lists every missing, unexpected or mis-shaped
+    tensor.
     """
     folder = find_model_folder(name_or_path)
     config = read_config(folder)
+    if mesh is not None and mesh.is_multi_process:
+        check_same(
+            "files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in fingerprint(folder).items()}
+        )
     module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
     source = _with_our_names(open_checkpoint(folder), family, config.num_layers)
@@ -287,7 +293,7 @@ def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
     hosts every process must call it, and all get the result.
     """
     if not x.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(x if layer is None else x[layer], tiled=True))
+        return to_host(x if layer is None else x[layer])
     whole = np.empty(x.shape if layer is None else x.shape[1:], x.dtype)
     for shard in x.addressable_shards:
         if shard.replica_id == 0:
@@ -340,11 +346,11 @@ def save_pretrained(
     `dtype`.
     """
     folder = Path(path)
-    if jax.process_index() > 0:  # take part in the gathering; the first process writes
+    if not is_primary():  # take part in the gathering; the first process writes
         family, params = get_family(model.config.family, "config"), flatten_dict(model.params, sep="/")
         for tensor in _tensors_to_write(family, model.module, params):
             tensor.make()
-        multihost_utils.sync_global_devices(f"export {folder}")
+        barrier(f"writing the model {folder}")
         return
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".export-*"):
@@ -374,8 +380,7 @@ def save_pretrained(
             reason = error.strerror or error
             raise InputError(f"cannot write the model to {folder}: {reason}; what was there is kept") from error
         raise
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"export {folder}")
+    barrier(f"writing the model {folder}")
 
 
 def model_from_overrides(model_type: str, overrides: dict[str, Any], **kwargs: Any) -> Model:

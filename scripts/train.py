@@ -2,7 +2,8 @@
 
     python scripts/train.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --num-gpus 8
 
---num-gpus N    use N devices: the first N GPUs, or N devices forced on the CPU where there is no GPU (default: all)
+--num-gpus N    use N devices: the first N GPUs, or N devices forced on the CPU where there is no GPU (default: all);
+                of several processes, each uses N
 --output-dir    default: output
 --data_path     default: Dahoas/rm-static, whose prompts carry their own markup (--prompt_template raw)
 
@@ -61,6 +62,17 @@ def restrict_devices(number: int, environment: dict[str, str]) -> dict[str, str]
     return {"XLA_FLAGS": flags, "CUDA_VISIBLE_DEVICES": ",".join(devices[:number])}
 
 
+def has_peers(argv: list[str]) -> bool:
+    """Whether this is one of several processes, which must meet before JAX starts."""
+    from jaxrlhf.distributed import ProcessConfig, detect
+
+    flags = ("--num_processes", "--process_id", "--coordinator_address")
+    given = any(
+        token.partition("=")[0].replace("-", "_").startswith(f.replace("-", "_")) for token in argv for f in flags
+    )
+    return given or detect(ProcessConfig())[1] not in (None, 1)
+
+
 def check_devices(number: int) -> None:
     """Start JAX and raise InputError unless it sees exactly `number` devices."""
     import jax
@@ -82,7 +94,8 @@ def main(argv: list[str]) -> int:
         number, rest = take_num_gpus(argv)
         if number is not None:
             os.environ.update(restrict_devices(number, dict(os.environ)))
-            check_devices(number)
+            if not has_peers(rest):
+                check_devices(number)
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from jaxrlhf.sharding.placement import (
     back_like,
     batch_sharding,
     constrain_tree,
+    held_rows,
     offloaded,
     on_device,
     optimizer_shardings,
@@ -29,6 +30,7 @@ from jaxrlhf.sharding.rules import (
     flip,
     named_sharding,
     resolve_spec,
+    split,
     use,
 )
 
@@ -47,6 +49,7 @@ __all__ = [
     "default_tensor_parallel",
     "flip",
     "generate_mesh",
+    "held_rows",
     "make_mesh",
     "named_sharding",
     "offloaded",
@@ -56,6 +59,7 @@ __all__ = [
     "place_batch",
     "replicated",
     "resolve_spec",
+    "split",
     "tree_shardings",
     "use",
 ]

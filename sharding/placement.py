@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -98,8 +99,26 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def place_batch(batch: PyTree, mesh: Mesh, rules: Rules = TRAIN_RULES) -> PyTree:
-    """Put a tree of host arrays `[B, …]` on the mesh, rows split over the batch axes."""
-    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape, rules)), batch)
+    """Put a tree of host arrays `[B, …]` on the mesh, rows split over the batch axes.
+
+    Of several processes, each gives the whole batch but needs to have filled in only its `held_rows`.
+    """
+
+    def put(x: Any) -> jax.Array:
+        sharding = batch_sharding(mesh, x.shape, rules)
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
+def held_rows(mesh: Mesh, rows: int, rules: Rules = TRAIN_RULES) -> np.ndarray:
+    """bool `[rows]`: the rows of a batch that `place_batch` puts on this process's devices."""
+    held = np.zeros(rows, bool)
+    for index in batch_sharding(mesh, (rows,), rules).addressable_devices_indices_map((rows,)).values():
+        held[index] = True
+    return held
 
 
 def constrain_tree(tree: PyTree, shardings: PyTree) -> PyTree:

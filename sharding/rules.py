@@ -6,6 +6,7 @@ dimension that decode tensor-parallelism splits (heads, mlp, vocab: flipping to 
 falls back to `embed` where that dimension does not divide.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -91,6 +92,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     mesh, rules = current
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, rules))
+
+
+def split(axis: str, size: int) -> int:
+    """Into how many parts the current `use(mesh, rules)` splits a dimension `axis` of `size`; 1 outside of one."""
+    current = _current.get()
+    if current is None:
+        return 1
+    mesh, rules = current
+    entry = (*resolve_spec((axis,), (size,), mesh, rules), None)[0]
+    return math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 # Half-way from parameters stored over `embed` to GENERATE_RULES, on `generate_mesh`.

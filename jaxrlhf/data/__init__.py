@@ -19,6 +19,7 @@ from jaxrlhf.data.templates import (
     encode_pair,
     encode_prompt,
     encode_response,
+    encode_stops,
     load_tokenizer,
     pad_token_id,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "encode_pair",
     "encode_prompt",
     "encode_response",
+    "encode_stops",
     "epoch_permutation",
     "eval_batches",
     "length_bucket",

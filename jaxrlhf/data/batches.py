@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +32,10 @@ def length_bucket(length: int, maximum: int) -> int:
     return min(size, maximum)
 
 
-def padding_fraction(batch: Batch) -> float:
-    """The share of a batch's token places that hold no token of a row (0: no waste)."""
-    masks = [batch[name] for name in ("attention_mask", "chosen_mask", "rejected_mask", "prompt_mask") if name in batch]
-    real = sum(int((mask * batch["row_mask"][:, None]).sum()) for mask in masks)
-    return 1.0 - real / sum(mask.size for mask in masks)
+def padding_fraction(batch: Batch, tokens: int) -> float:
+    """The share of a batch's token places that hold none of its `tokens` (`data.token_count`; 0: no waste)."""
+    names = ("attention_mask", "chosen_mask", "rejected_mask", "prompt_mask")
+    return 1.0 - tokens / sum(batch[name].size for name in names if name in batch)
 
 
 def fill(rows: Sequence[np.ndarray], width: int, pad_id: int, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -84,8 +84,32 @@ class Data:
         source, row = self.ragged.rows[i]
         return self.ragged.sources[source], int(row)
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int], *, held: np.ndarray | None = None) -> Batch:
+        """The batch of these rows. With `held` (bool [B]) only those rows are read, the others are as filler rows.
+
+        Shapes and `row_mask` are those of the whole batch, so that processes that hold different rows agree.
+        """
         raise NotImplementedError
+
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        """The parts of a row (0: prompt, 1: chosen, 2: rejected) that each sequence of a batch is joined from."""
+        raise NotImplementedError
+
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """int64 [sequences, B]: tokens of each sequence; 0 in filler rows."""
+        indices = np.asarray(indices)
+        of_part = [self.ragged.lengths_of(indices, j) * (indices >= 0) for j in range(self.ragged.parts)]
+        return np.stack([sum(of_part[j] for j in parts) for parts in self.sequences()])
+
+    def token_count(self, indices: Sequence[int]) -> int:
+        """Tokens of the rows' sequences, wherever they are held."""
+        return int(self.lengths(indices).sum())
+
+    def joined(self, indices: Sequence[int], held: np.ndarray | None) -> tuple[list[list[np.ndarray]], int]:
+        """(the sequences of each row, empty where filler or not held; the width that holds the longest of all)."""
+        width = length_bucket(int(self.lengths(indices).max()), self.maximum)
+        read = [i if held is None or held[b] else -1 for b, i in enumerate(indices)]
+        return [[np.concatenate([self.part(i, j) for j in parts]) for i in read] for parts in self.sequences()], width
 
     def part(self, i: int, j: int) -> np.ndarray:
         return self.ragged.part(i, j) if i >= 0 else np.zeros(0, np.int32)
@@ -97,17 +121,20 @@ class Data:
 class SFTData(Data):
     """Rows of prompt + chosen."""
 
-    def batch(self, indices: Sequence[int], *, completion_only_loss: bool = True) -> Batch:
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        return ((0, 1),)
+
+    def batch(
+        self, indices: Sequence[int], *, held: np.ndarray | None = None, completion_only_loss: bool = True
+    ) -> Batch:
         """`input_ids, attention_mask, loss_mask` int32 [B, T] right-padded; `row_mask` int32 [B].
 
         `loss_mask` is 1 where the token is a counted target: the response with its EOS, or with
         `completion_only_loss=False` every token but the first.
         """
-        prompts = [self.part(i, 0) for i in indices]
-        rows = [np.concatenate([prompt, self.part(i, 1)]) for prompt, i in zip(prompts, indices, strict=True)]
-        width = length_bucket(max(map(len, rows)), self.maximum)
+        (rows,), width = self.joined(indices, held)
         ids, mask = fill(rows, width, self.pad_id)
-        first = np.array([len(prompt) if completion_only_loss else 1 for prompt in prompts])
+        first = self.ragged.lengths_of(np.asarray(indices), 0) if completion_only_loss else np.ones(len(rows), int)
         row_mask = self.row_mask(indices)
         # The first token has no predecessor to be predicted from, so it is never a target.
         targets = np.arange(width)[None, :] >= np.maximum(first, 1)[:, None]
@@ -122,10 +149,12 @@ class SFTData(Data):
 class PairData(Data):
     """Rows of prompt + chosen and prompt + rejected."""
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        return ((0, 1), (0, 2))
+
+    def batch(self, indices: Sequence[int], *, held: np.ndarray | None = None) -> Batch:
         """`chosen_ids, chosen_mask, rejected_ids, rejected_mask` int32 [B, T] right-padded; `row_mask` int32 [B]."""
-        chosen, rejected = ([np.concatenate([self.part(i, 0), self.part(i, j)]) for i in indices] for j in (1, 2))
-        width = length_bucket(max(map(len, chosen + rejected)), self.maximum)
+        (chosen, rejected), width = self.joined(indices, held)
         chosen_ids, chosen_mask = fill(chosen, width, self.pad_id)
         rejected_ids, rejected_mask = fill(rejected, width, self.pad_id)
         return {
@@ -140,10 +169,13 @@ class PairData(Data):
 class PromptData(Data):
     """Prompts to answer."""
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        return ((0,),)
+
+    def batch(self, indices: Sequence[int], *, held: np.ndarray | None = None) -> Batch:
         """`prompt_ids, prompt_mask` int32 [B, P] left-padded; `index, row_mask` int32 [B] (filler: index -1)."""
-        prompts = [self.part(i, 0) for i in indices]
-        ids, mask = fill(prompts, length_bucket(max(map(len, prompts)), self.maximum), self.pad_id, left=True)
+        (prompts,), width = self.joined(indices, held)
+        ids, mask = fill(prompts, width, self.pad_id, left=True)
         index = np.asarray(indices, np.int32)
         return {"prompt_ids": ids, "prompt_mask": mask, "index": index, "row_mask": self.row_mask(indices)}
 
@@ -171,7 +203,7 @@ def stream_indices(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
     return result
 
 
-def eval_batches(data: Data, batch_size: int, **options) -> Iterator[Batch]:
+def eval_batches(data: Data, batch_size: int, **options: Any) -> Iterator[Batch]:
     """Every row once, in order; the last batch is filled up with filler rows. `options` go to `data.batch`."""
     for start in range(0, len(data), batch_size):
         indices = np.arange(start, start + batch_size)

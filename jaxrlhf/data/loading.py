@@ -25,6 +25,7 @@ from jaxrlhf.data.tokenized import (
     tokenizer_fingerprint,
     write_part,
 )
+from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -99,13 +100,21 @@ def load_data(config: DataConfig, tokenizer, step: str) -> tuple[Data, Data]:
     """The training and the evaluation rows of `step` ("sft", "reward" or "ppo"), tokenised or from the cache.
 
     Evaluation rows are the same in every step and are trained on in none: `eval_data_path`, else each source's own
-    evaluation split, else a held-out fraction of it. Raises InputError for unusable data or tokenizer.
+    evaluation split, else a held-out fraction of it. Raises InputError for unusable data or tokenizer, and when the
+    processes of a run read different data. Of these, one of each machine writes the cache, while the others wait.
     """
     if step not in STEPS:
         raise ValueError(f"step '{step}': must be one of {', '.join(STEPS)}")
     if not config.data_path:
         raise InputError("data_path: no data given; name a file, a folder, a Hugging Face data set, or 'demo'")
     check_tokenizer(tokenizer)
+    parts, contents = by_turns(f"tokenising the {step} data", lambda: tokenised_parts(config, tokenizer, step))
+    check_same("data", contents)
+    return parts
+
+
+def tokenised_parts(config: DataConfig, tokenizer, step: str) -> tuple[tuple[Data, Data], dict[str, str]]:
+    """The two parts of `load_data`, and hashes of all they come from by what they are hashes of."""
     folder = cache_folder(config)
     sources = [resolve_source(name, folder) for name in config.data_path]
     eval_sources = [resolve_source(name, folder) for name in config.eval_data_path]
@@ -123,13 +132,16 @@ def load_data(config: DataConfig, tokenizer, step: str) -> tuple[Data, Data]:
     )
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
     maximum = config.max_prompt_seq_len if step == "ppo" else config.max_length
-    result = []
+    result, contents = [], {"the tokenizer": tokenizer_hash}
     for part in ("train", "eval"):
         selection = Selection(part, step, tuple(sources), tuple(eval_sources), config, read)
-        key = hash_json([FORMAT, tokenizer_hash, asdict(encoding), selection.key()])
+        chosen = selection.key()
+        key = hash_json([FORMAT, tokenizer_hash, asdict(encoding), chosen])
         ragged = cached_part(folder / "tokens" / f"{step}-{part}-{key}", selection, tokenizer, encoding)
         result.append(DATA_CLASSES[step](ragged, tokenizer, maximum, key))
-    return result[0], result[1]
+        contents |= {f"{name} ({part})": fingerprint for name, _, fingerprint in chosen[1]}
+        contents[f"rows and order ({part})"] = key
+    return (result[0], result[1]), contents
 
 
 def check_apart(sources: list[Source], eval_sources: list[Source]) -> None:

@@ -110,6 +110,19 @@ def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, **options)["input_ids"]
 
 
+def encode_stops(tokenizer, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Each stop string's own token ids, nothing added. Raises InputError for one without any.
+
+    A string that comes out of the model in other pieces, such as merged with the letters before it, is not found by
+    these ids.
+    """
+    stops = encode_texts(tokenizer, list(texts))
+    for text, ids in zip(texts, stops, strict=True):
+        if not ids:
+            raise InputError(f"stop_strings: {text!r} has no tokens; give a text that the tokenizer can write")
+    return tuple(tuple(ids) for ids in stops)
+
+
 def start_ids(tokenizer, template: str) -> list[int]:
     """The ids (BOS, for some tokenizers) that the tokenizer puts before a text; a chat template writes its own."""
     if uses_chat_template(tokenizer, template):

@@ -74,6 +74,11 @@ class Ragged:
         """int64 [n]: the length of field `j` of each row."""
         return np.diff(self.offsets).reshape(-1, self.parts)[:, j]
 
+    def lengths_of(self, rows: np.ndarray, j: int) -> np.ndarray:
+        """int64, as `rows`: the length of field `j` of these rows."""
+        k = rows * self.parts + j
+        return self.offsets[k + 1] - self.offsets[k]
+
 
 def tokenizer_fingerprint(tokenizer) -> str:
     """A hash of what a tokenizer does to text."""

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrlhf.engine import Rollout, generate
 from jaxrlhf.errors import InputError
+from jaxrlhf.generation import Rollout, generate
 from jaxrlhf.models import (
     Decoder,
     DecoderConfig,

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxrlhf.checkpoints import latest_checkpoint, restore_checkpoint, save_checkpoint
+from jaxrlhf.distributed import check_shared, from_primary, gather, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.files import read_jsonl
 from jaxrlhf.models import ModelCard
@@ -49,7 +51,7 @@ class Task:
 
 def resume_or_start(run: Run, config: RunConfig, task: Task, state: PyTree) -> tuple[PyTree, int]:
     """The state to go on from and the number of finished steps."""
-    path = latest_checkpoint(run.output_dir) if config.resume else None
+    path = newest(run) if config.resume else None
     if path is None:
         if config.resume:
             run.print(f"resume: no checkpoint in {run.output_dir}, starting from the beginning")
@@ -71,14 +73,22 @@ def resume_or_start(run: Run, config: RunConfig, task: Task, state: PyTree) -> t
     return state, metadata["step"]
 
 
+def newest(run: Run) -> Path | None:
+    """The checkpoint that all processes go on from: the newest that process 0 sees."""
+    name = from_primary("looking for a checkpoint", lambda: getattr(latest_checkpoint(run.output_dir), "name", None))
+    return run.output_dir / name if name else None
+
+
 def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
     """Run the task from its newest checkpoint (with `resume`) or from the start; returns the final state.
 
     Evaluates before the first and after the last step, exports the model into the run folder at the end. On SIGINT or
-    SIGTERM the current step is finished, a checkpoint saved and Interrupted raised; a second SIGINT stops at once.
+    SIGTERM (to any process) the current step is finished, a checkpoint saved and Interrupted raised; a second SIGINT
+    stops at once.
     """
     state, start = resume_or_start(run, config, task, state)
     run.begin()
+    check_shared(run.output_dir, "config.yaml")
     begin = time.monotonic()
 
     def evaluate(step: int) -> None:
@@ -94,7 +104,7 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         for step in range(start, task.total_steps):
             state, metrics = task.step(state, step)
-            metrics = jax.device_get(metrics)
+            metrics = to_host(metrics)
             done = step + 1
             check_finite(metrics, done, run)
             run.log(done, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
@@ -104,12 +114,13 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
             last = done == task.total_steps
             if last or (config.eval_steps and done % config.eval_steps == 0):
                 evaluate(done)
-            if last or stopped() or (config.save_steps and done % config.save_steps == 0):
+            stop = any(gather("ending a step", stopped()))
+            if last or stop or (config.save_steps and done % config.save_steps == 0):
                 save(done)
-            if stopped() and not last:
+            if stop and not last:
                 raise Interrupted(f"stopped after step {done}; continue with --resume")
     with run.status(f"exporting the model to {run.output_dir}…"):
-        figures = evals(run)
+        figures = from_primary("reading the evaluations", lambda: evals(run))
         data = tuple(config.data_path)
         task.export(state, ModelCard(task.name, task.base_model, data, task.total_steps, figures["eval_after"]))
     seconds = time.monotonic() - begin

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxrlhf.config import field
+from jaxrlhf.distributed import is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     LoRAConfig,
@@ -79,7 +80,8 @@ def export_model(
     adapter = model.module.lora is not None and options.lora_export != "merged"
     if adapter:
         save_adapter(model, folder / "adapter", base)
-        tokenizer.save_pretrained(folder / "adapter")
+        if is_primary():
+            tokenizer.save_pretrained(folder / "adapter")
     if not adapter or options.lora_export == "both":
         save_pretrained(model, folder, tokenizer, **save_options)
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.data import eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
+from jaxrlhf.data import encode_stops, eval_batches, load_data, load_tokenizer, pad_token_id, stream_indices
+from jaxrlhf.distributed import is_primary, joined, to_host
 from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.gradients import init_optimizer
@@ -33,6 +34,7 @@ from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
 from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.trainers.rollouts import generate_in_pieces
 from jaxrlhf.trainers.settings import (
     DTYPES,
     batch_devices,
@@ -102,7 +104,7 @@ class RLHFEngine:
             mesh=self.mesh,
             dtype=config.compute_dtype,
             remat=config.remat,
-            progress=True,
+            progress=is_primary(),
         )
         actor, reward = actor_model_name_or_path, critic_model_name_or_path
         stage = config.zero_stage
@@ -208,7 +210,8 @@ class PPOTrainer:
         self.engine = engine
         self.config = config = engine.config if config is None else config
         self.run = run
-        self.sampling = config.sampling(engine.tokenizer.eos_token_id, pad_token_id(engine.tokenizer))
+        stops = encode_stops(engine.tokenizer, config.stop_strings)
+        self.sampling = config.sampling(engine.tokenizer.eos_token_id, pad_token_id(engine.tokenizer), stops)
         self.key = jax.random.fold_in(jax.random.key(config.seed), 2)
         self.metrics: dict[str, float] = {}
         """Of the last `train_rlhf`, under TRL's names."""
@@ -217,9 +220,12 @@ class PPOTrainer:
         self._train = Announce(run, "PPO train program", ppo_step)
         self.timing: dict[str, float] = {}
 
-    def rollout(self, prompt_batch: dict[str, Any], key: jax.Array, sample_index: Any = None) -> Rollout:
-        ids, mask = prompt_batch["prompt_ids"], prompt_batch["prompt_mask"]
-        return self._generate(ids, mask, key, self.sampling, sample_index=sample_index)
+    def rollout(
+        self, prompt_batch: dict[str, Any], key: jax.Array, sample_index: Any = None, pieces: int = 1
+    ) -> Rollout:
+        batch = (self._generate, prompt_batch["prompt_ids"], prompt_batch["prompt_mask"], key, self.sampling)
+        slots = self.config.generation_slots
+        return generate_in_pieces(*batch, pieces=pieces, sample_index=sample_index, slots=slots)
 
     def score(self, rollout: Rollout, hyperparameters: PPOHyperparameters) -> Experience:
         e = self.engine
@@ -234,9 +240,10 @@ class PPOTrainer:
         """
         h = self.engine.state.hyperparameters
         h.check_rows(len(prompt_batch["prompt_ids"]))
+        self.config.check_pieces(len(prompt_batch["prompt_ids"]))
         begin = time.monotonic()
         key = jax.random.fold_in(self.key, int(self.engine.state.step))
-        rollout = jax.block_until_ready(self.rollout(prompt_batch, key))
+        rollout = jax.block_until_ready(self.rollout(prompt_batch, key, pieces=self.config.generation_batches))
         middle = time.monotonic()
         experience = jax.block_until_ready(self.score(rollout, h))
         self.timing = {"timing/generate": middle - begin, "timing/score": time.monotonic() - middle}
@@ -246,7 +253,7 @@ class PPOTrainer:
         """All PPO epochs and minibatches on this experience; returns (actor loss, critic loss), more in `metrics`."""
         begin = time.monotonic()
         self.engine.state, metrics = self._train(self.engine.state, experience)
-        self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.metrics = {name: float(value) for name, value in to_host(metrics).items()}
         self.timing["timing/train"] = time.monotonic() - begin
         return self.metrics["loss/policy_avg"], self.metrics["loss/value_avg"]
 
@@ -269,7 +276,7 @@ class PPOTrainer:
 
     def records(self, experience: Experience, row_mask: Any = None) -> list[dict[str, Any]]:
         """Per real row: prompt and response text, score, KL to the reference in nats, length, whether it ended."""
-        e = jax.device_get(experience)
+        e = to_host(experience)
         decode = partial(self.engine.tokenizer.decode, skip_special_tokens=True)
         records = []
         for b in range(len(e.scores)):
@@ -284,7 +291,7 @@ class PPOTrainer:
                     "score": float(e.scores[b]),
                     "kl": float(gap.sum()),
                     "length": len(response),
-                    "ended": bool(len(response)) and int(response[-1]) in self.sampling.eos_ids,
+                    "ended": self.sampling.ended(response),
                 }
             )
         return records
@@ -328,8 +335,9 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
         if config.sample_steps and (i + 1) % config.sample_steps == 0:
             first = jax.tree.map(lambda x: x[: config.num_sample_rows], experience)
             show_samples(run, "training samples", trainer.records(first), i + 1)
-        ended = np.isin(np.asarray(experience.tokens), trainer.sampling.eos_ids) & np.asarray(experience.response_mask)
-        tokens = int(np.asarray(experience.mask).sum())
+        ids, mask, response_mask = to_host((experience.tokens, experience.mask, experience.response_mask))
+        ended = np.isin(ids, trainer.sampling.eos_ids) & response_mask
+        tokens = int(mask.sum())
         trainer.train_rlhf(experience)
         check_consistency(i + 1)
         seconds = sum(trainer.timing.values())
@@ -383,6 +391,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
     for name in ("actor_model_name_or_path", "critic_model_name_or_path"):
         if getattr(config, name) is None:
             raise InputError(f"{name}: name a model folder ({'sft' if name[0] == 'a' else 'reward'} step's output)")
+    config = joined(config)
     with open_run(config, HEADLINE) as run:
         for model in (config.actor_model_name_or_path, config.critic_model_name_or_path):
             read_config(model)  # a model that cannot be used is the first thing to say

@@ -54,10 +54,32 @@ class PPOOptions(LoRAOptions, TrainingConfig):
         (), "as lora_target_modules, for the critic", aliases=("critic_lora_module_name",)
     )
     max_answer_seq_len: int = field(256, "longest response in tokens", aliases=("response_length",))
-    min_answer_seq_len: int = field(0, "EOS cannot be drawn before this many tokens")
+    min_answer_seq_len: int = field(
+        0, "EOS cannot be drawn, and no stop string ends an answer, before this many tokens"
+    )
     temperature: float = field(1.0, "sampling temperature; log-probs are taken at the same one")
     top_k: int = field(0, "sample among the k most likely tokens; 0: all")
     top_p: float = field(1.0, "sample among the most likely tokens that hold this probability")
+    repetition_penalty: float = field(
+        1.0,
+        "divides positive logits of tokens that prompt or answer already hold, and multiplies negative ones; log-probs "
+        "are taken without it; 1: off",
+    )
+    stop_strings: tuple[str, ...] = field(
+        (),
+        "an answer ends after one of these texts too, matched as the tokens that the tokenizer makes of it alone; a "
+        "list in the config file keeps commas and spaces",
+    )
+    generation_batches: int = field(
+        1,
+        "pieces that a rollout batch is generated in, one after the other, each of prompts of similar length: less "
+        "memory for the key/value cache and less padding, same answers",
+    )
+    generation_slots: int = field(
+        0,
+        "continuous batching: answers in work at a time; one that is done makes room for the next prompt. 0: all at "
+        "once",
+    )
     ppo_epochs: int = field(1, "passes over each rollout batch", aliases=("num_ppo_epochs",))
     num_mini_batches: int = field(1, "optimizer steps per pass")
     kl_coef: float = field(0.1, "weight of the per-token KL penalty in the reward")
@@ -96,6 +118,8 @@ class PPOOptions(LoRAOptions, TrainingConfig):
             raise InputError(f"critic_lora_r={self.critic_lora_r} must be 0 (no adapters) or more")
         if self.lora_dropout:
             raise InputError(f"lora_dropout={self.lora_dropout}: ppo never drops out; leave it at 0")
+        if self.generation_batches < 1:
+            raise InputError(f"generation_batches={self.generation_batches} must be at least 1")
         if self.kl_coef < 0:
             raise InputError(f"kl_coef={self.kl_coef} must be 0 or more")
         for name, model, shared in (
@@ -117,7 +141,7 @@ class PPOOptions(LoRAOptions, TrainingConfig):
                 raise InputError(f"{name}={getattr(self, name)} must be 0, 1, 2 or 3")
         if self.generate_tensor_parallel < 0:
             raise InputError(f"generate_tensor_parallel={self.generate_tensor_parallel} must be 0 (choose) or more")
-        for name in ("sample_steps", "num_sample_rows"):
+        for name in ("sample_steps", "num_sample_rows", "generation_slots"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
 
@@ -128,7 +152,9 @@ class PPOOptions(LoRAOptions, TrainingConfig):
         values["importance_cap"] = self.importance_sampling_cap if self.importance_sampling_correction else None
         return PPOHyperparameters(micro_batches=self.gradient_accumulation_steps, seed=seed, **values)
 
-    def sampling(self, eos_token_id: int | None, pad_id: int) -> SamplingConfig:
+    def sampling(
+        self, eos_token_id: int | None, pad_id: int, stop_sequences: tuple[tuple[int, ...], ...] = ()
+    ) -> SamplingConfig:
         return SamplingConfig(
             max_new_tokens=self.max_answer_seq_len,
             min_new_tokens=self.min_answer_seq_len,
@@ -137,10 +163,21 @@ class PPOOptions(LoRAOptions, TrainingConfig):
             top_p=self.top_p,
             eos_token_id=eos_token_id,
             pad_token_id=pad_id,
+            repetition_penalty=self.repetition_penalty,
+            stop_sequences=stop_sequences,
         )
 
     def rollout_rows(self, devices: int) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches * devices
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches * devices
+        self.check_pieces(rows)
+        return rows
+
+    def check_pieces(self, rows: int) -> None:
+        """Refuse a rollout batch that generation_batches does not divide."""
+        if rows % self.generation_batches:
+            raise InputError(
+                f"generation_batches={self.generation_batches} must divide the rollout batch of {rows} rows"
+            )
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import field, save_yaml, to_dict
 from jaxrlhf.data import DataConfig
+from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
 from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import read_config
@@ -76,16 +78,18 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     if not config.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
     root = Path(config.output_dir)
-    sft, reward, ppo = step_configs(config)
-    sft.tokenizer_source  # noqa: B018 - refuses contradictory model flags before anything is written
+    step_configs(config)[0].tokenizer_source  # noqa: B018 - refuses contradictory model flags before anything is written
     check_exports(config)
     for name, section in (("sft", config.sft), ("reward", config.reward)):
         if section.lora_export == "adapter":
             raise InputError(f"{name}.lora_export=adapter: the next step needs the merged model; use both")
+    config = joined(config)
+    sft, reward, ppo = step_configs(config)
     check_vocabularies(config)
-    check_root(root, config)
-    root.mkdir(parents=True, exist_ok=True)
-    save_yaml(config, root / "config.yaml")
+    if is_primary():
+        check_root(root, config)
+        root.mkdir(parents=True, exist_ok=True)
+        save_yaml(config, root / "config.yaml")
     stages: list[tuple[str, Callable[[Any], Any], Any]] = [
         ("sft", train_sft, sft),
         ("reward", train_reward, reward),
@@ -93,16 +97,27 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     ]
     summaries = {}
     for number, (name, train, stage) in enumerate(stages, start=1):
-        print(f"── step {number} of 3: {name} → {stage.output_dir}", flush=True)
-        if config.resume and (done := finished(stage)):
-            print(f"   finished before ({done['steps']} steps), kept")
+        say(f"── step {number} of 3: {name} → {stage.output_dir}")
+        done = from_primary(f"looking for a finished {name} step", partial(finished, stage)) if config.resume else None
+        if done:
+            say(f"   finished before ({done['steps']} steps), kept")
         else:
             train(stage)
-        summaries[name] = json.loads((Path(stage.output_dir) / "summary.json").read_text(encoding="utf-8"))
+        summaries[name] = from_primary(f"reading the summary of {name}", partial(summary_of, stage))
     summary = summarise(summaries)
-    write_json_atomic(root / "summary.json", summary)
-    write_report(root)
+    if is_primary():
+        write_json_atomic(root / "summary.json", summary)
+        write_report(root)
     return summary
+
+
+def say(text: str) -> None:
+    if is_primary():
+        print(text, flush=True)
+
+
+def summary_of(stage: Any) -> dict[str, Any]:
+    return json.loads((Path(stage.output_dir) / "summary.json").read_text(encoding="utf-8"))
 
 
 def check_vocabularies(config: RLHFConfig) -> None:
@@ -127,16 +142,16 @@ def check_root(root: Path, config: RLHFConfig) -> None:
 
 
 def finished(stage: Any) -> dict[str, Any] | None:
-    """The summary of a step that ran to its end with the same settings, or None."""
+    """The summary of a step that ran to its end with the same settings (on whatever mesh), or None."""
     folder = Path(stage.output_dir)
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         return None
     from jaxrlhf.config import load_yaml
 
     before, now = (to_dict(c) for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
-    for name in ("resume", "overwrite_output_dir"):
+    for name in ("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"):
         before.pop(name), now.pop(name)
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8")) if before == now else None
+    return summary_of(stage) if before == now else None
 
 
 def summarise(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
+from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     REMAT_POLICIES,
@@ -50,7 +51,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class TrainingMeshConfig(MeshConfig):
+class TrainingMeshConfig(MeshConfig, ProcessConfig):
     """The device mesh, the precision, and how training uses them."""
 
     zero_stage: int = field(
@@ -176,8 +177,10 @@ _LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "gradient_checkpointing", "p
 _LAYOUT += ("zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage", "generate_tensor_parallel")
 _LAYOUT += ("remat_policy", "offload_optimizer", "offload_reference_model", "offload_reward_model")
 _LAYOUT += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+_LAYOUT += ("generation_batches", "generation_slots")
 _NAMES = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path")
-MAY_CHANGE = {*_WRITING, *_LAYOUT, *_NAMES, *(f.name for f in dataclasses.fields(DataConfig))} - {"seed"}
+_OTHERS = tuple(f.name for kind in (DataConfig, ProcessConfig) for f in dataclasses.fields(kind))
+MAY_CHANGE = {*_WRITING, *_LAYOUT, *_NAMES, *_OTHERS} - {"seed"}
 
 
 def lasting_settings(config: Any) -> dict[str, Any]:
@@ -218,7 +221,7 @@ def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, r
             key=key,
             remat=remat,
             zero_stage=config.zero_stage,
-            progress=True,
+            progress=is_primary(),
         )
     if model.config.vocab_size < vocab_size and not config.resize_vocabulary:
         raise InputError(

@@ -13,10 +13,11 @@ import optax
 from jax.sharding import Mesh
 
 from jaxrlhf.data import Data, eval_batches, load_data, load_tokenizer, padding_fraction, stream_indices
+from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
 from jaxrlhf.models import Decoder, Model, ModelCard, join, read_config, split_trainable
 from jaxrlhf.runs import Run
-from jaxrlhf.sharding import TRAIN_RULES, place_batch, replicated, use
+from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
@@ -33,7 +34,6 @@ from jaxrlhf.trainers.settings import (
 
 PyTree = Any
 Batch = dict[str, Any]
-TOKEN_MASKS = ("attention_mask", "chosen_mask", "rejected_mask")
 
 
 class Objective(NamedTuple):
@@ -125,6 +125,7 @@ class Recipe(NamedTuple):
 
 def train_supervised(config: Any, recipe: Recipe) -> TrainState:
     """Run one supervised step; the trained model lies in `config.output_dir` afterwards."""
+    config = joined(config)
     with open_run(config, recipe.headline) as run:
         mesh = config.make_mesh()
         source = config.tokenizer_source
@@ -151,29 +152,31 @@ def supervised_task(
     schedule = make_schedule(config, steps)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     update = Announce(run, f"{recipe.name} train step", train_step)
+    held, eval_held = held_rows(mesh, rows), held_rows(mesh, eval_rows)
     measured = Announce(run, f"{recipe.name} evaluation", eval_step)
 
     def step(state: TrainState, i: int) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
-        batch = train.batch(stream_indices(i, rows, len(train), config.seed), **recipe.batch_options)
+        indices = stream_indices(i, rows, len(train), config.seed)
+        batch = train.batch(indices, held=held, **recipe.batch_options)
         options = {"objective": recipe.objective, "micro_batches": config.gradient_accumulation_steps}
         state, metrics = update(state, place_batch(batch, mesh), key, **options)
         metrics = jax.block_until_ready(metrics)
-        tokens = sum(int(batch[mask].sum()) for mask in TOKEN_MASKS if mask in batch)
+        tokens = train.token_count(indices)
         seconds = time.monotonic() - begin
         return state, metrics | {
             "learning_rate": schedule(i),
             "epoch": np.float64((i + 1) * rows / len(train)),
             "perf/tokens_per_second": np.float64(tokens / seconds),
-            "perf/padding": np.float64(padding_fraction(batch)),
+            "perf/padding": np.float64(padding_fraction(batch, tokens)),
             "timing/step": np.float64(seconds),
         }
 
     def evaluate(state: TrainState, _: int) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for batch in eval_batches(evaluation, eval_rows, **recipe.batch_options):
+        for batch in eval_batches(evaluation, eval_rows, held=eval_held, **recipe.batch_options):
             options = {"module": state.module, "mesh": mesh, "measure": recipe.measure}
-            sums = jax.device_get(measured(state.params, place_batch(batch, mesh), **options))
+            sums = to_host(measured(state.params, place_batch(batch, mesh), **options))
             for figure, value in sums.items():
                 totals[figure] = totals.get(figure, 0.0) + float(value)
         return recipe.summarise(totals)

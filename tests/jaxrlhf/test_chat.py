@@ -177,6 +177,41 @@ def test_half_a_character_at_the_end_is_given_out_at_last(tokenizer):
     assert stream.finish() == "\ufffd"
 
 
+@pytest.mark.parametrize(
+    ("text", "stops", "shown"),
+    [
+        ("The sun. Human: hot", ("Human:",), "The sun. "),
+        ("You are kind, Humans", ("Human:", "kindly"), "You are kind, Humans"),
+        ("xaab", ("aa",), "x"),
+        ("hot You are", ("You are", "hot"), ""),
+        ("is aab", ("aaa", "ab"), "is a"),
+    ],
+)
+def test_streamed_text_ends_before_a_stop_and_never_shows_a_part_of_one(tokenizer, text, stops, shown):
+    stream, given = StreamedText(tokenizer, stops), ""
+    for token in tokenizer(text)["input_ids"]:
+        given += stream.add(token)
+        assert shown.startswith(given)
+    assert given + stream.finish() == stream.text == shown
+    assert stream.stopped == (shown != text)
+
+
+def test_an_answer_ends_at_a_stop_string_and_draws_no_more(model, tokenizer):
+    session = scripted(model, tokenizer, "The sun. Human: hot", "no", max_new_tokens=24, stop_strings=("Human:",))
+    drawn = session.engine.stream
+
+    def counting(*args):
+        session.left = list(drawn(*args))
+        while session.left:
+            yield session.left.pop(0)
+
+    session.engine.stream = counting
+    assert "".join(session.reply("What?")) == "The sun. "
+    assert session.left
+    assert session.messages == [user("What?"), assistant("The sun.")]
+    assert "".join(session.reply("and?")) == "no"
+
+
 def test_streamed_text_of_a_sentencepiece_tokenizer_keeps_spaces_and_byte_tokens():
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -285,7 +320,15 @@ def test_models_that_cannot_chat_are_refused_by_name(model, tokenizer, tmp_path)
 def test_settings_that_cannot_work_are_refused_by_name(model, tokenizer):
     with pytest.raises(InputError, match=f"max_new_tokens={CONTEXT} leaves no room .* context of {CONTEXT}"):
         ChatSession(model, tokenizer, ChatConfig(model="tiny", max_new_tokens=CONTEXT))
-    for name, value in (("temperature", -1.0), ("top_p", 0.0), ("max_new_tokens", 0), ("prompt_template", "{prompt}")):
+    with pytest.raises(InputError, match=r"stop_strings.*empty"):
+        ChatConfig(model="tiny", stop_strings=("",))
+    for name, value in (
+        ("repetition_penalty", 0.0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("max_new_tokens", 0),
+        ("prompt_template", "{prompt}"),
+    ):
         with pytest.raises(InputError, match=name):
             ChatConfig(model="tiny", **{name: value})
     with pytest.raises(InputError, match="--model"):

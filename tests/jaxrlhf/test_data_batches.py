@@ -89,10 +89,26 @@ def test_eval_batches_give_each_row_once_and_fill_the_last_batch(tokenizer, kind
 
 
 def test_padding_fraction_counts_places_without_a_token_of_a_row(tokenizer):
-    batch = data(SFTData, tokenizer).batch([0, -1])
-    assert padding_fraction(batch) == 1 - 5 / 64
-    batch = data(PairData, tokenizer).batch([0])
-    assert padding_fraction(batch) == 1 - 10 / 64
+    for kind, rows, tokens in ((SFTData, [0, -1], 5), (PairData, [0], 10), (PromptData, [0, 2, -1], 7)):
+        rows_of = data(kind, tokenizer)
+        assert rows_of.token_count(rows) == tokens
+        assert padding_fraction(rows_of.batch(rows), tokens) == 1 - tokens / (32 * len(rows) * (1 + (kind is PairData)))
+
+
+@pytest.mark.parametrize("kind", [SFTData, PairData, PromptData])
+def test_processes_that_hold_different_rows_agree_on_shapes_and_make_up_the_whole_batch(tokenizer, kind, monkeypatch):
+    rows, read = data(kind, tokenizer), []
+    whole = rows.batch([0, 1, 2, -1])
+    part = Ragged.part
+    monkeypatch.setattr(Ragged, "part", lambda self, i, j: read.append(i) or part(self, i, j))
+    first = rows.batch([0, 1, 2, -1], held=np.array([True, False, True, False]))
+    assert set(read) == {0, 2}, "only the rows that are held are read"
+    second = rows.batch([0, 1, 2, -1], held=np.array([False, True, False, True]))
+    for name, array in whole.items():
+        assert first[name].shape == second[name].shape == array.shape
+        np.testing.assert_array_equal(first[name][[0, 2]], array[[0, 2]])
+        np.testing.assert_array_equal(second[name][[1, 3]], array[[1, 3]])
+    np.testing.assert_array_equal(first["row_mask"], whole["row_mask"])
 
 
 def test_buckets_are_few_and_capped():

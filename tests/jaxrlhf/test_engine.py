@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import engine as engine_module
+from jaxrlhf import decoding
 from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
@@ -131,8 +131,8 @@ def test_the_loop_stops_when_every_row_is_done_and_no_row_before_min_new_tokens(
         jax.debug.callback(lambda column: steps.append(int(column)), args[3])
         return original(*args)
 
-    original = engine_module.decode_step
-    monkeypatch.setattr(engine_module, "decode_step", counting)
+    original = decoding.decode_step
+    monkeypatch.setattr(decoding, "decode_step", counting)
     # A pad id of its own: this program is traced here, and used by no other test.
     sampling = replace(lab.sampling, eos_token_id=tuple(range(0, 101, 2)), min_new_tokens=4, pad_token_id=3)
     got = jax.block_until_ready(setup.rollout(sampling))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.sampling import SamplingConfig, sample_token, truncate_logits
+from jaxrlhf.sampling import SamplingConfig, ends_with_stop, penalize, sample_token, truncate_logits
 
 VOCAB, ROWS = 12, 20_000
 LOGITS = np.random.default_rng(0).normal(0, 1.5, VOCAB).astype(np.float32)
@@ -124,6 +124,9 @@ def test_eos_cannot_be_drawn_before_min_new_tokens(temperature):
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_new_tokens", 9),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("nan")),
+        ("samples_per_prompt", 0),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(name, value):
@@ -135,3 +138,40 @@ def test_eos_given_as_a_list_is_still_hashable():
     config = SamplingConfig(4, eos_token_id=[3, 9])
     assert config.eos_ids == (3, 9)
     assert hash(config) == hash(SamplingConfig(4, eos_token_id=(3, 9)))
+
+
+def test_stop_sequences_given_as_lists_are_still_hashable_and_never_empty():
+    config = SamplingConfig(4, stop_sequences=[[3, 9], [4]])
+    assert config.stop_sequences == ((3, 9), (4,))
+    assert hash(config) == hash(SamplingConfig(4, stop_sequences=((3, 9), (4,))))
+    with pytest.raises(InputError, match=r"stop_sequences=.*free of empty"):
+        SamplingConfig(4, stop_sequences=[[3], []])
+
+
+def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
+    rng = np.random.default_rng(2)
+    seen = rng.random((3, VOCAB)) < 0.5
+    logits = rng.normal(size=(3, VOCAB)).astype(np.float32)
+    expected = np.where(seen, np.where(logits > 0, logits / 1.7, logits * 1.7), logits)
+    np.testing.assert_allclose(penalize(jnp.asarray(logits), jnp.asarray(seen), 1.7), expected, rtol=1e-6)
+
+
+def test_steps_and_temperatures_of_rows_are_their_own():
+    rows, config = 300, SamplingConfig(8, min_new_tokens=3, eos_token_id=int(LOGITS.argmax()))
+    rng = np.random.default_rng(3)
+    steps, temperatures = rng.integers(0, 8, rows), rng.choice([0.0, 0.5, 1.0], rows)
+    logits = jnp.asarray(np.broadcast_to(LOGITS, (rows, VOCAB)))
+    got = sample_token(logits, keys(rows), jnp.asarray(steps), config, temperature=jnp.asarray(temperatures))
+    for step, temperature in {*zip(steps.tolist(), temperatures.tolist(), strict=True)}:
+        same = (steps == step) & (temperatures == temperature)
+        alone = draw(SamplingConfig(8, temperature, min_new_tokens=3, eos_token_id=config.eos_token_id), rows, step)
+        for ours, expected in zip(got, alone, strict=True):
+            np.testing.assert_allclose(np.asarray(ours)[same], expected[same], rtol=0, atol=1e-6)
+
+
+def test_a_response_ends_with_any_of_the_stops_once_it_is_long_enough_to_hold_it():
+    config = SamplingConfig(9, stop_sequences=((5,), (1, 2), (2, 2, 3)))
+    tails = [(-1, -1, 5), (-1, 1, 2), (2, 1, 2), (2, 2, 3), (1, 2, 3), (-1, 2, 3), (5, 5, 1), (-1, -1, -1)]
+    found = np.asarray(ends_with_stop(jnp.asarray(tails), config))
+    np.testing.assert_array_equal(found, [True, True, True, True, False, False, False, False])
+    assert [config.ended([t for t in tail if t >= 0]) for tail in tails] == found.tolist()

@@ -41,6 +41,33 @@ def test_prefill_and_decode_equal_the_full_forward(case, make_model, make_batch)
     assert (decoded[..., vocab:] <= -1e29).all()
 
 
+def test_a_column_per_row_writes_what_one_for_all_rows_writes(make_model, make_batch):
+    model = make_model("mistral")
+    ids, mask = make_batch("left", model.config.vocab_size)
+    module = model.module
+    view = generation_view(model.params, module)
+    caches = init_cache(module, len(ids), 14)
+    _, caches = prefill(module, view, ids[:, :PROMPT], mask[:, :PROMPT], caches)
+    start = (mask == 0).sum(1)
+    step = jax.jit(lambda token, column, caches: decode_step(module, view, token, column, start, caches))
+    one = [caches]
+    for column in range(PROMPT, 11):
+        _, caches = step(ids[:, column], jnp.int32(column), one[-1])
+        one.append(caches)
+    # Row 0 lags two columns behind row 2: its cache is the one of two steps ago.
+    behind = [
+        tuple(jnp.stack([a[0], b[1], c[2]]) for a, b, c in zip(*layers, strict=True))
+        for layers in zip(one[2], one[3], one[4], strict=True)
+    ]
+    columns = np.array([PROMPT + 2, PROMPT + 3, PROMPT + 4])
+    got, caches = step(ids[np.arange(3), columns], jnp.asarray(columns), tuple(behind))
+    for row, column in enumerate(columns):
+        expected, after = step(ids[:, column], jnp.int32(column), one[column - PROMPT])
+        np.testing.assert_allclose(got[row], expected[row], rtol=0, atol=1e-5)
+        for ours, theirs in zip(jax.tree.leaves(caches), jax.tree.leaves(after), strict=True):
+            np.testing.assert_allclose(ours[row], theirs[row], rtol=0, atol=1e-6)
+
+
 def test_left_padding_does_not_change_a_row(make_model, make_batch):
     model = make_model("llama")
     ids, mask = make_batch("left", model.config.vocab_size)
@@ -62,7 +89,7 @@ def test_generation_view_in_bfloat16_keeps_vectors_in_float32(make_model):
     model = make_model("llama")
     view = generation_view(model.params, model.module.clone(dtype=jnp.bfloat16))
     assert len(view.layers) == model.config.num_layers
-    assert view.layers[0]["attn"]["query"]["kernel"].dtype == jnp.bfloat16
+    assert view.layers[0]["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert view.layers[0]["attn_norm"]["scale"].dtype == jnp.float32
     np.testing.assert_array_equal(
         view.layers[1]["mlp"]["up"]["kernel"], model.params["layers"]["mlp"]["up"]["kernel"][1].astype(jnp.bfloat16)

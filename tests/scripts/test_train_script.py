@@ -79,3 +79,12 @@ def test_a_run_on_two_simulated_devices_hands_its_flags_to_the_three_steps(tmp_p
     assert "2 devices are simulated on the CPU" in done.stderr
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_of_several_processes_leaves_the_count_of_devices_to_each(script, monkeypatch):
+    assert not script.has_peers(["--actor-model", "a"])
+    assert script.has_peers(["--actor-model", "a", "--process-id=1"])
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    assert not script.has_peers([])
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert script.has_peers([])

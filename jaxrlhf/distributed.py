@@ -1,0 +1,309 @@
+"""Several processes as one run: how they find each other, agree, share values and end together.
+
+`initialize` (the `jaxrlhf` commands call it) must come before the first use of a JAX device. Everything else here works
+in a single process too, where it does nothing.
+"""
+
+import atexit
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxrlhf.config import field, to_dict
+from jaxrlhf.errors import InputError
+from jaxrlhf.lifeline import LOST, Lifeline, Relay, join, split_address
+
+__all__ = ["LOST", "ProcessConfig", "check_same", "fail", "gather", "initialize", "is_primary", "to_host"]
+
+PyTree = Any
+Value = TypeVar("Value")
+Config = TypeVar("Config")
+
+SEEN = 10.0  # seconds after which a shared file system shows what another machine has written
+VERDICT = 5.0  # seconds in which the cause of a broken collective becomes known
+MAY_DIFFER = ("data_cache_dir",)  # settings that are a matter of each process's own machine
+
+_lifeline: Lifeline | None = None
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """Several processes. Slurm, Open MPI, indexed Kubernetes Jobs and TPU pods are detected; elsewhere each process
+    gets the first three."""
+
+    coordinator_address: str | None = field(
+        None, "HOST:PORT of process 0, which listens there; default: $JAX_COORDINATOR_ADDRESS"
+    )
+    num_processes: int | None = field(
+        None, "number of processes of this run; 1: no others, whatever is detected; default: $JAX_NUM_PROCESSES"
+    )
+    process_id: int | None = field(None, "which of them this is, from 0; default: $JAX_PROCESS_ID")
+    local_device_ids: tuple[int, ...] = field(
+        (),
+        "GPUs of this machine that this process uses; default: $JAX_LOCAL_DEVICE_IDS, else under Slurm and Open MPI "
+        "the one with the task's local number, elsewhere all",
+    )
+    initialization_timeout: int = field(300, "seconds to wait for the other processes at the start")
+    heartbeat_timeout: int = field(30, "seconds of silence after which a process counts as gone, and the run stops")
+
+    def __post_init__(self) -> None:
+        for name in ("initialization_timeout", "heartbeat_timeout"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1 second")
+        if self.coordinator_address is not None:
+            split_address(self.coordinator_address)
+        following = getattr(super(), "__post_init__", None)
+        if following is not None:
+            following()
+
+
+def _from_environment(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise InputError(f"${name}={text!r} must be a whole number")
+    return int(text)
+
+
+def detect(options: ProcessConfig) -> tuple[str | None, int | None, int | None, list[int] | None]:
+    """(coordinator's address, number of processes, this one's number, local devices) from flags, environment, cluster.
+
+    What is not known is None. InputError where a cluster is found that cannot be used.
+    """
+    from jax._src.clusters import ClusterEnv  # jax.distributed.initialize detects and connects in one go
+
+    address = options.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    number = options.num_processes if options.num_processes is not None else _from_environment("JAX_NUM_PROCESSES")
+    process = options.process_id if options.process_id is not None else _from_environment("JAX_PROCESS_ID")
+    local = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    devices = list(options.local_device_ids) or ([int(i) for i in local.split(",")] if local else None)
+    in_pod, indexed = "KUBERNETES_SERVICE_HOST" in os.environ, "JOB_COMPLETION_INDEX" in os.environ
+    if number == 1 or None not in (address, number, process) or (in_pod and not indexed):
+        return address, number, process, devices
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            address, number, process, devices, None, options.initialization_timeout
+        )
+    except (RuntimeError, KeyError, ValueError, OSError) as error:
+        raise InputError(
+            f"a cluster was detected, but not how its processes find each other ({error}); give --coordinator_address, "
+            "--num_processes and --process_id, or --num_processes 1 for a run of this process alone"
+        ) from error
+    if in_pod and None in found[:3]:
+        raise InputError(
+            "this is a pod of an indexed Kubernetes Job, but the package `kubernetes` is missing (pip install "
+            '"jax[k8s]"); or give --coordinator_address, --num_processes and --process_id ($JOB_COMPLETION_INDEX), or '
+            "--num_processes 1 for a run of this process alone"
+        )
+    return found
+
+
+def initialize(config: Any = None, **options: Any) -> bool:
+    """Join the other processes of this run, when there are any; True when there are.
+
+    `config`: any settings (a dataclass), compared between the processes; those of its fields that ProcessConfig has say
+    how to connect, and `options` replace them (`coordinator_address="10.0.0.1:8476", num_processes=2, process_id=0`).
+    A second call compares only. Must come before the first use of a JAX device. Raises InputError on every process
+    when one does not come within `initialization_timeout`, or when settings or versions differ. From here on the end of
+    one process ends all (see `fail`), and a normal end waits for the others.
+    """
+    global _lifeline
+    names = [f.name for f in dataclasses.fields(ProcessConfig)]
+    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    wanted = ProcessConfig(**(given | options))
+    if jax.distributed.is_initialized():
+        check_same("settings", _facts(config))
+        return True
+    address, number, process, devices = detect(wanted)
+    if number == 1 or (address, number, process) == (None, None, None):
+        return False
+    missing = {"coordinator_address": address, "num_processes": number, "process_id": process}
+    missing = [f"--{name}" for name, value in missing.items() if value is None]
+    if missing:
+        raise InputError(f"several processes: {', '.join(missing)} missing (each process needs all three)")
+    if not 0 <= process < number:
+        raise InputError(f"process_id={process} must be from 0 to {number - 1}, as num_processes={number}")
+    compare = lambda all_facts: _differences("settings", all_facts)  # noqa: E731
+    limits = (wanted.initialization_timeout, wanted.heartbeat_timeout)
+    _lifeline = join(address, number, process, _facts(config), compare, *limits)
+    sys.excepthook = _fail_on_uncaught
+    # JAX's own watch is slower than the lifeline's, so that it does not cut in with an abort.
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
+    jax.distributed.initialize(
+        address if process == 0 else Relay(address, wanted.initialization_timeout).address,
+        number,
+        process,
+        devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=wanted.initialization_timeout,
+        heartbeat_timeout_seconds=max(100, 4 * wanted.heartbeat_timeout),
+    )
+    atexit.register(_lifeline.end)
+    if process > 0:
+        logging.getLogger("jaxrlhf").setLevel(logging.ERROR)  # process 0 says it
+    return True
+
+
+def joined(config: Config) -> Config:
+    """`initialize(config)`; returns the config without what says how processes connect, as `config.yaml` keeps it."""
+    initialize(config)
+    return dataclasses.replace(config, **{f.name: f.default for f in dataclasses.fields(ProcessConfig)})
+
+
+def is_primary() -> bool:
+    """Whether this process writes and prints for all: process 0."""
+    return jax.process_index() == 0
+
+
+def fail(error: BaseException, status: int = 1) -> None:
+    """End this process of several with `status`, after telling the others why; returns where there are no others."""
+    if _lifeline is None:
+        return
+    _lifeline.fail(f"{type(error).__name__}: {error}".strip()[:2000])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # Python's own end would wait for the others in JAX's shutdown
+
+
+def _fail_on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if isinstance(error, jax.errors.JaxRuntimeError):  # a collective breaks when another process is gone
+        time.sleep(VERDICT)  # in which the lifeline learns of it, and ends this process with that message
+    traceback.print_exception(kind, error, trace)
+    fail(error)
+
+
+def gather(what: str, value: Value) -> list[Value]:
+    """`value` (JSON) of every process, in their order; all call it at the same place. `what` names it for who waits."""
+    if jax.process_count() == 1:
+        return [value]
+    if _lifeline is not None:
+        return _lifeline.gather(what, value)
+    from jax.experimental import multihost_utils  # jax.distributed.initialize was called by the user
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(int(np.max(sizes)), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, np.ravel(sizes), strict=True)]
+
+
+def barrier(what: str) -> None:
+    """Wait until all processes are here."""
+    gather(what, None)
+
+
+def from_primary(what: str, make: Callable[[], Value]) -> Value:
+    """What `make` (JSON) gives on process 0, on every process; the others do not call it."""
+    return gather(what, make() if is_primary() else None)[0]
+
+
+def by_turns(what: str, make: Callable[[], Value]) -> Value:
+    """`make()` on every process, such that no two of a machine write the same files at once.
+
+    First process 0, then one process of each other machine, then the rest, which find what those have written.
+    """
+    hosts = gather(what, os.uname().nodename)
+    own = jax.process_index()
+    turn = 0 if own == 0 else 1 if hosts.index(hosts[own]) == own else 2
+    for number in range(3):
+        if number == turn:
+            result = make()
+        barrier(what)
+    return result
+
+
+def check_same(what: str, values: dict[str, Any]) -> None:
+    """Raise InputError, on every process, naming the entries that differ between processes, and who has which."""
+    if jax.process_count() > 1:
+        _raise_if_different(what, gather(f"comparing {what}", values))
+
+
+def check_shared(folder: Path, name: str) -> None:
+    """Raise InputError when not all processes see the file `name` that process 0 has written to `folder`."""
+    barrier(f"writing {folder / name}")
+    deadline = time.monotonic() + SEEN
+    while not (sees := (folder / name).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = gather(f"looking for {folder / name}", sees)
+    if not all(seen):
+        raise InputError(
+            f"output_dir {folder}: process {', '.join(str(i) for i, sees in enumerate(seen) if not sees)} does not see "
+            "what process 0 writes there; all write checkpoints, so it must be on a file system that all share"
+        )
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """The tree as numpy arrays, whole on every process, wherever its arrays lie; all call it at the same place."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return jax.device_get(x)
+
+    return jax.tree.map(whole, tree)
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    """What must be equal on all processes: versions, our source, settings."""
+    digest = hashlib.blake2b(digest_size=8)
+    for package in ("jaxrlhf", "jaxrlhf.models", "jaxrlhf.sharding", "jaxrlhf.kernels"):
+        root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{package}/{path.relative_to(root).as_posix()}".encode() + path.read_bytes())
+    facts = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "jaxrlhf")}
+    facts["source of jaxrlhf"] = digest.hexdigest()
+    own = {f.name for f in dataclasses.fields(ProcessConfig)} | set(MAY_DIFFER)
+    facts |= {name: value for name, value in _flat(to_dict(config) if config is not None else {}) if name not in own}
+    return facts
+
+
+def _flat(values: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for name, value in values.items():
+        nested = isinstance(value, dict) and value
+        pairs += _flat(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
+    return pairs
+
+
+def _differences(what: str, values: list[dict[str, Any]]) -> str | None:
+    """Which entries differ, and who has which value; None where all are equal."""
+    values = json.loads(json.dumps(values))
+    lines = []
+    for name in dict.fromkeys(name for entry in values for name in entry):
+        holders: dict[str, list[int]] = {}
+        for process, entry in enumerate(values):
+            holders.setdefault(json.dumps(entry[name]) if name in entry else "nothing", []).append(process)
+        if len(holders) > 1:
+            lines.append(f"  {name}: " + ", ".join(f"{shown} on {_on(who)}" for shown, who in holders.items()))
+    more = [f"  … and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "\n".join([f"the processes have different {what}:", *lines[:20], *more]) if lines else None
+
+
+def _on(processes: list[int]) -> str:
+    shown = ", ".join(map(str, processes[:8])) + (f" and {len(processes) - 8} more" if len(processes) > 8 else "")
+    return f"process{'es' * (len(processes) > 1)} {shown}"
+
+
+def _raise_if_different(what: str, values: list[dict[str, Any]]) -> None:
+    problem = _differences(what, values)
+    if problem:
+        raise InputError(problem)

@@ -1,0 +1,51 @@
+"""The benchmarks run at toy size, check their own answers, and say where and with what they were measured."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+TOY = [
+    "--max_new_tokens",
+    "8",
+    "--prompt_length",
+    "4",
+    "--layers",
+    "1",
+    "--width",
+    "64",
+    "--vocab",
+    "64",
+    "--repeats",
+    "1",
+]
+SIZES = {"continuous_batching": ["--slots", "8"], "decode": ["--rows", "2", "--cache_length", "40"]}
+FIGURES = {
+    "continuous_batching": {"ratio", "same_answers", "mean_length", "tokens_per_second"},
+    "decode": {"ratio", "same_tokens", "logprob_gap", "growth", "seconds_per_step"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_a_benchmark_finds_equal_answers_and_records_its_origin(name, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", [str(FOLDER / f"{name}.py"), *TOY, *SIZES[name], "--json", str(path)])
+    monkeypatch.syspath_prepend(str(FOLDER))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    result = json.loads(path.read_text())
+    assert {"device", "jax", "command", "commit", "settings"} | FIGURES[name] <= set(result)
+    assert result["same_answers" if name == "continuous_batching" else "same_tokens"] is True
+    assert "True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_committed_results_keep_their_bounds(name):
+    """As measured on the machine that the file names: the bounds are claims about it, not about this one."""
+    result = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+    if name == "decode":
+        assert result["same_tokens"] and result["ratio"] <= 1.3 and result["growth"] < 2
+    else:
+        assert result["same_answers"] and result["ratio"] >= 2

@@ -1,0 +1,119 @@
+"""One of the processes that test_distributed.py starts: the settings it shares with the tests, and what it does."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+SMALL = {"max_length": 64, "max_prompt_seq_len": 32, "seed": 3, "max_eval_samples": 11, "mesh_fsdp": 4}
+SMALL |= {"per_device_eval_batch_size": 2, "lr_scheduler_type": "constant"}
+# A large epsilon: the update is then nearly linear in the gradient, and rounding does not decide its sign.
+SMALL |= {"learning_rate": 1e-2, "adam_epsilon": 1e-2}
+
+
+def data_of(demo):
+    return {"data_path": (demo["train"],), "eval_data_path": (demo["eval"],), "data_cache_dir": demo["cache"]}
+
+
+def sft_config(demo, output, **changes):
+    from jaxrlhf.trainers.sft import SFTConfig
+
+    options = {"max_steps": 2, "save_steps": 1, "save_total_limit": 0, "mesh_tensor": 2}
+    options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    options |= {"model_name_or_path": demo["lm"], "disable_dropout": True, "output_dir": str(output)}
+    return SFTConfig(**(SMALL | data_of(demo) | options | changes))
+
+
+def ppo_config(demo, output, **changes):
+    from jaxrlhf.trainers.ppo import PPOConfig
+
+    options = {"max_steps": 1, "mesh_data": 2, "max_answer_seq_len": 8, "sample_steps": 1, "num_sample_rows": 16}
+    options |= {
+        "per_device_train_batch_size": 2,
+        "critic_learning_rate": 1e-2,
+        "lora_r": 2,
+        "lora_export": "both",
+        "output_dir": str(output),
+    }
+    models = {"actor_model_name_or_path": demo["lm"], "critic_model_name_or_path": demo["reward"]}
+    return PPOConfig(**(SMALL | data_of(demo) | options | models | changes))
+
+
+def in_step(number, action):
+    """Have `action()` called by this process within the step `number` of the next run."""
+    from jaxrlhf.trainers import loop
+
+    before = loop.check_finite
+
+    def check_finite(metrics, step, run):
+        before(metrics, step, run)
+        if step == number:
+            loop.check_finite = before
+            action()
+
+    loop.check_finite = check_finite
+
+
+def refusal(function):
+    """The text of the InputError that `function()` must raise."""
+    from jaxrlhf import InputError
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            function()
+        except InputError as error:
+            return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def two(demo, folder, process):
+    """SFT stopped by a signal to process 1, PPO, things refused, and then process 0 is killed in a step."""
+    from jaxrlhf.trainers.loop import Interrupted
+    from jaxrlhf.trainers.ppo import train_ppo
+    from jaxrlhf.trainers.sft import train_sft
+
+    if process == 1:
+        in_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        train_sft(sft_config(demo, folder / "sft"))
+        stopped = None
+    except Interrupted as stop:
+        stopped = str(stop)
+    train_ppo(ppo_config(demo, folder / "ppo"))
+    other = {"learning_rate": 0.5} if process == 1 else {}
+    settings = refusal(lambda: train_sft(sft_config(demo, folder / "settings", **other)))
+    os.chdir(folder / f"rows-{process}")
+    data = refusal(lambda: train_sft(sft_config(demo, folder / "data", data_path=("rows.jsonl",))))
+    model = refusal(lambda: train_sft(sft_config(demo, folder / "model", model_name_or_path="lm")))
+    facts = {"model": model, "stopped": stopped, "settings": settings, "data": data}
+    (folder / f"process-{process}.json").write_text(json.dumps(facts))
+    if process == 0:
+        in_step(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train_sft(sft_config(demo, folder / "killed"))
+
+
+def four(demo, folder, process):
+    """SFT from the checkpoint of one process, and then process 2 fails while the others are in a collective."""
+    from jax.experimental import multihost_utils
+
+    from jaxrlhf.trainers.sft import train_sft
+
+    train_sft(sft_config(demo, folder / "sft", resume=True))
+    if process == 2:
+        raise ArithmeticError("bad luck")
+    multihost_utils.sync_global_devices("what never comes")
+
+
+def main():
+    role, address, number, process, demo, folder = sys.argv[1:]
+    from jaxrlhf import distributed
+
+    distributed.initialize(coordinator_address=address, num_processes=int(number), process_id=int(process))
+    {"two": two, "four": four}[role](json.loads(demo), Path(folder), int(process))
+
+
+if __name__ == "__main__":
+    main()

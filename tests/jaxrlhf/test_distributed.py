@@ -1,0 +1,316 @@
+"""Several processes: the same results as one, stops and failures that all learn of, and mistakes named at the start."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import cli, distributed, lifeline
+from jaxrlhf.errors import InputError
+from jaxrlhf.files import read_jsonl
+
+_SPEC = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
+processes = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(processes)
+
+DEADLINE = 240  # seconds after which a test gives up on its processes
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_all(commands, environment=None):
+    """(statuses, outputs) of commands started together; none outlives the call."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    workers = [subprocess.Popen(c, env=os.environ | (environment or {}), **options) for c in commands]
+    outputs = [""] * len(workers)
+
+    def read(i):
+        outputs[i] = workers[i].communicate()[0]
+
+    readers = [threading.Thread(target=read, args=(i,)) for i in range(len(workers))]
+    try:
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(DEADLINE)
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [worker.wait() for worker in workers], outputs
+
+
+def launch(role, number, demo, folder):
+    address, script = f"127.0.0.1:{free_port()}", str(Path(processes.__file__))
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // number}")
+    common = [sys.executable, script, role, address, str(number)]
+    return run_all([[*common, str(i), json.dumps(demo), str(folder)] for i in range(number)], {"XLA_FLAGS": flags})
+
+
+@pytest.fixture(scope="module")
+def places(demo):
+    return {name: getattr(demo, name) for name in ("train", "eval", "cache", "lm", "reward")}
+
+
+@pytest.fixture(scope="module")
+def one(places, tmp_path_factory):
+    """The runs of one process with eight devices."""
+    from jaxrlhf.trainers.ppo import train_ppo
+    from jaxrlhf.trainers.sft import train_sft
+
+    folder = tmp_path_factory.mktemp("one")
+    train_sft(processes.sft_config(places, folder / "sft"))
+    train_ppo(processes.ppo_config(places, folder / "ppo"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(places, one, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for process, rows in enumerate(Path(places["train"]).read_text().splitlines()[i : i + 300] for i in (0, 1)):
+        (folder / f"rows-{process}").mkdir()
+        (folder / f"rows-{process}" / "rows.jsonl").write_text("\n".join(rows))
+        shutil.copytree(places["lm"], folder / f"rows-{process}" / "lm")
+    weights = folder / "rows-1" / "lm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0" * 4)
+    statuses, outputs = launch("two", 2, places, folder)
+    facts = [folder / f"process-{i}.json" for i in range(2)]
+    assert all(path.exists() for path in facts), "\n".join(outputs)
+    facts = [json.loads(path.read_text()) for path in facts]
+    return SimpleNamespace(folder=folder, statuses=statuses, outputs=outputs, facts=facts)
+
+
+def tensors(folder):
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def metrics(folder):
+    clock = ("time", "timing/", "perf/peak", "perf/tokens", "perf/sequences")
+    records = read_jsonl(folder / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if not name.startswith(clock)} for record in records]
+
+
+def assert_same_run(folder, reference):
+    ours, theirs = metrics(folder), metrics(reference)
+    assert [list(record) for record in ours] == [list(record) for record in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-6), (a["step"], name)
+    ours, theirs = tensors(folder), tensors(reference)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_ppo_on_two_processes_gives_the_tokens_metrics_and_weights_of_one(one, two):
+    assert_same_run(two.folder / "ppo", one / "ppo")
+    texts = [
+        [[row[:2] for row in r["rows"]] for r in read_jsonl(f / "ppo" / "samples.jsonl")] for f in (one, two.folder)
+    ]
+    assert len(texts[0]) == 3 and texts[0] == texts[1]
+    adapters = [(f / "ppo" / "adapter" / "adapter_config.json").read_bytes() for f in (one, two.folder)]
+    assert adapters[0] == adapters[1]
+    assert (two.folder / "ppo" / "report.html").exists() and (two.folder / "ppo" / "critic").is_dir()
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_goes_on_from_there(one, two, places):
+    from jaxrlhf.trainers.sft import train_sft
+
+    assert [facts["stopped"] for facts in two.facts] == ["stopped after step 1; continue with --resume"] * 2
+    train_sft(processes.sft_config(places, two.folder / "sft", resume=True))
+    assert_same_run(two.folder / "sft", one / "sft")
+
+
+def test_settings_models_and_data_that_differ_are_named_with_who_has_which_on_every_process(two):
+    assert two.facts[0] == two.facts[1]
+    assert "learning_rate: 0.01 on process 0, 0.5 on process 1" in two.facts[0]["settings"]
+    assert "lm/model.safetensors: " in two.facts[0]["model"] and "config.json" not in two.facts[0]["model"]
+    assert "rows.jsonl (train)" in two.facts[0]["data"] and "the tokenizer" not in two.facts[0]["data"]
+
+
+def test_when_the_coordinator_is_killed_the_other_process_says_so_and_ends(two):
+    assert two.statuses == [-9, lifeline.LOST]
+    assert "process 0 of 2" in two.outputs[1] and "the coordinator, is gone" in two.outputs[1]
+    assert "--resume" in two.outputs[1]
+    assert "Fatal Python error" not in two.outputs[1] and "Check failure" not in two.outputs[1]
+
+
+def test_four_processes_go_on_from_the_checkpoint_of_one_and_end_together_when_one_fails(one, places, tmp_path):
+    shutil.copytree(one / "sft", tmp_path / "sft", ignore=shutil.ignore_patterns("checkpoint-2", "*.safetensors"))
+    statuses, outputs = launch("four", 4, places, tmp_path)
+    assert statuses == [75, 75, 1, 75], "\n".join(outputs)
+    assert_same_run(tmp_path / "sft", one / "sft")
+    assert "ArithmeticError: bad luck" in outputs[2] and "in four" in outputs[2]
+    for i in (0, 1, 3):
+        assert "process 2 of 4" in outputs[i] and "failed: ArithmeticError: bad luck;" in outputs[i]
+
+
+MEET = """
+import os, signal, sys, time
+from jaxrlhf import lifeline
+address, process = sys.argv[1], int(sys.argv[2])
+line = lifeline.join(address, 3, process, {}, lambda facts: None, timeout=60, silence=2)
+assert line.gather("numbers", process) == [0, 1, 2]
+if process == 1:
+    ACTION
+line.gather("what never comes", None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9, "is gone (its connection closed)"),
+        ("line.fail('InputError: row 7 is bad'); os._exit(2)", 2, "failed: InputError: row 7 is bad"),
+        ("line.peers.clear(); time.sleep(60)", lifeline.LOST, "is gone since"),
+        ("line.gather('another place', None)", lifeline.LOST, "the processes are at different places of the program"),
+    ],
+)
+def test_all_end_with_the_reason_when_one_process_is_killed_fails_falls_silent_or_strays(action, status, reason):
+    address = f"127.0.0.1:{free_port()}"
+    program = MEET.replace("ACTION", action)
+    statuses, outputs = run_all([[sys.executable, "-c", program, address, str(i)] for i in range(3)])
+    assert statuses == [lifeline.LOST, status, lifeline.LOST], "\n".join(outputs)
+    assert all(reason in outputs[i] for i in (0, 2)), outputs
+
+
+def meet(*greetings, timeout=20.0):
+    """What `join` raises, per process, when these (number, process, facts) come together; None where it does not."""
+    address, errors = f"127.0.0.1:{free_port()}", [None] * len(greetings)
+    compare = lambda facts: distributed._differences("settings", facts)  # noqa: E731
+
+    def come(i, number, process, facts):
+        try:
+            lifeline.join(address, number, process, facts, compare, timeout, 30.0).end()
+        except InputError as error:
+            errors[i] = str(error)
+
+    threads = [threading.Thread(target=come, args=(i, *greeting)) for i, greeting in enumerate(greetings)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+    return errors
+
+
+def test_processes_of_other_versions_or_settings_are_refused_at_the_door():
+    assert meet((2, 0, {"seed": 1}), (2, 1, {"seed": 1})) == [None, None]
+    errors = meet((3, 0, {"jax": "0.10.2", "x": 1}), (3, 1, {"jax": "0.12", "x": 1}), (3, 2, {"jax": "0.10.2"}))
+    assert len(set(errors)) == 1
+    assert 'jax: "0.10.2" on processes 0, 2, "0.12" on process 1' in errors[0]
+    assert "x: 1 on processes 0, 1, nothing on process 2" in errors[0]
+
+
+def test_numbers_that_do_not_fit_together_are_refused():
+    errors = meet((3, 0, {}), (3, 1, {}), (3, 1, {}))
+    assert all("process_id 1 was given to two processes" in error for error in errors)
+    assert all("num_processes is 2 on process 0 and 4 on process 1" in e for e in meet((2, 0, {}), (4, 1, {})))
+
+
+def test_a_coordinator_waits_no_longer_than_it_is_told_and_names_who_did_not_come():
+    errors = meet((3, 0, {}), (3, 2, {}), timeout=0.5)
+    assert "process 1 of 3 did not come" in errors[0] and "--initialization_timeout" in errors[0]
+
+
+def test_a_coordinator_that_cannot_be_reached_is_named_by_the_command_with_what_to_check(capsys, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    flags = [
+        "--coordinator_address",
+        address,
+        "--num_processes",
+        "2",
+        "--process_id",
+        "1",
+        "--initialization_timeout",
+        "1",
+    ]
+    assert cli.main(["sft", "--output_dir", str(tmp_path / "run"), "--model_name_or_path", "x", *flags]) == 2
+    said = capsys.readouterr().err
+    assert f"process 1 of 2 cannot reach the coordinator at {address} (waited 1 s; Connection refused)" in said
+    assert "--initialization_timeout" in said and not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="process 0 cannot listen on"):
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        lifeline.join(address, 2, 0, {}, lambda facts: None, 1.0, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coordinator_address": "10.0.0.1"}, "must be HOST:PORT"),
+        ({"coordinator_address": "10.0.0.1:99999"}, "must be HOST:PORT"),
+        ({"heartbeat_timeout": 0}, "heartbeat_timeout=0 must be at least 1"),
+        ({"num_processes": 2}, "--coordinator_address, --process_id missing"),
+        ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 2}, "process_id=2 must be from 0 to 1"),
+    ],
+)
+def test_flags_that_say_too_little_or_nonsense_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        distributed.initialize(**options)
+
+
+SLURM = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "node[03-06]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"}
+SLURM |= {"SLURM_LOCALID": "1"}
+
+
+def test_slurm_and_variables_are_detected_flags_come_first_and_one_process_needs_nothing(monkeypatch):
+    assert distributed.detect(distributed.ProcessConfig()) == (None, None, None, None)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.detect(distributed.ProcessConfig()) == ("node03:61441", 4, 2, [1])
+    assert distributed.detect(distributed.ProcessConfig(local_device_ids=(0, 1)))[3] == [0, 1]
+    assert distributed.detect(distributed.ProcessConfig(num_processes=1))[1] == 1
+    assert distributed.initialize(num_processes=1) is False
+    for name, value in (("COORDINATOR_ADDRESS", "h:1"), ("NUM_PROCESSES", "8"), ("PROCESS_ID", "7")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    assert distributed.detect(distributed.ProcessConfig(process_id=5))[:3] == ("h:1", 8, 5)
+    monkeypatch.setenv("JAX_PROCESS_ID", "seven")
+    with pytest.raises(InputError, match=r"\$JAX_PROCESS_ID='seven'"):
+        distributed.detect(distributed.ProcessConfig())
+
+
+def test_a_pod_of_an_indexed_job_without_the_kubernetes_package_is_told_what_is_missing(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert distributed.detect(distributed.ProcessConfig())[:3] == (None, None, None)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="package `kubernetes` is missing"):
+        distributed.detect(distributed.ProcessConfig())
+
+
+def test_a_finished_step_of_a_three_step_run_is_kept_on_another_mesh_but_not_with_other_settings(one, places):
+    from jaxrlhf.trainers.rlhf import finished
+
+    assert finished(processes.sft_config(places, one / "sft", mesh_fsdp=2, mesh_data=4, resume=True))["steps"] == 2
+    assert finished(processes.sft_config(places, one / "sft", learning_rate=0.5)) is None
+
+
+def test_how_processes_connect_is_not_kept_with_the_settings(places, tmp_path):
+    flags = {"num_processes": 1, "process_id": 0, "coordinator_address": "h:1", "heartbeat_timeout": 7}
+    config = distributed.joined(processes.sft_config(places, tmp_path, **flags))
+    assert config == processes.sft_config(places, tmp_path)
+
+
+def test_one_process_shares_values_with_itself():
+    assert distributed.gather("numbers", 3) == [3]
+    assert distributed.from_primary("a name", lambda: "x") == "x"
+    assert distributed.by_turns("work", lambda: 5) == 5
+    host = distributed.to_host({"x": jax.numpy.arange(3)})
+    assert isinstance(host["x"], np.ndarray) and host["x"].tolist() == [0, 1, 2]

@@ -160,7 +160,7 @@ def generate_work(system: System, links: Links) -> dict[str, Work]:
     module, config = system.modules["actor"], system.config
     c, tensor = module.config, system.generate_tensor
     itemsize = jnp.dtype(module.dtype).itemsize
-    rows = system.rows * tensor / system.mesh.size
+    rows, pieces = system.generate_rows * tensor / system.mesh.size, config.generation_batches
     prompt, steps = config.max_prompt_seq_len, config.max_answer_seq_len - 1
     view, cache = generation_view_bytes(system), cache_bytes(system)
     stored = tree_bytes(system.trees["actor"])
@@ -182,7 +182,7 @@ def generate_work(system: System, links: Links) -> dict[str, Work]:
     seconds, sent = sums(rows)
     flops = forward_flops(module.clone(lora=None), rows, 1, system.length) / tensor
     decode = Work(flops, view + cache, 0, seconds, sent) * steps
-    return {"flip": flip, "prefill": prefill, "decode": decode}
+    return {"flip": flip * pieces, "prefill": prefill * pieces, "decode": decode * pieces}
 
 
 def iteration_work(system: System, device: Device) -> dict[str, Work]:

@@ -175,7 +175,7 @@ def _merged_adapters(system: System) -> int:
 def cache_bytes(system: System, platform: str = "") -> int:
     """Bytes of the key/value cache of all layers, prompt and answer; on a TPU head_dim is padded to its lanes."""
     c, itemsize = system.modules["actor"].config, jnp.dtype(system.modules["actor"].dtype).itemsize
-    shape = (system.rows, c.num_kv_heads, system.length, c.head_dim)
+    shape = (system.generate_rows, c.num_kv_heads, system.length, c.head_dim)
     sharding = named_sharding(("batch", "kv_heads", None, None), shape, system.generate_mesh, GENERATE_RULES)
     *rows, width = sharding.shard_shape(shape)
     lanes = -(-width // 128) * 128 if platform == "tpu" else width
@@ -323,7 +323,7 @@ def score_memory(system: System, platform: str) -> ProgramMemory:
     """Of `score_rollout`: four models' forward passes, one after the other."""
     rows = _micro_rows(system)
     names = ("actor", "critic", "reference", "reward")
-    arguments = _on_device(system, platform, names) | {"batch": tree_bytes(rollout(system), platform)}
+    arguments = _on_device(system, platform, names) | {"batch": tree_bytes(rollout(system, system.rows), platform)}
     phases = []
     for name in names:
         module = system.modules[name]
@@ -356,7 +356,7 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     module, config = system.modules["actor"], system.config
     c, tensor = module.config, system.generate_tensor
     itemsize = jnp.dtype(module.dtype).itemsize
-    rows = max(1, system.rows * tensor // system.generate_mesh.size)
+    rows = max(1, system.generate_rows * tensor // system.generate_mesh.size)
     prompt = config.max_prompt_seq_len
     tokens = rows * prompt
     hidden = tokens * c.hidden_size * (4 + 3 * itemsize)
@@ -372,7 +372,7 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     flip = {"merged adapters": _merged_adapters(system), "weights on the move": _half_way_bytes(system)}
     view = {"generation weights": generation_view_bytes(system, platform)}
     arguments = _on_device(system, platform, ("actor",)) | {"batch": tree_bytes(prompt_batch(system), platform)}
-    outputs = tree_bytes(rollout(system), platform)
+    outputs = tree_bytes(rollout(system, system.generate_rows), platform)
     return _program(system, platform, "generate", arguments, view | _largest(flip, prefill, decode), outputs)
 
 

@@ -109,6 +109,11 @@ class System:
         return self.config.rollout_rows(self.batch_devices)
 
     @property
+    def generate_rows(self) -> int:
+        """Of one call of the generate program, on all devices."""
+        return self.rows // self.config.generation_batches
+
+    @property
     def length(self) -> int:
         return self.config.max_prompt_seq_len + self.config.max_answer_seq_len
 
@@ -209,6 +214,7 @@ def build_system(config: PlanConfig, devices: list | None = None) -> System:
     heads = shapes["actor"].num_heads
     group = ppo.generate_tensor_parallel or default_tensor_parallel(mesh, heads)
     check_tensor_parallel(group, heads)
+    ppo.check_pieces(ppo.rollout_rows(batch_devices(mesh)))
     return System(ppo, mesh, generate_mesh(mesh, group), modules, trees, optimizers, frozenset(on_host))
 
 
@@ -246,14 +252,14 @@ def _batch(system: System, shape: tuple[int, ...], dtype: Any, rules: Rules = TR
 
 def prompt_batch(system: System) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What the generate program reads beside the parameters: prompts, their mask, sample numbers."""
-    shape = (system.rows, system.config.max_prompt_seq_len)
+    shape = (system.generate_rows, system.config.max_prompt_seq_len)
     kinds = ((shape, jnp.int32), (shape, bool), (shape[:1], jnp.int32))
     return tuple(_batch(system, *kind, GENERATE_RULES) for kind in kinds)
 
 
-def rollout(system: System, rules: Rules = GENERATE_RULES) -> Rollout:
+def rollout(system: System, rows: int) -> Rollout:
     kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "logprobs": jnp.float32}
-    arrays = {name: _batch(system, (system.rows, system.length), kind, rules) for name, kind in kinds.items()}
+    arrays = {name: _batch(system, (rows, system.length), kind, GENERATE_RULES) for name, kind in kinds.items()}
     return Rollout(**arrays, prompt_length=system.config.max_prompt_seq_len)
 
 
@@ -340,7 +346,7 @@ def _score(system: System) -> Any:
     params = (system.trees["actor"], system.trees["critic"], *frozen)
     hyperparameters = system.config.hyperparameters(system.config.seed)
     return score_rollout.lower(
-        rollout(system), *params, **system.modules, hyperparameters=hyperparameters, mesh=system.mesh
+        rollout(system, system.rows), *params, **system.modules, hyperparameters=hyperparameters, mesh=system.mesh
     )
 
 

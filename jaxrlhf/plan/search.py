@@ -60,6 +60,12 @@ def _smaller_micro_batches(c: PlanConfig) -> PlanConfig | None:
     return _changed(c, per_device_train_batch_size=1, gradient_accumulation_steps=steps) if rows > 1 else None
 
 
+def _pieces(c: PlanConfig) -> PlanConfig | None:
+    """The rollout batch generated in pieces, as many as eight."""
+    pieces = math.gcd(build_system(c).rows, 8)
+    return _changed(c, generation_batches=pieces) if pieces > c.generation_batches else None
+
+
 def _wider_generation(c: PlanConfig) -> PlanConfig | None:
     """Generation split over the largest group that divides the heads."""
     system = build_system(c)
@@ -125,6 +131,7 @@ def _fewer_rows(c: PlanConfig) -> PlanConfig | None:
 
 CHANGES: tuple[tuple[str, Change], ...] = (
     ("micro-batches of one row: the same results, a little slower", _smaller_micro_batches),
+    ("generation in pieces: the same answers, decoded with a smaller batch", _pieces),
     ("generation over more devices: more communication per token", _wider_generation),
     ("recompute layers in the backward pass: about a third more arithmetic in training", _remat),
     ("split parameters, gradients and optimizer state over all of mesh_fsdp", _full_sharding),

@@ -56,6 +56,7 @@ class PlanConfig(ClusterConfig):
     mesh_fsdp: int = _same("mesh_fsdp")
     mesh_tensor: int = _same("mesh_tensor")
     generate_tensor_parallel: int = _same("generate_tensor_parallel")
+    generation_batches: int = _same("generation_batches")
     dtype: str = _same("dtype")
     per_device_train_batch_size: int = _same("per_device_train_batch_size")
     gradient_accumulation_steps: int = _same("gradient_accumulation_steps")

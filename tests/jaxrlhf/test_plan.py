@@ -165,6 +165,9 @@ def test_items_move_with_what_they_depend_on():
     adapters = programs_of(dataclasses.replace(base, lora_r=8))
     assert "reference" not in adapters["score"].arguments
     assert adapters["train"].arguments["actor_optimizer"] < 0.02 * programs["train"].arguments["actor_optimizer"]
+    pieces = programs_of(dataclasses.replace(base, generation_batches=4, max_prompt_seq_len=1, max_answer_seq_len=511))
+    assert pieces["generate"].temporaries["KV cache"] == pytest.approx(cache / 4)
+    assert pieces["score"].arguments["batch"] == programs["score"].arguments["batch"]
     averaged = programs_of(dataclasses.replace(base, enable_ema=True))
     assert averaged["score"].resident["ema"] == programs["train"].arguments["actor"]
 
@@ -257,7 +260,7 @@ def test_changes_of_layout_keep_the_rollout_batch():
         if change not in OTHER_TRAINING:
             assert build_system(changed).rows == rows, flags_between(config, changed)
             tried += 1
-    assert tried == len(CHANGES) - len(OTHER_TRAINING) == 7
+    assert tried == len(CHANGES) - len(OTHER_TRAINING) == 8
 
 
 def test_micro_batches_are_tried_before_anything_that_costs_more():

@@ -363,11 +363,9 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     mlp = tokens * c.intermediate_size // tensor * 2 * itemsize
     scores = int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + itemsize / 4))
     prompt_cache = cache_bytes(system) * prompt // system.length
-    # Query, key and value are one array, which stays until the cache is filled.
-    held = (
-        prompt_cache if platform == "tpu" else prompt_cache * (c.num_heads + 2 * c.num_kv_heads) // (2 * c.num_kv_heads)
-    )
-    prefill = {"query, key and value": held, "prefill activations": hidden + mlp + scores}
+    # Query, key and value of a prompt are one array, which stays until the cache is filled.
+    queries = 0 if platform == "tpu" else prompt_cache * c.num_heads // (2 * c.num_kv_heads)
+    prefill = {"KV cache": prompt_cache, "queries": queries, "prefill activations": hidden + mlp + scores}
     logits = 4 * rows * c.padded_vocab_size // tensor
     attend = 2 * score_bytes(module, rows, 1, system.length, tensor)
     decode = {"KV cache": cache_bytes(system, platform), "logits": 2 * logits + attend}

@@ -126,7 +126,8 @@ def _lora(c: PlanConfig) -> PlanConfig | None:
 
 def _fewer_rows(c: PlanConfig) -> PlanConfig | None:
     """A rollout batch of one row per device: it shortens the cache, and changes what is trained on at once."""
-    return _changed(c, per_device_train_batch_size=1, gradient_accumulation_steps=1, num_mini_batches=1)
+    smallest = {"gradient_accumulation_steps": 1, "num_mini_batches": 1, "generation_batches": 1}
+    return _changed(c, per_device_train_batch_size=1, **smallest)
 
 
 CHANGES: tuple[tuple[str, Change], ...] = (
@@ -170,7 +171,7 @@ def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
     alike = [n for n, (_, change) in enumerate(CHANGES) if change not in OTHER_TRAINING]
     other = [n for n in range(len(CHANGES)) if n not in alike]
     candidates = [[n] for n in alike] + [alike[:count] for count in range(2, len(alike) + 1)]
-    candidates += [[n] for n in other] + [alike + other[:count] for count in range(1, len(other) + 1)]
+    candidates += [[n] for n in other] + [[*alike, n] for n in other] + [alike + other]
     chosen = next((numbers for numbers in candidates if _fits(_combined(config, numbers))), None)
     if chosen is None:
         return None

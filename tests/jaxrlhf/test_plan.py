@@ -214,6 +214,10 @@ def test_one_device_of_80_gb_trains_13b_with_adapters_and_not_whole():
     assert not fits(config_of(actor="opt-13b", remat_policy="full", per_device_train_batch_size=1))
     with_adapters = {"lora_r": 64, "remat_policy": "full", "per_device_train_batch_size": 1}
     assert fits(config_of(actor="opt-13b", gradient_accumulation_steps=4, **with_adapters))
+    proposed = make_plan(
+        config_of(actor="opt-13b", per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    ).nearest
+    assert "--lora_r 64" in proposed.flags and not proposed.same_training
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from jaxrlhf.plan.settings import PlanConfig
 GRID = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_compile_grid.json"
 POINTS = json.loads(GRID.read_text())["points"]
 MODELS = ("opt-1.3b", "opt-13b", "opt-66b", "opt-175b")
-# Beyond the bound: of this program's temporaries the TPU compiler loses a fifth between buffers (its peak is 7 GiB less).
+# Beyond the bound: the TPU compiler leaves a fifth of this program's temporaries unused between buffers.
 LOOSE = {("opt-66b", "v5p", "generate"): 0.20}
 CLUSTERS = (("a100-80g", 1), ("a100-80g", 8), ("a100-80g", 16), ("a100-80g", 64), ("v5p", 64))
 

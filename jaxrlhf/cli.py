@@ -1,4 +1,4 @@
-"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|demo`."""
+"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|plan|demo`."""
 
 import importlib
 import logging
@@ -23,6 +23,7 @@ COMMANDS = {
     "rlhf": Command("jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all three steps in one run"),
     "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model"),
     "convert": Command("jaxrlhf.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
+    "plan": Command("jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting"),
     "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
 

@@ -162,14 +162,11 @@ def _half_way_bytes(system: System) -> int:
 
 
 def _merged_adapters(system: System) -> int:
-    """Float32 kernels that the merge of adapters holds at the flip: about a third of those that have adapters."""
+    """The float32 kernel that the merge of adapters holds at the flip: the largest one of a layer."""
     module = system.modules["actor"]
-    if module.lora is None:
-        return 0
-    split = system.generate_tensor
-    kernels = (path for path in flatten_dict(param_shapes(module), sep="/") if path.endswith("/lora_a"))
     shapes = flatten_dict(param_shapes(module), sep="/")
-    return sum(4 * math.prod(shapes[p.replace("lora_a", "kernel")].shape) for p in kernels) // (3 * split)
+    kernels = [shapes[path.replace("lora_a", "kernel")].shape for path in shapes if path.endswith("/lora_a")]
+    return max((4 * math.prod(shape[1:]) for shape in kernels), default=0) // system.generate_tensor
 
 
 def cache_bytes(system: System, platform: str = "") -> int:

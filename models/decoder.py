@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import attention, attention_mask, project_logits, token_logprobs
+from jaxrlhf.models.attend import attend_to_cache
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.rotary import rotate, rotation
 from jaxrlhf.sharding import constrain
@@ -40,14 +41,16 @@ REMAT_POLICIES = {
 class AttentionContext:
     """What every layer's attention needs to know about the batch."""
 
-    key_mask: jax.Array
-    """`[B, S]` bool: which columns hold real tokens (S = T, or the cache length when decoding)."""
-    positions: jax.Array
-    """`[B, S]` int: each column's position within its sequence (0 where masked)."""
+    key_mask: jax.Array | None = None
+    """`[B, T]` bool: which columns hold real tokens. Not for decoding."""
+    positions: jax.Array | None = None
+    """`[B, T]` int: each column's position within its sequence (0 where masked). Not for decoding."""
     rotation: tuple[jax.Array, jax.Array] | None = None
     """cos and sin of the *query* columns, `[B, 1, T, rotated/2]`."""
     write_index: jax.Array | None = None
     """Decoding: the cache column of the one new token, one for all rows or `[B]`."""
+    start: jax.Array | None = None
+    """Decoding: the first live cache column of each row, int `[B]`."""
 
 
 @flax.struct.dataclass
@@ -178,6 +181,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
     qkv_groups: int = 0
+    implementation: str = "auto"
 
     def _heads(self, x: jax.Array) -> list[jax.Array]:
         """Query, key and value, each `[B, T, heads, D]`."""
@@ -211,26 +215,33 @@ class Attention(nn.Module):
             query = rotate(query, *context.rotation, interleaved=c.rotary_interleaved)
             key = rotate(key, *context.rotation, interleaved=c.rotary_interleaved)
 
-        offset = 0
+        decoding = context.write_index is not None
         if cache is not None:
-            at = 0 if context.write_index is None else context.write_index
+            at = context.write_index if decoding else 0
             cache = tuple(write_columns(old, new, at) for old, new in zip(cache, (key, value), strict=True))
-            if context.write_index is not None:
-                key, value = (x.astype(self.dtype) for x in cache)
-                offset = context.write_index
-        mask = attention_mask(context.key_mask, query.shape[2], window=options.window, query_offset=offset)
-        dropout = c.attention_dropout > 0 and self.has_rng("dropout")
-        output = attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=options.scale,
-            alibi_slopes=alibi_slopes(c.num_heads) if c.position == "alibi" else None,
-            positions=context.positions,
-            dropout_rate=c.attention_dropout,
-            dropout_key=self.make_rng("dropout") if dropout else None,
-        )
+        shared = {"scale": options.scale, "alibi_slopes": alibi_slopes(c.num_heads) if c.position == "alibi" else None}
+        if decoding:
+            output = attend_to_cache(
+                query,
+                *(x.astype(self.dtype) for x in cache),
+                context.start,
+                context.write_index,
+                window=options.window,
+                implementation=self.implementation,
+                **shared,
+            )
+        else:
+            dropout = c.attention_dropout > 0 and self.has_rng("dropout")
+            output = attention(
+                query,
+                key,
+                value,
+                attention_mask(context.key_mask, query.shape[2], window=options.window),
+                positions=context.positions,
+                dropout_rate=c.attention_dropout,
+                dropout_key=self.make_rng("dropout") if dropout else None,
+                **shared,
+            )
         output = constrain(output.swapaxes(1, 2), "batch", None, "heads", None)
         out = Projection(
             c,
@@ -270,6 +281,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
     qkv_groups: int = 0
+    attention_implementation: str = "auto"
 
     def _drop(self, x: jax.Array) -> jax.Array:
         rate = self.config.residual_dropout
@@ -280,7 +292,7 @@ class Block(nn.Module):
         self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        attend = Attention(c, self.dtype, self.lora, self.qkv_groups, name="attn")
+        attend = Attention(c, self.dtype, self.lora, self.qkv_groups, self.attention_implementation, name="attn")
         mlp = MLP(c, self.dtype, self.lora, name="mlp")
         attn_norm = Norm(c, self.dtype, name="attn_norm")
         mlp_norm = None if c.residual == "parallel_shared_norm" else Norm(c, self.dtype, name="mlp_norm")
@@ -323,7 +335,8 @@ class Decoder(nn.Module):
 
     Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` says what of a block
     the backward pass recomputes (REMAT_POLICIES); `lora` adds adapters (models/lora.py); `zero_stage` how parameters
-    lie on a mesh (models/model.py) and changes no result.
+    lie on a mesh (models/model.py) and changes no result; `attention_implementation` which kernel decoding takes, one
+    of kernels.IMPLEMENTATIONS.
     """
 
     config: DecoderConfig
@@ -332,6 +345,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     lora: LoRAConfig | None = None
     zero_stage: int = 3
+    attention_implementation: str = "auto"
 
     def setup(self) -> None:
         c = self.config

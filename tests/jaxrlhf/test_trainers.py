@@ -282,6 +282,7 @@ def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
         ),
         ("ppo", {"offload_reference_model": True, "lora_r": 2}, r"offload_reference_model: with LoRA .* own base"),
         ("ppo", {"reward_zero_stage": 1, "critic_lora_r": 2}, r"reward_zero_stage: with LoRA .* own base"),
+        ("ppo", {"attention_implementation": "fast"}, r"attention_implementation='fast' .*'auto', 'xla', 'pallas'"),
         ("ppo", {"critic_zero_stage": 4}, r"critic_zero_stage=4 must be 0, 1, 2 or 3"),
         (
             "ppo",

@@ -3,6 +3,7 @@
 from jaxrlhf.kernels.attention import attention, attention_mask
 from jaxrlhf.kernels.choice import IMPLEMENTATIONS, choose
 from jaxrlhf.kernels.decode_attention import decode_attention
+from jaxrlhf.kernels.flash_attention import flash_attention
 from jaxrlhf.kernels.logprobs import project_logits, token_logprobs
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "attention_mask",
     "choose",
     "decode_attention",
+    "flash_attention",
     "project_logits",
     "token_logprobs",
 ]

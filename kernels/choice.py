@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from jaxrlhf.kernels import pallas
 
-IMPLEMENTATIONS = ("auto", "xla", "pallas")
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn")
+KERNELS = {"decode_attention": IMPLEMENTATIONS[:3], "flash_attention": IMPLEMENTATIONS}
+"""What each kernel exists as."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
     "auto" takes the first fitting row of MEASURED and otherwise "xla". Raises ValueError for a name that is unknown or
     has no form on this platform. Where JAX has lost what our kernels need, "pallas" becomes "xla" with a warning.
     """
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in KERNELS[kernel]:
         raise ValueError(
-            f"implementation={implementation!r} of {kernel} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}"
+            f"implementation={implementation!r} of {kernel} is not one of {', '.join(map(repr, KERNELS[kernel]))}"
         )
     platform = jax.default_backend()
     if implementation == "auto":
@@ -52,4 +54,6 @@ def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
         implementation = next(fitting, "xla")
     elif implementation == "pallas" and platform not in ("cpu", "gpu"):
         raise ValueError(f"implementation='pallas' of {kernel} runs on NVIDIA and CPU, not on {platform}; take 'xla'")
+    elif implementation == "cudnn" and platform != "gpu":
+        raise ValueError(f"implementation='cudnn' of {kernel} runs on NVIDIA devices, not on {platform}; take 'xla'")
     return "xla" if implementation == "pallas" and not pallas.available() else implementation

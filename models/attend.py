@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.kernels import choose, decode_attention
+from jaxrlhf.kernels import attention, attention_mask, choose, decode_attention, flash_attention
 from jaxrlhf.sharding import map_shards
 
 
@@ -75,3 +75,67 @@ def attend_to_cache(
     length = jnp.broadcast_to(column + 1, start.shape)
     arrays = query[:, :, 0], key, value, start, length, alibi_slopes
     return (call(*arrays) if implementation == "xla" else _by_heads(call, *arrays))[:, :, None]
+
+
+def _span(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of a mask `[B, T]`: its first real column, the one after its last (both 0 where there is none), and holes."""
+    count = mask.sum(1, dtype=jnp.int32)
+    start = jnp.argmax(mask, axis=1).astype(jnp.int32)
+    length = jnp.where(count > 0, mask.shape[1] - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32), 0)
+    return start, length, count != length - start
+
+
+def attend_to_sequence(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_mask: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: jax.Array | float,
+    window: jax.Array | int,
+    alibi_slopes: jax.Array | None,
+    implementation: str,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Training, scoring and prefill: causal attention of whole sequences, real where `key_mask` `[B, T]` is.
+
+    query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; `positions` `[B, T]` for ALiBi. Kernels other than XLA's want
+    the real columns of a row beside each other and, for ALiBi, positions that count them: other rows come out as NaN.
+    InputError for an implementation that cannot run here, or for dropout with one other than XLA's.
+    """
+    drops = dropout_key is not None and dropout_rate > 0
+    if drops and implementation in ("pallas", "cudnn"):
+        raise InputError(
+            f"attention_implementation={implementation!r} has no dropout, but attention_dropout={dropout_rate}: take "
+            "'xla', or turn dropout off"
+        )
+    if not drops:
+        implementation = _choose("flash_attention", implementation, query, alibi_slopes is not None)
+    if drops or implementation == "xla":
+        return attention(
+            query,
+            key,
+            value,
+            attention_mask(key_mask, query.shape[2], window=window),
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            positions=positions,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+        )
+
+    def call(query, key, value, start, length, slopes):
+        options = {"scale": scale, "window": window, "alibi_slopes": slopes, "implementation": implementation}
+        return flash_attention(query, key, value, start, length, **options)
+
+    start, length, unfit = _span(key_mask)
+    if alibi_slopes is not None:
+        columns = jnp.arange(key_mask.shape[1])
+        unfit |= (key_mask & (positions != columns - start[:, None])).any(1)
+    try:
+        output = _by_heads(call, query, key, value, start, length, alibi_slopes)
+    except ValueError as error:
+        raise InputError(f"attention_implementation: {error}") from error
+    return jnp.where(unfit[:, None, None, None], jnp.nan, output)

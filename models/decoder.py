@@ -14,8 +14,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import attention, attention_mask, project_logits, token_logprobs
-from jaxrlhf.models.attend import attend_to_cache
+from jaxrlhf.kernels import project_logits, token_logprobs
+from jaxrlhf.models.attend import attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.rotary import rotate, rotation
 from jaxrlhf.sharding import constrain
@@ -219,25 +219,34 @@ class Attention(nn.Module):
         if cache is not None:
             at = context.write_index if decoding else 0
             cache = tuple(write_columns(old, new, at) for old, new in zip(cache, (key, value), strict=True))
-        shared = {"scale": options.scale, "alibi_slopes": alibi_slopes(c.num_heads) if c.position == "alibi" else None}
+        implementation = self.implementation
+        if implementation == "cudnn":
+            # It has no form for what generation needs (left padding, one query), and wants plain numbers.
+            implementation = "cudnn" if cache is None else "auto"
+            first, *others = layer_options(c)
+            options = options if any(other != first for other in others) else first
+        shared = {
+            "scale": options.scale,
+            "window": options.window,
+            "alibi_slopes": alibi_slopes(c.num_heads) if c.position == "alibi" else None,
+            "implementation": implementation,
+        }
         if decoding:
             output = attend_to_cache(
                 query,
                 *(x.astype(self.dtype) for x in cache),
                 context.start,
                 context.write_index,
-                window=options.window,
-                implementation=self.implementation,
                 **shared,
             )
         else:
             dropout = c.attention_dropout > 0 and self.has_rng("dropout")
-            output = attention(
+            output = attend_to_sequence(
                 query,
                 key,
                 value,
-                attention_mask(context.key_mask, query.shape[2], window=options.window),
-                positions=context.positions,
+                context.key_mask,
+                context.positions,
                 dropout_rate=c.attention_dropout,
                 dropout_key=self.make_rng("dropout") if dropout else None,
                 **shared,
@@ -335,8 +344,8 @@ class Decoder(nn.Module):
 
     Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` says what of a block
     the backward pass recomputes (REMAT_POLICIES); `lora` adds adapters (models/lora.py); `zero_stage` how parameters
-    lie on a mesh (models/model.py) and changes no result; `attention_implementation` which kernel decoding takes, one
-    of kernels.IMPLEMENTATIONS.
+    lie on a mesh (models/model.py) and changes no result; `attention_implementation` which kernels it takes, one of
+    kernels.IMPLEMENTATIONS ("cudnn": for training and scoring; generation as "auto").
     """
 
     config: DecoderConfig
@@ -371,7 +380,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.lora)
+        )(c, self.dtype, self.lora, attention_implementation=self.attention_implementation)
         if c.final_norm:
             self.final_norm = Norm(c, self.dtype)
         self.embed_drop = nn.Dropout(c.embed_dropout)

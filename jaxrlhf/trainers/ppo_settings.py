@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.kernels import IMPLEMENTATIONS
 from jaxrlhf.ppo import PPOHyperparameters
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.trainers.lora import LoRAOptions
@@ -108,12 +107,6 @@ class PPOOptions(LoRAOptions, TrainingConfig):
         False, "weigh each token's policy loss by train over sampler probability, for the gap between both programs"
     )
     importance_sampling_cap: float = field(2.0, "largest such weight")
-    attention_implementation: str = field(
-        "auto",
-        "decode attention: xla; pallas, our kernel that reads only live cache columns (NVIDIA; on CPU interpreted, so "
-        "very slow); auto: what measurements on this device favour",
-        choices=IMPLEMENTATIONS,
-    )
     sample_steps: int = field(20, "steps between printed tables of prompts, responses and scores; 0: none")
     num_sample_rows: int = field(4, "rows of those tables")
 

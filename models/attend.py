@@ -109,7 +109,7 @@ def attend_to_sequence(
     if drops and implementation in ("pallas", "cudnn"):
         raise InputError(
             f"attention_implementation={implementation!r} has no dropout, but attention_dropout={dropout_rate}: take "
-            "'xla', or turn dropout off"
+            "'xla', or turn dropout off (--disable_dropout)"
         )
     if not drops:
         implementation = _choose("flash_attention", implementation, query, alibi_slopes is not None)

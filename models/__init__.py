@@ -17,6 +17,7 @@ from jaxrlhf.models.model import (
     param_shapes,
     param_shardings,
     resize_vocabulary,
+    with_attention,
     with_head,
     working_copy,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
     "split_trainable",
+    "with_attention",
     "with_head",
     "working_copy",
 ]

@@ -100,7 +100,12 @@ def _run(
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     module = module.clone(lora=None)  # the view holds merged kernels
     outer = {"params": view.outer}
-    block = Block(module.config, module.dtype, qkv_groups=view.qkv_groups)
+    block = Block(
+        module.config,
+        module.dtype,
+        qkv_groups=view.qkv_groups,
+        attention_implementation=module.attention_implementation,
+    )
     x = module.apply(outer, input_ids, positions, method="embed_tokens")
     updated = []
     for params, options, cache in zip(view.layers, layer_options(module.config), caches, strict=True):
@@ -134,11 +139,7 @@ def decode_step(
     `column` is one for all rows (the cheaper write) or `[B]`. Returns the next token's float32 logits `[B, V_padded]`
     and the caches, updated in place under jit.
     """
-    length = caches[0][0].shape[2]
-    columns = jnp.arange(length)[None]
     own = (column - start)[:, None]
-    positions = jnp.maximum(columns - start[:, None], 0)
-    mask = (columns >= start[:, None]) & (columns <= jnp.reshape(column, (-1, 1)))
     rotary = rotation(module.config, own) if module.config.position == "rotary" else None
-    context = AttentionContext(key_mask=mask, positions=positions, rotation=rotary, write_index=column)
+    context = AttentionContext(rotation=rotary, write_index=column, start=start)
     return _run(module, view, tokens[:, None], own, context, caches)

@@ -14,7 +14,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import attention, attention_mask, project_logits, token_logprobs
+from jaxrlhf.kernels import project_logits, token_logprobs
+from jaxrlhf.models.attend import attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.rotary import rotate, rotation
 from jaxrlhf.sharding import constrain
@@ -40,14 +41,16 @@ REMAT_POLICIES = {
 class AttentionContext:
     """What every layer's attention needs to know about the batch."""
 
-    key_mask: jax.Array
-    """`[B, S]` bool: which columns hold real tokens (S = T, or the cache length when decoding)."""
-    positions: jax.Array
-    """`[B, S]` int: each column's position within its sequence (0 where masked)."""
+    key_mask: jax.Array | None = None
+    """`[B, T]` bool: which columns hold real tokens. Not for decoding."""
+    positions: jax.Array | None = None
+    """`[B, T]` int: each column's position within its sequence (0 where masked). Not for decoding."""
     rotation: tuple[jax.Array, jax.Array] | None = None
     """cos and sin of the *query* columns, `[B, 1, T, rotated/2]`."""
     write_index: jax.Array | None = None
     """Decoding: the cache column of the one new token, one for all rows or `[B]`."""
+    start: jax.Array | None = None
+    """Decoding: the first live cache column of each row, int `[B]`."""
 
 
 @flax.struct.dataclass
@@ -178,6 +181,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
     qkv_groups: int = 0
+    implementation: str = "auto"
 
     def _heads(self, x: jax.Array) -> list[jax.Array]:
         """Query, key and value, each `[B, T, heads, D]`."""
@@ -211,26 +215,42 @@ class Attention(nn.Module):
             query = rotate(query, *context.rotation, interleaved=c.rotary_interleaved)
             key = rotate(key, *context.rotation, interleaved=c.rotary_interleaved)
 
-        offset = 0
+        decoding = context.write_index is not None
         if cache is not None:
-            at = 0 if context.write_index is None else context.write_index
+            at = context.write_index if decoding else 0
             cache = tuple(write_columns(old, new, at) for old, new in zip(cache, (key, value), strict=True))
-            if context.write_index is not None:
-                key, value = (x.astype(self.dtype) for x in cache)
-                offset = context.write_index
-        mask = attention_mask(context.key_mask, query.shape[2], window=options.window, query_offset=offset)
-        dropout = c.attention_dropout > 0 and self.has_rng("dropout")
-        output = attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=options.scale,
-            alibi_slopes=alibi_slopes(c.num_heads) if c.position == "alibi" else None,
-            positions=context.positions,
-            dropout_rate=c.attention_dropout,
-            dropout_key=self.make_rng("dropout") if dropout else None,
-        )
+        implementation = self.implementation
+        if implementation == "cudnn":
+            # It has no form for what generation needs (left padding, one query), and wants plain numbers.
+            implementation = "cudnn" if cache is None else "auto"
+            first, *others = layer_options(c)
+            options = options if any(other != first for other in others) else first
+        shared = {
+            "scale": options.scale,
+            "window": options.window,
+            "alibi_slopes": alibi_slopes(c.num_heads) if c.position == "alibi" else None,
+            "implementation": implementation,
+        }
+        if decoding:
+            output = attend_to_cache(
+                query,
+                *(x.astype(self.dtype) for x in cache),
+                context.start,
+                context.write_index,
+                **shared,
+            )
+        else:
+            dropout = c.attention_dropout > 0 and self.has_rng("dropout")
+            output = attend_to_sequence(
+                query,
+                key,
+                value,
+                context.key_mask,
+                context.positions,
+                dropout_rate=c.attention_dropout,
+                dropout_key=self.make_rng("dropout") if dropout else None,
+                **shared,
+            )
         output = constrain(output.swapaxes(1, 2), "batch", None, "heads", None)
         out = Projection(
             c,
@@ -270,6 +290,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
     qkv_groups: int = 0
+    attention_implementation: str = "auto"
 
     def _drop(self, x: jax.Array) -> jax.Array:
         rate = self.config.residual_dropout
@@ -280,7 +301,7 @@ class Block(nn.Module):
         self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        attend = Attention(c, self.dtype, self.lora, self.qkv_groups, name="attn")
+        attend = Attention(c, self.dtype, self.lora, self.qkv_groups, self.attention_implementation, name="attn")
         mlp = MLP(c, self.dtype, self.lora, name="mlp")
         attn_norm = Norm(c, self.dtype, name="attn_norm")
         mlp_norm = None if c.residual == "parallel_shared_norm" else Norm(c, self.dtype, name="mlp_norm")
@@ -323,7 +344,8 @@ class Decoder(nn.Module):
 
     Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` says what of a block
     the backward pass recomputes (REMAT_POLICIES); `lora` adds adapters (models/lora.py); `zero_stage` how parameters
-    lie on a mesh (models/model.py) and changes no result.
+    lie on a mesh (models/model.py) and changes no result; `attention_implementation` which kernels it takes, one of
+    kernels.IMPLEMENTATIONS ("cudnn": for training and scoring; generation as "auto").
     """
 
     config: DecoderConfig
@@ -332,6 +354,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     lora: LoRAConfig | None = None
     zero_stage: int = 3
+    attention_implementation: str = "auto"
 
     def setup(self) -> None:
         c = self.config
@@ -357,7 +380,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.lora)
+        )(c, self.dtype, self.lora, attention_implementation=self.attention_implementation)
         if c.final_norm:
             self.final_norm = Norm(c, self.dtype)
         self.embed_drop = nn.Dropout(c.embed_dropout)

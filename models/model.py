@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.kernels import IMPLEMENTATIONS
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.sharding import REPLICATED_RULES, TRAIN_RULES, Rules, check_divisible, constrain, tree_shardings, use
@@ -34,6 +35,7 @@ def default_dtype() -> jnp.dtype:
 @lru_cache(maxsize=64)
 def _abstract(module: Decoder) -> tuple[PyTree, PyTree]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    module = module.clone(attention_implementation="xla")
     # Inside the branch for the LM head every parameter of it is touched, tied or not.
     variables = jax.eval_shape(module.init, jax.random.key(0), ids)
     specs = nn.get_partition_spec(variables)["params"]
@@ -128,6 +130,14 @@ def create_model(
 
     params = jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
     return Model(module=module, params=params, config=config)
+
+
+def with_attention(model: Model, implementation: str) -> Model:
+    """The same model with another `attention_implementation`; InputError for an unknown one."""
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise InputError(f"attention_implementation={implementation!r} is not one of {known}")
+    return model.replace(module=model.module.clone(attention_implementation=implementation))
 
 
 def with_head(model: Model, head: str, key: jax.Array) -> Model:

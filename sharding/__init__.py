@@ -27,12 +27,14 @@ from jaxrlhf.sharding.rules import (
     TRAIN_RULES,
     Rules,
     constrain,
+    current_rules,
     flip,
     named_sharding,
     resolve_spec,
     split,
     use,
 )
+from jaxrlhf.sharding.shards import map_shards
 
 __all__ = [
     "AXES",
@@ -46,11 +48,13 @@ __all__ = [
     "check_tensor_parallel",
     "constrain",
     "constrain_tree",
+    "current_rules",
     "default_tensor_parallel",
     "flip",
     "generate_mesh",
     "held_rows",
     "make_mesh",
+    "map_shards",
     "named_sharding",
     "offloaded",
     "on_device",

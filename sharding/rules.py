@@ -85,6 +85,11 @@ def use(mesh: Mesh | None, rules: Rules) -> Iterator[None]:
         _current.reset(token)
 
 
+def current_rules() -> tuple[Mesh, Rules] | None:
+    """What the current `use(mesh, rules)` was given; None outside of one."""
+    return _current.get()
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin `x`'s sharding under the current `use(mesh, rules)`; returns `x` unchanged outside of one."""
     current = _current.get()

@@ -26,6 +26,7 @@ from jaxrlhf.models import (
     param_shardings,
     read_config,
     split_trainable,
+    with_attention,
 )
 from jaxrlhf.ppo import Experience, PPOHyperparameters, PPOState, ppo_step, score_rollout
 from jaxrlhf.runs import Run
@@ -122,6 +123,7 @@ class RLHFEngine:
         longest = config.max_prompt_seq_len + config.max_answer_seq_len
         for model, name in ((actor, "actor"), (reward, "reward model")):
             check_context(model.config, longest, f"max_prompt_seq_len + max_answer_seq_len for the {name}")
+        actor, reward = (with_attention(model, config.attention_implementation) for model in (actor, reward))
         actor, reward = merged(with_special_tokens(actor, tokenizer)), merged(reward)
         self.critic_config = reward.config
         keys = jax.random.split(jax.random.key(config.seed))

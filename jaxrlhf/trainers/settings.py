@@ -13,6 +13,7 @@ from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
+from jaxrlhf.kernels import IMPLEMENTATIONS
 from jaxrlhf.models import (
     REMAT_POLICIES,
     Model,
@@ -21,6 +22,7 @@ from jaxrlhf.models import (
     default_dtype,
     load_pretrained,
     resize_vocabulary,
+    with_attention,
 )
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import make_mesh
@@ -59,6 +61,12 @@ class TrainingMeshConfig(MeshConfig, ProcessConfig):
         "what mesh_fsdp splits besides the batch. 3: parameters, gradients and optimizer state, the parameters being "
         "gathered layer by layer; 2: likewise, but gathered once per step; 1: gradients are whole too; 0: nothing",
         choices=(0, 1, 2, 3),
+    )
+    attention_implementation: str = field(
+        "auto",
+        "kernels of attention: xla; pallas, our own (NVIDIA; on CPU interpreted, so very slow); cudnn, for training "
+        "and scoring alone (NVIDIA); auto: what measurements on this device favour",
+        choices=IMPLEMENTATIONS,
     )
 
 
@@ -223,6 +231,7 @@ def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, r
             zero_stage=config.zero_stage,
             progress=is_primary(),
         )
+    model = with_attention(model, config.attention_implementation)
     if model.config.vocab_size < vocab_size and not config.resize_vocabulary:
         raise InputError(
             f"the tokenizer of {config.tokenizer_source} has {vocab_size} tokens, the model only "

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import chex
@@ -282,6 +283,9 @@ def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
         ),
         ("ppo", {"offload_reference_model": True, "lora_r": 2}, r"offload_reference_model: with LoRA .* own base"),
         ("ppo", {"reward_zero_stage": 1, "critic_lora_r": 2}, r"reward_zero_stage: with LoRA .* own base"),
+        ("ppo", {"attention_implementation": "fast"}, r"attention_implementation='fast' .*'auto', 'xla', 'pallas'"),
+        ("sft", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
+        ("reward", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
         ("ppo", {"critic_zero_stage": 4}, r"critic_zero_stage=4 must be 0, 1, 2 or 3"),
         (
             "ppo",
@@ -349,6 +353,13 @@ def test_a_prompt_batch_that_minibatches_do_not_divide_is_refused_before_it_is_g
     ids, mask = lab.prompts(rows=15, width=32, vocab=400)
     with pytest.raises(InputError, match=r"num_mini_batches=2 .*must divide the rollout batch of 15 rows"):
         own_loop.generate_experience({"prompt_ids": ids, "prompt_mask": mask})
+
+
+def test_every_model_of_ppo_takes_the_attention_implementation(demo):
+    config = replace(own_config(), attention_implementation="pallas")
+    engine = RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=STEPS, config=config)
+    modules = engine.actor.module, engine.state.critic, engine.reference, engine.reward
+    assert [module.attention_implementation for module in modules] == ["pallas"] * 4
 
 
 def test_given_models_may_share_a_body_and_stay_usable(demo, lab):

@@ -1,0 +1,381 @@
+"""Causal attention over whole sequences, forward and backward, without a `[T, T]` array in memory.
+
+Each program of a kernel holds one block of queries (or, for the gradients of keys and values, of keys) and goes over
+the blocks of the other side that its mask leaves, with a running softmax in float32 registers (Dao 2023, arXiv
+2307.08691).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.kernels import pallas
+from jaxrlhf.kernels.attention import attention, attention_mask
+from jaxrlhf.kernels.choice import choose
+from jaxrlhf.kernels.pallas import LOG_ZERO, ceil_div, dot, load, pl, power_of_two, store
+
+MAX_HEAD_DIM = 256
+DTYPES = ("float32", "bfloat16", "float16")
+NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True)
+class FlashBlocks:
+    """How a kernel cuts its work; sizes are powers of two of at least 16."""
+
+    queries: int
+    keys: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys"):
+            size = getattr(self, name)
+            if size < 16 or size != power_of_two(size):
+                raise ValueError(f"{name}={size} of FlashBlocks must be a power of two of at least 16")
+
+
+def flash_blocks(head_dim: int, dtype: jnp.dtype, length: int) -> tuple[FlashBlocks, FlashBlocks]:
+    """Blocks of the forward and of the backward kernels: as large as registers hold without spilling."""
+    width = power_of_two(head_dim)
+    if jnp.dtype(dtype) == jnp.float32:
+        sizes = (32, 16, 8), ((32, 16, 8) if width <= 64 else (16, 16, 8))
+    elif width <= 64:
+        sizes = ((128, 64, 8), (64, 64, 4))
+    elif width <= 128:
+        sizes = ((128, 64, 8), (64, 64, 8))
+    else:
+        sizes = ((64, 32, 8), (32, 32, 8))
+    most = max(16, power_of_two(length))
+    return tuple(FlashBlocks(min(queries, most), min(keys, most), warps) for queries, keys, warps in sizes)
+
+
+def _check(query, key, value, start, length, slopes) -> None:
+    if query.ndim != 4 or key.ndim != 4 or value.shape != key.shape:
+        raise ValueError(
+            "flash_attention takes query [B, H, T, D] and key and value [B, H_kv, T, D]; "
+            f"found {query.shape}, {key.shape} and {value.shape}"
+        )
+    (batch, heads, *rest), (key_batch, kv_heads, *key_rest) = query.shape, key.shape
+    if batch != key_batch or rest != key_rest or heads % kv_heads:
+        raise ValueError(
+            f"query {query.shape} does not fit key {key.shape}: B, T and D must be equal, H a multiple of H_kv"
+        )
+    for name, x, shape in (("start", start, (batch,)), ("length", length, (batch,)), ("slopes", slopes, (heads,))):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {x.shape}; for query {query.shape} it must be {shape}")
+
+
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    scale: jax.Array | float,
+    window: jax.Array | int = 0,
+    alibi_slopes: jax.Array | None = None,
+    implementation: str = "auto",
+    blocks: tuple[FlashBlocks, FlashBlocks] | None = None,
+) -> jax.Array:
+    """Causal attention of whole sequences, differentiable in query, key and value.
+
+    query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`, H a multiple of H_kv; `start`, `length` int `[B]`: keys in
+    columns start … length - 1 are live. With `window` > 0 a query sees the last `window` columns including its own.
+    `alibi_slopes` `[H]` adds slope · key column. Softmax in float32. Returns `[B, H, T, D]` in the query's dtype;
+    queries that see no key are 0.
+
+    `implementation`: "xla" (kernels/attention.py); "pallas" (NVIDIA, or interpreted on CPU); "cudnn" (NVIDIA, 16-bit,
+    no ALiBi, `scale` and `window` numbers; rows with start > 0 come out as NaN); "auto" (kernels/choice.py). Raises
+    ValueError for what does not fit.
+    """
+    _check(query, key, value, start, length, alibi_slopes)
+    width, alibi = query.shape[-1], alibi_slopes is not None
+    chosen = choose("flash_attention", implementation, dtype=query.dtype, head_dim=width, alibi=alibi)
+    if chosen == "xla":
+        return _reference(query, key, value, start, length, scale, window, alibi_slopes)
+    if chosen == "cudnn":
+        return _cudnn(query, key, value, start, length, scale, window, alibi)
+    if width > MAX_HEAD_DIM or jnp.dtype(query.dtype).name not in DTYPES:
+        raise ValueError(
+            f"implementation='pallas' of flash_attention takes head sizes up to {MAX_HEAD_DIM} in "
+            f"{', '.join(DTYPES)}; found {width} in {query.dtype}: take 'xla'"
+        )
+    size = query.shape[2]
+    window = jnp.asarray(window, jnp.int32).reshape(1)
+    scalars = (
+        jnp.clip(start, 0, size).astype(jnp.int32),
+        jnp.clip(length, 0, size).astype(jnp.int32),
+        jnp.where(window > 0, window, NO_WINDOW),
+        jnp.asarray(scale, jnp.float32).reshape(1),
+        jnp.zeros(query.shape[1]) if alibi_slopes is None else alibi_slopes.astype(jnp.float32),
+    )
+    return _flash(query, key, value, scalars, alibi, blocks or flash_blocks(width, query.dtype, size))
+
+
+def _reference(query, key, value, start, length, scale, window, slopes) -> jax.Array:
+    """The same in plain jnp, with scores `[B, H, T, T]`."""
+    columns = jnp.arange(key.shape[2])[None]
+    live = (columns >= start[:, None]) & (columns < length[:, None])
+    mask = attention_mask(live, query.shape[2], window=window)
+    positions = jnp.broadcast_to(columns, live.shape)
+    return attention(query, key, value, mask, scale=scale, alibi_slopes=slopes, positions=positions)
+
+
+def _cudnn(query, key, value, start, length, scale, window, alibi) -> jax.Array:
+    problems = {
+        "ALiBi": alibi,
+        f"dtype {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
+        f"head size {query.shape[-1]}": query.shape[-1] % 8 or query.shape[-1] > 256,
+        "a scale or window that differs between layers": any(isinstance(x, jax.core.Tracer) for x in (scale, window)),
+    }
+    found = [name for name, bad in problems.items() if bad]
+    if found:
+        raise ValueError(
+            f"implementation='cudnn' of flash_attention does not take {', '.join(found)}; it takes bfloat16 or "
+            "float16, head sizes that are multiples of 8 up to 256 (128 before Hopper): take 'xla' or 'pallas'"
+        )
+    output = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (query, key, value)),
+        scale=float(scale),
+        is_causal=True,
+        query_seq_lengths=jnp.full_like(length, query.shape[2]),
+        key_value_seq_lengths=length,
+        local_window_size=(int(window) - 1, 0) if window > 0 else None,
+        implementation="cudnn",
+    ).swapaxes(1, 2)
+    oldest = jnp.arange(query.shape[2]) - (window if window > 0 else NO_WINDOW) + 1
+    output = jnp.where((oldest < length[:, None])[:, None, :, None] & (length > 0)[:, None, None, None], output, 0)
+    # Its padding is on the right: a row padded on the left must not pass for a result.
+    return jnp.where((start <= 0)[:, None, None, None], output, jnp.nan)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _flash(query, key, value, scalars, alibi, blocks) -> jax.Array:
+    return _forward(query, key, value, scalars, alibi, blocks)[0]
+
+
+def _flash_forward(query, key, value, scalars, alibi, blocks):
+    output, log_total = _forward(query, key, value, scalars, alibi, blocks)
+    return output, (query, key, value, scalars, output, log_total)
+
+
+def _flash_backward(alibi, blocks, saved, gradient):
+    query, key, value, scalars, output, log_total = saved
+    delta = (gradient.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1)
+    arrays = query, key, value, gradient.astype(query.dtype), log_total, delta, *scalars
+    return *_backward(arrays, alibi, blocks[1]), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Static facts of a launch."""
+
+    length: int
+    width: int
+    group: int
+    alibi: bool
+    blocks: FlashBlocks
+
+
+def _weights(products, rows, columns, bounds, slope, alibi) -> tuple[jax.Array, jax.Array]:
+    """Scores of a block from its products, and which of them the mask leaves; `rows`, `columns` broadcast to it."""
+    start, length, window, scale = bounds
+    scores = products * scale
+    if alibi:
+        scores += slope * (columns - rows).astype(jnp.float32)
+    seen = (columns <= rows) & (rows - columns < window) & (columns >= start) & (columns < length)
+    return scores, seen
+
+
+def _block(ref, begin, size: int, shape: _Shape, *lead) -> jax.Array:
+    """`size` rows of a `[…, T, D]` reference from row `begin`, zeros beyond its edges."""
+    there = (begin + jnp.arange(size) < shape.length)[:, None]
+    inside = there & (jnp.arange(ref.shape[-1]) < shape.width)[None]
+    return load(ref.at[(*lead, pl.ds(begin, size), slice(None))], inside)
+
+
+def _vector(ref, begin, size: int, shape: _Shape, *lead) -> jax.Array:
+    return load(ref.at[(*lead, pl.ds(begin, size))], begin + jnp.arange(size) < shape.length)
+
+
+def _keys_of(begin, shape: _Shape, start, length, window) -> tuple[jax.Array, jax.Array]:
+    """First key column, and number of key blocks, that queries from row `begin` on see."""
+    low = jnp.maximum(start, begin - window + 1)
+    high = jnp.minimum(length, begin + shape.blocks.queries)
+    return low, ceil_div(jnp.maximum(high - low, 0), shape.blocks.keys)
+
+
+def flash_attention_forward(
+    q_ref, k_ref, v_ref, start_ref, length_ref, window_ref, scale_ref, slope_ref, o_ref, log_ref, *, shape: _Shape
+) -> None:
+    size, keys = shape.blocks.queries, shape.blocks.keys
+    begin = pl.program_id(2) * size
+    rows = begin + jnp.arange(size)
+    bounds = start_ref[()], length_ref[()], window_ref[()], scale_ref[()]
+    slope = slope_ref[()]
+    query = _block(q_ref, begin, size, shape)
+    low, steps = _keys_of(begin, shape, *bounds[:3])
+
+    def step(i, carry):
+        output, top, total = carry
+        column = low + i * keys
+        columns = column + jnp.arange(keys)
+        products = dot(query, _block(k_ref, column, keys, shape).T)
+        scores, seen = _weights(products, rows[:, None], columns[None], bounds, slope, shape.alibi)
+        new_top = jnp.maximum(top, jnp.where(seen, scores, LOG_ZERO).max(1))
+        weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
+        shrink = jnp.exp(top - new_top)
+        values = _block(v_ref, column, keys, shape)
+        output = output * shrink[:, None] + dot(weights.astype(values.dtype), values)
+        return output, new_top, total * shrink + weights.sum(1)
+
+    nothing = jnp.zeros(size, jnp.float32)
+    carry = jnp.zeros((size, q_ref.shape[-1]), jnp.float32), nothing + LOG_ZERO, nothing
+    output, top, total = jax.lax.fori_loop(0, steps, step, carry)
+    safe = jnp.where(total > 0, total, 1.0)
+    there = rows < shape.length
+    corner = there[:, None] & (jnp.arange(q_ref.shape[-1]) < shape.width)[None]
+    at = pl.ds(begin, size)
+    store(o_ref.at[at, :], output / safe[:, None], corner)
+    store(log_ref.at[at], top + jnp.log(safe), there)
+
+
+def flash_attention_query_gradient(
+    q_ref, k_ref, v_ref, do_ref, log_ref, delta_ref, start_ref, length_ref, window_ref, scale_ref, slope_ref, dq_ref,
+    *, shape: _Shape
+) -> None:  # fmt: skip
+    size, keys = shape.blocks.queries, shape.blocks.keys
+    begin = pl.program_id(2) * size
+    rows = begin + jnp.arange(size)
+    bounds = start_ref[()], length_ref[()], window_ref[()], scale_ref[()]
+    slope = slope_ref[()]
+    query, upstream = _block(q_ref, begin, size, shape), _block(do_ref, begin, size, shape)
+    log_total, delta = _vector(log_ref, begin, size, shape), _vector(delta_ref, begin, size, shape)
+    low, steps = _keys_of(begin, shape, *bounds[:3])
+
+    def step(i, gradient):
+        column = low + i * keys
+        columns = column + jnp.arange(keys)
+        key = _block(k_ref, column, keys, shape)
+        scores, seen = _weights(dot(query, key.T), rows[:, None], columns[None], bounds, slope, shape.alibi)
+        weights = jnp.where(seen, jnp.exp(scores - log_total[:, None]), 0.0)
+        inner = dot(upstream, _block(v_ref, column, keys, shape).T)
+        return gradient + dot((weights * (inner - delta[:, None])).astype(key.dtype), key)
+
+    gradient = jax.lax.fori_loop(0, steps, step, jnp.zeros((size, q_ref.shape[-1]), jnp.float32)) * bounds[3]
+    corner = (rows < shape.length)[:, None] & (jnp.arange(q_ref.shape[-1]) < shape.width)[None]
+    store(dq_ref.at[pl.ds(begin, size), :], gradient, corner)
+
+
+def flash_attention_key_gradient(
+    q_ref, k_ref, v_ref, do_ref, log_ref, delta_ref, start_ref, length_ref, window_ref, scale_ref, slope_ref, dk_ref,
+    dv_ref, *, shape: _Shape
+) -> None:  # fmt: skip
+    """Of one block of keys and values, over all queries of the heads that share them; scores lie transposed."""
+    size, queries = shape.blocks.keys, shape.blocks.queries
+    begin = pl.program_id(2) * size
+    columns = begin + jnp.arange(size)
+    start, length, window, scale = bounds = start_ref[()], length_ref[()], window_ref[()], scale_ref[()]
+    key, value = _block(k_ref, begin, size, shape), _block(v_ref, begin, size, shape)
+    live = (begin < length) & (begin + size > start)
+    high = jnp.where(live, jnp.minimum(shape.length, begin + size - 1 + window), begin)
+    steps = ceil_div(jnp.maximum(high - begin, 0), queries)
+
+    def step(i, carry):
+        key_gradient, value_gradient = carry
+        head = jax.lax.div(i, steps)
+        row = begin + (i - head * steps) * queries
+        rows = row + jnp.arange(queries)
+        query, upstream = (_block(ref, row, queries, shape, head) for ref in (q_ref, do_ref))
+        log_total, delta = (_vector(ref, row, queries, shape, head) for ref in (log_ref, delta_ref))
+        products = dot(key, query.T)
+        scores, seen = _weights(products, rows[None], columns[:, None], bounds, slope_ref[head], shape.alibi)
+        weights = jnp.where(seen & (rows < shape.length)[None], jnp.exp(scores - log_total[None]), 0.0)
+        value_gradient += dot(weights.astype(upstream.dtype), upstream)
+        inner = dot(value, upstream.T)
+        key_gradient += dot((weights * (inner - delta[None])).astype(query.dtype), query)
+        return key_gradient, value_gradient
+
+    nothing = jnp.zeros((size, k_ref.shape[-1]), jnp.float32)
+    key_gradient, value_gradient = jax.lax.fori_loop(0, steps * shape.group, step, (nothing, nothing))
+    corner = (columns < shape.length)[:, None] & (jnp.arange(k_ref.shape[-1]) < shape.width)[None]
+    at = pl.ds(begin, size)
+    store(dk_ref.at[at, :], key_gradient * scale, corner)
+    store(dv_ref.at[at, :], value_gradient, corner)
+
+
+def _specs(shape: _Shape) -> dict[str, "pl.BlockSpec"]:
+    """Blocks of one query head (q, t), of one key/value head (k), of all query heads of one (qs, ts), and scalars."""
+    width = max(16, power_of_two(shape.width))
+    size, group = shape.length, shape.group
+    return {
+        "q": pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, h, 0, 0)),
+        "t": pl.BlockSpec((None, None, size), lambda b, h, i: (b, h, 0)),
+        "k": pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, jax.lax.div(h, jnp.int32(group)), 0, 0)),
+        "own": pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, h, 0, 0)),
+        "qs": pl.BlockSpec((None, None, group, size, width), lambda b, h, i: (b, h, 0, 0, 0)),
+        "ts": pl.BlockSpec((None, None, group, size), lambda b, h, i: (b, h, 0, 0)),
+        "row": pl.BlockSpec((None,), lambda b, h, i: (b,)),
+        "one": pl.BlockSpec((None,), lambda b, h, i: (0,)),
+        "head": pl.BlockSpec((None,), lambda b, h, i: (h,)),
+        "heads": pl.BlockSpec((None, group), lambda b, h, i: (h, 0)),
+    }
+
+
+def _forward(query, key, value, scalars, alibi, blocks) -> tuple[jax.Array, jax.Array]:
+    batch, heads, length, width = query.shape
+    shape = _Shape(length, width, heads // key.shape[1], alibi, blocks[0])
+    specs = _specs(shape)
+    return pallas.launch(
+        partial(flash_attention_forward, shape=shape),
+        [query, key, value, *scalars],
+        grid=(batch, heads, pl.cdiv(length, blocks[0].queries)),
+        in_specs=[specs[name] for name in ("q", "k", "k", "row", "row", "one", "one", "head")],
+        out_specs=[specs["q"], specs["t"]],
+        out_shape=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+        ],
+        num_warps=blocks[0].num_warps,
+        num_stages=blocks[0].num_stages,
+    )
+
+
+def _backward(arrays, alibi, blocks: FlashBlocks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value, gradient, log_total, delta, *scalars = arrays
+    batch, heads, length, width = query.shape
+    kv_heads = key.shape[1]
+    shape = _Shape(length, width, heads // kv_heads, alibi, blocks)
+    specs = _specs(shape)
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    query_gradient = pallas.launch(
+        partial(flash_attention_query_gradient, shape=shape),
+        arrays,
+        grid=(batch, heads, pl.cdiv(length, blocks.queries)),
+        in_specs=[specs[name] for name in ("q", "k", "k", "q", "t", "t", "row", "row", "one", "one", "head")],
+        out_specs=specs["q"],
+        out_shape=like(query),
+        **options,
+    )
+    grouped = lambda x: x.reshape(batch, kv_heads, shape.group, *x.shape[2:])  # noqa: E731
+    slopes = scalars[-1].reshape(kv_heads, shape.group)
+    arrays = grouped(query), key, value, grouped(gradient), grouped(log_total), grouped(delta), *scalars[:-1], slopes
+    names = ("qs", "own", "own", "qs", "ts", "ts", "row", "row", "one", "one", "heads")
+    key_gradient, value_gradient = pallas.launch(
+        partial(flash_attention_key_gradient, shape=shape),
+        arrays,
+        grid=(batch, kv_heads, pl.cdiv(length, blocks.keys)),
+        in_specs=[specs[name] for name in names],
+        out_specs=[specs["own"]] * 2,
+        out_shape=[like(key), like(value)],
+        **options,
+    )
+    return query_gradient, key_gradient, value_gradient

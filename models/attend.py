@@ -1,0 +1,141 @@
+"""Attention as the layers call it: which kernel runs, and how its work is split over a mesh."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.kernels import attention, attention_mask, choose, decode_attention, flash_attention
+from jaxrlhf.sharding import map_shards
+
+
+def _choose(kernel: str, implementation: str, query: jax.Array, alibi: bool) -> str:
+    try:
+        return choose(kernel, implementation, dtype=query.dtype, head_dim=query.shape[-1], alibi=alibi)
+    except ValueError as error:
+        raise InputError(f"attention_implementation: {error}") from error
+
+
+def _by_heads(
+    function: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    slopes: jax.Array | None,
+) -> jax.Array:
+    """`function(query, key, value, start, length, slopes)`, each device with its own rows and heads.
+
+    Query heads go where their key/value head is; where all share one, they are split by themselves.
+    """
+    kv_heads = key.shape[1]
+    inner = "heads" if kv_heads == 1 else None
+    grouped = query.reshape(query.shape[0], kv_heads, -1, *query.shape[2:])
+    query_axes = ("batch", "kv_heads", inner, *[None] * (query.ndim - 2))
+    cache_axes = ("batch", "kv_heads", None, None)
+    arrays = [grouped, key, value, start, length]
+    axes = [query_axes, cache_axes, cache_axes, ("batch",), ("batch",)]
+    if slopes is not None:
+        arrays.append(slopes.reshape(kv_heads, -1))
+        axes.append(("kv_heads", inner))
+
+    def local(grouped, key, value, start, length, slopes=None):
+        query = grouped.reshape(grouped.shape[0], -1, *grouped.shape[3:])
+        slopes = None if slopes is None else slopes.reshape(-1)
+        return function(query, key, value, start, length, slopes).reshape(grouped.shape)
+
+    return map_shards(local, arrays, axes, out=0).reshape(query.shape)
+
+
+def attend_to_cache(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    start: jax.Array,
+    column: jax.Array,
+    *,
+    scale: float,
+    window: int,
+    alibi_slopes: jax.Array | None,
+    implementation: str,
+) -> jax.Array:
+    """Decoding: query `[B, H, 1, D]` of the token in cache `column` (one, or `[B]`) on columns `start` … `column`.
+
+    key, value `[B, H_kv, S, D]`. Returns `[B, H, 1, D]`; see kernels/decode_attention.py. InputError for an
+    implementation that cannot run here.
+    """
+    implementation = _choose("decode_attention", implementation, query, alibi_slopes is not None)
+
+    def call(query, key, value, start, length, slopes):
+        options = {"scale": scale, "window": window, "alibi_slopes": slopes, "implementation": implementation}
+        return decode_attention(query, key, value, start, length, **options)
+
+    length = jnp.broadcast_to(column + 1, start.shape)
+    arrays = query[:, :, 0], key, value, start, length, alibi_slopes
+    return (call(*arrays) if implementation == "xla" else _by_heads(call, *arrays))[:, :, None]
+
+
+def _span(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of a mask `[B, T]`: its first real column, the one after its last (both 0 where there is none), and holes."""
+    count = mask.sum(1, dtype=jnp.int32)
+    start = jnp.argmax(mask, axis=1).astype(jnp.int32)
+    length = jnp.where(count > 0, mask.shape[1] - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32), 0)
+    return start, length, count != length - start
+
+
+def attend_to_sequence(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_mask: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: jax.Array | float,
+    window: jax.Array | int,
+    alibi_slopes: jax.Array | None,
+    implementation: str,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Training, scoring and prefill: causal attention of whole sequences, real where `key_mask` `[B, T]` is.
+
+    query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; `positions` `[B, T]` for ALiBi. Kernels other than XLA's want
+    the real columns of a row beside each other and, for ALiBi, positions that count them: other rows come out as NaN.
+    InputError for an implementation that cannot run here, or for dropout with one other than XLA's.
+    """
+    drops = dropout_key is not None and dropout_rate > 0
+    if drops and implementation in ("pallas", "cudnn"):
+        raise InputError(
+            f"attention_implementation={implementation!r} has no dropout, but attention_dropout={dropout_rate}: take "
+            "'xla', or turn dropout off (--disable_dropout)"
+        )
+    if not drops:
+        implementation = _choose("flash_attention", implementation, query, alibi_slopes is not None)
+    if drops or implementation == "xla":
+        return attention(
+            query,
+            key,
+            value,
+            attention_mask(key_mask, query.shape[2], window=window),
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            positions=positions,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+        )
+
+    def call(query, key, value, start, length, slopes):
+        options = {"scale": scale, "window": window, "alibi_slopes": slopes, "implementation": implementation}
+        return flash_attention(query, key, value, start, length, **options)
+
+    start, length, unfit = _span(key_mask)
+    if alibi_slopes is not None:
+        columns = jnp.arange(key_mask.shape[1])
+        unfit |= (key_mask & (positions != columns - start[:, None])).any(1)
+    try:
+        output = _by_heads(call, query, key, value, start, length, alibi_slopes)
+    except ValueError as error:
+        raise InputError(f"attention_implementation: {error}") from error
+    return jnp.where(unfit[:, None, None, None], jnp.nan, output)

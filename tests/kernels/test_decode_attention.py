@@ -1,0 +1,189 @@
+"""Decode attention against a float64 oracle; what it reads and writes; what it refuses; what compilers make of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.kernels import choice, choose, decode_attention, pallas
+from jaxrlhf.kernels.decode_attention import DecodeBlocks, decode_blocks
+
+# B, H, H_kv, S, D, window, ALiBi, columns per step, splits
+PROBLEMS = [
+    (4, 3, 3, 37, 64, 0, False, 16, 1),
+    (5, 4, 2, 50, 80, 0, True, 16, 3),
+    (4, 8, 1, 33, 96, 9, False, 32, 2),
+    (6, 6, 2, 70, 16, 20, True, 16, 4),
+    (4, 40, 2, 16, 10, 1, False, 16, 1),
+    (4, 2, 2, 130, 128, 0, True, 64, 2),
+    (3, 2, 1, 20, 256, 0, False, 16, 2),
+]
+ids = ["-".join(map(str, problem)) for problem in PROBLEMS]
+
+
+def oracle(query, key, value, start, length, scale, window=0, slopes=None):
+    """Row by row in float64."""
+    output = np.zeros(query.shape)
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    for b, h in np.ndindex(*query.shape[:2]):
+        columns = np.arange(max(start[b], length[b] - window if window else 0), length[b])
+        if not len(columns):
+            continue
+        scores = key[b, h // group, columns] @ query[b, h] * scale
+        if slopes is not None:
+            scores += np.float64(slopes[h]) * (columns - start[b])
+        weights = np.exp(scores - scores.max())
+        output[b, h] = weights / weights.sum() @ value[b, h // group, columns]
+    return output
+
+
+def make(problem, dtype=jnp.float32):
+    """Arrays of a problem: rows of no, of one, of all and of random live columns; and what is dead, as a mask."""
+    batch, heads, kv_heads, size, width, window, alibi, columns, splits = problem
+    rng = np.random.default_rng(size)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    arrays = draw(batch, heads, width), draw(batch, kv_heads, size, width), draw(batch, kv_heads, size, width)
+    length = np.concatenate([[0, 1, size], rng.integers(1, size, batch - 3)]).astype(np.int32)
+    start = np.array([0, 0, 0, *(rng.integers(0, n) for n in length[3:])], np.int32)
+    slopes = jnp.asarray(rng.random(heads), jnp.float32) if alibi else None
+    first = np.maximum(start, length - window) if window else start
+    dead = (np.arange(size) < first[:, None]) | (np.arange(size) >= length[:, None])
+    options = {"scale": 0.3, "window": window, "alibi_slopes": slopes}
+    return (*arrays, start, length), options, dead[:, None, :, None], DecodeBlocks(columns, splits)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
+def test_both_forms_equal_the_oracle_and_the_kernel_never_sees_dead_columns(problem):
+    (query, key, value, start, length), options, dead, blocks = make(problem)
+    expected = oracle(query, key, value, start, length, *options.values())
+    plain = decode_attention(query, key, value, start, length, **options, implementation="xla")
+    np.testing.assert_allclose(plain, expected, rtol=0, atol=1e-5)
+    assert dead.any() and not expected[0].any()
+    key, value = (jnp.where(dead, jnp.nan, x) for x in (key, value))
+    kernel = jax.jit(lambda *x: decode_attention(*x, **options, implementation="pallas", blocks=blocks))
+    # The interpreter hands out outputs full of NaN, so an element that is not written shows.
+    np.testing.assert_allclose(kernel(query, key, value, start, length), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[1]], ids=ids[:2])
+def test_bfloat16_is_right_to_its_rounding(problem):
+    arrays, options, _, blocks = make(problem, jnp.bfloat16)
+    got = decode_attention(*arrays, **options, implementation="pallas", blocks=blocks)
+    expected = oracle(*arrays, *options.values())
+    assert got.dtype == jnp.bfloat16
+    # Half a step of the result, and half a step of each weight: at most 2⁻⁹ of the largest value twice.
+    assert np.abs(np.asarray(got, np.float64) - expected).max() < 2**-8 * np.abs(np.asarray(arrays[2], "f4")).max()
+
+
+def test_the_interpreter_hands_out_outputs_full_of_nan():
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    spec = pallas.pl.BlockSpec((4,), lambda i: (0,))
+    options = {"grid": (1,), "in_specs": [spec], "out_specs": spec, "out_shape": shape}
+    got = pallas.launch(lambda i, o: None, [jnp.ones(4)], **options, num_warps=1, num_stages=1)
+    assert np.isnan(got).all()
+
+
+def test_large_scores_neither_overflow_nor_lose_the_winner():
+    (query, key, value, start, length), options, _, blocks = make(PROBLEMS[1])
+    arrays = query * 1e4, key * 1e4, value, start, length
+    got = decode_attention(*arrays, **options, implementation="pallas", blocks=blocks)
+    np.testing.assert_allclose(got, oracle(*arrays, *options.values()), rtol=0, atol=1e-5)
+
+
+def test_alibi_keeps_its_digits_in_a_long_cache():
+    problem = (4, 2, 2, 4000, 16, 0, True, 128, 2)
+    arrays, options, _, blocks = make(problem)
+    expected = oracle(*arrays, *options.values())
+    for implementation in ("xla", "pallas"):
+        got = decode_attention(*arrays, **options, implementation=implementation, blocks=blocks)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def shapes(query=(2, 4, 64), key=(2, 2, 32, 64), value=None, start=(2,), length=(2,), dtype=jnp.float32):
+    make = lambda shape, dtype=jnp.int32: jnp.zeros(shape, dtype)  # noqa: E731
+    return make(query, dtype), make(key, dtype), make(value or key, dtype), make(start), make(length)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"query": (2, 4, 1, 64)}, r"query \[B, H, D\].*found \(2, 4, 1, 64\), \(2, 2, 32, 64\)"),
+        ({"value": (2, 2, 31, 64)}, r"found .*\(2, 2, 31, 64\)"),
+        ({"query": (2, 3, 64)}, r"\(2, 3, 64\) does not fit key \(2, 2, 32, 64\)"),
+        ({"query": (2, 4, 32)}, r"\(2, 4, 32\) does not fit key"),
+        ({"length": (3,)}, r"length has shape \(3,\).*must be \(2,\)"),
+        ({"query": (2, 4, 320), "key": (2, 2, 32, 320)}, r"up to 256 in float32.*found 320 in float32: take 'xla'"),
+        ({"dtype": jnp.float64}, r"found 64 in float64"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(arrays, message):
+    with jax.enable_x64(True), pytest.raises(ValueError, match=message):
+        decode_attention(*shapes(**arrays), scale=1.0, implementation="pallas")
+
+
+@pytest.mark.parametrize("columns", [8, 24])
+def test_blocks_that_the_hardware_cannot_hold_are_refused(columns):
+    with pytest.raises(ValueError, match=rf"columns={columns} of DecodeBlocks must be a power of two of at least 16"):
+        DecodeBlocks(columns, 1)
+    with pytest.raises(ValueError, match="splits=0"):
+        DecodeBlocks(16, 0)
+
+
+@pytest.mark.parametrize("device", pallas.MULTIPROCESSORS)
+def test_blocks_fit_the_device_and_fill_it(device):
+    for width in (16, 64, 80, 128, 256):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            row = pallas.power_of_two(width) * jnp.dtype(dtype).itemsize
+            full, few = (decode_blocks(width, dtype, programs=n, cache_length=8192, device=device) for n in (4096, 8))
+            assert 2 * row * full.columns * (full.num_stages + 1) <= pallas.SHARED_MEMORY[device]
+            assert full.splits == 1 and few.splits * 8 >= pallas.MULTIPROCESSORS[device]
+            assert decode_blocks(width, dtype, programs=8, cache_length=40, device=device).splits <= 2
+
+
+def test_auto_means_xla_until_something_was_measured(monkeypatch):
+    query = {"dtype": jnp.bfloat16, "head_dim": 64, "alibi": False}
+    assert choose("decode_attention", "auto", **query) == "xla" and not choice.MEASURED
+    row = choice.Measured("decode_attention", "cpu", "bfloat16", (64,), False, "pallas", "for this test")
+    monkeypatch.setattr(choice, "MEASURED", (row,))
+    assert choose("decode_attention", "auto", **query) == "pallas"
+    for other in ({"head_dim": 80}, {"alibi": True}, {"dtype": jnp.float32}):
+        assert choose("decode_attention", "auto", **query | other) == "xla"
+    with pytest.raises(ValueError, match=r"implementation='fast' of decode_attention is not one of 'auto', 'xla'"):
+        choose("decode_attention", "fast", **query)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ValueError, match=r"'pallas' of decode_attention runs on NVIDIA and CPU, not on tpu"):
+        choose("decode_attention", "pallas", **query)
+
+
+def test_without_the_triton_lowering_it_warns_once_and_runs_as_xla(monkeypatch):
+    monkeypatch.setattr(pallas, "triton", None)
+    pallas.available.cache_clear()
+    arrays, options, _, _ = make(PROBLEMS[0])
+    with pytest.warns(RuntimeWarning, match="no Triton lowering") as caught:
+        got = [decode_attention(*arrays, **options, implementation="pallas") for _ in range(2)]
+    pallas.available.cache_clear()
+    assert len(caught) == 1
+    np.testing.assert_array_equal(got[1], decode_attention(*arrays, **options, implementation="xla"))
+
+
+COMPILED = [(64, 32, 32), (80, 32, 32), (96, 32, 8), (128, 32, 8), (256, 16, 1)]
+
+
+@pytest.mark.parametrize("device", ["A100", "H200"])
+@pytest.mark.parametrize(("width", "heads", "kv_heads"), COMPILED)
+def test_it_compiles_for_nvidia_without_spills(device, width, heads, kv_heads, compile_for):
+    for dtype, batch in ((jnp.bfloat16, 64), (jnp.float32, 1)):
+        arrays = shapes(
+            (batch, heads, width), (batch, kv_heads, 512, width), start=(batch,), length=(batch,), dtype=dtype
+        )
+        blocks = decode_blocks(width, dtype, programs=batch * kv_heads, cache_length=512, device=device)
+
+        def attend(*arrays, blocks=blocks):
+            slopes = jnp.ones(heads)
+            return decode_attention(*arrays, scale=1.0, alibi_slopes=slopes, implementation="pallas", blocks=blocks)
+
+        program, kernels = compile_for(device, attend, *arrays)
+        registers, spilled = kernels["decode_attention_share"]
+        assert spilled == 0 and registers <= 128
+        assert program.memory_analysis().temp_size_in_bytes < 2 * blocks.splits * batch * heads * (width + 2) * 4 + 4096

@@ -1,0 +1,204 @@
+"""Flash attention and its gradients against a float64 oracle; what it refuses; what compilers make of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.kernels import flash_attention
+from jaxrlhf.kernels.flash_attention import FlashBlocks, flash_blocks
+
+# B, H, H_kv, T, D, window, ALiBi, queries and keys per block
+PROBLEMS = [
+    (4, 2, 2, 37, 64, 0, False, 16, 32),
+    (5, 4, 2, 50, 80, 0, True, 32, 16),
+    (4, 4, 1, 33, 96, 9, False, 16, 16),
+    (4, 6, 2, 70, 10, 20, True, 32, 32),
+    (3, 2, 1, 16, 256, 2, False, 16, 16),
+    (3, 1, 1, 65, 128, 0, True, 64, 16),
+]
+ids = ["-".join(map(str, problem)) for problem in PROBLEMS]
+
+
+def oracle(query, key, value, upstream, start, length, scale, window, slopes):
+    """Output and the gradients of query, key and value in float64, head by head."""
+    arrays = [np.asarray(x, np.float64) for x in (query, key, value, upstream)]
+    output, *gradients = (np.zeros(x.shape) for x in (query, *arrays[:3]))
+    group = query.shape[1] // key.shape[1]
+    at = np.arange(query.shape[2])
+    distance = at[:, None] - at[None]
+    for b, h in np.ndindex(*query.shape[:2]):
+        kv = (b, h // group)
+        q, k, v, g = arrays[0][b, h], arrays[1][kv], arrays[2][kv], arrays[3][b, h]
+        seen = (distance >= 0) & (at >= start[b]) & (at < length[b])
+        if window:
+            seen &= distance < window
+        scores = q @ k.T * scale - (0 if slopes is None else np.float64(slopes[h]) * distance)
+        top = np.where(seen, scores, -np.inf).max(1, keepdims=True)
+        weights = np.exp(np.where(seen, scores - np.where(np.isfinite(top), top, 0), -np.inf))
+        weights /= np.maximum(weights.sum(1, keepdims=True), 1e-300)
+        output[b, h] = weights @ v
+        inner = g @ v.T
+        d_scores = weights * (inner - (weights * inner).sum(1, keepdims=True)) * scale
+        gradients[0][b, h] = d_scores @ k
+        gradients[1][kv] += d_scores.T @ q
+        gradients[2][kv] += weights.T @ g
+    return output, *gradients
+
+
+def make(problem, dtype=jnp.float32):
+    batch, heads, kv_heads, size, width, window, alibi, queries, keys = problem
+    rng = np.random.default_rng(size)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    arrays = draw(batch, heads, size, width), draw(batch, kv_heads, size, width), draw(batch, kv_heads, size, width)
+    length = np.array([0, size, size, *rng.integers(1, size, batch)], np.int32)[:batch]
+    start = np.array([0, size - 1, size // 3, *(rng.integers(0, n) for n in length[3:])], np.int32)
+    slopes = jnp.asarray(rng.random(heads), jnp.float32) if alibi else None
+    return arrays, draw(batch, heads, size, width), start, length, window, slopes, (FlashBlocks(queries, keys),) * 2
+
+
+def value_and_gradients(implementation, arrays, upstream, start, length, window, slopes, blocks, scale=0.3):
+    @jax.jit
+    def run(arrays, upstream, start, length, window, scale):
+        def attend(*arrays):
+            options = {"scale": scale, "window": window, "alibi_slopes": slopes}
+            return flash_attention(*arrays, start, length, **options, implementation=implementation, blocks=blocks)
+
+        output, pull = jax.vjp(attend, *arrays)
+        return output, *pull(upstream)
+
+    # Window and scale are traced, as they are in layers that are scanned.
+    return run(arrays, upstream, start, length, jnp.int32(window), jnp.float32(scale))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
+def test_output_and_gradients_equal_the_oracle(problem, implementation):
+    arrays, upstream, start, length, window, slopes, blocks = make(problem)
+    expected = oracle(*arrays, upstream, start, length, np.float32(0.3), window, slopes)
+    got = value_and_gradients(implementation, arrays, upstream, start, length, window, slopes, blocks)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1, np.abs(theirs).max()))
+        assert not np.asarray(ours)[0].any() and theirs.any()
+
+
+def test_dead_keys_neither_reach_the_result_nor_get_a_gradient():
+    arrays, upstream, start, length, window, slopes, blocks = make(PROBLEMS[1])
+    columns = np.arange(arrays[0].shape[2])
+    dead = ((columns < start[:, None]) | (columns >= length[:, None]))[:, None, :, None]
+    poisoned = arrays[0], *(jnp.where(dead, jnp.nan, x) for x in arrays[1:])
+    rest = upstream, start, length, window, slopes, blocks
+    clean = value_and_gradients("pallas", arrays, *rest)
+    plain = value_and_gradients("pallas", (arrays[0], *(jnp.where(dead, 1e4, x) for x in arrays[1:])), *rest)
+    for ours, theirs in zip(plain, clean, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.where(dead, clean[2], 0).any() and not np.where(dead, clean[3], 0).any()
+    # Whole blocks of dead keys are not read at all: row 1 lives on its last column alone.
+    output = value_and_gradients("pallas", poisoned, *rest)[0]
+    assert np.isfinite(output[1]).all()
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[1]], ids=ids[:2])
+def test_bfloat16_is_right_to_its_rounding(problem):
+    arrays, upstream, start, length, window, slopes, blocks = make(problem, jnp.bfloat16)
+    expected = oracle(*arrays, upstream, start, length, 0.3, window, slopes)
+    got = value_and_gradients("pallas", arrays, upstream, start, length, window, slopes, blocks)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        # Weights, and the results themselves, are rounded to eight bits.
+        assert np.abs(np.asarray(ours, np.float64) - theirs).max() < 2**-7 * np.abs(theirs).max()
+
+
+def test_large_scores_neither_overflow_nor_lose_the_winner():
+    arrays, upstream, start, length, window, slopes, blocks = make(PROBLEMS[0])
+    arrays = arrays[0] * 1e3, arrays[1] * 1e3, arrays[2]
+    expected = oracle(*arrays, upstream, start, length, np.float32(0.3), window, slopes)
+    got = value_and_gradients("pallas", arrays, upstream, start, length, window, slopes, blocks)
+    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=1e-5)
+    assert all(np.isfinite(x).all() for x in got)
+
+
+def attend(query=(2, 4, 32, 64), key=(2, 2, 32, 64), value=None, start=(2,), dtype=jnp.float32, **options):
+    make = lambda shape, dtype=jnp.int32: jnp.zeros(shape, dtype)  # noqa: E731
+    arrays = make(query, dtype), make(key, dtype), make(value or key, dtype), make(start), make((2,))
+    return flash_attention(*arrays, **{"scale": 1.0, "implementation": "pallas"} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query": (2, 4, 64)}, r"query \[B, H, T, D\].*found \(2, 4, 64\), \(2, 2, 32, 64\)"),
+        ({"key": (2, 2, 31, 64)}, r"query \(2, 4, 32, 64\) does not fit key \(2, 2, 31, 64\)"),
+        ({"query": (2, 3, 32, 64)}, r"does not fit key"),
+        ({"start": (3,)}, r"start has shape \(3,\).*must be \(2,\)"),
+        ({"query": (2, 4, 32, 320), "key": (2, 2, 32, 320)}, r"up to 256 in float32.*found 320 in float32: take 'xla'"),
+        ({"implementation": "fast"}, r"implementation='fast' of flash_attention is not one of .*'cudnn'"),
+        ({"implementation": "cudnn"}, r"'cudnn' of flash_attention runs on NVIDIA devices, not on cpu; take 'xla'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"alibi_slopes": jnp.ones(4)}, "ALiBi"),
+        ({"dtype": jnp.float32}, "dtype float32"),
+        ({"query": (2, 4, 32, 20), "key": (2, 2, 32, 20)}, "head size 20"),
+    ],
+)
+def test_cudnn_refuses_by_name_what_it_has_no_form_for(options, problem, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match=f"does not take {problem}; it takes bfloat16"):
+        attend(**{"dtype": jnp.bfloat16} | options, implementation="cudnn")
+    with pytest.raises(ValueError, match="does not take a scale or window that differs between layers"):
+        jax.jit(lambda scale: attend(dtype=jnp.bfloat16, implementation="cudnn", scale=scale))(1.0)
+
+
+def test_cudnn_gets_the_same_problem_and_its_answer_is_masked(monkeypatch):
+    (query, key, value), _, start, length, window, _, _ = make(PROBLEMS[2], jnp.bfloat16)
+    start = np.array([0, 3, 0, 0], np.int32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    plain = jax.nn.dot_product_attention
+
+    def through_xla(*arrays, implementation, **options):
+        assert implementation == "cudnn"
+        return plain(*arrays, **options, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", through_xla)
+    options = {"scale": 0.3, "window": window}
+    got = flash_attention(query, key, value, start, length, **options, implementation="cudnn")
+    expected = flash_attention(query, key, value, start, length, **options, implementation="xla")
+    for row in (0, 2, 3):
+        np.testing.assert_allclose(got[row].astype("f4"), expected[row].astype("f4"), rtol=0, atol=2**-6)
+    assert np.isnan(got[1].astype("f4")).all()
+
+
+def test_blocks_that_the_hardware_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match="queries=8 of FlashBlocks must be a power of two of at least 16"):
+        FlashBlocks(8, 16)
+    with pytest.raises(ValueError, match="keys=24"):
+        FlashBlocks(16, 24)
+
+
+@pytest.mark.parametrize("device", ["A100", "H200"])
+@pytest.mark.parametrize(("width", "kv_heads"), [(64, 16), (80, 16), (96, 4), (128, 4), (256, 1)])
+def test_it_compiles_for_nvidia_without_spills_and_without_scores_in_memory(device, width, kv_heads, compile_for):
+    size, heads = 1024, 16
+    for dtype, alibi in ((jnp.bfloat16, width in (80, 128)), (jnp.float32, width == 96))[: 2 if width == 96 else 1]:
+        wide = jax.ShapeDtypeStruct((1, heads, size, width), dtype)
+        narrow = jax.ShapeDtypeStruct((1, kv_heads, size, width), dtype)
+        row = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+        def run(query, key, value, upstream, start, length, dtype=dtype, alibi=alibi):
+            slopes = jnp.ones(heads) if alibi else None
+            blocks = flash_blocks(width, dtype, size)
+            rest = (0, slopes, blocks)
+            return value_and_gradients("pallas", (query, key, value), upstream, start, length, *rest)
+
+        program, kernels = compile_for(device, run, wide, narrow, narrow, wide, row, row)
+        ours = {name: figures for name, figures in kernels.items() if name.startswith("flash_attention")}
+        assert len(ours) == 3 and all(spilled == 0 for _, spilled in ours.values()), ours
+        assert program.memory_analysis().temp_size_in_bytes < size * size

@@ -1,0 +1,147 @@
+"""Whole models under each `attention_implementation`: the same tokens, on one device and on a mesh; what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.engine import HybridEngine
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import decode_step, generation_view, init_cache, prefill, with_attention
+from jaxrlhf.sampling import SamplingConfig
+from jaxrlhf.sharding import TRAIN_RULES, make_mesh, use
+
+PROMPT, STEPS = 6, 5
+DECODED = ("gpt2", "bloom", "llama", "gpt_neo", "mistral")
+
+
+def greedy(model, ids, mask):
+    """Greedy answers `[B, STEPS]` and the logits that each token was read from, decoded token by token."""
+    module = model.module
+
+    @jax.jit
+    def run(params, ids, mask):
+        view = generation_view(params, module)
+        caches = init_cache(module, len(ids), PROMPT + STEPS)
+        logits, caches = prefill(module, view, ids, mask, caches)
+
+        def step(carry, column):
+            logits, caches = carry
+            token = logits.argmax(-1)
+            after, caches = decode_step(module, view, token, column, (mask == 0).sum(1), caches)
+            return (after, caches), (token, logits)
+
+        return jax.lax.scan(step, (logits, caches), PROMPT + jnp.arange(STEPS))[1]
+
+    return (np.asarray(x) for x in run(model.params, ids[:, :PROMPT], mask[:, :PROMPT]))
+
+
+@pytest.mark.parametrize("case", DECODED)
+def test_greedy_answers_of_the_decode_kernel_are_those_of_xla(case, make_model, make_batch):
+    model = make_model(case)
+    batch = make_batch("left", model.config.vocab_size)
+    tokens, logits = greedy(with_attention(model, "xla"), *batch)
+    ours, our_logits = greedy(with_attention(model, "pallas"), *batch)
+    np.testing.assert_array_equal(ours, tokens)
+    real = np.s_[..., : model.config.vocab_size]
+    assert np.abs(our_logits - logits)[real].max() < 1e-5 * np.abs(logits[real]).max()
+
+
+@pytest.mark.parametrize("case", ["llama-tied-mqa", "bloom"])
+def test_generation_on_a_mesh_is_that_of_one_device(case, make_model, make_batch):
+    four_heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6} if case == "bloom" else {}
+    model = with_attention(make_model(case, **four_heads), "pallas")
+    ids, mask = (np.concatenate([x, x[:1]])[:, :PROMPT] for x in make_batch("left", model.config.vocab_size))
+    sampling = SamplingConfig(max_new_tokens=STEPS, temperature=0.0)
+    rollouts = [
+        HybridEngine(model, mesh, 2 if mesh else None).generate(ids, mask, jax.random.key(0), sampling)
+        for mesh in (None, make_mesh(2, 2, 2))
+    ]
+    np.testing.assert_array_equal(*(np.asarray(rollout.tokens) for rollout in rollouts))
+    np.testing.assert_allclose(*(np.asarray(rollout.logprobs) for rollout in rollouts), rtol=0, atol=1e-5)
+
+
+def test_unknown_and_unfit_implementations_are_refused(make_model, make_batch, monkeypatch):
+    model = make_model("llama")
+    with pytest.raises(InputError, match=r"attention_implementation='fast' is not one of 'auto', 'xla', .*'cudnn'"):
+        with_attention(model, "fast")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(InputError, match=r"attention_implementation: .*'pallas'.* not on tpu; take 'xla'"):
+        greedy(with_attention(model, "pallas"), *make_batch("left", model.config.vocab_size))
+
+
+def loss_and_gradients(model, ids, mask, mesh=None):
+    """A loss over the real columns' logits, the logits there, and the gradients of all parameters."""
+    module = model.module
+
+    @jax.jit
+    def run(params, ids, mask):
+        def loss(params):
+            with use(mesh, TRAIN_RULES):
+                logits = module.apply({"params": params}, ids, mask)
+            chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
+            weights = mask[:, 1:] * mask[:, :-1]
+            return -(chosen * weights).sum() / weights.sum(), logits * mask[..., None]
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, logits), gradients = run(model.params, jnp.asarray(ids), jnp.asarray(mask))
+    return float(loss), np.asarray(logits), gradients
+
+
+def assert_same(ours, theirs):
+    assert abs(ours[0] - theirs[0]) < 1e-5 * abs(theirs[0])
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=0, atol=1e-5 * np.abs(theirs[1]).max())
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(theirs[2]))
+    for a, b in zip(jax.tree.leaves(ours[2]), jax.tree.leaves(theirs[2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("case", ["gpt_neo", "bloom", "llama-tied-mqa"])
+def test_logits_and_gradients_of_the_training_kernel_are_those_of_xla(case, make_model, make_batch):
+    model = make_model(case)
+    for side in ("left", "right") if case == "bloom" else ("right",):
+        batch = make_batch(side, model.config.vocab_size)
+        results = [loss_and_gradients(with_attention(model, name), *batch) for name in ("pallas", "xla")]
+        assert_same(*results)
+
+
+def test_rematerialised_training_on_a_mesh_is_that_of_xla_on_one_device(make_model, make_batch):
+    model = with_attention(make_model("llama"), "pallas")
+    ids, mask = (np.concatenate([x, x[:1]]) for x in make_batch("right", model.config.vocab_size))
+    again = model.replace(module=model.module.clone(remat="full"))
+    expected = loss_and_gradients(with_attention(model, "xla"), ids, mask)
+    assert_same(loss_and_gradients(again, ids, mask, make_mesh(2, 2, 2)), expected)
+
+
+def test_a_row_with_a_hole_is_marked_and_the_others_are_right(make_model, make_batch):
+    model = make_model("bloom")
+    ids, mask = make_batch("right", model.config.vocab_size)
+    mask[0, 3] = 0
+    ours, theirs = (
+        np.asarray(with_attention(model, name).module.apply({"params": model.params}, ids, mask))
+        for name in ("pallas", "xla")
+    )
+    assert np.isnan(ours[0]).all()
+    np.testing.assert_allclose(ours[1:], theirs[1:], rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_dropout_and_cudnn_on_cpu_are_refused(make_model, make_batch):
+    model = make_model("gpt2", attention_dropout=0.1)
+    ids, mask = make_batch("right", model.config.vocab_size)
+    for name, message in (
+        ("pallas", r"attention_implementation='pallas' has no dropout, but attention_dropout=0.1"),
+        ("cudnn", r"attention_implementation='cudnn' has no dropout"),
+    ):
+        module = with_attention(model, name).module
+        with pytest.raises(InputError, match=message):
+            module.apply({"params": model.params}, ids, mask, rngs={"dropout": jax.random.key(0)})
+    with pytest.raises(InputError, match=r"attention_implementation: .*'cudnn'.* not on cpu"):
+        with_attention(model, "cudnn").module.apply({"params": model.params}, ids, mask)
+
+
+def test_with_cudnn_generation_is_that_of_auto(make_model, make_batch):
+    model = make_model("gpt2")
+    batch = make_batch("left", model.config.vocab_size)
+    for ours, theirs in zip(*(greedy(with_attention(model, name), *batch) for name in ("cudnn", "auto")), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

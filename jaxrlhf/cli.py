@@ -1,4 +1,4 @@
-"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|demo`."""
+"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|bench|demo`."""
 
 import importlib
 import logging
@@ -7,6 +7,7 @@ import sys
 from typing import NamedTuple
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.xla_flags import set_xla_flags
 
 
 class Command(NamedTuple):
@@ -14,15 +15,18 @@ class Command(NamedTuple):
     config: str
     function: str
     help: str
+    on_device: bool = False
+    """Worth the compiler flags of the device (jaxrlhf/xla_flags.py)."""
 
 
 COMMANDS = {
-    "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning"),
-    "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model"),
-    "ppo": Command("jaxrlhf.trainers.ppo", "PPOConfig", "train_ppo", "step 3: PPO"),
-    "rlhf": Command("jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all three steps in one run"),
-    "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model"),
+    "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning", True),
+    "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model", True),
+    "ppo": Command("jaxrlhf.trainers.ppo", "PPOConfig", "train_ppo", "step 3: PPO", True),
+    "rlhf": Command("jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all three steps in one run", True),
+    "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model", True),
     "convert": Command("jaxrlhf.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
+    "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against hardware and peers", True),
     "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
 
@@ -31,13 +35,14 @@ def usage() -> str:
     lines = [f"  {name:<9} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: jaxrlhf COMMAND [--config file.yaml] [--flag value …]",
+            "usage: jaxrlhf [--verbose] COMMAND [--config file.yaml] [--flag value …]",
             "",
             "RLHF training for chat models in JAX.",
             "",
             *lines,
             "",
             "`jaxrlhf COMMAND --help` lists a command's flags; every flag is also a key of the YAML file.",
+            "`--verbose` prints the compiler flags that are set for the device, with their reasons.",
         ]
     )
 
@@ -48,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     Of several processes, one that stops because another is gone exits with 75.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in argv
+    argv = [word for word in argv if word != "--verbose"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -60,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise InputError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
+        if COMMANDS[name].on_device and not {"-h", "--help"} & set(rest):
+            set_xla_flags(os.environ, verbose=verbose)
         return run(name, COMMANDS[name], rest)
     except InputError as error:
         print(f"jaxrlhf: error: {error}", file=sys.stderr)

@@ -1,9 +1,8 @@
 """Measuring generate, score, train and whole PPO iterations, ours and the peers' in turns."""
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +68,30 @@ def gaps(ours: Any, ours_metrics: dict | None, peer: dict, peer_metrics: dict | 
     return result
 
 
+def judged(first: dict[str, float], after_a_step: dict[str, float], dtype: str) -> dict[str, Any]:
+    """The tolerances for a compute dtype, and under `wrong` what lies above them."""
+    near, relative, after = TOLERANCE[dtype]
+    limits = {name: near if name in after_a_step else relative for name in first}
+    wrong = [f"{name} {gap:.2g}" for name, gap in first.items() if not gap <= limits[name]]
+    wrong += [f"{name} {gap:.2g} after a step" for name, gap in after_a_step.items() if not gap <= after]
+    return {"tolerance": {"experience": near, "losses": relative, "after_a_step": after}, "wrong": wrong}
+
+
 class Peers:
     """The peers of one run, and what they took."""
 
     def __init__(self, config: BenchConfig, iteration: Iteration, folder: Path) -> None:
+        from jaxrlhf.bench.peers import TorchPeer, torch_device
+
         self.config, self.iteration, self.names = config, iteration, config.peers
         self.folders = iteration.save(folder)
         self.dtype = np.dtype(config.compute_dtype).name
         self.torch: Any = None
+        self.trl: Any = None
         self.check: dict[str, Any] = {}
+        self.device = torch_device(jax.default_backend())
         if set(self.names) & set(TORCH_PEERS):
-            from jaxrlhf.bench.peers import TorchPeer, torch_device
-
-            device = torch_device(jax.default_backend())
-            self.torch = TorchPeer(*self.folders, config.ppo(), device, self.dtype, 1)
+            self.torch = TorchPeer(*self.folders, config.ppo(), self.device, self.dtype, 1)
 
     def use_batch(self, rows: int) -> None:
         """Warm up, and forget the times of another batch."""
@@ -95,40 +104,37 @@ class Peers:
                 if name in self.names:
                     with self._memory_permitting(name):
                         self.torch.generate(self.prompts, compiled=name == "hf-compile")
+        if "trl" in self.names:
+            from jaxrlhf.bench.trl_peer import TrlPeer
 
-    @contextmanager
-    def _memory_permitting(self, *names: str) -> Iterator[None]:
-        try:
-            yield
-        except self.torch.torch.OutOfMemoryError:
-            self.skipped |= dict.fromkeys(names, "out of memory")
-            self.torch.torch.cuda.empty_cache()
+            parts, prompts = self.config.parts(rows), self.iteration.prompts
+            self.trl = None  # the models of the batch before
+            with self._memory_permitting("trl"):
+                self.trl = TrlPeer(self.folders, self.config.ppo(), prompts, self.device, self.dtype, parts)
+                self.trl.iteration()
+
+    def _memory_permitting(self, *names: str) -> AbstractContextManager:
+        from jaxrlhf.bench.peers import memory_permitting
+
+        return memory_permitting(lambda: self.skipped.update(dict.fromkeys(names, "out of memory")))
 
     def compare(self, rollout: Any, experience: Any, metrics: dict[str, float]) -> None:
         """Score and train on our rollout, and keep the gaps. Before either side has taken a step."""
-        if self.torch is None:
-            return
         tokens = self.torch.tensor(rollout.tokens).long()
         peer = self.torch.score(tokens)
         self.check["first"] = gaps(experience, metrics, peer, self.torch.train(peer), self.config.prompt)
 
     def compare_updated(self, rollout: Any, experience: Any) -> None:
         """Score our next rollout, to see that the optimizer steps were the same."""
-        if self.torch is None:
-            return
         peer = self.torch.score(self.torch.tensor(rollout.tokens).long())
         self.check["after_a_step"] = gaps(experience, None, peer, None, self.config.prompt)
-        near, relative, after = TOLERANCE[self.dtype]
-        limits = {name: near if name in peer else relative for name in self.check["first"]}
-        wrong = [f"{name} {gap:.2g}" for name, gap in self.check["first"].items() if not gap <= limits[name]]
-        wrong += [
-            f"{name} {gap:.2g} after a step" for name, gap in self.check["after_a_step"].items() if not gap <= after
-        ]
-        self.check["tolerance"] = {"experience": near, "losses": relative, "after_a_step": after}
-        self.check["wrong"] = wrong
+        self.check |= judged(self.check["first"], self.check["after_a_step"], self.dtype)
 
     def run(self, phases: tuple[str, ...]) -> None:
-        """One round of the torch peers; what both share is run once."""
+        """One round of the peers; what hf and hf-compile share is run once."""
+        if "trl" in self.names and "trl" not in self.skipped:
+            with self._memory_permitting("trl"):
+                self.times["trl"].append({"iteration": self.trl.iteration()})
         if self.torch is None:
             return
         names = [name for name in self.names if name in TORCH_PEERS and name not in self.skipped]
@@ -136,8 +142,10 @@ class Peers:
         tokens = None
         for name in names:
             if "generate" in phases or tokens is None:
-                seconds, tokens = self.torch.timed(lambda n=name: self.torch.generate(self.prompts, n == "hf-compile"))
-                took[name]["generate"] = seconds
+                with self._memory_permitting(name):
+                    compiled = name == "hf-compile"
+                    seconds, tokens = self.torch.timed(lambda c=compiled: self.torch.generate(self.prompts, c))
+                    took[name]["generate"] = seconds
         if tokens is not None and {"score", "train"} & set(phases):
             with self._memory_permitting(*names):
                 score, experience = self.torch.timed(lambda: self.torch.score(tokens))
@@ -149,9 +157,11 @@ class Peers:
                 self.times[name].append({phase: took[name][phase] for phase in phases})
 
     def results(self, name: str, ours: dict[str, list[float]], phases: tuple[str, ...]) -> dict[str, Any]:
-        """Ratios of a torch peer: of each phase, and under `ppo` of their sum when all were run."""
+        """Ratios of a peer: of each phase, and under `ppo` of their sum when all were run."""
         if name in self.skipped:
             return {key: {"skipped": self.skipped[name]} for key in (*phases, "ppo")}
+        if name == "trl":
+            return {"ppo": ratios([run["iteration"] for run in self.times[name]], ours["ppo"])}
         by_phase = {phase: [run[phase] for run in self.times[name]] for phase in phases}
         found = {phase: ratios(by_phase[phase], ours[phase]) for phase in phases}
         if set(phases) == set(PHASES):
@@ -172,7 +182,7 @@ def measure_iteration(
     first["generate"], rollout = timed(iteration.generate)
     first["score"], experience = timed(lambda: iteration.score(rollout))
     # A batch that is trained on once only makes inputs for scoring and generation of the next.
-    compared = peers is not None and not peers.check
+    compared = peers is not None and peers.torch is not None and not peers.check
     if "train" in phases or compared:
         first["train"], metrics = timed(lambda: iteration.train(experience))
     memory = peak_memory()
@@ -208,17 +218,10 @@ def measure_iteration(
     for name in wanted:
         records[name]["peak_memory"] = memory
         records[name]["peers"] = {}
-    for name in TORCH_PEERS if peers is not None else ():
-        if name in config.peers:
-            found = peers.results(name, times, phases)
-            for section in wanted:
-                records[section]["peers"][name] = found[section]
-    if "trl" in config.peers and "ppo" in wanted:
-        from jaxrlhf.bench.trl_peer import trl_seconds
-
-        say(f"  batch {rows}: TRL")
-        seconds = trl_seconds(config, peers.folders, iteration.prompts, peers.dtype)
-        records["ppo"]["peers"]["trl"] = ratios(seconds, times["ppo"])
+    for name in config.peers:
+        for section, found in peers.results(name, times, phases).items():
+            if section in wanted:
+                records[section]["peers"][name] = found
     return {name: records[name] for name in wanted}
 
 
@@ -237,7 +240,7 @@ def iteration_with_peers(config: BenchConfig) -> Iterator[tuple[Iteration, Peers
     if not config.peers:
         yield iteration, None
         return
-    if math.prod(iteration.engine.mesh.shape.values()) > 1:
+    if iteration.engine.mesh.size > 1 and jax.default_backend() != "cpu":  # simulated devices share their cores
         raise InputError("peers: they run on one device; compare on a mesh of one, or leave them out")
     with tempfile.TemporaryDirectory() as folder:
         yield iteration, Peers(config, iteration, Path(folder))

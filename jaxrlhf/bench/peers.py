@@ -5,7 +5,8 @@ moments on a GPU (ours keeps float32 masters), dropout off, no recomputation. Th
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,38 @@ def torch_device(platform: str) -> str:
     return "cuda"
 
 
+@contextmanager
+def memory_permitting(otherwise: Callable[[], None]) -> Iterator[None]:
+    """Calls `otherwise` where torch runs out of memory, and goes on after the block."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        otherwise()
+        torch.cuda.empty_cache()
+
+
+def load_model(kind: Any, folder: Path, device: str, dtype: str) -> Any:
+    """A model of transformers, without dropout. Its embedding of the pad id is a row like all others.
+
+    (Otherwise that row would get no gradient; masks say what is padding, not the id.)
+    """
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+    model = kind.from_pretrained(folder, config=config, **options).to(device).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+    return model
+
+
 class TorchPeer:
     """Actor, reference, critic and reward model of transformers, and the two optimizers."""
 
@@ -41,11 +74,10 @@ class TorchPeer:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.torch, self.device, self.config, self.micro_batches = torch, device, config, micro_batches
-        self.dtype = getattr(torch, dtype)
-        self.actor = self._load(AutoModelForCausalLM, actor)
-        self.reference = self._load(AutoModelForCausalLM, actor).requires_grad_(False)
-        self.critic = self._load(AutoModelForSequenceClassification, reward)
-        self.reward = self._load(AutoModelForSequenceClassification, reward).requires_grad_(False)
+        self.actor = load_model(AutoModelForCausalLM, actor, device, dtype)
+        self.reference = load_model(AutoModelForCausalLM, actor, device, dtype).requires_grad_(False)
+        self.critic = load_model(AutoModelForSequenceClassification, reward, device, dtype)
+        self.reward = load_model(AutoModelForSequenceClassification, reward, device, dtype).requires_grad_(False)
         self.optimizers = {
             name: torch.optim.AdamW(
                 model.parameters(),
@@ -60,20 +92,6 @@ class TorchPeer:
                 ("critic", self.critic, config.critic_learning_rate),
             )
         }
-
-    def _load(self, kind: Any, folder: Path) -> Any:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder)
-        for name in DROPOUTS:
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
-        options = {"dtype": self.dtype, "attn_implementation": "sdpa"}
-        model = kind.from_pretrained(folder, config=config, **options).to(self.device).eval()
-        for module in model.modules():
-            if isinstance(module, self.torch.nn.Embedding):
-                module.padding_idx = None  # its row would get no gradient; masks say what is padding, not this id
-        return model
 
     def timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
         """(seconds, result) with the device's queue empty before and after."""
@@ -112,6 +130,8 @@ class TorchPeer:
         with self.torch.no_grad():
             mask = self.torch.ones_like(prompts)
             tokens = self.actor.generate(input_ids=prompts, attention_mask=mask, generation_config=settings)
+        if compiled and not hasattr(self.actor, "_compiled_call"):
+            raise RuntimeError("transformers did not compile the model for generation with a static cache")
         length = prompts.shape[1] + self.config.max_answer_seq_len
         if tuple(tokens.shape) != (prompts.shape[0], length):
             raise RuntimeError(

@@ -67,6 +67,8 @@ class BenchConfig(MeshConfig):
         for name in ("prompt", "answer", "repeats", "max_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if "decode" in self.sections and self.answer < 2:
+            raise InputError(f"answer={self.answer}: decode measures the tokens after the first; give 2 or more")
         if any(rows < 1 for rows in self.batch) or list(self.batch) != sorted(set(self.batch)):
             raise InputError(f"batch={','.join(map(str, self.batch))} must be positive and ascending")
         if self.micro_batch < 0:

@@ -1,4 +1,4 @@
-"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|bench|demo`."""
+"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|plan|bench|demo`."""
 
 import importlib
 import logging
@@ -15,20 +15,20 @@ class Command(NamedTuple):
     config: str
     function: str
     help: str
-    on_device: bool = False
-    """Worth the compiler flags of the device (jaxrlhf/xla_flags.py)."""
 
 
 COMMANDS = {
-    "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning", True),
-    "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model", True),
-    "ppo": Command("jaxrlhf.trainers.ppo", "PPOConfig", "train_ppo", "step 3: PPO", True),
-    "rlhf": Command("jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all three steps in one run", True),
-    "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model", True),
+    "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning"),
+    "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model"),
+    "ppo": Command("jaxrlhf.trainers.ppo", "PPOConfig", "train_ppo", "step 3: PPO"),
+    "rlhf": Command("jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all three steps in one run"),
+    "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model"),
     "convert": Command("jaxrlhf.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
-    "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against hardware and peers", True),
+    "plan": Command("jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting"),
+    "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
     "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
+ON_DEVICE = ("sft", "reward", "ppo", "rlhf", "chat", "bench")  # these get the device's compiler flags
 
 
 def usage() -> str:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise InputError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
-        if COMMANDS[name].on_device and not {"-h", "--help"} & set(rest):
+        if name in ON_DEVICE and not {"-h", "--help"} & set(rest):
             set_xla_flags(os.environ, verbose=verbose)
         return run(name, COMMANDS[name], rest)
     except InputError as error:

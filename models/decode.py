@@ -62,15 +62,20 @@ def generation_view(params: PyTree, module: Decoder) -> GenerationView:
     def leaf(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return flip(x.astype(module.dtype) if x.ndim > 1 else x, names, storage_rules(module))
 
-    def layer(i: int) -> PyTree:
-        tree = merge_lora(jax.tree.map(lambda x: x[i], params["layers"]), module)
+    def layer(i: int, before: PyTree) -> PyTree:
+        tree = jax.tree.map(lambda x: x[i], params["layers"])
+        if module.lora is not None:  # one layer after the other: a merge holds its kernels in float32
+            tree, _ = jax.lax.optimization_barrier((tree, before))
+        tree = merge_lora(tree, module)
         tree = jax.tree.map(lambda x, names: leaf(x, names[1:]), tree, axes["layers"])
         return tree | {"attn": _fuse_qkv(tree["attn"], groups)} if groups else tree
 
     outer = merge_lora({name: x for name, x in params.items() if name != "layers"}, module)
     outer = {name: jax.tree.map(leaf, x, axes[name]) for name, x in outer.items()}
-    layers = tuple(layer(i) for i in range(module.config.num_layers))
-    return GenerationView(outer=outer, layers=layers, qkv_groups=groups)
+    layers: list[PyTree] = []
+    for i in range(module.config.num_layers):
+        layers.append(layer(i, layers[-1] if layers else {}))
+    return GenerationView(outer=outer, layers=tuple(layers), qkv_groups=groups)
 
 
 def init_cache(module: Decoder, batch: int, length: int) -> tuple[Cache, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxrlhf.errors import InputError
@@ -41,7 +42,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
             f"but {len(devices)} are present; set one size to -1 to use all of them"
         )
     shape, auto = tuple(sizes.values()), (AxisType.Auto,) * 3
-    if devices[0].platform == "tpu" or len({d.process_index for d in devices}) == 1:
+    if devices[0].platform == "tpu":
+        # a mesh axis may take part of a torus axis where it must (tensor=8 on a slice of 4x4x4)
+        return Mesh(create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=auto)
+    if len({d.process_index for d in devices}) == 1:
         return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
     return Mesh(arrange_hosts(np.asarray(devices), shape), AXES, axis_types=auto)
 

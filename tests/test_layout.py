@@ -35,7 +35,7 @@ LAYERS = (
     ("report",),
     ("runs",),
     ("trainers",),
-    ("chat", "convert"),
+    ("chat", "convert", "plan"),
     ("bench",),
     ("cli",),
     ("__main__",),

@@ -29,15 +29,19 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.render:
         print(f"{render(Path(config.results), Path(config.document))} results in {config.document}")
         return {}
-    if config.peers:  # JAX would keep most of a GPU's memory to itself
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # JAX takes three quarters of a GPU's memory at its start: peers need room, and a sweep wants all of it.
+    share = ("XLA_PYTHON_CLIENT_PREALLOCATE", "false") if config.peers else ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault(*share)
     config.shapes()
     peaks, measured = ours.measure_peaks(config)
     say(f"device peaks: {measured['tflops']:.3g} TFLOP/s, {measured['gb_per_second']:.4g} GB/s")
-    result: dict[str, Any] = {"format": FORMAT, "settings": to_dict(config), "peaks": measured}
+    origin = provenance()
+    origin["load_average"] = {"before": origin["load_average"]}
+    result: dict[str, Any] = origin | {"format": FORMAT, "settings": to_dict(config), "peaks": measured}
     path = config.json or default_path(config)
     for records in sections(config, peaks):
         result |= records
+        result["load_average"]["after"] = os.getloadavg()[0]
         write(path, result)
     print(table(result))
     print(f"result: {path}")

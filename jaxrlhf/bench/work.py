@@ -2,7 +2,8 @@
 
 Counted is what any implementation must do: causal attention over live positions only, the output head on response
 tokens only, weights and cache once per pass. What a program does beyond that (padding, masked positions, activations
-that leave the chip, recomputation) shows as a lower fraction of the roofline.
+that leave the chip, recomputation) shows as a lower fraction of the roofline. The planner counts what our programs do
+(jaxrlhf/plan/cost.py).
 """
 
 import math
@@ -12,8 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from jaxrlhf.models import Decoder, param_shapes
-
-ADAM_BYTES = 28  # per parameter: gradient, weight and two moments read, weight and moments written, in float32
+from jaxrlhf.plan.cost import ADAM_BYTES, matrix_elements
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,7 @@ def itemsize(module: Decoder) -> int:
 def matrices(module: Decoder) -> tuple[int, int]:
     """(elements of the matrices that every token is multiplied by, of the output head)."""
     c = module.config
-    body = sum(
-        math.prod(x.shape)
-        for path, x in flatten_dict(param_shapes(module)).items()
-        if path[-1] == "kernel" and path[0] not in ("lm_head", "score")
-    )
-    return body, c.vocab_size * c.embedding_size if module.head == "lm" else c.embedding_size
+    return matrix_elements(module)[0], c.vocab_size * c.embedding_size if module.head == "lm" else c.embedding_size
 
 
 def attention_flops(module: Decoder, rows: int, pairs: float) -> float:

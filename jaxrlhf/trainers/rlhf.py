@@ -80,9 +80,6 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     root = Path(config.output_dir)
     step_configs(config)[0].tokenizer_source  # noqa: B018 - refuses contradictory model flags before anything is written
     check_exports(config)
-    for name, section in (("sft", config.sft), ("reward", config.reward)):
-        if section.lora_export == "adapter":
-            raise InputError(f"{name}.lora_export=adapter: the next step needs the merged model; use both")
     config = joined(config)
     sft, reward, ppo = step_configs(config)
     check_vocabularies(config)

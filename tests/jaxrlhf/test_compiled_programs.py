@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.engine import HybridEngine, generate
 from jaxrlhf.models import init_cache
+from jaxrlhf.plan.programs import build_system, lower, topology_devices
+from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.ppo import Experience, PPOHyperparameters, ppo_step
 from jaxrlhf.sharding import GENERATE_RULES, generate_mesh, use
 
@@ -213,3 +215,62 @@ def test_stage_two_gathers_the_model_once_per_update_and_nothing_in_the_layers(l
     stacked = LAYERS * WIDE["hidden_size"] * WIDE["intermediate_size"]
     assert stacked in {n for i in actor for n in i.elements}
     assert not [i for i in actor if "checkpoint" in i.source]
+
+
+# ---- the compilers of real devices, where their packages are installed (extras plan-cuda, plan-tpu)
+
+
+@pytest.fixture(scope="module", params=[("a100-80g", "jax_cuda12_plugin", ""), ("v5e", "libtpu", "2x2")], ids=str)
+def ahead_of_time(request):
+    """(device, {"generate", "train": (program, its text)}) of Pythia-70M on four devices in bfloat16."""
+    device, package, topology = request.param
+    pytest.importorskip(package)
+    options = {"actor": "pythia-70m", "reward": "pythia-70m", "device": device, "devices": 4, "dtype": "bfloat16"}
+    options |= {"max_prompt_seq_len": 64, "max_answer_seq_len": 64, "per_device_train_batch_size": 16}
+    config = PlanConfig(**options, generate_tensor_parallel=4, remat_policy="full")
+    system = build_system(config, devices=topology_devices(config.accelerator, topology, 4))
+    texts = {name: lower(system, name).compile().as_text() for name in ("generate", "train")}
+    return device, {name: (Program(text), text) for name, text in texts.items()}
+
+
+def test_on_real_devices_the_decode_loop_moves_activations_only(ahead_of_time):
+    device, programs = ahead_of_time
+    program, _ = programs["generate"]
+    body = decode_loop(program)
+    rows, hidden = 64, 512
+    collectives = program.inside(body, *COLLECTIVES)
+    # a parallel residual's two sums may come as one of two arrays
+    assert max(max(i.elements) for i in collectives) <= 2 * rows * hidden
+    # on TPUs a copy is also what prefetches into the core's own memory
+    kinds = ("copy", "transpose") if device == "a100-80g" else ("transpose",)
+    assert max((max(i.elements) for i in program.inside(body, *kinds)), default=0) <= rows * hidden
+    loop = program.below(body)
+    outside = [i for i in program.instructions if i.opcode in COLLECTIVES and i.computation not in loop]
+    assert not [i for i in outside if i.opcode != "all-reduce" and max(i.elements) > rows * hidden], "the flip"
+
+
+def test_on_real_devices_layers_are_gathered_in_the_compute_dtype_and_beside_computation(ahead_of_time):
+    device, programs = ahead_of_time
+    program, text = programs["train"]
+    gathers = [i for i in program.instructions if i.opcode == "all-gather" and "hidden_states/while/" in i.source]
+    assert gathers
+    assert max(max(i.elements) for i in gathers) <= 512 * 2048
+    lines = [line for line in text.splitlines() if " all-gather" in line and "hidden_states/while/" in line]
+    assert lines
+    assert not [line for line in lines if "-done" not in line and re.search(r"= \(?f32\[\d+,\d{3,}", line)]
+    if device == "a100-80g":  # the start and the end of a gather stand apart: something runs in between
+        assert set(overlapped(text).values()) == {True}
+
+
+def overlapped(text: str) -> dict[str, bool]:
+    """Of each loop over layers: whether a gather runs beside something else in it."""
+    found: dict[str, bool] = {}
+    computation, started = "", {}
+    for number, line in enumerate(text.splitlines()):
+        if head := re.match(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            computation, started = head[1], {}
+        elif (start := re.match(r"\s+%([\w.\-]+) = .* all-gather-start\(", line)) and "hidden_states/while/" in line:
+            started[start[1]] = number
+        elif (end := re.search(r" all-gather-done\(%([\w.\-]+)\)", line)) and end[1] in started:
+            found[computation] = found.get(computation, False) or number - started[end[1]] > 1
+    return found

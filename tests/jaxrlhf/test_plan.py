@@ -1,0 +1,379 @@
+"""The planner: what it counts is what a real engine holds, what it refuses, what it proposes, what it writes."""
+
+import dataclasses
+import gc
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import cli
+from jaxrlhf.config import parse
+from jaxrlhf.console import Console
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import config_from_dict, count_params, known_config, save_pretrained
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.model import param_shapes
+from jaxrlhf.plan.command import make_plan, run_plan
+from jaxrlhf.plan.cost import forward_flops, run_cost
+from jaxrlhf.plan.devices import DEVICES, find_device, target_config
+from jaxrlhf.plan.memory import estimate, residual_bytes
+from jaxrlhf.plan.programs import array_bytes, build_system, tree_bytes
+from jaxrlhf.plan.report import as_dict
+from jaxrlhf.plan.search import CHANGES, OTHER_TRAINING, capacity, flags_between
+from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.trainers.ppo import RLHFEngine
+
+PUBLISHED = {"reward": "opt-350m", "device": "a100-80g"}
+
+
+def config_of(**settings) -> PlanConfig:
+    return PlanConfig(**(PUBLISHED | settings))
+
+
+def fits(config: PlanConfig) -> bool:
+    plan = make_plan(config)
+    assert plan.fits == (plan.peak <= capacity(config))
+    return plan.fits
+
+
+def programs_of(config: PlanConfig):
+    return estimate(build_system(config), config.accelerator.platform)
+
+
+# ---- against a real engine
+
+
+def bytes_on_first_device() -> int:
+    gc.collect()
+    first = jax.devices()[0]
+    return sum(s.data.nbytes for x in jax.live_arrays() for s in x.addressable_shards if s.device == first)
+
+
+ODD = {"model_type": "opt", "vocab_size": 513, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6}
+ODD |= {"ffn_dim": 100, "max_position_embeddings": 94, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+
+
+@pytest.fixture(scope="module")
+def odd(lab, demo, tmp_path_factory):
+    """Models whose shapes fit no mesh evenly."""
+    folder = tmp_path_factory.mktemp("odd")
+    options = ODD | {"vocab_size": len(demo.tokenizer)}
+    for name, head, seed in (("lm", "lm", 0), ("reward", "scalar", 1)):
+        save_pretrained(lab.tiny_model(options, head, seed), folder / name, demo.tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"enable_ema": True},
+        {"mesh_fsdp": 4, "mesh_tensor": 2, "lora_r": 3, "critic_lora_r": 2},
+        {"zero_stage": 1, "reference_zero_stage": 3, "critic_zero_stage": 0},
+    ],
+    ids=["whole", "adapters", "stages"],
+)
+def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
+    plan = PlanConfig(
+        actor=str(odd / "lm"),
+        reward=str(odd / "reward"),
+        device="a100-80g",
+        devices=8,
+        dtype="float32",
+        max_prompt_seq_len=16,
+        max_answer_seq_len=16,
+        **layout,
+    )
+    before = bytes_on_first_device()
+    engine = RLHFEngine(plan.actor, plan.reward, demo.tokenizer, 4, plan.ppo)
+    system = build_system(plan)
+    state = engine.state
+    held = {
+        "actor": state.actor_params,
+        "critic": state.critic_params,
+        "actor_optimizer": state.actor_opt_state,
+        "critic_optimizer": state.critic_opt_state,
+        "reference": engine._reference,
+        "reward": engine._reward,
+        "ema": state.ema_params,
+    }
+    for name, tree in held.items():
+        real = {
+            jax.tree_util.keystr(path): (x.shape, x.dtype, x.sharding.shard_shape(x.shape))
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        planned = {
+            jax.tree_util.keystr(path): (x.shape, x.dtype, x.sharding.shard_shape(x.shape))
+            for path, x in jax.tree_util.tree_leaves_with_path(system.trees.get(name))
+        }
+        assert planned == real, name
+    program = programs_of(plan)["generate"]
+    resident = sum(program.arguments.values()) - program.arguments["batch"] + sum(program.resident.values())
+    assert resident == pytest.approx(bytes_on_first_device() - before, rel=0.03)
+    assert engine.actor.generate_mesh.shape == system.generate_mesh.shape
+
+
+# ---- counting
+
+
+def test_what_the_backward_pass_keeps_shrinks_with_remat_and_with_the_split():
+    config = known_config("opt-125m")
+    kept = {
+        remat: residual_bytes(Decoder(config, head="lm", dtype=jnp.bfloat16, remat=remat), 2, 128, 1)
+        for remat in ("none", "dots", "full")
+    }
+    assert kept["full"] < kept["dots"] < kept["none"]
+    inputs = config.num_layers * 2 * 128 * config.hidden_size * 2
+    assert inputs <= kept["full"] < 3 * inputs
+    module = Decoder(config, head="lm", dtype=jnp.bfloat16, remat="none")
+    assert residual_bytes(module, 4, 128, 1) == pytest.approx(2 * kept["none"], rel=0.01)
+    assert residual_bytes(module, 2, 128, 4) < 0.6 * kept["none"]
+
+
+def test_arrays_are_padded_to_tiles_on_a_tpu_only():
+    assert array_bytes((24, 32, 64), 4, "cuda") == 24 * 32 * 64 * 4
+    assert array_bytes((24, 32, 64), 4, "tpu") == 2 * 24 * 32 * 64 * 4  # 64 lanes of 128
+    assert array_bytes((24, 2048, 4, 64), 4, "tpu") == 24 * 2048 * 4 * 64 * 4  # laid out with 2048 along the lanes
+    assert array_bytes((786, 2048), 2, "tpu") == 792 * 2048 * 2
+    assert array_bytes((7,), 4, "tpu") == 512
+
+
+def test_items_move_with_what_they_depend_on():
+    base = config_of(actor="opt-1.3b", devices=8, remat_policy="full")
+    programs = programs_of(base)
+    system = build_system(base)
+    params = count_params(param_shapes(system.modules["actor"]))
+    assert programs["train"].arguments["actor"] == pytest.approx(4 * params / 8, rel=0.01)
+    assert programs["train"].arguments["actor_optimizer"] == pytest.approx(8 * params / 8, rel=0.01)
+    assert programs["generate"].temporaries["generation weights"] == pytest.approx(2 * params / 8, rel=0.05)
+    cache = 2 * 24 * system.rows * 512 * 2048 * 2 / 8
+    assert programs_of(dataclasses.replace(base, max_prompt_seq_len=1, max_answer_seq_len=511))["generate"].temporaries[
+        "KV cache"
+    ] == pytest.approx(cache)
+
+    offloaded = programs_of(dataclasses.replace(base, offload_optimizer=True, offload_reference_model=True))
+    assert not {"actor_optimizer", "reference"} & set(offloaded["generate"].resident)
+    assert "actor_optimizer" not in offloaded["train"].arguments
+    assert offloaded["train"].temporaries == programs["train"].temporaries  # moments come after the backward pass
+    tpu = programs_of(dataclasses.replace(base, device="v5p", offload_optimizer=True))["train"]
+    assert tpu.temporaries["actor_optimizer on the device"] == pytest.approx(8 * params / 8, rel=0.01)
+    assert offloaded["score"].arguments.keys() == {"actor", "critic", "reward", "batch"}
+
+    adapters = programs_of(dataclasses.replace(base, lora_r=8))
+    assert "reference" not in adapters["score"].arguments
+    assert adapters["train"].arguments["actor_optimizer"] < 0.02 * programs["train"].arguments["actor_optimizer"]
+    pieces = programs_of(dataclasses.replace(base, generation_batches=4, max_prompt_seq_len=1, max_answer_seq_len=511))
+    assert pieces["generate"].temporaries["KV cache"] == pytest.approx(cache / 4)
+    assert pieces["score"].arguments["batch"] == programs["score"].arguments["batch"]
+    averaged = programs_of(dataclasses.replace(base, enable_ema=True))
+    assert averaged["score"].resident["ema"] == programs["train"].arguments["actor"]
+
+
+def test_work_of_an_iteration_against_counts_by_hand():
+    config = config_of(
+        actor="opt-13b", devices=1, per_device_train_batch_size=2, train_rows=100, price_per_device_hour=3
+    )
+    system = build_system(config)
+    params = known = 12_853_473_280
+    module = system.modules["actor"]
+    body = known - 50272 * 5120 - 2050 * 5120
+    tokens = 2 * 512
+    attention = 4 * tokens * 512 * 5120 * 40
+    assert forward_flops(module, 2, 512, 512) == pytest.approx(2 * tokens * (body + 50272 * 5120) + attention, rel=1e-3)
+    cost = run_cost(system, config)
+    # decoding reads all weights and the cache once per token, and is bound by that
+    moved = 2 * params + 2 * 40 * 2 * 512 * 5120 * 2
+    assert cost.seconds["decode"] == pytest.approx(255 * moved / 2039e9, rel=0.01)
+    assert cost.iterations == 50
+    assert cost.cost == pytest.approx(50 * cost.seconds_per_iteration / 3600 * 3)
+    assert cost.tokens_per_second == pytest.approx(tokens / cost.seconds_per_iteration)
+    half = run_cost(system, dataclasses.replace(config, roofline_share=0.5))
+    assert half.seconds_per_iteration == pytest.approx(2 * cost.seconds_per_iteration)
+    remat = dataclasses.replace(config, remat_policy="full")
+    again = run_cost(build_system(remat), remat).work["train"].flops / cost.work["train"].flops
+    assert again == pytest.approx(4 / 3, rel=0.01)
+
+
+def test_links_between_hosts_are_slower_than_those_inside():
+    one_host = config_of(actor="opt-13b", devices=16, devices_per_host=16)
+    two_hosts = config_of(actor="opt-13b", devices=16, generate_tensor_parallel=8)
+    same_group = dataclasses.replace(one_host, generate_tensor_parallel=8)
+    fast, slow = (run_cost(build_system(c), c) for c in (same_group, two_hosts))
+    assert slow.work["train"].links == fast.work["train"].links
+    assert slow.work["train"].hidden > fast.work["train"].hidden
+    assert slow.work["flip"].exposed > fast.work["flip"].exposed
+
+
+# ---- the published table (arXiv 2308.01320, tables 1 to 3)
+
+
+def test_one_device_of_80_gb_trains_13b_with_adapters_and_not_whole():
+    assert not fits(config_of(actor="opt-13b", remat_policy="full", per_device_train_batch_size=1))
+    with_adapters = {"lora_r": 64, "remat_policy": "full", "per_device_train_batch_size": 1}
+    assert fits(config_of(actor="opt-13b", gradient_accumulation_steps=4, **with_adapters))
+    proposed = make_plan(
+        config_of(actor="opt-13b", per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    ).nearest
+    assert "--lora_r 64" in proposed.flags and not proposed.same_training
+
+
+@pytest.mark.parametrize(
+    ("actor", "devices", "layout"),
+    [
+        ("opt-1.3b", 1, {}),
+        ("opt-13b", 8, {}),
+        ("opt-13b", 64, {}),
+        ("opt-66b", 64, {"generate_tensor_parallel": 8}),
+        ("opt-175b", 64, {"mesh_tensor": 8, "generate_tensor_parallel": 32}),
+    ],
+)
+def test_what_was_published_as_trained_fits(actor, devices, layout):
+    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "remat_policy": "full"}
+    assert fits(config_of(actor=actor, devices=devices, **small, **layout))
+
+
+def test_66b_does_not_fit_one_host_of_eight_with_all_parameters_trained():
+    plan = make_plan(config_of(actor="opt-66b", devices=8, per_device_train_batch_size=1, remat_policy="full"))
+    assert not plan.fits
+    assert plan.nearest is None or not plan.nearest.same_training
+    assert plan.larger is not None and plan.larger.config.devices > 8
+
+
+# ---- the nearest setting
+
+
+def test_the_nearest_setting_fits_and_is_told_in_flags():
+    asked = ["--actor", "opt-13b", "--device", "a100-80g", "--devices", "8", "--per_device_train_batch_size", "16"]
+    plan = make_plan(parse(PlanConfig, asked, "plan", ""))
+    assert not plan.fits and plan.nearest.same_training and plan.larger is None
+    again = make_plan(parse(PlanConfig, asked + plan.nearest.flags.split(), "plan", ""))
+    assert again.fits
+    assert again.config == plan.nearest.config
+    assert again.system.rows == plan.system.rows
+
+
+def test_changes_of_layout_keep_the_rollout_batch():
+    config = config_of(actor="opt-175b", devices=16, per_device_train_batch_size=2, zero_stage=1, devices_per_host=8)
+    rows = build_system(config).rows
+    tried = 0
+    for _, change in CHANGES:
+        changed = change(config)
+        if change not in OTHER_TRAINING:
+            assert build_system(changed).rows == rows, flags_between(config, changed)
+            tried += 1
+    assert tried == len(CHANGES) - len(OTHER_TRAINING) == 8
+
+
+def test_micro_batches_are_tried_before_anything_that_costs_more():
+    plan = make_plan(config_of(actor="opt-1.3b", devices=8, per_device_train_batch_size=32))
+    assert not plan.fits
+    assert plan.nearest.flags == "--per_device_train_batch_size 1 --gradient_accumulation_steps 32"
+
+
+def test_a_model_that_fits_nowhere_in_the_mesh_is_refused_with_the_devices_it_takes(tmp_path):
+    config = config_of(actor="opt-175b", devices=1, per_device_train_batch_size=1, json=str(tmp_path / "plan.json"))
+    with pytest.raises(InputError, match=r"no setting fits 1 × a100-80g[\s\S]*--devices \d+"):
+        run_plan(config, Console(quiet=True))
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["fits"] is False
+    assert written["nearest"] is None
+    assert "--devices" in written["nearest_with_more_devices"]["flags"]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "a100-90g"}, "unknown device 'a100-90g'; known are a100-40g, a100-80g, h100"),
+        ({"device": "v5p", "devices": 64, "topology": "4x4x5"}, "unknown topology '4x4x5' of v5p; known are 1x1x1"),
+        ({"device": "v5p", "devices": 64, "topology": "2x2x2"}, "has 8 chips, but devices=64"),
+        ({"device": "v5p", "devices": 7}, "devices=7: v5p has no slice of that many chips"),
+        ({"topology": "2x2"}, "only TPU slices have one"),
+        ({"device": "cpu"}, "no figures of its own; give --device_memory_gib"),
+        ({"devices": 12}, "devices=12 do not fill hosts of 8"),
+        ({"devices": 8, "mesh_fsdp": 4}, "needs 4 devices, but 8 are present"),
+        ({"devices": 8, "mesh_tensor": 8, "actor": "opt-125m"}, "mesh tensor=8 does not divide the model's num_heads"),
+        ({"devices": 8, "generate_tensor_parallel": 3}, "generate_tensor_parallel=3 does not"),
+        ({"reward": "gpt2"}, "vocabulary of 50272 tokens and reward=gpt2 one of 50257"),
+        ({"actor": "opt-1.4b"}, "'opt-1.4b' is no folder, and unknown model 'opt-1.4b'; known shapes are"),
+        ({"max_answer_seq_len": 4000}, "exceeds the model's context of 2048"),
+        ({"roofline_share": 0.0}, "roofline_share=0.0 must be above 0"),
+        ({"plot": "plan.pdf"}, r"must end in .png or .svg"),
+        ({"lora_r": 8, "offload_reference_model": True}, "with LoRA the reference model is the actor's own base"),
+    ],
+)
+def test_bad_input_is_refused_by_name(settings, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(config_of(**({"actor": "opt-1.3b"} | settings)))
+
+
+def test_offload_is_refused_for_devices_without_pinned_host_memory():
+    figures = {"device_memory_gib": 64.0, "device_tflops": 1.0, "device_bandwidth_gbs": 50.0}
+    plan = make_plan(config_of(actor="opt-125m", device="cpu", **figures))
+    assert plan.fits
+    assert plan.system.modules["actor"].dtype == jnp.float32
+    with pytest.raises(InputError, match="offload_optimizer: cpu devices have no pinned host memory"):
+        config_of(actor="opt-125m", device="cpu", offload_optimizer=True, **figures)
+
+
+def test_figures_of_a_device_can_be_replaced():
+    device = find_device("H100", {"device_memory_gib": 40.0, "network_gbs": 12.5})
+    assert (device.memory, device.network) == (40 * 2**30, 12.5e9)
+    assert device.flops == DEVICES["h100"].flops
+    for name, entry in DEVICES.items():
+        if entry.platform == "cuda":
+            assert f"device_memory_size: {entry.memory} " in target_config(entry), name
+
+
+# ---- what is written
+
+
+def test_the_command_writes_table_json_and_picture(tmp_path, capsys):
+    from PIL import Image
+
+    target, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    command = "plan --actor opt-13b --reward opt-350m --device a100-80g --devices 8 --remat_policy full "
+    command += f"--per_device_train_batch_size 4 --price_per_device_hour 4 --json {target} --plot {picture}"
+    assert cli.main(command.split()) == 0
+    said = capsys.readouterr().err
+    assert "GiB per device while it runs (of 72.92 usable)" in said
+    assert "fits: " in said and "KV cache" in said and "decode" in said
+    written = json.loads(target.read_text())
+    assert written["fits"] is True
+    assert written == json.loads(json.dumps(as_dict(make_plan(parse(PlanConfig, command.split()[1:], "plan", "")))))
+    for name in ("generate", "score", "train"):
+        entry = written[name]
+        items = [*entry["arguments"].values(), *entry["temporaries"].values(), *entry["resident"].values()]
+        assert entry["bytes_per_device"] == sum(items) + entry["outputs"]
+    assert written["peak_bytes_per_device"] == max(
+        written[n]["bytes_per_device"] for n in ("generate", "score", "train")
+    )
+    phases = [phase["seconds"] for n in ("generate", "score", "train") for phase in written[n]["phases"].values()]
+    assert written["seconds_per_iteration"] == pytest.approx(sum(phases))
+    assert written["cost"] == pytest.approx(written["hours"] * 8 * 4)
+    width, height = Image.open(picture).size
+    assert math.isclose(width / height, 2, rel_tol=0.05)
+    pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+    _, counts = np.unique(pixels, axis=0, return_counts=True)
+    assert (counts > 500).sum() >= 6, "white, and a colour for each kind of item"
+
+
+def test_sizes_come_from_the_models_own_shapes_not_from_names(lab, tmp_path):
+    options = lab.LLAMA | {"model_type": "llama"}
+    for name, head in (("lm", "lm"), ("reward", "scalar")):
+        save_pretrained(lab.tiny_model(options, head), tmp_path / name)
+    config = config_of(
+        actor=str(tmp_path / "lm"),
+        reward=str(tmp_path / "reward"),
+        max_prompt_seq_len=8,
+        max_answer_seq_len=8,
+        dtype="float32",
+    )
+    system = build_system(config)
+    shapes = param_shapes(Decoder(config_from_dict(options)))
+    assert tree_bytes(system.trees["actor"]) == 4 * count_params(shapes)

@@ -10,9 +10,9 @@ import argparse
 
 import jax
 import numpy as np
-from record import interleaved, write
 
 from jaxrlhf import HybridEngine, SamplingConfig
+from jaxrlhf.bench.record import interleaved, write
 from jaxrlhf.models import config_from_dict, create_model
 
 

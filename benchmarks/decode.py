@@ -13,9 +13,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from record import interleaved, write
 
 from jaxrlhf import HybridEngine, SamplingConfig
+from jaxrlhf.bench.record import interleaved, write
 from jaxrlhf.models import config_from_dict, create_model, decode_step, generation_view, init_cache
 
 

@@ -1,4 +1,4 @@
-"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|plan|demo`."""
+"""The console command: `jaxrlhf sft|reward|ppo|rlhf|chat|convert|plan|bench|demo`."""
 
 import importlib
 import logging
@@ -7,6 +7,7 @@ import sys
 from typing import NamedTuple
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.xla_flags import set_xla_flags
 
 
 class Command(NamedTuple):
@@ -24,21 +25,24 @@ COMMANDS = {
     "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model"),
     "convert": Command("jaxrlhf.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
     "plan": Command("jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting"),
+    "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
     "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
+ON_DEVICE = ("sft", "reward", "ppo", "rlhf", "chat", "bench")  # these get the device's compiler flags
 
 
 def usage() -> str:
     lines = [f"  {name:<9} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: jaxrlhf COMMAND [--config file.yaml] [--flag value …]",
+            "usage: jaxrlhf [--verbose] COMMAND [--config file.yaml] [--flag value …]",
             "",
             "RLHF training for chat models in JAX.",
             "",
             *lines,
             "",
             "`jaxrlhf COMMAND --help` lists a command's flags; every flag is also a key of the YAML file.",
+            "`--verbose` prints the compiler flags that are set for the device, with their reasons.",
         ]
     )
 
@@ -49,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     Of several processes, one that stops because another is gone exits with 75.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in argv
+    argv = [word for word in argv if word != "--verbose"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -61,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise InputError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
+        if name in ON_DEVICE and not {"-h", "--help"} & set(rest):
+            set_xla_flags(os.environ, verbose=verbose)
         return run(name, COMMANDS[name], rest)
     except InputError as error:
         print(f"jaxrlhf: error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ import sys
 
 from jaxrlhf.cli import main as run_command
 from jaxrlhf.errors import InputError
+from jaxrlhf.xla_flags import set_xla_flags
 
 DEFAULTS = {
     "output_dir": ["--output_dir", "output"],
@@ -94,6 +95,7 @@ def main(argv: list[str]) -> int:
         number, rest = take_num_gpus(argv)
         if number is not None:
             os.environ.update(restrict_devices(number, dict(os.environ)))
+            set_xla_flags(os.environ)
             if not has_peers(rest):
                 check_devices(number)
     except InputError as error:

@@ -1,0 +1,161 @@
+"""`jaxrlhf bench`: every section over a sweep of batches, one JSON result, and a table of what was found."""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrlhf.bench import ours, work
+from jaxrlhf.bench.iteration import figures, iteration_with_peers, measure_iteration
+from jaxrlhf.bench.record import peak_memory, provenance, reset_peak_memory, timed, write
+from jaxrlhf.bench.render import render, table
+from jaxrlhf.bench.settings import FIRST_BATCH, KERNELS, PHASES, BenchConfig
+from jaxrlhf.config import to_dict
+from jaxrlhf.errors import InputError
+
+__all__ = ["BenchConfig", "bench"]
+
+FORMAT = 1
+Records = dict[str, dict[str, Any]]
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure, print and write the result; or render all results. SystemExit when a peer computed something else."""
+    if config.render:
+        print(f"{render(Path(config.results), Path(config.document))} results in {config.document}")
+        return {}
+    # JAX takes three quarters of a GPU's memory at its start: peers need room, and a sweep wants all of it.
+    share = ("XLA_PYTHON_CLIENT_PREALLOCATE", "false") if config.peers else ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault(*share)
+    config.shapes()
+    peaks, measured = ours.measure_peaks(config)
+    say(f"device peaks: {measured['tflops']:.3g} TFLOP/s, {measured['gb_per_second']:.4g} GB/s")
+    origin = provenance()
+    origin["load_average"] = {"before": origin["load_average"]}
+    result: dict[str, Any] = origin | {"format": FORMAT, "settings": to_dict(config), "peaks": measured}
+    path = config.json or default_path(config)
+    for records in sections(config, peaks):
+        result |= records
+        result["load_average"]["after"] = os.getloadavg()[0]
+        write(path, result)
+    print(table(result))
+    print(f"result: {path}")
+    for peer in result.get("ppo", {}).get("peers", {}).values():
+        if peer.get("check", {}).get("wrong"):
+            raise SystemExit(f"the peer computes something else: {', '.join(peer['check']['wrong'])}")
+    return result
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def default_path(config: BenchConfig) -> Path:
+    device = re.sub(r"[^a-z0-9]+", "-", provenance()["device"].lower()).strip("-")
+    names = "-".join(config.sections) if len(config.sections) < 4 else "all"
+    return Path(config.results) / f"bench-{device}-{names}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+
+
+def sections(config: BenchConfig, peaks: work.Peaks) -> Iterator[Records]:
+    """The records of one section after the other, those of an iteration together."""
+    measures = {"attention": kernel_record, "logprobs": kernel_record}
+    for name in KERNELS:
+        if name not in config.sections:
+            continue
+        say(f"{name}:")
+        if name == "decode":
+            measure = partial(decode_record, config, peaks, *ours.decode_actor(config))
+        else:
+            measure = partial(measures[name], config, peaks, name)
+        yield sweep(config, lambda rows, m=measure, n=name: {n: m(rows)})
+    if {*PHASES, "ppo"} & set(config.sections):
+        say("iteration:")
+        with iteration_with_peers(config) as (iteration, peers):
+            yield sweep(
+                config,
+                lambda rows: measure_iteration(config, rows, iteration, peers, peaks, say),
+            )
+
+
+def batches(config: BenchConfig) -> list[int]:
+    """What is swept over. A CPU has no limit of its own to stop at, so it gets one."""
+    if config.batch:
+        return list(config.batch)
+    if jax.default_backend() == "cpu":
+        return [FIRST_BATCH]
+    sizes = [FIRST_BATCH]
+    while sizes[-1] * 2 <= config.max_batch:
+        sizes.append(sizes[-1] * 2)
+    return sizes
+
+
+def sweep(config: BenchConfig, measure: Callable[[int], Records]) -> Records:
+    """Of each section the record with the most sequences/s, and under `sweep` all of them, up to out-of-memory."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    stopped = None
+    for rows in batches(config):
+        try:
+            records = measure(rows)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            stopped = {"batch": rows, "reason": str(error).splitlines()[0][:300]}
+            say(f"  batch {rows} does not fit the memory")
+            break
+        for name, record in records.items():
+            found.setdefault(name, []).append(record)
+    if not found:
+        raise InputError(
+            f"batch={stopped['batch']} does not fit the memory of the device; give a smaller --batch or --micro_batch"
+        )
+    best = {name: max(records, key=lambda r: r["sequences_per_second"]) for name, records in found.items()}
+    return {name: dict(best[name]) | {"sweep": records, "stopped": stopped} for name, records in found.items()}
+
+
+def kernel_record(config: BenchConfig, peaks: work.Peaks, name: str, rows: int) -> dict[str, Any]:
+    """Of attention or log-probs: the figures with gradients, and under `parts` both."""
+    actor, _ = ours.actor_and_critic(config)
+    runs = {"attention": ours.attention_runs, "logprobs": ours.logprobs_runs}[name](config, rows)
+    count = {"attention": work.attention_work, "logprobs": work.logprobs_work}[name]
+    reset_peak_memory()
+    times, first = in_turns(runs, config.repeats)
+    parts = {}
+    for part, seconds in times.items():
+        done = count(actor, rows, config.length, part == "train")
+        parts[part] = figures(done, seconds, rows, config.length, peaks)
+        parts[part]["compile_seconds"] = max(0.0, first[part] - parts[part]["seconds"]["median"])
+    say(f"  batch {rows}: " + ", ".join(f"{n} {1e3 * p['seconds']['median']:.2f} ms" for n, p in parts.items()))
+    return parts["train"] | {"parts": parts, "peak_memory": peak_memory()}
+
+
+def decode_record(
+    config: BenchConfig, peaks: work.Peaks, model: Any, view: Any, mesh: Any, rows: int
+) -> dict[str, Any]:
+    """Of one decode step near the end of the answers: the difference between many steps and one, so without set-up."""
+    runs = ours.decode_runs(config, model, view, mesh, rows)
+    steps = min(ours.DECODE_STEPS, config.answer)
+    reset_peak_memory()
+    times, first = in_turns(runs, config.repeats)
+    seconds = [(many - one) / (steps - 1) for one, many in zip(times["one"], times["many"], strict=True)]
+    if min(seconds) <= 0:  # too small to tell apart: what the set-up takes stays in
+        seconds = [many / steps for many in times["many"]]
+    middle = config.length - steps // 2
+    record = figures(work.decode_work(model.module, rows, middle), seconds, rows, 1, peaks)
+    say(f"  batch {rows}: {1e3 * record['seconds']['median']:.2f} ms a token")
+    compiling = max(0.0, first["many"] - min(times["many"]))
+    return record | {"compile_seconds": compiling, "peak_memory": peak_memory(), "positions": middle}
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """(seconds of each run in each of `repeats` rounds, seconds of its first call, which compiles)."""
+    first = {name: timed(run)[0] for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(timed(run)[0])
+    return times, first

@@ -1,0 +1,183 @@
+"""What is measured of ours: the programs of a PPO iteration as the trainer runs them, and the kernels below."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.bench.record import timed
+from jaxrlhf.bench.settings import BenchConfig
+from jaxrlhf.bench.work import Peaks
+from jaxrlhf.engine import Rollout
+from jaxrlhf.kernels import attention, attention_mask, token_logprobs
+from jaxrlhf.models import (
+    Model,
+    create_model,
+    decode_step,
+    generation_view,
+    init_cache,
+    save_pretrained,
+)
+from jaxrlhf.models.model import make_module
+from jaxrlhf.ppo import Experience
+from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, default_tensor_parallel, generate_mesh, place_batch, use
+from jaxrlhf.trainers.ppo import PPOTrainer, RLHFEngine
+
+DECODE_STEPS = 32
+PEAK_SIZES = {"cpu": (2048, 2**28), "accelerator": (8192, 2**30)}  # side of the matrices, bytes of the copied array
+
+
+def random_prompts(config: BenchConfig, vocab_size: int, rows: int) -> np.ndarray:
+    """`[rows, P]` int32; row i is the same in every batch."""
+    draw = np.random.default_rng(config.seed).integers
+    return draw(0, vocab_size, (config.max_batch, config.prompt)).astype(np.int32)[:rows]
+
+
+def measure_peaks(config: BenchConfig) -> tuple[Peaks, dict[str, Any]]:
+    """The fastest large matrix product and copy of one device, for all devices of the mesh."""
+    devices = 1 if jax.default_backend() == "cpu" else config.make_mesh().size  # simulated ones share their cores
+    side, size = PEAK_SIZES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+    a = jax.random.normal(jax.random.key(0), (side, side), config.compute_dtype)
+    x = jnp.zeros(size // 4, jnp.float32)
+    multiply, copy = jax.jit(lambda a: a @ a), jax.jit(lambda x: x + 1, donate_argnums=0)
+    seconds = {"matmul": min(timed(partial(multiply, a))[0] for _ in range(8)), "copy": math.inf}
+    for _ in range(8):  # into memory that is there already: a CPU would otherwise be measured at getting pages
+        took, x = timed(partial(copy, x))
+        seconds["copy"] = min(seconds["copy"], took)
+    peaks = Peaks(devices * 2.0 * side**3 / seconds["matmul"], devices * 2.0 * size / seconds["copy"])
+    how = {"matmul": f"{side}³ {np.dtype(config.compute_dtype).name}", "copy": f"{size / 2**20:.0f} MiB"}
+    return peaks, {"tflops": peaks.flops / 1e12, "gb_per_second": peaks.bandwidth / 1e9, "devices": devices} | how
+
+
+class Iteration:
+    """The four models with random weights on the mesh, and the three phases as PPOTrainer runs them."""
+
+    def __init__(self, config: BenchConfig) -> None:
+        self.config = config
+        shapes = config.shapes()
+        ppo = config.ppo()
+        mesh, dtype = ppo.make_mesh(), ppo.compute_dtype
+        keys = jax.random.split(jax.random.key(config.seed))
+        options = {"mesh": mesh, "dtype": dtype, "remat": ppo.remat, "zero_stage": ppo.zero_stage}
+        models = (
+            create_model(shapes[0], key=keys[0], **options),
+            create_model(shapes[1], head="scalar", key=keys[1], **options),
+        )
+        ids = {name: getattr(shapes[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids["eos_token_id"] = ids["eos_token_id"] or 0
+        self.engine = RLHFEngine(*models, SimpleNamespace(**ids), num_total_iters=1, config=ppo)
+        self.trainer = PPOTrainer(self.engine)
+        self.trainer.sampling = ppo.sampling(None, 0)  # no EOS: answers have a fixed length
+        self.rows = 0
+
+    def use_batch(self, rows: int) -> None:
+        self.rows = rows
+        self.prompts = random_prompts(self.config, self.engine.actor.config.vocab_size, rows)
+        h = self.engine.config.hyperparameters(self.config.seed)
+        parts = self.config.parts(rows)
+        self.engine.state = self.engine.state.replace(hyperparameters=dataclasses.replace(h, micro_batches=parts))
+
+    def generate(self) -> Rollout:
+        batch = {"prompt_ids": self.prompts, "prompt_mask": np.ones_like(self.prompts)}
+        key = jax.random.fold_in(self.trainer.key, int(self.engine.state.step))
+        return self.trainer.rollout(batch, key)
+
+    def score(self, rollout: Rollout) -> Experience:
+        return self.trainer.score(rollout, self.engine.state.hyperparameters)
+
+    def train(self, experience: Experience) -> dict[str, float]:
+        self.trainer.train_rlhf(experience)
+        return self.trainer.metrics
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """The current actor and critic as Hugging Face folders; before the first step the critic is the reward."""
+        save_pretrained(self.engine.actor_model(), folder / "actor")
+        save_pretrained(self.engine.critic_model(), folder / "reward")
+        return folder / "actor", folder / "reward"
+
+
+def attention_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any]]:
+    """One layer's attention of the actor over prompt and answer: `forward`, and `train` with its gradients."""
+    shape, mesh = config.shapes()[0], config.make_mesh()
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
+    arrays = [
+        jax.random.normal(k, (rows, h, config.length, shape.head_dim), config.compute_dtype)
+        for k, h in zip(keys, heads, strict=True)
+    ]
+    *inputs, weights = place_batch(tuple(arrays), mesh, TRAIN_RULES)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        with use(mesh, TRAIN_RULES):
+            mask = attention_mask(jnp.ones((rows, config.length), bool), config.length)
+            return attention(q, k, v, mask, scale=shape.head_dim**-0.5)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(forward(q, k, v).astype(jnp.float32) * weights)
+
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    return {"forward": partial(jax.jit(forward), *inputs), "train": partial(gradients, *inputs)}
+
+
+def logprobs_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any]]:
+    """Token log-probs of the actor's head from hidden states: `forward`, and `train` with its gradients."""
+    shape, mesh = config.shapes()[0], config.make_mesh()
+    keys = jax.random.split(jax.random.key(config.seed), 3)
+    dtype = config.compute_dtype
+    hidden = jax.random.normal(keys[0], (rows, config.length, shape.embedding_size), dtype)
+    weight = 0.02 * jax.random.normal(keys[1], (shape.padded_vocab_size, shape.embedding_size), dtype)
+    labels = jax.random.randint(keys[2], (rows, config.length), 0, shape.vocab_size)
+    hidden, labels = place_batch((hidden, labels), mesh, TRAIN_RULES)
+
+    def forward(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+        with use(mesh, TRAIN_RULES):
+            return token_logprobs(hidden, weight, labels, vocab_size=shape.vocab_size)[0]
+
+    gradients = jax.jit(jax.value_and_grad(lambda h, w: forward(h, w).sum(), argnums=(0, 1)))
+    return {"forward": partial(jax.jit(forward), hidden, weight), "train": partial(gradients, hidden, weight)}
+
+
+def decode_actor(config: BenchConfig) -> tuple[Model, Any, Any]:
+    """The actor, its weights as decoding wants them, and the mesh of generation."""
+    shape, mesh = config.shapes()[0], config.make_mesh()
+    flipped = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
+    model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.compute_dtype)
+
+    def view(params: Any) -> Any:
+        with use(flipped, GENERATE_RULES):
+            return generation_view(params, model.module)
+
+    return model, jax.jit(view)(model.params), flipped
+
+
+def decode_runs(config: BenchConfig, model: Model, view: Any, mesh: Any, rows: int) -> dict[str, Callable[[], Any]]:
+    """The last tokens of answers: `one` step, and `many` (DECODE_STEPS) of them in one program."""
+    module, length = model.module, config.length
+    many = min(DECODE_STEPS, config.answer)
+
+    @partial(jax.jit, static_argnames="count")
+    def decode(view: Any, *, count: int) -> jax.Array:
+        def body(i: jax.Array, carry: tuple) -> tuple:
+            token, caches = carry
+            column = length - many + i
+            logits, caches = decode_step(module, view, token, column, jnp.zeros(rows, jnp.int32), caches)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
+
+        with use(mesh, GENERATE_RULES):
+            start = (jnp.zeros(rows, jnp.int32), init_cache(module, rows, length))
+            return jax.lax.fori_loop(0, count, body, start)[0]
+
+    return {"one": partial(decode, view, count=1), "many": partial(decode, view, count=many)}
+
+
+def actor_and_critic(config: BenchConfig) -> tuple[Any, Any]:
+    """The modules whose work is counted."""
+    shapes, dtype = config.shapes(), config.compute_dtype
+    return make_module(shapes[0], "lm", dtype), make_module(shapes[1], "scalar", dtype)

@@ -1,0 +1,123 @@
+"""What benchmarks share: timing in turns, memory, and where and with what a result was measured."""
+
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+SOURCE = Path(__file__).resolve().parent
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "trl")
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result) of one run, its arrays computed."""
+    begin = time.perf_counter()
+    result = jax.block_until_ready(run())
+    return time.perf_counter() - begin, result
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each run: the fastest of `repeats`, taken in turns after one uncounted round (compilation)."""
+    times = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            times[name].append(timed(run)[0])
+    return {name: min(seconds[1:]) for name, seconds in times.items()}
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    """Median and minimum beside the runs themselves."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "runs": seconds}
+
+
+def peak_memory() -> dict[str, Any]:
+    """The most bytes that a device held since the process began; on a CPU the process, since `reset_peak_memory`."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return {"bytes": stats["peak_bytes_in_use"], "of": "device, since the start"}
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if found:
+        return {"bytes": int(found[1]) * 1024, "of": "process"}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process, since the start"}
+
+
+def reset_peak_memory() -> None:
+    """Let the peak of the process begin anew, where Linux offers it; a device's cannot be reset."""
+    switch = Path("/proc/self/clear_refs")
+    if switch.is_file() and os.access(switch, os.W_OK):
+        switch.write_text("5")
+
+
+def provenance() -> dict[str, Any]:
+    """Device and how busy the machine was at the end, versions, command and commit."""
+    device = jax.devices()[0]
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": f"{processor()}, {usable} cores" if device.platform == "cpu" else device.device_kind,
+        "devices": jax.device_count(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "versions": {name: found for name in PACKAGES if (found := installed_version(name))},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "command": command(),
+        "commit": commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def command() -> str:
+    """The command line, a script below the working directory by its relative path."""
+    script = Path(sys.argv[0]).resolve()
+    inside = script.is_relative_to(Path.cwd())
+    name = f"python {script.relative_to(Path.cwd())}" if inside and script.suffix == ".py" else script.name
+    return " ".join([name, *sys.argv[1:]])
+
+
+def commit() -> str:
+    """What the working copy is at, and whether it differs from that; "unknown" outside of a repository."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None:
+        return "unknown"
+    changes = git("-C", top, "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return f"{git('rev-parse', 'HEAD')}{' with changes' if changes else ''}"
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
+
+
+def write(path: str | Path | None, result: dict[str, Any]) -> None:
+    """The result with its provenance as JSON, where a file is named."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(provenance() | result, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,124 @@
+"""Settings of `jaxrlhf bench`, and the shapes of its models."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxrlhf.config import field
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import REMAT_POLICIES, DecoderConfig, known_config, read_config
+from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.trainers.settings import MeshConfig, check_context
+
+KERNELS = ("attention", "decode", "logprobs")
+PHASES = ("generate", "score", "train")
+SECTIONS = (*KERNELS, *PHASES, "ppo")
+PEERS = {"hf": ("torch", "transformers"), "hf-compile": ("torch", "transformers"), "trl": ("torch", "trl", "datasets")}
+FIRST_BATCH = 8
+
+
+@dataclass(frozen=True)
+class BenchConfig(MeshConfig):
+    """What is measured."""
+
+    sections: tuple[str, ...] = field(SECTIONS, f"what to measure: {', '.join(SECTIONS)} (a whole iteration)")
+    peers: tuple[str, ...] = field(
+        (),
+        "measured in turns with ours, on the same weights and prompts: hf (Hugging Face generate and a plain torch PPO "
+        "step), hf-compile (the same with a static cache and torch.compile in generate), trl (TRL's PPO)",
+    )
+    actor: str = field("opt-1.3b", "shape of actor and reference: a known model's name, or a folder with a config.json")
+    critic: str = field("opt-350m", "shape of critic and reward model, likewise")
+    batch: tuple[int, ...] = field(
+        (), f"rows of a batch, one or several; default: {FIRST_BATCH}, doubled until it no longer fits (CPU: once)"
+    )
+    max_batch: int = field(1024, "where that doubling ends at the latest")
+    micro_batch: int = field(0, "rows that scoring and training work on at a time; 0: all")
+    prompt: int = field(256, "tokens of a prompt")
+    answer: int = field(256, "tokens of an answer: none ends early")
+    remat_policy: str = field("none", "what the backward pass recomputes of a layer", choices=tuple(REMAT_POLICIES))
+    repeats: int = field(3, "timed runs of each, after one that compiles")
+    seed: int = field(0, "of weights, prompts and draws")
+    json: str | None = field(
+        None, "file for the result; default: a new one in `results`, named after device, sections and time"
+    )
+    results: str = field("benchmarks/results", "folder of results")
+    render: bool = field(False, "measure nothing: turn all results into tables and plots in `document`")
+    document: str = field("docs/benchmarks.md", "what `render` writes; plots lie beside it")
+
+    def __post_init__(self) -> None:
+        for name, known in (("sections", SECTIONS), ("peers", tuple(PEERS))):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise InputError(f"{name}: there is no {value!r}; known are {', '.join(known)}")
+        if not self.sections:
+            raise InputError(f"sections: name at least one of {', '.join(SECTIONS)}")
+        for peer in self.peers:
+            for package in PEERS[peer]:
+                if importlib.util.find_spec(package) is None:
+                    raise InputError(
+                        f"peers: {peer} needs the package {package}, which is not installed; install it, or leave "
+                        f"{peer} out"
+                    )
+        if "trl" in self.peers and "ppo" not in self.sections:
+            raise InputError("peers: trl only runs whole iterations; add ppo to the sections, or leave trl out")
+        if self.peers and not {*PHASES, "ppo"} & set(self.sections):
+            raise InputError(f"peers: they run {', '.join(PHASES)} and ppo; add one to the sections, or leave them out")
+        for name in ("prompt", "answer", "repeats", "max_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if "decode" in self.sections and self.answer < 2:
+            raise InputError(f"answer={self.answer}: decode measures the tokens after the first; give 2 or more")
+        if any(rows < 1 for rows in self.batch) or list(self.batch) != sorted(set(self.batch)):
+            raise InputError(f"batch={','.join(map(str, self.batch))} must be positive and ascending")
+        if self.micro_batch < 0:
+            raise InputError(f"micro_batch={self.micro_batch} must be 0 (the whole batch) or more")
+        for rows in self.batch:
+            self.parts(rows)
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.answer
+
+    def parts(self, rows: int) -> int:
+        """Micro-batches of a batch of `rows`; InputError when `micro_batch` does not divide it."""
+        if not self.micro_batch or rows <= self.micro_batch:
+            return 1
+        if rows % self.micro_batch:
+            raise InputError(f"micro_batch={self.micro_batch} must divide batch={rows}")
+        return rows // self.micro_batch
+
+    def ppo(self) -> PPOConfig:
+        """The settings of a PPO run with these shapes, at a constant learning rate."""
+        return PPOConfig(
+            mesh_data=self.mesh_data,
+            mesh_fsdp=self.mesh_fsdp,
+            mesh_tensor=self.mesh_tensor,
+            dtype=self.dtype,
+            remat_policy=self.remat_policy,
+            max_prompt_seq_len=self.prompt,
+            max_answer_seq_len=self.answer,
+            lr_scheduler_type="constant",
+            seed=self.seed,
+        )
+
+    def shapes(self) -> tuple[DecoderConfig, DecoderConfig]:
+        """Configurations of actor and critic; InputError when they do not go together or the text is too long."""
+        shapes = (_shape("actor", self.actor), _shape("critic", self.critic))
+        for name, shape in zip(("actor", "critic"), shapes, strict=True):
+            check_context(shape, self.length, f"prompt + answer for {name}={getattr(self, name)}")
+        if shapes[0].vocab_size != shapes[1].vocab_size:
+            raise InputError(
+                f"actor={self.actor} has a vocabulary of {shapes[0].vocab_size} tokens and critic={self.critic} one of "
+                f"{shapes[1].vocab_size}; both must read the same tokens"
+            )
+        return shapes
+
+
+def _shape(name: str, value: str) -> DecoderConfig:
+    if Path(value).is_dir():
+        return read_config(value)
+    try:
+        return known_config(value)
+    except InputError as error:
+        raise InputError(f"{name}: {value!r} is no folder, and {error}") from error

@@ -1,0 +1,128 @@
+"""The least arithmetic and memory traffic that a piece of work needs, and its time by the roofline.
+
+Counted is what any implementation must do: causal attention over live positions only, the output head on response
+tokens only, weights and cache once per pass. What a program does beyond that (padding, masked positions, activations
+that leave the chip, recomputation) shows as a lower fraction of the roofline. The planner counts what our programs do
+(jaxrlhf/plan/cost.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from jaxrlhf.models import Decoder, param_shapes
+from jaxrlhf.plan.cost import ADAM_BYTES, matrix_elements
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the devices were measured to reach."""
+
+    flops: float
+    """FLOP/s of a large matrix product in the compute dtype."""
+    bandwidth: float
+    """Bytes/s, read and written, of a large copy."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Stages that run one after the other, each (FLOPs, bytes)."""
+
+    stages: tuple[tuple[float, float], ...]
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.stages + other.stages)
+
+    @property
+    def flops(self) -> float:
+        return sum(flops for flops, _ in self.stages)
+
+    @property
+    def bytes(self) -> float:
+        return sum(size for _, size in self.stages)
+
+    def seconds(self, peaks: Peaks) -> float:
+        """The roofline: every stage takes the longer of its arithmetic and its traffic."""
+        return sum(max(flops / peaks.flops, size / peaks.bandwidth) for flops, size in self.stages)
+
+
+def itemsize(module: Decoder) -> int:
+    return jnp.dtype(module.dtype).itemsize
+
+
+def matrices(module: Decoder) -> tuple[int, int]:
+    """(elements of the matrices that every token is multiplied by, of the output head)."""
+    c = module.config
+    return matrix_elements(module)[0], c.vocab_size * c.embedding_size if module.head == "lm" else c.embedding_size
+
+
+def attention_flops(module: Decoder, rows: int, pairs: float) -> float:
+    """All layers' `QKᵀ` and `PV` for `pairs` (query, key) pairs per row."""
+    c = module.config
+    return 4.0 * rows * pairs * c.num_heads * c.head_dim * c.num_layers
+
+
+def causal_pairs(length: int) -> float:
+    return length * (length + 1) / 2
+
+
+def cache_bytes_per_token(module: Decoder) -> int:
+    c = module.config
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * itemsize(module)
+
+
+def forward_work(module: Decoder, rows: int, length: int, headed: int) -> Work:
+    """One pass over `[rows, length]` tokens of which `headed` per row reach the output head."""
+    body, head = matrices(module)
+    flops = 2.0 * rows * (length * body + headed * head) + attention_flops(module, rows, causal_pairs(length))
+    return Work(((flops, (body + head) * itemsize(module)),))
+
+
+def decode_work(module: Decoder, rows: int, positions: int) -> Work:
+    """One token for each row, its query seeing `positions` positions."""
+    body, head = matrices(module)
+    flops = 2.0 * rows * (body + head) + attention_flops(module, rows, positions)
+    return Work(((flops, (body + head) * itemsize(module) + rows * positions * cache_bytes_per_token(module)),))
+
+
+def generate_work(module: Decoder, rows: int, prompt: int, answer: int) -> Work:
+    """Prefill of the prompt, which gives the first token, and decoding of the others."""
+    work = forward_work(module, rows, prompt, 1)
+    work += Work(((0.0, rows * prompt * cache_bytes_per_token(module)),))
+    for step in range(1, answer):
+        work += decode_work(module, rows, prompt + step)
+    return work
+
+
+def score_work(actor: Decoder, critic: Decoder, rows: int, prompt: int, answer: int) -> Work:
+    """Four passes: actor and reference, critic and reward model."""
+    both = forward_work(actor, rows, prompt + answer, answer) + forward_work(critic, rows, prompt + answer, answer)
+    return both + both
+
+
+def train_work(actor: Decoder, critic: Decoder, rows: int, prompt: int, answer: int) -> Work:
+    """Forward and backward pass (three times the arithmetic of a forward one) and Adam, of actor and critic."""
+    work = Work(())
+    for module in (actor, critic):
+        ((flops, size),) = forward_work(module, rows, prompt + answer, answer).stages
+        parameters = sum(math.prod(x.shape) for x in flatten_dict(param_shapes(module)).values())
+        work += Work(((3 * flops, 3 * size), (0.0, float(ADAM_BYTES * parameters))))
+    return work
+
+
+def attention_work(module: Decoder, rows: int, length: int, backward: bool) -> Work:
+    """One layer's causal attention; backward: 2.5 times the products of the forward pass come on top."""
+    c = module.config
+    flops = attention_flops(module, rows, causal_pairs(length)) / c.num_layers
+    size = rows * length * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) * itemsize(module)
+    return Work(((3.5 * flops, 3.0 * size),) if backward else ((flops, float(size)),))
+
+
+def logprobs_work(module: Decoder, rows: int, length: int, backward: bool) -> Work:
+    """The output head on `[rows, length]` hidden states; backward: two products for gradients, one more for logits."""
+    _, head = matrices(module)
+    tokens = rows * length
+    size = (head + tokens * module.config.embedding_size) * itemsize(module)
+    return Work(((8.0 * tokens * head, 3.0 * size),) if backward else ((2.0 * tokens * head, float(size)),))

@@ -1,0 +1,202 @@
+"""`jaxrlhf bench` at toy size: every section and figure, the peer that computes the same, and what is refused."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf.bench import settings, work
+from jaxrlhf.bench.command import sweep
+from jaxrlhf.bench.iteration import figures, judged, ratios
+from jaxrlhf.bench.settings import KERNELS, PHASES, SECTIONS, BenchConfig
+from jaxrlhf.cli import main
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import Decoder, config_from_dict
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+SHAPE = {"model_type": "opt", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shape")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def result_file(model, tmp_path_factory):
+    """Of all sections, with the peer where torch is installed."""
+    path = tmp_path_factory.mktemp("results") / "toy.json"
+    argv = ["bench", "--actor", model, "--critic", model, "--batch", "16", "--micro_batch", "8", "--prompt", "5"]
+    argv += ["--answer", "4", "--repeats", "2", "--json", str(path)]
+    assert main([*argv, *(["--peers", "hf"] if HAS_TORCH else [])]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(result_file):
+    return json.loads(result_file.read_text())
+
+
+def test_the_result_says_where_and_with_what_it_was_measured(result):
+    assert {"device", "versions", "command", "commit", "settings", "peaks", "time", "xla_flags"} <= set(result)
+    assert result["settings"]["batch"] == [16] and result["versions"]["jax"] == jax.__version__
+    assert result["peaks"]["tflops"] > 0 and result["peaks"]["gb_per_second"] > 0
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_section_has_every_figure(result, name):
+    record = result[name]
+    assert record["batch"] == 16 and record["stopped"] is None and len(record["sweep"]) == 1
+    seconds = record["seconds"]
+    assert len(seconds["runs"]) == 2 and seconds["min"] == min(seconds["runs"]) <= seconds["median"]
+    tokens = {"generate": 4, "decode": 1}.get(name, 9)
+    assert record["tokens_per_second"] == pytest.approx(16 * tokens / seconds["median"])
+    assert record["sequences_per_second"] == pytest.approx(16 / seconds["median"])
+    assert record["roofline_fraction"] == pytest.approx(record["roofline_seconds"] / seconds["median"])
+    assert min(record["tflops"], record["gb_per_second"], record["roofline_fraction"]) > 0
+    assert record["peak_memory"]["bytes"] > 0 and record["compile_seconds"] >= 0
+    if name in ("attention", "logprobs"):
+        assert set(record["parts"]) == {"forward", "train"}
+
+
+def test_an_iteration_is_the_sum_of_its_phases(result):
+    phases = result["ppo"]["phases"]
+    assert tuple(phases) == PHASES
+    runs = np.sum([phases[name]["seconds"]["runs"] for name in PHASES], axis=0)
+    np.testing.assert_allclose(result["ppo"]["seconds"]["runs"], runs, rtol=1e-12)
+    assert phases["score"]["seconds"] == result["score"]["seconds"]
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
+def test_the_peer_computes_the_same_and_its_ratios_stand_in_the_result(result):
+    peer = result["ppo"]["peers"]["hf"]
+    assert peer["ratio"] == pytest.approx(peer["seconds"]["min"] / result["ppo"]["seconds"]["min"])
+    assert set(peer["phases"]) == set(PHASES)
+    for name in PHASES:
+        assert peer["phases"][name]["ratio"] == result[name]["peers"]["hf"]["ratio"] > 0
+    first, after = peer["check"]["first"], peer["check"]["after_a_step"]
+    for name in ("logprobs", "ref_logprobs", "values", "scores"):
+        assert first[name] < 5e-6 and after[name] < 5e-5, name
+    for name in ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm"):
+        assert first[name] < 2e-5, name
+    assert peer["check"]["wrong"] == []
+
+
+def test_what_a_peer_computes_otherwise_is_named():
+    same = {"logprobs": 1e-6, "scores": 0.0}
+    first = same | {"loss/value_avg": 1e-6}
+    assert judged(first, same, "float32")["wrong"] == []
+    assert judged(first | {"logprobs": 1e-2}, same, "float32")["wrong"] == ["logprobs 0.01"]
+    assert judged(first | {"loss/value_avg": 0.5}, same, "float32")["wrong"] == ["loss/value_avg 0.5"]
+    assert judged(first, {"scores": float("nan")}, "float32")["wrong"] == ["scores nan after a step"]
+    assert judged(first | {"logprobs": 1e-2}, same, "bfloat16")["wrong"] == []
+
+
+def test_results_are_rendered_between_the_markers(result_file, tmp_path, capsys):
+    document = tmp_path / "bench.md"
+    document.write_text("# Title\n\nBefore.\n\n" + _markers() + "\n\nAfter.\n")
+    argv = ["bench", "--render", "--results", str(result_file.parent), "--document", str(document)]
+    assert main(argv) == 0
+    text = document.read_text()
+    assert text.startswith("# Title\n\nBefore.") and text.endswith("After.\n")
+    for name in ("attention train", "decode", "ppo", "- generate"):
+        assert f"| {name} | 16 |" in text
+    assert ("| ppo | 16 | hf |" in text) == HAS_TORCH
+    plot = tmp_path / "bench" / "toy.svg"
+    assert f"![]({plot.relative_to(tmp_path)})" in text and "<svg" in plot.read_text()
+    assert main(argv) == 0
+    assert document.read_text() == text
+    document.write_text("no markers")
+    assert main(argv) == 2
+    assert "lacks the lines" in capsys.readouterr().err
+    assert main([*argv[:3], str(tmp_path), *argv[4:]]) == 2
+    assert "holds no result" in capsys.readouterr().err
+
+
+def _markers():
+    from jaxrlhf.bench.render import BEGIN, END
+
+    return f"{BEGIN}\n{END}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sections", "atention"], "sections: there is no 'atention'; known are attention, decode"),
+        (["--peers", "vllm"], "peers: there is no 'vllm'; known are hf, hf-compile, trl"),
+        (["--batch", "8", "4"], "batch=8,4 must be positive and ascending"),
+        (["--batch", "6", "--micro_batch", "4"], "micro_batch=4 must divide batch=6"),
+        (["--prompt", "0"], "prompt=0 must be at least 1"),
+        (["--sections", "decode", "--answer", "1"], "answer=1: decode measures"),
+        (["--actor", "no-such-model"], "actor: 'no-such-model' is no folder, and unknown model"),
+        (["--critic", "gpt2"], "a vocabulary of 50272 tokens and critic=gpt2 one of 50257"),
+        (["--prompt", "2000"], "exceeds the model's context of 2048"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(flags, message, capsys):
+    assert main(["bench", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_peers_need_their_packages_and_a_section_to_run(monkeypatch):
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
+    with pytest.raises(InputError, match="trl needs the package trl, which is not installed"):
+        BenchConfig(peers=("trl",))
+    with pytest.raises(InputError, match="add one to the sections"):
+        BenchConfig(peers=("hf",), sections=KERNELS)
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(InputError, match="trl only runs whole iterations"):
+        BenchConfig(peers=("trl",), sections=("train",))
+
+
+def test_a_sweep_ends_where_memory_does_and_reports_the_best():
+    def measure(rows):
+        if rows > 16:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+        return {"ppo": {"batch": rows, "sequences_per_second": {4: 1.0, 8: 3.0, 16: 2.0}[rows]}}
+
+    found = sweep(BenchConfig(batch=(4, 8, 16, 32, 64)), measure)["ppo"]
+    assert found["batch"] == 8 and [record["batch"] for record in found["sweep"]] == [4, 8, 16]
+    assert found["stopped"] == {"batch": 32, "reason": "RESOURCE_EXHAUSTED: Out of memory"}
+    with pytest.raises(InputError, match="batch=32 does not fit"):
+        sweep(BenchConfig(batch=(32,)), measure)
+
+    def broken(rows):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        sweep(BenchConfig(batch=(4,)), broken)
+
+
+def test_work_is_what_a_hand_count_gives():
+    actor = Decoder(config_from_dict(SHAPE), head="lm", dtype=np.float32)
+    body, head = 2 * (4 * 32 * 32 + 2 * 32 * 64), 96 * 32
+    assert work.matrices(actor) == (body, head)
+    ((flops, size),) = work.forward_work(actor, rows=3, length=5, headed=2).stages
+    assert flops == 2 * 3 * (5 * body + 2 * head) + 4 * 3 * 15 * 32 * 2
+    assert size == 4 * (body + head)
+    ((flops, size),) = work.decode_work(actor, rows=3, positions=7).stages
+    assert flops == 2 * 3 * (body + head) + 4 * 3 * 7 * 32 * 2
+    assert size == 4 * (body + head) + 3 * 7 * 2 * 2 * 32 * 4
+    generated = work.generate_work(actor, rows=3, prompt=5, answer=4)
+    assert len(generated.stages) == 2 + 3
+    peaks = work.Peaks(flops=100.0, bandwidth=10.0)
+    assert work.Work(((200.0, 5.0), (1.0, 40.0))).seconds(peaks) == 2.0 + 4.0
+    done = figures(work.Work(((200.0, 5.0),)), [4.0, 8.0, 16.0], rows=2, tokens=3, peaks=peaks)
+    assert done["roofline_fraction"] == 0.25 and done["tokens_per_second"] == 0.75
+    assert ratios([3.0, 4.0, 9.0], [2.0, 2.0, 1.0])["ratio"] == 3.0
+
+
+def test_the_committed_cpu_comparison_keeps_its_bound():
+    """As measured on the machine that the file names: the bound is a claim about it, not about this one."""
+    result = json.loads((RESULTS / "ppo_cpu.json").read_text())
+    peer = result["ppo"]["peers"]["hf"]
+    assert peer["check"]["wrong"] == [] and peer["ratio"] > 1
+    assert result["settings"] | {"batch": [8], "prompt": 128, "answer": 128} == result["settings"]

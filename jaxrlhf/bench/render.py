@@ -23,8 +23,8 @@ COLUMNS = (
 OURS, PEER = "#3366aa", "#cc7722"
 BEGIN, END = "<!-- results: written by `jaxrlhf bench --render` -->", "<!-- end of results -->"
 ONE_OFF = {
-    "continuous_batching": "continuous batching against fixed batches",
-    "decode": "generation against a hand-written loop",
+    "continuous_batching": "continuous batching: tokens/s over those of fixed batches",
+    "decode": "generation: seconds over those of a hand-written loop",
 }
 
 
@@ -55,7 +55,8 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
         for record in result.get(name, {}).get("sweep", []):
             parts = record.get("parts", {})
             if parts:
-                rows += [_row(f"{name} {part}", figures) for part, figures in parts.items()]
+                memory = {"peak_memory": record["peak_memory"]}
+                rows += [_row(f"{name} {part}", figures | memory) for part, figures in parts.items()]
                 continue
             rows.append(_row(name, record))
             rows += [_row(f"- {phase}", figures) for phase, figures in record.get("phases", {}).items()]

@@ -64,8 +64,8 @@ def generation_view(params: PyTree, module: Decoder) -> GenerationView:
 
     def layer(i: int, before: PyTree) -> PyTree:
         tree = jax.tree.map(lambda x: x[i], params["layers"])
-        if module.lora is not None:  # one layer after the other: a merge holds its kernels in float32
-            tree, _ = jax.lax.optimization_barrier((tree, before))
+        # One layer after the other: what is on the move, or merged in float32, is one layer's at a time.
+        tree, _ = jax.lax.optimization_barrier((tree, before))
         tree = merge_lora(tree, module)
         tree = jax.tree.map(lambda x, names: leaf(x, names[1:]), tree, axes["layers"])
         return tree | {"attn": _fuse_qkv(tree["attn"], groups)} if groups else tree

@@ -91,8 +91,8 @@ class HybridEngine:
         arrays = (np.asarray(prompt_ids, np.int32), np.asarray(prompt_mask, bool), number.astype(np.int32), temperature)
         return place_batch(arrays, self.generate_mesh, GENERATE_RULES)
 
-    def _check_slots(self, slots: int, rows: int) -> int:
-        """The slots of continuous batching, 0 where a fixed batch does as well."""
+    def check_slots(self, slots: int, rows: int) -> int:
+        """The slots of continuous batching, 0 where a fixed batch does as well; InputError where they do not divide."""
         if slots < 0:
             raise InputError(f"slots={slots} must be 0 (a fixed batch) or positive")
         if not slots or slots >= rows:
@@ -130,7 +130,7 @@ class HybridEngine:
         """
         *batch, temperature = self._requests(prompt_ids, prompt_mask, sampling, sample_index, temperature)
         static = {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh}
-        static["slots"] = self._check_slots(slots, len(batch[-1]))
+        static["slots"] = self.check_slots(slots, len(batch[-1]))
         return generate(self.params if params is None else params, *batch, key, temperature, **static)
 
     def stream(

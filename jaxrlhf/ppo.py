@@ -212,7 +212,7 @@ def _experience_metrics(
         "val/value_avg": objectives.masked_mean(e.values, mask),
         "sampling/logp_difference/mean": objectives.masked_mean(gap, mask),
         "sampling/logp_difference/max": jnp.max(gap),
-        "sampling/importance_sampling_ratio/min": jnp.min(jnp.where(mask, weights, jnp.inf), initial=jnp.inf),
+        "sampling/importance_sampling_ratio/min": jnp.min(jnp.where(mask, weights, jnp.inf)),
         "sampling/importance_sampling_ratio/mean": objectives.masked_mean(weights, mask),
         "sampling/importance_sampling_ratio/max": jnp.max(jnp.where(mask, weights, 0.0)),
     }

@@ -70,15 +70,18 @@ def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> 
     return tree_shardings(logical_axes(module), param_shapes(module), mesh, rules)
 
 
+def is_matrix(path: Any) -> bool:
+    """Whether the leaf at a tree path may be held in the compute dtype: kernels, embeddings, adapters.
+
+    Norms, biases and a scalar head may not: they compute in float32.
+    """
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.endswith(("kernel", "embedding", "lora_a", "lora_b")) and name != "score/kernel"
+
+
 def cast_matrices(params: PyTree, dtype: jnp.dtype) -> PyTree:
-    """Kernels, embeddings and adapters in `dtype`; what computes in float32 (norms, biases, a scalar head) as it is."""
-
-    def leaf(path: Any, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        matrix = name.endswith(("kernel", "embedding", "lora_a", "lora_b")) and name != "score/kernel"
-        return x.astype(dtype) if matrix else x
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    """The tree with its matrices (`is_matrix`) in `dtype`, and the rest as it is."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if is_matrix(path) else x, params)
 
 
 def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | None) -> PyTree:

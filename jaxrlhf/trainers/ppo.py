@@ -19,7 +19,7 @@ from jaxrlhf.models import (
     Model,
     ModelCard,
     base_leaves,
-    cast_matrices,
+    is_matrix,
     join,
     load_pretrained,
     merged,
@@ -59,10 +59,11 @@ def frozen_copy(params: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
     Goes leaf by leaf, since `shardings` may lie in host memory to make room.
     """
 
-    def leaf(x: jax.Array, new: jax.Array, sharding: Any) -> jax.Array:
-        return jax.device_put(jnp.copy(x) if new.dtype == x.dtype else new, sharding)
+    def leaf(path: Any, x: jax.Array, sharding: Any) -> jax.Array:
+        cast = is_matrix(path) and x.dtype != dtype
+        return jax.device_put(x.astype(dtype) if cast else jnp.copy(x), sharding)
 
-    return jax.tree.map(leaf, params, cast_matrices(params, dtype), shardings)
+    return jax.tree_util.tree_map_with_path(leaf, params, shardings)
 
 
 def _without_base(params: PyTree, module: Decoder) -> PyTree:
@@ -316,6 +317,7 @@ def ppo_task(run: Run, config: PPOConfig, engine: RLHFEngine, train: Any, evalua
     trainer = PPOTrainer(engine, config, run)
     devices = batch_devices(engine.mesh)
     rows = config.rollout_rows(devices)
+    engine.actor.check_slots(config.generation_slots, rows // config.generation_batches)
     updates = config.ppo_epochs * config.num_mini_batches
     tolerance = logp_tolerance(engine.actor.module, engine.mesh)
     told: list[int] = []

@@ -286,6 +286,7 @@ def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
         ("ppo", {"attention_implementation": "fast"}, r"attention_implementation='fast' .*'auto', 'xla', 'pallas'"),
         ("sft", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
         ("reward", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
+        ("ppo", {"generation_slots": 3, "generate_tensor_parallel": 4}, r"slots=3 must be a multiple of 2"),
         ("ppo", {"critic_zero_stage": 4}, r"critic_zero_stage=4 must be 0, 1, 2 or 3"),
         (
             "ppo",

@@ -1,0 +1,37 @@
+"""The losses, rewards and advantages of SFT, reward-model and PPO training, as pure `jnp` functions.
+
+Conventions that hold for every function here:
+
+- Index `t` of a `[B, T]` array refers to token `s_t`: `logprobs[t]` is log π(s_t | s_<t) and `values[t]` is the value
+  estimate before `s_t` is chosen. The caller does the shift by one.
+- Masks are explicit, of any integer, float or boolean dtype; a non-zero entry counts fully. Whatever stands where the
+  mask is zero, infinities and NaN included, reaches neither the result nor a gradient.
+- Arithmetic and reductions are float32, or float64 for float64 input. No argument is detached: differentiate with
+  respect to the new log-probs or values only.
+- A loss is a masked sum over a denominator. The default denominator is the mask's own count; pass the count of the
+  global batch to make micro-batches and shards add up to the loss of the whole batch. A denominator of 0 gives 0.
+"""
+
+from jaxrlhf.objectives.advantages import gae
+from jaxrlhf.objectives.masked import last_token_index, masked_mean, masked_sum, masked_whiten, score_at_last_token
+from jaxrlhf.objectives.policy import policy_loss, ratio_variance, truncated_importance_weights, value_loss
+from jaxrlhf.objectives.rewards import kl_estimate, kl_penalty_rewards
+from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pairwise_loss
+
+__all__ = [
+    "gae",
+    "kl_estimate",
+    "kl_penalty_rewards",
+    "last_token_index",
+    "masked_mean",
+    "masked_sum",
+    "masked_whiten",
+    "pairwise_loss",
+    "policy_loss",
+    "ratio_variance",
+    "score_at_last_token",
+    "sft_loss",
+    "tokenwise_pairwise_loss",
+    "truncated_importance_weights",
+    "value_loss",
+]

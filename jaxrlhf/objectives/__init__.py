@@ -13,7 +13,14 @@ Conventions that hold for every function here:
 """
 
 from jaxrlhf.objectives.advantages import gae, group_advantages, reward_to_go, rloo_advantages
-from jaxrlhf.objectives.masked import last_token_index, masked_mean, masked_sum, masked_whiten, score_at_last_token
+from jaxrlhf.objectives.masked import (
+    last_token_index,
+    masked_mean,
+    masked_sum,
+    masked_variance,
+    masked_whiten,
+    score_at_last_token,
+)
 from jaxrlhf.objectives.policy import (
     AGGREGATIONS,
     loss_weights,
@@ -23,6 +30,7 @@ from jaxrlhf.objectives.policy import (
     value_loss,
 )
 from jaxrlhf.objectives.rewards import (
+    KL_ESTIMATES,
     Moments,
     adaptive_kl_coef,
     add_moments,
@@ -35,6 +43,7 @@ from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pai
 
 __all__ = [
     "AGGREGATIONS",
+    "KL_ESTIMATES",
     "Moments",
     "adaptive_kl_coef",
     "add_moments",
@@ -46,6 +55,7 @@ __all__ = [
     "loss_weights",
     "masked_mean",
     "masked_sum",
+    "masked_variance",
     "masked_whiten",
     "pairwise_loss",
     "penalised_scores",

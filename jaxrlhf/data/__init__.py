@@ -23,6 +23,7 @@ from jaxrlhf.data.templates import (
     load_tokenizer,
     pad_token_id,
 )
+from jaxrlhf.data.text import TextBlocks, load_text
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -31,6 +32,7 @@ __all__ = [
     "PairData",
     "PromptData",
     "SFTData",
+    "TextBlocks",
     "demo_quality",
     "encode_conversation",
     "encode_pair",
@@ -41,6 +43,7 @@ __all__ = [
     "eval_batches",
     "length_bucket",
     "load_data",
+    "load_text",
     "load_tokenizer",
     "materialize_demo",
     "pad_token_id",

@@ -13,12 +13,15 @@ Conventions that hold for every function here:
 """
 
 from jaxrlhf.objectives.advantages import gae
+from jaxrlhf.objectives.comparison import best_of_n_kl_bound, expected_best, win_rate
 from jaxrlhf.objectives.masked import last_token_index, masked_mean, masked_sum, masked_whiten, score_at_last_token
 from jaxrlhf.objectives.policy import policy_loss, ratio_variance, truncated_importance_weights, value_loss
 from jaxrlhf.objectives.rewards import kl_estimate, kl_penalty_rewards
 from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pairwise_loss
 
 __all__ = [
+    "best_of_n_kl_bound",
+    "expected_best",
     "gae",
     "kl_estimate",
     "kl_penalty_rewards",
@@ -34,4 +37,5 @@ __all__ = [
     "tokenwise_pairwise_loss",
     "truncated_importance_weights",
     "value_loss",
+    "win_rate",
 ]

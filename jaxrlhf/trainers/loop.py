@@ -99,10 +99,10 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
     def evaluate(step: int) -> None:
         run.log(step, {f"eval/{name}": value for name, value in task.evaluate(state, step).items()})
 
-    def save(step: int, best: int | None) -> None:
+    def save(step: int, best: int | None, keep_last: int) -> None:
         with run.status(f"saving checkpoint-{step}…"):
             metadata = {"identity": task.identity, "exports": task.exports}
-            save_checkpoint(run.output_dir, step, state, metadata, config.save_total_limit, keep={best})
+            save_checkpoint(run.output_dir, step, state, metadata, keep_last, keep={best})
 
     if start == 0:
         evaluate(0)
@@ -125,10 +125,11 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
                 before, best = best, best_step(run, task.best, done)
                 improved = best == done and before != done
             stop = any(gather("ending a step", stopped()))
-            given_up = guard.given_up
-            if last or stop or improved or given_up or (config.save_steps and done % config.save_steps == 0):
-                save(done, best)
-            if given_up:
+            due = improved or (config.save_steps and done % config.save_steps == 0)
+            # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
+            if last or stop or guard.given_up or (due and not guard.in_a_row):
+                save(done, best, 0 if guard.given_up else config.save_total_limit)
+            if guard.given_up:
                 guard.end(done)
             if stop and not last:
                 raise Interrupted(f"stopped after step {done}; continue with --resume")

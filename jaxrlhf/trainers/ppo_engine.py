@@ -1,6 +1,5 @@
-"""The models of a PPO run on one mesh: actor, reference, critic and reward model, and the state that training replaces."""
+"""The models of a PPO run on one mesh, and the state that training replaces."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,9 +66,10 @@ class RLHFEngine:
     """Actor, reference, critic and reward model on one mesh, and the PPO state that training replaces.
 
     The reference is a frozen copy of the actor, the critic starts as the reward model (without one, as the actor under
-    a new head); estimators other than "gae" have no critic, and reward functions need no reward model. `actor` is a HybridEngine that
-    generates with the current parameters. With LoRA there are no copies: the frozen base of the actor is the reference,
-    that of the critic, under a head of its own, the reward model. Adapters that a given Model brings are merged first.
+    a new head); estimators other than "gae" have no critic, and reward functions need no reward model. `actor` is a
+    HybridEngine that generates with the current parameters. With LoRA there are no copies: the frozen base of the actor
+    is the reference, that of the critic, under a head of its own, the reward model. Adapters that a given Model brings
+    are merged first.
     """
 
     def __init__(

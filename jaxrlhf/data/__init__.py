@@ -24,6 +24,7 @@ from jaxrlhf.data.templates import (
     pad_token_id,
     plain_response,
 )
+from jaxrlhf.data.text import TextBlocks, load_text
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -32,6 +33,7 @@ __all__ = [
     "PairData",
     "PromptData",
     "SFTData",
+    "TextBlocks",
     "demo_quality",
     "encode_conversation",
     "encode_pair",
@@ -42,6 +44,7 @@ __all__ = [
     "eval_batches",
     "length_bucket",
     "load_data",
+    "load_text",
     "load_tokenizer",
     "materialize_demo",
     "pad_token_id",

@@ -12,28 +12,63 @@ Conventions that hold for every function here:
   global batch to make micro-batches and shards add up to the loss of the whole batch. A denominator of 0 gives 0.
 """
 
-from jaxrlhf.objectives.advantages import gae
+from jaxrlhf.objectives.advantages import gae, group_advantages, reward_to_go, rloo_advantages
 from jaxrlhf.objectives.comparison import best_of_n_kl_bound, expected_best, win_rate
-from jaxrlhf.objectives.masked import last_token_index, masked_mean, masked_sum, masked_whiten, score_at_last_token
-from jaxrlhf.objectives.policy import policy_loss, ratio_variance, truncated_importance_weights, value_loss
-from jaxrlhf.objectives.rewards import kl_estimate, kl_penalty_rewards
+from jaxrlhf.objectives.masked import (
+    last_token_index,
+    masked_mean,
+    masked_sum,
+    masked_variance,
+    masked_whiten,
+    score_at_last_token,
+)
+from jaxrlhf.objectives.policy import (
+    AGGREGATIONS,
+    loss_weights,
+    policy_loss,
+    ratio_variance,
+    truncated_importance_weights,
+    value_loss,
+)
+from jaxrlhf.objectives.rewards import (
+    KL_ESTIMATES,
+    Moments,
+    adaptive_kl_coef,
+    add_moments,
+    kl_estimate,
+    kl_penalty_rewards,
+    penalised_scores,
+    standardised,
+)
 from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pairwise_loss
 
 __all__ = [
+    "AGGREGATIONS",
+    "KL_ESTIMATES",
+    "Moments",
+    "adaptive_kl_coef",
+    "add_moments",
     "best_of_n_kl_bound",
     "expected_best",
     "gae",
+    "group_advantages",
     "kl_estimate",
     "kl_penalty_rewards",
     "last_token_index",
+    "loss_weights",
     "masked_mean",
     "masked_sum",
+    "masked_variance",
     "masked_whiten",
     "pairwise_loss",
+    "penalised_scores",
     "policy_loss",
     "ratio_variance",
+    "reward_to_go",
+    "rloo_advantages",
     "score_at_last_token",
     "sft_loss",
+    "standardised",
     "tokenwise_pairwise_loss",
     "truncated_importance_weights",
     "value_loss",

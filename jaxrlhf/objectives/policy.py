@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrlhf.objectives.masked import keep_where, masked_mean
+from jaxrlhf.objectives.masked import divide, keep_where, masked_mean, masked_sum
+
+AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 
 
 def truncated_importance_weights(logprobs, sampler_logprobs, mask, cap: float) -> Array:
@@ -18,16 +20,48 @@ def truncated_importance_weights(logprobs, sampler_logprobs, mask, cap: float) -
     )
 
 
-def policy_loss(
-    logprobs, old_logprobs, advantages, mask, clip_range: float, denominator=None, weights=None
-) -> tuple[Array, dict[str, Array]]:
-    """PPO's clipped surrogate `mean(w·max(-A·r, -A·clip(r, 1 - ε, 1 + ε)))`, r = exp(logp - old), and its statistics.
+def loss_weights(mask, kind: str, length: int | None = None) -> Array:
+    """Weights `[B, T]` under which a sum over tokens is the aggregated loss of the batch; 0 where `mask` is not set.
 
-    All arrays are [B, T]; `weights` w are 1 unless given (`truncated_importance_weights`); `denominator` is the number
-    of response tokens of the global (mini)batch. Statistics, each a masked sum over that same denominator, so that
-    those of micro-batches add up: `ratio_shift` (mean of r - 1: shares of a mean of 1 would not add up to exactly 1),
-    `ratio_spread` (mean of (r - 1)², see `ratio_variance`), `clipfrac` (share of tokens where the clipped term is the
-    larger) and `approx_kl` (mean of (logp - old)²/2).
+    "token-mean": every token counts alike. "sequence-mean": every row with a token counts alike, and its tokens among
+    themselves. "fixed-length": tokens are summed per row and divided by the same `length`, then rows are averaged
+    (Dr. GRPO, Liu et al. 2025). Give the whole (mini)batch: weights of its parts then add up. Raises ValueError for
+    another `kind`.
+    """
+    keep = jnp.asarray(mask) != 0
+    tokens = jnp.sum(keep, axis=1, keepdims=True, dtype=jnp.int32)
+    rows = jnp.sum(tokens > 0, dtype=jnp.int32)
+    if kind == "token-mean":
+        return divide(keep.astype(float), jnp.sum(tokens))
+    if kind == "sequence-mean":
+        return divide(keep.astype(float), jnp.broadcast_to(tokens * rows, keep.shape))
+    if kind == "fixed-length":
+        return divide(keep.astype(float), rows * length)
+    raise ValueError(f"kind={kind!r} of loss weights is not one of {', '.join(map(repr, AGGREGATIONS))}")
+
+
+def policy_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    clip_range: float,
+    denominator=None,
+    weights=None,
+    *,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    token_weights=None,
+) -> tuple[Array, dict[str, Array]]:
+    """PPO's clipped surrogate `mean(w·max(-A·r, -A·clip(r, 1 - ε, 1 + ε_high)))`, r = exp(logp - old), and statistics.
+
+    All arrays are [B, T]; `weights` w are 1 unless given (`truncated_importance_weights`); `clip_range_high` ε_high
+    (default ε) bounds the ratio above; with `dual_clip` c > 1 no token of negative advantage adds more than `-A·c`
+    (Ye et al. 2020, equation 5). `denominator` is the number of response tokens of the global (mini)batch; with
+    `token_weights` (`loss_weights`) the loss is the sum under those instead. Statistics, each a masked sum over that
+    same denominator, so that those of micro-batches add up: `ratio_shift` (mean of r - 1: shares of a mean of 1 would
+    not add up to exactly 1), `ratio_spread` (mean of (r - 1)², see `ratio_variance`), `clipfrac` (share of tokens where
+    the clipped term is the larger) and `approx_kl` (mean of (logp - old)²/2).
     Source: Schulman et al. 2017, equation 7.
     """
     keep = jnp.asarray(mask) != 0
@@ -35,7 +69,8 @@ def policy_loss(
     ratio = jnp.exp(log_ratio)
     advantages = keep_where(advantages, keep)
     plain = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1 - clip_range, 1 + clip_range)
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = -advantages * jnp.clip(ratio, 1 - clip_range, 1 + high)
 
     def mean(x):
         return masked_mean(x, keep, denominator)
@@ -47,7 +82,11 @@ def policy_loss(
         "approx_kl": mean(0.5 * jnp.square(log_ratio)),
     }
     loss = jnp.maximum(plain, clipped)
-    return mean(loss if weights is None else loss * keep_where(weights, keep)), stats
+    if dual_clip is not None:
+        loss = jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual_clip), loss)
+    if weights is not None:
+        loss = loss * keep_where(weights, keep)
+    return (mean(loss) if token_weights is None else masked_sum(loss * keep_where(token_weights, keep), keep)), stats
 
 
 def ratio_variance(stats: dict[str, Array]) -> Array:

@@ -46,15 +46,15 @@ def in_step(number, action):
     """Have `action()` called by this process within the step `number` of the next run."""
     from jaxrlhf.trainers import loop
 
-    before = loop.check_finite
+    before = loop.Guard.check
 
-    def check_finite(metrics, step, run):
-        before(metrics, step, run)
+    def check(guard, metrics, step):
+        before(guard, metrics, step)
         if step == number:
-            loop.check_finite = before
+            loop.Guard.check = before
             action()
 
-    loop.check_finite = check_finite
+    loop.Guard.check = check
 
 
 def refusal(function):

@@ -22,9 +22,12 @@ _HOME = {
     "train_reward": "jaxrlhf.trainers.reward",
     "RLHFConfig": "jaxrlhf.trainers.rlhf",
     "train_rlhf": "jaxrlhf.trainers.rlhf",
+    "SampleConfig": "jaxrlhf.trainers.sample",
+    "sample": "jaxrlhf.trainers.sample",
+    "Rewards": "jaxrlhf.rewards",
     "InputError": "jaxrlhf.errors",
 }
-_SUBMODULES = ("distributed", "models", "sharding", "kernels", "data", "objectives", "trainers")
+_SUBMODULES = ("distributed", "models", "sharding", "kernels", "data", "objectives", "rewards", "trainers")
 
 __all__ = [*_HOME, *_SUBMODULES]
 

@@ -1,4 +1,4 @@
-"""The jitted step that SFT and reward modelling share: one model, one loss over labelled rows, accumulation inside."""
+"""The jitted step that SFT, reward models and DPO share: one model, one loss over labelled rows, accumulated."""
 
 import time
 from collections.abc import Callable
@@ -121,6 +121,9 @@ class Recipe(NamedTuple):
     """From their totals to metrics."""
     batch_options: dict[str, Any]
     """Passed to `data.batch`."""
+    extend: Callable[[Run, Any, Model, Mesh], Callable[[PyTree, Batch], Batch]] = lambda *_: lambda params, batch: batch
+    """`extend(run, config, start model, mesh)` is called once; what it returns, before each step and evaluation with
+    the current parameters and the placed batch, for a batch of more arrays."""
 
 
 def train_supervised(config: Any, recipe: Recipe) -> TrainState:
@@ -143,7 +146,7 @@ def train_supervised(config: Any, recipe: Recipe) -> TrainState:
 def supervised_task(
     run: Run, config: Any, recipe: Recipe, model: Model, tokenizer: Any, data: tuple[Data, Data], mesh: Mesh
 ) -> tuple[Task, TrainState]:
-    """A Task over labelled rows and its initial state; `config` is an SFTConfig or a RewardConfig."""
+    """A Task over labelled rows and its initial state; `config` is the trainer's own."""
     train, evaluation = data
     rows = config.per_device_train_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
     eval_rows = config.per_device_eval_batch_size * batch_devices(mesh)
@@ -154,13 +157,14 @@ def supervised_task(
     update = Announce(run, f"{recipe.name} train step", train_step)
     held, eval_held = held_rows(mesh, rows), held_rows(mesh, eval_rows)
     measured = Announce(run, f"{recipe.name} evaluation", eval_step)
+    extend = recipe.extend(run, config, model, mesh)
 
     def step(state: TrainState, i: int) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
         indices = stream_indices(i, rows, len(train), config.seed)
         batch = train.batch(indices, held=held, **recipe.batch_options)
         options = {"objective": recipe.objective, "micro_batches": config.gradient_accumulation_steps}
-        state, metrics = update(state, place_batch(batch, mesh), key, **options)
+        state, metrics = update(state, extend(state.params, place_batch(batch, mesh)), key, **options)
         metrics = jax.block_until_ready(metrics)
         tokens = train.token_count(indices)
         seconds = time.monotonic() - begin
@@ -176,7 +180,7 @@ def supervised_task(
         totals: dict[str, float] = {}
         for batch in eval_batches(evaluation, eval_rows, held=eval_held, **recipe.batch_options):
             options = {"module": state.module, "mesh": mesh, "measure": recipe.measure}
-            sums = to_host(measured(state.params, place_batch(batch, mesh), **options))
+            sums = to_host(measured(state.params, extend(state.params, place_batch(batch, mesh)), **options))
             for figure, value in sums.items():
                 totals[figure] = totals.get(figure, 0.0) + float(value)
         return recipe.summarise(totals)

@@ -5,6 +5,7 @@ Resumption, layouts and exports are in test_trainers.py, the step against a plai
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -187,15 +188,15 @@ def test_reward_figures_tell_accuracy_from_what_lengths_alone_give(config, demo,
     assert list(zip(chosen[:40], rejected[:40], strict=True)) == tokens
     assert chosen[-1] == rejected[-1] == 0
 
-    figures = reward_figures(jax.device_get(reward_sums("pairwise", model.module, model.params, batch)))
+    sums = jax.jit(partial(reward_sums, "pairwise", model.module))(model.params, batch)
+    figures = reward_figures(jax.device_get(sums))
+    forward = jax.jit(lambda params, *batch: model.module.apply({"params": params}, *batch))
     scores = [
-        np.asarray(model.module.apply({"params": model.params}, batch[f"{side}_ids"], batch[f"{side}_mask"]))
+        np.asarray(forward(model.params, batch[f"{side}_ids"], batch[f"{side}_mask"]))
         for side in ("chosen", "rejected")
     ]
-    right = [
-        scores[0][i, batch["chosen_mask"][i].sum() - 1] > scores[1][i, batch["rejected_mask"][i].sum() - 1]
-        for i in rows
-    ]
+    ends = [batch[f"{side}_mask"].sum(axis=1)[:40] - 1 for side in ("chosen", "rejected")]
+    right = scores[0][rows, ends[0]] > scores[1][rows, ends[1]]
     similar = [abs(a - b) < 0.1 * max(a, b) for a, b in tokens]
     assert 0 < sum(similar) < 40 and len({a == b for a, b in tokens}) == 2
     assert figures["accuracy"] == pytest.approx(np.mean(right))

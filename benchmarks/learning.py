@@ -182,7 +182,7 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
     """
     reward, start = reward_model(0), start or sft_model(0)
     base = step_configs(demo_settings(seed, folder))["ppo"]
-    options = {"eval_steps": 20, "logging_steps": 20, "sample_steps": 0, "num_sample_rows": 0} | options
+    options = {"eval_steps": 10, "logging_steps": 20, "sample_steps": 0, "num_sample_rows": 0} | options
     models = {"actor_model_name_or_path": str(start), "critic_model_name_or_path": str(reward)}
     config = replace(base, **models, **options)
     begin = time.monotonic()
@@ -227,7 +227,7 @@ def held_out_scores(actor: Path, reward: Path, config: PPOConfig) -> np.ndarray:
     return np.array([record["score"] for record in records])
 
 
-STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 60, "lr_scheduler_type": "linear", "ema_decay": 0.97}
+STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 40, "lr_scheduler_type": "linear", "ema_decay": 0.97}
 CRITIC_FREE = STEERED | {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4}
 
 

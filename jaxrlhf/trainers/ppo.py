@@ -38,6 +38,8 @@ EXPERIENCE_ARRAYS = ("tokens", "mask", "response_mask", "logprobs", "ref_logprob
 
 
 def show_samples(run: Run, title: str, records: list[dict[str, Any]], step: int) -> None:
+    if not records:
+        return
     rows = [[r["prompt"], r["response"], round(r["score"], 3), round(r["kl"], 2)] for r in records]
     run.table(title, ("prompt", "response", "score", "KL"), rows, step)
 

@@ -4,15 +4,18 @@ from jaxrlhf.kernels.attention import attention, attention_mask
 from jaxrlhf.kernels.choice import IMPLEMENTATIONS, choose
 from jaxrlhf.kernels.decode_attention import decode_attention
 from jaxrlhf.kernels.flash_attention import flash_attention
-from jaxrlhf.kernels.logprobs import project_logits, token_logprobs
+from jaxrlhf.kernels.logprobs import HeadPlacement, gathered_blocks, logprob_blocks, project_logits, token_logprobs
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "HeadPlacement",
     "attention",
     "attention_mask",
     "choose",
     "decode_attention",
     "flash_attention",
+    "gathered_blocks",
+    "logprob_blocks",
     "project_logits",
     "token_logprobs",
 ]

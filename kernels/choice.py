@@ -8,7 +8,11 @@ import jax.numpy as jnp
 from jaxrlhf.kernels import pallas
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn")
-KERNELS = {"decode_attention": IMPLEMENTATIONS[:3], "flash_attention": IMPLEMENTATIONS}
+KERNELS = {
+    "decode_attention": IMPLEMENTATIONS[:3],
+    "flash_attention": IMPLEMENTATIONS,
+    "token_logprobs": IMPLEMENTATIONS[:3],
+}
 """What each kernel exists as."""
 
 

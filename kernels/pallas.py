@@ -18,7 +18,12 @@ try:
     from jax.experimental.pallas import triton
 except ImportError:  # a later JAX without it
     pl = triton = None
+try:
+    from jax.experimental.pallas import tpu
+except ImportError:
+    tpu = None
 
+LANES = 128  # of a TPU's vector registers
 LOG_ZERO = -1e30  # finite, so that rows without any key stay free of NaN
 MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132}
 SHARED_MEMORY = {"A100": 163 * 1024, "H100": 227 * 1024, "H200": 227 * 1024}
@@ -81,11 +86,18 @@ def launch(
     out_shape: Any,
     num_warps: int,
     num_stages: int,
+    tpu: Callable[..., Any] | None = None,
+    finish: Callable[[Any], Any] = lambda outputs: outputs,
+    aliases: dict[int, int] | None = None,
 ) -> Any:
-    """`pl.pallas_call` on the platform that the program is compiled for; only `cpu` and `cuda` have one."""
+    """The kernel on the platform that the program is compiled for: `cpu`, `cuda`, or `tpu`.
+
+    For the first two `finish` of `pl.pallas_call` of `body`; `tpu` is a function of the arrays that launches its form
+    there and gives the same results. `aliases` names inputs whose place an output takes.
+    """
 
     def call(*arrays: jax.Array, interpret: bool) -> Any:
-        return pl.pallas_call(
+        outputs = pl.pallas_call(
             body,
             grid=grid,
             in_specs=in_specs,
@@ -93,6 +105,38 @@ def launch(
             out_shape=out_shape,
             interpret=interpret,
             compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+            input_output_aliases=aliases or {},
         )(*arrays)
+        return finish(outputs)
 
-    return jax.lax.platform_dependent(*arrays, cpu=partial(call, interpret=True), cuda=partial(call, interpret=False))
+    platforms = {"cpu": partial(call, interpret=True), "cuda": partial(call, interpret=False)}
+    if tpu is not None:
+        platforms["tpu"] = tpu
+    return jax.lax.platform_dependent(*arrays, **platforms)
+
+
+def launch_tpu(
+    body: Callable,
+    arrays: Sequence[jax.Array],
+    *,
+    grid: tuple[int, ...],
+    in_specs: Sequence[Any],
+    out_specs: Any,
+    out_shape: Any,
+    semantics: tuple[str, ...],
+    scalars: int = 0,
+    scratch: Sequence[Any] = (),
+    aliases: dict[int, int] | None = None,
+    interpret: bool = False,
+) -> Any:
+    """A kernel through Mosaic; the first `scalars` arrays lie whole in scalar memory, and index maps get them too."""
+    return pl.pallas_call(
+        body,
+        grid_spec=tpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=scalars, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+        ),
+        out_shape=out_shape,
+        interpret=interpret,
+        compiler_params=tpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=64 * 2**20),
+        input_output_aliases=aliases or {},
+    )(*arrays)

@@ -14,9 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import project_logits, token_logprobs
+from jaxrlhf.kernels import project_logits
 from jaxrlhf.models.attend import attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
+from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.rotary import rotate, rotation
 from jaxrlhf.sharding import constrain
 
@@ -431,13 +432,13 @@ class Decoder(nn.Module):
         return self.finish(constrain(x, "batch", None, None))
 
     def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
-        """The language-model head's `[V_padded, E]` matrix in compute dtype, and its bias."""
-        weight, bias = (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
-        return weight.astype(self.dtype), bias
+        """The language-model head's `[V_padded, E]` matrix as it is stored, and its bias."""
+        return (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
 
     def padded_logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""
-        return project_logits(hidden, *self.output_weight(), self.config.vocab_size)
+        weight, bias = self.output_weight()
+        return project_logits(hidden, weight.astype(self.dtype), bias, self.config.vocab_size)
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, position_ids: jax.Array | None = None
@@ -457,12 +458,13 @@ class Decoder(nn.Module):
         """
         hidden = self.hidden_states(input_ids, attention_mask)[:, :-1]
         weight, bias = self.output_weight()
-        result = token_logprobs(
+        result = head_logprobs(
             hidden,
             weight,
+            bias,
             input_ids[:, 1:],
             vocab_size=self.config.vocab_size,
-            bias=bias,
             temperature=temperature,
+            zero_stage=self.zero_stage,
         )
         return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in result)

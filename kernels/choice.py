@@ -56,8 +56,10 @@ def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
             and head_dim in row.head_dims
         )
         implementation = next(fitting, "xla")
-    elif implementation == "pallas" and platform not in ("cpu", "gpu"):
-        raise ValueError(f"implementation='pallas' of {kernel} runs on NVIDIA and CPU, not on {platform}; take 'xla'")
+    elif implementation == "pallas" and platform not in ("cpu", "gpu", "tpu"):
+        raise ValueError(
+            f"implementation='pallas' of {kernel} runs on NVIDIA, TPU and CPU, not on {platform}; take 'xla'"
+        )
     elif implementation == "cudnn" and platform != "gpu":
         raise ValueError(f"implementation='cudnn' of {kernel} runs on NVIDIA devices, not on {platform}; take 'xla'")
     return "xla" if implementation == "pallas" and not pallas.available() else implementation

@@ -118,23 +118,24 @@ def figures_of(hidden, part, bias, columns, labels, temperature: float, blocks: 
     splits = -(-steps // share)
     shape = _Shape(tokens, vocab, width, temperature, blocks, share)
 
-    def join(shares: tuple[jax.Array, ...]) -> Figures:
+    def launch(*arrays: jax.Array, interpret: bool) -> Figures:
+        shares = pallas.launch(
+            partial(token_logprobs_forward, shape=shape),
+            arrays,
+            grid=(rows, splits),
+            in_specs=[_whole(tokens, width), _whole(vocab, width), _whole(vocab), _whole(vocab), _whole(tokens)],
+            out_specs=[pl.BlockSpec((None, tokens), lambda i, j: (j, 0))] * 4,
+            out_shape=[jax.ShapeDtypeStruct((splits, tokens), jnp.float32)] * 4,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            interpret=interpret,
+        )
         top = shares[0].max(0)
         _, *sums = rescaled(tuple(shares), top)
         return tuple(x[:, None] for x in (top, *(x.sum(0) for x in sums)))
 
-    return pallas.launch(
-        partial(token_logprobs_forward, shape=shape),
-        [hidden, part, bias, columns, labels],
-        grid=(rows, splits),
-        in_specs=[_whole(tokens, width), _whole(vocab, width), _whole(vocab), _whole(vocab), _whole(tokens)],
-        out_specs=[pl.BlockSpec((None, tokens), lambda i, j: (j, 0))] * 4,
-        out_shape=[jax.ShapeDtypeStruct((splits, tokens), jnp.float32)] * 4,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        tpu=partial(_tpu_figures, temperature=temperature),
-        finish=join,
-    )
+    arrays = hidden, part, bias, columns, labels
+    return pallas.dispatch(launch, partial(_tpu_figures, temperature=temperature), *arrays)
 
 
 def logit_gradient_of(
@@ -143,18 +144,19 @@ def logit_gradient_of(
     """`logit_gradient` `[n, v]` in the dtype of hidden `[n, D]`, for a part `[v, D]` of the head; figures `[n]`."""
     (tokens, width), vocab = hidden.shape, part.shape[0]
     blocks = blocks or head_blocks(tokens, width, hidden.dtype)
-    vector = _whole(tokens)
-    return pallas.launch(
+    launch = partial(
+        pallas.launch,
         partial(token_logprobs_logit_gradient, shape=_Shape(tokens, vocab, width, temperature, blocks)),
-        [hidden, part, bias, columns, labels, *per_token],
         grid=(pl.cdiv(tokens, blocks.tokens), pl.cdiv(vocab, blocks.vocab)),
-        in_specs=[_whole(tokens, width), _whole(vocab, width), _whole(vocab), _whole(vocab), *[vector] * 6],
+        in_specs=[_whole(tokens, width), _whole(vocab, width), _whole(vocab), _whole(vocab), *[_whole(tokens)] * 6],
         out_specs=_whole(tokens, vocab),
         out_shape=jax.ShapeDtypeStruct((tokens, vocab), hidden.dtype),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
-        tpu=partial(_tpu_logit_gradient, temperature=temperature),
     )
+    arrays = hidden, part, bias, columns, labels, *per_token
+    tpu_form = partial(_tpu_logit_gradient, temperature=temperature)
+    return pallas.dispatch(lambda *arrays, interpret: launch(arrays, interpret=interpret), tpu_form, *arrays)
 
 
 # ---- on TPUs

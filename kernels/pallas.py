@@ -32,13 +32,16 @@ SHARED_MEMORY = {"A100": 163 * 1024, "H100": 227 * 1024, "H200": 227 * 1024}
 @lru_cache(maxsize=1)
 def available() -> bool:
     """Whether this JAX can run our kernels; warns once, on the first call, when it cannot."""
-    if triton is None:
+    on_tpu = jax.default_backend() == "tpu"
+    lowering = tpu if on_tpu else triton
+    if lowering is None:
         warnings.warn(
-            f"JAX {jax.__version__} has no Triton lowering of Pallas any more: attention runs as plain XLA instead",
+            f"JAX {jax.__version__} has no {'Mosaic' if on_tpu else 'Triton'} lowering of Pallas any more: our kernels "
+            "run as plain XLA instead",
             RuntimeWarning,
             stacklevel=2,
         )
-    return triton is not None
+    return lowering is not None
 
 
 def device_name() -> str:
@@ -76,6 +79,15 @@ def store(ref: Any, value: jax.Array, mask: jax.Array) -> None:
     triton.store(ref, value.astype(ref.dtype), mask=mask)
 
 
+def dispatch(triton_form: Callable, tpu_form: Callable, *arrays: Any) -> Any:
+    """A kernel's form for the platform that the program is compiled for: cpu, cuda or tpu.
+
+    Both are functions of `arrays`, which may be trees; the first also of `interpret`, true on CPU.
+    """
+    platforms = {"cpu": partial(triton_form, interpret=True), "cuda": partial(triton_form, interpret=False)}
+    return jax.lax.platform_dependent(*arrays, **platforms, tpu=tpu_form)
+
+
 def launch(
     body: Callable,
     arrays: Sequence[jax.Array],
@@ -86,33 +98,20 @@ def launch(
     out_shape: Any,
     num_warps: int,
     num_stages: int,
-    tpu: Callable[..., Any] | None = None,
-    finish: Callable[[Any], Any] = lambda outputs: outputs,
     aliases: dict[int, int] | None = None,
+    interpret: bool = False,
 ) -> Any:
-    """The kernel on the platform that the program is compiled for: `cpu`, `cuda`, or `tpu`.
-
-    For the first two `finish` of `pl.pallas_call` of `body`; `tpu` is a function of the arrays that launches its form
-    there and gives the same results. `aliases` names inputs whose place an output takes.
-    """
-
-    def call(*arrays: jax.Array, interpret: bool) -> Any:
-        outputs = pl.pallas_call(
-            body,
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            interpret=interpret,
-            compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-            input_output_aliases=aliases or {},
-        )(*arrays)
-        return finish(outputs)
-
-    platforms = {"cpu": partial(call, interpret=True), "cuda": partial(call, interpret=False)}
-    if tpu is not None:
-        platforms["tpu"] = tpu
-    return jax.lax.platform_dependent(*arrays, **platforms)
+    """A kernel through Triton; `aliases` names inputs whose place an output takes."""
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        input_output_aliases=aliases or {},
+    )(*arrays)
 
 
 def launch_tpu(

@@ -7,21 +7,18 @@ passed to `apply`.
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import project_logits
+from jaxrlhf.kernels import Cache, entries, project_logits, write_columns
 from jaxrlhf.models.attend import attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.rotary import rotate, rotation
 from jaxrlhf.sharding import constrain
-
-Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, H_kv, S, D]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -166,14 +163,6 @@ class Projection(nn.Module):
         return y
 
 
-def write_columns(cache: jax.Array, new: jax.Array, column: jax.Array | int) -> jax.Array:
-    """`cache` `[B, H, S, D]` with `new` `[B, H, T, D]` from `column` on (one, or `[B]`); in place under jit."""
-    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
-    if jnp.ndim(column):
-        write = jax.vmap(write)
-    return write(cache, new.astype(cache.dtype), column)
-
-
 class Attention(nn.Module):
     """Self-attention. With `qkv_groups` g > 0 query, key and value are one map `qkv`, of which group i of g holds the
     query heads, then the key heads, then the value heads of shard i (models/decode.py makes it)."""
@@ -217,9 +206,6 @@ class Attention(nn.Module):
             key = rotate(key, *context.rotation, interleaved=c.rotary_interleaved)
 
         decoding = context.write_index is not None
-        if cache is not None:
-            at = context.write_index if decoding else 0
-            cache = tuple(write_columns(old, new, at) for old, new in zip(cache, (key, value), strict=True))
         implementation = self.implementation
         if implementation == "cudnn":
             # It has no form for what generation needs (left padding, one query), and wants plain numbers.
@@ -233,14 +219,10 @@ class Attention(nn.Module):
             "implementation": implementation,
         }
         if decoding:
-            output = attend_to_cache(
-                query,
-                *(x.astype(self.dtype) for x in cache),
-                context.start,
-                context.write_index,
-                **shared,
-            )
+            output, cache = attend_to_cache(query, key, value, cache, context.start, context.write_index, **shared)
         else:
+            if cache is not None:
+                cache = write_columns(cache, entries(key, value, cache), 0)
             dropout = c.attention_dropout > 0 and self.has_rng("dropout")
             output = attend_to_sequence(
                 query,
@@ -346,7 +328,8 @@ class Decoder(nn.Module):
     Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` says what of a block
     the backward pass recomputes (REMAT_POLICIES); `lora` adds adapters (models/lora.py); `zero_stage` how parameters
     lie on a mesh (models/model.py) and changes no result; `attention_implementation` which kernels it takes, one of
-    kernels.IMPLEMENTATIONS ("cudnn": for training and scoring; generation as "auto").
+    kernels.IMPLEMENTATIONS ("cudnn": for training and scoring; generation as "auto"), `logprob_implementation` likewise
+    that of token log-probs; `kv_cache_dtype`, one of kernels.KV_CACHE_DTYPES, how generation holds keys and values.
     """
 
     config: DecoderConfig
@@ -356,6 +339,8 @@ class Decoder(nn.Module):
     lora: LoRAConfig | None = None
     zero_stage: int = 3
     attention_implementation: str = "auto"
+    logprob_implementation: str = "auto"
+    kv_cache_dtype: str = "auto"
 
     def setup(self) -> None:
         c = self.config
@@ -466,5 +451,6 @@ class Decoder(nn.Module):
             vocab_size=self.config.vocab_size,
             temperature=temperature,
             zero_stage=self.zero_stage,
+            implementation=self.logprob_implementation,
         )
         return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in result)

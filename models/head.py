@@ -3,6 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec
 
+from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import HeadPlacement, token_logprobs
 from jaxrlhf.sharding import REPLICATED_RULES, current_rules, resolve_spec
 
@@ -32,6 +33,12 @@ def head_placement(weight: tuple[int, int], rows: int, zero_stage: int) -> HeadP
 def head_logprobs(
     hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, labels: jax.Array, *, zero_stage: int, **options
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs` of hidden `[B, T, D]`, each device with its own rows and its own part of the vocabulary."""
+    """`token_logprobs` of hidden `[B, T, D]`, each device with its own rows and its own part of the vocabulary.
+
+    InputError for an implementation that cannot run here.
+    """
     placement = head_placement(weight.shape, hidden.shape[0], zero_stage)
-    return token_logprobs(hidden, weight, labels, bias=bias, placement=placement, **options)
+    try:
+        return token_logprobs(hidden, weight, labels, bias=bias, placement=placement, **options)
+    except ValueError as error:
+        raise InputError(f"token log-probs: {error}") from error

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrlhf.kernels import HeadPlacement, project_logits, token_logprobs
+from jaxrlhf.kernels import HeadPlacement, logprobs_kernel, project_logits, token_logprobs
 from jaxrlhf.kernels.logprobs import LogprobBlocks, logprob_blocks
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks
 from jaxrlhf.sharding import make_mesh
@@ -264,3 +264,11 @@ def test_the_kernel_equals_float64_and_never_sees_padded_rows(kernel_blocks, opt
     # The interpreter hands out outputs full of NaN, so an element that is not written shows.
     options = {"temperature": temperature, "implementation": "pallas", "blocks": blocks, "kernel_blocks": kernel_blocks}
     check(run(hidden, weight, bias, *rest, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "width": 40} | NO_PADDING])
+def test_the_form_for_tpus_equals_float64(options, through_mosaic, monkeypatch):
+    arrays = make(**options, length=21)
+    monkeypatch.setattr(logprobs_kernel, "_tpu_blocks", lambda *_: (16, 128))
+    got = run(*arrays, temperature=0.5, implementation="pallas", blocks=LogprobBlocks(33, 20))
+    check(got, oracle(*arrays, 0.5, VOCAB))

@@ -1,7 +1,7 @@
 """The hot paths beside their plain references: attention, and token log-probs from hidden states."""
 
 from jaxrlhf.kernels.attention import attention, attention_mask
-from jaxrlhf.kernels.choice import IMPLEMENTATIONS, choose
+from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, choose
 from jaxrlhf.kernels.decode_attention import append_attention, decode_attention
 from jaxrlhf.kernels.flash_attention import flash_attention
 from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, Cache, entries, write_columns
@@ -9,6 +9,7 @@ from jaxrlhf.kernels.logprobs import HeadPlacement, gathered_blocks, logprob_blo
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "KERNELS",
     "KV_CACHE_DTYPES",
     "Cache",
     "HeadPlacement",

@@ -54,18 +54,19 @@ def decode_blocks(
     """Blocks for `programs` = B · H_kv pairs on a `device` (a key of pallas.MULTIPROCESSORS; the one at hand).
 
     Keys and values of a step are 32 KiB in the compute `dtype`, so that those in flight cover the latency of the memory
-    (16 KiB where registers also hold float32, or what eight bits are widened to), and rows are split until every
+    (16 KiB where registers also hold what eight bits are widened to, 8 KiB in float32), and rows are split until every
     multiprocessor has two programs, or a share is down to two steps.
     """
     device = device or pallas.device_name()
     single = jnp.dtype(dtype) == jnp.float32
     row = power_of_two(head_dim) * jnp.dtype(dtype).itemsize
-    columns = max(16, min(128, (8 if single or quantised else 16) * 1024 // row, power_of_two(cache_length)))
+    room = (4 if single else 8 if quantised else 16) * 1024
+    columns = max(16, min(128, room // row, power_of_two(cache_length)))
     wanted = math.ceil(2 * pallas.MULTIPROCESSORS[device] / programs)
     splits = max(1, min(wanted, cache_length // (2 * columns)))
-    room = pallas.SHARED_MEMORY[device] // (2 * columns * row) - 1
+    stages = pallas.SHARED_MEMORY[device] // (2 * columns * row) - 1
     # Float32 products are no matter of matrix units: with four warps they would spill registers.
-    return DecodeBlocks(columns, splits, 8 if single else 4, max(1, min(3, room)))
+    return DecodeBlocks(columns, splits, 8 if single else 4, max(1, min(3, stages)))
 
 
 def _check(query, cache, start, length, slopes, new=()) -> None:

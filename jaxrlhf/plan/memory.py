@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from jaxrlhf.kernels import gathered_blocks, logprob_blocks
+from jaxrlhf.kernels import KV_CACHE_DTYPES, gathered_blocks, logprob_blocks
 from jaxrlhf.models import (
     Decoder,
     cast_matrices,
@@ -170,13 +170,18 @@ def _merged_adapters(system: System) -> int:
 
 
 def cache_bytes(system: System, platform: str = "") -> int:
-    """Bytes of the key/value cache of all layers, prompt and answer; on a TPU head_dim is padded to its lanes."""
-    c, itemsize = system.modules["actor"].config, jnp.dtype(system.modules["actor"].dtype).itemsize
+    """Bytes of the key/value cache of all layers, prompt and answer; on a TPU head_dim is padded to its lanes.
+
+    Quantised caches (`kv_cache_dtype`) have a float32 scale per head and token.
+    """
+    module = system.modules["actor"]
+    c, dtype = module.config, KV_CACHE_DTYPES[module.kv_cache_dtype]
     shape = (system.generate_rows, c.num_kv_heads, system.length, c.head_dim)
     sharding = named_sharding(("batch", "kv_heads", None, None), shape, system.generate_mesh, GENERATE_RULES)
     *rows, width = sharding.shard_shape(shape)
     lanes = -(-width // 128) * 128 if platform == "tpu" else width
-    return 2 * c.num_layers * math.prod(rows) * lanes * itemsize
+    scales = 0 if dtype is None else 4
+    return 2 * c.num_layers * math.prod(rows) * (lanes * jnp.dtype(dtype or module.dtype).itemsize + scales)
 
 
 def _working_copy(system: System, name: str, params: PyTree) -> int:

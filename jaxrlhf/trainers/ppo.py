@@ -26,7 +26,7 @@ from jaxrlhf.models import (
     param_shardings,
     read_config,
     split_trainable,
-    with_attention,
+    with_kernels,
 )
 from jaxrlhf.ppo import Experience, PPOHyperparameters, PPOState, ppo_step, score_rollout
 from jaxrlhf.runs import Run
@@ -40,6 +40,7 @@ from jaxrlhf.trainers.settings import (
     DTYPES,
     batch_devices,
     check_context,
+    kernel_options,
     lasting_settings,
     open_run,
     total_steps,
@@ -124,7 +125,7 @@ class RLHFEngine:
         longest = config.max_prompt_seq_len + config.max_answer_seq_len
         for model, name in ((actor, "actor"), (reward, "reward model")):
             check_context(model.config, longest, f"max_prompt_seq_len + max_answer_seq_len for the {name}")
-        actor, reward = (with_attention(model, config.attention_implementation) for model in (actor, reward))
+        actor, reward = (with_kernels(model, **kernel_options(config)) for model in (actor, reward))
         actor, reward = merged(with_special_tokens(actor, tokenizer)), merged(reward)
         self.critic_config = reward.config
         keys = jax.random.split(jax.random.key(config.seed))

@@ -114,13 +114,26 @@ class Experience:
     sampler_logprobs: jax.Array
     """The generate program's own log-probs, to watch the gap."""
     entropy: jax.Array
+    longest: int | None = flax.struct.field(pytree_node=False, default=None)
+    """N: no response is longer. The vocabulary head then runs on N columns from each row's first response token on, and
+    log-probs and entropies are 0 elsewhere; None: on all columns."""
 
 
 def actor_logprobs(
-    module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.Array, temperature: float
+    module: Decoder,
+    params: PyTree,
+    tokens: jax.Array,
+    mask: jax.Array,
+    temperature: float,
+    response_mask: jax.Array | None = None,
+    longest: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies `[B, T]`: the one function behind old, new and reference log-probs."""
-    return module.apply({"params": params}, tokens, mask, temperature, method="logprobs")
+    """Log-probs and entropies `[B, T]`: the one function behind old, new and reference log-probs.
+
+    With `response_mask` and `longest`, only of `longest` columns from a row's first response token on (0 elsewhere).
+    """
+    window = () if longest is None else (jnp.argmax(response_mask, axis=1), longest)
+    return module.apply({"params": params}, tokens, mask, temperature, *window, method="logprobs")
 
 
 def critic_values(module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -145,13 +158,14 @@ def score_rollout(
 ) -> Experience:
     """Turn a rollout into experience with the train program's forward passes, in chunks of a micro-batch."""
     h = hyperparameters
+    longest = rollout.tokens.shape[1] - rollout.prompt_length
 
     def passes(module: Decoder, params: PyTree, function: Callable[[PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
         params = working_copy(on_device(params), logical_axes(module), module, mesh)
         return map_rows(partial(function, params), rows, h.num_mini_batches * h.micro_batches)
 
     def logprobs_of(module: Decoder, params: PyTree, rows: Rollout) -> tuple[jax.Array, jax.Array]:
-        return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature)
+        return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature, rows.response_mask, longest)
 
     def score_of(params: PyTree, rows: Rollout) -> jax.Array:
         return objectives.score_at_last_token(reward.apply({"params": params}, rows.tokens, rows.mask), rows.mask)
@@ -175,6 +189,7 @@ def score_rollout(
             scores=scores,
             sampler_logprobs=rows.logprobs,
             entropy=entropy,
+            longest=longest,
         )
 
 
@@ -266,7 +281,7 @@ def ppo_step(state: PPOState, experience: Experience) -> tuple[PPOState, dict[st
 
         def update(carry: tuple, index: jax.Array) -> tuple[tuple, dict[str, jax.Array]]:
             batch = jax.tree.map(lambda x: constrain(jnp.take(x, index, axis=0), "batch", None), data)
-            return _update(state, frozen, carry, batch)
+            return _update(state, frozen, carry, batch, experience.longest)
 
         carry = (
             actor_params,
@@ -290,7 +305,11 @@ def ppo_step(state: PPOState, experience: Experience) -> tuple[PPOState, dict[st
 
 
 def _update(
-    state: PPOState, frozen: tuple[PyTree, PyTree], carry: tuple, batch: dict[str, jax.Array]
+    state: PPOState,
+    frozen: tuple[PyTree, PyTree],
+    carry: tuple,
+    batch: dict[str, jax.Array],
+    longest: int | None,
 ) -> tuple[tuple, dict[str, jax.Array]]:
     """One optimizer step of actor and critic on one minibatch; parameters in `carry` are the trainable ones."""
     h = state.hyperparameters
@@ -300,7 +319,8 @@ def _update(
 
     def actor_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = join(params, actor_frozen)
-        logprobs, _ = actor_logprobs(state.actor, params, b["tokens"], b["mask"], h.temperature)
+        sequences = b["tokens"], b["mask"], h.temperature, b["response_mask"], longest
+        logprobs, _ = actor_logprobs(state.actor, params, *sequences)
         return objectives.policy_loss(
             logprobs,
             b["logprobs"],

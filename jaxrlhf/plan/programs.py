@@ -272,7 +272,9 @@ def experience(system: System) -> Experience:
                 system, shapes.get(f.name, (system.rows, system.length)), kinds.get(f.name, jnp.float32), TRAIN_RULES
             )
             for f in dataclasses.fields(Experience)
-        }
+            if f.metadata.get("pytree_node", True)
+        },
+        longest=system.config.max_answer_seq_len,
     )
 
 

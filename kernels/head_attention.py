@@ -46,8 +46,9 @@ def head_attention(
     return output.reshape(query.shape).astype(query.dtype)
 
 
-def _dot_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())))
+def _dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """`a · b` or `a · bᵀ`, as a batch of one: remat policies that keep plain products are not to keep scores."""
+    return jax.lax.dot_general(a[None], b[None], (((2,), (2 if transposed else 1,)), ((0,), (0,))))[0]
 
 
 def _causal(query: jax.Array, key: jax.Array, window: jax.Array) -> jax.Array:
@@ -75,13 +76,13 @@ def _forward_head(causal: jax.Array, scale: jax.Array, head: tuple[jax.Array, ..
     """Output `[G, T, D]` and log-sum-exp `[G, T]`."""
     query, key, value, bias = head
     group, length, width = query.shape
-    scores = _dot_transposed((query * scale).reshape(-1, width), key).reshape(group, length, length)
+    scores = _dot((query * scale).reshape(-1, width), key, transposed=True).reshape(group, length, length)
     scores = scores + bias[:, None] + causal
     largest = jnp.maximum(scores.max(-1, keepdims=True), NEGATIVE)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
     seen = largest > NEGATIVE / 2
-    output = (weights.reshape(-1, length) @ value).reshape(query.shape)
+    output = _dot(weights.reshape(-1, length), value).reshape(query.shape)
     output = jnp.where(seen, output / total, 0.0)
     return output, jnp.where(seen, largest + jnp.log(total), _UNSEEN)[..., 0]
 
@@ -103,11 +104,11 @@ def _backward_head(
     query, key, key_transposed, value, bias, log_sum, along, grad = head
     group, length, width = query.shape
     queries, grads = query.reshape(-1, width), grad.reshape(-1, width)
-    scores = _dot_transposed(key * scale, queries).reshape(length, group, length)
+    scores = _dot(key * scale, queries, transposed=True).reshape(length, group, length)
     weights = jnp.exp(scores + bias.T[:, :, None] + causal[:, None] - log_sum)
-    by_weight = _dot_transposed(value, grads).reshape(weights.shape)
+    by_weight = _dot(value, grads, transposed=True).reshape(weights.shape)
     by_score = (weights * (by_weight - along) * scale).reshape(length, -1)
-    return key_transposed @ by_score, by_score @ queries, weights.reshape(length, -1) @ grads
+    return _dot(key_transposed, by_score), _dot(by_score, queries), _dot(weights.reshape(length, -1), grads)
 
 
 _attend.defvjp(_forward, _backward)

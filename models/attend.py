@@ -36,13 +36,13 @@ def _by_heads(
     cache_axes = ("batch", "kv_heads", None, None)
     arrays = [grouped, key, value, *rows]
     axes = [query_axes, cache_axes, cache_axes, *(("batch", *[None] * (x.ndim - 1)) for x in rows)]
-    if slopes is not None:
-        arrays.append(slopes.reshape(kv_heads, -1))
-        axes.append(("kv_heads", inner))
+    if slopes is not None:  # with rows of their own, so that they are split as the heads of the query are
+        arrays.append(jnp.broadcast_to(slopes.reshape(kv_heads, -1), grouped.shape[:3]))
+        axes.append(query_axes[:3])
 
     def local(grouped, key, value, first, second, slopes=None):
         query = grouped.reshape(grouped.shape[0], -1, *grouped.shape[3:])
-        slopes = None if slopes is None else slopes.reshape(-1)
+        slopes = None if slopes is None else slopes[0].reshape(-1)
         return function(query, key, value, first, second, slopes).reshape(grouped.shape)
 
     return map_shards(local, arrays, axes, out=0).reshape(query.shape)

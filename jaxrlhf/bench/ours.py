@@ -16,7 +16,7 @@ from jaxrlhf.bench.record import timed
 from jaxrlhf.bench.settings import BenchConfig
 from jaxrlhf.bench.work import Peaks
 from jaxrlhf.engine import Rollout
-from jaxrlhf.kernels import attention, attention_mask, token_logprobs
+from jaxrlhf.kernels import token_logprobs
 from jaxrlhf.models import (
     Model,
     create_model,
@@ -25,6 +25,7 @@ from jaxrlhf.models import (
     init_cache,
     save_pretrained,
 )
+from jaxrlhf.models.attend import attend_to_sequence
 from jaxrlhf.models.model import make_module
 from jaxrlhf.ppo import Experience
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, default_tensor_parallel, generate_mesh, place_batch, use
@@ -104,7 +105,7 @@ class Iteration:
 
 
 def attention_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any]]:
-    """One layer's attention of the actor over prompt and answer: `forward`, and `train` with its gradients."""
+    """One layer's attention of the actor over prompt and answer as in training: `forward`, `train` with gradients."""
     shape, mesh = config.shapes()[0], config.make_mesh()
     keys = jax.random.split(jax.random.key(config.seed), 4)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
@@ -115,9 +116,11 @@ def attention_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any
     *inputs, weights = place_batch(tuple(arrays), mesh, TRAIN_RULES)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        real = jnp.ones((rows, config.length), bool)
+        positions = jnp.broadcast_to(jnp.arange(config.length), real.shape)
+        options = {"scale": shape.head_dim**-0.5, "window": 0, "alibi_slopes": None, "implementation": "auto"}
         with use(mesh, TRAIN_RULES):
-            mask = attention_mask(jnp.ones((rows, config.length), bool), config.length)
-            return attention(q, k, v, mask, scale=shape.head_dim**-0.5)
+            return attend_to_sequence(q, k, v, real, positions, **options)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(forward(q, k, v).astype(jnp.float32) * weights)

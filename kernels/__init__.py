@@ -4,6 +4,7 @@ from jaxrlhf.kernels.attention import attention, attention_mask
 from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, choose
 from jaxrlhf.kernels.decode_attention import append_attention, decode_attention
 from jaxrlhf.kernels.flash_attention import flash_attention
+from jaxrlhf.kernels.head_attention import head_attention
 from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, Cache, entries, write_columns
 from jaxrlhf.kernels.logprobs import HeadPlacement, gathered_blocks, logprob_blocks, project_logits, token_logprobs
 
@@ -21,6 +22,7 @@ __all__ = [
     "entries",
     "flash_attention",
     "gathered_blocks",
+    "head_attention",
     "logprob_blocks",
     "project_logits",
     "token_logprobs",

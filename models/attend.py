@@ -15,9 +15,10 @@ from jaxrlhf.kernels import (
     decode_attention,
     entries,
     flash_attention,
+    head_attention,
     write_columns,
 )
-from jaxrlhf.sharding import map_shards
+from jaxrlhf.sharding import map_shards, platform
 
 
 def _choose(kernel: str, implementation: str, query: jax.Array, alibi: bool) -> str:
@@ -32,11 +33,10 @@ def _by_heads(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    start: jax.Array,
-    length: jax.Array,
+    rows: tuple[jax.Array, jax.Array],
     slopes: jax.Array | None,
 ) -> jax.Array:
-    """`function(query, key, value, start, length, slopes)`, each device with its own rows and heads.
+    """`function(query, key, value, *rows, slopes)`, each device with its own rows and heads; `rows` are `[B, …]`.
 
     Query heads go where their key/value head is; where all share one, they are split by themselves.
     """
@@ -45,16 +45,16 @@ def _by_heads(
     grouped = query.reshape(query.shape[0], kv_heads, -1, *query.shape[2:])
     query_axes = ("batch", "kv_heads", inner, *[None] * (query.ndim - 2))
     cache_axes = ("batch", "kv_heads", None, None)
-    arrays = [grouped, key, value, start, length]
-    axes = [query_axes, cache_axes, cache_axes, ("batch",), ("batch",)]
-    if slopes is not None:
-        arrays.append(slopes.reshape(kv_heads, -1))
-        axes.append(("kv_heads", inner))
+    arrays = [grouped, key, value, *rows]
+    axes = [query_axes, cache_axes, cache_axes, *(("batch", *[None] * (x.ndim - 1)) for x in rows)]
+    if slopes is not None:  # with rows of their own, so that they are split as the heads of the query are
+        arrays.append(jnp.broadcast_to(slopes.reshape(kv_heads, -1), grouped.shape[:3]))
+        axes.append(query_axes[:3])
 
-    def local(grouped, key, value, start, length, slopes=None):
+    def local(grouped, key, value, first, second, slopes=None):
         query = grouped.reshape(grouped.shape[0], -1, *grouped.shape[3:])
-        slopes = None if slopes is None else slopes.reshape(-1)
-        return function(query, key, value, start, length, slopes).reshape(grouped.shape)
+        slopes = None if slopes is None else slopes[0].reshape(-1)
+        return function(query, key, value, first, second, slopes).reshape(grouped.shape)
 
     return map_shards(local, arrays, axes, out=0).reshape(query.shape)
 
@@ -91,13 +91,13 @@ def attend_to_cache(
     axes: list[tuple[str | None, ...]] = [("batch", "kv_heads", inner, None), *[("batch", "kv_heads", None)] * 2]
     axes += [("batch",), ("batch",), *(("batch", "kv_heads", *[None] * (x.ndim - 2)) for x in cache)]
     if alibi_slopes is not None:
-        arrays.append(alibi_slopes.reshape(kv_heads, -1))
-        axes.append(("kv_heads", inner))
+        arrays.append(jnp.broadcast_to(alibi_slopes.reshape(kv_heads, -1), grouped.shape[:3]))
+        axes.append(("batch", "kv_heads", inner))
 
     def local(grouped, key, value, start, length, *rest):
         cache, slopes = rest[: len(cache_at)], rest[len(cache_at) :]
         query = grouped.reshape(grouped.shape[0], -1, grouped.shape[-1])
-        slopes = slopes[0].reshape(-1) if slopes else None
+        slopes = slopes[0][0].reshape(-1) if slopes else None
         output, cache = append_attention(query, key, value, cache, start, length, alibi_slopes=slopes, **options)
         return output.reshape(grouped.shape), *cache
 
@@ -130,7 +130,8 @@ def attend_to_sequence(
 ) -> jax.Array:
     """Training, scoring and prefill: causal attention of whole sequences, real where `key_mask` `[B, T]` is.
 
-    query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; `positions` `[B, T]` for ALiBi. Kernels other than XLA's want
+    query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; `positions` `[B, T]` for ALiBi. "auto" takes one head after the
+    other on a CPU (kernels/head_attention.py), elsewhere what kernels/choice.py says. Kernels other than XLA's want
     the real columns of a row beside each other and, for ALiBi, positions that count them: other rows come out as NaN.
     InputError for an implementation that cannot run here, or for dropout with one other than XLA's.
     """
@@ -140,8 +141,16 @@ def attend_to_sequence(
             f"attention_implementation={implementation!r} has no dropout, but attention_dropout={dropout_rate}: take "
             "'xla', or turn dropout off (--disable_dropout)"
         )
+    by_head = implementation == "auto" and platform() == "cpu"
     if not drops:
         implementation = _choose("flash_attention", implementation, query, alibi_slopes is not None)
+    if by_head and not drops and implementation == "xla":
+
+        def call_head(query, key, value, key_mask, positions, slopes):
+            options = {"scale": scale, "window": window, "alibi_slopes": slopes, "positions": positions}
+            return head_attention(query, key, value, key_mask, **options)
+
+        return _by_heads(call_head, query, key, value, (key_mask, positions), alibi_slopes)
     if drops or implementation == "xla":
         return attention(
             query,
@@ -164,7 +173,7 @@ def attend_to_sequence(
         columns = jnp.arange(key_mask.shape[1])
         unfit |= (key_mask & (positions != columns - start[:, None])).any(1)
     try:
-        output = _by_heads(call, query, key, value, start, length, alibi_slopes)
+        output = _by_heads(call, query, key, value, (start, length), alibi_slopes)
     except ValueError as error:
         raise InputError(f"attention_implementation: {error}") from error
     return jnp.where(unfit[:, None, None, None], jnp.nan, output)

@@ -164,16 +164,16 @@ class Projection(nn.Module):
         return y
 
 
-def read_columns(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    """`[B, count, …]`: the columns of `x` `[B, T, …]` from `start` `[B]` on."""
-    read = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=count))(x, start)
-    return constrain(read, "batch", *[None] * (x.ndim - 1))
-
-
 def place_columns(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
     """The inverse: `x` `[B, count]` from columns `start` `[B]` on of `[B, length]`, zeros elsewhere."""
     blank = jnp.zeros((x.shape[0], length), x.dtype)
     return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(blank, x, start)
+
+
+def read_columns(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """`[B, count, …]`: the columns of `x` `[B, T, …]` from `start` `[B]` on."""
+    read = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=count))(x, start)
+    return constrain(read, "batch", *[None] * (x.ndim - 1))
 
 
 class Attention(nn.Module):

@@ -99,6 +99,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, rules))
 
 
+def platform() -> str:
+    """What the current `use(mesh, rules)` computes on: `cpu`, `gpu` or `tpu`; outside of one, JAX's default."""
+    current = _current.get()
+    return jax.default_backend() if current is None else current[0].devices.flat[0].platform
+
+
 def split(axis: str, size: int) -> int:
     """Into how many parts the current `use(mesh, rules)` splits a dimension `axis` of `size`; 1 outside of one."""
     current = _current.get()

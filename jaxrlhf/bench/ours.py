@@ -107,7 +107,7 @@ class Iteration:
 
 
 def attention_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any]]:
-    """One layer's attention of the actor over prompt and answer: `forward`, and `train` with its gradients."""
+    """One layer's attention of the actor over prompt and answer as in training: `forward`, `train` with gradients."""
     shape, mesh = config.shapes()[0], config.make_mesh()
     keys = jax.random.split(jax.random.key(config.seed), 4)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)

@@ -84,8 +84,11 @@ def local_module(module: Decoder, tensor: int) -> Decoder:
 def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
     """Bytes that a training pass keeps for its backward pass, parameters and casts of them left out.
 
-    Masks that are computed twice are kept once, as compilers do.
+    Masks that are computed twice are kept once, as compilers do. What "auto" means on the planner's own device is not
+    what it means on the planned one: that is taken to be plain XLA.
     """
+    if module.attention_implementation == "auto":
+        module = module.clone(attention_implementation="xla")
     params = param_shapes(module)
     trainable, frozen = split_trainable(params, module)
     frozen = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype), frozen)

@@ -186,6 +186,11 @@ def test_work_of_an_iteration_against_counts_by_hand():
     attention = 4 * tokens * 512 * 5120 * 40
     assert forward_flops(module, 2, 512, 512) == pytest.approx(2 * tokens * (body + 50272 * 5120) + attention, rel=1e-3)
     cost = run_cost(system, config)
+    # the head runs on answers only, and the critic's is a vector
+    actor = 2 * tokens * body + 2 * (tokens / 2) * 50272 * 5120 + attention
+    critic = forward_flops(system.modules["critic"], 2, 512, 512)
+    assert cost.work["score"].flops == pytest.approx(2 * (actor + critic), rel=1e-3)
+    assert cost.work["train"].flops == pytest.approx(3 * (actor + critic), rel=1e-2)
     # decoding reads all weights and the cache once per token, and is bound by that
     moved = 2 * params + 2 * 40 * 2 * 512 * 5120 * 2
     assert cost.seconds["decode"] == pytest.approx(255 * moved / 2039e9, rel=0.01)

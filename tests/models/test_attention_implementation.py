@@ -9,7 +9,7 @@ from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import decode_step, generation_view, init_cache, prefill, with_kernels
 from jaxrlhf.sampling import SamplingConfig
-from jaxrlhf.sharding import TRAIN_RULES, make_mesh, use
+from jaxrlhf.sharding import TRAIN_RULES, make_mesh, platform, use
 
 PROMPT, STEPS = 6, 5
 DECODED = ("gpt2", "bloom", "llama", "gpt_neo", "mistral")
@@ -114,6 +114,51 @@ def test_rematerialised_training_on_a_mesh_is_that_of_xla_on_one_device(make_mod
     again = model.replace(module=model.module.clone(remat="full"))
     expected = loss_and_gradients(with_kernels(model, attention_implementation="xla"), ids, mask)
     assert_same(loss_and_gradients(again, ids, mask, make_mesh(2, 2, 2)), expected)
+
+
+@pytest.mark.parametrize("case", ["gpt_neo", "bloom", "llama-tied-mqa"])
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=["one device", "mesh"])
+def test_on_a_cpu_auto_goes_head_by_head_with_the_results_of_xla(case, shape, make_model, make_batch):
+    heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6} if case == "bloom" else {}
+    model = make_model(case, **heads)
+    assert model.module.attention_implementation == "auto"
+    for side in ("left", "right"):
+        batch = [np.concatenate([x, x[:1]]) for x in make_batch(side, model.config.vocab_size)]
+        mesh = make_mesh(*shape) if shape else None
+        expected = loss_and_gradients(with_kernels(model, attention_implementation="xla"), *batch)
+        assert_same(loss_and_gradients(model, *batch, mesh), expected)
+
+
+def test_the_platform_of_the_mesh_decides_and_not_the_host(make_model, make_batch, monkeypatch):
+    """A program compiled on a CPU for a GPU that is not there must not get the CPU's form."""
+    model = make_model("gpt2")
+    batch = make_batch("right", model.config.vocab_size)
+
+    def loops(module):
+        trace = jax.make_jaxpr(lambda *x: module.apply({"params": model.params}, *x))(*batch)
+        return str(trace).count("scan[")
+
+    assert loops(model.module) == 2 * loops(with_kernels(model, attention_implementation="xla").module)
+    assert platform() == "cpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loops(model.module) == loops(with_kernels(model, attention_implementation="xla").module)
+    with use(make_mesh(1, 1, 1, devices=jax.devices()[:1]), TRAIN_RULES):
+        assert platform() == "cpu"
+
+
+def test_what_remat_keeps_on_a_cpu_holds_no_scores(make_model):
+    """The policies that keep projections would keep products of single heads as well."""
+    module = make_model("gpt2").module
+    ids = jnp.zeros((2, 23), int)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), ids))["params"]
+
+    def kept(remat):
+        one = module.clone(remat=remat)
+        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: one.apply({"params": p}, ids), p)[1], params)
+        return [x.shape for x in jax.tree.leaves(residuals)]
+
+    for remat in ("none", "dots", "full"):
+        assert not [shape for shape in kept(remat) if shape[-2:] == (23, 23) and len(shape) > 2], remat
 
 
 def test_a_row_with_a_hole_is_marked_and_the_others_are_right(make_model, make_batch):

@@ -1,0 +1,114 @@
+"""Softmax attention of whole sequences one head after the other: the form that XLA's CPU backend is fast at.
+
+There, batched products of small matrices run at a fraction of the speed of plain ones, and `[B, H, T, T]` arrays of
+scores leave the caches. Here a loop takes one key/value head of one row at a time, in two dimensions, and its backward
+pass computes the scores anew, as `[keys, queries]`: of a plain product's operands only the second is fast transposed.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.kernels.attention import NEGATIVE
+
+_UNSEEN = -NEGATIVE  # log-sum-exp of a query that sees no key: all its weights come out as 0
+
+
+def head_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_mask: jax.Array,
+    *,
+    scale: jax.Array | float,
+    window: jax.Array | int = 0,
+    alibi_slopes: jax.Array | None = None,
+    positions: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention with grouped keys and values: `attention` under `attention_mask(key_mask, T, window=window)`.
+
+    query `[B, H, T, D]`; key, value `[B, H_kv, T, D]` with H a multiple of H_kv; key_mask bool `[B, T]`; `window` > 0
+    limits what a query sees to so many positions; `alibi_slopes` `[H]` adds slope · key position, with
+    `positions` `[B, T]`. Works in float32 and keeps query, key, value, output and one number per query for its
+    gradients. Returns `[B, H, T, D]` in the query's dtype; rows that see no key are 0.
+    """
+    batch, heads, length, width = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    bias = jnp.where(key_mask.astype(bool), 0.0, NEGATIVE)[:, None, None]
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.astype(jnp.float32).reshape(kv_heads, group, 1)
+        bias = bias + slopes * positions[:, None, None].astype(jnp.float32)
+    bias = jnp.broadcast_to(bias, (batch, kv_heads, group, length)).reshape(-1, group, length)
+    flat = (query.reshape(-1, group, length, width), *(x.reshape(-1, length, width) for x in (key, value)))
+    output = _attend(*(x.astype(jnp.float32) for x in flat), bias, jnp.float32(scale), jnp.int32(window))
+    return output.reshape(query.shape).astype(query.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """`a · b` or `a · bᵀ`, as a batch of one: remat policies that keep plain products are not to keep scores."""
+    return jax.lax.dot_general(a[None], b[None], (((2,), (2 if transposed else 1,)), ((0,), (0,))))[0]
+
+
+def _causal(query: jax.Array, key: jax.Array, window: jax.Array) -> jax.Array:
+    """Float32 0 where a query in one column may see a key in another, else NEGATIVE."""
+    distance = query - key
+    return jnp.where((distance >= 0) & ((distance < window) | (window <= 0)), 0.0, NEGATIVE)
+
+
+@jax.custom_vjp
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, scale: jax.Array, window: jax.Array
+) -> jax.Array:
+    """query `[N, G, T, D]`: what shares each of N key/value heads; key, value `[N, T, D]`; bias `[N, G, T]`."""
+    return _forward(query, key, value, bias, scale, window)[0]
+
+
+def _forward(query, key, value, bias, scale, window):
+    columns = jnp.arange(key.shape[1])
+    causal = _causal(columns[:, None], columns, window)
+    output, log_sum = jax.lax.map(partial(_forward_head, causal, scale), (query, key, value, bias))
+    return output, (query, key, value, bias, scale, window, output, log_sum)
+
+
+def _forward_head(causal: jax.Array, scale: jax.Array, head: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Output `[G, T, D]` and log-sum-exp `[G, T]`."""
+    query, key, value, bias = head
+    group, length, width = query.shape
+    scores = _dot((query * scale).reshape(-1, width), key, transposed=True).reshape(group, length, length)
+    scores = scores + bias[:, None] + causal
+    largest = jnp.maximum(scores.max(-1, keepdims=True), NEGATIVE)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    seen = largest > NEGATIVE / 2
+    output = _dot(weights.reshape(-1, length), value).reshape(query.shape)
+    output = jnp.where(seen, output / total, 0.0)
+    return output, jnp.where(seen, largest + jnp.log(total), _UNSEEN)[..., 0]
+
+
+def _backward(kept, grad):
+    query, key, value, bias, scale, window, output, log_sum = kept
+    columns = jnp.arange(key.shape[1])
+    causal = _causal(columns, columns[:, None], window)
+    along = (grad * output).sum(-1)
+    heads = (query, key, key.swapaxes(1, 2), value, bias, log_sum, along, grad)
+    grad_query, grad_key, grad_value = jax.lax.map(partial(_backward_head, causal, scale), heads)
+    return grad_query.swapaxes(1, 2).reshape(query.shape), grad_key, grad_value, None, None, None
+
+
+def _backward_head(
+    causal: jax.Array, scale: jax.Array, head: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients by query `[D, G·T]`, key and value `[T, D]`; scores and weights are `[T (keys), G, T]` here."""
+    query, key, key_transposed, value, bias, log_sum, along, grad = head
+    group, length, width = query.shape
+    queries, grads = query.reshape(-1, width), grad.reshape(-1, width)
+    scores = _dot(key * scale, queries, transposed=True).reshape(length, group, length)
+    weights = jnp.exp(scores + bias.T[:, :, None] + causal[:, None] - log_sum)
+    by_weight = _dot(value, grads, transposed=True).reshape(weights.shape)
+    by_score = (weights * (by_weight - along) * scale).reshape(length, -1)
+    return _dot(key_transposed, by_score), _dot(by_score, queries), _dot(weights.reshape(length, -1), grads)
+
+
+_attend.defvjp(_forward, _backward)

@@ -123,6 +123,7 @@ def launch_tpu(
     out_specs: Any,
     out_shape: Any,
     semantics: tuple[str, ...],
+    name: str,
     scalars: int = 0,
     scratch: Sequence[Any] = (),
     aliases: dict[int, int] | None = None,
@@ -136,6 +137,7 @@ def launch_tpu(
         ),
         out_shape=out_shape,
         interpret=interpret,
+        name=name,
         compiler_params=tpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=64 * 2**20),
         input_output_aliases=aliases or {},
     )(*arrays)

@@ -96,8 +96,7 @@ def decode_case(width: int, target: str, dtype: Any = jnp.bfloat16, kv: str = "a
     cache = (_shape(batch, kv_heads, size, width, dtype=held or dtype),) * 2
     cache += (_shape(batch, kv_heads, size, dtype=jnp.float32),) * (0 if held is None else 2)
     new = _shape(batch, kv_heads, width, dtype=dtype)
-    options = {"programs": batch * kv_heads, "cache_length": size, "quantised": held is not None}
-    blocks = decode_blocks(width, dtype, **options, device=_name(target))
+    blocks = decode_blocks(width, dtype, programs=batch * kv_heads, cache_length=size, device=_name(target))
 
     def attend(query, key, value, cache, start, length):
         options = {"scale": 1.0, "alibi_slopes": jnp.ones(heads), "implementation": "pallas", "blocks": blocks}

@@ -48,19 +48,18 @@ def decode_blocks(
     *,
     programs: int,
     cache_length: int,
-    quantised: bool = False,
     device: str | None = None,
 ) -> DecodeBlocks:
     """Blocks for `programs` = B · H_kv pairs on a `device` (a key of pallas.MULTIPROCESSORS; the one at hand).
 
-    Keys and values of a step are 32 KiB in the compute `dtype`, so that those in flight cover the latency of the memory
-    (16 KiB where registers also hold what eight bits are widened to, 8 KiB in float32), and rows are split until every
-    multiprocessor has two programs, or a share is down to two steps.
+    Keys and values of a step are 16 KiB in the compute `dtype` (8 KiB in float32): a few of them in flight cover the
+    latency of the memory, and registers hold them without spilling. Rows are split until every multiprocessor has two
+    programs, or a share is down to two steps.
     """
     device = device or pallas.device_name()
     single = jnp.dtype(dtype) == jnp.float32
     row = power_of_two(head_dim) * jnp.dtype(dtype).itemsize
-    room = (4 if single else 8 if quantised else 16) * 1024
+    room = (4 if single else 8) * 1024
     columns = max(16, min(128, room // row, power_of_two(cache_length)))
     wanted = math.ceil(2 * pallas.MULTIPROCESSORS[device] / programs)
     splits = max(1, min(wanted, cache_length // (2 * columns)))
@@ -166,8 +165,10 @@ def _attend(query, new, cache, start, length, implementation, blocks, *, scale, 
             f"implementation='pallas' of decode_attention takes head sizes up to {MAX_HEAD_DIM} in "
             f"{', '.join(DTYPES)}; found {width} in {key.dtype}: take 'xla'"
         )
-    shape = {"programs": key.shape[0] * key.shape[1], "cache_length": key.shape[2], "quantised": quantised(cache)}
-    blocks = blocks or decode_blocks(width, query.dtype, **shape)
+    programs = key.shape[0] * key.shape[1]
+    blocks = blocks or decode_blocks(width, query.dtype, programs=programs, cache_length=key.shape[2])
+    step = 2 * blocks.columns * power_of_two(width) * query.dtype.itemsize
+    pallas.check_shared_memory("decode_attention", blocks, blocks.num_stages * step)
     return _kernel(query, new, cache, first, length, float(scale), slopes, blocks)
 
 

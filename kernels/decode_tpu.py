@@ -161,6 +161,7 @@ def attend(
         out_specs=out_specs,
         out_shape=out_shape,
         semantics=("parallel", "arbitrary", "arbitrary"),
+        name="decode_attention_share",
         scalars=2,
         scratch=scratch,
         aliases={at + i: 1 + i for i in range(len(cache))} if appends else {},

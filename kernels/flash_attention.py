@@ -113,7 +113,11 @@ def flash_attention(
         jnp.asarray(scale, jnp.float32).reshape(1),
         jnp.zeros(query.shape[1]) if alibi_slopes is None else alibi_slopes.astype(jnp.float32),
     )
-    return _flash(query, key, value, scalars, alibi, blocks or flash_blocks(width, query.dtype, size))
+    blocks = blocks or flash_blocks(width, query.dtype, size)
+    for one in blocks:
+        rows = one.queries + 2 * one.num_stages * one.keys
+        pallas.check_shared_memory("flash_attention", one, rows * power_of_two(width) * query.dtype.itemsize)
+    return _flash(query, key, value, scalars, alibi, blocks)
 
 
 def _reference(query, key, value, start, length, scale, window, slopes) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.attention import NEGATIVE
 from jaxrlhf.kernels.choice import choose
 from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
@@ -146,6 +147,9 @@ def token_logprobs(
             f"implementation='pallas' of token_logprobs takes hidden states in {', '.join(DTYPES)}; found "
             f"{hidden.dtype}: take 'xla'"
         )
+    if kernel_blocks is not None:
+        held = (kernel_blocks.tokens + kernel_blocks.vocab) * kernel_blocks.width * kernel_blocks.num_stages
+        pallas.check_shared_memory("token_logprobs", kernel_blocks, held * hidden.dtype.itemsize)
     padded = vocab_size != weight.shape[0]
     task = _Task(vocab_size, float(temperature), padded, chosen, blocks, kernel_blocks, placement)
     return _logprobs(hidden, weight, bias, labels, task)

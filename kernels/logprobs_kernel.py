@@ -221,6 +221,7 @@ def _tpu_figures(hidden, part, bias, columns, labels, *, temperature: float, int
         out_specs=pl.BlockSpec((rows, LANES), lambda i, j: (i, 0)),
         out_shape=jax.ShapeDtypeStruct((tokens, LANES), jnp.float32),
         semantics=("parallel", "arbitrary"),
+        name=token_logprobs_forward.__name__,
         interpret=interpret,
     )
     return tuple(packed[:, i : i + 1] for i in range(4))
@@ -240,5 +241,6 @@ def _tpu_logit_gradient(
         out_specs=pl.BlockSpec((rows, entries), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((tokens, vocab), hidden.dtype),
         semantics=("parallel", "parallel"),
+        name=token_logprobs_logit_gradient.__name__,
         interpret=interpret,
     )

@@ -25,8 +25,11 @@ except ImportError:
 
 LANES = 128  # of a TPU's vector registers
 LOG_ZERO = -1e30  # finite, so that rows without any key stay free of NaN
-MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132}
-SHARED_MEMORY = {"A100": 163 * 1024, "H100": 227 * 1024, "H200": 227 * 1024}
+# By part of a device's kind, as JAX spells it; the first that fits. From the CUDA programming guide, chapter "Compute
+# capabilities": shared memory is what one block may have.
+MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132, "L40": 142, "A10": 72, "L4": 58, "V100": 80, "T4": 40}
+SHARED_MEMORY = {"A100": 163, "H100": 227, "H200": 227, "L40": 99, "A10": 99, "L4": 99, "V100": 96, "T4": 64}
+SHARED_MEMORY = {name: kib * 1024 for name, kib in SHARED_MEMORY.items()}
 
 
 @lru_cache(maxsize=1)
@@ -45,9 +48,20 @@ def available() -> bool:
 
 
 def device_name() -> str:
-    """The NVIDIA device at hand as a key of MULTIPROCESSORS; "A100", the smallest, where it is none of them."""
+    """The NVIDIA device at hand as a key of MULTIPROCESSORS; "A100" where it is none of them."""
     kind = jax.devices()[0].device_kind
     return next((name for name in MULTIPROCESSORS if name in kind), "A100")
+
+
+def check_shared_memory(kernel: str, blocks: Any, needed: int) -> None:
+    """ValueError where `blocks` of a kernel hold more at a time than the shared memory of the NVIDIA device at hand."""
+    device = device_name()
+    if needed > SHARED_MEMORY[device]:
+        raise ValueError(
+            f"implementation='pallas' of {kernel} with {blocks} needs {needed // 1024} KiB of shared memory, but a "
+            f"block has {SHARED_MEMORY[device] // 1024} KiB on an {device}: give smaller blocks or fewer num_stages, "
+            "or take 'xla'"
+        )
 
 
 def power_of_two(n: int) -> int:
@@ -123,6 +137,7 @@ def launch_tpu(
     out_specs: Any,
     out_shape: Any,
     semantics: tuple[str, ...],
+    name: str,
     scalars: int = 0,
     scratch: Sequence[Any] = (),
     aliases: dict[int, int] | None = None,
@@ -136,6 +151,7 @@ def launch_tpu(
         ),
         out_shape=out_shape,
         interpret=interpret,
+        name=name,
         compiler_params=tpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=64 * 2**20),
         input_output_aliases=aliases or {},
     )(*arrays)

@@ -22,6 +22,7 @@ COLUMNS = (
 )
 OURS, PEER = "#3366aa", "#cc7722"
 BEGIN, END = "<!-- results: written by `jaxrlhf bench --render` -->", "<!-- end of results -->"
+COMPILED = "kernels_aot"  # what benchmarks/kernels_aot.py writes
 ONE_OFF = {
     "continuous_batching": "continuous batching: tokens/s over those of fixed batches",
     "decode": "generation: seconds over those of a hand-written loop",
@@ -129,10 +130,35 @@ def render(results: Path, document: Path) -> int:
             [ONE_OFF[path.stem], f"{r['ratio']:.2f}", r["device"], f"`{r['command']}`"] for path, r in ratios.items()
         ]
         parts.append("### Single comparisons\n\n" + _markdown(("what", "ratio", "device", "command"), rows))
+    parts += [kernel_section(result) for path, result in found.items() if path.stem == COMPILED]
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail, encoding="utf-8")
-    return len(runs) + len(ratios)
+    return len(parts) - bool(ratios) + len(ratios)
+
+
+def kernel_section(result: dict[str, Any]) -> str:
+    """Registers and spills of every kernel on every device that it was compiled for."""
+    devices = list(dict.fromkeys(row["device"] for row in result["kernels"]))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result["kernels"]:
+        figures = "compiles" if row["registers"] is None else f"{row['registers']} / {row['spilled']}"
+        cells.setdefault((row["kernel"], row["shape"]), {})[row["device"]] = figures
+    rows = [[f"`{kernel}`", shape, *(found.get(d, "") for d in devices)] for (kernel, shape), found in cells.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join(
+        [
+            "### Kernels compiled ahead of time",
+            "",
+            "bfloat16; registers per thread / bytes spilled, as ptxas reports them; for a TPU, that Mosaic compiles "
+            f"the kernel. No device was present; these are no timings. {versions}; commit `{result['commit'][:10]}`, "
+            f"{result['time'][:10]}.",
+            "",
+            f"`{result['command']}`",
+            "",
+            _markdown(("kernel", "shape", *devices), sorted(rows)),
+        ]
+    )
 
 
 def section(path: Path, result: dict[str, Any], document: Path) -> str:

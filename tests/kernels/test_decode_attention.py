@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.kernels import append_attention, choice, choose, decode_attention, decode_tpu, pallas
+from jaxrlhf.bench.compiled import HEAD_SIZES, TARGETS, decode_case
+from jaxrlhf.kernels import append_attention, choice, choose, decode_attention, decode_tpu, flash_attention, pallas
 from jaxrlhf.kernels.decode_attention import DecodeBlocks, decode_blocks
+from jaxrlhf.kernels.flash_attention import FlashBlocks
 from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, quantise
 
 # B, H, H_kv, S, D, window, ALiBi, columns per step, splits
@@ -51,7 +53,7 @@ def make(problem, dtype=jnp.float32):
     first = np.maximum(start, length - window) if window else start
     dead = (np.arange(size) < first[:, None]) | (np.arange(size) >= length[:, None])
     options = {"scale": 0.3, "window": window, "alibi_slopes": slopes}
-    return (*arrays, start, length), options, dead[:, None, :, None], DecodeBlocks(columns, splits)
+    return (*arrays, start, length), options, dead[:, None, :, None], DecodeBlocks(columns, splits, num_stages=1)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
@@ -191,6 +193,24 @@ def test_blocks_that_the_hardware_cannot_hold_are_refused(columns):
         DecodeBlocks(16, 0)
 
 
+def test_blocks_beyond_the_shared_memory_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"columns=1024, .*needs 1536 KiB of shared memory, .* 163 KiB on an A100"):
+        decode_attention(*shapes(), scale=1.0, implementation="pallas", blocks=DecodeBlocks(1024, 1))
+    blocks = (FlashBlocks(256, 256),) * 2
+    with pytest.raises(ValueError, match=r"flash_attention with FlashBlocks\(queries=256.*fewer num_stages, or take"):
+        sequence = jnp.zeros((1, 1, 16, 64))
+        row = jnp.zeros(1, jnp.int32)
+        flash_attention(sequence, sequence, sequence, row, row, scale=1.0, implementation="pallas", blocks=blocks)
+
+
+@pytest.mark.parametrize("cache", [{"dtype": jnp.int8}, {"scales": (jnp.zeros((2, 2, 32)),) * 2}])
+def test_eight_bits_go_with_scales_and_others_without(cache):
+    query, key, _, *rest = shapes()
+    key = key.astype(cache.get("dtype", key.dtype))
+    with pytest.raises(ValueError, match=r"int8 and uint8 \(float8_e4m3fn\) go with a key and a value scale"):
+        decode_attention(query, key, key, *rest, scale=1.0, scales=cache.get("scales"))
+
+
 @pytest.mark.parametrize("device", pallas.MULTIPROCESSORS)
 def test_blocks_fit_the_device_and_fill_it(device):
     for width in (16, 64, 80, 128, 256):
@@ -210,10 +230,11 @@ def test_auto_means_xla_until_something_was_measured(monkeypatch):
     assert choose("decode_attention", "auto", **query) == "pallas"
     for other in ({"head_dim": 80}, {"alibi": True}, {"dtype": jnp.float32}):
         assert choose("decode_attention", "auto", **query | other) == "xla"
+    assert choice.decide("decode_attention", "auto", **query).reason == "for this test"
     with pytest.raises(ValueError, match=r"implementation='fast' of decode_attention is not one of 'auto', 'xla'"):
         choose("decode_attention", "fast", **query)
     monkeypatch.setattr(jax, "default_backend", lambda: "rocm")
-    with pytest.raises(ValueError, match=r"'pallas' of decode_attention runs on NVIDIA, TPU and CPU, not on rocm"):
+    with pytest.raises(ValueError, match=r"'pallas' of decode_attention runs on CPU, NVIDIA and TPU, not on rocm"):
         choose("decode_attention", "pallas", **query)
 
 
@@ -228,23 +249,33 @@ def test_without_the_triton_lowering_it_warns_once_and_runs_as_xla(monkeypatch):
     np.testing.assert_array_equal(got[1], decode_attention(*arrays, **options, implementation="xla"))
 
 
-COMPILED = [(64, 32, 32), (80, 32, 32), (96, 32, 8), (128, 32, 8), (256, 16, 1)]
-
-
-@pytest.mark.parametrize("device", ["A100", "H200"])
-@pytest.mark.parametrize(("width", "heads", "kv_heads"), COMPILED)
-def test_it_compiles_for_nvidia_without_spills(device, width, heads, kv_heads, compile_for):
-    for dtype, batch in ((jnp.bfloat16, 64), (jnp.float32, 1)):
-        arrays = shapes(
-            (batch, heads, width), (batch, kv_heads, 512, width), start=(batch,), length=(batch,), dtype=dtype
-        )
-        blocks = decode_blocks(width, dtype, programs=batch * kv_heads, cache_length=512, device=device)
-
-        def attend(*arrays, blocks=blocks):
-            slopes = jnp.ones(heads)
-            return decode_attention(*arrays, scale=1.0, alibi_slopes=slopes, implementation="pallas", blocks=blocks)
-
-        program, kernels = compile_for(device, attend, *arrays)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("width", HEAD_SIZES)
+def test_it_compiles_without_spills_and_writes_the_cache_in_place(target, width, compile_for):
+    cases = [(jnp.bfloat16, "auto", 64), (jnp.bfloat16, "int8" if width % 128 else "fp8", 64), (jnp.float32, "auto", 1)]
+    for dtype, kv, batch in cases:
+        attend, shapes, donated, blocks = decode_case(width, target, dtype, kv, batch)
+        program, kernels = compile_for(target, attend, *shapes, donate_argnums=donated)
+        memory = program.memory_analysis()
+        cache = sum(x.size * x.dtype.itemsize for x in shapes[3])
+        if target == "v5e":
+            assert "decode_attention_share" in program.as_text() and memory.alias_size_in_bytes >= cache
+            continue
         registers, spilled = kernels["decode_attention_share"]
-        assert spilled == 0 and registers <= 128
-        assert program.memory_analysis().temp_size_in_bytes < 2 * blocks.splits * batch * heads * (width + 2) * 4 + 4096
+        assert spilled == 0 and registers < 255, (dtype, kv)
+        assert memory.alias_size_in_bytes == cache
+        assert memory.temp_size_in_bytes < 2 * (blocks.splits + 2) * shapes[0].size * 4 + 2**16
+
+
+def test_the_choice_and_its_reason_are_said_once_for_each_shape(caplog):
+    choice._log.cache_clear()
+    with caplog.at_level("INFO", logger="jaxrlhf.kernels"):
+        for width in (64, 64, 80):
+            choose("decode_attention", "auto", dtype=jnp.bfloat16, head_dim=width, alibi=width == 80)
+        choose("token_logprobs", "pallas", dtype=jnp.float32, head_dim=768, alibi=False)
+    nothing = "xla: nothing measured on cpu for this dtype, head size and mask"
+    assert caplog.messages == [
+        f"decode_attention (bfloat16, head size 64): {nothing}",
+        f"decode_attention (bfloat16, head size 80, ALiBi): {nothing}",
+        "token_logprobs (float32, width 768): pallas: asked for",
+    ]

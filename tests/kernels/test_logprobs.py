@@ -1,5 +1,7 @@
 """Token log-probs, entropies and gradients against float64 numpy: blocks, padding, meshes, memory, refusals."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxrlhf.bench.compiled import TARGETS, logprobs_case
 from jaxrlhf.kernels import HeadPlacement, logprobs_kernel, project_logits, token_logprobs
 from jaxrlhf.kernels.logprobs import LogprobBlocks, logprob_blocks
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks
@@ -272,3 +275,18 @@ def test_the_form_for_tpus_equals_float64(options, through_mosaic, monkeypatch):
     monkeypatch.setattr(logprobs_kernel, "_tpu_blocks", lambda *_: (16, 128))
     got = run(*arrays, temperature=0.5, implementation="pallas", blocks=LogprobBlocks(33, 20))
     check(got, oracle(*arrays, 0.5, VOCAB))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("width", "dtype"), [(2048, jnp.bfloat16), (768, jnp.float32)], ids=["bf16", "f32"])
+def test_it_compiles_without_spills_and_without_logits_in_memory(target, width, dtype, compile_for):
+    """The published setting's shapes: OPT-1.3B, 64 rows of 512 tokens; the head in float32, as training holds it."""
+    tokens, vocab = 64 * 512, 50272
+    run, shapes, _ = logprobs_case(width, dtype, tokens, vocab)
+    program, kernels = compile_for(target, run, *shapes)
+    ours = {name: figures for name, figures in kernels.items() if name.startswith("token_logprobs")}
+    assert len(ours) == (0 if target == "v5e" else 2) and all(spilled == 0 for _, spilled in ours.values()), ours
+    assert {"token_logprobs_forward", "token_logprobs_logit_gradient"} <= set(
+        re.findall(r"token_logprobs_[a-z_]+", program.as_text())
+    )
+    assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 20

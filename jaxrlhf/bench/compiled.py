@@ -1,0 +1,176 @@
+"""Our kernels compiled ahead of time for devices that are not there: what ptxas says of each, or that it compiles."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+
+from jaxrlhf.kernels import KV_CACHE_DTYPES, append_attention, flash_attention, token_logprobs
+from jaxrlhf.kernels.decode_attention import decode_blocks
+from jaxrlhf.kernels.flash_attention import flash_blocks
+from jaxrlhf.kernels.logprobs_kernel import head_blocks
+from jaxrlhf.plan.devices import DEVICES
+from jaxrlhf.plan.programs import topology_devices
+
+ARCHITECTURES = {"a100-80g": "sm_80", "h100": "sm_90a", "h200": "sm_90a"}
+TARGETS = ("a100-80g", "h200", "v5e")
+HEAD_SIZES = {64: (32, 32), 80: (32, 32), 96: (32, 8), 128: (32, 8), 256: (16, 1)}
+"""Head size: query heads and key/value heads that such models have."""
+OURS = ("decode_attention", "flash_attention", "token_logprobs")
+KERNELS = {
+    "decode_attention_share",
+    "flash_attention_forward",
+    "flash_attention_query_gradient",
+    "flash_attention_key_gradient",
+    "token_logprobs_forward",
+    "token_logprobs_logit_gradient",
+}
+
+
+class Figures(NamedTuple):
+    """Of one kernel, as ptxas reports them."""
+
+    registers: int
+    spilled: int
+    """Bytes stored to and loaded from local memory for want of registers."""
+
+
+def missing(target: str) -> str | None:
+    """What this machine lacks to compile for a target; None when it lacks nothing."""
+    if DEVICES[target].platform == "tpu":
+        return None if importlib.util.find_spec("libtpu") else "the package libtpu (extra plan-tpu)"
+    plugins = importlib.util.find_spec("jax_plugins")
+    if not plugins or not importlib.util.find_spec("jax_plugins.xla_cuda12"):
+        return "JAX's CUDA plugin (extra plan-cuda)"
+    return None if shutil.which("ptxas") else "ptxas (extra plan-cuda)"
+
+
+def compile_for(
+    target: str, function: Callable, *shapes: Any, options: dict[str, Any] | None = None, **jit: Any
+) -> tuple[Any, dict[str, Figures]]:
+    """`jit(function)` of arrays of these shapes for one device of a kind, and what ptxas says of its kernels."""
+    device = DEVICES[target]
+    place = topology_devices(device, "1x1" if device.platform == "tpu" else "", 1)[0]
+    sharding = SingleDeviceSharding(place)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    # Newer JAX wants to know at lowering which devices it compiles for.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        jax.set_mesh(Mesh(np.array([place]), ("x",), axis_types=(AxisType.Auto,))),
+    ):
+        dump = {} if device.platform == "tpu" else {"xla_dump_to": folder}
+        lowered = jax.jit(function, **jit).lower(*shapes)
+        compiled = lowered.compile(compiler_options=(options or {}) | dump)
+        return compiled, dict(_assembled(Path(folder), target))
+
+
+def _assembled(folder: Path, target: str) -> Iterator[tuple[str, Figures]]:
+    for path in (path for path in folder.glob("*.ptx") if ".entry" in path.read_text()):
+        command = ["ptxas", "-v", f"-arch={ARCHITECTURES[target]}", str(path), "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        found = re.findall(
+            r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+            said,
+            re.DOTALL,
+        )
+        yield from ((kernel, Figures(int(used), int(out) + int(back))) for kernel, out, back, used in found)
+
+
+def _shape(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def decode_case(width: int, target: str, dtype: Any = jnp.bfloat16, kv: str = "auto", batch: int = 64, size: int = 512):
+    """(function, shapes, donated, blocks) of decode attention that appends, with ALiBi, as the target would cut it."""
+    heads, kv_heads = HEAD_SIZES[width]
+    held = KV_CACHE_DTYPES[kv]
+    cache = (_shape(batch, kv_heads, size, width, dtype=held or dtype),) * 2
+    cache += (_shape(batch, kv_heads, size, dtype=jnp.float32),) * (0 if held is None else 2)
+    new = _shape(batch, kv_heads, width, dtype=dtype)
+    blocks = decode_blocks(width, dtype, programs=batch * kv_heads, cache_length=size, device=_name(target))
+
+    def attend(query, key, value, cache, start, length):
+        options = {"scale": 1.0, "alibi_slopes": jnp.ones(heads), "implementation": "pallas", "blocks": blocks}
+        return append_attention(query, key, value, cache, start, length, **options)
+
+    return (
+        attend,
+        (_shape(batch, heads, width, dtype=dtype), new, new, cache, _shape(batch), _shape(batch)),
+        (3,),
+        blocks,
+    )
+
+
+def flash_case(width: int, dtype: Any = jnp.bfloat16, alibi: bool = True, size: int = 1024):
+    """(function, shapes, blocks) of flash attention and its gradients."""
+    heads, kv_heads = HEAD_SIZES[width]
+    wide, narrow = (_shape(1, h, size, width, dtype=dtype) for h in (heads, kv_heads))
+
+    def attend(query, key, value, upstream, start, length, window, scale):
+        def call(*arrays):
+            slopes = jnp.ones(heads) if alibi else None
+            options = {"scale": scale, "window": window, "alibi_slopes": slopes, "implementation": "pallas"}
+            return flash_attention(*arrays, start, length, **options)
+
+        output, pull = jax.vjp(call, query, key, value)
+        return output, pull(upstream)
+
+    scalars = _shape(1), _shape(1), _shape(), _shape(dtype=jnp.float32)
+    return attend, (wide, narrow, narrow, wide, *scalars), flash_blocks(width, dtype, size)
+
+
+def logprobs_case(width: int, dtype: Any = jnp.bfloat16, tokens: int = 4096, vocab: int = 50272, gradient: bool = True):
+    """(function, shapes, blocks) of token log-probs with a float32 head, and of their gradients."""
+    hidden = _shape(1, tokens, width, dtype=dtype)
+    upstream = _shape(1, tokens, dtype=jnp.float32)
+
+    def values(hidden, weight, labels):
+        return token_logprobs(hidden, weight, labels, vocab_size=vocab, implementation="pallas")
+
+    def both(hidden, weight, labels, *upstream):
+        results, pull = jax.vjp(lambda *x: values(*x, labels), hidden, weight)
+        return results, pull(upstream)
+
+    shapes = hidden, _shape(vocab, width, dtype=jnp.float32), _shape(1, tokens)
+    blocks = head_blocks(tokens, width, dtype)
+    return (both, (*shapes, upstream, upstream), blocks) if gradient else (values, shapes, blocks)
+
+
+def _name(target: str) -> str:
+    """Of a device as kernels/pallas.py has it."""
+    return target.upper().split("-")[0] if target in ARCHITECTURES else "A100"
+
+
+def _cases(target: str) -> Iterator[tuple[str, tuple]]:
+    for width in HEAD_SIZES:
+        yield from ((f"head size {width}, cache {kv}", decode_case(width, target, kv=kv)) for kv in KV_CACHE_DTYPES)
+        yield f"head size {width}", flash_case(width)
+    yield from ((f"width {width}", logprobs_case(width)) for width in (768, 2048, 5120))
+
+
+def kernel_table(targets: tuple[str, ...] = TARGETS, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Every kernel in bfloat16 for every target: registers and spilled bytes, None on a TPU, where it only compiles."""
+    rows = []
+    for target in targets:
+        if lacks := missing(target):
+            say(f"{target}: left out for want of {lacks}")
+            continue
+        for shape, (function, shapes, *donated, blocks) in _cases(target):
+            program, found = compile_for(target, function, *shapes, donate_argnums=donated[0] if donated else ())
+            names = set(re.findall(rf"\b((?:{'|'.join(OURS)})[a-z_]+)", program.as_text()))
+            for kernel in sorted(names & KERNELS):
+                figures = found.get(kernel)
+                figures = {"registers": figures and figures.registers, "spilled": figures and figures.spilled}
+                cut = str(blocks) if DEVICES[target].platform == "cuda" else None
+                rows.append({"device": target, "kernel": kernel, "shape": shape, "blocks": cut} | figures)
+                say(f"{target}: {kernel}, {shape}: {figures}")
+    return rows

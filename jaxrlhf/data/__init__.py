@@ -22,6 +22,7 @@ from jaxrlhf.data.templates import (
     encode_stops,
     load_tokenizer,
     pad_token_id,
+    plain_response,
 )
 from jaxrlhf.data.text import TextBlocks, load_text
 
@@ -48,6 +49,7 @@ __all__ = [
     "materialize_demo",
     "pad_token_id",
     "padding_fraction",
+    "plain_response",
     "stream_indices",
     "write_demo",
 ]

@@ -172,8 +172,9 @@ def ppo_task(
             export(engine.actor_model(ema=True), folder / "ema", base=actor)
         export(engine.actor_model(), folder, base=actor)
 
+    name = "ppo" if config.advantage_estimator == "gae" else config.advantage_estimator
     identity = {
-        "trainer": "ppo",
+        "trainer": name,
         "data": train.key,
         "rollout_batch_size": rows,
         "train_rows": len(train),
@@ -196,7 +197,7 @@ def ppo_task(
     if config.enable_ema:
         exports["ema_params"] = describe_model(engine.actor_model(), frozen="actor_params")
     return Task(
-        name="ppo",
+        name=name,
         total_steps=steps,
         step=step,
         evaluate=Evaluation(run, trainer, evaluation, None if text is None else text[1]),
@@ -214,8 +215,9 @@ def check_models(config: PPOConfig) -> None:
     if config.actor_model_name_or_path is None:
         raise InputError("actor_model_name_or_path: name a model folder (sft step's output)")
     if config.critic_model_name_or_path is None and not config.reward_functions:
+        name = "critic" if config.advantage_estimator == "gae" else "reward"
         raise InputError(
-            "critic_model_name_or_path: name a model folder (reward step's output), or give reward_functions"
+            f"{name}_model_name_or_path: name a model folder (reward step's output), or give reward_functions"
         )
 
 
@@ -228,7 +230,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
             if model is not None:
                 read_config(model)  # a model that cannot be used is the first thing to say
         tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.actor_model_name_or_path)
-        train, evaluation = load_data(config, tokenizer, "ppo")
+        train, evaluation = load_data(config, tokenizer, "ppo", config.rewards().columns)
         text = None
         if config.ptx_coef:
             text = load_text(

@@ -168,8 +168,10 @@ class PPOTrainer:
 
         `baseline`: scores by prompt number of another model's answers to the same prompts, for a win rate.
         """
-        plain = replace(self.engine.state.hyperparameters, num_mini_batches=1, micro_batches=1, samples_per_prompt=1)
-        plain = replace(plain, advantage_estimator="gae" if self.engine.state.critic is not None else "reinforce++")
+        # One answer per prompt is no group to compare; scoring does not ask for advantages.
+        estimator = "gae" if self.engine.state.critic is not None else "reinforce++"
+        plain = {"num_mini_batches": 1, "micro_batches": 1, "samples_per_prompt": 1, "advantage_estimator": estimator}
+        plain = replace(self.engine.state.hyperparameters, **plain)
         sampling = replace(self.sampling, samples_per_prompt=1)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 3)
         records: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""RLHF training for chat models in JAX: supervised fine-tuning, reward model and PPO on one device mesh."""
+"""RLHF training for chat models in JAX: supervised fine-tuning, reward model, PPO and DPO on one device mesh."""
 
 import importlib
 from typing import Any
@@ -26,11 +26,16 @@ _HOME = {
     "train_sft": "jaxrlhf.trainers.sft",
     "RewardConfig": "jaxrlhf.trainers.reward",
     "train_reward": "jaxrlhf.trainers.reward",
+    "DPOConfig": "jaxrlhf.trainers.dpo",
+    "train_dpo": "jaxrlhf.trainers.dpo",
     "RLHFConfig": "jaxrlhf.trainers.rlhf",
     "train_rlhf": "jaxrlhf.trainers.rlhf",
+    "SampleConfig": "jaxrlhf.trainers.sample",
+    "sample": "jaxrlhf.trainers.sample",
+    "Rewards": "jaxrlhf.rewards",
     "InputError": "jaxrlhf.errors",
 }
-_SUBMODULES = ("distributed", "models", "sharding", "kernels", "data", "objectives", "trainers")
+_SUBMODULES = ("distributed", "models", "sharding", "kernels", "data", "objectives", "rewards", "trainers")
 
 __all__ = [*_HOME, *_SUBMODULES]
 

@@ -226,16 +226,16 @@ def end_ids(model: Model, tokenizer: Any) -> tuple[int, ...]:
 
 def open_session(config: ChatConfig, console: Console | None = None) -> ChatSession:
     """A session with the model that `config.model` names. Raises InputError when it is no language model."""
-    last = Path(config.model) / "ppo"
-    if (last / CONFIG).is_file() and not (last.parent / CONFIG).is_file():
-        raise InputError(f"{config.model} is the folder of a three-step run; its chat model is {last}")
+    for last in (Path(config.model) / name for name in ("ppo", "dpo")):
+        if (last / CONFIG).is_file() and not (last.parent / CONFIG).is_file():
+            raise InputError(f"{config.model} is the folder of a run of all steps; its chat model is {last}")
     folder = find_model_folder(config.model)
     architectures = read_json(folder / CONFIG).get("architectures") or []
     scalar = [name for name in architectures if name.endswith("ForSequenceClassification")]
     if scalar:
         raise InputError(
             f"{config.model} is a reward model or critic ({scalar[0]}), which cannot write; "
-            "give the folder that sft or ppo wrote"
+            "give the folder that sft, dpo or ppo wrote"
         )
     if config.prompt_template is None:
         config = with_template_of_run(config, folder)

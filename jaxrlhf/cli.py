@@ -1,4 +1,4 @@
-"""The console command: `jaxrlhf sft|reward|ppo|grpo|rloo|reinforce++|rlhf|sample|chat|convert|plan|bench|demo`."""
+"""The console command: `jaxrlhf sft|reward|dpo|ppo|grpo|rloo|reinforce++|rlhf|sample|chat|convert|plan|bench|demo`."""
 
 import importlib
 import logging
@@ -20,13 +20,16 @@ class Command(NamedTuple):
 COMMANDS = {
     "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning"),
     "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model"),
+    "dpo": Command("jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs"),
     "ppo": Command("jaxrlhf.trainers.ppo", "PPOConfig", "train_ppo", "step 3: PPO"),
     "grpo": Command("jaxrlhf.trainers.grpo", "GRPOConfig", "train_grpo", "step 3 by GRPO: groups of answers compared"),
     "rloo": Command("jaxrlhf.trainers.rloo", "RLOOConfig", "train_rloo", "step 3 by RLOO: answers against one another"),
     "reinforce++": Command(
         "jaxrlhf.trainers.reinforce", "ReinforceConfig", "train_reinforce", "step 3 by REINFORCE++: no critic"
     ),
-    "rlhf": Command("jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all three steps in one run"),
+    "rlhf": Command(
+        "jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all steps in one run: sft → reward → ppo, or sft → dpo"
+    ),
     "sample": Command(
         "jaxrlhf.trainers.sample", "SampleConfig", "sample", "best-of-n and rejection sampling: SFT data"
     ),
@@ -36,7 +39,7 @@ COMMANDS = {
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
     "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
-ON_DEVICE = ("sft", "reward", "ppo", "grpo", "rloo", "reinforce++", "rlhf", "sample", "chat", "bench")
+ON_DEVICE = ("sft", "reward", "dpo", "ppo", "grpo", "rloo", "reinforce++", "rlhf", "sample", "chat", "bench")
 """These get the device's compiler flags."""
 
 

@@ -12,18 +12,23 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.files import read_jsonl, write_text_atomic
 from jaxrlhf.plots import SERIES, VARIABLES, Curve, draw
 
-STEPS = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
-"""Subfolders of a three-step run, in order, and what their sections are called."""
+STEPS = {
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "dpo": "Direct preference optimisation",
+    "ppo": "PPO",
+}
+"""Subfolders of a run of all steps, in order, and what their sections are called."""
 TITLES = STEPS | {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}
 """What training by each of the trainers is called."""
 
 GROUPS = (
     (
         "Rewards and scores",
-        r"objective/(scores|rlhf_reward|non_score_reward)|(eval/)?(accuracy|.*_score|margin|.*reward.*)",
+        r"objective/(scores|rlhf_reward|non_score_reward)|(eval/)?(accuracy.*|length_baseline|.*_score|margin|.*reward.*)",
     ),
     ("Losses", r"(eval/)?loss(/.*)?|(eval/)?perplexity|(eval/)?.*_loss"),
-    ("KL and policy", r"objective/(kl|entropy)|policy/.*|val/ratio.*|sampling/.*|.*kl(_.*)?"),
+    ("KL and policy", r"objective/(kl|entropy)|policy/.*|(eval/)?logps/.*|val/ratio.*|sampling/.*|.*kl(_.*)?"),
     ("Response length", r".*length.*|.*eos.*"),
     ("Learning rate and gradients", r".*learning_rate.*|(.*/)?lr(_.*)?|.*grad_norm.*"),
     ("Throughput and timing", r"(perf|timing)/.*|.*(per_second|seconds).*"),
@@ -37,8 +42,8 @@ MAX_TABLES = 40  # sample tables of a section; of more, evenly spaced ones
 def write_report(run_dir: str | Path) -> Path:
     """Write `run_dir/report.html` from metrics.jsonl, samples.jsonl, config.yaml and summary.json; return its path.
 
-    A folder with runs in subfolders (`sft/`, `reward/`, `ppo/` first, then others) gets one page with a section each.
-    Raises InputError when there is no run in the folder, or a record file is malformed.
+    A folder with runs in subfolders (`sft/`, `reward/`, `dpo/`, `ppo/` first, then others) gets one page with a section
+    each. Raises InputError when there is no run in the folder, or a record file is malformed.
     """
     folder = Path(run_dir)
     parts = [folder] if (folder / "metrics.jsonl").exists() else []

@@ -153,8 +153,13 @@ class PairData(Data):
         return ((0, 1), (0, 2))
 
     def batch(self, indices: Sequence[int], *, held: np.ndarray | None = None) -> Batch:
-        """`chosen_ids, chosen_mask, rejected_ids, rejected_mask` int32 [B, T] right-padded; `row_mask` int32 [B]."""
+        """`chosen_ids, chosen_mask, rejected_ids, rejected_mask` int32 [B, T] right-padded; `prompt_length, row_mask`
+        int32 [B].
+
+        Both answers of a row begin at column `prompt_length` (filler: 0) and hold their EOS.
+        """
         (chosen, rejected), width = self.joined(indices, held)
+        row_mask = self.row_mask(indices)
         chosen_ids, chosen_mask = fill(chosen, width, self.pad_id)
         rejected_ids, rejected_mask = fill(rejected, width, self.pad_id)
         return {
@@ -162,7 +167,8 @@ class PairData(Data):
             "chosen_mask": chosen_mask,
             "rejected_ids": rejected_ids,
             "rejected_mask": rejected_mask,
-            "row_mask": self.row_mask(indices),
+            "prompt_length": (self.ragged.lengths_of(np.asarray(indices), 0) * row_mask).astype(np.int32),
+            "row_mask": row_mask,
         }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrlhf.config import field
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
-from jaxrlhf.data.sources import STEPS, Source, parse_split, resolve_source, split_indices
+from jaxrlhf.data.sources import SHARES, Source, parse_split, resolve_source, split_indices
 from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, uses_chat_template
 from jaxrlhf.data.tokenized import (
     FORMAT,
@@ -30,7 +30,7 @@ from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-DATA_CLASSES: dict[str, type[Data]] = {"sft": SFTData, "reward": PairData, "ppo": PromptData}
+DATA_CLASSES: dict[str, type[Data]] = {"sft": SFTData, "reward": PairData, "ppo": PromptData, "dpo": PairData}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class DataConfig:
         "save_to_disk folder), or 'demo'; several are joined",
     )
     data_split: str = field(
-        "", "shares of the training rows for sft,reward,ppo such as 2,4,4, without overlap; empty: each step uses all"
+        "",
+        "shares of the training rows for sft,reward,ppo such as 2,4,4, without overlap; dpo takes those of reward and "
+        "ppo together; empty: each step uses all",
     )
     eval_data_path: tuple[str, ...] = field(
         (), "evaluation data; default: the eval, validation or test split of the data, else rows held out"
@@ -62,7 +64,7 @@ class DataConfig:
         "text around prompt and response, or 'raw' to join them as they are; the default gives way to the tokenizer's "
         "chat template where it has one",
     )
-    max_length: int = field(512, "longest prompt + response in tokens (sft and reward)", aliases=("max_seq_len",))
+    max_length: int = field(512, "longest prompt + response in tokens (sft, reward and dpo)", aliases=("max_seq_len",))
     max_prompt_seq_len: int = field(256, "longest prompt in tokens (ppo)")
     long_prompts: str = field(
         "truncate",
@@ -102,7 +104,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]:
-    """The training and the evaluation rows of `step` ("sft", "reward" or "ppo"), tokenised or from the cache.
+    """The training and the evaluation rows of `step` ("sft", "reward", "ppo" or "dpo"), tokenised or from the cache.
 
     Evaluation rows are the same in every step and are trained on in none: `eval_data_path`, else each source's own
     evaluation split, else a held-out fraction of it. `columns`: fields of the rows that ppo data keeps, besides
@@ -110,8 +112,8 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
     when the processes of a run read different data. Of these, one of each machine writes the cache, while the others
     wait.
     """
-    if step not in STEPS:
-        raise ValueError(f"step '{step}': must be one of {', '.join(STEPS)}")
+    if step not in SHARES:
+        raise ValueError(f"step '{step}': must be one of {', '.join(SHARES)}")
     if not config.data_path:
         raise InputError("data_path: no data given; name a file, a folder, a Hugging Face data set, or 'demo'")
     check_tokenizer(tokenizer)

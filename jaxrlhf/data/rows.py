@@ -9,7 +9,8 @@ from typing import Any
 
 from jaxrlhf.data.templates import Message, Prompt
 
-FIELDS = {"sft": ("prompt", "chosen"), "reward": ("prompt", "chosen", "rejected"), "ppo": ("prompt",)}
+PAIR = ("prompt", "chosen", "rejected")
+FIELDS = {"sft": ("prompt", "chosen"), "reward": PAIR, "ppo": ("prompt",), "dpo": PAIR}
 """What each step reads of a row."""
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from jaxrlhf.errors import InputError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-STEPS = ("sft", "reward", "ppo")
+SHARES = {"sft": (0, 1), "reward": (1, 2), "ppo": (2, 3), "dpo": (1, 3)}
+"""From which to which of data_split's shares each step trains on; dpo stands in for reward and ppo."""
 EVAL_NAMES = ("eval", "validation", "valid", "val", "dev", "test")  # in order of preference
 DEMO_NAME = "demo"
 
@@ -390,8 +391,9 @@ def split_indices(
     """The row numbers of a source that `step` trains on, and those held out for evaluation in every step.
 
     One permutation keyed by `seed` is cut into contiguous slices: first the held-out rows, then one slice a step. So
-    the steps' training rows are disjoint and, with the held-out rows, complete; no row is trained on in one step and
-    evaluated in another. `held_out` is a fraction (at least one row is taken), or 0 for none.
+    the steps' training rows are disjoint (dpo has those of reward and ppo) and, with the held-out rows, complete; no
+    row is trained on in one step and evaluated in another. `held_out` is a fraction (at least one row is taken), or 0
+    for none.
     """
     order = np.random.default_rng(seed).permutation(n)
     n_eval = max(1, round(n * held_out)) if held_out else 0
@@ -401,6 +403,6 @@ def split_indices(
     weights = parse_split(data_split)
     if weights is not None:
         ends = np.round(np.cumsum((0.0, *weights)) / sum(weights) * len(train)).astype(int)
-        k = STEPS.index(step)
-        train = train[ends[k] : ends[k + 1]]
+        first, last = SHARES[step]
+        train = train[ends[first] : ends[last]]
     return np.sort(train), np.sort(evaluation)

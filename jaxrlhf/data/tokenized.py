@@ -41,7 +41,7 @@ class Encoding:
     step: str
     names: tuple[tuple[str, str], ...]  # prompt, chosen, rejected -> the field's name in the file
     template: str
-    max_length: int  # bound of prompt + response (sft, reward)
+    max_length: int  # bound of prompt + response (sft, reward, dpo)
     max_prompt_length: int  # bound of the prompt (ppo)
     long_prompts: str  # "truncate" or "drop"
     columns: tuple[str, ...] = ()  # further fields to keep (ppo)

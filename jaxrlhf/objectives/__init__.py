@@ -1,4 +1,4 @@
-"""The losses, rewards and advantages of SFT, reward-model and PPO training, as pure `jnp` functions.
+"""The losses, rewards and advantages of SFT, reward models, PPO and DPO, as pure `jnp` functions.
 
 Conventions that hold for every function here:
 
@@ -30,6 +30,7 @@ from jaxrlhf.objectives.policy import (
     truncated_importance_weights,
     value_loss,
 )
+from jaxrlhf.objectives.preference import PREFERENCE_LOSSES, preference_loss, sequence_logprobs
 from jaxrlhf.objectives.rewards import (
     KL_ESTIMATES,
     Moments,
@@ -45,6 +46,7 @@ from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pai
 __all__ = [
     "AGGREGATIONS",
     "KL_ESTIMATES",
+    "PREFERENCE_LOSSES",
     "Moments",
     "adaptive_kl_coef",
     "add_moments",
@@ -63,10 +65,12 @@ __all__ = [
     "pairwise_loss",
     "penalised_scores",
     "policy_loss",
+    "preference_loss",
     "ratio_variance",
     "reward_to_go",
     "rloo_advantages",
     "score_at_last_token",
+    "sequence_logprobs",
     "sft_loss",
     "standardised",
     "tokenwise_pairwise_loss",

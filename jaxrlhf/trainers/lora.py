@@ -37,7 +37,7 @@ class LoRAOptions:
         aliases=("lora_dim",),
     )
     lora_alpha: float = field(32.0, "adapters are scaled by lora_alpha / lora_r")
-    lora_dropout: float = field(0.0, "dropout on the input of adapters (ppo never drops out)")
+    lora_dropout: float = field(0.0, "dropout on the input of adapters (ppo and dpo never drop out)")
     lora_target_modules: tuple[str, ...] = field(
         (),
         "linear maps that get adapters: names such as q_proj or c_attn, patterns such as attn/query, or all-linear; "

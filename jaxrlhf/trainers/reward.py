@@ -15,6 +15,8 @@ from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
 
+SIMILAR = 0.1  # of the longer answer: lengths that differ by less tell little
+
 
 @dataclass(frozen=True)
 class RewardOptions(LoRAOptions, TrainingConfig):
@@ -66,8 +68,20 @@ def reward_loss(
     return loss, {"accuracy": mean(scores[0] > scores[1]), "margin": mean(scores[0] - scores[1])}
 
 
+def answer_start(rows: Batch) -> jax.Array:
+    """Column `[B]` of the answers' first token; never 0, for the very first token has no predecessor to follow from."""
+    return jnp.maximum(rows["prompt_length"], 1)
+
+
+def answer_lengths(rows: Batch) -> tuple[jax.Array, jax.Array]:
+    """Tokens `[B]` of the chosen and of the rejected answer, as the model reads them; 0 in filler rows."""
+    return tuple(rows[f"{side}_mask"].sum(axis=1) - answer_start(rows) for side in ("chosen", "rejected"))
+
+
 def reward_sums(kind: str, module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
     chosen, rejected = last_scores(batch, *pair_values(module, params, batch, None))
+    long, short = answer_lengths(batch)
+    similar = jnp.abs(long - short) < SIMILAR * jnp.maximum(long, short)
     total = partial(objectives.masked_sum, mask=batch["row_mask"])
     count = pair_count(batch)
     loss, _ = reward_loss(kind, module, params, batch, count, None)
@@ -77,14 +91,25 @@ def reward_sums(kind: str, module: Decoder, params: Any, batch: Batch) -> dict[s
         "chosen": total(chosen),
         "rejected": total(rejected),
         "pairs": count,
+        "longer": total((long > short) + 0.5 * (long == short)),
+        "similar": total(similar),
+        "similar_correct": total(similar & (chosen > rejected)),
     }
 
 
 def reward_figures(totals: dict[str, float]) -> dict[str, float]:
+    """Accuracy beside what the answers' lengths alone give: `length_baseline` prefers the longer answer, a tie counting
+    half; `accuracy_similar_length` is over the pairs whose lengths differ by less than a tenth of the longer (left out
+    where there is none).
+    """
     pairs = max(totals["pairs"], 1)
+    similar = totals["similar"]
     return {
         "loss": totals["loss"] / pairs,
         "accuracy": totals["correct"] / pairs,
+        "length_baseline": totals["longer"] / pairs,
+        "similar_length_pairs": similar,
+        **({"accuracy_similar_length": totals["similar_correct"] / similar} if similar else {}),
         "mean_chosen_score": totals["chosen"] / pairs,
         "mean_rejected_score": totals["rejected"] / pairs,
     }

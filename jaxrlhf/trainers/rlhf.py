@@ -1,4 +1,4 @@
-"""All three steps in one run: SFT, reward model, PPO, each in a subfolder, with one report and one summary."""
+"""All steps in one run, each in a subfolder, with one report and one summary: SFT, reward model, PPO; or SFT, DPO."""
 
 import json
 from collections.abc import Callable
@@ -15,11 +15,15 @@ from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import read_config
 from jaxrlhf.report import write_report
 from jaxrlhf.runs import what_is_there
+from jaxrlhf.trainers.dpo import DPOConfig, DPOOptions, train_dpo
 from jaxrlhf.trainers.ppo import train_ppo
 from jaxrlhf.trainers.ppo_settings import PPOConfig, PPOOptions
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
 from jaxrlhf.trainers.settings import FolderConfig, StartConfig, TrainingMeshConfig
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
+
+ALIGNMENTS = ("ppo", "dpo")
+STEPS = ("sft", "reward", "ppo", "dpo")
 
 
 @dataclass(frozen=True)
@@ -38,23 +42,37 @@ class BaseModelsConfig(StartConfig):
 
 @dataclass(frozen=True)
 class RLHFConfig(DataConfig, BaseModelsConfig, TrainingMeshConfig, FolderConfig):
-    """The three-step run."""
+    """The run of all steps."""
 
-    data_split: str = field("2,4,4", "shares of the training rows for sft,reward,ppo, without overlap")
+    data_split: str = field(
+        "2,4,4", "shares of the training rows for sft,reward,ppo, without overlap; dpo takes those of reward and ppo"
+    )
+    alignment: str = field(
+        "ppo", "what follows step 1. ppo: a reward model, then PPO; dpo: DPO in place of both", choices=ALIGNMENTS
+    )
     sft: SFTOptions = field(SFTOptions(), "step 1")
     reward: RewardOptions = field(RewardOptions(), "step 2")
     ppo: PPOOptions = field(PPOOptions(), "step 3")
+    dpo: DPOOptions = field(DPOOptions(), "step 2 of --alignment dpo")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alignment == "dpo" and self.reward_model_name_or_path is not None:
+            raise InputError(
+                f"reward_model_name_or_path={self.reward_model_name_or_path}: alignment=dpo trains no reward model; "
+                "leave it out, or choose --alignment ppo"
+            )
 
 
 def check_exports(config: RLHFConfig) -> None:
     """Refuse steps that would leave only an adapter where the next step needs a model."""
-    for name in ("sft", "reward"):
+    for name in ("sft", "reward") if config.alignment == "ppo" else ("sft",):
         if getattr(config, name).lora_export == "adapter":
             raise InputError(f"{name}.lora_export=adapter: the next step needs the merged model; choose merged or both")
 
 
-def step_configs(config: RLHFConfig) -> tuple[SFTConfig, RewardConfig, PPOConfig]:
-    """The three steps' own configs: what they share from `config`, the rest from their sections."""
+def step_configs(config: RLHFConfig) -> dict[str, Any]:
+    """The steps' own configs by name, in order: what they share from `config`, the rest from their sections."""
 
     def build(cls: type, section: Any, name: str, **changes: Any) -> Any:
         known = {f.name for f in fields(cls)}
@@ -65,41 +83,40 @@ def step_configs(config: RLHFConfig) -> tuple[SFTConfig, RewardConfig, PPOConfig
     sft = build(SFTConfig, config.sft, "sft", model_name_or_path=config.actor_model_name_or_path)
     start = config.reward_model_name_or_path or sft.output_dir
     none = {"model_type": None, "config_overrides": {}}
+    if config.alignment == "dpo":
+        return {"sft": sft, "dpo": build(DPOConfig, config.dpo, "dpo", model_name_or_path=sft.output_dir, **none)}
     reward = build(RewardConfig, config.reward, "reward", model_name_or_path=start, **none)
     models = {"actor_model_name_or_path": sft.output_dir, "critic_model_name_or_path": reward.output_dir}
-    return sft, reward, build(PPOConfig, config.ppo, "ppo", **models)
+    return {"sft": sft, "reward": reward, "ppo": build(PPOConfig, config.ppo, "ppo", **models)}
 
 
 def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
-    """Run all three steps and write `summary.json` and `report.html`; returns the summary.
+    """Run all steps and write `summary.json` and `report.html`; returns the summary.
 
     With `resume`, finished steps are kept and the unfinished one continues from its newest checkpoint.
     """
     if not config.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
     root = Path(config.output_dir)
-    step_configs(config)[0].tokenizer_source  # noqa: B018 - refuses contradictory model flags before anything is written
+    step_configs(config)["sft"].tokenizer_source  # noqa: B018 - refuses contradictory model flags before a write
     check_exports(config)
     config = joined(config)
-    sft, reward, ppo = step_configs(config)
+    stages = step_configs(config)
     check_vocabularies(config)
     if is_primary():
         check_root(root, config)
         root.mkdir(parents=True, exist_ok=True)
         save_yaml(config, root / "config.yaml")
-    stages: list[tuple[str, Callable[[Any], Any], Any]] = [
-        ("sft", train_sft, sft),
-        ("reward", train_reward, reward),
-        ("ppo", train_ppo, ppo),
-    ]
+    train: dict[str, Callable[[Any], Any]] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
+    train["dpo"] = train_dpo
     summaries = {}
-    for number, (name, train, stage) in enumerate(stages, start=1):
-        say(f"── step {number} of 3: {name} → {stage.output_dir}")
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        say(f"── step {number} of {len(stages)}: {name} → {stage.output_dir}")
         done = from_primary(f"looking for a finished {name} step", partial(finished, stage)) if config.resume else None
         if done:
             say(f"   finished before ({done['steps']} steps), kept")
         else:
-            train(stage)
+            train[name](stage)
         summaries[name] = from_primary(f"reading the summary of {name}", partial(summary_of, stage))
     summary = summarise(summaries)
     if is_primary():
@@ -130,7 +147,7 @@ def check_vocabularies(config: RLHFConfig) -> None:
 
 
 def check_root(root: Path, config: RLHFConfig) -> None:
-    found = [name for name in ("sft", "reward", "ppo") if what_is_there(root / name)]
+    found = [name for name in STEPS if what_is_there(root / name)]
     if found and not (config.resume or config.overwrite_output_dir):
         raise InputError(
             f"output_dir {root} already holds a run ({', '.join(found)}); choose another folder, continue it with "
@@ -152,14 +169,18 @@ def finished(stage: Any) -> dict[str, Any] | None:
 
 
 def summarise(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    sft, reward, ppo = (stages[name] for name in ("sft", "reward", "ppo"))
-    return {
-        "sft_eval_loss_before": sft["eval_before"]["loss"],
-        "sft_eval_loss_after": sft["eval_after"]["loss"],
-        "reward_eval_accuracy": reward["eval_after"]["accuracy"],
-        "ppo_reward_before": ppo["eval_before"]["scores"],
-        "ppo_reward_before_std": ppo["eval_before"]["scores_std"],
-        "ppo_reward_after": ppo["eval_after"]["scores"],
-        "ppo_kl": ppo["eval_after"]["kl"],
-        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+    """The figures that tell how each step went, by names that say which."""
+    figures = {
+        "sft_eval_loss_before": ("sft", "eval_before", "loss"),
+        "sft_eval_loss_after": ("sft", "eval_after", "loss"),
+        "reward_eval_accuracy": ("reward", "eval_after", "accuracy"),
+        "ppo_reward_before": ("ppo", "eval_before", "scores"),
+        "ppo_reward_before_std": ("ppo", "eval_before", "scores_std"),
+        "ppo_reward_after": ("ppo", "eval_after", "scores"),
+        "ppo_kl": ("ppo", "eval_after", "kl"),
+        "dpo_eval_loss": ("dpo", "eval_after", "loss"),
+        "dpo_eval_accuracy": ("dpo", "eval_after", "rewards/accuracies"),
+        "dpo_eval_margin": ("dpo", "eval_after", "rewards/margins"),
     }
+    found = {name: stages[step][when][what] for name, (step, when, what) in figures.items() if step in stages}
+    return found | {"seconds": {name: stage["seconds"] for name, stage in stages.items()}}

@@ -82,7 +82,7 @@ class StartConfig:
     resize_vocabulary: bool = field(
         False, "give the model rows for tokens that the tokenizer has and the model lacks: the mean of the others"
     )
-    disable_dropout: bool = field(False, "set every dropout rate of the model to 0 (ppo never drops out)")
+    disable_dropout: bool = field(False, "set every dropout rate of the model to 0 (ppo and dpo never drop out)")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The jitted step that SFT and reward modelling share: one model, one loss over labelled rows, accumulation inside."""
+"""The jitted step that SFT, reward models and DPO share: one model, one loss over labelled rows, accumulated."""
 
 import time
 from collections.abc import Callable
@@ -126,6 +126,9 @@ class Recipe(NamedTuple):
     """Passed to `data.batch`."""
     best: tuple[str, int]
     """As in Task."""
+    extend: Callable[[Run, Any, Model, Mesh], Callable[[PyTree, Batch], Batch]] = lambda *_: lambda params, batch: batch
+    """`extend(run, config, start model, mesh)` is called once; what it returns, before each step and evaluation with
+    the current parameters and the placed batch, for a batch of more arrays."""
 
 
 def train_supervised(config: Any, recipe: Recipe) -> TrainState:
@@ -148,7 +151,7 @@ def train_supervised(config: Any, recipe: Recipe) -> TrainState:
 def supervised_task(
     run: Run, config: Any, recipe: Recipe, model: Model, tokenizer: Any, data: tuple[Data, Data], mesh: Mesh
 ) -> tuple[Task, TrainState]:
-    """A Task over labelled rows and its initial state; `config` is an SFTConfig or a RewardConfig."""
+    """A Task over labelled rows and its initial state; `config` is the trainer's own."""
     train, evaluation = data
     rows = config.per_device_train_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
     eval_rows = config.per_device_eval_batch_size * batch_devices(mesh)
@@ -159,6 +162,7 @@ def supervised_task(
     update = Announce(run, f"{recipe.name} train step", train_step)
     held, eval_held = held_rows(mesh, rows), held_rows(mesh, eval_rows)
     measured = Announce(run, f"{recipe.name} evaluation", eval_step)
+    extend = recipe.extend(run, config, model, mesh)
 
     newest: Batch = {}
 
@@ -167,7 +171,7 @@ def supervised_task(
         indices = stream_indices(i, rows, len(train), config.seed)
         batch = train.batch(indices, held=held, **recipe.batch_options)
         options = {"objective": recipe.objective, "micro_batches": config.gradient_accumulation_steps}
-        newest.update(placed := place_batch(batch, mesh))
+        newest.update(placed := extend(state.params, place_batch(batch, mesh)))
         state, metrics = update(state, placed, key, **options)
         metrics = jax.block_until_ready(metrics)
         tokens = train.token_count(indices)
@@ -184,7 +188,7 @@ def supervised_task(
         totals: dict[str, float] = {}
         for batch in eval_batches(evaluation, eval_rows, held=eval_held, **recipe.batch_options):
             options = {"module": state.module, "mesh": mesh, "measure": recipe.measure}
-            sums = to_host(measured(state.params, place_batch(batch, mesh), **options))
+            sums = to_host(measured(state.params, extend(state.params, place_batch(batch, mesh)), **options))
             for figure, value in sums.items():
                 totals[figure] = totals.get(figure, 0.0) + float(value)
         return recipe.summarise(totals)

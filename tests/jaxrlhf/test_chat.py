@@ -305,7 +305,7 @@ def test_models_that_cannot_chat_are_refused_by_name(model, tokenizer, tmp_path)
     with pytest.raises(InputError, match="nowhere does not exist"):
         open_session(ChatConfig(model=str(tmp_path / "nowhere")))
     save_pretrained(model, tmp_path / "run" / "ppo", tokenizer)
-    with pytest.raises(InputError, match=f"three-step run; its chat model is {tmp_path}/run/ppo"):
+    with pytest.raises(InputError, match=f"run of all steps; its chat model is {tmp_path}/run/ppo"):
         open_session(ChatConfig(model=str(tmp_path / "run")))
     reward = tiny(len(tokenizer), head="scalar")
     save_pretrained(reward, tmp_path, tokenizer)

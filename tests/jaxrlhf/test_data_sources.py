@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-from jaxrlhf.data.sources import STEPS, parse_split, resolve_source, split_indices
+from jaxrlhf.data.sources import SHARES, parse_split, resolve_source, split_indices
 from jaxrlhf.errors import InputError
 
 ROWS = [{"prompt": f"question {i}?", "chosen": f"yes, {i}", "rejected": 'no "never"\nno'} for i in range(7)]
@@ -156,13 +156,15 @@ def test_a_hub_name_may_carry_a_configuration(tmp_path, monkeypatch):
 @pytest.mark.parametrize("n", [2, 3, 10, 101, 1000])
 @pytest.mark.parametrize("held_out", [0.0, 0.05])
 def test_splits_are_disjoint_complete_and_the_same_for_the_same_seed(n, held_out):
-    parts = [split_indices(n, step, data_split="2,4,4", held_out=held_out, seed=3) for step in STEPS]
+    parts = [split_indices(n, step, data_split="2,4,4", held_out=held_out, seed=3) for step in ("sft", "reward", "ppo")]
     evaluation = parts[0][1]
     every = np.concatenate([evaluation, *(train for train, _ in parts)])
     assert sorted(every) == list(range(n))
     for train, held in parts:
         np.testing.assert_array_equal(held, evaluation)
         assert abs(len(train) - len(every[len(evaluation) :]) * 0.4) <= 1 or train is parts[0][0]
+    together = split_indices(n, "dpo", data_split="2,4,4", held_out=held_out, seed=3)[0]
+    np.testing.assert_array_equal(together, np.sort(np.concatenate([parts[1][0], parts[2][0]])))
     again = split_indices(n, "reward", data_split="2,4,4", held_out=held_out, seed=3)
     np.testing.assert_array_equal(again[0], parts[1][0])
     assert len(evaluation) == (max(1, round(n * held_out)) if held_out else 0)
@@ -171,7 +173,7 @@ def test_splits_are_disjoint_complete_and_the_same_for_the_same_seed(n, held_out
 def test_another_seed_gives_another_split_and_no_split_gives_all_rows_to_each_step():
     first, second = (split_indices(100, "sft", data_split="2,4,4", held_out=0, seed=seed)[0] for seed in (0, 1))
     assert set(first) != set(second)
-    for step in STEPS:
+    for step in SHARES:
         assert len(split_indices(100, step, data_split="", held_out=0.05, seed=0)[0]) == 95
 
 

@@ -1,4 +1,4 @@
-"""The step of SFT and reward modelling against a plain forward, and under everything that must not matter."""
+"""The step of SFT, reward modelling and DPO against a plain forward, and under everything that must not matter."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrlhf.trainers.dpo import objective
 from jaxrlhf.trainers.reward import OBJECTIVES
 from jaxrlhf.trainers.sft import sft_loss, token_count
 from jaxrlhf.trainers.supervised import Objective, init_state, train_step
@@ -33,28 +34,43 @@ def pair_batch(rows, width, vocab):
         "chosen_mask": chosen["attention_mask"],
         "rejected_ids": ids,
         "rejected_mask": chosen["attention_mask"][shuffled],
+        "prompt_length": np.random.default_rng(2).integers(0, 4, rows).astype(np.int32),
         "row_mask": np.ones(rows, np.int32),
     }
 
 
+def referenced(batch):
+    """A batch of pairs with log-probs of some reference."""
+    rng = np.random.default_rng(3)
+    rows = len(batch["row_mask"])
+    return batch | {f"ref_{side}_logps": rng.normal(-30, 2, rows).astype(np.float32) for side in ("chosen", "rejected")}
+
+
+BETA, SMOOTHING = 0.3, 0.1
+DPO = {"sigmoid": (BETA, 0.0), "robust": (BETA, SMOOTHING), "ipo": (BETA, 0.0)}
 OBJECTIVE = {"sft": Objective(token_count, sft_loss), **OBJECTIVES}
+OBJECTIVE |= {kind: objective(kind, *settings)[0] for kind, settings in DPO.items()}
 WIDTH = 12
 
 
-@pytest.fixture(scope="module", params=["sft", "pairwise", "tokenwise"])
+@pytest.fixture(scope="module", params=["sft", "pairwise", "tokenwise", *DPO])
 def supervised(request, lab):
     """One SGD step of a dropout-free model on one device: `step(batch, parts)` → (params, metrics)."""
     kind = request.param
-    model = lab.tiny_model(head="lm" if kind == "sft" else "scalar", mesh=lab.mesh_of())
+    model = lab.tiny_model(head="scalar" if kind in OBJECTIVES else "lm", mesh=lab.mesh_of())
+
+    rate = 0.01 if kind == "ipo" else 0.1  # a square far from its minimum: gradients are large, and so is rounding
+    optimizer = optax.sgd(rate)
 
     def step(batch, parts=1):
-        state = init_state(replace(model, params=jax.tree.map(jnp.copy, model.params)), lab.sgd, lab.mesh_of())
+        state = init_state(replace(model, params=jax.tree.map(jnp.copy, model.params)), optimizer, lab.mesh_of())
         options = {"objective": OBJECTIVE[kind], "micro_batches": parts}
         state, metrics = train_step(state, batch, jax.random.key(0), **options)
         return jax.device_get((state.params, metrics))
 
     batch = (sft_batch if kind == "sft" else pair_batch)(8, WIDTH, 101)
-    return SimpleNamespace(kind=kind, model=model, step=step, batch=batch, whole=step(batch))
+    batch = referenced(batch) if kind in DPO else batch
+    return SimpleNamespace(kind=kind, model=model, rate=rate, step=step, batch=batch, whole=step(batch))
 
 
 def assert_same(step, expected):
@@ -88,6 +104,8 @@ def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):
         return values[np.arange(8), mask.sum(1) - 1]
 
     def loss(params):
+        if supervised.kind in DPO:
+            return plain_dpo_loss(supervised.kind, module, params, b)
         if supervised.kind == "sft":
             logp = jax.nn.log_softmax(module.apply({"params": params}, b["input_ids"], b["attention_mask"]))
             picked = jnp.take_along_axis(logp[:, :-1], b["input_ids"][:, 1:, None], axis=-1)[..., 0]
@@ -112,8 +130,26 @@ def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):
     params, metrics = supervised.whole
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, supervised.model.params, grads)
+    expected = jax.tree.map(lambda p, g: p - supervised.rate * g, supervised.model.params, grads)
     chex.assert_trees_all_close(params, jax.device_get(expected), rtol=1e-5, atol=2e-6)
+
+
+def plain_dpo_loss(kind, module, params, b):
+    ratios, lengths = [], []
+    for side in ("chosen", "rejected"):
+        ids, mask = b[f"{side}_ids"], b[f"{side}_mask"]
+        logp = jax.nn.log_softmax(module.apply({"params": params}, ids, mask))
+        picked = jnp.take_along_axis(logp[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
+        counted = mask[:, 1:] * (np.arange(1, WIDTH) >= b["prompt_length"][:, None])
+        ratios.append((picked * counted).sum(1) - b[f"ref_{side}_logps"])
+        lengths.append(counted.sum(1))
+    d = BETA * (ratios[0] - ratios[1])
+    right, wrong = jnp.log(jax.nn.sigmoid(d)), jnp.log(jax.nn.sigmoid(-d))
+    if kind == "ipo":
+        return jnp.square(ratios[0] / lengths[0] - ratios[1] / lengths[1] - 1 / (2 * BETA)).mean()
+    if kind == "sigmoid":
+        return -right.mean()
+    return (-(1 - SMOOTHING) * right + SMOOTHING * wrong).mean() / (1 - 2 * SMOOTHING)
 
 
 def test_dropout_is_drawn_anew_each_step_and_is_a_function_of_seed_and_step(lab):

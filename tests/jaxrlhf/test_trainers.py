@@ -1,4 +1,4 @@
-"""The three trainers as runs: exact resumption, exports, refused input, and a loop of one's own."""
+"""The trainers as runs: exact resumption, exports, refused input, and a loop of one's own."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
 from jaxrlhf.runs import Run, read_jsonl
+from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.loop import Interrupted
 from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
@@ -22,9 +23,11 @@ from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
 STEPS = 10
 TRAINERS = {"sft": (train_sft, SFTConfig), "reward": (train_reward, RewardConfig), "ppo": (train_ppo, PPOConfig)}
+TRAINERS["dpo"] = (train_dpo, DPOConfig)
 MODEL = {
     "sft": {"model_name_or_path": "lm", "gradient_accumulation_steps": 2},
     "reward": {"model_name_or_path": "lm"},
+    "dpo": {"model_name_or_path": "lm", "gradient_accumulation_steps": 2},
     "ppo": {"actor_model_name_or_path": "lm", "critic_model_name_or_path": "reward"}
     | {"max_answer_seq_len": 8, "ppo_epochs": 2, "num_mini_batches": 2, "enable_ema": True, "sample_steps": 4},
 }
@@ -129,7 +132,7 @@ def resumes_in_another_layout(finished, train, folder):
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state)}
     assert kinds == {"device", "pinned_host"}
     chex.assert_trees_all_close(leaves(state), leaves(finished.state), rtol=0, atol=1e-3)
-    loss = {"sft": "loss", "reward": "loss", "ppo": "loss/value_avg"}[finished.name]
+    loss = {"ppo": "loss/value_avg"}.get(finished.name, "loss")
     for ours, theirs in zip(figures(folder), figures(finished.folder), strict=True):
         assert ours["step"] == theirs["step"]
         assert ours.get(loss, 0) == pytest.approx(theirs.get(loss, 0), rel=2e-3, abs=1e-5)
@@ -160,6 +163,7 @@ CHANGED = {
         "per_device_train_batch_size": 2,
         "max_train_samples": 60,
     },
+    "dpo": {"beta": 0.2, "loss_type": "ipo", "reference_free": True, "label_smoothing": 0.1},
     "ppo": {"critic_learning_rate": 1.0, "max_answer_seq_len": 7, "ppo_epochs": 1, "kl_coef": 0.5, "temperature": 0.5},
 }
 NAMED = {"max_steps": "total_steps", "gradient_accumulation_steps": "global_batch_size"}

@@ -1,0 +1,214 @@
+"""Direct preference optimisation (DPO): steps 2 and 3 in one, from pairs, without a reward model and without rollouts.
+
+The reference's log-probs come from a program of its own before each step, not from a pass over the data beforehand:
+nothing has to be kept per row or made anew on a resume, and an epoch costs the same. The price is a frozen copy in the
+compute dtype (in bfloat16 an eighth of masters, gradients and Adam); with LoRA the frozen base serves, uncopied.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf import objectives
+from jaxrlhf.config import field
+from jaxrlhf.data import DataConfig
+from jaxrlhf.distributed import is_primary
+from jaxrlhf.errors import InputError
+from jaxrlhf.gradients import map_rows
+from jaxrlhf.models import (
+    Decoder,
+    Model,
+    base_leaves,
+    load_pretrained,
+    logical_axes,
+    param_shardings,
+    read_config,
+    with_attention,
+    working_copy,
+)
+from jaxrlhf.runs import Run
+from jaxrlhf.sharding import TRAIN_RULES, use
+from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.lora import LoRAOptions
+from jaxrlhf.trainers.ppo_engine import frozen_copy
+from jaxrlhf.trainers.reward import answer_lengths, answer_start, pair_count
+from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig, check_context
+from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
+
+PyTree = Any
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class DPOOptions(LoRAOptions, TrainingConfig):
+    """Direct preference optimisation."""
+
+    learning_rate: float = field(1e-6, "peak learning rate; with LoRA rather 1e-4")
+    beta: float = field(0.1, "weight of the KL constraint to the reference; ipo: its regularisation τ")
+    loss_type: str = field(
+        "sigmoid",
+        "sigmoid: DPO, with label_smoothing the conservative one; robust: unbiased under labels wrong in a share of "
+        "label_smoothing; ipo: squared distance of the margin per token to 1 / (2 beta)",
+        choices=objectives.PREFERENCE_LOSSES,
+    )
+    label_smoothing: float = field(0.0, "share of pairs whose label is taken to be wrong; below 0.5, not with ipo")
+    reference_free: bool = field(False, "leave the reference out: prefer by the policy's log-probs alone")
+    reference_model_name_or_path: str | None = field(
+        None,
+        "model folder or hub name of the reference; default: the start model, with LoRA its frozen base",
+        aliases=("ref_model_name_or_path",),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta < float("inf"):
+            raise InputError(f"beta={self.beta} must be a finite number above 0")
+        if self.loss_type not in objectives.PREFERENCE_LOSSES:
+            raise InputError(f"loss_type={self.loss_type!r} must be one of {', '.join(objectives.PREFERENCE_LOSSES)}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(
+                f"label_smoothing={self.label_smoothing} must be 0 or more and below 0.5, where labels say nothing more"
+            )
+        if self.label_smoothing and self.loss_type == "ipo":
+            raise InputError(
+                f"label_smoothing={self.label_smoothing} does not go with loss_type=ipo, whose margin is bounded "
+                "already; leave it at 0, or take sigmoid or robust"
+            )
+        if self.reference_free and self.reference_model_name_or_path is not None:
+            raise InputError(
+                f"reference_free and reference_model_name_or_path={self.reference_model_name_or_path} exclude each "
+                "other: leave one of them out"
+            )
+        if self.lora_dropout:
+            raise InputError(f"lora_dropout={self.lora_dropout}: dpo never drops out; leave it at 0")
+
+
+@dataclass(frozen=True)
+class DPOConfig(DataConfig, ModelConfig, FolderConfig, DPOOptions):
+    """Direct preference optimisation alone."""
+
+
+def answer_logprobs(module: Decoder, params: PyTree, rows: Batch) -> dict[str, jax.Array]:
+    """log π(answer | prompt) `[B]` of both answers, in one forward pass without dropout."""
+    ids, mask = (jnp.concatenate([rows[f"{side}_{kind}"] for side in SIDES]) for kind in ("ids", "mask"))
+    logprobs, _ = module.apply({"params": params}, ids, mask, method="logprobs")
+    answers = (mask != 0) & (jnp.arange(mask.shape[1]) >= jnp.tile(answer_start(rows), 2)[:, None])
+    return dict(zip(SIDES, jnp.split(objectives.sequence_logprobs(logprobs, answers), 2), strict=True))
+
+
+def dpo_loss(
+    kind: str,
+    beta: float,
+    label_smoothing: float,
+    module: Decoder,
+    params: PyTree,
+    rows: Batch,
+    count: jax.Array,
+    _key: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean loss of the pairs, and TRL's figures: implicit rewards β·log(π / π_ref) and log-probs of the answers."""
+    logps = answer_logprobs(module, params, rows)
+    ratios = {side: logps[side] - rows[f"ref_{side}_logps"] for side in SIDES}
+    loss = objectives.preference_loss(
+        ratios["chosen"],
+        ratios["rejected"],
+        rows["row_mask"],
+        beta,
+        kind,
+        label_smoothing,
+        *answer_lengths(rows),
+        denominator=count,
+    )
+    mean = partial(objectives.masked_mean, mask=rows["row_mask"], denominator=count)
+    stats = {f"rewards/{side}": mean(beta * ratios[side]) for side in SIDES}
+    stats["rewards/accuracies"] = mean(ratios["chosen"] > ratios["rejected"])
+    stats["rewards/margins"] = mean(beta * (ratios["chosen"] - ratios["rejected"]))
+    return loss, stats | {f"logps/{side}": mean(logps[side]) for side in SIDES}
+
+
+def dpo_sums(loss: Callable, module: Decoder, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+    count = pair_count(batch)
+    value, stats = loss(module, params, batch, count, None)
+    return jax.tree.map(lambda mean: mean * count, {"loss": value, **stats}) | {"pairs": count}
+
+
+def dpo_figures(totals: dict[str, float]) -> dict[str, float]:
+    pairs = max(totals["pairs"], 1)
+    return {name: total / pairs for name, total in totals.items() if name != "pairs"}
+
+
+@functools.cache
+def objective(kind: str, beta: float, label_smoothing: float) -> tuple[Objective, Callable]:
+    """The objective and its evaluation sums; made once per setting, so that a jitted step compiles once."""
+    loss = partial(dpo_loss, kind, beta, label_smoothing)
+    return Objective(pair_count, loss), partial(dpo_sums, loss)
+
+
+@partial(jax.jit, static_argnames=("module", "mesh", "micro_batches"))
+def reference_logprobs(
+    params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, micro_batches: int
+) -> dict[str, jax.Array]:
+    """log π_ref(answer | prompt) `[B]` of both answers, in as many chunks of rows as the train step."""
+    with use(mesh, TRAIN_RULES):
+        params = working_copy(params, logical_axes(module), module, mesh)
+        return map_rows(partial(answer_logprobs, module, params), batch, micro_batches)
+
+
+def add_reference(run: Run, config: DPOConfig, model: Model, mesh: Mesh) -> Callable[[PyTree, Batch], Batch]:
+    """The function that adds `ref_chosen_logps` and `ref_rejected_logps` `[B]` to a placed batch."""
+    if config.reference_free:
+        return lambda params, batch: batch | {f"ref_{side}_logps": 0.0 * batch["row_mask"] for side in SIDES}
+    own = config.reference_model_name_or_path
+    shares = own is None and model.module.lora is not None
+    source = model if own is None else load_reference(config, own, model, mesh)
+    # Below stage 3 a model without optimizer state is whole on every device; a base that LoRA shares lies as it does.
+    stage = source.module.zero_stage if shares else 3 if config.zero_stage == 3 else 0
+    module = source.module.clone(lora=None, zero_stage=stage)
+    frozen = None if shares else frozen_copy(source.params, param_shardings(module, mesh), config.compute_dtype)
+    score = Announce(run, "dpo reference", reference_logprobs)
+
+    def extend(params: PyTree, batch: Batch) -> Batch:
+        parts = config.gradient_accumulation_steps
+        parts = parts if batch["row_mask"].shape[0] % parts == 0 else 1
+        reference_params = base_leaves(params) if shares else frozen
+        logps = score(reference_params, batch, module=module, mesh=mesh, micro_batches=parts)
+        return batch | {f"ref_{side}_logps": logps[side] for side in SIDES}
+
+    return extend
+
+
+def load_reference(config: DPOConfig, path: str, model: Model, mesh: Mesh) -> Model:
+    options = {"mesh": mesh, "dtype": config.compute_dtype, "zero_stage": config.zero_stage}
+    reference = load_pretrained(path, progress=is_primary(), **options)
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"reference_model_name_or_path={path} has a vocabulary of {reference.config.vocab_size} tokens and the "
+            f"model to train one of {model.config.vocab_size}; both must read the same tokens"
+        )
+    check_context(reference.config, config.max_length, "max_length for the reference model")
+    return with_attention(reference, config.attention_implementation)
+
+
+def train_dpo(config: DPOConfig) -> TrainState:
+    """Run DPO; the trained model lies in `config.output_dir` afterwards."""
+    if config.reference_model_name_or_path is not None:
+        read_config(config.reference_model_name_or_path)  # one that cannot be used is told before anything is made
+    loss, measure = objective(config.loss_type, config.beta, config.label_smoothing)
+    recipe = Recipe(
+        name="dpo",
+        head="lm",
+        headline=("loss", "rewards/accuracies", "rewards/margins", "grad_norm"),
+        objective=loss,
+        measure=measure,
+        summarise=dpo_figures,
+        batch_options={},
+        best=("loss", -1),
+        extend=add_reference,
+    )
+    return train_supervised(config, recipe)

@@ -78,7 +78,9 @@ class StartConfig:
     config_overrides: dict[str, str | int | float | bool] = field(
         {}, "with model_type: the family's config options, such as hidden_size=256,num_hidden_layers=4"
     )
-    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
+    tokenizer_name_or_path: str | None = field(
+        None, "tokenizer folder or hub name, or 'demo'; default: that of the model"
+    )
     resize_vocabulary: bool = field(
         False, "give the model rows for tokens that the tokenizer has and the model lacks: the mean of the others"
     )

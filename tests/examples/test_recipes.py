@@ -126,15 +126,7 @@ def chain(tmp_path_factory):
         "sft": [*small, *rows, "--max_length", "32", "--config_overrides", TINY],
         "reward": [*small, *rows, "--max_length", "32"],
         "dpo": [*small, *rows, "--max_length", "32"],
-        "best-of-n": [
-            "--per_device_batch_size",
-            "1",
-            "--max_train_samples",
-            "8",
-            "--samples_per_prompt",
-            "2",
-            "--keep_unfinished",
-        ],
+        "best-of-n": ["--per_device_batch_size", "1", "--max_train_samples", "8", "--keep_unfinished"],
     }
     short = ["--max_prompt_seq_len", "32", "--max_answer_seq_len", "4"]
 

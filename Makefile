@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2
 
 VENV := .venv
 NEWEST := .venv312
-SOURCES := $(wildcard jaxrlhf models sharding kernels scripts benchmarks tests)
+SOURCES := $(wildcard jaxrlhf models sharding kernels scripts benchmarks examples tests)
 # Editable installs warn about folders named like the package; that is how this repository is laid out.
 PIP_INSTALL := -m pip install --disable-pip-version-check $(PIP_ARGS)
 QUIET_BUILD := PYTHONWARNINGS=ignore

@@ -1,4 +1,4 @@
-"""The console command: `jaxrlhf sft|reward|dpo|ppo|rlhf|sample|chat|convert|plan|bench|demo`."""
+"""The console command: `jaxrlhf sft|reward|dpo|ppo|grpo|rloo|reinforce++|rlhf|sample|chat|convert|plan|bench|demo`."""
 
 import importlib
 import logging
@@ -22,6 +22,11 @@ COMMANDS = {
     "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model"),
     "dpo": Command("jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs"),
     "ppo": Command("jaxrlhf.trainers.ppo", "PPOConfig", "train_ppo", "step 3: PPO"),
+    "grpo": Command("jaxrlhf.trainers.grpo", "GRPOConfig", "train_grpo", "step 3 by GRPO: groups of answers compared"),
+    "rloo": Command("jaxrlhf.trainers.rloo", "RLOOConfig", "train_rloo", "step 3 by RLOO: answers against one another"),
+    "reinforce++": Command(
+        "jaxrlhf.trainers.reinforce", "ReinforceConfig", "train_reinforce", "step 3 by REINFORCE++: no critic"
+    ),
     "rlhf": Command(
         "jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all steps in one run: sft → reward → ppo, or sft → dpo"
     ),
@@ -34,11 +39,12 @@ COMMANDS = {
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
     "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
-ON_DEVICE = ("sft", "reward", "dpo", "ppo", "rlhf", "sample", "chat", "bench")  # they get the device's compiler flags
+ON_DEVICE = ("sft", "reward", "dpo", "ppo", "grpo", "rloo", "reinforce++", "rlhf", "sample", "chat", "bench")
+"""These get the device's compiler flags."""
 
 
 def usage() -> str:
-    lines = [f"  {name:<9} {command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<11} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: jaxrlhf [--verbose] COMMAND [--config file.yaml] [--flag value …]",

@@ -49,6 +49,18 @@ def field(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def like(owner: type, name: str, *default: Any, help: str | None = None) -> Any:
+    """The field `name` of another dataclass, with another `default` or `help` where they are given."""
+    (known,) = (f for f in dataclasses.fields(owner) if f.name == name)
+    (value,) = default or (_field_default(known),)
+    return field(value, **(known.metadata | ({} if help is None else {"help": help})))
+
+
+def fixed(value: Any) -> Any:
+    """A field of a base class that a subclass has no choice of: neither a flag nor a key, and always `value`."""
+    return dataclasses.field(default=value, init=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One settable value: its dotted path, type, default (in its section), help, and the class that declares it."""

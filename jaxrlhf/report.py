@@ -19,6 +19,8 @@ STEPS = {
     "ppo": "PPO",
 }
 """Subfolders of a run of all steps, in order, and what their sections are called."""
+TITLES = STEPS | {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}
+"""What training by each of the trainers is called."""
 
 GROUPS = (
     (
@@ -110,8 +112,12 @@ def _section(folder: Path, numbers) -> str:
 
 
 def _section_title(folder: Path) -> str:
+    """By what trained there, as the summary has it, and by the folder where that says more."""
     name = folder.resolve().name
-    return STEPS.get(name, name)
+    summary = folder / "summary.json"
+    trainer = _read_json(summary).get("trainer") if summary.exists() else None
+    title = TITLES.get(trainer) or STEPS.get(name)
+    return title if title and name in (*STEPS, trainer) else f"{name}: {title}" if title else name
 
 
 def _anchor(folder: Path) -> str:
@@ -251,17 +257,20 @@ def _summary(folder: Path) -> str:
     path = folder / "summary.json"
     if not path.exists():
         return ""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON; delete it or write it anew") from error
-    flat = _flatten(values)
+    flat = _flatten(_read_json(path))
     tiles = "".join(
         f"<div class='tile'><span>{_text(name)}</span><b>{_text(_number(value))}</b></div>"
         for name, value in flat.items()
         if _is_number(value)
     )
     return f"<div class='tiles'>{tiles}</div>" if tiles else ""
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON; delete it or write it anew") from error
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:

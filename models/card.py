@@ -12,7 +12,7 @@ class ModelCard:
     """What an export tells about itself beside its configuration; empty fields are left out."""
 
     task: str = ""
-    """How it was trained: `sft`, `reward`, `dpo`, `ppo`."""
+    """How it was trained: `sft`, `reward`, `dpo`, `ppo`, `grpo`, …"""
     base_model: str = ""
     """Folder or hub name of the model that training started from."""
     data: tuple[str, ...] = ()
@@ -28,6 +28,9 @@ _TASKS = {
     "reward": "reward model training on preference pairs",
     "dpo": "direct preference optimisation on preference pairs",
     "ppo": "reinforcement learning from human feedback with PPO",
+    "grpo": "reinforcement learning with GRPO",
+    "rloo": "reinforcement learning with RLOO",
+    "reinforce++": "reinforcement learning with REINFORCE++",
 }
 
 

@@ -144,6 +144,9 @@ KNOWN: dict[str, KnownModel] = {
     "qwen2-1.5b": _qwen2(151936, 1536, 28, (12, 2), 8960, 1_543_714_304, **_TIED),
     "qwen2-7b": _qwen2(152064, 3584, 28, (28, 4), 18944, 7_615_616_512),
     "qwen2-72b": _qwen2(152064, 8192, 80, (64, 8), 29568, 72_706_203_648),
+    "qwen2.5-0.5b": _qwen2(151936, 896, 24, (14, 2), 4864, 494_032_768, **_TIED),
+    "qwen2.5-1.5b": _qwen2(151936, 1536, 28, (12, 2), 8960, 1_543_714_304, **_TIED),
+    "qwen2.5-7b": _qwen2(152064, 3584, 28, (28, 4), 18944, 7_615_616_512),
     "qwen3-0.6b": _qwen3(1024, 28, (16, 8), 3072, 596_049_920, **_TIED),
     "qwen3-1.7b": _qwen3(2048, 28, (16, 8), 6144, 1_720_574_976, **_TIED),
     "qwen3-4b": _qwen3(2560, 36, (32, 8), 9728, 4_022_468_096, **_TIED),
@@ -155,7 +158,7 @@ KNOWN: dict[str, KnownModel] = {
 
 def known_config(name: str) -> DecoderConfig:
     """The configuration of a published model (`opt-1.3b`, `facebook/opt-1.3b`); InputError lists what is known."""
-    short = name.rsplit("/", 1)[-1].lower()
+    short = name.rsplit("/", 1)[-1].lower().removesuffix("-hf")
     if short not in KNOWN:
         raise InputError(f"unknown model {name!r}; known shapes are {', '.join(KNOWN)}")
     model = KNOWN[short]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from jaxrlhf.config import field
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
 from jaxrlhf.data.sources import SHARES, Source, parse_split, resolve_source, split_indices
-from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, uses_chat_template
+from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, default_cache, uses_chat_template
 from jaxrlhf.data.tokenized import (
     FORMAT,
     Encoding,
@@ -99,8 +98,7 @@ class DataConfig:
 
 def cache_folder(config: DataConfig) -> Path:
     """The folder for tokenised data: `data_cache_dir`, else $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    name = config.data_cache_dir or os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf"
-    return Path(name).expanduser()
+    return Path(config.data_cache_dir).expanduser() if config.data_cache_dir else default_cache()
 
 
 def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]:

@@ -7,6 +7,7 @@ response ends with exactly one EOS id. Both are rendered the same way for traini
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -237,12 +238,21 @@ def pad_token_id(tokenizer) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def default_cache() -> Path:
+    """The folder for tokenised data and the demo, where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
+
+
 def load_tokenizer(path: str | Path):
-    """The Hugging Face tokenizer of a local folder or hub name. Raises InputError when it cannot be read."""
+    """The Hugging Face tokenizer of a local folder or hub name, or the demo's. Raises InputError when unreadable."""
     import transformers
 
     name = str(path)
     folder = Path(name).expanduser()
+    if name == "demo" and not folder.is_dir():
+        from jaxrlhf.data.demo import materialize_demo
+
+        folder = materialize_demo(default_cache()).tokenizer
     if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or folder.exists()):
         raise InputError(f"tokenizer folder '{name}': no such folder; check the path")
     if folder.is_dir():

@@ -2,20 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jaxrlhf.config import REQUIRED, field
+from jaxrlhf.config import REQUIRED, field, like
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import DEVICES, OVERRIDES, Device, find_device, topology_of
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 
-_PPO = {f.name: f for f in dataclasses.fields(PPOConfig)}
-
-
-def _same(name: str) -> Any:
-    """The field of PPO's settings of that name: default, help and other names."""
-    metadata = _PPO[name].metadata
-    return field(_PPO[name].default, metadata["help"], choices=metadata["choices"], aliases=metadata["aliases"])
+_PPO = {f.name for f in dataclasses.fields(PPOConfig)}
+_same = partial(like, PPOConfig)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def length(
     sizes = [len(response.split()) if unit == "words" else len(response) for response in responses]
     if target is not None:
         return [max(0.0, 1.0 - abs(n - target) / target) for n in sizes]
-    return [-min(1.0, max(0.0, (n - limit) / limit)) for n in sizes]
+    return [0.0 - min(1.0, max(0.0, (n - limit) / limit)) for n in sizes]
 
 
 def check_length_options(target: int | None = None, limit: int | None = None, unit: str = "words") -> None:

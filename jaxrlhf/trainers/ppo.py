@@ -179,8 +179,9 @@ def ppo_task(
             export(engine.actor_model(ema=True), folder / "ema", base=actor)
         export(engine.actor_model(), folder, base=actor)
 
+    name = "ppo" if config.advantage_estimator == "gae" else config.advantage_estimator
     identity = {
-        "trainer": "ppo",
+        "trainer": name,
         "data": train.key,
         "rollout_batch_size": rows,
         "train_rows": len(train),
@@ -203,7 +204,7 @@ def ppo_task(
     if config.enable_ema:
         exports["ema_params"] = describe_model(engine.actor_model(), frozen="actor_params")
     return Task(
-        name="ppo",
+        name=name,
         total_steps=steps,
         step=step,
         evaluate=Evaluation(run, trainer, evaluation, None if text is None else text[1]),
@@ -221,8 +222,9 @@ def check_models(config: PPOConfig) -> None:
     if config.actor_model_name_or_path is None:
         raise InputError("actor_model_name_or_path: name a model folder (sft step's output)")
     if config.critic_model_name_or_path is None and not config.reward_functions:
+        name = "critic" if config.advantage_estimator == "gae" else "reward"
         raise InputError(
-            "critic_model_name_or_path: name a model folder (reward step's output), or give reward_functions"
+            f"{name}_model_name_or_path: name a model folder (reward step's output), or give reward_functions"
         )
 
 

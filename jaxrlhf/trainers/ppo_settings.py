@@ -33,10 +33,25 @@ class PPOModelConfig(TrainingMeshConfig):
     tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the actor")
 
 
+_OF_CRITIC = ("critic_learning_rate", "critic_lr_scheduler_type", "critic_warmup_steps", "critic_weight_decay")
+_OF_CRITIC += ("critic_only_steps", "critic_lora_r", "critic_lora_target_modules", "critic_zero_stage")
+_OF_CRITIC += ("cliprange_value", "lam")
+UNUSED = {
+    "gae": ("scale_by_std",),
+    "grpo": (*_OF_CRITIC, "gamma"),
+    "rloo": (*_OF_CRITIC, "gamma", "scale_by_std"),
+    "reinforce++": (*_OF_CRITIC, "scale_by_std"),
+}
+"""By estimator of advantages, the options that mean nothing to it."""
+
+
 @dataclass(frozen=True)
-class PPOOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
-    """PPO. A rollout batch has per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches rows per
-    device; max_steps counts rollout batches."""
+class PolicyOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
+    """Rollouts and updates
+
+    A rollout batch has per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches rows per device;
+    max_steps counts rollout batches.
+    """
 
     advantage_estimator: str = field(
         "gae",
@@ -206,13 +221,14 @@ class PPOOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
         if self.kl_coef < 0 or (self.kl_target is not None and self.kl_coef == 0):
             least = "above 0 with kl_target, which scales it" if self.kl_target is not None else "0 or more"
             raise InputError(f"kl_coef={self.kl_coef} must be {least}")
-        if self.advantage_estimator != "gae":
-            for name in ("critic_lora_r", "critic_zero_stage"):
-                if getattr(self, name):
-                    raise InputError(
-                        f"{name}={getattr(self, name)} with advantage_estimator={self.advantage_estimator}, which has "
-                        "no critic; leave one of them out"
-                    )
+        defaults = {f.name: f.default for f in dataclasses.fields(PolicyOptions)}
+        for name in UNUSED[self.advantage_estimator]:
+            if getattr(self, name) != defaults[name]:
+                why = "has no critic" if name in _OF_CRITIC else "makes no use of it"
+                raise InputError(
+                    f"{name}={getattr(self, name)} with advantage_estimator={self.advantage_estimator}, which {why}; "
+                    "leave one of them out"
+                )
         for name, model, shared in (
             ("reference", "actor", self.lora_r),
             ("reward", "critic", self.critic_lora_r),
@@ -296,6 +312,11 @@ class PPOOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
             raise InputError(
                 f"generation_batches={self.generation_batches} must divide the {prompts} prompts of a rollout batch"
             )
+
+
+@dataclass(frozen=True)
+class PPOOptions(PolicyOptions):
+    """PPO"""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ class StartConfig:
     config_overrides: dict[str, str | int | float | bool] = field(
         {}, "with model_type: the family's config options, such as hidden_size=256,num_hidden_layers=4"
     )
-    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
+    tokenizer_name_or_path: str | None = field(
+        None, "tokenizer folder or hub name, or 'demo'; default: that of the model"
+    )
     resize_vocabulary: bool = field(
         False, "give the model rows for tokens that the tokenizer has and the model lacks: the mean of the others"
     )
@@ -215,7 +217,8 @@ _LAYOUT += ("zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_z
 _LAYOUT += ("remat_policy", "offload_optimizer", "offload_reference_model", "offload_reward_model")
 _LAYOUT += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 _LAYOUT += ("generation_batches", "generation_slots")
-_NAMES = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path")
+_NAMES = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "reward_model_name_or_path")
+_NAMES += ("tokenizer_name_or_path",)
 _OTHERS = tuple(f.name for kind in (DataConfig, ProcessConfig) for f in dataclasses.fields(kind))
 MAY_CHANGE = {*_WRITING, *_LAYOUT, *_NAMES, *_OTHERS} - {"seed"}
 

@@ -23,6 +23,7 @@ def test_every_supported_family_has_a_known_shape():
 
 def test_names_are_found_as_on_the_hub():
     assert known_config("facebook/opt-1.3b") == known_config("OPT-1.3B") == known_config("opt-1.3b")
+    assert known_config("meta-llama/Llama-2-7b-hf") == known_config("llama-2-7b")
     assert known_config("opt-350m").embedding_size == 512
     with pytest.raises(InputError, match=r"unknown model 'opt-2b'; known shapes are gpt2, gpt2-medium"):
         known_config("opt-2b")

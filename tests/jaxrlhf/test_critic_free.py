@@ -1,0 +1,233 @@
+"""GRPO, RLOO and REINFORCE++ as commands: their published settings, runs with and without a reward model, bad input."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import chex
+import jax
+import pytest
+
+import jaxrlhf
+from jaxrlhf.cli import COMMANDS
+from jaxrlhf.config import parse, to_dict
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import load_pretrained
+from jaxrlhf.ppo import PPOHyperparameters
+from jaxrlhf.runs import read_jsonl
+from jaxrlhf.trainers.critic_free import CriticFreeOptions
+from jaxrlhf.trainers.grpo import GRPOConfig, GRPOOptions, train_grpo
+from jaxrlhf.trainers.ppo_settings import UNUSED, PolicyOptions, PPOOptions
+from jaxrlhf.trainers.reinforce import ReinforceConfig, ReinforceOptions, train_reinforce
+from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
+from jaxrlhf.trainers.rloo import RLOOConfig, RLOOOptions, train_rloo
+
+ALGORITHMS = {
+    "grpo": (GRPOConfig, train_grpo, GRPOOptions),
+    "rloo": (RLOOConfig, train_rloo, RLOOOptions),
+    "reinforce++": (ReinforceConfig, train_reinforce, ReinforceOptions),
+}
+each = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+# ---- settings
+
+SHARED = {"micro_batches": 1, "seed": 3, "response_length": 256}
+PUBLISHED = {
+    "grpo": SHARED
+    | {"advantage_estimator": "grpo", "samples_per_prompt": 8, "scale_by_std": True, "whiten_advantages": False}
+    | {"clip_reward": None, "kl_in_loss": True, "kl_estimator": "k3", "loss_aggregation": "sequence-mean"},
+    "rloo": SHARED
+    | {"advantage_estimator": "rloo", "samples_per_prompt": 4, "whiten_advantages": False, "clip_reward": None}
+    | {"kl_in_loss": False, "kl_estimator": "k1", "loss_aggregation": "fixed-length"},
+    "reinforce++": SHARED
+    | {"advantage_estimator": "reinforce++", "whiten_advantages": True, "clip_reward": 10.0, "gamma": 1.0}
+    | {"kl_in_loss": False, "kl_estimator": "k1", "loss_aggregation": "token-mean"},
+}
+RATES = {"grpo": (1e-6, 0.04), "rloo": (1e-6, 0.05), "reinforce++": (5e-7, 0.01)}
+
+
+@each
+def test_the_defaults_are_the_published_ones(name):
+    options = ALGORITHMS[name][2]()
+    assert options.hyperparameters(seed=3) == PPOHyperparameters(**PUBLISHED[name])
+    assert (options.learning_rate, options.kl_coef) == RATES[name]
+
+
+@each
+def test_the_command_sets_nothing_that_ppo_could_not_be_told(name):
+    options = ALGORITHMS[name][2]()
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    assert values == {f.name: getattr(PPOOptions(**values), f.name) for f in dataclasses.fields(PPOOptions)}
+    assert PPOOptions(**values).hyperparameters(seed=0) == options.hyperparameters(seed=0)
+
+
+@each
+def test_what_means_nothing_to_an_algorithm_is_no_flag_of_it_and_refused_by_name(name):
+    config, _, options = ALGORITHMS[name]
+    offered = {f.name for f in dataclasses.fields(options) if f.init}
+    everything = {f.name for f in dataclasses.fields(PolicyOptions)}
+    assert everything - offered == {"advantage_estimator", *UNUSED[name]}
+    assert not set(to_dict(options())) & set(UNUSED[name])
+    for flag in (*UNUSED[name], "advantage_estimator"):
+        with pytest.raises(InputError, match=rf"unknown flag --{flag}\b"):
+            parse(config, [f"--{flag}", "1"], f"jaxrlhf {name}", "")
+    with pytest.raises(TypeError, match="lam"):
+        config(lam=0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"advantage_estimator": "grpo", "critic_learning_rate": 1.0},
+            "critic_learning_rate=1.0 with .*=grpo.*no critic",
+        ),
+        ({"advantage_estimator": "rloo", "cliprange_value": 0.3}, "cliprange_value=0.3 with .*=rloo.*no critic"),
+        ({"advantage_estimator": "reinforce++", "lam": 0.9}, r"lam=0.9 with .*=reinforce\+\+.*no critic"),
+        ({"advantage_estimator": "rloo", "gamma": 0.9}, "gamma=0.9 with .*=rloo, which makes no use of it"),
+        ({"advantage_estimator": "rloo", "scale_by_std": False}, "scale_by_std=False with .*=rloo.*no use of it"),
+        ({"scale_by_std": False}, "scale_by_std=False with advantage_estimator=gae, which makes no use of it"),
+    ],
+)
+def test_ppo_refuses_options_that_its_estimator_does_not_use_naming_both(options, message):
+    with pytest.raises(InputError, match=message):
+        PPOOptions(**({"samples_per_prompt": 2} | options))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("grpo", {"samples_per_prompt": 1}, "samples_per_prompt=1 with advantage_estimator=grpo"),
+        ("rloo", {"samples_per_prompt": 1}, "samples_per_prompt=1 with advantage_estimator=rloo"),
+        ("grpo", {"kl_estimator": "k1"}, "kl_estimator=k1 with kl_in_loss"),
+        ("rloo", {"kl_in_loss": True}, "kl_estimator=k1 with kl_in_loss"),
+        ("reinforce++", {"kl_target": 3.0, "kl_coef": 0.0}, "kl_coef=0.0 must be above 0 with kl_target"),
+        ("grpo", {"reward_functions": ("length",)}, "reward function length: give one of target and limit"),
+        ("rloo", {"reward_zero_stage": 5}, "reward_zero_stage=5 must be 0, 1, 2 or 3"),
+    ],
+)
+def test_contradictory_options_are_refused_naming_the_pair(name, options, message):
+    with pytest.raises(InputError, match=message):
+        ALGORITHMS[name][2](**options)
+
+
+@each
+def test_the_command_and_the_public_names_lead_to_the_algorithm(name):
+    config, train, _ = ALGORITHMS[name]
+    command = COMMANDS[name]
+    assert getattr(jaxrlhf, command.config) is config and getattr(jaxrlhf, command.function) is train
+    parsed = parse(config, ["--reward_model_name_or_path", "a", "--num_generations", "2"], f"jaxrlhf {name}", "")
+    assert parsed.critic_model_name_or_path == "a" and parsed.samples_per_prompt == 2
+    assert parse(config, ["--critic_model_name_or_path", "a", "--rloo_k", "2"], "jaxrlhf", "") == parsed
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def train(demo):
+    """`train("grpo", folder, **options)`: a run on the demo data on all devices, 16 rows a step."""
+
+    def start(name, folder, **options):
+        config, run, _ = ALGORITHMS[name]
+        common = {"data_path": demo.train, "eval_data_path": demo.eval, "data_cache_dir": demo.cache, "seed": 3}
+        common |= {"max_prompt_seq_len": 32, "max_answer_seq_len": 8, "max_eval_samples": 16}
+        common |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "samples_per_prompt": 4}
+        common |= {"actor_model_name_or_path": demo.lm, "output_dir": str(folder), "sample_steps": 0}
+        common |= {"lr_scheduler_type": "constant", "logging_steps": 100}
+        return run(config(**(common | options)))
+
+    return start
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def finished(request, train, demo, tmp_path_factory):
+    """Three steps of one algorithm with a reward model: its name, final state and folder."""
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    state = train(request.param, folder, reward_model_name_or_path=demo.reward, learning_rate=1e-3, max_steps=3)
+    return SimpleNamespace(name=request.param, state=jax.device_get(state), folder=folder)
+
+
+def test_a_run_with_a_reward_model_trains_the_policy_alone_and_says_by_what(finished, demo):
+    assert finished.state.critic_params is None and finished.state.critic is None
+    loaded = load_pretrained(finished.folder)
+    chex.assert_trees_all_equal(jax.device_get(loaded.params), finished.state.actor_params)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), loaded.params, load_pretrained(demo.lm).params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    assert not (finished.folder / "critic").exists()
+    assert json.loads((finished.folder / "summary.json").read_text())["trainer"] == finished.name
+    title = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}[finished.name]
+    assert f"<h2>{title}</h2>" in (finished.folder / "report.html").read_text()
+    assert title in (finished.folder / "README.md").read_text()
+    records = [r for r in read_jsonl(finished.folder / "metrics.jsonl") if "objective/scores" in r]
+    assert len(records) == 3
+    for record in records:
+        assert "loss/value_avg" not in record and ("loss/kl_avg" in record) == (finished.name == "grpo")
+    assert records[0]["val/ratio"] == pytest.approx(1, abs=1e-6)
+
+
+def test_another_algorithm_does_not_resume_the_run(finished, train, demo):
+    other = "rloo" if finished.name == "grpo" else "grpo"
+    with pytest.raises(InputError, match=rf"cannot resume .*trainer: '{finished.name.replace('+', '.')}' then"):
+        train(other, finished.folder, reward_model_name_or_path=demo.reward, learning_rate=1e-3, resume=True)
+
+
+@each
+def test_a_reward_function_alone_is_learned(name, train, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def brief(prompts, responses):\n    return [-len(response) / 10 for response in responses]\n"
+    )
+    options = {"reward_functions": (f"{tmp_path}/rewards.py:brief",), "kl_coef": 1e-4, "learning_rate": 2e-2}
+    train(name, tmp_path / "run", max_steps=12, **options)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    before, after = summary["eval_before"], summary["eval_after"]
+    assert after["scores"] - before["scores"] > before["scores_std"], "by more than the answers differed at the start"
+
+
+def test_group_sizes_that_do_not_divide_the_batch_are_refused_before_anything_is_written(train, demo, tmp_path):
+    for options, message in (
+        ({"samples_per_prompt": 3}, "samples_per_prompt=3 must divide the rollout batch of 16 rows"),
+        ({"generation_batches": 3}, "generation_batches=3 must divide the 4 prompts of a rollout batch"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train("grpo", tmp_path / "run", reward_model_name_or_path=demo.reward, **options)
+    with pytest.raises(InputError, match=r"reward_model_name_or_path: name a model folder .* reward_functions"):
+        train("rloo", tmp_path / "run")
+    with pytest.raises(InputError, match=r"no scalar head.*language model, not a reward model"):
+        train("rloo", tmp_path / "run", reward_model_name_or_path=demo.lm)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_third_step_of_three_may_do_without_a_critic(demo, tmp_path, monkeypatch):
+    def trained_before(model, figure):
+        def train(config):
+            shutil.copytree(model, config.output_dir)
+            text = json.dumps({"eval_before": {figure: 1.0}, "eval_after": {figure: 0.5}, "seconds": 1.0, "steps": 1})
+            (Path(config.output_dir) / "summary.json").write_text(text)
+
+        return train
+
+    monkeypatch.setattr("jaxrlhf.trainers.rlhf.train_sft", trained_before(demo.lm, "loss"))
+    monkeypatch.setattr("jaxrlhf.trainers.rlhf.train_reward", trained_before(demo.reward, "accuracy"))
+    options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_answer_seq_len": 8}
+    config = RLHFConfig(
+        output_dir=str(tmp_path / "all"),
+        actor_model_name_or_path=demo.lm,
+        data_path=(demo.train,),
+        eval_data_path=(demo.eval,),
+        data_cache_dir=demo.cache,
+        max_eval_samples=16,
+        max_prompt_seq_len=32,
+        ppo=PPOOptions(advantage_estimator="rloo", samples_per_prompt=4, max_steps=1, **options),
+    )
+    summary = train_rlhf(config)
+    assert set(summary["seconds"]) == {"sft", "reward", "ppo"} and summary["ppo_kl"] == pytest.approx(0, abs=1e-3)
+    assert "<h2>RLOO</h2>" in (tmp_path / "all" / "report.html").read_text()
+    assert not (tmp_path / "all" / "ppo" / "critic").exists()
+
+
+def test_what_the_algorithms_share_has_a_critic_nowhere():
+    assert not [f.name for f in dataclasses.fields(CriticFreeOptions) if f.init and f.name.startswith("critic_")]

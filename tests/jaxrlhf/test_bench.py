@@ -120,6 +120,23 @@ def test_results_are_rendered_between_the_markers(result_file, tmp_path, capsys)
     assert "holds no result" in capsys.readouterr().err
 
 
+def test_registers_and_spills_of_kernels_are_a_table(result_file, tmp_path):
+    rows = [
+        {"device": "a100-80g", "kernel": "k", "shape": "head size 64", "registers": 150, "spilled": 0},
+        {"device": "v5e", "kernel": "k", "shape": "head size 64", "registers": None, "spilled": None},
+        {"device": "a100-80g", "kernel": "k", "shape": "head size 80", "registers": 255, "spilled": 12},
+    ]
+    made = {"commit": "0123456789ab", "time": "2026-01-02T", "command": "python x.py", "versions": {"jax": "0.10.2"}}
+    folder, document = tmp_path / "results", tmp_path / "bench.md"
+    folder.mkdir()
+    (folder / "toy.json").write_text(result_file.read_text())
+    (folder / "kernels_aot.json").write_text(json.dumps(made | {"kernels": rows}))
+    assert main(["bench", "--render", "--results", str(folder), "--document", str(document)]) == 0
+    text = document.read_text()
+    assert "| kernel | shape | a100-80g | v5e |" in text and "jax 0.10.2; commit `0123456789`, 2026-01-02" in text
+    assert "| `k` | head size 64 | 150 / 0 | compiles |\n| `k` | head size 80 | 255 / 12 |  |" in text
+
+
 def _markers():
     from jaxrlhf.bench.render import BEGIN, END
 

@@ -20,7 +20,7 @@ from jaxrlhf.models.model import param_shapes
 from jaxrlhf.plan.command import make_plan, run_plan
 from jaxrlhf.plan.cost import forward_flops, run_cost
 from jaxrlhf.plan.devices import DEVICES, find_device, target_config
-from jaxrlhf.plan.memory import estimate, residual_bytes
+from jaxrlhf.plan.memory import cache_bytes, estimate, residual_bytes
 from jaxrlhf.plan.programs import array_bytes, build_system, tree_bytes
 from jaxrlhf.plan.report import as_dict
 from jaxrlhf.plan.search import CHANGES, OTHER_TRAINING, capacity, flags_between
@@ -119,6 +119,17 @@ def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
 
 
 # ---- counting
+
+
+@pytest.mark.parametrize(("device", "lanes"), [("a100-80g", 64), ("v5p", 128)])
+def test_a_quantised_cache_is_its_bytes_and_a_scale_per_head_and_token(device, lanes):
+    config = config_of(actor="opt-1.3b", devices=8, device=device)
+    systems = [build_system(dataclasses.replace(config, kv_cache_dtype=name)) for name in ("auto", "int8", "fp8")]
+    vectors = 2 * 24 * systems[0].rows * 512 * 32 // 8
+    platform = config.accelerator.platform
+    assert [cache_bytes(system, platform) for system in systems] == [
+        vectors * size for size in (2 * lanes, lanes + 4, lanes + 4)
+    ]
 
 
 def test_what_the_backward_pass_keeps_shrinks_with_remat_and_with_the_split():

@@ -294,6 +294,8 @@ def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
         ("ppo", {"offload_reference_model": True, "lora_r": 2}, r"offload_reference_model: with LoRA .* own base"),
         ("ppo", {"reward_zero_stage": 1, "critic_lora_r": 2}, r"reward_zero_stage: with LoRA .* own base"),
         ("ppo", {"attention_implementation": "fast"}, r"attention_implementation='fast' .*'auto', 'xla', 'pallas'"),
+        ("ppo", {"kv_cache_dtype": "int4"}, r"kv_cache_dtype='int4' .*'auto', 'int8', 'fp8'"),
+        ("ppo", {"logprob_implementation": "cudnn"}, r"logprob_implementation='cudnn' .*'auto', 'xla', 'pallas'"),
         ("sft", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
         ("reward", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
         ("ppo", {"generation_slots": 3, "generate_tensor_parallel": 4}, r"slots=3 must be a multiple of 2"),
@@ -366,11 +368,13 @@ def test_a_prompt_batch_that_minibatches_do_not_divide_is_refused_before_it_is_g
         own_loop.generate_experience({"prompt_ids": ids, "prompt_mask": mask})
 
 
-def test_every_model_of_ppo_takes_the_attention_implementation(demo):
-    config = replace(own_config(), attention_implementation="pallas")
+def test_every_model_of_ppo_takes_the_kernels_that_were_asked_for(demo):
+    options = {"attention_implementation": "pallas", "logprob_implementation": "pallas", "kv_cache_dtype": "int8"}
+    config = replace(own_config(), **options)
     engine = RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=STEPS, config=config)
     modules = engine.actor.module, engine.state.critic, engine.reference, engine.reward
-    assert [module.attention_implementation for module in modules] == ["pallas"] * 4
+    for module in modules:
+        assert {name: getattr(module, name) for name in options} == options
 
 
 def test_given_models_may_share_a_body_and_stay_usable(demo, lab):

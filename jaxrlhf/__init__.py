@@ -13,8 +13,8 @@ _HOME = {
     "ppo_step": "jaxrlhf.ppo",
     "score_rollout": "jaxrlhf.ppo",
     "PPOConfig": "jaxrlhf.trainers.ppo",
-    "PPOTrainer": "jaxrlhf.trainers.ppo",
-    "RLHFEngine": "jaxrlhf.trainers.ppo",
+    "PPOTrainer": "jaxrlhf.trainers.ppo_trainer",
+    "RLHFEngine": "jaxrlhf.trainers.ppo_engine",
     "train_ppo": "jaxrlhf.trainers.ppo",
     "SFTConfig": "jaxrlhf.trainers.sft",
     "train_sft": "jaxrlhf.trainers.sft",
@@ -24,9 +24,12 @@ _HOME = {
     "train_dpo": "jaxrlhf.trainers.dpo",
     "RLHFConfig": "jaxrlhf.trainers.rlhf",
     "train_rlhf": "jaxrlhf.trainers.rlhf",
+    "SampleConfig": "jaxrlhf.trainers.sample",
+    "sample": "jaxrlhf.trainers.sample",
+    "Rewards": "jaxrlhf.rewards",
     "InputError": "jaxrlhf.errors",
 }
-_SUBMODULES = ("distributed", "models", "sharding", "kernels", "data", "objectives", "trainers")
+_SUBMODULES = ("distributed", "models", "sharding", "kernels", "data", "objectives", "rewards", "trainers")
 
 __all__ = [*_HOME, *_SUBMODULES]
 

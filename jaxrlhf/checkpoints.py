@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,15 @@ UNFINISHED = (".unfinished", ".removing")
 CONCURRENT_GB = 2  # host memory that may hold array copies while saving or restoring
 
 
-def save_checkpoint(folder: str | Path, step: int, state: Any, metadata: dict, keep_last: int | None = None) -> Path:
-    """Write `folder/checkpoint-{step}/`, then remove all but the newest `keep_last` of the steps up to it.
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    state: Any,
+    metadata: dict,
+    keep_last: int | None = None,
+    keep: Container[int] = (),
+) -> Path:
+    """Write `folder/checkpoint-{step}/`, then remove all but the newest `keep_last` and `keep` of the steps up to it.
 
     `state`: pytree of jax.Arrays (typed PRNG keys too), numpy arrays and scalars, bools, ints, floats, strings, None.
     `metadata`: JSON values. `keep_last` None or 0 keeps every checkpoint. Blocks until the files are on disk; host
@@ -60,7 +68,8 @@ def save_checkpoint(folder: str | Path, step: int, state: Any, metadata: dict, k
         _remove(Path(f"{target}{REPLACED}"))
         older = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= step]
         for path in older[: -keep_last if keep_last else 0]:
-            _remove(path)
+            if checkpoint_step(path) not in keep:
+                _remove(path)
     barrier("checkpoint complete")
     return target
 

@@ -1,4 +1,4 @@
-"""The console command: `jaxrlhf sft|reward|dpo|ppo|rlhf|chat|convert|plan|bench|demo`."""
+"""The console command: `jaxrlhf sft|reward|dpo|ppo|rlhf|sample|chat|convert|plan|bench|demo`."""
 
 import importlib
 import logging
@@ -25,13 +25,16 @@ COMMANDS = {
     "rlhf": Command(
         "jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all steps in one run: sft → reward → ppo, or sft → dpo"
     ),
+    "sample": Command(
+        "jaxrlhf.trainers.sample", "SampleConfig", "sample", "best-of-n and rejection sampling: SFT data"
+    ),
     "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model"),
     "convert": Command("jaxrlhf.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
     "plan": Command("jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting"),
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
     "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
-ON_DEVICE = ("sft", "reward", "dpo", "ppo", "rlhf", "chat", "bench")  # these get the device's compiler flags
+ON_DEVICE = ("sft", "reward", "dpo", "ppo", "rlhf", "sample", "chat", "bench")  # these get the device's compiler flags
 
 
 def usage() -> str:

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,13 +27,21 @@ REQUIRED: Any = dataclasses.MISSING
 """Default of a field the user must give: `model_name_or_path: str = field(REQUIRED, "...")`."""
 
 
-def field(default: Any, help: str, *, choices: tuple | list | None = None, aliases: tuple[str, ...] = ()) -> Any:
+def field(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple | list | None = None,
+    aliases: tuple[str, ...] = (),
+    read: Callable[[Any], Any] | None = None,
+) -> Any:
     """A documented dataclass field.
 
     `default`: value, or `REQUIRED`. Mutable defaults (dict, list) are copied per instance.
     `choices`: allowed values (of each element, for tuples). `aliases`: other accepted names, in flags and in YAML.
+    `read`: makes of a value that stands in YAML one of the field's type, and leaves all others as they are.
     """
-    metadata = {"help": help, "choices": tuple(choices) if choices else None, "aliases": tuple(aliases)}
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "aliases": tuple(aliases), "read": read}
     if default is REQUIRED:  # keyword only, so that a subclass may add it after fields that have defaults
         return dataclasses.field(metadata=metadata, kw_only=True)
     if isinstance(default, dict | list):
@@ -316,6 +325,8 @@ def _build_section(config_class: type, values: dict[str, tuple[Any, str]], prefi
             arguments[f.name] = default
         elif path in values:
             value, label = values[path]
+            read = f.metadata.get("read")
+            value = value if read is None else read(value)
             arguments[f.name] = convert(value, hints[f.name], f.metadata.get("choices"), label)
         else:
             arguments[f.name] = default

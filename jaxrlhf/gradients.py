@@ -133,10 +133,16 @@ def apply_gradients(
     opt_state: PyTree,
     grads: PyTree,
     mesh: Mesh | None,
+    made: jax.Array,
 ) -> tuple[PyTree, PyTree]:
-    """One optimizer step: the new trainable leaves, pinned to where they lie, and the new optimizer state."""
-    updates, new_state = optimizer.update(grads, on_device(opt_state), trainable)
-    trainable = optax.apply_updates(trainable, updates)
+    """One optimizer step: the new trainable leaves, pinned to where they lie, and the new optimizer state.
+
+    Where the bool `made` is false everything stays as it was, whatever the gradients hold.
+    """
+    state = on_device(opt_state)
+    updates, new_state = optimizer.update(grads, state, trainable)
+    new = optax.apply_updates(trainable, updates), new_state
+    trainable, new_state = jax.tree.map(lambda new, old: jnp.where(made, new, old), new, (trainable, state))
     if mesh is not None:
         trainable = constrain_tree(trainable, _trainable_shardings(module, mesh))
     return trainable, back_like(new_state, opt_state)

@@ -104,6 +104,20 @@ def ends_with_stop(tail: jax.Array, config: SamplingConfig) -> jax.Array:
     return jnp.any(jnp.stack(found), axis=0)
 
 
+def ended_rows(tokens: jax.Array, response_mask: jax.Array, config: SamplingConfig) -> jax.Array:
+    """bool `[B]`: `SamplingConfig.ended` of the responses in `tokens` `[B, T]`, each one contiguous span."""
+    length = jnp.sum(response_mask, axis=1)
+    after = jnp.where(length > 0, jnp.argmax(response_mask, axis=1) + length, 0)
+    longest = max(map(len, config.stop_sequences), default=1)
+    columns = after[:, None] - longest + jnp.arange(longest)
+    there = jnp.arange(longest) >= longest - length[:, None]
+    tail = jnp.where(there, jnp.take_along_axis(tokens, jnp.maximum(columns, 0), axis=1), -1)
+    ended = is_eos(tail[:, -1], config) & (length > 0)
+    if config.stop_sequences:
+        ended |= ends_with_stop(tail, config) & (length > config.min_new_tokens)
+    return ended
+
+
 def penalize(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
     """The repetition penalty of Keskar et al. 2019 (arXiv 1909.05858), as transformers has it; `seen` `[B, V]`."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -166,11 +166,17 @@ class Projection(nn.Module):
 
 
 def write_columns(cache: jax.Array, new: jax.Array, column: jax.Array | int) -> jax.Array:
-    """`cache` `[B, H, S, D]` with `new` `[B, H, T, D]` from `column` on (one, or `[B]`); in place under jit."""
+    """`cache` `[B, …, S, D]` with `new` `[B, …, T, D]` from `column` on (one, or `[B]`); in place under jit."""
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
     if jnp.ndim(column):
         write = jax.vmap(write)
     return write(cache, new.astype(cache.dtype), column)
+
+
+def read_columns(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """`[B, count, …]`: the columns of `x` `[B, T, …]` from `start` `[B]` on."""
+    read = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=count))(x, start)
+    return constrain(read, "batch", *[None] * (x.ndim - 1))
 
 
 class Attention(nn.Module):
@@ -449,20 +455,35 @@ class Decoder(nn.Module):
         return self.padded_logits(hidden)[..., : self.config.vocab_size]
 
     def logprobs(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, temperature: float = 1.0
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        temperature: float = 1.0,
+        start: jax.Array | None = None,
+        count: int | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Log-prob of each token given those before it, and the entropy it was drawn from; float32 `[B, T]` each.
 
-        Column t is read from the logits at t-1; column 0 is 0. Never holds `[B, T, V]` (kernels/logprobs.py).
+        Column t is read from the logits at t-1; column 0 is 0. Never holds `[B, T, V]` (kernels/logprobs.py). With
+        `start` int `[B]` and `count` the head runs on `count` columns of each row only, from `start` on (earlier where
+        the row ends before; column 0 has none to give); the others are 0.
         """
-        hidden = self.hidden_states(input_ids, attention_mask)[:, :-1]
+        hidden, labels = self.hidden_states(input_ids, attention_mask)[:, :-1], input_ids[:, 1:]
+        length = labels.shape[1]
+        if start is not None:
+            count = min(count, length)
+            start = jnp.clip(start - 1, 0, length - count)
+            hidden, labels = read_columns(hidden, start, count), read_columns(labels, start, count)
         weight, bias = self.output_weight()
         result = token_logprobs(
             hidden,
             weight,
-            input_ids[:, 1:],
+            labels,
             vocab_size=self.config.vocab_size,
             bias=bias,
             temperature=temperature,
         )
+        if start is not None:
+            blank = jnp.zeros((labels.shape[0], length, 1))
+            result = (write_columns(blank, x[..., None], start)[..., 0] for x in result)
         return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in result)

@@ -23,7 +23,7 @@ LAYERS = (
     ("files", "config_values", "console", "lifeline"),
     ("config",),
     ("distributed",),
-    ("sharding", "sampling"),
+    ("sharding", "sampling", "rewards"),
     ("models",),
     ("gradients",),
     ("decoding",),

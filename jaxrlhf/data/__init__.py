@@ -22,7 +22,9 @@ from jaxrlhf.data.templates import (
     encode_stops,
     load_tokenizer,
     pad_token_id,
+    plain_response,
 )
+from jaxrlhf.data.text import TextBlocks, load_text
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -31,6 +33,7 @@ __all__ = [
     "PairData",
     "PromptData",
     "SFTData",
+    "TextBlocks",
     "demo_quality",
     "encode_conversation",
     "encode_pair",
@@ -41,10 +44,12 @@ __all__ = [
     "eval_batches",
     "length_bucket",
     "load_data",
+    "load_text",
     "load_tokenizer",
     "materialize_demo",
     "pad_token_id",
     "padding_fraction",
+    "plain_response",
     "stream_indices",
     "write_demo",
 ]

@@ -173,7 +173,25 @@ class PairData(Data):
 
 
 class PromptData(Data):
-    """Prompts to answer."""
+    """Prompts to answer, with the further fields of their rows that rewards need."""
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        return self.ragged.columns
+
+    def prompts(self, indices: Sequence[int]) -> list[str | list[dict[str, str]] | None]:
+        """The prompts of these rows as the data has them, before rendering; None in filler rows."""
+        return [self.ragged.kept(i)[0] if i >= 0 else None for i in indices]
+
+    def prompt_texts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts as text: as the data has them, conversations as rendered for the model; filler rows are empty."""
+        plain = zip(indices, self.prompts(indices), strict=True)
+        return [p or "" if not isinstance(p, list) else self.text(i)["prompt"] for i, p in plain]
+
+    def columns(self, indices: Sequence[int]) -> dict[str, list[Any]]:
+        """Each kept field's JSON value in these rows; None in filler rows."""
+        rows = [self.ragged.kept(i)[1:] if i >= 0 else [None] * len(self.column_names) for i in indices]
+        return {name: [row[j] for row in rows] for j, name in enumerate(self.column_names)}
 
     def sequences(self) -> tuple[tuple[int, ...], ...]:
         return ((0,),)

@@ -54,6 +54,11 @@ class DataConfig:
     prompt_field: str = field("prompt", "name of the field with the prompt: text, or a list of role/content messages")
     chosen_field: str = field("chosen", "name of the field with the preferred response (sft learns it)")
     rejected_field: str = field("rejected", "name of the field with the other response")
+    reward_columns: tuple[str, ...] = field(
+        (),
+        "further fields of the rows that reward functions get (ppo); those that a function cannot do without, such as "
+        "answer for number_match, are read in any case",
+    )
     prompt_template: str = field(
         DEFAULT_TEMPLATE,
         "text around prompt and response, or 'raw' to join them as they are; the default gives way to the tokenizer's "
@@ -72,7 +77,7 @@ class DataConfig:
     seed: int = field(42, "seed of the data split and order, of initialisation, dropout and sampling")
 
     def __post_init__(self):
-        for name in ("data_path", "eval_data_path"):
+        for name in ("data_path", "eval_data_path", "reward_columns"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value or ())))
         parse_split(self.data_split)
@@ -98,29 +103,34 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(name).expanduser()
 
 
-def load_data(config: DataConfig, tokenizer, step: str) -> tuple[Data, Data]:
+def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]:
     """The training and the evaluation rows of `step` ("sft", "reward", "ppo" or "dpo"), tokenised or from the cache.
 
     Evaluation rows are the same in every step and are trained on in none: `eval_data_path`, else each source's own
-    evaluation split, else a held-out fraction of it. Raises InputError for unusable data or tokenizer, and when the
-    processes of a run read different data. Of these, one of each machine writes the cache, while the others wait.
+    evaluation split, else a held-out fraction of it. `columns`: fields of the rows that ppo data keeps, besides
+    `config.reward_columns`; a row that lacks one is bad input. Raises InputError for unusable data or tokenizer, and
+    when the processes of a run read different data. Of these, one of each machine writes the cache, while the others
+    wait.
     """
     if step not in SHARES:
         raise ValueError(f"step '{step}': must be one of {', '.join(SHARES)}")
     if not config.data_path:
         raise InputError("data_path: no data given; name a file, a folder, a Hugging Face data set, or 'demo'")
     check_tokenizer(tokenizer)
-    parts, contents = by_turns(f"tokenising the {step} data", lambda: tokenised_parts(config, tokenizer, step))
+    parts, contents = by_turns(f"tokenising the {step} data", lambda: tokenised_parts(config, tokenizer, step, columns))
     check_same("data", contents)
     return parts
 
 
-def tokenised_parts(config: DataConfig, tokenizer, step: str) -> tuple[tuple[Data, Data], dict[str, str]]:
+def tokenised_parts(
+    config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
+) -> tuple[tuple[Data, Data], dict[str, str]]:
     """The two parts of `load_data`, and hashes of all they come from by what they are hashes of."""
     folder = cache_folder(config)
     sources = [resolve_source(name, folder) for name in config.data_path]
     eval_sources = [resolve_source(name, folder) for name in config.eval_data_path]
     check_apart(sources, eval_sources)
+    columns = tuple(dict.fromkeys((*columns, *config.reward_columns))) if step == "ppo" else ()
     encoding = Encoding(
         step=step,
         names=(("prompt", config.prompt_field), ("chosen", config.chosen_field), ("rejected", config.rejected_field)),
@@ -128,6 +138,7 @@ def tokenised_parts(config: DataConfig, tokenizer, step: str) -> tuple[tuple[Dat
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_seq_len,
         long_prompts=config.long_prompts,
+        columns=columns,
     )
     read = functools.cache(
         lambda source_index, split, own: (eval_sources if own else sources)[source_index].rows(split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,14 @@ FIELDS = {"sft": ("prompt", "chosen"), "reward": PAIR, "ppo": ("prompt",), "dpo"
 
 @dataclass(frozen=True)
 class Example:
-    """One valid row; `responses` holds chosen, or chosen and rejected, or nothing, as the step needs."""
+    """One valid row; `responses` holds chosen, or chosen and rejected, or nothing, as the step needs.
+
+    `columns`: the values of further fields that were asked for.
+    """
 
     prompt: Prompt
     responses: tuple[str, ...]
+    columns: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,18 @@ def read_row(row: Any, step: str, names: dict[str, str]) -> Example | Problem:
             return problem
         responses.append(value)
     return Example(prompt, tuple(responses))
+
+
+def read_columns(row: Mapping, names: tuple[str, ...]) -> tuple[Any, ...] | Problem:
+    """The values of the fields `names`, or what is wrong with the first that is absent, null or no JSON value."""
+    for name in names:
+        if row.get(name) is None:
+            return Problem(name, "is null" if name in row else "is missing")
+        try:
+            json.dumps(row[name])
+        except (TypeError, ValueError):
+            return Problem(name, f"is no JSON value but a {type(row[name]).__name__}")
+    return tuple(row[name] for name in names)
 
 
 def check_text(row: Mapping, name: str, value: Any) -> Problem | None:

@@ -187,6 +187,14 @@ def response_text(tokenizer, response: str, template: str) -> str:
     return lead + response + after
 
 
+def plain_response(tokenizer, text: str, template: str) -> str:
+    """The inverse of `response_text`: a response as rows hold it, from the decoded text of a generated one."""
+    if uses_chat_template(tokenizer, template):
+        return text.strip()
+    _, _, lead, after = split_template(template)
+    return text.removeprefix(lead).removesuffix(after)
+
+
 def prompt_text(prompt: Prompt, template: str) -> str:
     """A prompt by the prompt template; rounds of a message list follow each other, system messages stand before."""
     before, middle, lead, after = split_template(template)

@@ -1,8 +1,9 @@
 """Tokenises rows once, into a ragged token stream on disk that later runs map into memory.
 
 A cached part is a folder: `tokens.bin` (int32, all rows one after the other), `offsets.npy` (int64, where each field
-of each row begins), `rows.npy` (int32, where each row came from) and `meta.json`. Its name is a hash of all that the
-tokens depend on, so it is never out of date; it is moved into place whole, so it is never half written.
+of each row begins), `rows.npy` (int32, where each row came from) and `meta.json`; for prompts (ppo) also `fields.bin`
+and `fields.npy`, each row's prompt as it stood and its reward columns. Its name is a hash of all that the tokens depend
+on, so it is never out of date; it is moved into place whole, so it is never half written.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.rows import FIELDS, Example, Problem, read_row
+from jaxrlhf.data.rows import FIELDS, Example, Problem, read_columns, read_row
 from jaxrlhf.data.templates import encode_prompts, encode_responses
 from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the layout or the meaning of the files changes
+FORMAT = 2  # raise it when the layout or the meaning of the files changes
 CHUNK = 1024  # rows tokenised in one call
 SHOWN = 3  # places of bad rows that a report names
 
@@ -43,6 +44,7 @@ class Encoding:
     max_length: int  # bound of prompt + response (sft, reward, dpo)
     max_prompt_length: int  # bound of the prompt (ppo)
     long_prompts: str  # "truncate" or "drop"
+    columns: tuple[str, ...] = ()  # further fields to keep (ppo)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Ragged:
     """Tokenised rows of a step: field `j` (prompt, chosen, rejected) of row `i` is `part(i, j)`.
 
     `rows` int32 [n, 2]: the source's number and the row's number in that source. `counts`: what was done to the rows.
+    `fields` uint8: the JSON text of what `kept` gives for each row, beginning at `field_offsets`; empty but for ppo.
+    `columns`: the names of what it gives after the prompt.
     """
 
     tokens: np.ndarray
@@ -58,9 +62,16 @@ class Ragged:
     sources: tuple[str, ...]
     counts: dict[str, int]
     problems: tuple[str, ...]
+    fields: np.ndarray | None = None
+    field_offsets: np.ndarray | None = None
+    columns: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def kept(self, i: int) -> list[Any]:
+        """Row `i`'s prompt as it stood in the data, and the values of `columns`."""
+        return json.loads(self.fields[self.field_offsets[i] : self.field_offsets[i + 1]].tobytes())
 
     @property
     def parts(self) -> int:
@@ -99,10 +110,11 @@ def hash_json(value: Any) -> str:
 
 def encode_rows(
     rows: Iterable[tuple[Any, Callable[[], str]]], tokenizer, encoding: Encoding, counts: dict[str, int]
-) -> Iterator[tuple[int, list[list[int]]] | tuple[int, Problem, str]]:
-    """Yield `(k, [prompt ids, response ids...])` or `(k, problem, where)` for the k-th of `rows`, counting as it goes.
+) -> Iterator[tuple[int, list[list[int]], Example] | tuple[int, Problem, str]]:
+    """Yield `(k, [prompt ids, response ids...], example)` or `(k, problem, where)` for the k-th of `rows`.
 
-    `rows` are (row, function telling where it stood). A row dropped for its length yields nothing.
+    `rows` are (row, function telling where it stood). A row dropped for its length yields nothing but is counted.
+    Raises InputError for a row that lacks a column.
     """
     names = dict(encoding.names)
     chunk: list[tuple[int, Example, Callable[[], str]]] = []
@@ -111,14 +123,24 @@ def encode_rows(
         if isinstance(example, Problem):
             yield k, example, where()
         else:
-            chunk.append((k, example, where))
+            chunk.append((k, with_columns(example, row, encoding.columns, where), where))
         if len(chunk) == CHUNK:
             yield from encode_chunk(chunk, tokenizer, encoding, counts)
             chunk = []
     yield from encode_chunk(chunk, tokenizer, encoding, counts)
 
 
-def encode_chunk(chunk, tokenizer, encoding: Encoding, counts) -> Iterator[tuple[int, list[list[int]]]]:
+def with_columns(example: Example, row: Any, names: tuple[str, ...], where: Callable[[], str]) -> Example:
+    values = read_columns(row, names)
+    if isinstance(values, Problem):
+        raise InputError(
+            f"{where()}: '{values.field}' {values.what}, and a reward function or reward_columns asks for it; mend or "
+            "delete the row, or name another column"
+        )
+    return replace(example, columns=values)
+
+
+def encode_chunk(chunk, tokenizer, encoding: Encoding, counts) -> Iterator[tuple[int, list[list[int]], Example]]:
     try:
         encoded = encode_examples([example for _, example, _ in chunk], tokenizer, encoding)
     except InputError:
@@ -128,10 +150,10 @@ def encode_chunk(chunk, tokenizer, encoding: Encoding, counts) -> Iterator[tuple
             except InputError as error:
                 raise InputError(f"{where()}: {error}") from error
         raise
-    for (k, _, _), parts in zip(chunk, encoded, strict=True):
+    for (k, example, _), parts in zip(chunk, encoded, strict=True):
         fitted = fit(parts, encoding, tokenizer.bos_token_id, counts)
         if fitted is not None:
-            yield k, fitted
+            yield k, fitted, example
 
 
 def encode_examples(examples: list[Example], tokenizer, encoding: Encoding) -> list[list[list[int]]]:
@@ -189,37 +211,40 @@ def write_part(
     counts = dict.fromkeys(("skipped", "truncated_prompts", "truncated_responses", "dropped_too_long"), 0)
     bad: collections.Counter[str] = collections.Counter()
     places: list[str] = []
-    kept, lengths, total = [], [], len(origin)
+    kept, lengths, sizes, total = [], [], [], len(origin)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        checksum = 0
         progress = tqdm(rows, total=total, desc=f"tokenising {label}", unit="row", delay=1.0)
-        with open(temporary / "tokens.bin", "wb") as file:
-            for k, result, *where in encode_rows(progress, tokenizer, encoding, counts):
+        with open(temporary / "tokens.bin", "wb") as file, open(temporary / "fields.bin", "wb") as fields:
+            for k, result, rest in encode_rows(progress, tokenizer, encoding, counts):
                 if isinstance(result, Problem):
                     counts["skipped"] += 1
                     bad[f"'{result.field}' {result.what}"] += 1
                     if len(places) < SHOWN:
-                        places.append(f"{where[0]}: '{result.field}' {result.what}")
+                        places.append(f"{rest}: '{result.field}' {result.what}")
                     continue
                 kept.append(k)
                 lengths.extend(map(len, result))
-                block = np.concatenate([np.asarray(part, np.int32) for part in result]).tobytes()
-                checksum = zlib.crc32(block, checksum)
-                file.write(block)
+                file.write(np.concatenate([np.asarray(part, np.int32) for part in result]).tobytes())
+                if encoding.step == "ppo":
+                    sizes.append(fields.write(json.dumps([rest.prompt, *rest.columns]).encode()))
         if not kept:
             raise InputError(no_rows_message(label, total, counts, bad, places, encoding))
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        np.save(temporary / "offsets.npy", offsets)
-        origin = origin[kept].astype(np.int32)
-        np.save(temporary / "rows.npy", origin)
+        for name, value in (
+            ("offsets", starts(lengths)),
+            ("rows", origin[kept].astype(np.int32)),
+            ("fields", starts(sizes)),
+        ):
+            np.save(temporary / f"{name}.npy", value)
+        arrays = read_arrays(temporary)
         meta = {
             "format": FORMAT,
             "rows": len(kept),
-            "tokens": int(offsets[-1]),
-            "crc32": [checksum, crc32_blocks(offsets), crc32_blocks(origin)],
+            "tokens": len(arrays["tokens"]),
+            "crc32": {name: crc32_blocks(array) for name, array in arrays.items()},
             "sources": sources,
+            "columns": encoding.columns,
             "counts": {"rows": total, "kept": len(kept), **counts},
             "problems": [f"{what} ({n} rows)" for what, n in bad.most_common(SHOWN)] + places,
         }
@@ -264,18 +289,31 @@ def open_part(folder: Path) -> Ragged | None:
         return None
 
 
+def starts(lengths: list[int]) -> np.ndarray:
+    """int64 [n + 1]: where each of n pieces begins that lie one after the other, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of a cached part, mapped into memory."""
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "rows")}
+    arrays["tokens"] = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
+    arrays["field_offsets"] = np.load(folder / "fields.npy", mmap_mode="r")
+    path = folder / "fields.bin"  # empty for sft and reward, and an empty file cannot be mapped
+    arrays["fields"] = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    return arrays
+
+
 def read_part(folder: Path) -> Ragged:
     sealed = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    meta = sealed["meta"]
-    tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-    rows = np.load(folder / "rows.npy", mmap_mode="r")
-    if hash_json(meta) != sealed["hash"] or len(tokens) != meta["tokens"] or len(rows) != meta["rows"]:
+    meta, arrays = sealed["meta"], read_arrays(folder)
+    sizes = (len(arrays["tokens"]), len(arrays["rows"]), len(arrays["fields"]))
+    if hash_json(meta) != sealed["hash"] or sizes != (meta["tokens"], meta["rows"], int(arrays["field_offsets"][-1])):
         raise ValueError("sizes differ from those recorded")
-    checksums = [crc32_blocks(array) for array in (tokens, offsets, rows)]
-    if checksums != meta["crc32"]:
+    if {name: crc32_blocks(array) for name, array in arrays.items()} != meta["crc32"]:
         raise ValueError("checksums differ from those recorded")
-    return Ragged(tokens, offsets, rows, tuple(meta["sources"]), meta["counts"], tuple(meta["problems"]))
+    names = {name: tuple(meta[name]) for name in ("sources", "problems", "columns")}
+    return Ragged(**arrays, **names, counts=meta["counts"])
 
 
 def crc32_blocks(array: np.ndarray, block: int = 1 << 22) -> int:

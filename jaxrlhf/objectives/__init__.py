@@ -13,7 +13,15 @@ Conventions that hold for every function here:
 """
 
 from jaxrlhf.objectives.advantages import gae, group_advantages, reward_to_go, rloo_advantages
-from jaxrlhf.objectives.masked import last_token_index, masked_mean, masked_sum, masked_whiten, score_at_last_token
+from jaxrlhf.objectives.comparison import best_of_n_kl_bound, expected_best, win_rate
+from jaxrlhf.objectives.masked import (
+    last_token_index,
+    masked_mean,
+    masked_sum,
+    masked_variance,
+    masked_whiten,
+    score_at_last_token,
+)
 from jaxrlhf.objectives.policy import (
     AGGREGATIONS,
     loss_weights,
@@ -24,6 +32,7 @@ from jaxrlhf.objectives.policy import (
 )
 from jaxrlhf.objectives.preference import PREFERENCE_LOSSES, preference_loss, sequence_logprobs
 from jaxrlhf.objectives.rewards import (
+    KL_ESTIMATES,
     Moments,
     adaptive_kl_coef,
     add_moments,
@@ -36,10 +45,13 @@ from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pai
 
 __all__ = [
     "AGGREGATIONS",
+    "KL_ESTIMATES",
     "PREFERENCE_LOSSES",
     "Moments",
     "adaptive_kl_coef",
     "add_moments",
+    "best_of_n_kl_bound",
+    "expected_best",
     "gae",
     "group_advantages",
     "kl_estimate",
@@ -48,6 +60,7 @@ __all__ = [
     "loss_weights",
     "masked_mean",
     "masked_sum",
+    "masked_variance",
     "masked_whiten",
     "pairwise_loss",
     "penalised_scores",
@@ -63,4 +76,5 @@ __all__ = [
     "tokenwise_pairwise_loss",
     "truncated_importance_weights",
     "value_loss",
+    "win_rate",
 ]

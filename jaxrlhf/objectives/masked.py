@@ -32,6 +32,13 @@ def masked_mean(x, mask, denominator=None) -> Array:
     return divide(masked_sum(x, keep), jnp.sum(keep, dtype=jnp.int32) if denominator is None else denominator)
 
 
+def masked_variance(x, mask) -> Array:
+    """The unbiased variance (divided by n - 1) of the entries of `x` where `mask` is set; 0 for fewer than two."""
+    keep = jnp.asarray(mask) != 0
+    deviation = jnp.where(keep, keep_where(x, keep) - masked_mean(x, keep), 0)
+    return divide(jnp.sum(jnp.square(deviation)), jnp.maximum(jnp.sum(keep, dtype=jnp.int32) - 1, 1))
+
+
 def masked_whiten(x, mask, shift_mean: bool = True, epsilon: float = 1e-8) -> Array:
     """Scales `x` to unit variance, and to zero mean unless `shift_mean` is false, over all entries where `mask` is set.
 
@@ -40,10 +47,9 @@ def masked_whiten(x, mask, shift_mean: bool = True, epsilon: float = 1e-8) -> Ar
     `epsilon` is added to the variance.
     """
     keep = jnp.asarray(mask) != 0
-    count = jnp.sum(keep, dtype=jnp.int32)
     mean = masked_mean(x, keep)
     deviation = jnp.where(keep, keep_where(x, keep) - mean, 0)
-    variance = divide(jnp.sum(jnp.square(deviation)), jnp.maximum(count - 1, 1))
+    variance = masked_variance(x, keep)
     whitened = deviation * jax.lax.rsqrt(variance + epsilon)
     return whitened if shift_mean else jnp.where(keep, whitened + mean, 0)
 

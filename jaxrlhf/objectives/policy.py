@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrlhf.objectives.masked import divide, keep_where, masked_mean, masked_sum, real
+from jaxrlhf.objectives.masked import divide, keep_where, masked_mean, masked_sum
 
 AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 
@@ -32,11 +32,11 @@ def loss_weights(mask, kind: str, length: int | None = None) -> Array:
     tokens = jnp.sum(keep, axis=1, keepdims=True, dtype=jnp.int32)
     rows = jnp.sum(tokens > 0, dtype=jnp.int32)
     if kind == "token-mean":
-        return divide(real(keep), jnp.sum(tokens))
+        return divide(keep.astype(float), jnp.sum(tokens))
     if kind == "sequence-mean":
-        return divide(real(keep), jnp.broadcast_to(tokens * rows, keep.shape))
+        return divide(keep.astype(float), jnp.broadcast_to(tokens * rows, keep.shape))
     if kind == "fixed-length":
-        return divide(real(keep), rows * length)
+        return divide(keep.astype(float), rows * length)
     raise ValueError(f"kind={kind!r} of loss weights is not one of {', '.join(map(repr, AGGREGATIONS))}")
 
 

@@ -7,6 +7,8 @@ from jax import Array
 
 from jaxrlhf.objectives.masked import divide, is_last, keep_where, masked_mean, real
 
+KL_ESTIMATES = ("k1", "k2", "k3")
+
 
 def kl_estimate(logprobs, ref_logprobs, kind: str = "k1", mask=None) -> Array:
     """Per-token estimate of KL(policy || reference) in nats, from tokens sampled by the policy; shape of the inputs.
@@ -33,7 +35,7 @@ def kl_estimate(logprobs, ref_logprobs, kind: str = "k1", mask=None) -> Array:
 def kl_penalty_rewards(
     logprobs, ref_logprobs, scores, response_mask, kl_coef, clip_reward=None, kind: str = "k1"
 ) -> Array:
-    """PPO's per-token rewards: `-kl_coef · kl_estimate(kind)` on the response, plus the clipped score at the last token.
+    """PPO's per-token rewards: `-kl_coef · kl_estimate(kind)` on the response, plus the clipped score at its end.
 
     `scores` [B] are the reward model's, clipped to ±`clip_reward` (None: not clipped). The other arrays and the result
     are [B, T]. A row without a response gets no reward at all.

@@ -112,7 +112,7 @@ def _passes(system: System, name: str, rows: float, forwards: int, backwards: in
     itemsize = jnp.dtype(module.dtype).itemsize
     body, head = matrix_elements(module)
     weights = (body + head) * itemsize / tensor
-    forward = forward_flops(module, rows, length, length) / tensor
+    forward = forward_flops(module, rows, length, length, system.config.max_answer_seq_len) / tensor
     # a frozen base needs no gradients of its weights, only those of what flows through it
     back = 1 if module.lora is not None else 2
     stream = rows * length * c.hidden_size * itemsize

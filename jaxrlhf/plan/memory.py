@@ -81,7 +81,7 @@ def local_module(module: Decoder, tensor: int) -> Decoder:
 
 
 @lru_cache(maxsize=256)
-def _residuals(module: Decoder, rows: int, length: int) -> int:
+def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
     """Bytes that a training pass keeps for its backward pass, parameters and casts of them left out.
 
     Masks that are computed twice are kept once, as compilers do.
@@ -97,7 +97,7 @@ def _residuals(module: Decoder, rows: int, length: int) -> int:
             params = join(trainable, frozen)
             if module.head == "scalar":
                 return critic_values(module, params, tokens, mask)
-            return actor_logprobs(module, params, tokens, mask, 1.0)[0]
+            return actor_logprobs(module, params, tokens, mask, 1.0, mask, longest)[0]
 
         return jax.vjp(forward, trainable)[1]
 
@@ -110,9 +110,9 @@ def _residuals(module: Decoder, rows: int, length: int) -> int:
     )
 
 
-def residual_bytes(module: Decoder, rows: int, length: int, tensor: int) -> int:
+def residual_bytes(module: Decoder, rows: int, length: int, longest: int, tensor: int) -> int:
     """Bytes kept for the backward pass on a device with `rows` rows, one of `tensor` that share heads and MLP."""
-    return _residuals(local_module(module, tensor), rows, length)
+    return _residuals(local_module(module, tensor), rows, length, longest)
 
 
 def score_bytes(module: Decoder, rows: int, queries: int, keys: int, tensor: int) -> int:
@@ -220,7 +220,7 @@ def _layout_copies(system: System) -> int:
 def _logits_chunk(system: System, name: str, rows: int, backward: bool) -> int:
     """Float32 logits of one chunk of positions: themselves and their exponentials, in training also gradients."""
     c = system.modules[name].config
-    chunk = 4 * rows * min(LOGPROB_CHUNK, system.length) * c.padded_vocab_size // system.tensor
+    chunk = 4 * rows * min(LOGPROB_CHUNK, system.config.max_answer_seq_len) * c.padded_vocab_size // system.tensor
     return (3 if backward else 2) * chunk
 
 
@@ -295,7 +295,8 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     names = ("actor", "actor_optimizer", "critic", "critic_optimizer", "ema")
     arguments = _on_device(system, platform, names) | {"batch": tree_bytes(experience(system), platform)}
     names_trained = ("actor", "critic")
-    kept = [residual_bytes(system.modules[name], rows, system.length, system.tensor) for name in names_trained]
+    shape = rows, system.length, config.max_answer_seq_len
+    kept = [residual_bytes(system.modules[name], *shape, system.tensor) for name in names_trained]
     # Both forward passes come before the backward passes, unless these run in a loop that recomputes.
     both = config.remat == "none"
     passes = [_pass_scratch(system, name, rows, True, platform) for name in names_trained]

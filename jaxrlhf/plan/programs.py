@@ -264,15 +264,17 @@ def rollout(system: System, rows: int) -> Rollout:
 
 
 def experience(system: System) -> Experience:
-    kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool}
-    shapes = {"scores": (system.rows,)}
+    kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "ended": bool}
+    shapes = {"scores": (system.rows,), "ended": (system.rows,)}
     return Experience(
         **{
             f.name: _batch(
                 system, shapes.get(f.name, (system.rows, system.length)), kinds.get(f.name, jnp.float32), TRAIN_RULES
             )
             for f in dataclasses.fields(Experience)
-        }
+            if f.metadata.get("pytree_node", True)
+        },
+        longest=system.config.max_answer_seq_len,
     )
 
 
@@ -345,9 +347,8 @@ def _score(system: System) -> Any:
     frozen = (_read_where_it_waits(system, name) for name in ("reference", "reward"))
     params = (system.trees["actor"], system.trees["critic"], *frozen)
     hyperparameters = system.config.hyperparameters(system.config.seed)
-    return score_rollout.lower(
-        rollout(system, system.rows), *params, **system.modules, hyperparameters=hyperparameters, mesh=system.mesh
-    )
+    static = {"hyperparameters": hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
+    return score_rollout.lower(rollout(system, system.rows), *params, **system.modules, **static)
 
 
 def _read_where_it_waits(system: System, name: str) -> PyTree:

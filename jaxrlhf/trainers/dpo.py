@@ -36,7 +36,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.lora import LoRAOptions
-from jaxrlhf.trainers.ppo import frozen_copy
+from jaxrlhf.trainers.ppo_engine import frozen_copy
 from jaxrlhf.trainers.reward import answer_lengths, answer_start, pair_count
 from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig, check_context
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
@@ -208,6 +208,7 @@ def train_dpo(config: DPOConfig) -> TrainState:
         measure=measure,
         summarise=dpo_figures,
         batch_options={},
+        best=("loss", -1),
         extend=add_reference,
     )
     return train_supervised(config, recipe)

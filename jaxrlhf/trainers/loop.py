@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxrlhf.checkpoints import latest_checkpoint, restore_checkpoint, save_checkpoint
-from jaxrlhf.distributed import check_shared, from_primary, gather, to_host
+from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.files import read_jsonl
 from jaxrlhf.models import ModelCard
@@ -47,6 +48,10 @@ class Task:
     identity: dict[str, Any]
     exports: dict[str, Any]
     """For `convert`, per model in the state: {path of its parameters: {"head": …, "config": HF config}}."""
+    best: tuple[str, int]
+    """The figure of an evaluation that says which checkpoint is best, and 1 (higher is better) or -1."""
+    last_batch: Callable[[], dict[str, Any]]
+    """The arrays of the newest step, for a person who wants to know why it could not be used."""
 
 
 def resume_or_start(run: Run, config: RunConfig, task: Task, state: PyTree) -> tuple[PyTree, int]:
@@ -94,58 +99,128 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
     def evaluate(step: int) -> None:
         run.log(step, {f"eval/{name}": value for name, value in task.evaluate(state, step).items()})
 
-    def save(step: int) -> None:
+    def save(step: int, best: int | None, keep_last: int) -> None:
         with run.status(f"saving checkpoint-{step}…"):
             metadata = {"identity": task.identity, "exports": task.exports}
-            save_checkpoint(run.output_dir, step, state, metadata, config.save_total_limit)
+            save_checkpoint(run.output_dir, step, state, metadata, keep_last, keep={best})
 
     if start == 0:
         evaluate(0)
+    guard = Guard(run, config.max_skipped_steps, task.last_batch)
+    best = best_step(run, task.best, start)
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         for step in range(start, task.total_steps):
             state, metrics = task.step(state, step)
             metrics = to_host(metrics)
             done = step + 1
-            check_finite(metrics, done, run)
             run.log(done, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
+            guard.check(metrics, done)
             bar.update()
             if step == start:  # the step that compiles would spoil the rate and the remaining time
                 bar.initial, bar.start_t = bar.n, time.time()
             last = done == task.total_steps
+            improved = False
             if last or (config.eval_steps and done % config.eval_steps == 0):
                 evaluate(done)
+                before, best = best, best_step(run, task.best, done)
+                improved = best == done and before != done
             stop = any(gather("ending a step", stopped()))
-            if last or stop or (config.save_steps and done % config.save_steps == 0):
-                save(done)
+            due = improved or (config.save_steps and done % config.save_steps == 0)
+            # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
+            if last or stop or guard.given_up or (due and not guard.in_a_row):
+                save(done, best, 0 if guard.given_up else config.save_total_limit)
+            if guard.given_up:
+                guard.end(done)
             if stop and not last:
                 raise Interrupted(f"stopped after step {done}; continue with --resume")
+    if config.export_best and best not in (None, task.total_steps):
+        with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
+            state, _ = restore_checkpoint(run.output_dir / f"checkpoint-{best}", state)
     with run.status(f"exporting the model to {run.output_dir}…"):
-        figures = from_primary("reading the evaluations", lambda: evals(run))
+        figures = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
         data = tuple(config.data_path)
-        task.export(state, ModelCard(task.name, task.base_model, data, task.total_steps, figures["eval_after"]))
+        shown = figures["eval_best" if config.export_best else "eval_after"]
+        task.export(state, ModelCard(task.name, task.base_model, data, task.total_steps, shown))
     seconds = time.monotonic() - begin
     run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **figures})
     run.print(f"{task.name}: {task.total_steps - start} steps in {seconds:.1f}s → {run.output_dir}")
     return state
 
 
-def evals(run: Run) -> dict[str, dict[str, float]]:
-    """The figures of the first and of the last evaluation of this run, resumed parts included."""
+def _evaluations(run: Run) -> list[dict[str, Any]]:
+    """The records of this run's evaluations, resumed parts included: `step`, and figures by their names."""
     records = [r for r in read_jsonl(run.output_dir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
-    figures = [{k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")} for r in records]
-    return {"eval_before": figures[0], "eval_after": figures[-1]}
+    return [
+        {"step": r["step"]} | {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
+        for r in records
+    ]
 
 
-def check_finite(metrics: Metrics, step: int, run: Run) -> None:
-    """Stop on a loss or gradient that is not finite, before it is saved anywhere."""
-    bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-    if bad:
-        kept = latest_checkpoint(run.output_dir)
-        go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
-        raise InputError(
-            f"step {step}: {', '.join(bad)} became non-finite; training cannot go on. Lower the learning rate, "
-            f"lengthen the warm-up, or use --dtype float32; {go_on}"
+def best_step(run: Run, best: tuple[str, int], done: int) -> int | None:
+    """The evaluated step, after the start and up to `done`, with the best figure; the earliest of equal ones."""
+    name, sign = best
+
+    def find() -> int | None:
+        if not (run.output_dir / "metrics.jsonl").exists():
+            return None
+        known = [r for r in _evaluations(run) if 0 < r["step"] <= done and r.get(name) is not None]
+        return max(known, key=lambda r: (sign * r[name], -r["step"]))["step"] if known else None
+
+    return from_primary("looking for the best evaluation", find)
+
+
+def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
+    """The figures of the first, the last and the best evaluation of this run."""
+    records = _evaluations(run)
+    chosen = next((r for r in records if r["step"] == step), records[-1])
+    plain = [{k: v for k, v in r.items() if k != "step"} for r in (records[0], records[-1], chosen)]
+    named = dict(zip(("eval_before", "eval_after", "eval_best"), plain, strict=True))
+    return named | {"best_step": chosen["step"], "best_by": best[0]}
+
+
+class Guard:
+    """Watches for losses and gradients that are not finite; the step has left the model as it was before them."""
+
+    def __init__(self, run: Run, limit: int, batch: Callable[[], dict[str, Any]]) -> None:
+        self.run, self.limit, self.batch = run, limit, batch
+        self.in_a_row = 0
+        self.names: list[str] = []
+
+    def check(self, metrics: Metrics, step: int) -> None:
+        """Count a step that skipped updates; InputError for a figure that is not finite though none was skipped."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
+        skipped = int(metrics["guard/skipped_updates"])
+        if not skipped:
+            self.in_a_row = 0
+            if bad:
+                raise InputError(f"step {step}: {', '.join(bad)} became non-finite; {self._advice()}")
+            return
+        self.in_a_row += 1
+        self.names = bad or ["a loss or gradient"]
+        self.run.print(
+            f"step {step}: {skipped} update{'s' * (skipped > 1)} left out, because {', '.join(self.names)} became "
+            f"non-finite ({self.in_a_row} such steps in a row; the run ends at {self.limit})"
         )
+
+    @property
+    def given_up(self) -> bool:
+        return self.in_a_row >= self.limit
+
+    def end(self, step: int) -> None:
+        """Save the newest batch for inspection and raise InputError."""
+        path = self.run.output_dir / f"nonfinite-step-{step}.npz"
+        arrays = {name: np.asarray(value) for name, value in to_host(self.batch()).items()}
+        if is_primary():
+            np.savez(path, **arrays)
+        raise InputError(
+            f"step {step}: {', '.join(self.names)} became non-finite in {self.in_a_row} steps in a row; the batch is "
+            f"saved in {path}, and checkpoint-{step} holds the model as it was before them. {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        kept = latest_checkpoint(self.run.output_dir)
+        go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
+        return f"Lower the learning rate, lengthen the warm-up, or use --dtype float32; {go_on}"
 
 
 @contextmanager

@@ -1,13 +1,18 @@
 """Settings of step 3, PPO: its models, the options of its section in a three-step run, and both together."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.ppo import PPOHyperparameters
+from jaxrlhf.objectives import AGGREGATIONS, KL_ESTIMATES
+from jaxrlhf.ppo import ESTIMATORS, PPOHyperparameters
+from jaxrlhf.ppo.hyperparameters import SCORE_NORMALIZATIONS
+from jaxrlhf.rewards import RewardFunctionOptions
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.trainers.lora import LoRAOptions
+from jaxrlhf.trainers.optimizer import SCHEDULES, OptimizerConfig
 from jaxrlhf.trainers.settings import FolderConfig, TrainingConfig, TrainingMeshConfig
 
 
@@ -20,19 +25,40 @@ class PPOModelConfig(TrainingMeshConfig):
     )
     critic_model_name_or_path: str | None = field(
         None,
-        "reward model; also the critic's starting point",
+        "reward model; also the critic's starting point. With reward_functions it may be left out: the critic, if any, "
+        "then starts as the actor under a new head",
         aliases=("reward_model_name_or_path", "reward_model_path"),
     )
     tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the actor")
 
 
 @dataclass(frozen=True)
-class PPOOptions(LoRAOptions, TrainingConfig):
+class PPOOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
     """PPO. A rollout batch has per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches rows per
     device; max_steps counts rollout batches."""
 
+    advantage_estimator: str = field(
+        "gae",
+        "where advantages come from: gae (PPO, with a critic), or without one grpo, rloo (responses to one prompt "
+        "compared) or reinforce++",
+        choices=ESTIMATORS,
+    )
+    samples_per_prompt: int = field(
+        1,
+        "responses to each prompt of a rollout batch, which then has fewer prompts; the groups of grpo and rloo",
+        aliases=("num_generations", "rloo_k"),
+    )
+
     learning_rate: float = field(9.65e-6, "peak learning rate of the actor", aliases=("actor_learning_rate",))
     critic_learning_rate: float = field(5e-6, "peak learning rate of the critic")
+    critic_lr_scheduler_type: str | None = field(
+        None, "lr_scheduler_type of the critic; default: that of the actor", choices=SCHEDULES
+    )
+    critic_warmup_steps: int | None = field(None, "warmup_steps of the critic; default: as the actor")
+    critic_weight_decay: float | None = field(None, "weight_decay of the critic; default: that of the actor")
+    critic_only_steps: int = field(
+        0, "steps at the start that train the critic alone, until its values mean something", aliases=("critic_warmup",)
+    )
     lora_r: int = field(
         0,
         "rank of the actor's LoRA adapters; its base is frozen then, and serves as the reference too; 0: train all",
@@ -82,15 +108,63 @@ class PPOOptions(LoRAOptions, TrainingConfig):
     )
     ppo_epochs: int = field(1, "passes over each rollout batch", aliases=("num_ppo_epochs",))
     num_mini_batches: int = field(1, "optimizer steps per pass")
-    kl_coef: float = field(0.1, "weight of the per-token KL penalty in the reward")
+    kl_coef: float = field(0.1, "weight of the KL penalty, at the start with kl_target", aliases=("init_kl_coef",))
+    kl_estimator: str = field(
+        "k1", "estimate of the KL per token: k1 = log-ratio d, k2 = d²/2, k3 = exp(-d) - 1 + d", choices=KL_ESTIMATES
+    )
+    kl_in_loss: bool = field(False, "the KL penalty is a term of the policy loss instead of one of the reward")
+    kl_target: float | None = field(
+        None, "nats per answer that the KL penalty's weight is steered towards after each step; none: it stays"
+    )
+    kl_horizon: float = field(10000.0, "answers over which the steered weight may change by about 20 %")
+    early_stop_kl: float | None = field(
+        None,
+        "leave out a step's remaining updates once the mean KL between the policy and itself at the step's start "
+        "exceeds this, in nats per token; none: never",
+    )
     cliprange: float = field(0.2, "clipping of the policy ratio")
+    cliprange_high: float | None = field(None, "clipping of the ratio above 1; default: as below")
+    dual_clip: float | None = field(
+        None, "bound on the ratio of tokens with negative advantage, above 1; none: unbounded"
+    )
     cliprange_value: float = field(0.2, "clipping of the value update")
+    entropy_coef: float = field(0.0, "weight of the policy's entropy per token as a bonus in its loss")
+    loss_aggregation: str = field(
+        "token-mean",
+        "policy loss over tokens: their mean; the mean over answers of their means; or their sum per answer over "
+        "max_answer_seq_len",
+        choices=AGGREGATIONS,
+    )
     gamma: float = field(1.0, "discount")
     lam: float = field(0.95, "lambda of generalised advantage estimation")
-    clip_reward: float | None = field(5.0, "bound on the reward model's score; none: unbounded")
+    clip_reward: float | None = field(5.0, "bound on the score of an answer; none: unbounded")
+    score_normalization: str = field(
+        "none",
+        "scores, before they are clipped, less their mean and over their standard deviation: of the batch, or running "
+        "over all batches",
+        choices=SCORE_NORMALIZATIONS,
+    )
+    missing_eos_penalty: float = field(0.0, "taken off the score of an answer that did not end by itself")
+    length_penalty: float = field(0.0, "taken off the score for each token beyond length_penalty_start")
+    length_penalty_start: int = field(0, "tokens of an answer that cost nothing")
+    whiten_rewards: bool = field(False, "scale rewards per token to unit variance over the batch")
     whiten_advantages: bool = field(True, "scale advantages to zero mean and unit variance over the batch")
+    scale_by_std: bool = field(True, "grpo: divide advantages by the standard deviation of their group")
+    ptx_coef: float = field(
+        0.0,
+        "weight of the loss on pretraining text, in nats per token, in the same update as the policy's (InstructGPT: "
+        "27.8); 0: none",
+        aliases=("unsup_coef",),
+    )
+    ptx_data_path: tuple[str, ...] = field(
+        (), "pretraining text for ptx_coef: .txt files, or data as in data_path", aliases=("unsupervised_dataset_name",)
+    )
+    ptx_field: str = field("text", "name of the field with the text")
+    ptx_block_size: int = field(0, "tokens of a block that the text is packed into; 0: longest prompt + longest answer")
+    per_device_ptx_batch_size: int = field(0, "blocks per device of one micro-batch; 0: per_device_train_batch_size")
     enable_ema: bool = field(False, "keep a moving average of the actor and export it to output_dir/ema")
     ema_decay: float = field(0.992, "decay of that average per optimizer step")
+    ema_start_step: int = field(0, "steps before which the average is a copy of the actor")
     critic_zero_stage: int | None = field(None, "zero_stage of the critic; default: that of the actor")
     reference_zero_stage: int | None = field(
         None, "of the reference: 3 splits it, below it is whole on every device; default: that of the actor"
@@ -114,14 +188,24 @@ class PPOOptions(LoRAOptions, TrainingConfig):
         super().__post_init__()
         self.hyperparameters(seed=0)  # both refuse bad values by name
         self.sampling(None, 0)
+        self.critic_optimizer()
+        self._check_ptx()
         if self.critic_lora_r < 0:
             raise InputError(f"critic_lora_r={self.critic_lora_r} must be 0 (no adapters) or more")
         if self.lora_dropout:
             raise InputError(f"lora_dropout={self.lora_dropout}: ppo never drops out; leave it at 0")
         if self.generation_batches < 1:
             raise InputError(f"generation_batches={self.generation_batches} must be at least 1")
-        if self.kl_coef < 0:
-            raise InputError(f"kl_coef={self.kl_coef} must be 0 or more")
+        if self.kl_coef < 0 or (self.kl_target is not None and self.kl_coef == 0):
+            least = "above 0 with kl_target, which scales it" if self.kl_target is not None else "0 or more"
+            raise InputError(f"kl_coef={self.kl_coef} must be {least}")
+        if self.advantage_estimator != "gae":
+            for name in ("critic_lora_r", "critic_zero_stage"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"{name}={getattr(self, name)} with advantage_estimator={self.advantage_estimator}, which has "
+                        "no critic; leave one of them out"
+                    )
         for name, model, shared in (
             ("reference", "actor", self.lora_r),
             ("reward", "critic", self.critic_lora_r),
@@ -145,12 +229,28 @@ class PPOOptions(LoRAOptions, TrainingConfig):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
 
+    def _check_ptx(self) -> None:
+        if bool(self.ptx_coef) != bool(self.ptx_data_path):
+            raise InputError(
+                f"ptx_coef={self.ptx_coef} and ptx_data_path={list(self.ptx_data_path)}: mixture training needs both a "
+                "weight and text; give both, or neither"
+            )
+        for name, least in (("ptx_block_size", 2), ("per_device_ptx_batch_size", 1)):
+            if getattr(self, name) and getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)} must be 0 (default) or at least {least}")
+
     def hyperparameters(self, seed: int) -> PPOHyperparameters:
-        same = ("ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "clip_reward")
-        same += ("whiten_advantages", "temperature", "ema_decay")
-        values = {name: getattr(self, name) for name in same}
+        names = {f.name for f in dataclasses.fields(PPOHyperparameters)} - {"seed"}
+        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
         values["importance_cap"] = self.importance_sampling_cap if self.importance_sampling_correction else None
+        values["response_length"] = self.max_answer_seq_len
         return PPOHyperparameters(micro_batches=self.gradient_accumulation_steps, seed=seed, **values)
+
+    def critic_optimizer(self) -> OptimizerConfig:
+        """The critic's own settings where they are given, else the actor's."""
+        names = {f.name: getattr(self, f.name) for f in dataclasses.fields(OptimizerConfig)}
+        own = {name: getattr(self, f"critic_{name}", None) for name in names}
+        return OptimizerConfig(**(names | {name: value for name, value in own.items() if value is not None}))
 
     def sampling(
         self, eos_token_id: int | None, pad_id: int, stop_sequences: tuple[tuple[int, ...], ...] = ()
@@ -165,18 +265,29 @@ class PPOOptions(LoRAOptions, TrainingConfig):
             pad_token_id=pad_id,
             repetition_penalty=self.repetition_penalty,
             stop_sequences=stop_sequences,
+            samples_per_prompt=self.samples_per_prompt,
         )
 
     def rollout_rows(self, devices: int) -> int:
+        """Rows of a rollout batch, all samples counted; InputError where groups or pieces do not divide them."""
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches * devices
-        self.check_pieces(rows)
+        if rows % self.samples_per_prompt:
+            raise InputError(
+                f"samples_per_prompt={self.samples_per_prompt} must divide the rollout batch of {rows} rows"
+            )
+        self.check_pieces(rows // self.samples_per_prompt)
         return rows
 
-    def check_pieces(self, rows: int) -> None:
+    def ptx_rows(self, devices: int) -> int:
+        """Blocks of pretraining text of a step."""
+        rows = self.per_device_ptx_batch_size or self.per_device_train_batch_size
+        return rows * self.gradient_accumulation_steps * self.num_mini_batches * devices
+
+    def check_pieces(self, prompts: int) -> None:
         """Refuse a rollout batch that generation_batches does not divide."""
-        if rows % self.generation_batches:
+        if prompts % self.generation_batches:
             raise InputError(
-                f"generation_batches={self.generation_batches} must divide the rollout batch of {rows} rows"
+                f"generation_batches={self.generation_batches} must divide the {prompts} prompts of a rollout batch"
             )
 
 

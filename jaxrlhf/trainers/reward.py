@@ -130,5 +130,6 @@ def train_reward(config: RewardConfig) -> TrainState:
         measure=MEASURES[config.reward_loss],
         summarise=reward_figures,
         batch_options={},
+        best=("accuracy", 1),
     )
     return train_supervised(config, recipe)

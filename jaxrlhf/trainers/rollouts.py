@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 
 from jaxrlhf.data import length_bucket
 from jaxrlhf.engine import Rollout
+from jaxrlhf.sampling import SamplingConfig
 
 
 def pieces_by_length(prompt_mask: np.ndarray, pieces: int) -> list[tuple[np.ndarray, int]]:
@@ -41,25 +42,35 @@ def generate_in_pieces(
     prompt_ids: Any,
     prompt_mask: Any,
     key: jax.Array,
-    sampling: Any,
+    sampling: SamplingConfig,
     *,
     pieces: int,
     sample_index: Any = None,
+    each: Callable[[np.ndarray, Rollout], None] | None = None,
     **options: Any,
 ) -> Rollout:
     """What `generate` (a HybridEngine's) gives for the whole batch, with the cache of only a piece at a time.
 
-    Samples keep their numbers, so pieces change memory, padding and time, not tokens. `pieces` must divide the rows.
+    Samples keep their numbers, so pieces change memory, padding and time, not tokens. `pieces` must divide the prompts.
+    `each(rows, rollout)` is called with every piece that is done: its row numbers in the batch, and its rows.
     """
     ids, mask = np.asarray(prompt_ids), np.asarray(prompt_mask)
+    n = sampling.samples_per_prompt
+    numbers = np.arange(len(ids) * n) if sample_index is None else np.asarray(sample_index)
     if pieces == 1:
-        return generate(ids, mask, key, sampling, sample_index=sample_index, **options)
-    numbers = np.arange(len(ids)) if sample_index is None else np.asarray(sample_index)
+        whole = generate(ids, mask, key, sampling, sample_index=sample_index, **options)
+        if each is not None:
+            each(np.arange(len(numbers)), whole)
+        return whole
     parts, order = [], []
-    for rows, width in pieces_by_length(mask, pieces):
-        piece = (x[rows, mask.shape[1] - width :] for x in (ids, mask))
+    for prompts, width in pieces_by_length(mask, pieces):
+        piece = (x[prompts, mask.shape[1] - width :] for x in (ids, mask))
+        rows = (prompts[:, None] * n + np.arange(n)).reshape(-1)
         # Waiting here keeps the next piece's cache from being allocated beside this one's.
-        parts.append(jax.block_until_ready(generate(*piece, key, sampling, sample_index=numbers[rows], **options)))
+        part = jax.block_until_ready(generate(*piece, key, sampling, sample_index=numbers[rows], **options))
+        if each is not None:
+            each(rows, part)
+        parts.append(part)
         order.append(rows)
     static = {"prompt_length": mask.shape[1], "pad_id": sampling.pad_token_id, "sharding": parts[0].tokens.sharding}
     return join(parts, np.concatenate(order), **static)

@@ -147,6 +147,15 @@ class RunConfig:
     eval_steps: int = field(0, "steps between evaluations; 0: only before the first and after the last step")
     save_steps: int = field(0, "steps between checkpoints; 0: only after the last step")
     save_total_limit: int = field(2, "checkpoints to keep; 0: all")
+    export_best: bool = field(
+        False,
+        "export the model of the best evaluation (its checkpoint is kept in any case) instead of the last one",
+        aliases=("load_best_model_at_end",),
+    )
+    max_skipped_steps: int = field(
+        3,
+        "steps in a row whose loss or gradient is not finite, and which change nothing, after which the run ends",
+    )
     save_dtype: str = field("float32", "precision of the exported weights", choices=tuple(DTYPES))
 
     def __post_init__(self) -> None:
@@ -155,6 +164,7 @@ class RunConfig:
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "logging_steps",
+            "max_skipped_steps",
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
@@ -180,7 +190,15 @@ class TrainingConfig(RunConfig, OptimizerConfig):
 # What a resumed run may change: where and how often it writes, how it is laid out on devices, and what the checkpoint
 # identifies by its outcome (number of steps, rows of a batch, tokenised data, model).
 _WRITING = ("output_dir", "resume", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps")
-_WRITING += ("save_total_limit", "save_dtype", "lora_export", "sample_steps", "num_sample_rows")
+_WRITING += (
+    "export_best",
+    "max_skipped_steps",
+    "save_total_limit",
+    "save_dtype",
+    "lora_export",
+    "sample_steps",
+    "num_sample_rows",
+)
 _LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "gradient_checkpointing", "per_device_eval_batch_size")
 _LAYOUT += ("zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage", "generate_tensor_parallel")
 _LAYOUT += ("remat_policy", "offload_optimizer", "offload_reference_model", "offload_reward_model")

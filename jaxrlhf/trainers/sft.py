@@ -69,5 +69,6 @@ def train_sft(config: SFTConfig) -> TrainState:
         measure=sft_sums,
         summarise=sft_figures,
         batch_options={"completion_only_loss": config.completion_only_loss},
+        best=("loss", -1),
     )
     return train_supervised(config, recipe)

@@ -78,7 +78,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on a batch `[B, …]`, in `micro_batches` chunks whose number does not change the result.
 
-    Gradients are taken of the trainable leaves only: all, or the adapters and a scalar head (`split_trainable`).
+    Gradients are taken of the trainable leaves only: all, or the adapters and a scalar head (`split_trainable`). When
+    the loss or a gradient is not finite, parameters and optimizer state stay as they were.
     """
     with use(state.mesh, TRAIN_RULES):
         count = objective.count(batch)
@@ -93,10 +94,12 @@ def train_step(
         value, stats, grads = model_gradients(
             loss, state.module, trainable, batch, micro_batches, state.mesh, dropout_key
         )
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         trainable, opt_state = apply_gradients(
-            state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh
+            state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh, finite
         )
-    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **stats}
+    metrics = {"loss": value, "grad_norm": norm, "guard/skipped_updates": ~finite, **stats}
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
 
@@ -121,6 +124,8 @@ class Recipe(NamedTuple):
     """From their totals to metrics."""
     batch_options: dict[str, Any]
     """Passed to `data.batch`."""
+    best: tuple[str, int]
+    """As in Task."""
     extend: Callable[[Run, Any, Model, Mesh], Callable[[PyTree, Batch], Batch]] = lambda *_: lambda params, batch: batch
     """`extend(run, config, start model, mesh)` is called once; what it returns, before each step and evaluation with
     the current parameters and the placed batch, for a batch of more arrays."""
@@ -159,12 +164,15 @@ def supervised_task(
     measured = Announce(run, f"{recipe.name} evaluation", eval_step)
     extend = recipe.extend(run, config, model, mesh)
 
+    newest: Batch = {}
+
     def step(state: TrainState, i: int) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
         indices = stream_indices(i, rows, len(train), config.seed)
         batch = train.batch(indices, held=held, **recipe.batch_options)
         options = {"objective": recipe.objective, "micro_batches": config.gradient_accumulation_steps}
-        state, metrics = update(state, extend(state.params, place_batch(batch, mesh)), key, **options)
+        newest.update(placed := extend(state.params, place_batch(batch, mesh)))
+        state, metrics = update(state, placed, key, **options)
         metrics = jax.block_until_ready(metrics)
         tokens = train.token_count(indices)
         seconds = time.monotonic() - begin
@@ -204,5 +212,6 @@ def supervised_task(
         **lasting_settings(config),
     }
     base = config.model_name_or_path or f"{config.model_type} with random weights"
-    task = Task(recipe.name, steps, step, evaluate, export, base, identity, {"params": described})
+    exports = {"params": described}
+    task = Task(recipe.name, steps, step, evaluate, export, base, identity, exports, recipe.best, lambda: dict(newest))
     return task, init_state(model, optimizer, mesh, offload_optimizer=config.offload_optimizer)

@@ -21,6 +21,7 @@ GPT2 |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 
 ROWS, PROMPT, ANSWER = 16, 6, 10
 EOS = (5, 17, 33, 70)
+SAMPLING = SamplingConfig(ANSWER, eos_token_id=EOS, pad_token_id=0)
 DEFAULTS = PPOHyperparameters()
 
 
@@ -82,7 +83,8 @@ class Setup:
         models = {k: getattr(self, k) for k in ("actor", "critic", "reference", "reward")}
         params = [m.params for m in models.values()]
         modules = {k: m.module for k, m in models.items()}
-        return score_rollout(rollout, *params, **modules, hyperparameters=hyperparameters, mesh=self.mesh)
+        static = {"hyperparameters": hyperparameters, "mesh": self.mesh, "sampling": SAMPLING}
+        return score_rollout(rollout, *params, **modules, **static)
 
     def state(self, optimizer, hyperparameters=DEFAULTS, kl_coef=0.1, critic_optimizer=None):
         """A state of its own: donating it leaves the models alone."""
@@ -116,7 +118,6 @@ class Setup:
 @pytest.fixture(scope="session")
 def lab():
     """What the tests of engine and PPO are made of. One optimizer object each, so that equal programs compile once."""
-    sampling = SamplingConfig(ANSWER, eos_token_id=EOS, pad_token_id=0)
     return SimpleNamespace(
         tiny_model=tiny_model,
         mesh_of=mesh_of,
@@ -128,7 +129,7 @@ def lab():
         PROMPT=PROMPT,
         ANSWER=ANSWER,
         EOS=EOS,
-        sampling=sampling,
+        sampling=SAMPLING,
         sgd=optax.sgd(0.1),
         still=optax.sgd(0.0),
     )

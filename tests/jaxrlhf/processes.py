@@ -46,15 +46,15 @@ def in_step(number, action):
     """Have `action()` called by this process within the step `number` of the next run."""
     from jaxrlhf.trainers import loop
 
-    before = loop.check_finite
+    before = loop.Guard.check
 
-    def check_finite(metrics, step, run):
-        before(metrics, step, run)
+    def check(guard, metrics, step):
+        before(guard, metrics, step)
         if step == number:
-            loop.check_finite = before
+            loop.Guard.check = before
             action()
 
-    loop.check_finite = check_finite
+    loop.Guard.check = check
 
 
 def refusal(function):
@@ -67,6 +67,25 @@ def refusal(function):
         except InputError as error:
             return str(error)
     raise AssertionError("nothing was refused")
+
+
+def rewarded(note):
+    """What reward functions give every process, and what is refused; what only process 0 does goes to the file."""
+    from jaxrlhf.rewards import Rewards
+
+    done = []
+
+    def size(prompts, responses, answer):
+        done.append(f"called with {len(prompts)}")
+        pairs = zip(responses, answer, strict=True)
+        return [None if response == "bad" else len(response) + float(a) for response, a in pairs]
+
+    rewards = Rewards([size, "regex:pattern=b"], (2.0, 0.5), say=lambda text: done.append(text.splitlines()[0]))
+    result = rewards.submit(["p", "q", "r"], ["bad", "cccc", "b"], {"answer": ["1", "0.1", "7"]}).result()
+    wrong = refusal(Rewards([lambda prompts, responses: "text"]).submit(["p"], ["b"]).result)
+    note.write_text(json.dumps(done))
+    scores = [None if score != score else float(score) for score in result.scores]
+    return {"scores": scores, "failures": result.failures, "refused": wrong}
 
 
 def two(demo, folder, process):
@@ -89,6 +108,7 @@ def two(demo, folder, process):
     data = refusal(lambda: train_sft(sft_config(demo, folder / "data", data_path=("rows.jsonl",))))
     model = refusal(lambda: train_sft(sft_config(demo, folder / "model", model_name_or_path="lm")))
     facts = {"model": model, "stopped": stopped, "settings": settings, "data": data}
+    facts["rewards"] = rewarded(folder / f"rewards-{process}.json")
     (folder / f"process-{process}.json").write_text(json.dumps(facts))
     if process == 0:
         in_step(1, lambda: os.kill(os.getpid(), signal.SIGKILL))

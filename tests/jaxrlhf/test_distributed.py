@@ -143,6 +143,15 @@ def test_settings_models_and_data_that_differ_are_named_with_who_has_which_on_ev
     assert "rows.jsonl (train)" in two.facts[0]["data"] and "the tokenizer" not in two.facts[0]["data"]
 
 
+def test_reward_functions_are_called_by_process_0_and_both_have_their_scores_failures_and_errors(two):
+    for facts in two.facts:
+        assert facts["rewards"]["scores"] == [None, float(np.float32(8.2)), 16.5]
+        assert facts["rewards"]["failures"] == [["size", 0, "returned None"]]
+        assert "it returned a text" in facts["rewards"]["refused"]
+    done = [json.loads((two.folder / f"rewards-{i}.json").read_text()) for i in range(2)]
+    assert done == [["called with 3", "reward function size gave sample 0 no score: returned None"], []]
+
+
 def test_when_the_coordinator_is_killed_the_other_process_says_so_and_ends(two):
     assert two.statuses == [-9, lifeline.LOST]
     assert "process 0 of 2" in two.outputs[1] and "the coordinator, is gone" in two.outputs[1]

@@ -124,15 +124,15 @@ def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
 def test_what_the_backward_pass_keeps_shrinks_with_remat_and_with_the_split():
     config = known_config("opt-125m")
     kept = {
-        remat: residual_bytes(Decoder(config, head="lm", dtype=jnp.bfloat16, remat=remat), 2, 128, 1)
+        remat: residual_bytes(Decoder(config, head="lm", dtype=jnp.bfloat16, remat=remat), 2, 128, 64, 1)
         for remat in ("none", "dots", "full")
     }
     assert kept["full"] < kept["dots"] < kept["none"]
     inputs = config.num_layers * 2 * 128 * config.hidden_size * 2
     assert inputs <= kept["full"] < 3 * inputs
     module = Decoder(config, head="lm", dtype=jnp.bfloat16, remat="none")
-    assert residual_bytes(module, 4, 128, 1) == pytest.approx(2 * kept["none"], rel=0.01)
-    assert residual_bytes(module, 2, 128, 4) < 0.6 * kept["none"]
+    assert residual_bytes(module, 4, 128, 64, 1) == pytest.approx(2 * kept["none"], rel=0.01)
+    assert residual_bytes(module, 2, 128, 64, 4) < 0.6 * kept["none"]
 
 
 def test_arrays_are_padded_to_tiles_on_a_tpu_only():

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import ppo
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.ppo import PPOHyperparameters, advantages_and_returns, ppo_step
+from jaxrlhf.ppo.step import minibatch_rows
 
 BETA = 0.1
 
@@ -118,9 +118,10 @@ def test_every_row_stays_and_masks_hold_the_eos_even_when_it_is_the_pad(experien
 
 
 def test_logprobs_and_values_of_a_token_come_from_the_column_before_it(experience, setup, lab):
-    e, keep = experience, experience.mask
+    e, keep = experience, experience.response_mask
     for name, model in (("logprobs", setup.actor), ("ref_logprobs", setup.reference)):
         expected = np.asarray(naive_logprobs(model.module, model.params, e))
+        assert not getattr(e, name)[e.mask & ~keep].any(), "the head does not run on prompts"
         np.testing.assert_allclose(getattr(e, name)[keep], expected[keep], rtol=0, atol=1e-5)
     raw = np.asarray(setup.critic.module.apply({"params": setup.critic.params}, e.tokens, e.mask))
     np.testing.assert_allclose(e.values[:, 1:], raw[:, :-1], rtol=0, atol=1e-5)
@@ -135,8 +136,8 @@ def test_logprobs_and_values_of_a_token_come_from_the_column_before_it(experienc
 def test_logprobs_are_taken_at_the_sampling_temperature(setup, lab, lengths):
     e = setup.experience(handmade_rollout(lab, lengths, 0), PPOHyperparameters(temperature=0.6))
     for name, model in (("logprobs", setup.actor), ("ref_logprobs", setup.reference)):
-        expected = np.asarray(naive_logprobs(model.module, model.params, e, 0.6))[e.mask]
-        np.testing.assert_allclose(np.asarray(getattr(e, name))[e.mask], expected, rtol=0, atol=2e-5)
+        expected = np.asarray(naive_logprobs(model.module, model.params, e, 0.6))[e.response_mask]
+        np.testing.assert_allclose(np.asarray(getattr(e, name))[e.response_mask], expected, rtol=0, atol=2e-5)
 
 
 def test_the_score_is_read_and_paid_at_the_last_response_token(experience, setup, lab, lengths):
@@ -154,7 +155,7 @@ def test_the_score_is_read_and_paid_at_the_last_response_token(experience, setup
 def real_entries(e) -> dict:
     """The experience with everything that stands on padding blanked."""
     keep = {"tokens": e.mask, "logprobs": e.mask, "ref_logprobs": e.mask, "entropy": e.mask, "values": e.response_mask}
-    arrays = {name: np.asarray(x) for name, x in jax.device_get(e).__dict__.items()}
+    arrays = {name: np.asarray(x) for name, x in jax.device_get(e).__dict__.items() if name != "longest"}
     return {name: np.where(keep[name], x, 0) if name in keep else x for name, x in arrays.items()}
 
 
@@ -201,7 +202,7 @@ def test_the_whole_step_equals_a_plain_reimplementation(experience, setup, lab):
     gradient = jax.jit(jax.grad(losses, argnums=(0, 1)))
     forward = jax.jit(lambda a, c: (naive_logprobs(setup.actor.module, a, e), naive_values(setup.critic.module, c, e)))
     actor, critic, ema = setup.actor.params, setup.critic.params, setup.actor.params
-    order = np.asarray(ppo._minibatch_rows(h, jnp.int32(0), lab.ROWS))
+    order = np.asarray(minibatch_rows(h, jnp.int32(0), lab.ROWS))
     seen = []
     for rows in order:
         seen.append(oracle_losses(*forward(actor, critic), e, advantages, returns, rows, h))
@@ -253,13 +254,13 @@ def test_metrics_describe_the_experience(experience, setup, lab):
 
 def test_minibatches_are_a_new_permutation_each_epoch_and_step():
     h = PPOHyperparameters(ppo_epochs=3, num_mini_batches=4, seed=1)
-    orders = [np.asarray(ppo._minibatch_rows(h, jnp.int32(step), 16)) for step in (0, 1, 0)]
+    orders = [np.asarray(minibatch_rows(h, jnp.int32(step), 16)) for step in (0, 1, 0)]
     assert orders[0].shape == (12, 4)
     for epoch in orders[0].reshape(3, 16):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(16))
     np.testing.assert_array_equal(orders[0], orders[2])
     assert len({tuple(o) for order in orders[:2] for o in order.reshape(3, 16).tolist()}) == 6
-    other = np.asarray(ppo._minibatch_rows(replace(h, seed=2), jnp.int32(0), 16))
+    other = np.asarray(minibatch_rows(replace(h, seed=2), jnp.int32(0), 16))
     assert (other != orders[0]).any()
 
 
@@ -309,6 +310,17 @@ def test_rows_without_a_response_and_more_padding_change_neither_losses_nor_grad
     chex.assert_trees_all_close(params, alone, rtol=1e-5, atol=2e-6)
     for name in ("loss/policy_avg", "loss/value_avg", "val/ratio", "policy/grad_norm", "val/grad_norm"):
         assert float(metrics[name]) == pytest.approx(float(few[name]), rel=1e-5, abs=1e-6), name
+
+
+def test_an_experience_that_names_no_longest_response_gives_the_same_step(experience, setup, lab):
+    """One made by hand, say. Its log-probs hold something everywhere, which the response mask hides."""
+    assert experience.longest == lab.ANSWER
+    e = experience
+    filled = {n: np.where(e.response_mask, getattr(e, n), -2.5) for n in ("logprobs", "ref_logprobs", "entropy")}
+    byhand = step_with(setup, lab, e.replace(longest=None, **filled))
+    params, metrics = step_with(setup, lab, e)
+    chex.assert_trees_all_close(byhand[0], params, rtol=1e-5, atol=2e-6)
+    chex.assert_trees_all_close(byhand[1], metrics, rtol=1e-5, atol=2e-6)
 
 
 def test_minibatches_that_do_not_divide_the_rollout_are_refused(experience, setup, lab):

@@ -83,7 +83,7 @@ def test_batches_that_do_not_divide_are_refused_by_name(demo, lab):
     with pytest.raises(InputError, match=r"generation_slots=-2 must be 0 or more"):
         PPOConfig(generation_slots=-2)
     config = PPOConfig(**SIZES, generation_batches=3)
-    message = r"generation_batches=3 must divide the rollout batch of 16 rows"
+    message = r"generation_batches=3 must divide the 16 prompts of a rollout batch"
     with pytest.raises(InputError, match=message):
         replace(config, per_device_train_batch_size=2).rollout_rows(8)
     trainer = PPOTrainer(RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=1, config=config))

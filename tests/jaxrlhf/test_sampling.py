@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.sampling import SamplingConfig, ends_with_stop, penalize, sample_token, truncate_logits
+from jaxrlhf.sampling import SamplingConfig, ended_rows, ends_with_stop, penalize, sample_token, truncate_logits
 
 VOCAB, ROWS = 12, 20_000
 LOGITS = np.random.default_rng(0).normal(0, 1.5, VOCAB).astype(np.float32)
@@ -175,3 +175,18 @@ def test_a_response_ends_with_any_of_the_stops_once_it_is_long_enough_to_hold_it
     found = np.asarray(ends_with_stop(jnp.asarray(tails), config))
     np.testing.assert_array_equal(found, [True, True, True, True, False, False, False, False])
     assert [config.ended([t for t in tail if t >= 0]) for tail in tails] == found.tolist()
+
+
+def test_rows_that_ended_are_told_from_those_cut_off_as_for_single_responses():
+    config = SamplingConfig(6, eos_token_id=(3, 4), stop_sequences=((7, 8), (9,)), min_new_tokens=2)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 10, (400, 9))
+    begin, length = rng.integers(0, 4, 400), rng.integers(0, 6, 400)
+    columns = np.arange(9)[None]
+    mask = (columns >= begin[:, None]) & (columns < (begin + length)[:, None])
+    expected = [config.ended(row[inside]) for row, inside in zip(tokens, mask, strict=True)]
+    assert 50 < sum(expected) < 350
+    np.testing.assert_array_equal(ended_rows(tokens, mask, config), expected)
+    plain = SamplingConfig(6, eos_token_id=3)
+    expected = [plain.ended(row[inside]) for row, inside in zip(tokens, mask, strict=True)]
+    np.testing.assert_array_equal(ended_rows(tokens, mask, plain), expected)

@@ -193,10 +193,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_checkpoint_and_export
     for name, content in older.items():
         (tmp_path / name).write_bytes(content)
     options = {"overwrite_output_dir": True, "learning_rate": 1e38, "warmup_steps": 0, "save_steps": 1}
-    with pytest.raises(InputError, match=r"step 2: .*loss.* non-finite.*learning rate.*--resume.*checkpoint-1"):
+    options |= {"max_steps": 9, "save_total_limit": 1}
+    said = r"step 4: .*loss.* non-finite in 3 steps in a row.*nonfinite-step-4.npz.*learning rate.*--resume"
+    with pytest.raises(InputError, match=said):
         train("sft", tmp_path, **options)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert {name: (tmp_path / name).read_bytes() for name in older} == older
+    saved = np.load(tmp_path / "nonfinite-step-4.npz")
+    assert saved["input_ids"].shape == saved["loss_mask"].shape and saved["loss_mask"].any()
+    skipped = [r["guard/skipped_updates"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert skipped == [0, 1, 1, 1]
 
 
 def test_the_summary_tells_what_training_did(finished):

@@ -56,6 +56,32 @@ def test_logprobs_and_entropy_are_those_of_the_logits(make_model, make_batch, ca
         assert np.abs(a - b).max() < 1e-5 * largest
 
 
+def test_logprobs_of_a_window_are_those_of_all_columns_and_gradients_likewise(make_model, make_batch):
+    """Windows of 4 columns: in the middle, at the left edge, and one that the row ends before."""
+    model = make_model("llama")
+    ids, mask = (jnp.asarray(x, jnp.int32) for x in make_batch("right", model.config.vocab_size))
+    length, count = ids.shape[1], 4
+    first = np.clip([5, 0, 9], 1, length - count)
+    inside = (np.arange(length) >= first[:, None]) & (np.arange(length) < first[:, None] + count)
+    weights = np.random.default_rng(1).normal(size=(2, *ids.shape)).astype(np.float32)
+
+    def run(*window):
+        def total(params):
+            outputs = model.module.apply({"params": params}, ids, mask, 0.7, *window, method="logprobs")
+            return sum((w * jnp.where(inside, x, 0)).sum() for w, x in zip(weights, outputs, strict=True)), outputs
+
+        return jax.jit(jax.grad(total, has_aux=True))(model.params)
+
+    (got, outputs), (want, expected) = run(jnp.array([5, 0, 9]), count), run()
+    for x, y in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(x, np.where(inside, y, 0), rtol=0, atol=1e-5)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() < 1e-5 * largest
+    whole = apply(model, ids, mask, 0.7, jnp.array([5, 0, 9]), count=99, method="logprobs")
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-5)
+
+
 def test_rows_that_pad_the_vocabulary_never_get_probability_or_gradient(make_model, make_batch):
     model = make_model("gpt2")
     config = model.config

@@ -1,0 +1,224 @@
+"""Experience: a rollout scored by the four models, and the rewards, advantages and returns that follow from it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf import objectives
+from jaxrlhf.engine import Rollout
+from jaxrlhf.gradients import map_rows
+from jaxrlhf.models import Decoder, logical_axes, working_copy
+from jaxrlhf.ppo.hyperparameters import PPOHyperparameters
+from jaxrlhf.sampling import SamplingConfig, ended_rows
+from jaxrlhf.sharding import TRAIN_RULES, constrain, on_device, use
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class Experience:
+    """A scored rollout in training layout: prompt then response from column 0, right-padded.
+
+    Index t of a `[B, T]` array belongs to token t: its log-prob given the tokens before it, and the critic's value of
+    the state it was chosen in.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    response_mask: jax.Array
+    logprobs: jax.Array
+    """The actor's log-probs when the rollout was made, from the train program."""
+    ref_logprobs: jax.Array
+    values: jax.Array | None
+    """The critic's; None without one."""
+    scores: jax.Array
+    """`[B]`: of each sequence, by the reward model or reward functions, not clipped."""
+    sampler_logprobs: jax.Array
+    """The generate program's own log-probs, to watch the gap."""
+    entropy: jax.Array
+    ended: jax.Array | None = None
+    """bool `[B]`: the response ended by itself; None: not known, and not penalised."""
+    longest: int | None = flax.struct.field(pytree_node=False, default=None)
+    """N: no response is longer. The vocabulary head then runs on N columns from each row's first response token on, and
+    log-probs and entropies are 0 elsewhere; None: on all columns."""
+
+    @property
+    def row_mask(self) -> jax.Array:
+        """bool `[B]`: rows with a response; the others, those that could not be scored, count nowhere."""
+        return jnp.any(self.response_mask, axis=1)
+
+    def with_scores(self, scores: jax.Array) -> "Experience":
+        """Scored by others. Rows whose score is not a number keep their place, under a mask."""
+        known = jnp.isfinite(scores)
+        return self.replace(
+            scores=jnp.where(known, scores, 0.0).astype(jnp.float32),
+            response_mask=self.response_mask & known[:, None],
+        )
+
+
+def actor_logprobs(
+    module: Decoder,
+    params: PyTree,
+    tokens: jax.Array,
+    mask: jax.Array,
+    temperature: float,
+    response_mask: jax.Array | None = None,
+    longest: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies `[B, T]`: the one function behind old, new and reference log-probs.
+
+    With `response_mask` and `longest`, only of `longest` columns from a row's first response token on (0 elsewhere).
+    """
+    window = () if longest is None else (jnp.argmax(response_mask, axis=1), longest)
+    return module.apply({"params": params}, tokens, mask, temperature, *window, method="logprobs")
+
+
+def critic_values(module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """V_t `[B, T]`: the critic's output at t-1, where token t is chosen; column 0 is 0."""
+    return jnp.pad(module.apply({"params": params}, tokens, mask)[:, :-1], ((0, 0), (1, 0)))
+
+
+@partial(jax.jit, static_argnames=("actor", "critic", "reference", "reward", "hyperparameters", "mesh", "sampling"))
+def score_rollout(
+    rollout: Rollout,
+    actor_params: PyTree,
+    critic_params: PyTree,
+    reference_params: PyTree,
+    reward_params: PyTree,
+    *,
+    actor: Decoder,
+    critic: Decoder | None,
+    reference: Decoder,
+    reward: Decoder | None,
+    hyperparameters: PPOHyperparameters,
+    mesh: Mesh | None,
+    sampling: SamplingConfig | None = None,
+) -> Experience:
+    """Turn a rollout into experience with the train program's forward passes, in chunks of a micro-batch.
+
+    Without a critic there are no values, and without a reward model scores are 0 until `Experience.with_scores`.
+    `sampling` tells which responses ended by themselves.
+    """
+    h = hyperparameters
+    longest = rollout.tokens.shape[1] - rollout.prompt_length
+
+    def passes(module: Decoder, params: PyTree, function: Callable[[PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
+        params = working_copy(on_device(params), logical_axes(module), module, mesh)
+        return map_rows(partial(function, params), rows, h.num_mini_batches * h.micro_batches)
+
+    def logprobs_of(module: Decoder, params: PyTree, rows: Rollout) -> tuple[jax.Array, jax.Array]:
+        return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature, rows.response_mask, longest)
+
+    def score_of(params: PyTree, rows: Rollout) -> jax.Array:
+        return objectives.score_at_last_token(reward.apply({"params": params}, rows.tokens, rows.mask), rows.mask)
+
+    def value_of(params: PyTree, rows: Rollout) -> jax.Array:
+        return critic_values(critic, params, rows.tokens, rows.mask)
+
+    with use(mesh, TRAIN_RULES):
+        rows = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
+        logprobs, entropy = passes(actor, actor_params, partial(logprobs_of, actor), rows)
+        # One model after the other: what is offloaded is on the devices during its own passes only.
+        ref_logprobs, _ = passes(reference, reference_params, partial(logprobs_of, reference), rows)
+        scores = jnp.zeros(rows.tokens.shape[0], jnp.float32)
+        if reward is not None:
+            scores = passes(reward, reward_params, score_of, rows)
+        return Experience(
+            tokens=rows.tokens,
+            mask=rows.mask,
+            response_mask=rows.response_mask,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=None if critic is None else passes(critic, critic_params, value_of, rows),
+            scores=scores,
+            sampler_logprobs=rows.logprobs,
+            entropy=entropy,
+            ended=None if sampling is None else ended_rows(rows.tokens, rows.response_mask, sampling),
+            longest=longest,
+        )
+
+
+def shaped_scores(
+    e: Experience, h: PPOHyperparameters, moments: objectives.Moments | None
+) -> tuple[jax.Array, objectives.Moments | None]:
+    """Scores `[B]` as the reward has them: less penalties, then normalised; and the moments with this batch added."""
+    ended = jnp.ones(e.scores.shape, bool) if e.ended is None else e.ended
+    lengths = jnp.sum(e.response_mask, axis=1)
+    penalties = h.missing_eos_penalty, h.length_penalty, h.length_penalty_start
+    scores = objectives.penalised_scores(e.scores, lengths, ended, *penalties)
+    if moments is not None:
+        moments = objectives.add_moments(moments, scores, e.row_mask)
+    if h.score_normalization != "none":
+        of_batch = objectives.add_moments(objectives.Moments.empty(), scores, e.row_mask)
+        scores = objectives.standardised(scores, of_batch if h.score_normalization == "batch" else moments)
+    return scores, moments
+
+
+def advantages_and_returns(
+    experience: Experience, kl_coef: jax.Array, h: PPOHyperparameters
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(rewards, advantages, returns) `[B, T]` from scores as they are (`shaped_scores`).
+
+    Advantages are whitened over the whole batch, returns are not; without a critic returns are not used.
+    """
+    e, mask = experience, experience.response_mask
+    coef = 0.0 if h.kl_in_loss else kl_coef
+    rewards = objectives.kl_penalty_rewards(
+        e.logprobs, e.ref_logprobs, e.scores, mask, coef, h.clip_reward, h.kl_estimator
+    )
+    if h.whiten_rewards:
+        rewards = objectives.masked_whiten(rewards, mask, shift_mean=False)
+    if h.advantage_estimator == "gae":
+        advantages, returns = objectives.gae(rewards, e.values, mask, h.gamma, h.lam)
+    elif h.advantage_estimator == "reinforce++":
+        advantages = returns = objectives.reward_to_go(rewards, mask, h.gamma)
+    else:
+        totals = jnp.sum(rewards, axis=1)
+        if h.advantage_estimator == "grpo":
+            of_rows = objectives.group_advantages(totals, h.samples_per_prompt, h.scale_by_std, e.row_mask)
+        else:
+            of_rows = objectives.rloo_advantages(totals, h.samples_per_prompt, e.row_mask)
+        advantages = returns = jnp.where(mask, of_rows[:, None], 0.0)
+    if h.whiten_advantages:
+        advantages = objectives.masked_whiten(advantages, mask)
+    return rewards, advantages, returns
+
+
+def experience_metrics(
+    e: Experience, rewards: jax.Array, returns: jax.Array, kl_coef: jax.Array, weights: jax.Array
+) -> dict[str, jax.Array]:
+    """What an iteration's experience looks like, under TRL's names; sums per row are averaged over scored rows."""
+    mask, row_mask = e.response_mask, e.row_mask
+    rows = jnp.sum(row_mask)
+    kl = objectives.masked_sum(e.logprobs - e.ref_logprobs, mask) / rows
+    gap = jnp.where(mask, jnp.abs(e.logprobs - e.sampler_logprobs), 0.0)
+    scores = objectives.masked_mean(e.scores, row_mask)
+    metrics = {
+        "objective/kl": kl,
+        "objective/entropy": -objectives.masked_sum(e.logprobs, mask) / rows,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": objectives.masked_sum(rewards, mask) / rows,
+        "objective/scores": scores,
+        "objective/scores_std": jnp.sqrt(objectives.masked_mean(jnp.square(e.scores - scores), row_mask)),
+        "objective/kl_coef": kl_coef,
+        "policy/entropy_avg": objectives.masked_mean(e.entropy, mask),
+        "val/response_length": jnp.sum(mask) / rows,
+        "sampling/logp_difference/mean": objectives.masked_mean(gap, mask),
+        "sampling/logp_difference/max": jnp.max(gap),
+        "sampling/importance_sampling_ratio/min": jnp.min(jnp.where(mask, weights, jnp.inf)),
+        "sampling/importance_sampling_ratio/mean": objectives.masked_mean(weights, mask),
+        "sampling/importance_sampling_ratio/max": jnp.max(jnp.where(mask, weights, 0.0)),
+    }
+    if e.values is not None:
+        spread = objectives.masked_variance(returns, mask)
+        unexplained = objectives.masked_variance(returns - e.values, mask)
+        metrics["val/value_avg"] = objectives.masked_mean(e.values, mask)
+        metrics["val/explained_variance"] = 1 - unexplained / jnp.maximum(spread, jnp.finfo(jnp.float32).tiny)
+    if e.ended is not None:
+        metrics["val/eos_rate"] = objectives.masked_mean(e.ended, row_mask)
+    return metrics

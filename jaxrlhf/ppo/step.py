@@ -1,0 +1,296 @@
+"""The PPO step: every epoch and minibatch on one scored rollout, actor and critic, in one jitted program."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxrlhf import objectives
+from jaxrlhf.errors import InputError
+from jaxrlhf.gradients import apply_gradients, frozen_working_copy, model_gradients
+from jaxrlhf.models import Decoder, join, split_trainable
+from jaxrlhf.ppo.experience import (
+    Experience,
+    actor_logprobs,
+    advantages_and_returns,
+    critic_values,
+    experience_metrics,
+    shaped_scores,
+)
+from jaxrlhf.ppo.hyperparameters import PPOHyperparameters
+from jaxrlhf.sharding import TRAIN_RULES, constrain, use
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class PPOState:
+    """Everything the update reads and replaces; donated to `ppo_step`.
+
+    With adapters (`actor.lora`, `critic.lora`), they and the critic's head alone have optimizer state and an average.
+    What belongs to the critic is None without one.
+    """
+
+    step: jax.Array
+    """int32: finished calls of `ppo_step`."""
+    actor_params: PyTree
+    critic_params: PyTree
+    actor_opt_state: PyTree
+    critic_opt_state: PyTree
+    ema_params: PyTree
+    """Moving average of the actor's trainable leaves (`split_trainable`), or None."""
+    kl_coef: jax.Array
+    """float32 β of the KL penalty."""
+    actor: Decoder = flax.struct.field(pytree_node=False)
+    critic: Decoder | None = flax.struct.field(pytree_node=False)
+    actor_optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    critic_optimizer: optax.GradientTransformation | None = flax.struct.field(pytree_node=False)
+    hyperparameters: PPOHyperparameters = flax.struct.field(pytree_node=False)
+    mesh: Mesh | None = flax.struct.field(pytree_node=False)
+    score_moments: objectives.Moments | None = None
+    """Of all scores so far; needed for score_normalization="running"."""
+
+
+class _Trained(NamedTuple):
+    """What an update replaces: the trainable leaves, their optimizer states and the average."""
+
+    actor_params: PyTree
+    critic_params: PyTree
+    actor_opt_state: PyTree
+    critic_opt_state: PyTree
+    ema_params: PyTree
+
+
+def minibatch_rows(h: PPOHyperparameters, step: jax.Array, rows: int) -> jax.Array:
+    """`[epochs · minibatches, rows / minibatches]` row numbers: a permutation per epoch, of (seed, step, epoch)."""
+    key = jax.random.fold_in(jax.random.key(h.seed), step)
+    if h.num_mini_batches == 1:
+        order = jnp.tile(jnp.arange(rows), (h.ppo_epochs, 1))
+    else:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(h.ppo_epochs))
+        order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
+    return order.reshape(h.ppo_epochs * h.num_mini_batches, rows // h.num_mini_batches)
+
+
+def _take(data: PyTree, index: jax.Array) -> PyTree:
+    return jax.tree.map(lambda x: constrain(jnp.take(x, index, axis=0), "batch", *[None] * (x.ndim - 1)), data)
+
+
+@partial(jax.jit, donate_argnums=0)
+def ppo_step(
+    state: PPOState, experience: Experience, ptx: dict[str, jax.Array] | None = None
+) -> tuple[PPOState, dict[str, jax.Array]]:
+    """One iteration on a scored rollout: every epoch and minibatch, actor and critic. `state` is donated.
+
+    Losses are sums over the global minibatch divided by its global count of response tokens (or as `loss_aggregation`
+    has it), so meshes and micro-batches do not change them. `ptx`, with `ptx_coef`, is pretraining text: `input_ids`,
+    `attention_mask` and `loss_mask` `[R, T]`, of which each minibatch takes its share. An update whose losses or
+    gradients are not finite changes nothing. Returns the new state and float32 metrics under TRL's names, averaged
+    over the updates; NaN where none could be counted.
+    """
+    h, mesh = state.hyperparameters, state.mesh
+    rows = experience.scores.shape[0]
+    h.check_rows(rows)
+    if (ptx is None) != (h.ptx_coef == 0):
+        raise InputError(f"ptx_coef={h.ptx_coef} goes with a batch of pretraining text, and 0 without one")
+    with use(mesh, TRAIN_RULES):
+        scores, moments = shaped_scores(experience, h, state.score_moments)
+        shaped = experience.replace(scores=scores)
+        rewards, advantages, returns = advantages_and_returns(shaped, state.kl_coef, h)
+        data = {
+            "tokens": experience.tokens,
+            "mask": experience.mask,
+            "response_mask": experience.response_mask,
+            "logprobs": experience.logprobs,
+            "advantages": advantages,
+        }
+        if state.critic is not None:
+            data |= {"values": experience.values, "returns": returns}
+        if h.kl_in_loss:
+            data["ref_logprobs"] = experience.ref_logprobs
+        weights = objectives.truncated_importance_weights(
+            experience.logprobs, experience.sampler_logprobs, experience.response_mask, h.importance_cap or jnp.inf
+        )
+        if h.importance_cap is not None:
+            data["weights"] = weights
+
+        actor_params, actor_frozen = split_trainable(state.actor_params, state.actor)
+        actor_read = frozen_working_copy(actor_frozen, state.actor, mesh)
+        critic_params = critic_frozen = critic_read = None
+        if state.critic is not None:
+            critic_params, critic_frozen = split_trainable(state.critic_params, state.critic)
+            critic_read = frozen_working_copy(critic_frozen, state.critic, mesh)
+
+        def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
+            of_ptx = None if ptx is None else _take(ptx, index[1])
+            batch = _take(data, index[0])
+            return _update(state, (actor_read, critic_read), trained, batch, of_ptx, experience.longest)
+
+        def update(carry: tuple, index: tuple) -> tuple[tuple, dict[str, jax.Array]]:
+            trained, stopped = carry
+            if h.early_stop_kl is None:
+                trained, metrics = run(trained, index)
+                return (trained, stopped), metrics
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, trained, index)[1])
+            trained, metrics = jax.lax.cond(stopped, lambda t, _: (t, nothing), run, trained, index)
+            return (trained, stopped | (metrics["over_kl"] > 0)), metrics
+
+        trained = _Trained(actor_params, critic_params, state.actor_opt_state, state.critic_opt_state, state.ema_params)
+        index = (minibatch_rows(h, state.step, rows), None if ptx is None else _ptx_rows(h, state.step, ptx))
+        (trained, _), updates = jax.lax.scan(update, (trained, jnp.zeros((), bool)), index)
+    metrics = experience_metrics(experience, rewards, returns, state.kl_coef, weights)
+    metrics |= _averaged(updates)
+    kl_coef = state.kl_coef
+    if h.kl_target is not None:
+        samples = jnp.sum(experience.row_mask)
+        kl_coef = objectives.adaptive_kl_coef(kl_coef, metrics["objective/kl"], h.kl_target, h.kl_horizon, samples)
+    new = state.replace(
+        step=state.step + 1,
+        actor_params=join(trained.actor_params, actor_frozen),
+        critic_params=None if state.critic is None else join(trained.critic_params, critic_frozen),
+        actor_opt_state=trained.actor_opt_state,
+        critic_opt_state=trained.critic_opt_state,
+        ema_params=trained.ema_params,
+        kl_coef=kl_coef,
+        score_moments=moments,
+    )
+    return new, metrics
+
+
+def _ptx_rows(h: PPOHyperparameters, step: jax.Array, ptx: dict[str, jax.Array]) -> jax.Array:
+    rows = ptx["input_ids"].shape[0]
+    if rows % (h.num_mini_batches * h.micro_batches):
+        raise InputError(
+            f"num_mini_batches={h.num_mini_batches} × micro-batches={h.micro_batches} must divide the {rows} rows of "
+            "pretraining text"
+        )
+    return minibatch_rows(h, step, rows)
+
+
+def _averaged(updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics `[updates]` averaged over the finite ones, and how many were skipped or left out."""
+    counted, over_kl = updates.pop("counted"), updates.pop("over_kl")
+    skipped = updates.pop("skipped")
+    count = jnp.sum(counted)
+    means = {name: jnp.sum(jnp.where(counted > 0, x, 0.0)) / count for name, x in updates.items()}
+    stopped = counted.shape[0] - jnp.sum(counted - over_kl) - jnp.sum(skipped)
+    return means | {"policy/early_stopped": stopped, "guard/skipped_updates": jnp.sum(skipped)}
+
+
+def _update(
+    state: PPOState,
+    frozen: tuple[PyTree, PyTree],
+    trained: _Trained,
+    batch: dict[str, jax.Array],
+    ptx: dict[str, jax.Array] | None,
+    longest: int | None,
+) -> tuple[_Trained, dict[str, jax.Array]]:
+    """One optimizer step of actor and critic on one minibatch. The metrics say whether it counts and was made."""
+    h, parts, mesh = state.hyperparameters, state.hyperparameters.micro_batches, state.mesh
+    actor_frozen, critic_frozen = frozen
+    tokens_in_batch = jnp.sum(batch["response_mask"])
+    token_weights = {}
+    if h.loss_aggregation != "token-mean":
+        weights = objectives.loss_weights(batch["response_mask"], h.loss_aggregation, h.response_length)
+        token_weights = {"token_weights": weights}
+
+    def actor_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = join(params, actor_frozen)
+        sequences = b["tokens"], b["mask"], h.temperature, b["response_mask"], longest
+        logprobs, entropy = actor_logprobs(state.actor, params, *sequences)
+        loss, stats = objectives.policy_loss(
+            logprobs,
+            b["logprobs"],
+            b["advantages"],
+            b["response_mask"],
+            h.cliprange,
+            tokens_in_batch,
+            b.get("weights"),
+            clip_range_high=h.cliprange_high,
+            dual_clip=h.dual_clip,
+            token_weights=b.get("token_weights"),
+        )
+
+        def mean(x: jax.Array) -> jax.Array:
+            if "token_weights" in b:
+                return objectives.masked_sum(x * b["token_weights"], b["response_mask"])
+            return objectives.masked_mean(x, b["response_mask"], tokens_in_batch)
+
+        if h.kl_in_loss:
+            kl = objectives.kl_estimate(logprobs, b["ref_logprobs"], h.kl_estimator, b["response_mask"])
+            stats["loss/kl_avg"] = mean(kl)
+            loss += state.kl_coef * stats["loss/kl_avg"]
+        if h.entropy_coef:
+            stats["loss/entropy_avg"] = mean(entropy)
+            loss -= h.entropy_coef * stats["loss/entropy_avg"]
+        return loss, stats
+
+    def ptx_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+        params = join(params, actor_frozen)
+        logprobs, _ = actor_logprobs(state.actor, params, b["input_ids"], b["attention_mask"], 1.0)
+        loss = objectives.sft_loss(logprobs, b["loss_mask"], jnp.sum(ptx["loss_mask"]))
+        return h.ptx_coef * loss, loss
+
+    def critic_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+        values = critic_values(state.critic, join(params, critic_frozen), b["tokens"], b["mask"])
+        return objectives.value_loss(
+            values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
+        )
+
+    batch = batch | token_weights
+    policy, stats, actor_grads = model_gradients(actor_loss, state.actor, trained.actor_params, batch, parts, mesh)
+    metrics = {
+        "loss/policy_avg": policy,
+        "policy/approxkl_avg": stats.pop("approx_kl"),
+        "policy/clipfrac_avg": stats.pop("clipfrac"),
+        "val/ratio": 1 + stats["ratio_shift"],
+        "val/ratio_var": objectives.ratio_variance(stats),
+    }
+    metrics |= {name: value for name, value in stats.items() if name.startswith("loss/")}
+    if ptx is not None:
+        _, metrics["loss/ptx_avg"], ptx_grads = model_gradients(
+            ptx_loss, state.actor, trained.actor_params, ptx, parts, mesh
+        )
+        metrics["policy/ptx_grad_norm"] = optax.tree.norm(ptx_grads)
+        actor_grads = jax.tree.map(jnp.add, actor_grads, ptx_grads)
+    metrics["policy/grad_norm"] = optax.tree.norm(actor_grads)
+    if state.critic is not None:
+        value, value_clipfrac, critic_grads = model_gradients(
+            critic_loss, state.critic, trained.critic_params, batch, parts, mesh
+        )
+        metrics |= {
+            "loss/value_avg": value,
+            "val/clipfrac_avg": value_clipfrac,
+            "val/grad_norm": optax.tree.norm(critic_grads),
+        }
+
+    finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+    within = jnp.ones((), bool) if h.early_stop_kl is None else metrics["policy/approxkl_avg"] <= h.early_stop_kl
+    made = finite & within
+    actor_made = made & (state.step >= h.critic_only_steps)
+    actor_params, actor_opt = apply_gradients(
+        state.actor_optimizer,
+        state.actor,
+        trained.actor_params,
+        trained.actor_opt_state,
+        actor_grads,
+        mesh,
+        actor_made,
+    )
+    critic_params, critic_opt = trained.critic_params, trained.critic_opt_state
+    if state.critic is not None:
+        critic_params, critic_opt = apply_gradients(
+            state.critic_optimizer, state.critic, critic_params, critic_opt, critic_grads, mesh, made
+        )
+    ema = trained.ema_params
+    if ema is not None:
+        decay = jnp.where(state.step < h.ema_start_step, 0.0, h.ema_decay)
+        decay = jnp.where(actor_made, decay, 1.0)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, actor_params)
+    metrics |= {"counted": finite, "skipped": ~finite, "over_kl": finite & ~within}
+    metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+    return _Trained(actor_params, critic_params, actor_opt, critic_opt, ema), metrics

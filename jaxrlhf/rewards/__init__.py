@@ -1,0 +1,21 @@
+"""Rewards from Python functions, verifiable ones among them, run beside the work on the devices (docs/rewards.md)."""
+
+from jaxrlhf.rewards.calls import Failure
+from jaxrlhf.rewards.functions import RewardFunction, load_function
+from jaxrlhf.rewards.options import RewardFunctionOptions
+from jaxrlhf.rewards.scoring import RewardResult, Rewards
+from jaxrlhf.rewards.verifiable import exact_match, final_number, length, number_match, regex
+
+__all__ = [
+    "Failure",
+    "RewardFunction",
+    "RewardFunctionOptions",
+    "RewardResult",
+    "Rewards",
+    "exact_match",
+    "final_number",
+    "length",
+    "load_function",
+    "number_match",
+    "regex",
+]

@@ -1,0 +1,158 @@
+"""Built-in reward functions whose score can be checked: exact and number match, patterns, length.
+
+Each is a reward function as a user writes one: prompts and responses first, then the column of the data that it reads
+(`references`), then its options by name. Scores are plain numbers, one per response.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from jaxrlhf.errors import InputError
+
+MARK = "####"  # stands before the answer in gsm8k's solutions
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-−])?"  # a minus that is not between two operands
+    r"(?:\\?[$€£¥]-?)?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
+_ANNOUNCED = re.compile(r"answer\s*(?:is|was|[:=])", re.IGNORECASE)
+_OUTER = " \t\n\r.,;:!?\"'`*()[]{}«»“”‘’"
+
+
+def numbers_in(text: str) -> list[Decimal]:
+    """The numbers of a text in order: `-$1,234.50` is one, and so is `.5`; `3-5` holds 3 and 5."""
+    found = []
+    for match in _NUMBER.finditer(text):
+        digits = re.sub(r"[^0-9.]", "", match.group())
+        negative = "-" in match.group() or "−" in match.group()
+        found.append(Decimal(("-" if negative else "") + digits))
+    return found
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number that a text gives as its answer, or None where it holds none.
+
+    It is the first after the last `####`; else the first after the last "answer is" or "answer:"; else the text's last.
+    """
+    _, mark, rest = text.rpartition(MARK)
+    if mark and (numbers := numbers_in(rest)):
+        return numbers[0]
+    announced = [match.end() for match in _ANNOUNCED.finditer(text)]
+    if announced and (numbers := numbers_in(text[announced[-1] :])):
+        return numbers[0]
+    numbers = numbers_in(text)
+    return numbers[-1] if numbers else None
+
+
+def normalised(text: str) -> str:
+    """Text after its last `####` (all of it without one), lower-cased, its spaces single, without outer punctuation."""
+    text = unicodedata.normalize("NFKC", text).rpartition(MARK)[2]
+    return " ".join(text.casefold().split()).strip(_OUTER)
+
+
+def accepted(reference: Any) -> list[str]:
+    """The references of a row, as texts: one, or any of a list. Raises ValueError for what is neither text nor number.
+
+    A reference that is empty is refused too: any response would match it, or none.
+    """
+    several = reference if isinstance(reference, list) else [reference]
+    if not several:
+        raise ValueError("the reference is an empty list")
+    for one in several:
+        if isinstance(one, bool) or not isinstance(one, str | int | float):
+            raise ValueError(f"the reference must be text, a number or a list of these, found {one!r}"[:200])
+        if isinstance(one, str) and not one.strip():
+            raise ValueError("the reference is empty")
+    return [str(one) for one in several]
+
+
+def reference_numbers(reference: Any) -> list[Decimal]:
+    """The numbers of a reference. Raises ValueError where one holds none."""
+    numbers = []
+    for text in accepted(reference):
+        number = final_number(text)
+        if number is None:
+            raise ValueError(f"the reference {text[-100:]!r} holds no number")
+        numbers.append(number)
+    return numbers
+
+
+def exact_match(prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]) -> list[float]:
+    """1 where the response is the reference (or one of a list of them), 0 elsewhere, both `normalised`."""
+    return [
+        float(normalised(response) in map(normalised, accepted(reference)))
+        for response, reference in zip(responses, references, strict=True)
+    ]
+
+
+def number_match(
+    prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any], *, tolerance: float = 0.0
+) -> list[float]:
+    """1 where the response's `final_number` differs by at most `tolerance` from the reference's, 0 elsewhere."""
+    scores = []
+    for response, reference in zip(responses, references, strict=True):
+        number = final_number(response)
+        gaps = [] if number is None else [abs(number - wanted) for wanted in reference_numbers(reference)]
+        scores.append(float(any(gap <= Decimal(str(tolerance)) for gap in gaps)))
+    return scores
+
+
+def regex(prompts: Sequence[str], responses: Sequence[str], *, pattern: str, whole: bool = False) -> list[float]:
+    """1 where `pattern` is found in the response (with `whole`: matches all of it), 0 elsewhere."""
+    compiled = compile_pattern(pattern)
+    found = compiled.fullmatch if whole else compiled.search
+    return [float(found(response) is not None) for response in responses]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"reward function regex: pattern={pattern!r} is no regular expression ({error})") from error
+
+
+def length(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    target: int | None = None,
+    limit: int | None = None,
+    unit: str = "words",
+) -> list[float]:
+    """A score of the response's length n in words or characters.
+
+    `target`: 1 - |n - target| / target, at least 0. `limit`: 0 up to it, then -(n - limit) / limit, at least -1.
+    """
+    check_length_options(target, limit, unit)
+    sizes = [len(response.split()) if unit == "words" else len(response) for response in responses]
+    if target is not None:
+        return [max(0.0, 1.0 - abs(n - target) / target) for n in sizes]
+    return [-min(1.0, max(0.0, (n - limit) / limit)) for n in sizes]
+
+
+def check_length_options(target: int | None = None, limit: int | None = None, unit: str = "words") -> None:
+    if (target is None) == (limit is None):
+        raise InputError("reward function length: give one of target and limit, as in length:target=200")
+    if (target or limit or 0) < 1:
+        raise InputError(f"reward function length: {'limit' if target is None else 'target'} must be at least 1")
+    if unit not in ("words", "characters"):
+        raise InputError(f"reward function length: unit={unit!r} must be words or characters")
+
+
+def check_tolerance(tolerance: float = 0.0) -> None:
+    if not 0 <= tolerance < float("inf"):
+        raise InputError(f"reward function number_match: tolerance={tolerance} must be 0 or more")
+
+
+def check_pattern(pattern: str, whole: bool = False) -> None:
+    compile_pattern(pattern)
+
+
+BUILT_IN = {"exact_match": exact_match, "number_match": number_match, "regex": regex, "length": length}
+REFERENCE_CHECKS = {"exact_match": accepted, "number_match": reference_numbers}
+"""What refuses (ValueError) a reference that no response could match."""
+OPTION_CHECKS = {"regex": check_pattern, "length": check_length_options, "number_match": check_tolerance}
+"""What refuses (InputError) options, given as the function gets them."""

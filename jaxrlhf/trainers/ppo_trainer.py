@@ -1,0 +1,220 @@
+"""The pieces of a PPO iteration, for a loop of one's own: experience from prompts, the update, an evaluation."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import objectives
+from jaxrlhf.data import encode_stops, eval_batches, pad_token_id
+from jaxrlhf.distributed import to_host
+from jaxrlhf.engine import Rollout
+from jaxrlhf.errors import InputError
+from jaxrlhf.ppo import Experience, PPOHyperparameters, ppo_step, score_rollout
+from jaxrlhf.rewards import Rewards
+from jaxrlhf.runs import Run
+from jaxrlhf.sampling import SamplingConfig
+from jaxrlhf.sharding import place_batch
+from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.ppo_engine import RLHFEngine
+from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.trainers.rollouts import generate_in_pieces
+
+Columns = dict[str, list[Any]]
+
+
+class PPOTrainer:
+    """The two halves of a PPO iteration, for a loop of one's own: `generate_experience`, then `train_rlhf`.
+
+    `rewards` replaces the config's `reward_functions`, with Python callables say.
+    """
+
+    def __init__(
+        self,
+        engine: RLHFEngine,
+        config: PPOConfig | None = None,
+        run: Run | None = None,
+        rewards: Rewards | None = None,
+    ) -> None:
+        self.engine = engine
+        self.config = config = engine.config if config is None else config
+        self.run = run
+        self.rewards = config.rewards(print if run is None else run.print) if rewards is None else rewards
+        stops = encode_stops(engine.tokenizer, config.stop_strings)
+        self.sampling = config.sampling(engine.tokenizer.eos_token_id, pad_token_id(engine.tokenizer), stops)
+        self.key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        self.metrics: dict[str, float] = {}
+        """Of the last `train_rlhf`, under TRL's names."""
+        self._generate = Announce(run, "generate program", engine.actor.generate)
+        self._score = Announce(run, "scoring program", score_rollout)
+        self._train = Announce(run, "PPO train program", ppo_step)
+        self._scored: dict[str, float] = {}
+        self.timing: dict[str, float] = {}
+
+    def rollout(
+        self,
+        prompt_batch: dict[str, Any],
+        key: jax.Array,
+        sample_index: Any = None,
+        pieces: int = 1,
+        sampling: SamplingConfig | None = None,
+        each: Any = None,
+    ) -> Rollout:
+        """`samples_per_prompt` responses to each prompt; `each` as in `generate_in_pieces`."""
+        sampling = self.sampling if sampling is None else sampling
+        batch = (self._generate, prompt_batch["prompt_ids"], prompt_batch["prompt_mask"], key, sampling)
+        options = {"pieces": pieces, "sample_index": sample_index, "each": each}
+        return generate_in_pieces(*batch, **options, slots=self.config.generation_slots)
+
+    def score(self, rollout: Rollout, hyperparameters: PPOHyperparameters) -> Experience:
+        """The four models' part: log-probs, values, and the reward model's scores (0 without one)."""
+        e = self.engine
+        params = (e.state.actor_params, e.state.critic_params, e.reference_params, e.reward_params)
+        modules = {"actor": e.state.actor, "critic": e.state.critic, "reference": e.reference, "reward": e.reward}
+        static = {"hyperparameters": hyperparameters, "mesh": e.mesh, "sampling": self.sampling}
+        return self._score(rollout, *params, **modules, **static)
+
+    def experience(
+        self,
+        prompt_batch: dict[str, Any],
+        key: jax.Array,
+        hyperparameters: PPOHyperparameters,
+        columns: Columns | None = None,
+        sample_index: Any = None,
+        pieces: int = 1,
+        sampling: SamplingConfig | None = None,
+    ) -> Experience:
+        """Sample and score. Reward functions work on a piece while the next is generated, then beside the models."""
+        sampling = self.sampling if sampling is None else sampling
+        n = sampling.samples_per_prompt
+        row_mask = np.asarray(prompt_batch.get("row_mask", np.ones(len(prompt_batch["prompt_ids"])))) > 0
+        handles: list[tuple[np.ndarray, Any]] = []
+
+        def submit(rows: np.ndarray, rollout: Rollout) -> None:
+            prompts, responses = self.texts(*to_host((rollout.tokens, rollout.mask, rollout.response_mask)))
+            of_rows = {name: [values[i] for i in rows // n] for name, values in (columns or {}).items()}
+            handles.append((rows, self.rewards.submit(prompts, responses, of_rows, row_mask[rows // n])))
+
+        begin = time.monotonic()
+        options = {"sample_index": sample_index, "pieces": pieces, "sampling": sampling}
+        rollout = self.rollout(prompt_batch, key, **options, each=submit if self.rewards else None)
+        middle = time.monotonic()
+        experience = jax.block_until_ready(self.score(jax.block_until_ready(rollout), hyperparameters))
+        end = time.monotonic()
+        self.timing = {"timing/generate": middle - begin, "timing/score": end - middle}
+        self._scored = {}
+        if self.rewards:
+            experience = self._with_functions(experience, handles)
+            self.timing["timing/reward_functions"] = time.monotonic() - end
+        return experience
+
+    def _with_functions(self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]]) -> Experience:
+        """The experience with the weighted sum of all scores; rows without one are masked out."""
+        model = to_host(experience.scores)
+        scores = self.config.reward_model_weight * model if self.engine.reward is not None else np.zeros_like(model)
+        parts: dict[str, np.ndarray] = {}
+        failures = 0
+        for rows, handle in handles:
+            result = handle.result()
+            scores[rows] += result.scores
+            failures += len(result.failures)
+            for name, values in result.parts.items():
+                parts.setdefault(name, np.zeros_like(model))[rows] = values
+        self._scored = {f"rewards/{name}": float(np.nanmean(values)) for name, values in parts.items()}
+        self._scored |= {"rewards/failures": failures}
+        if self.engine.reward is not None:
+            self._scored["rewards/reward_model"] = float(model.mean())
+        return experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh))
+
+    def texts(self, tokens: np.ndarray, mask: np.ndarray, response_mask: np.ndarray) -> tuple[list[str], list[str]]:
+        """Prompts and responses as text, without special tokens, of host arrays `[B, T]`."""
+        decode = partial(self.engine.tokenizer.batch_decode, skip_special_tokens=True)
+        rows = list(zip(tokens, mask, response_mask, strict=True))
+        prompts = decode([ids[real & ~response] for ids, real, response in rows])
+        return prompts, decode([ids[response] for ids, _, response in rows])
+
+    def generate_experience(self, prompt_batch: dict[str, Any], columns: Columns | None = None) -> Experience:
+        """Sample `samples_per_prompt` responses per prompt and score them.
+
+        `prompt_batch` holds `prompt_ids` and `prompt_mask`, left-padded `[B, P]`; `columns`, what reward functions read
+        beside prompt and response, B values each. Draws are keyed by (seed, step, row).
+        """
+        h, prompts = self.engine.state.hyperparameters, len(prompt_batch["prompt_ids"])
+        h.check_rows(prompts * self.sampling.samples_per_prompt)
+        self.config.check_pieces(prompts)
+        key = jax.random.fold_in(self.key, int(self.engine.state.step))
+        return self.experience(prompt_batch, key, h, columns, pieces=self.config.generation_batches)
+
+    def train_rlhf(self, experience: Experience, ptx: dict[str, Any] | None = None) -> tuple[float, float]:
+        """All epochs and minibatches on this experience; returns (actor loss, critic loss), more in `metrics`.
+
+        `ptx`, with ptx_coef, is a batch of pretraining text (`TextBlocks.batch`). The critic's loss is NaN without one.
+        """
+        begin = time.monotonic()
+        self.engine.state, metrics = self._train(self.engine.state, experience, ptx)
+        self.metrics = {name: float(value) for name, value in to_host(metrics).items()} | self._scored
+        self.timing["timing/train"] = time.monotonic() - begin
+        return self.metrics["loss/policy_avg"], self.metrics.get("loss/value_avg", float("nan"))
+
+    def evaluate(
+        self, prompts: Any, batch_size: int, baseline: dict[int, float] | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Sample an answer to every held-out prompt, always with the same keys; (figures, one record per sample).
+
+        `baseline`: scores by prompt number of another model's answers to the same prompts, for a win rate.
+        """
+        plain = replace(self.engine.state.hyperparameters, num_mini_batches=1, micro_batches=1, samples_per_prompt=1)
+        plain = replace(plain, advantage_estimator="gae" if self.engine.state.critic is not None else "reinforce++")
+        sampling = replace(self.sampling, samples_per_prompt=1)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 3)
+        records: list[dict[str, Any]] = []
+        for batch in eval_batches(prompts, batch_size):
+            columns = prompts.columns(batch["index"]) if self.rewards else None
+            number = np.maximum(batch["index"], 0)
+            experience = self.experience(batch, key, plain, columns, number, sampling=sampling)
+            records += self.records(experience, batch["row_mask"], batch["index"])
+        if not records:
+            raise InputError("evaluation: no answer to a held-out prompt could be scored; see the messages above")
+        scores = np.array([r["score"] for r in records])
+        figures = {
+            "scores": float(scores.mean()),
+            "scores_std": float(scores.std()),
+            "kl": float(np.mean([r["kl"] for r in records])),
+            "response_length": float(np.mean([r["length"] for r in records])),
+            "eos_rate": float(np.mean([r["ended"] for r in records])),
+        }
+        if baseline is not None:
+            before = np.array([baseline.get(r["index"], np.nan) for r in records])
+            figures["win_rate"] = float(objectives.win_rate(jnp.asarray(scores), jnp.asarray(before)))
+        return figures, records
+
+    def records(self, experience: Experience, row_mask: Any = None, index: Any = None) -> list[dict[str, Any]]:
+        """Per scored row: number, prompt and response text, score, KL to the reference in nats, length, whether ended.
+
+        Rows that `row_mask` excludes or that have no score are left out; `index` `[B]` are the rows' numbers.
+        """
+        e = to_host(experience)
+        prompts, responses = self.texts(e.tokens, e.mask, e.response_mask)
+        records = []
+        for b in range(len(e.scores)):
+            if not e.response_mask[b].any() or (row_mask is not None and not row_mask[b]):
+                continue
+            response = e.tokens[b][e.response_mask[b]]
+            gap = np.where(e.response_mask[b], e.logprobs[b] - e.ref_logprobs[b], 0.0)
+            records.append(
+                {
+                    "index": b if index is None else int(index[b]),
+                    "prompt": prompts[b],
+                    "response": responses[b],
+                    "score": float(e.scores[b]),
+                    "kl": float(gap.sum()),
+                    "length": len(response),
+                    "ended": self.sampling.ended(response),
+                }
+            )
+        return records

@@ -34,7 +34,7 @@ COMMANDS = {
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
     "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
-ON_DEVICE = ("sft", "reward", "dpo", "ppo", "rlhf", "sample", "chat", "bench")  # these get the device's compiler flags
+ON_DEVICE = ("sft", "reward", "dpo", "ppo", "rlhf", "sample", "chat", "bench")  # they get the device's compiler flags
 
 
 def usage() -> str:

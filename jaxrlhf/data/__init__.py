@@ -15,6 +15,7 @@ from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
 from jaxrlhf.data.loading import DataConfig, load_data
 from jaxrlhf.data.templates import (
     DEFAULT_TEMPLATE,
+    answer_text,
     encode_conversation,
     encode_pair,
     encode_prompt,
@@ -34,6 +35,7 @@ __all__ = [
     "PromptData",
     "SFTData",
     "TextBlocks",
+    "answer_text",
     "demo_quality",
     "encode_conversation",
     "encode_pair",

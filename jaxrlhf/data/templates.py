@@ -195,6 +195,13 @@ def plain_response(tokenizer, text: str, template: str) -> str:
     return text.removeprefix(lead).removesuffix(after)
 
 
+def answer_text(tokenizer, ids: Sequence[int], template: str, stop_strings: Sequence[str] = ()) -> str:
+    """A generated response as rows hold it: without special tokens, the stop string that ended it, and the template."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    stop = next((s for s in stop_strings if text.endswith(s)), "")
+    return plain_response(tokenizer, text.removesuffix(stop), template)
+
+
 def prompt_text(prompt: Prompt, template: str) -> str:
     """A prompt by the prompt template; rounds of a message list follow each other, system messages stand before."""
     before, middle, lead, after = split_template(template)

@@ -15,6 +15,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import Decoder, ModelCard, read_config
 from jaxrlhf.ppo import PPOState
+from jaxrlhf.rewards import Rewards
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.alarms import Alarms
@@ -102,14 +103,16 @@ def ppo_task(
     evaluation: Any,
     steps: int,
     text: tuple[TextBlocks, TextBlocks] | None = None,
+    rewards: Rewards | None = None,
 ) -> Task:
     """The Task of a run over prompts `train`, evaluated on `evaluation`; `text`: training and held-out blocks."""
-    trainer = PPOTrainer(engine, config, run)
+    trainer = PPOTrainer(engine, config, run, rewards)
     devices = batch_devices(engine.mesh)
     rows = config.rollout_rows(devices)
     prompts = rows // config.samples_per_prompt
     engine.actor.check_slots(config.generation_slots, rows // config.generation_batches)
-    trainer.rewards.check_references(train)
+    for data in (train, evaluation):
+        trainer.rewards.check_references(data)
     updates = config.ppo_epochs * config.num_mini_batches
     tolerance = logp_tolerance(engine.actor.module, engine.mesh)
     alarms = Alarms(run.print, config)
@@ -137,7 +140,8 @@ def ppo_task(
         engine.state = state
         indices = stream_indices(i, prompts, len(train), config.seed)
         batch = train.batch(indices)
-        experience = trainer.generate_experience(batch, train.columns(indices) if trainer.rewards else None)
+        read = (train.columns(indices), train.prompt_texts(indices)) if trainer.rewards else ()
+        experience = trainer.generate_experience(batch, *read)
         if config.sample_steps and (i + 1) % config.sample_steps == 0:
             first = jax.tree.map(lambda x: x[: config.num_sample_rows], experience)
             show_samples(run, "training samples", trainer.records(first), i + 1)
@@ -228,7 +232,8 @@ def train_ppo(config: PPOConfig) -> PPOState:
             if model is not None:
                 read_config(model)  # a model that cannot be used is the first thing to say
         tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.actor_model_name_or_path)
-        train, evaluation = load_data(config, tokenizer, "ppo")
+        rewards = config.rewards(run.print)
+        train, evaluation = load_data(config, tokenizer, "ppo", columns=rewards.columns)
         text = None
         if config.ptx_coef:
             text = load_text(
@@ -242,4 +247,5 @@ def train_ppo(config: PPOConfig) -> PPOState:
         rows = config.rollout_rows(batch_devices(config.make_mesh()))
         steps = total_steps(config, len(train) * config.samples_per_prompt, rows)
         engine = RLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer, steps, config)
-        return fit(run, config, ppo_task(run, config, engine, train, evaluation, steps, text), engine.state)
+        task = ppo_task(run, config, engine, train, evaluation, steps, text, rewards)
+        return fit(run, config, task, engine.state)

@@ -22,6 +22,7 @@ from jaxrlhf.models import (
     param_shardings,
     split_trainable,
     with_attention,
+    with_head,
 )
 from jaxrlhf.ppo import PPOState
 from jaxrlhf.sharding import offloaded, place, replicated
@@ -145,7 +146,6 @@ class RLHFEngine:
         )
         stage = config.zero_stage
         critic_stage = stage if config.critic_zero_stage is None else config.critic_zero_stage
-        source = actor
         actor = _own(actor, stage) if isinstance(actor, Model) else load(actor, zero_stage=stage)
         if isinstance(reward, Model):
             reward = _own(reward, critic_stage)
@@ -158,10 +158,8 @@ class RLHFEngine:
             )
         critic = reward if self.hyperparameters.has_critic else None
         if self.hyperparameters.has_critic and reward is None:
-            if isinstance(source, Model):
-                raise InputError("critic_model_name_or_path: give the critic too when the actor is given as a Model")
             key = jax.random.fold_in(jax.random.key(config.seed), 4)
-            critic = load(source, head="scalar", key=key, zero_stage=critic_stage)
+            critic = _own(with_head(merged(actor), "scalar", key), critic_stage)
         scalar = critic if reward is None else reward
         if scalar is not None and actor.config.vocab_size != scalar.config.vocab_size:
             raise InputError(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import objectives
-from jaxrlhf.data import encode_stops, eval_batches, pad_token_id
+from jaxrlhf.data import answer_text, encode_stops, eval_batches, pad_token_id
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
@@ -85,20 +85,28 @@ class PPOTrainer:
         key: jax.Array,
         hyperparameters: PPOHyperparameters,
         columns: Columns | None = None,
+        prompts: Sequence[str] | None = None,
         sample_index: Any = None,
         pieces: int = 1,
         sampling: SamplingConfig | None = None,
     ) -> Experience:
-        """Sample and score. Reward functions work on a piece while the next is generated, then beside the models."""
+        """Sample and score, as `generate_experience` says, with keys, pieces and a sampling of one's own."""
         sampling = self.sampling if sampling is None else sampling
         n = sampling.samples_per_prompt
         row_mask = np.asarray(prompt_batch.get("row_mask", np.ones(len(prompt_batch["prompt_ids"])))) > 0
         handles: list[tuple[np.ndarray, Any]] = []
 
         def submit(rows: np.ndarray, rollout: Rollout) -> None:
-            prompts, responses = self.texts(*to_host((rollout.tokens, rollout.mask, rollout.response_mask)))
-            of_rows = {name: [values[i] for i in rows // n] for name, values in (columns or {}).items()}
-            handles.append((rows, self.rewards.submit(prompts, responses, of_rows, row_mask[rows // n])))
+            tokens, mask, response_mask = to_host((rollout.tokens, rollout.mask, rollout.response_mask))
+            own = rows // n
+            asked = self.texts(tokens, mask, response_mask)[0] if prompts is None else [prompts[i] for i in own]
+            template, stops = self.config.prompt_template, self.config.stop_strings
+            answers = [
+                answer_text(self.engine.tokenizer, ids[inside], template, stops)
+                for ids, inside in zip(tokens, response_mask, strict=True)
+            ]
+            of_rows = {name: [values[i] for i in own] for name, values in (columns or {}).items()}
+            handles.append((rows, self.rewards.submit(asked, answers, of_rows, row_mask[own])))
 
         begin = time.monotonic()
         options = {"sample_index": sample_index, "pieces": pieces, "sampling": sampling}
@@ -138,17 +146,24 @@ class PPOTrainer:
         prompts = decode([ids[real & ~response] for ids, real, response in rows])
         return prompts, decode([ids[response] for ids, _, response in rows])
 
-    def generate_experience(self, prompt_batch: dict[str, Any], columns: Columns | None = None) -> Experience:
+    def generate_experience(
+        self,
+        prompt_batch: dict[str, Any],
+        columns: Columns | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> Experience:
         """Sample `samples_per_prompt` responses per prompt and score them.
 
-        `prompt_batch` holds `prompt_ids` and `prompt_mask`, left-padded `[B, P]`; `columns`, what reward functions read
-        beside prompt and response, B values each. Draws are keyed by (seed, step, row).
+        `prompt_batch` holds `prompt_ids` and `prompt_mask`, left-padded `[B, P]`. Reward functions read the `prompts`
+        as text (default: as decoded from the ids), the answers, and `columns`, B values each; they work on one piece
+        (generation_batches) while the next is generated, and on the last beside the models. Draws are keyed by (seed,
+        step, row).
         """
-        h, prompts = self.engine.state.hyperparameters, len(prompt_batch["prompt_ids"])
-        h.check_rows(prompts * self.sampling.samples_per_prompt)
-        self.config.check_pieces(prompts)
+        h, count = self.engine.state.hyperparameters, len(prompt_batch["prompt_ids"])
+        h.check_rows(count * self.sampling.samples_per_prompt)
+        self.config.check_pieces(count)
         key = jax.random.fold_in(self.key, int(self.engine.state.step))
-        return self.experience(prompt_batch, key, h, columns, pieces=self.config.generation_batches)
+        return self.experience(prompt_batch, key, h, columns, prompts, pieces=self.config.generation_batches)
 
     def train_rlhf(self, experience: Experience, ptx: dict[str, Any] | None = None) -> tuple[float, float]:
         """All epochs and minibatches on this experience; returns (actor loss, critic loss), more in `metrics`.
@@ -168,16 +183,17 @@ class PPOTrainer:
 
         `baseline`: scores by prompt number of another model's answers to the same prompts, for a win rate.
         """
-        plain = replace(self.engine.state.hyperparameters, num_mini_batches=1, micro_batches=1, samples_per_prompt=1)
-        plain = replace(plain, advantage_estimator="gae" if self.engine.state.critic is not None else "reinforce++")
+        plain = PPOHyperparameters(temperature=self.engine.state.hyperparameters.temperature)
         sampling = replace(self.sampling, samples_per_prompt=1)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 3)
         records: list[dict[str, Any]] = []
         for batch in eval_batches(prompts, batch_size):
-            columns = prompts.columns(batch["index"]) if self.rewards else None
-            number = np.maximum(batch["index"], 0)
-            experience = self.experience(batch, key, plain, columns, number, sampling=sampling)
-            records += self.records(experience, batch["row_mask"], batch["index"])
+            index, read = batch["index"], {}
+            if self.rewards:
+                read = {"columns": prompts.columns(index), "prompts": prompts.prompt_texts(index)}
+            number = np.maximum(index, 0)
+            experience = self.experience(batch, key, plain, **read, sample_index=number, sampling=sampling)
+            records += self.records(experience, batch["row_mask"], index)
         if not records:
             raise InputError("evaluation: no answer to a held-out prompt could be scored; see the messages above")
         scores = np.array([r["score"] for r in records])

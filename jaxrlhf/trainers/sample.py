@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.config import REQUIRED, field, to_dict
 from jaxrlhf.console import Console
-from jaxrlhf.data import DataConfig, PromptData, encode_stops, load_data, load_tokenizer, pad_token_id, plain_response
+from jaxrlhf.data import DataConfig, PromptData, answer_text, encode_stops, load_data, load_tokenizer, pad_token_id
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
 from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
@@ -222,10 +222,7 @@ class Sampler:
         }
 
     def text(self, response: np.ndarray) -> str:
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        text = self.tokenizer.decode(response, **options)
-        stop = next((s for s in self.config.stop_strings if text.endswith(s)), "")
-        return plain_response(self.tokenizer, text.removesuffix(stop), self.config.prompt_template)
+        return answer_text(self.tokenizer, response, self.config.prompt_template, self.config.stop_strings)
 
     def finish(self, started: dict[str, Any]) -> dict[str, Any]:
         """The batch with its scores and their parts, `[B · n]` each."""

@@ -1,0 +1,288 @@
+"""Whole PPO runs with what surrounds the step: reward functions, pretraining text, evaluation, guards, no critic."""
+
+import json
+import signal
+from dataclasses import replace
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf.checkpoints import list_checkpoints
+from jaxrlhf.data import load_text
+from jaxrlhf.errors import InputError
+from jaxrlhf.rewards import Rewards
+from jaxrlhf.runs import Run, read_jsonl
+from jaxrlhf.trainers.alarms import WINDOW, Alarms
+from jaxrlhf.trainers.loop import Interrupted
+from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
+
+REWARDS = '''
+def vowels(prompts, responses):
+    """Share of vowels; of answers with a q nothing can be said."""
+    if any("q" in text for text in responses):
+        raise RuntimeError("no opinion on q")
+    return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in responses]
+
+
+def chosen_length(prompts, responses, chosen):
+    assert all(isinstance(text, str) and text for text in chosen)
+    return [float(len(text)) for text in chosen]
+'''
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "text.txt").write_text("The river is wide and the boat is small. " * 300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(demo):
+    def start(folder, **options):
+        common = {"data_path": demo.train, "eval_data_path": demo.eval, "data_cache_dir": demo.cache, "seed": 3}
+        common |= {"max_prompt_seq_len": 32, "max_answer_seq_len": 8, "max_train_samples": 70, "max_eval_samples": 10}
+        common |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 4}
+        common |= {"learning_rate": 1e-3, "output_dir": str(folder), "logging_steps": 100, "eval_steps": 2}
+        models = {"actor_model_name_or_path": demo.lm, "critic_model_name_or_path": demo.reward}
+        return train_ppo(PPOConfig(**(common | models | options)))
+
+    return start
+
+
+def records(folder):
+    return read_jsonl(folder / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def mixed(files):
+    """Options of a run with everything else: functions, text, average, steered KL, running scores, pieces."""
+    return {
+        "critic_model_name_or_path": None,
+        "reward_functions": (f"{files}/rewards.py:vowels", f"{files}/rewards.py:chosen_length"),
+        "reward_weights": (2.0, 0.0),
+        "ptx_coef": 27.8,
+        "ptx_data_path": (f"{files}/text.txt",),
+        "ptx_block_size": 16,
+        "enable_ema": True,
+        "ema_start_step": 1,
+        "kl_target": 0.2,
+        "kl_horizon": 200.0,
+        "score_normalization": "running",
+        "missing_eos_penalty": 0.5,
+        "generation_batches": 2,
+    }
+
+
+def test_a_run_without_a_reward_model_learns_from_functions_and_resumes_as_if_never_stopped(
+    train, mixed, tmp_path, monkeypatch
+):
+    whole = train(tmp_path / "whole", **mixed)
+    log = Run.log
+
+    def interrupting(self, number, metrics):
+        log(self, number, metrics)
+        if number == 2 and "objective/kl" in metrics:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", interrupting)
+        with pytest.raises(Interrupted, match="stopped after step 2"):
+            train(tmp_path / "parts", **mixed)
+    resumed = train(tmp_path / "parts", resume=True, **mixed)
+    chex.assert_trees_all_equal(jax.tree.leaves(jax.device_get(resumed)), jax.tree.leaves(jax.device_get(whole)))
+    assert float(resumed.kl_coef) != np.float32(0.1)
+
+    steps = [r for r in records(tmp_path / "whole") if "objective/kl" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4]
+    assert float(resumed.score_moments.count) == 4 * 16 - sum(r["rewards/failures"] for r in steps)
+    for r in steps:
+        assert r["rewards/chosen_length"] > 5 and 0 <= r["rewards/vowels"] <= 1
+        if not r["rewards/failures"]:
+            assert r["objective/scores"] == pytest.approx(2 * r["rewards/vowels"], rel=1e-4)
+        assert r["loss/ptx_avg"] > 0 and r["guard/skipped_updates"] == 0
+    assert steps[-1]["loss/ptx_avg"] < steps[0]["loss/ptx_avg"] - 0.1, "the text is learned"
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["eval_before"]["win_rate"] == 0.5 and 0 <= summary["eval_after"]["win_rate"] <= 1
+    assert summary["eval_after"]["ptx_loss"] < summary["eval_before"]["ptx_loss"]
+    for folder in (".", "ema", "critic"):
+        assert (tmp_path / "whole" / folder / "model.safetensors").is_file()
+    both = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")]
+    assert both[0]["eval_after"] == both[1]["eval_after"], "the win rate's baseline outlives the interruption"
+
+
+@pytest.mark.parametrize("name", ["grpo", "reinforce++"])
+def test_a_run_without_a_critic_has_none_anywhere(train, name, tmp_path):
+    options = {"advantage_estimator": name, "samples_per_prompt": 4, "whiten_advantages": name != "grpo"}
+    state = train(tmp_path, max_steps=2, eval_steps=0, **options)
+    assert state.critic is None and state.critic_opt_state is None
+    assert not (tmp_path / "critic").exists() and (tmp_path / "model.safetensors").is_file()
+    step = records(tmp_path)[1]
+    assert not [n for n in step if n.startswith("val/value") or n == "loss/value_avg"]
+    assert step["episode"] == 16 and step["policy/grad_norm"] > 0
+    tokens = {path.name for path in tmp_path.iterdir()}
+    assert "nonfinite-step-1.npz" not in tokens
+
+
+def test_the_best_checkpoint_is_kept_and_exported_when_asked(train, tmp_path, monkeypatch):
+    scores = iter([0.0, 5.0, 3.0])
+    evaluate = PPOTrainer.evaluate
+
+    def scripted(self, *args, **options):
+        figures, samples = evaluate(self, *args, **options)
+        return figures | {"scores": next(scores)}, samples
+
+    monkeypatch.setattr(PPOTrainer, "evaluate", scripted)
+    train(tmp_path, save_steps=1, save_total_limit=1, export_best=True)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["best_step"], summary["eval_best"]["scores"], summary["eval_after"]["scores"]) == (2, 5.0, 3.0)
+    from jaxrlhf.checkpoints import restore_checkpoint
+    from jaxrlhf.models import load_pretrained
+
+    exported = load_pretrained(tmp_path).params
+    best, _ = restore_checkpoint(tmp_path / "checkpoint-2", exported, subtree="actor_params")
+    last, _ = restore_checkpoint(tmp_path / "checkpoint-4", exported, subtree="actor_params")
+    chex.assert_trees_all_equal(exported, best)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (best, last)), strict=True))
+
+
+def test_answers_that_a_function_fails_on_are_masked_and_the_run_goes_on(demo, lab, capsys):
+    calls = []
+
+    def odd_rows_fail(prompts, responses):
+        calls.append(len(responses))
+        if len(responses) > 1:
+            raise RuntimeError("one by one, please")
+        if len(calls) % 2:
+            return [float("nan")]
+        return [1.0]
+
+    config = PPOConfig(max_prompt_seq_len=32, max_answer_seq_len=8, reward_functions=("length:limit=9",))
+    config = replace(config, reward_model_weight=0.0)
+    engine = RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=2, config=config)
+    trainer = PPOTrainer(engine, rewards=Rewards([odd_rows_fail]))
+    ids, mask = lab.prompts(rows=16, width=32, vocab=400)
+    e = jax.device_get(trainer.generate_experience({"prompt_ids": ids, "prompt_mask": mask}))
+    assert e.row_mask.sum() == 8 and (e.scores[e.row_mask] == 1).all() and (e.scores[~e.row_mask] == 0).all()
+    trainer.train_rlhf(e)
+    assert trainer.metrics["rewards/failures"] == 8
+    assert trainer.metrics["objective/scores"] == pytest.approx(1.0)
+    assert trainer.metrics["guard/skipped_updates"] == 0
+    assert "no score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"critic_model_name_or_path": None},
+            "critic_model_name_or_path: name a model.*or give reward_functions",
+        ),
+        ({"ptx_coef": 1.0}, r"ptx_coef=1.0 and ptx_data_path=\[\]: mixture training needs both"),
+        ({"ptx_data_path": ("x.txt",)}, r"ptx_coef=0.0 and ptx_data_path=\['x.txt'\]"),
+        (
+            {"advantage_estimator": "rloo", "samples_per_prompt": 3},
+            "samples_per_prompt=3 must divide the rollout batch of 16",
+        ),
+        (
+            {"advantage_estimator": "reinforce++", "critic_lora_r": 4},
+            "critic_lora_r=4 with advantage_estimator=reinforce",
+        ),
+        ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_coef=0.0 must be above 0 with kl_target"),
+        ({"critic_lr_scheduler_type": "step"}, "lr_scheduler_type='step' is not allowed"),
+    ],
+)
+def test_contradictory_options_are_refused_before_anything_is_written(train, options, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        train(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_critic_has_an_optimizer_of_its_own():
+    config = PPOConfig(critic_learning_rate=3e-3, critic_lr_scheduler_type="linear", critic_warmup_steps=7)
+    own = replace(config, warmup_steps=2, weight_decay=0.1).critic_optimizer()
+    assert (own.learning_rate, own.lr_scheduler_type, own.warmup_steps, own.weight_decay) == (3e-3, "linear", 7, 0.1)
+
+
+# ---- pretraining text
+
+
+def test_text_is_joined_by_eos_and_cut_into_blocks(demo, tmp_path):
+    documents = [f"number {i} of some documents" for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
+    options = {"field": "body", "block": 24, "held_out": 0.25, "cache": tmp_path / "cache"}
+    train, held = load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options)
+    expected = []
+    for text in documents:
+        expected += [*demo.tokenizer(text, add_special_tokens=False)["input_ids"], demo.tokenizer.eos_token_id]
+    got = np.concatenate([train.tokens.reshape(-1), held.tokens.reshape(-1)])
+    np.testing.assert_array_equal(got, expected[: len(expected) // 24 * 24])
+    assert len(held) == round(0.25 * (len(expected) // 24))
+    batch = train.batch([1, -1, 0], held=np.array([True, True, False]))
+    np.testing.assert_array_equal(batch["input_ids"][0], train.tokens[1])
+    assert batch["row_mask"].tolist() == [1, 0, 1] and batch["loss_mask"].sum(1).tolist() == [23, 0, 23]
+    assert (batch["input_ids"][1:] == 0).all()
+    again, _ = load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options)
+    assert again.key == train.key
+    with pytest.raises(
+        InputError, match=r"rows.jsonl.*line 1.*field 'text' must hold the text, found NoneType.*ptx_field"
+    ):
+        load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options | {"field": "text"})
+    with pytest.raises(InputError, match=r"holds [\d,]+ tokens, less than two blocks of 9000.*ptx_block_size"):
+        load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options | {"block": 9000})
+    with pytest.raises(InputError, match=r"ptx_data_path 'missing.txt': no such file"):
+        load_text(("missing.txt",), demo.tokenizer, **options)
+
+
+# ---- alarms
+
+HEALTHY = {
+    "objective/scores": 1.0,
+    "objective/scores_std": 2.0,
+    "objective/kl": 3.0,
+    "val/response_length": 30.0,
+    "policy/clipfrac_avg": 0.05,
+    "val/ratio_var": 0.01,
+    "loss/value_avg": 0.5,
+    "val/explained_variance": 0.4,
+}
+
+
+def told(changes, steps=3 * WINDOW, **options):
+    """What is said in a run that is healthy for the first third and then has `changes`."""
+    said = []
+    alarms = Alarms(said.append, PPOConfig(**options))
+    for step in range(steps):
+        alarms.check(HEALTHY | (changes if step >= WINDOW else {}), step)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "word"),
+    [
+        ({"objective/scores": -4.0}, {}, "scores fell from 1 to"),
+        ({"objective/kl": 40.0}, {}, "KL to the reference is"),
+        ({"objective/kl": 20.0}, {"kl_target": 3.0}, "above 9: the policy is far"),
+        ({"objective/kl": -5.0}, {}, "KL to the reference is negative"),
+        ({"policy/clipfrac_avg": 0.7}, {}, "the policy moves too far within a step"),
+        ({"val/ratio_var": 3.0}, {}, "the ratio's variance is"),
+        ({"loss/value_avg": 50.0}, {}, "the value loss grew from 0.5"),
+        ({"val/explained_variance": -5.0}, {}, "the critic explains none of the returns"),
+    ],
+)
+def test_alarms_say_once_what_is_wrong_and_what_usually_causes_it(changes, options, word):
+    said = told(changes, **options)
+    assert len(said) == 1 and word in said[0] and "Usually" in said[0]
+
+
+def test_a_healthy_run_raises_no_alarm():
+    assert told({}) == [] and told({"objective/scores": 9.0, "objective/kl": 8.0}) == []

@@ -22,14 +22,20 @@ import jax
 import numpy as np
 
 from jaxrlhf.bench.record import write
-from jaxrlhf.data import demo_quality, encode_prompt, load_tokenizer, materialize_demo, pad_token_id
+from jaxrlhf.data import demo_quality, encode_prompt, load_data, load_tokenizer, materialize_demo, pad_token_id
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine
+from jaxrlhf.files import write_text_atomic
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.report import read_curves
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.trainers.demo import DemoConfig, rlhf_config
 from jaxrlhf.trainers.dpo import DPOOptions, train_dpo
+from jaxrlhf.trainers.ppo import train_ppo
+from jaxrlhf.trainers.ppo_engine import RLHFEngine
+from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.trainers.ppo_trainer import PPOTrainer
+from jaxrlhf.trainers.reward import train_reward
 from jaxrlhf.trainers.rlhf import step_configs
 from jaxrlhf.trainers.sft import train_sft
 
@@ -146,12 +152,155 @@ def dpo(seed: int, folder: Path) -> Outcome:
     )
 
 
+def reward_model(seed: int) -> Path:
+    """The folder of the demo's reward model of this seed, trained from its SFT model unless it is there."""
+    start = sft_model(seed)
+    config = step_configs(demo_settings(seed, start.parent))["reward"]
+    if not (start.parent / "reward" / "summary.json").is_file():
+        train_reward(config)
+    return start.parent / "reward"
+
+
+def text_model(seed: int) -> tuple[Path, Path]:
+    """A model of whole conversations, prompts included, and the file of the conversations: what ptx should keep."""
+    folder = RUNS / f"text-{seed}"
+    text = folder / "conversations.jsonl"
+    if not text.is_file():
+        demo = materialize_demo(cache_folder(demo_settings(0, RUNS)))
+        rows = [json.loads(line) for line in demo.train.read_text(encoding="utf-8").splitlines()]
+        lines = [json.dumps({"text": f"Human: {row['prompt']} Assistant: {row['chosen']}"}) for row in rows]
+        write_text_atomic(text, "\n".join(lines) + "\n")
+    if not (folder / "sft" / "summary.json").is_file():
+        config = step_configs(demo_settings(seed, folder))["sft"]
+        train_sft(replace(config, completion_only_loss=False, max_steps=600))
+    return folder / "sft", text
+
+
+def policy_run(seed: int, folder: Path, start: Path | None = None, **options: Any) -> Outcome:
+    """The third step of the demo with `options` in place of its own; all seeds from the SFT and reward model of seed 0.
+
+    So the seeds differ in the order of prompts, in sampling and in minibatches, and rewards may be compared.
+    """
+    reward, start = reward_model(0), start or sft_model(0)
+    base = step_configs(demo_settings(seed, folder))["ppo"]
+    options = {"eval_steps": 10, "logging_steps": 20, "sample_steps": 0, "num_sample_rows": 0} | options
+    models = {"actor_model_name_or_path": str(start), "critic_model_name_or_path": str(reward)}
+    config = replace(base, **models, **options)
+    begin = time.monotonic()
+    train_ppo(config)
+    seconds = time.monotonic() - begin
+    summary = json.loads((Path(config.output_dir) / "summary.json").read_text(encoding="utf-8"))
+    before, after = summary["eval_before"], summary["eval_after"]
+    figures = {
+        "reward_before": before["scores"],
+        "reward_after": after["scores"],
+        "reward_spread_before": before["scores_std"],
+        "reward_best": summary["eval_best"]["scores"],
+        "kl": after["kl"],
+        "win_rate": after["win_rate"],
+        "response_length": after["response_length"],
+        "seconds": round(seconds, 1),
+    }
+    names = ["eval/scores", "eval/kl", "objective/scores", "objective/kl", "policy/entropy_avg", "policy/clipfrac_avg"]
+    if config.ptx_coef:
+        figures |= {"text_loss_before": before["ptx_loss"], "text_loss_after": after["ptx_loss"]}
+        names.append("eval/ptx_loss")
+    if config.kl_target:
+        names.append("objective/kl_coef")
+    if config.enable_ema:
+        raw, ema = (held_out_scores(Path(config.output_dir) / name, reward, config) for name in (".", "ema"))
+        gap = ema - raw
+        figures |= {
+            "reward_raw": float(raw.mean()),
+            "reward_ema": float(ema.mean()),
+            "ema_gap_in_errors": float(gap.mean() / (gap.std(ddof=1) / np.sqrt(len(gap)) + 1e-9)),
+        }
+    return Outcome(figures, curves_of(Path(config.output_dir), names))
+
+
+def held_out_scores(actor: Path, reward: Path, config: PPOConfig) -> np.ndarray:
+    """The reward model's scores of one answer of `actor` to every held-out prompt, with keys of their own."""
+    tokenizer = load_tokenizer(actor)
+    plain = replace(config, seed=config.seed + 1000, lora_r=0, enable_ema=False, ptx_coef=0.0, ptx_data_path=())
+    engine = RLHFEngine(str(actor), str(reward), tokenizer, num_total_iters=1, config=plain)
+    _, evaluation = load_data(replace(config, output_dir=""), tokenizer, "ppo")
+    _, records = PPOTrainer(engine, plain).evaluate(evaluation, config.per_device_eval_batch_size)
+    return np.array([record["score"] for record in records])
+
+
+STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 40, "lr_scheduler_type": "linear", "ema_decay": 0.97}
+CRITIC_FREE = STEERED | {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4}
+
+
+def ppo(epochs: int, **options: Any) -> Callable[[int, Path], Outcome]:
+    return lambda seed, folder: policy_run(seed, folder, **(STEERED | {"ppo_epochs": epochs} | options))
+
+
+def grpo(seed: int, folder: Path) -> Outcome:
+    options = {"advantage_estimator": "grpo", "kl_in_loss": True, "kl_estimator": "k3", "ppo_epochs": 2}
+    return policy_run(seed, folder, **(CRITIC_FREE | options))
+
+
+def rloo(seed: int, folder: Path) -> Outcome:
+    return policy_run(seed, folder, **(CRITIC_FREE | {"advantage_estimator": "rloo", "whiten_advantages": True}))
+
+
+def ptx(coefficient: float) -> Callable[[int, Path], Outcome]:
+    def run(seed: int, folder: Path) -> Outcome:
+        start, text = text_model(0)
+        options = {"ptx_coef": coefficient, "ptx_data_path": (str(text),), "ptx_block_size": 64, "enable_ema": False}
+        return policy_run(seed, folder, start, **(STEERED | {"ppo_epochs": 2} | options))
+
+    return run
+
+
+def improves(figures: dict[str, float]) -> bool:
+    """At least half a standard deviation of reward gained, no collapse from the best, KL within twice its target."""
+    gain = figures["reward_after"] - figures["reward_before"]
+    kept = figures["reward_best"] - figures["reward_after"] <= 0.25 * (
+        figures["reward_best"] - figures["reward_before"]
+    )
+    return gain >= 0.5 * figures["reward_spread_before"] and kept and figures["kl"] <= 2 * STEERED["kl_target"]
+
+
+def keeps_the_text(figures: dict[str, float]) -> bool:
+    return figures["text_loss_after"] <= 1.02 * figures["text_loss_before"] and (
+        figures["reward_after"] > figures["reward_before"]
+    )
+
+
+RISES = (
+    "reward up by half its spread at least, within a quarter of its best at the end, KL at most twice the target of 6"
+)
 EXPERIMENTS = {
     "dpo": Experiment(
         dpo,
         "DPO from the SFT model",
         "win rate against the SFT model of at least 70 %, by the demo's true quality rule, a tie counting half",
         lambda figures: figures["win_rate"] >= 0.7,
+    ),
+    "ppo-1": Experiment(ppo(1), "PPO, one epoch", RISES, improves),
+    "ppo-2": Experiment(ppo(2), "PPO, two epochs", RISES, improves),
+    "ppo-4": Experiment(ppo(4), "PPO, four epochs", RISES, improves),
+    "lora": Experiment(
+        ppo(2, lora_r=8, critic_lora_r=8, learning_rate=1e-3, critic_learning_rate=2e-3, enable_ema=False),
+        "PPO, two epochs, LoRA of rank 8",
+        RISES,
+        improves,
+    ),
+    "grpo": Experiment(grpo, "GRPO, groups of four", RISES, improves),
+    "rloo": Experiment(rloo, "RLOO, groups of four", RISES, improves),
+    "ptx": Experiment(
+        ptx(27.8),
+        "PPO with pretraining text at 27.8",
+        "loss on held-out text at most 2 % above its start, and reward up",
+        keeps_the_text,
+    ),
+    "no-ptx": Experiment(
+        ptx(1e-12),
+        "The same without the text's gradient (a weight of 1e-12 to measure its loss)",
+        "reward up",
+        lambda figures: figures["reward_after"] > figures["reward_before"],
     ),
 }
 

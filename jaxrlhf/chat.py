@@ -16,7 +16,7 @@ from jaxrlhf.data import DEFAULT_TEMPLATE, encode_conversation, length_bucket, l
 from jaxrlhf.data.templates import check_template
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, load_pretrained
+from jaxrlhf.models import KERNEL_OPTIONS, Model, load_pretrained, with_kernels
 from jaxrlhf.models.checkpoint_files import CONFIG, find_model_folder, read_json
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.trainers.settings import MeshConfig
@@ -51,6 +51,12 @@ class ChatConfig(MeshConfig):
     )
     stop_strings: tuple[str, ...] = field(
         (), "texts that end an answer and are not shown, such as 'Human:'; matched on the text as it appears"
+    )
+    kv_cache_dtype: str = field(
+        "auto",
+        "how keys and values of the conversation are held: int8 or fp8 take half the memory of bfloat16 and round what "
+        "attention reads; auto: the compute dtype",
+        choices=KERNEL_OPTIONS["kv_cache_dtype"],
     )
     seed: int = field(42, "seed of the sampling: the same conversation gets the same answers")
     prompt_template: str | None = field(
@@ -242,6 +248,7 @@ def open_session(config: ChatConfig, console: Console | None = None) -> ChatSess
     tokenizer = load_tokenizer(config.tokenizer_name_or_path or folder)
     options = {"dtype": config.compute_dtype, "param_dtype": config.compute_dtype, "progress": sys.stderr.isatty()}
     model = load_pretrained(folder, mesh=config.make_mesh(), **options)
+    model = with_kernels(model, kv_cache_dtype=config.kv_cache_dtype)
     return ChatSession(model, tokenizer, config, console)
 
 

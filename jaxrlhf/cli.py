@@ -48,9 +48,19 @@ def usage() -> str:
             *lines,
             "",
             "`jaxrlhf COMMAND --help` lists a command's flags; every flag is also a key of the YAML file.",
-            "`--verbose` prints the compiler flags that are set for the device, with their reasons.",
+            "`--verbose` prints the compiler flags that are set for the device, and which kernels run, with reasons.",
         ]
     )
+
+
+def log_kernels() -> None:
+    """Let the choice of every kernel and its reason go to stderr, as programs are traced."""
+    logger = logging.getLogger("jaxrlhf.kernels")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("kernel %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
+    if verbose:
+        log_kernels()
     name, *rest = argv
     if name == "--version":
         from importlib.metadata import version

@@ -48,12 +48,12 @@ def _flat(x: jax.Array) -> jax.Array:
 def _put(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     """`old` `[S, …]` with `new` `[G·R, …]` in the groups' slots `[G, R]`; a slot of S/G is none, and nothing is put.
 
-    A cache `[S, H, L, D]` takes the first columns from one that is shorter.
+    A cache `[S, H, L, …]` takes the first columns from one that is shorter.
     """
     grouped = (x.reshape(slot.shape[0], -1, *x.shape[1:]) for x in (old, new))
-    inner = (slice(None), slice(new.shape[2])) if old.ndim == 4 else ()
+    inner = (slice(None), slice(new.shape[2])) if old.ndim > 2 else ()
     x = jax.vmap(lambda o, n, s: o.at[s, *inner].set(n, mode="drop"))(*grouped, slot).reshape(old.shape)
-    return constrain(x, "batch", "kv_heads", None, None) if old.ndim == 4 else batched(x)
+    return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2)) if old.ndim > 2 else batched(x)
 
 
 def continuous_batch(

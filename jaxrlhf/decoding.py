@@ -113,8 +113,9 @@ def begin(
         logits, start, seen = jax.tree.map(lambda x: repeat(x, copies), (logits, start, seen))
 
     def widen(x: jax.Array) -> jax.Array:
-        x = jnp.pad(repeat(x, copies), ((0, 0), (0, 0), (0, cache_length - prompt_length), (0, 0)))
-        return constrain(x, "batch", "kv_heads", None, None)
+        others = [(0, 0)] * (x.ndim - 3)
+        x = jnp.pad(repeat(x, copies), ((0, 0), (0, 0), (0, cache_length - prompt_length), *others))
+        return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2))
 
     rows = Rows(
         length=jnp.zeros_like(start),

@@ -34,6 +34,9 @@ GROUPS = (
 OTHER = "Everything else"
 FOLDED_FIGURES = ("Throughput and timing", OTHER)
 TOGETHER = (("eval/mean_chosen_score", "eval/mean_rejected_score"), ("mean_chosen_score", "mean_rejected_score"))
+HELD_OUT = "held-out samples"
+"""The title of an evaluation's table, which is about the same prompts each time."""
+MAX_COLUMNS = 6  # evaluations shown side by side; of more, evenly spaced ones
 MAX_TABLES = 40  # sample tables of a section; of more, evenly spaced ones
 
 
@@ -204,7 +207,34 @@ def _samples(folder: Path) -> str:
         tables.append(
             _fold(f"{record['title']} · step {record['step']:,}", f"<div class='scroll'>{table}</div>", is_open=is_edge)
         )
-    return f"<h3>Samples</h3>{note}{''.join(tables)}"
+    return f"<h3>Samples</h3>{_over_time(records)}{note}{''.join(tables)}"
+
+
+def _over_time(records: list[dict]) -> str:
+    """Answers to the same held-out prompts side by side: a row per prompt, a column per evaluation, with its score."""
+    wanted = {"prompt", "response", "score"}
+    known = [r for r in records if r["title"] == HELD_OUT and wanted <= set(r["columns"])]
+    if len(known) < 2:
+        return ""
+    picked = sorted({round(i * (len(known) - 1) / (MAX_COLUMNS - 1)) for i in range(MAX_COLUMNS)})
+    shown = [known[i] for i in picked]
+    rows: dict[str, list[str]] = {}
+    for place, record in enumerate(shown):
+        at = {name: record["columns"].index(name) for name in wanted}
+        for row in record["rows"]:
+            cells = rows.setdefault(str(row[at["prompt"]]), ["–"] * len(shown))
+            score = row[at["score"]]
+            score = "" if score is None else f"<span class='facts'> ({_text(_number(score))})</span>"
+            cells[place] = f"{_text(row[at['response']])}{score}"
+    head = "".join(f"<th class='words'>step {r['step']:,}</th>" for r in shown)
+    body = "".join(
+        f"<tr><td><div class='text'>{_text(prompt)}</div></td>"
+        + "".join(f"<td><div class='text'>{cell}</div></td>" for cell in cells)
+        + "</tr>"
+        for prompt, cells in rows.items()
+    )
+    table = f"<table class='samples'><thead><tr><th>prompt</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return _fold("answers across time (score)", f"<div class='scroll'>{table}</div>", is_open=True)
 
 
 def _sample_cell(cell) -> str:

@@ -1,18 +1,28 @@
 """The hot paths beside their plain references: attention, and token log-probs from hidden states."""
 
 from jaxrlhf.kernels.attention import attention, attention_mask
-from jaxrlhf.kernels.choice import IMPLEMENTATIONS, choose
-from jaxrlhf.kernels.decode_attention import decode_attention
+from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, choose
+from jaxrlhf.kernels.decode_attention import append_attention, decode_attention
 from jaxrlhf.kernels.flash_attention import flash_attention
-from jaxrlhf.kernels.logprobs import project_logits, token_logprobs
+from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, Cache, entries, write_columns
+from jaxrlhf.kernels.logprobs import HeadPlacement, gathered_blocks, logprob_blocks, project_logits, token_logprobs
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "KERNELS",
+    "KV_CACHE_DTYPES",
+    "Cache",
+    "HeadPlacement",
+    "append_attention",
     "attention",
     "attention_mask",
     "choose",
     "decode_attention",
+    "entries",
     "flash_attention",
+    "gathered_blocks",
+    "logprob_blocks",
     "project_logits",
     "token_logprobs",
+    "write_columns",
 ]

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.kernels.kv_cache import widened
+
 NEGATIVE = -1e30  # finite, so that fully masked rows stay free of NaN
 
 
@@ -34,6 +36,19 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
+def block_scores(products, rows, columns, bounds, slope, alibi: bool) -> tuple[jax.Array, jax.Array]:
+    """Scores of one block of causal attention from its products, and which of them its mask leaves.
+
+    `rows` of queries and `columns` of keys broadcast to it; `bounds` are start, length, window and scale.
+    """
+    start, length, window, scale = bounds
+    scores = products * scale
+    if alibi:
+        scores += slope * (columns - rows).astype(jnp.float32)
+    seen = (columns <= rows) & (rows - columns < window) & (columns >= start) & (columns < length)
+    return scores, seen
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
@@ -43,19 +58,25 @@ def attention(
     scale: jax.Array | float,
     alibi_slopes: jax.Array | None = None,
     positions: jax.Array | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Multi-head attention with grouped keys and values.
 
     query `[B, H, T, D]`; key, value `[B, H_kv, S, D]` with H a multiple of H_kv; mask boolean `[B, 1, T, S]`.
-    `alibi_slopes` `[H]` adds slope · key position, with `positions` `[B, S]`. Dropout acts on the attention weights
+    `alibi_slopes` `[H]` adds slope · key position, with `positions` `[B, S]`. `scales`, two `[B, H_kv, S]`, multiply
+    keys and values that are quantised (kernels/kv_cache.py). Dropout acts on the attention weights
     when a key is given. Returns `[B, H, T, D]` in the query's dtype; rows that see no key are 0.
     """
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+    if scales is not None:
+        key, value = (widened(x, query.dtype) for x in (key, value))
     scores = jnp.einsum("bhgtd,bhsd->bhgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    if scales is not None:
+        scores *= scales[0][:, :, None, None]
     if alibi_slopes is not None:
         slopes = alibi_slopes.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
         scores = scores + slopes * positions[:, None, None, None, :].astype(jnp.float32)
@@ -63,5 +84,7 @@ def attention(
     if dropout_key is not None and dropout_rate > 0:
         keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
+    if scales is not None:
+        weights = jnp.where(mask[:, :, None], weights * scales[1][:, :, None, None], 0.0)
     output = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(value.dtype), value)
     return output.reshape(batch, heads, length, head_dim)

@@ -1,6 +1,8 @@
 """Which implementation of a kernel runs where: what was asked for, or what measurements say is fastest."""
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,15 @@ import jax.numpy as jnp
 from jaxrlhf.kernels import pallas
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn")
-KERNELS = {"decode_attention": IMPLEMENTATIONS[:3], "flash_attention": IMPLEMENTATIONS}
+KERNELS = {
+    "decode_attention": IMPLEMENTATIONS[:3],
+    "flash_attention": IMPLEMENTATIONS,
+    "token_logprobs": IMPLEMENTATIONS[:3],
+}
 """What each kernel exists as."""
+PLATFORMS = {"pallas": {"cpu": "CPU", "gpu": "NVIDIA", "tpu": "TPU"}, "cudnn": {"gpu": "NVIDIA devices"}}
+"""Where what is not plain XLA runs, as JAX and as people name it."""
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,7 @@ class Measured:
     """Part of the device's kind, as `jax.devices()[0].device_kind` spells it."""
     dtype: str
     head_dims: tuple[int, ...]
+    """Of token log-probs: the widths of hidden states."""
     alibi: bool
     implementation: str
     measurement: str
@@ -31,8 +41,14 @@ class Measured:
 MEASURED: tuple[Measured, ...] = ()
 
 
-def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool) -> str:
-    """The implementation that `implementation` means for this kernel, dtype and mask on the device at hand.
+@dataclass(frozen=True)
+class Choice:
+    implementation: str
+    reason: str
+
+
+def decide(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool) -> Choice:
+    """What `implementation` means for this kernel, dtype and mask on the device at hand, and why.
 
     "auto" takes the first fitting row of MEASURED and otherwise "xla". Raises ValueError for a name that is unknown or
     has no form on this platform. Where JAX has lost what our kernels need, "pallas" becomes "xla" with a warning.
@@ -41,19 +57,38 @@ def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
         raise ValueError(
             f"implementation={implementation!r} of {kernel} is not one of {', '.join(map(repr, KERNELS[kernel]))}"
         )
-    platform = jax.default_backend()
+    platform, reason = jax.default_backend(), "asked for"
     if implementation == "auto":
         kind = jax.devices()[0].device_kind
         fitting = (
-            row.implementation
+            Choice(row.implementation, row.measurement)
             for row in MEASURED
             if (row.kernel, row.dtype, row.alibi) == (kernel, jnp.dtype(dtype).name, alibi)
             and row.device in kind
             and head_dim in row.head_dims
         )
-        implementation = next(fitting, "xla")
-    elif implementation == "pallas" and platform not in ("cpu", "gpu"):
-        raise ValueError(f"implementation='pallas' of {kernel} runs on NVIDIA and CPU, not on {platform}; take 'xla'")
-    elif implementation == "cudnn" and platform != "gpu":
-        raise ValueError(f"implementation='cudnn' of {kernel} runs on NVIDIA devices, not on {platform}; take 'xla'")
-    return "xla" if implementation == "pallas" and not pallas.available() else implementation
+        nothing = Choice("xla", f"nothing measured on {kind} for this dtype, head size and mask")
+        choice = next(fitting, nothing)
+        implementation, reason = choice.implementation, choice.reason
+    elif implementation in PLATFORMS and platform not in PLATFORMS[implementation]:
+        *others, last = sorted(PLATFORMS[implementation].values())
+        known = f"{', '.join(others)} and {last}" if others else last
+        raise ValueError(
+            f"implementation={implementation!r} of {kernel} runs on {known}, not on {platform}; take 'xla'"
+        )
+    if implementation == "pallas" and not pallas.available():
+        return Choice("xla", "this JAX cannot run our kernels")
+    return Choice(implementation, reason)
+
+
+def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool) -> str:
+    """`decide` without the reason, which is logged (`jaxrlhf --verbose`), once for each kernel and shape."""
+    choice = decide(kernel, implementation, dtype=dtype, head_dim=head_dim, alibi=alibi)
+    shape = f"{jnp.dtype(dtype).name}, {'width' if kernel == 'token_logprobs' else 'head size'} {head_dim}"
+    _log(f"{kernel} ({shape}{', ALiBi' if alibi else ''}): {choice.implementation}: {choice.reason}")
+    return choice.implementation
+
+
+@lru_cache(maxsize=256)
+def _log(text: str) -> None:
+    LOGGER.info("%s", text)

@@ -11,8 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import pallas
-from jaxrlhf.kernels.attention import attention, attention_mask
+from jaxrlhf.kernels import flash_tpu, pallas
+from jaxrlhf.kernels.attention import attention, attention_mask, block_scores
 from jaxrlhf.kernels.choice import choose
 from jaxrlhf.kernels.pallas import LOG_ZERO, ceil_div, dot, load, pl, power_of_two, store
 
@@ -184,16 +184,6 @@ class _Shape:
     blocks: FlashBlocks
 
 
-def _weights(products, rows, columns, bounds, slope, alibi) -> tuple[jax.Array, jax.Array]:
-    """Scores of a block from its products, and which of them the mask leaves; `rows`, `columns` broadcast to it."""
-    start, length, window, scale = bounds
-    scores = products * scale
-    if alibi:
-        scores += slope * (columns - rows).astype(jnp.float32)
-    seen = (columns <= rows) & (rows - columns < window) & (columns >= start) & (columns < length)
-    return scores, seen
-
-
 def _block(ref, begin, size: int, shape: _Shape, *lead) -> jax.Array:
     """`size` rows of a `[…, T, D]` reference from row `begin`, zeros beyond its edges."""
     there = (begin + jnp.arange(size) < shape.length)[:, None]
@@ -228,7 +218,7 @@ def flash_attention_forward(
         column = low + i * keys
         columns = column + jnp.arange(keys)
         products = dot(query, _block(k_ref, column, keys, shape).T)
-        scores, seen = _weights(products, rows[:, None], columns[None], bounds, slope, shape.alibi)
+        scores, seen = block_scores(products, rows[:, None], columns[None], bounds, slope, shape.alibi)
         new_top = jnp.maximum(top, jnp.where(seen, scores, LOG_ZERO).max(1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
         shrink = jnp.exp(top - new_top)
@@ -264,7 +254,7 @@ def flash_attention_query_gradient(
         column = low + i * keys
         columns = column + jnp.arange(keys)
         key = _block(k_ref, column, keys, shape)
-        scores, seen = _weights(dot(query, key.T), rows[:, None], columns[None], bounds, slope, shape.alibi)
+        scores, seen = block_scores(dot(query, key.T), rows[:, None], columns[None], bounds, slope, shape.alibi)
         weights = jnp.where(seen, jnp.exp(scores - log_total[:, None]), 0.0)
         inner = dot(upstream, _block(v_ref, column, keys, shape).T)
         return gradient + dot((weights * (inner - delta[:, None])).astype(key.dtype), key)
@@ -296,7 +286,7 @@ def flash_attention_key_gradient(
         query, upstream = (_block(ref, row, queries, shape, head) for ref in (q_ref, do_ref))
         log_total, delta = (_vector(ref, row, queries, shape, head) for ref in (log_ref, delta_ref))
         products = dot(key, query.T)
-        scores, seen = _weights(products, rows[None], columns[:, None], bounds, slope_ref[head], shape.alibi)
+        scores, seen = block_scores(products, rows[None], columns[:, None], bounds, slope_ref[head], shape.alibi)
         weights = jnp.where(seen & (rows < shape.length)[None], jnp.exp(scores - log_total[None]), 0.0)
         value_gradient += dot(weights.astype(upstream.dtype), upstream)
         inner = dot(value, upstream.T)
@@ -332,29 +322,40 @@ def _specs(shape: _Shape) -> dict[str, "pl.BlockSpec"]:
 def _forward(query, key, value, scalars, alibi, blocks) -> tuple[jax.Array, jax.Array]:
     batch, heads, length, width = query.shape
     shape = _Shape(length, width, heads // key.shape[1], alibi, blocks[0])
-    specs = _specs(shape)
-    return pallas.launch(
-        partial(flash_attention_forward, shape=shape),
-        [query, key, value, *scalars],
-        grid=(batch, heads, pl.cdiv(length, blocks[0].queries)),
-        in_specs=[specs[name] for name in ("q", "k", "k", "row", "row", "one", "one", "head")],
-        out_specs=[specs["q"], specs["t"]],
-        out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
-        ],
-        num_warps=blocks[0].num_warps,
-        num_stages=blocks[0].num_stages,
-    )
+
+    def launch(*arrays: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+        specs = _specs(shape)
+        output, log_total = pallas.launch(
+            partial(flash_attention_forward, shape=shape),
+            arrays,
+            grid=(batch, heads, pl.cdiv(length, blocks[0].queries)),
+            in_specs=[specs[name] for name in ("q", "k", "k", "row", "row", "one", "one", "head")],
+            out_specs=[specs["q"], specs["t"]],
+            out_shape=[
+                jax.ShapeDtypeStruct(query.shape, query.dtype),
+                jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+            ],
+            num_warps=blocks[0].num_warps,
+            num_stages=blocks[0].num_stages,
+            interpret=interpret,
+        )
+        return output, log_total
+
+    return pallas.dispatch(launch, partial(flash_tpu.forward, alibi=alibi), query, key, value, *scalars)
 
 
 def _backward(arrays, alibi, blocks: FlashBlocks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    launch = partial(_launch_backward, alibi=alibi, blocks=blocks)
+    return pallas.dispatch(launch, partial(flash_tpu.backward, alibi=alibi), *arrays)
+
+
+def _launch_backward(*arrays, alibi, blocks: FlashBlocks, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     query, key, value, gradient, log_total, delta, *scalars = arrays
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
     shape = _Shape(length, width, heads // kv_heads, alibi, blocks)
     specs = _specs(shape)
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "interpret": interpret}
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     query_gradient = pallas.launch(
         partial(flash_attention_query_gradient, shape=shape),

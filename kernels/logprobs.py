@@ -1,9 +1,25 @@
-"""Token log-probs and entropy straight from hidden states, without ever holding the full `[B, T, V]` logits."""
+"""Token log-probs and entropy straight from hidden states, forward and backward, block by block of the logits.
+
+Both passes go over blocks of tokens × vocabulary; the forward pass keeps of each token its largest logit, the logarithm
+of its normaliser and its entropy, and the backward pass makes every block of logits anew. Where the vocabulary is split
+over devices, each works on its own part of it and the tokens' figures are joined (Shoeybi et al. 2019, arXiv
+1909.08053, section 3).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.kernels.attention import NEGATIVE
+from jaxrlhf.kernels.choice import choose
+from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
+from jaxrlhf.kernels.logprobs_kernel import DTYPES, HeadBlocks, figures_of, logit_gradient_of
 
 
 def project_logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, vocab_size: int) -> jax.Array:
@@ -16,6 +32,78 @@ def project_logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None,
     return logits
 
 
+@dataclass(frozen=True)
+class HeadPlacement:
+    """How hidden states and the head lie on a mesh. Over axes in `rows` the head comes in blocks, over others never."""
+
+    mesh: Mesh
+    rows: tuple[str, ...] = ()
+    """Mesh axes that split the batch."""
+    vocab: tuple[str, ...] = ()
+    """Mesh axes that split the head's vocabulary, slowest first; those in `rows` last."""
+    width: tuple[str, ...] = ()
+    """Mesh axes, all of them in `rows`, that split the head's width."""
+
+    def __post_init__(self) -> None:
+        own = [axis for axis in self.vocab if axis not in self.rows]
+        if self.vocab[: len(own)] != tuple(own):
+            raise ValueError(f"vocab={self.vocab} of HeadPlacement must name the axes of rows={self.rows} last")
+        if set(self.width) - set(self.rows):
+            raise ValueError(f"width={self.width} of HeadPlacement must be among rows={self.rows}")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The axes over which each device works on its own part of the vocabulary."""
+        return tuple(axis for axis in self.vocab if axis not in self.rows)
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        return tuple(axis for axis in self.vocab if axis in self.rows)
+
+
+@dataclass(frozen=True)
+class LogprobBlocks:
+    """How many tokens and how many vocabulary entries are worked on at a time."""
+
+    tokens: int
+    vocab: int
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "vocab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} of LogprobBlocks must be at least 1")
+
+
+def logprob_blocks(tokens: int, vocab: int) -> LogprobBlocks:
+    """Blocks of about 1/128 of the logits, near square: each sum is then written rarely and logits stay small."""
+    elements = max(tokens * vocab // 128, 1 << 16)
+    rows = _even(tokens, max(math.isqrt(elements), elements // vocab))
+    return LogprobBlocks(rows, _even(vocab, elements // rows))
+
+
+def gathered_blocks(tokens: int, vocab: int) -> LogprobBlocks:
+    """Blocks where the head comes from other devices: it should come once, or seldom, and in pieces worth sending."""
+    return LogprobBlocks(_even(tokens, 8192), _even(vocab, 4096))
+
+
+def _even(size: int, most: int) -> int:
+    """The length of equal parts of `size` of at most about `most`: a multiple of 16 or the whole."""
+    part = math.ceil(size / math.ceil(size / max(1, most)))
+    return min(size, -(-part // 16) * 16)
+
+
+@dataclass(frozen=True)
+class _Task:
+    vocab_size: int
+    temperature: float
+    padded: bool
+    """Whether the weight has more rows than `vocab_size`."""
+    implementation: str
+    blocks: LogprobBlocks | None
+    kernel_blocks: HeadBlocks | None
+    placement: HeadPlacement | None
+
+
 def token_logprobs(
     hidden: jax.Array,
     weight: jax.Array,
@@ -24,30 +112,255 @@ def token_logprobs(
     vocab_size: int,
     bias: jax.Array | None = None,
     temperature: float = 1.0,
-    chunk: int = 64,
+    implementation: str = "auto",
+    placement: HeadPlacement | None = None,
+    blocks: LogprobBlocks | None = None,
+    kernel_blocks: HeadBlocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(hidden · weightᵀ / temperature)[label] and the entropy of that distribution, per token.
 
-    hidden `[B, T, D]`; weight `[V_padded, D]`, of which the first `vocab_size` rows are real; labels `[B, T]` int.
-    Works through `chunk` positions at a time and recomputes each chunk's logits in the backward pass, so peak extra
-    memory is `B · chunk · V` floats. Returns two float32 arrays `[B, T]`.
+    hidden `[B, T, D]`; weight `[V_padded, D]`, of which the first `vocab_size` rows are real; bias `[V_padded]`; labels
+    `[B, T]` int. Products are taken in the dtype of `hidden` and summed in float32. Returns two float32 arrays
+    `[B, T]`, differentiable in hidden, weight and bias. A weight in float32 gets its gradient summed in place; peak
+    extra memory is then a few blocks, under 5 % of the float32 logits. `placement` says how the arrays lie on a mesh.
+
+    `implementation`: "xla"; "pallas" (logits stay on the chip: NVIDIA, TPU, or interpreted on CPU); "auto"
+    (kernels/choice.py). `blocks` cuts the work for both, `kernel_blocks` a kernel's further. Raises ValueError for
+    shapes that do not fit each other, or what the implementation does not take.
     """
-    batch, length, width = hidden.shape
+    if hidden.ndim != 3 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"token_logprobs takes hidden [B, T, D] and weight [V, D]; found {hidden.shape} and {weight.shape}"
+        )
+    if labels.shape != hidden.shape[:2]:
+        raise ValueError(f"labels has shape {labels.shape}; for hidden {hidden.shape} it must be {hidden.shape[:2]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {bias.shape}; for weight {weight.shape} it must be {weight.shape[:1]}")
+    if not 0 < vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the weight")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    chosen = choose("token_logprobs", implementation, dtype=hidden.dtype, head_dim=hidden.shape[-1], alibi=False)
+    if chosen == "pallas" and jnp.dtype(hidden.dtype).name not in DTYPES:
+        raise ValueError(
+            f"implementation='pallas' of token_logprobs takes hidden states in {', '.join(DTYPES)}; found "
+            f"{hidden.dtype}: take 'xla'"
+        )
+    padded = vocab_size != weight.shape[0]
+    task = _Task(vocab_size, float(temperature), padded, chosen, blocks, kernel_blocks, placement)
+    return _logprobs(hidden, weight, bias, labels, task)
 
-    @jax.checkpoint
-    def one_chunk(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = project_logits(hidden, weight, bias, vocab_size) / temperature
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        shifted = logits - log_z[..., None]
-        entropy = -jnp.sum(jnp.exp(shifted) * jnp.where(shifted > NEGATIVE / 2, shifted, 0.0), axis=-1)
-        return picked - log_z, entropy
 
-    if length <= chunk:
-        return one_chunk(hidden, labels)
-    count = -(-length // chunk)
-    padding = count * chunk - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, count, chunk, width).swapaxes(0, 1)
-    labels = jnp.pad(labels, ((0, 0), (0, padding))).reshape(batch, count, chunk).swapaxes(0, 1)
-    logprobs, entropy = jax.lax.map(lambda xs: one_chunk(*xs), (hidden, labels))
-    return tuple(x.swapaxes(0, 1).reshape(batch, count * chunk)[:, :length] for x in (logprobs, entropy))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _logprobs(hidden, weight, bias, labels, task: _Task) -> tuple[jax.Array, jax.Array]:
+    return _forward(hidden, weight, bias, labels, task)[0]
+
+
+def _forward(hidden, weight, bias, labels, task: _Task) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    def local(hidden, weight, bias, labels):
+        flat, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        figures = statistics(flat, weight, bias, tokens, task)
+        top, total, spread, picked = (x[:, 0] for x in _join(figures, task.placement))
+        log_total = jnp.log(total)
+        results = (picked - top) - log_total, log_total - spread / total, top, log_total
+        return tuple(x.reshape(labels.shape) for x in results)
+
+    rows, head = _specs(bias, task.placement)
+    logprobs, entropy, top, log_total = _map(local, task.placement, (rows, *head, rows), (rows,) * 4)(
+        hidden, weight, bias, labels
+    )
+    return (logprobs, entropy), (hidden, weight, bias, labels, top, log_total, entropy)
+
+
+def _backward(task: _Task, kept: Any, upstream: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    hidden, weight, bias, labels, *figures = kept
+
+    def local(hidden, weight, bias, labels, *per_token):
+        flat, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        per_token = [x.reshape(-1) for x in per_token]
+        d_hidden, d_weight, d_bias = gradients(flat, weight, bias, tokens, per_token, task)
+        if task.placement is not None:
+            d_hidden, d_weight, d_bias = _sum_over_devices(d_hidden, d_weight, d_bias, task.placement)
+        d_bias = None if bias is None else d_bias.astype(bias.dtype)
+        return d_hidden.reshape(hidden.shape), d_weight.astype(weight.dtype), d_bias
+
+    rows, head = _specs(bias, task.placement)
+    run = _map(local, task.placement, (rows, *head, *(rows,) * 6), (rows, *head))
+    return *run(hidden, weight, bias, labels, *figures, *upstream), None
+
+
+_logprobs.defvjp(_forward, _backward)
+
+
+def _specs(bias: jax.Array | None, placement: HeadPlacement | None) -> tuple[P, tuple[P, P | None]]:
+    """Of arrays `[B, …]`, and of weight and bias."""
+    if placement is None:
+        return P(), (P(), None)
+    vocab, width = (axes or None for axes in (placement.vocab, placement.width))
+    return P(placement.rows or None), (P(vocab, width), None if bias is None else P(vocab))
+
+
+def _map(function: Any, placement: HeadPlacement | None, in_specs: Any, out_specs: Any) -> Any:
+    if placement is None:
+        return function
+    return jax.shard_map(function, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _sum_over_devices(d_hidden, d_weight, d_bias, placement: HeadPlacement) -> tuple[jax.Array, ...]:
+    """Hidden states got a share of their gradient from each part of the vocabulary, the head from each share of rows.
+
+    Over the axes that gathered a block of the head, blocks of its gradient are already summed.
+    """
+    rest = [axis for axis in placement.rows if axis not in placement.gathered]
+    of_weight = tuple(axis for axis in rest if axis not in placement.width)
+    d_hidden = jax.lax.psum(d_hidden, placement.parts) if placement.parts else d_hidden
+    d_weight = jax.lax.psum(d_weight, of_weight) if of_weight else d_weight
+    return d_hidden, d_weight, jax.lax.psum(d_bias, tuple(rest)) if rest else d_bias
+
+
+def _gather(block: jax.Array, placement: HeadPlacement | None) -> jax.Array:
+    """The same block of the head of all devices that work on one part of the vocabulary; `[v]` or `[v, D]`."""
+    for dimension, axes in _gathers(block, placement):
+        block = jax.lax.all_gather(block, axes, axis=dimension, tiled=True)
+    return block
+
+
+def _scatter(gradient: jax.Array, placement: HeadPlacement | None) -> jax.Array:
+    """Of a gathered block's gradient the sum over these devices' rows, each left with what it stores."""
+    for dimension, axes in _gathers(gradient, placement):
+        gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
+    return gradient
+
+
+def _gathers(x: jax.Array, placement: HeadPlacement | None) -> list[tuple[int, tuple[str, ...]]]:
+    axes = () if placement is None else (placement.gathered, placement.width)[: x.ndim]
+    return [(dimension, names) for dimension, names in enumerate(axes) if names]
+
+
+def _join(figures: Figures, placement: HeadPlacement | None) -> Figures:
+    """The tokens' figures over the whole vocabulary from those over the devices' parts."""
+    if placement is None or not placement.parts:
+        return figures
+    top, *sums = rescaled(figures, jax.lax.pmax(figures[0], placement.parts))
+    return top, *jax.lax.psum(sums, placement.parts)
+
+
+def _head_block(weight, bias, i, size: int, dtype, task: _Task):
+    """Block i of the head: its begin in the stored part, its vocabulary entries `[v]`, -1 for dead ones, weights
+    `[v, D]` and biases `[v]`; v is `size`, or that of all devices that the block is gathered from.
+
+    The last block reaches back so that it is whole: what a block before it had is dead there.
+    """
+    stored, placement = weight.shape[0], task.placement
+    begin = jnp.minimum(i * size, stored - size)
+    rows = begin + jnp.arange(size)
+    first, devices = 0, 1
+    if placement is not None and placement.vocab:
+        devices = math.prod(placement.mesh.shape[axis] for axis in placement.gathered)
+        first = jax.lax.axis_index(placement.parts) * devices * stored if placement.parts else 0
+    columns = (first + jnp.arange(devices)[:, None] * stored + rows).astype(jnp.int32)
+    columns = jnp.where((rows >= i * size) & (columns < task.vocab_size), columns, -1).reshape(-1)
+    part = _gather(jax.lax.dynamic_slice_in_dim(weight, begin, size).astype(dtype), placement)
+    if bias is not None:
+        bias = _gather(jax.lax.dynamic_slice_in_dim(bias, begin, size).astype(jnp.float32), placement)
+    elif task.implementation == "pallas":
+        bias = jnp.zeros(columns.shape, jnp.float32)
+    return begin, columns, part, bias
+
+
+def _blocks(tokens: int, stored: int, task: _Task) -> tuple[int, int]:
+    """Tokens, and vocabulary entries of what this device stores of the head, that are worked on at a time."""
+    placement = task.placement
+    devices = 1 if placement is None else math.prod(placement.mesh.shape[axis] for axis in placement.gathered)
+    moves = placement is not None and (placement.gathered or placement.width)
+    blocks = task.blocks or (gathered_blocks if moves else logprob_blocks)(tokens, devices * stored)
+    return min(blocks.tokens, tokens), min(max(1, blocks.vocab // devices), stored)
+
+
+def _products(hidden: jax.Array, part: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(hidden, part, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _sliced(begin: jax.Array, size: int, *arrays: jax.Array) -> list[jax.Array]:
+    return [jax.lax.dynamic_slice_in_dim(x, begin, size) for x in arrays]
+
+
+def statistics(hidden, weight, bias, labels, task: _Task) -> Figures:
+    """Figures, each `[n, 1]`, of hidden `[n, D]` over this device's part of the vocabulary; weight as it is stored."""
+    count, vocab = hidden.shape[0], weight.shape[0]
+    if task.implementation == "pallas":
+        # A part of the head at a time, cast for it; the kernel cuts it up further.
+        wide = min(vocab, max(_blocks(count, vocab, task)[1], -(-vocab // 16)))
+
+        def of_part(j, figures):
+            _, columns, part, part_bias = _head_block(weight, bias, j, wide, hidden.dtype, task)
+            new = figures_of(hidden, part, part_bias, columns, labels, task.temperature, task.kernel_blocks)
+            top = jnp.maximum(figures[0], new[0])
+            _, *sums = (x + y for x, y in zip(rescaled(figures, top), rescaled(new, top), strict=True))
+            return top, *sums
+
+        return jax.lax.fori_loop(0, -(-vocab // wide), of_part, no_figures(count))
+    size, wide = _blocks(count, vocab, task)
+
+    def of_tokens(i, results):
+        begin = jnp.minimum(i * size, count - size)
+        block, own = _sliced(begin, size, hidden, labels)
+
+        def of_vocab(j, figures):
+            _, columns, part, part_bias = _head_block(weight, bias, j, wide, hidden.dtype, task)
+            logits = scaled(_products(block, part), part_bias, columns[None], task.temperature)
+            return merge(figures, logits, columns[None], own[:, None])
+
+        figures = jax.lax.fori_loop(0, -(-vocab // wide), of_vocab, no_figures(size))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, new, begin, 0) for x, new in zip(results, figures, strict=True)
+        )
+
+    return jax.lax.fori_loop(0, -(-count // size), of_tokens, no_figures(count))
+
+
+def _logit_gradient(block, part, part_bias, columns, own, figures, task: _Task) -> jax.Array:
+    """Of one block, in the compute dtype."""
+    if task.implementation == "pallas":
+        return logit_gradient_of(block, part, part_bias, columns, own, figures, task.temperature, task.kernel_blocks)
+    logits = scaled(_products(block, part), part_bias, columns[None], task.temperature)
+    figures = tuple(x[:, None] for x in figures)
+    return logit_gradient(logits, columns[None], own[:, None], figures, task.temperature).astype(block.dtype)
+
+
+def gradients(hidden, weight, bias, labels, per_token, task: _Task) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of hidden `[n, D]`, in its dtype, in float32 of weight and bias as stored; see `logit_gradient`."""
+    count, vocab, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
+    size, wide = _blocks(count, vocab, task)
+
+    def of_tokens(i, carry):
+        d_hidden, d_weight, d_bias = carry
+        begin = jnp.minimum(i * size, count - size)
+        block, own, *figures = _sliced(begin, size, hidden, labels, *per_token)
+        fresh = begin + jnp.arange(size) >= i * size
+        figures[3:] = (jnp.where(fresh, x, 0.0) for x in figures[3:])
+
+        def of_vocab(j, carry):
+            d_block, d_weight, d_bias = carry
+            at, columns, part, part_bias = _head_block(weight, bias, j, wide, dtype, task)
+            d_logits = _logit_gradient(block, part, part_bias, columns, own, figures, task)
+            if bias is not None:
+                (old,) = _sliced(at, wide, d_bias)
+                new = old + _scatter(d_logits.sum(0, dtype=jnp.float32), task.placement)
+                d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, new, at, 0)
+            if task.padded:
+                part = jnp.where((columns >= 0)[:, None], part, 0)
+            product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+            d_block += product(d_logits, part, (((1,), (0,)), ((), ())))
+            (old,) = _sliced(at, wide, d_weight)
+            new = old + _scatter(product(d_logits, block, (((0,), (0,)), ((), ()))), task.placement)
+            return d_block, jax.lax.dynamic_update_slice_in_dim(d_weight, new, at, 0), d_bias
+
+        zeros = jnp.zeros(block.shape, jnp.float32)
+        d_block, d_weight, d_bias = jax.lax.fori_loop(0, -(-vocab // wide), of_vocab, (zeros, d_weight, d_bias))
+        (old,) = _sliced(begin, size, d_hidden)
+        new = jnp.where(fresh[:, None], d_block.astype(dtype), old)
+        return jax.lax.dynamic_update_slice_in_dim(d_hidden, new, begin, 0), d_weight, d_bias
+
+    zeros = jnp.zeros(hidden.shape, dtype), jnp.zeros(weight.shape, jnp.float32), jnp.zeros(vocab, jnp.float32)
+    return jax.lax.fori_loop(0, -(-count // size), of_tokens, zeros)

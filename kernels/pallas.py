@@ -18,7 +18,12 @@ try:
     from jax.experimental.pallas import triton
 except ImportError:  # a later JAX without it
     pl = triton = None
+try:
+    from jax.experimental.pallas import tpu
+except ImportError:
+    tpu = None
 
+LANES = 128  # of a TPU's vector registers
 LOG_ZERO = -1e30  # finite, so that rows without any key stay free of NaN
 MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132}
 SHARED_MEMORY = {"A100": 163 * 1024, "H100": 227 * 1024, "H200": 227 * 1024}
@@ -27,13 +32,16 @@ SHARED_MEMORY = {"A100": 163 * 1024, "H100": 227 * 1024, "H200": 227 * 1024}
 @lru_cache(maxsize=1)
 def available() -> bool:
     """Whether this JAX can run our kernels; warns once, on the first call, when it cannot."""
-    if triton is None:
+    on_tpu = jax.default_backend() == "tpu"
+    lowering = tpu if on_tpu else triton
+    if lowering is None:
         warnings.warn(
-            f"JAX {jax.__version__} has no Triton lowering of Pallas any more: attention runs as plain XLA instead",
+            f"JAX {jax.__version__} has no {'Mosaic' if on_tpu else 'Triton'} lowering of Pallas any more: our kernels "
+            "run as plain XLA instead",
             RuntimeWarning,
             stacklevel=2,
         )
-    return triton is not None
+    return lowering is not None
 
 
 def device_name() -> str:
@@ -71,6 +79,15 @@ def store(ref: Any, value: jax.Array, mask: jax.Array) -> None:
     triton.store(ref, value.astype(ref.dtype), mask=mask)
 
 
+def dispatch(triton_form: Callable, tpu_form: Callable, *arrays: Any) -> Any:
+    """A kernel's form for the platform that the program is compiled for: cpu, cuda or tpu.
+
+    Both are functions of `arrays`, which may be trees; the first also of `interpret`, true on CPU.
+    """
+    platforms = {"cpu": partial(triton_form, interpret=True), "cuda": partial(triton_form, interpret=False)}
+    return jax.lax.platform_dependent(*arrays, **platforms, tpu=tpu_form)
+
+
 def launch(
     body: Callable,
     arrays: Sequence[jax.Array],
@@ -81,18 +98,44 @@ def launch(
     out_shape: Any,
     num_warps: int,
     num_stages: int,
+    aliases: dict[int, int] | None = None,
+    interpret: bool = False,
 ) -> Any:
-    """`pl.pallas_call` on the platform that the program is compiled for; only `cpu` and `cuda` have one."""
+    """A kernel through Triton; `aliases` names inputs whose place an output takes."""
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        input_output_aliases=aliases or {},
+    )(*arrays)
 
-    def call(*arrays: jax.Array, interpret: bool) -> Any:
-        return pl.pallas_call(
-            body,
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            interpret=interpret,
-            compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        )(*arrays)
 
-    return jax.lax.platform_dependent(*arrays, cpu=partial(call, interpret=True), cuda=partial(call, interpret=False))
+def launch_tpu(
+    body: Callable,
+    arrays: Sequence[jax.Array],
+    *,
+    grid: tuple[int, ...],
+    in_specs: Sequence[Any],
+    out_specs: Any,
+    out_shape: Any,
+    semantics: tuple[str, ...],
+    scalars: int = 0,
+    scratch: Sequence[Any] = (),
+    aliases: dict[int, int] | None = None,
+    interpret: bool = False,
+) -> Any:
+    """A kernel through Mosaic; the first `scalars` arrays lie whole in scalar memory, and index maps get them too."""
+    return pl.pallas_call(
+        body,
+        grid_spec=tpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=scalars, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+        ),
+        out_shape=out_shape,
+        interpret=interpret,
+        compiler_params=tpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=64 * 2**20),
+        input_output_aliases=aliases or {},
+    )(*arrays)

@@ -8,6 +8,7 @@ from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable
 from jaxrlhf.models.model import (
+    KERNEL_OPTIONS,
     Model,
     cast_matrices,
     count_params,
@@ -18,8 +19,8 @@ from jaxrlhf.models.model import (
     param_shapes,
     param_shardings,
     resize_vocabulary,
-    with_attention,
     with_head,
+    with_kernels,
     working_copy,
 )
 from jaxrlhf.models.pretrained import (
@@ -32,6 +33,7 @@ from jaxrlhf.models.pretrained import (
 )
 
 __all__ = [
+    "KERNEL_OPTIONS",
     "KNOWN",
     "REMAT_POLICIES",
     "Decoder",
@@ -69,7 +71,7 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
     "split_trainable",
-    "with_attention",
     "with_head",
+    "with_kernels",
     "working_copy",
 ]

@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.kernels import attention, attention_mask, choose, decode_attention, flash_attention
+from jaxrlhf.kernels import (
+    Cache,
+    append_attention,
+    attention,
+    attention_mask,
+    choose,
+    decode_attention,
+    entries,
+    flash_attention,
+    write_columns,
+)
 from jaxrlhf.sharding import map_shards
 
 
@@ -53,6 +63,7 @@ def attend_to_cache(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    cache: Cache,
     start: jax.Array,
     column: jax.Array,
     *,
@@ -60,21 +71,39 @@ def attend_to_cache(
     window: int,
     alibi_slopes: jax.Array | None,
     implementation: str,
-) -> jax.Array:
-    """Decoding: query `[B, H, 1, D]` of the token in cache `column` (one, or `[B]`) on columns `start` … `column`.
+) -> tuple[jax.Array, Cache]:
+    """Decoding: write key, value `[B, H_kv, 1, D]` of one token at cache `column` (one, or `[B]`), and attend to it.
 
-    key, value `[B, H_kv, S, D]`. Returns `[B, H, 1, D]`; see kernels/decode_attention.py. InputError for an
-    implementation that cannot run here.
+    query `[B, H, 1, D]` sees columns `start` … `column`. Returns `[B, H, 1, D]` and the cache; see
+    kernels/decode_attention.py. InputError for an implementation that cannot run here.
     """
     implementation = _choose("decode_attention", implementation, query, alibi_slopes is not None)
-
-    def call(query, key, value, start, length, slopes):
-        options = {"scale": scale, "window": window, "alibi_slopes": slopes, "implementation": implementation}
-        return decode_attention(query, key, value, start, length, **options)
-
+    options = {"scale": scale, "window": window, "implementation": implementation}
     length = jnp.broadcast_to(column + 1, start.shape)
-    arrays = query[:, :, 0], key, value, start, length, alibi_slopes
-    return (call(*arrays) if implementation == "xla" else _by_heads(call, *arrays))[:, :, None]
+    if implementation == "xla":
+        cache = write_columns(cache, entries(key, value, cache), column)
+        held = {"alibi_slopes": alibi_slopes, "scales": cache[2:] or None}
+        return decode_attention(query[:, :, 0], *cache[:2], start, length, **options, **held)[:, :, None], cache
+    kv_heads = key.shape[1]
+    inner = "heads" if kv_heads == 1 else None
+    grouped = query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+    arrays = [grouped, key[:, :, 0], value[:, :, 0], start, length, *cache]
+    axes: list[tuple[str | None, ...]] = [("batch", "kv_heads", inner, None), *[("batch", "kv_heads", None)] * 2]
+    axes += [("batch",), ("batch",), *(("batch", "kv_heads", *[None] * (x.ndim - 2)) for x in cache)]
+    if alibi_slopes is not None:
+        arrays.append(alibi_slopes.reshape(kv_heads, -1))
+        axes.append(("kv_heads", inner))
+
+    def local(grouped, key, value, start, length, *rest):
+        cache, slopes = rest[: len(cache_at)], rest[len(cache_at) :]
+        query = grouped.reshape(grouped.shape[0], -1, grouped.shape[-1])
+        slopes = slopes[0].reshape(-1) if slopes else None
+        output, cache = append_attention(query, key, value, cache, start, length, alibi_slopes=slopes, **options)
+        return output.reshape(grouped.shape), *cache
+
+    cache_at = tuple(range(5, 5 + len(cache)))
+    output, *cache = map_shards(local, arrays, axes, out=(0, *cache_at))
+    return output.reshape(query.shape), tuple(cache)
 
 
 def _span(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

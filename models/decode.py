@@ -6,7 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.decoder import AttentionContext, Block, Cache, Decoder, layer_options, positions_from_mask
+from jaxrlhf.kernels import KV_CACHE_DTYPES, Cache
+from jaxrlhf.models.decoder import AttentionContext, Block, Decoder, layer_options, positions_from_mask
 from jaxrlhf.models.lora import merge_lora
 from jaxrlhf.models.model import logical_axes, storage_rules
 from jaxrlhf.models.rotary import rotation
@@ -79,15 +80,19 @@ def generation_view(params: PyTree, module: Decoder) -> GenerationView:
 
 
 def init_cache(module: Decoder, batch: int, length: int) -> tuple[Cache, ...]:
-    """Zeroed keys and values per layer, each `[B, H_kv, length, D]` in the compute dtype."""
+    """Zeroed keys and values per layer, each `[B, H_kv, length, D]` (kernels/kv_cache.py), as `kv_cache_dtype` says."""
     c = module.config
+    dtype = KV_CACHE_DTYPES[module.kv_cache_dtype]
 
-    def zeros() -> jax.Array:
-        return constrain(
-            jnp.zeros((batch, c.num_kv_heads, length, c.head_dim), module.dtype), "batch", "kv_heads", None, None
-        )
+    def zeros(*width: int, dtype: jnp.dtype) -> jax.Array:
+        x = jnp.zeros((batch, c.num_kv_heads, length, *width), dtype)
+        return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2))
 
-    return tuple((zeros(), zeros()) for _ in range(c.num_layers))
+    def layer() -> Cache:
+        held = tuple(zeros(c.head_dim, dtype=dtype or module.dtype) for _ in range(2))
+        return held if dtype is None else held + tuple(zeros(dtype=jnp.float32) for _ in range(2))
+
+    return tuple(layer() for _ in range(c.num_layers))
 
 
 def _run(

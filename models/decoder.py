@@ -14,13 +14,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import project_logits, token_logprobs
+from jaxrlhf.kernels import Cache, entries, project_logits, write_columns
 from jaxrlhf.models.attend import attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
+from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.rotary import rotate, rotation
 from jaxrlhf.sharding import constrain
-
-Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, H_kv, S, D]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -165,18 +164,16 @@ class Projection(nn.Module):
         return y
 
 
-def write_columns(cache: jax.Array, new: jax.Array, column: jax.Array | int) -> jax.Array:
-    """`cache` `[B, …, S, D]` with `new` `[B, …, T, D]` from `column` on (one, or `[B]`); in place under jit."""
-    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
-    if jnp.ndim(column):
-        write = jax.vmap(write)
-    return write(cache, new.astype(cache.dtype), column)
-
-
 def read_columns(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
     """`[B, count, …]`: the columns of `x` `[B, T, …]` from `start` `[B]` on."""
     read = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=count))(x, start)
     return constrain(read, "batch", *[None] * (x.ndim - 1))
+
+
+def place_columns(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """The inverse: `x` `[B, count]` from columns `start` `[B]` on of `[B, length]`, zeros elsewhere."""
+    blank = jnp.zeros((x.shape[0], length), x.dtype)
+    return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(blank, x, start)
 
 
 class Attention(nn.Module):
@@ -222,9 +219,6 @@ class Attention(nn.Module):
             key = rotate(key, *context.rotation, interleaved=c.rotary_interleaved)
 
         decoding = context.write_index is not None
-        if cache is not None:
-            at = context.write_index if decoding else 0
-            cache = tuple(write_columns(old, new, at) for old, new in zip(cache, (key, value), strict=True))
         implementation = self.implementation
         if implementation == "cudnn":
             # It has no form for what generation needs (left padding, one query), and wants plain numbers.
@@ -238,14 +232,10 @@ class Attention(nn.Module):
             "implementation": implementation,
         }
         if decoding:
-            output = attend_to_cache(
-                query,
-                *(x.astype(self.dtype) for x in cache),
-                context.start,
-                context.write_index,
-                **shared,
-            )
+            output, cache = attend_to_cache(query, key, value, cache, context.start, context.write_index, **shared)
         else:
+            if cache is not None:
+                cache = write_columns(cache, entries(key, value, cache), 0)
             dropout = c.attention_dropout > 0 and self.has_rng("dropout")
             output = attend_to_sequence(
                 query,
@@ -351,7 +341,8 @@ class Decoder(nn.Module):
     Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` says what of a block
     the backward pass recomputes (REMAT_POLICIES); `lora` adds adapters (models/lora.py); `zero_stage` how parameters
     lie on a mesh (models/model.py) and changes no result; `attention_implementation` which kernels it takes, one of
-    kernels.IMPLEMENTATIONS ("cudnn": for training and scoring; generation as "auto").
+    kernels.IMPLEMENTATIONS ("cudnn": for training and scoring; generation as "auto"), `logprob_implementation` likewise
+    that of token log-probs; `kv_cache_dtype`, one of kernels.KV_CACHE_DTYPES, how generation holds keys and values.
     """
 
     config: DecoderConfig
@@ -361,6 +352,8 @@ class Decoder(nn.Module):
     lora: LoRAConfig | None = None
     zero_stage: int = 3
     attention_implementation: str = "auto"
+    logprob_implementation: str = "auto"
+    kv_cache_dtype: str = "auto"
 
     def setup(self) -> None:
         c = self.config
@@ -437,13 +430,13 @@ class Decoder(nn.Module):
         return self.finish(constrain(x, "batch", None, None))
 
     def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
-        """The language-model head's `[V_padded, E]` matrix in compute dtype, and its bias."""
-        weight, bias = (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
-        return weight.astype(self.dtype), bias
+        """The language-model head's `[V_padded, E]` matrix as it is stored, and its bias."""
+        return (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
 
     def padded_logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""
-        return project_logits(hidden, *self.output_weight(), self.config.vocab_size)
+        weight, bias = self.output_weight()
+        return project_logits(hidden, weight.astype(self.dtype), bias, self.config.vocab_size)
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, position_ids: jax.Array | None = None
@@ -475,15 +468,16 @@ class Decoder(nn.Module):
             start = jnp.clip(start - 1, 0, length - count)
             hidden, labels = read_columns(hidden, start, count), read_columns(labels, start, count)
         weight, bias = self.output_weight()
-        result = token_logprobs(
+        result = head_logprobs(
             hidden,
             weight,
+            bias,
             labels,
             vocab_size=self.config.vocab_size,
-            bias=bias,
             temperature=temperature,
+            zero_stage=self.zero_stage,
+            implementation=self.logprob_implementation,
         )
         if start is not None:
-            blank = jnp.zeros((labels.shape[0], length, 1))
-            result = (write_columns(blank, x[..., None], start)[..., 0] for x in result)
+            result = (place_columns(x, start, length) for x in result)
         return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in result)

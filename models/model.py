@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.kernels import IMPLEMENTATIONS
+from jaxrlhf.kernels import IMPLEMENTATIONS, KERNELS, KV_CACHE_DTYPES
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.sharding import REPLICATED_RULES, TRAIN_RULES, Rules, check_divisible, constrain, tree_shardings, use
@@ -135,12 +135,19 @@ def create_model(
     return Model(module=module, params=params, config=config)
 
 
-def with_attention(model: Model, implementation: str) -> Model:
-    """The same model with another `attention_implementation`; InputError for an unknown one."""
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise InputError(f"attention_implementation={implementation!r} is not one of {known}")
-    return model.replace(module=model.module.clone(attention_implementation=implementation))
+KERNEL_OPTIONS = {
+    "attention_implementation": IMPLEMENTATIONS,
+    "logprob_implementation": KERNELS["token_logprobs"],
+    "kv_cache_dtype": tuple(KV_CACHE_DTYPES),
+}
+
+
+def with_kernels(model: Model, **options: str) -> Model:
+    """The same model with other KERNEL_OPTIONS, which are fields of its Decoder; InputError for an unknown value."""
+    for name, value in options.items():
+        if value not in KERNEL_OPTIONS[name]:
+            raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, KERNEL_OPTIONS[name]))}")
+    return model.replace(module=model.module.clone(**options))
 
 
 def with_head(model: Model, head: str, key: jax.Array) -> Model:

@@ -16,7 +16,6 @@ from jaxrlhf.bench.record import timed
 from jaxrlhf.bench.settings import BenchConfig
 from jaxrlhf.bench.work import Peaks
 from jaxrlhf.engine import Rollout
-from jaxrlhf.kernels import attention, attention_mask, token_logprobs
 from jaxrlhf.models import (
     Model,
     create_model,
@@ -24,7 +23,11 @@ from jaxrlhf.models import (
     generation_view,
     init_cache,
     save_pretrained,
+    with_kernels,
 )
+from jaxrlhf.models.attend import attend_to_sequence
+from jaxrlhf.models.decoder import positions_from_mask
+from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.model import make_module
 from jaxrlhf.ppo import Experience
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, default_tensor_parallel, generate_mesh, place_batch, use
@@ -115,9 +118,11 @@ def attention_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any
     *inputs, weights = place_batch(tuple(arrays), mesh, TRAIN_RULES)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mask = jnp.ones((rows, config.length), bool)
+        options = {"scale": shape.head_dim**-0.5, "window": 0, "alibi_slopes": None}
+        options["implementation"] = config.attention_implementation
         with use(mesh, TRAIN_RULES):
-            mask = attention_mask(jnp.ones((rows, config.length), bool), config.length)
-            return attention(q, k, v, mask, scale=shape.head_dim**-0.5)
+            return attend_to_sequence(q, k, v, mask, positions_from_mask(mask), **options)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(forward(q, k, v).astype(jnp.float32) * weights)
@@ -138,7 +143,8 @@ def logprobs_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any]
 
     def forward(hidden: jax.Array, weight: jax.Array) -> jax.Array:
         with use(mesh, TRAIN_RULES):
-            return token_logprobs(hidden, weight, labels, vocab_size=shape.vocab_size)[0]
+            options = {"vocab_size": shape.vocab_size, "implementation": config.logprob_implementation}
+            return head_logprobs(hidden, weight, None, labels, zero_stage=0, **options)[0]
 
     gradients = jax.jit(jax.value_and_grad(lambda h, w: forward(h, w).sum(), argnums=(0, 1)))
     return {"forward": partial(jax.jit(forward), hidden, weight), "train": partial(gradients, hidden, weight)}
@@ -149,6 +155,9 @@ def decode_actor(config: BenchConfig) -> tuple[Model, Any, Any]:
     shape, mesh = config.shapes()[0], config.make_mesh()
     flipped = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
     model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.compute_dtype)
+    model = with_kernels(
+        model, attention_implementation=config.attention_implementation, kv_cache_dtype=config.kv_cache_dtype
+    )
 
     def view(params: Any) -> Any:
         with use(flipped, GENERATE_RULES):

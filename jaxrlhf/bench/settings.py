@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import REMAT_POLICIES, DecoderConfig, known_config, read_config
+from jaxrlhf.models import KERNEL_OPTIONS, REMAT_POLICIES, DecoderConfig, known_config, read_config
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.settings import MeshConfig, check_context
 
@@ -37,6 +37,15 @@ class BenchConfig(MeshConfig):
     prompt: int = field(256, "tokens of a prompt")
     answer: int = field(256, "tokens of an answer: none ends early")
     remat_policy: str = field("none", "what the backward pass recomputes of a layer", choices=tuple(REMAT_POLICIES))
+    attention_implementation: str = field(
+        "auto", "kernels of attention, as in training", choices=KERNEL_OPTIONS["attention_implementation"]
+    )
+    logprob_implementation: str = field(
+        "auto", "kernels of token log-probs, as in training", choices=KERNEL_OPTIONS["logprob_implementation"]
+    )
+    kv_cache_dtype: str = field(
+        "auto", "how generation holds keys and values, as in ppo", choices=KERNEL_OPTIONS["kv_cache_dtype"]
+    )
     repeats: int = field(3, "timed runs of each, after one that compiles")
     seed: int = field(0, "of weights, prompts and draws")
     json: str | None = field(
@@ -98,6 +107,9 @@ class BenchConfig(MeshConfig):
             remat_policy=self.remat_policy,
             max_prompt_seq_len=self.prompt,
             max_answer_seq_len=self.answer,
+            attention_implementation=self.attention_implementation,
+            logprob_implementation=self.logprob_implementation,
+            kv_cache_dtype=self.kv_cache_dtype,
             lr_scheduler_type="constant",
             seed=self.seed,
         )

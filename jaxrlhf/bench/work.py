@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from jaxrlhf.kernels import KV_CACHE_DTYPES
 from jaxrlhf.models import Decoder, param_shapes
 from jaxrlhf.plan.cost import ADAM_BYTES, matrix_elements
 
@@ -69,8 +70,9 @@ def causal_pairs(length: int) -> float:
 
 
 def cache_bytes_per_token(module: Decoder) -> int:
-    c = module.config
-    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * itemsize(module)
+    c, dtype = module.config, KV_CACHE_DTYPES[module.kv_cache_dtype]
+    width = c.head_dim * itemsize(module) if dtype is None else c.head_dim * jnp.dtype(dtype).itemsize + 4
+    return 2 * c.num_layers * c.num_kv_heads * width
 
 
 def forward_work(module: Decoder, rows: int, length: int, headed: int) -> Work:

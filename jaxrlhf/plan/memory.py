@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from jaxrlhf.kernels import KV_CACHE_DTYPES, gathered_blocks, logprob_blocks
 from jaxrlhf.models import (
     Decoder,
     cast_matrices,
@@ -39,7 +40,6 @@ from jaxrlhf.ppo import actor_logprobs, critic_values
 from jaxrlhf.sharding import GENERATE_RULES, REPLICATED_RULES, named_sharding, tree_shardings
 
 PyTree = Any
-LOGPROB_CHUNK = 64  # positions per chunk in kernels/logprobs.py
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,18 @@ def _merged_adapters(system: System) -> int:
 
 
 def cache_bytes(system: System, platform: str = "") -> int:
-    """Bytes of the key/value cache of all layers, prompt and answer; on a TPU head_dim is padded to its lanes."""
-    c, itemsize = system.modules["actor"].config, jnp.dtype(system.modules["actor"].dtype).itemsize
+    """Bytes of the key/value cache of all layers, prompt and answer; on a TPU head_dim is padded to its lanes.
+
+    Quantised caches (`kv_cache_dtype`) have a float32 scale per head and token.
+    """
+    module = system.modules["actor"]
+    c, dtype = module.config, KV_CACHE_DTYPES[module.kv_cache_dtype]
     shape = (system.generate_rows, c.num_kv_heads, system.length, c.head_dim)
     sharding = named_sharding(("batch", "kv_heads", None, None), shape, system.generate_mesh, GENERATE_RULES)
     *rows, width = sharding.shard_shape(shape)
     lanes = -(-width // 128) * 128 if platform == "tpu" else width
-    return 2 * c.num_layers * math.prod(rows) * lanes * itemsize
+    scales = 0 if dtype is None else 4
+    return 2 * c.num_layers * math.prod(rows) * (lanes * jnp.dtype(dtype or module.dtype).itemsize + scales)
 
 
 def _working_copy(system: System, name: str, params: PyTree) -> int:
@@ -217,11 +222,18 @@ def _layout_copies(system: System) -> int:
     return sum(4 * math.prod(local_shape(x)) for x in turned)
 
 
-def _logits_chunk(system: System, name: str, rows: int, backward: bool) -> int:
-    """Float32 logits of one chunk of positions: themselves and their exponentials, in training also gradients."""
-    c = system.modules[name].config
-    chunk = 4 * rows * min(LOGPROB_CHUNK, system.config.max_answer_seq_len) * c.padded_vocab_size // system.tensor
-    return (3 if backward else 2) * chunk
+def _head_scratch(system: System, name: str, rows: int, backward: bool) -> dict[str, int]:
+    """Of token log-probs: a block of logits and what is made of it, and that of the head where it comes over fsdp."""
+    module = system.modules[name]
+    c, tokens = module.config, rows * min(system.length, system.config.max_answer_seq_len)
+    vocab = c.padded_vocab_size // system.tensor
+    gathered = module.zero_stage == 3 and system.mesh.shape["fsdp"] > 1
+    blocks = (gathered_blocks if gathered else logprob_blocks)(tokens, vocab)
+    held = jnp.dtype(module.dtype).itemsize + (4 if backward else 0)
+    return {
+        "logits": 3 * 4 * blocks.tokens * blocks.vocab,
+        "gathered block of the head": held * blocks.vocab * c.embedding_size if gathered else 0,
+    }
 
 
 @dataclass(frozen=True)
@@ -261,8 +273,8 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
         "attention scores": int(held * scores),
         "gathered layer weights": layers * layer_weights(module, system.tensor) if gathered else 0,
     }
-    head = _logits_chunk(system, name, rows, backward) if module.head == "lm" else 0
-    return layer if sum(layer.values()) >= head else {"logits": head}
+    head = _head_scratch(system, name, rows, backward) if module.head == "lm" else {}
+    return _largest(layer, head)
 
 
 def _micro_rows(system: System) -> int:

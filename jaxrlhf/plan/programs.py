@@ -172,7 +172,14 @@ def build_system(config: PlanConfig, devices: list | None = None) -> System:
     dtype, stage = ppo.compute_dtype, ppo.zero_stage
     critic_stage = stage if ppo.critic_zero_stage is None else ppo.critic_zero_stage
     bodies = {
-        "actor": Decoder(shapes["actor"], head="lm", dtype=dtype, remat=ppo.remat, zero_stage=stage),
+        "actor": Decoder(
+            shapes["actor"],
+            head="lm",
+            dtype=dtype,
+            remat=ppo.remat,
+            zero_stage=stage,
+            kv_cache_dtype=ppo.kv_cache_dtype,
+        ),
         "critic": Decoder(shapes["reward"], head="scalar", dtype=dtype, remat=ppo.remat, zero_stage=critic_stage),
     }
     modules = {

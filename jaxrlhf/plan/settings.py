@@ -57,6 +57,7 @@ class PlanConfig(ClusterConfig):
     mesh_tensor: int = _same("mesh_tensor")
     generate_tensor_parallel: int = _same("generate_tensor_parallel")
     generation_batches: int = _same("generation_batches")
+    kv_cache_dtype: str = _same("kv_cache_dtype")
     dtype: str = _same("dtype")
     per_device_train_batch_size: int = _same("per_device_train_batch_size")
     gradient_accumulation_steps: int = _same("gradient_accumulation_steps")

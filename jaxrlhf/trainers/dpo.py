@@ -29,7 +29,7 @@ from jaxrlhf.models import (
     logical_axes,
     param_shardings,
     read_config,
-    with_attention,
+    with_kernels,
     working_copy,
 )
 from jaxrlhf.runs import Run
@@ -38,7 +38,7 @@ from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.ppo_engine import frozen_copy
 from jaxrlhf.trainers.reward import answer_lengths, answer_start, pair_count
-from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig, check_context
+from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig, check_context, kernel_options
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
 
 PyTree = Any
@@ -192,7 +192,7 @@ def load_reference(config: DPOConfig, path: str, model: Model, mesh: Mesh) -> Mo
             f"model to train one of {model.config.vocab_size}; both must read the same tokens"
         )
     check_context(reference.config, config.max_length, "max_length for the reference model")
-    return with_attention(reference, config.attention_implementation)
+    return with_kernels(reference, **kernel_options(config))
 
 
 def train_dpo(config: DPOConfig) -> TrainState:

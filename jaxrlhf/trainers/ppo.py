@@ -15,6 +15,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import Decoder, ModelCard, read_config
 from jaxrlhf.ppo import PPOState
+from jaxrlhf.report import HELD_OUT
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import held_rows, place_batch
@@ -37,6 +38,8 @@ EXPERIENCE_ARRAYS = ("tokens", "mask", "response_mask", "logprobs", "ref_logprob
 
 
 def show_samples(run: Run, title: str, records: list[dict[str, Any]], step: int) -> None:
+    if not records:
+        return
     rows = [[r["prompt"], r["response"], round(r["score"], 3), round(r["kl"], 2)] for r in records]
     run.table(title, ("prompt", "response", "score", "KL"), rows, step)
 
@@ -64,7 +67,7 @@ class Evaluation:
             self._keep_baseline(records)
         if self.text is not None:
             figures["ptx_loss"] = self._text_loss(state)
-        show_samples(self.run, "held-out samples", records[: self.config.num_sample_rows], done)
+        show_samples(self.run, HELD_OUT, records[: self.config.num_sample_rows], done)
         return figures
 
     def _keep_baseline(self, records: list[dict[str, Any]]) -> None:

@@ -21,15 +21,15 @@ from jaxrlhf.models import (
     merged,
     param_shardings,
     split_trainable,
-    with_attention,
     with_head,
+    with_kernels,
 )
 from jaxrlhf.ppo import PPOState
 from jaxrlhf.sharding import offloaded, place, replicated
 from jaxrlhf.trainers.lora import with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
 from jaxrlhf.trainers.ppo_settings import PPOConfig
-from jaxrlhf.trainers.settings import check_context, with_special_tokens
+from jaxrlhf.trainers.settings import check_context, kernel_options, with_special_tokens
 
 PyTree = Any
 
@@ -170,11 +170,11 @@ class RLHFEngine:
         for model, name in ((actor, "actor"), (scalar, "reward model")):
             if model is not None:
                 check_context(model.config, longest, f"max_prompt_seq_len + max_answer_seq_len for the {name}")
-        actor = merged(with_special_tokens(with_attention(actor, config.attention_implementation), self.tokenizer))
+        actor = merged(with_special_tokens(with_kernels(actor, **kernel_options(config)), self.tokenizer))
         same = critic is reward
-        reward = None if reward is None else merged(with_attention(reward, config.attention_implementation))
+        reward = None if reward is None else merged(with_kernels(reward, **kernel_options(config)))
         if critic is not None:
-            critic = reward if same else with_attention(critic, config.attention_implementation)
+            critic = reward if same else with_kernels(critic, **kernel_options(config))
         return actor, reward, critic
 
     def _frozen(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
 from jaxrlhf.errors import InputError
+from jaxrlhf.models import KERNEL_OPTIONS
 from jaxrlhf.objectives import AGGREGATIONS, KL_ESTIMATES
 from jaxrlhf.ppo import ESTIMATORS, PPOHyperparameters
 from jaxrlhf.ppo.hyperparameters import SCORE_NORMALIZATIONS
@@ -176,6 +177,12 @@ class PPOOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
         0,
         "devices that one copy of the actor is split over when it generates: mesh_tensor times a divisor of mesh_fsdp; "
         "0: those of one host",
+    )
+    kv_cache_dtype: str = field(
+        "auto",
+        "how generation holds keys and values: int8 or fp8 (float8_e4m3fn) with a scale per head and token take half "
+        "the memory and traffic of bfloat16 and round what attention reads; auto: the compute dtype",
+        choices=KERNEL_OPTIONS["kv_cache_dtype"],
     )
     importance_sampling_correction: bool = field(
         False, "weigh each token's policy loss by train over sampler probability, for the gap between both programs"

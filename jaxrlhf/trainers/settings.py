@@ -13,8 +13,8 @@ from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
-from jaxrlhf.kernels import IMPLEMENTATIONS
 from jaxrlhf.models import (
+    KERNEL_OPTIONS,
     REMAT_POLICIES,
     Model,
     config_from_dict,
@@ -22,7 +22,7 @@ from jaxrlhf.models import (
     default_dtype,
     load_pretrained,
     resize_vocabulary,
-    with_attention,
+    with_kernels,
 )
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import make_mesh
@@ -64,10 +64,21 @@ class TrainingMeshConfig(MeshConfig, ProcessConfig):
     )
     attention_implementation: str = field(
         "auto",
-        "kernels of attention: xla; pallas, our own (NVIDIA; on CPU interpreted, so very slow); cudnn, for training "
-        "and scoring alone (NVIDIA); auto: what measurements on this device favour",
-        choices=IMPLEMENTATIONS,
+        "kernels of attention: xla; pallas, our own (NVIDIA, TPU; on CPU interpreted, so very slow); cudnn, for "
+        "training and scoring alone (NVIDIA); auto: what measurements on this device favour",
+        choices=KERNEL_OPTIONS["attention_implementation"],
     )
+    logprob_implementation: str = field(
+        "auto",
+        "kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; on CPU "
+        "interpreted, so very slow); auto: what measurements on this device favour",
+        choices=KERNEL_OPTIONS["logprob_implementation"],
+    )
+
+
+def kernel_options(config: TrainingMeshConfig) -> dict[str, str]:
+    """What `jaxrlhf.models.with_kernels` takes, of those that these settings have."""
+    return {name: getattr(config, name) for name in KERNEL_OPTIONS if hasattr(config, name)}
 
 
 @dataclass(frozen=True)
@@ -249,7 +260,7 @@ def load_model(config: ModelConfig, head: str, mesh: Mesh, vocab_size: int, *, r
             zero_stage=config.zero_stage,
             progress=is_primary(),
         )
-    model = with_attention(model, config.attention_implementation)
+    model = with_kernels(model, **kernel_options(config))
     if model.config.vocab_size < vocab_size and not config.resize_vocabulary:
         raise InputError(
             f"the tokenizer of {config.tokenizer_source} has {vocab_size} tokens, the model only "

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.plots import MAX_POINTS, Curve, draw, smooth, thin_out
-from jaxrlhf.report import group_of, read_curves, write_report
+from jaxrlhf.report import HELD_OUT, group_of, read_curves, write_report
 
 SFT = ["loss", "grad_norm", "learning_rate", "eval/loss", "eval/perplexity", "perf/tokens_per_second"]
 REWARD = ["loss", "eval/accuracy", "eval/mean_chosen_score", "eval/mean_rejected_score"]
@@ -181,3 +181,25 @@ def test_thinning_keeps_spikes_and_ends():
     steps, kept = thin_out(range(50_000), values)
     assert len(kept) <= MAX_POINTS + 2 and max(kept) == 9.0 and min(kept) == -9.0
     assert steps[0] == 0 and steps[-1] == 49_999 and steps == sorted(steps)
+
+
+def test_answers_to_the_same_prompts_stand_side_by_side_across_time(tmp_path):
+    columns = ["prompt", "response", "score", "KL"]
+
+    def evaluation(step, *rows):
+        return {"step": step, "time": 0.0, "title": HELD_OUT, "columns": columns, "rows": list(rows)}
+
+    samples = [
+        evaluation(step, ["Which <day>?", f"answer {step}", step / 10, 0.0], ["Why?", "because", None, 0.1])
+        for step in range(0, 90, 10)
+    ]
+    samples[4]["rows"].pop()
+    page = parse(write_report(make_run(tmp_path / "ppo", PPO, samples=samples)))
+    (fold,) = [d for d in page.iter("details") if d.find("summary").text.startswith("answers across time")]
+    head = [th.text for th in fold.iter("th")]
+    assert head == ["prompt", "step 0", "step 20", "step 30", "step 50", "step 60", "step 80"]
+    rows = [["".join(td.itertext()) for td in tr.findall("td")] for tr in fold.find(".//tbody").findall("tr")]
+    assert rows[0] == ["Which <day>?"] + [f"answer {s} ({s / 10:g})" for s in (0, 20, 30, 50, 60, 80)]
+    assert rows[1] == ["Why?"] + ["because"] * 6
+    alone = write_report(make_run(tmp_path / "one", PPO, samples=samples[:1])).read_text()
+    assert "answers across time" not in alone

@@ -11,11 +11,22 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
+from jaxrlhf.kernels import pallas
 from jaxrlhf.plan.devices import DEVICES as PLANNED
 from jaxrlhf.plan.devices import target_config
 
 DEVICES = {"A100": ("a100-80g", "sm_80"), "H200": ("h200", "sm_90a")}
 OPTIONS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # undoes tests/conftest.py
+
+
+@pytest.fixture
+def through_mosaic(monkeypatch):
+    """The TPU's form of each kernel in place of the other one, in the interpreter."""
+
+    def dispatch(_, tpu_form, *arrays):
+        return tpu_form(*arrays, interpret=True)
+
+    monkeypatch.setattr(pallas, "dispatch", dispatch)
 
 
 @pytest.fixture(scope="module")

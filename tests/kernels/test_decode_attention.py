@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.kernels import choice, choose, decode_attention, pallas
+from jaxrlhf.kernels import append_attention, choice, choose, decode_attention, decode_tpu, pallas
 from jaxrlhf.kernels.decode_attention import DecodeBlocks, decode_blocks
+from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, quantise
 
 # B, H, H_kv, S, D, window, ALiBi, columns per step, splits
 PROBLEMS = [
@@ -66,6 +67,66 @@ def test_both_forms_equal_the_oracle_and_the_kernel_never_sees_dead_columns(prob
     np.testing.assert_allclose(kernel(query, key, value, start, length), expected, rtol=0, atol=1e-5)
 
 
+def stored(key, value, name):
+    """A cache by the name of its dtype, and the float64 keys and values that it stands for."""
+    if name == "auto":
+        return (key, value), (key, value)
+    parts = [quantise(x, KV_CACHE_DTYPES[name]) for x in (key, value)]
+    cache = tuple(x for x, _ in parts) + tuple(scale for _, scale in parts)
+    numbers = [x.view(jnp.float8_e4m3fn) if name == "fp8" else x for x in map(np.asarray, cache[:2])]
+    return cache, [
+        x.astype(np.float64) * np.asarray(scale)[..., None] for x, scale in zip(numbers, cache[2:], strict=True)
+    ]
+
+
+def poisoned(cache, dead):
+    """With NaN wherever columns are dead; in int8, where there is none, in scales alone."""
+    dead = np.broadcast_to(dead, cache[0].shape)
+    ill = lambda x: {"int8": 127, "uint8": 0x7F}.get(x.dtype.name, jnp.nan)  # noqa: E731
+    return tuple(jnp.where(dead if x.ndim == 4 else dead[..., 0], jnp.asarray(ill(x), x.dtype), x) for x in cache)
+
+
+def newest(key, value, length):
+    at = np.maximum(length, 1) - 1
+    return (jnp.asarray(x)[np.arange(len(at)), :, at] for x in (key, value))
+
+
+@pytest.mark.parametrize("form", ["xla", "pallas", "tpu"])
+@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
+@pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[3]], ids=[ids[1], ids[3]])
+def test_the_newest_entry_is_appended_and_seen_in_a_cache_of_any_dtype(problem, name, form, request):
+    (query, key, value, start, length), options, dead, blocks = make(problem)
+    cache, meant = stored(key, value, name)
+    expected = oracle(query, *meant, start, length, *options.values())
+    column = np.maximum(length, 1) - 1
+    at = (np.arange(len(length)), slice(None), column)
+    before = poisoned(cache, dead) if form != "xla" else cache
+    before = tuple(x.at[at].set(jnp.asarray(3).astype(x.dtype)) for x in before)
+    if form == "tpu":
+        request.getfixturevalue("through_mosaic")
+    options |= {"implementation": "xla" if form == "xla" else "pallas", "blocks": blocks}
+    call = jax.jit(lambda *x: append_attention(*x, **options))
+    got, after = call(query, *newest(key, value, length), before, start, length)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    assert [x.dtype for x in after] == [x.dtype for x in before]
+    for new, old, right in zip(after, before, cache, strict=True):
+        new, old, right = (np.asarray(x, np.float32) for x in (new, old, right))
+        np.testing.assert_array_equal(new[at][length > 0], right[at][length > 0])
+        untouched = (np.arange(new.shape[2]) != column[:, None])[:, None]
+        untouched = np.broadcast_to(untouched if new.ndim == 3 else untouched[..., None], new.shape)
+        np.testing.assert_array_equal(new[untouched], old[untouched])
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
+def test_the_form_for_tpus_equals_the_oracle(problem, monkeypatch, through_mosaic):
+    (query, key, value, start, length), options, dead, _ = make(problem)
+    expected = oracle(query, key, value, start, length, *options.values())
+    monkeypatch.setattr(decode_tpu, "COLUMNS", 32)
+    key, value = (jnp.where(dead, jnp.nan, x) for x in (key, value))
+    got = jax.jit(lambda *x: decode_attention(*x, **options, implementation="pallas"))(query, key, value, start, length)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[1]], ids=ids[:2])
 def test_bfloat16_is_right_to_its_rounding(problem):
     arrays, options, _, blocks = make(problem, jnp.bfloat16)
@@ -80,7 +141,7 @@ def test_the_interpreter_hands_out_outputs_full_of_nan():
     shape = jax.ShapeDtypeStruct((4,), jnp.float32)
     spec = pallas.pl.BlockSpec((4,), lambda i: (0,))
     options = {"grid": (1,), "in_specs": [spec], "out_specs": spec, "out_shape": shape}
-    got = pallas.launch(lambda i, o: None, [jnp.ones(4)], **options, num_warps=1, num_stages=1)
+    got = pallas.launch(lambda i, o: None, [jnp.ones(4)], **options, num_warps=1, num_stages=1, interpret=True)
     assert np.isnan(got).all()
 
 
@@ -151,8 +212,8 @@ def test_auto_means_xla_until_something_was_measured(monkeypatch):
         assert choose("decode_attention", "auto", **query | other) == "xla"
     with pytest.raises(ValueError, match=r"implementation='fast' of decode_attention is not one of 'auto', 'xla'"):
         choose("decode_attention", "fast", **query)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(ValueError, match=r"'pallas' of decode_attention runs on NVIDIA and CPU, not on tpu"):
+    monkeypatch.setattr(jax, "default_backend", lambda: "rocm")
+    with pytest.raises(ValueError, match=r"'pallas' of decode_attention runs on NVIDIA, TPU and CPU, not on rocm"):
         choose("decode_attention", "pallas", **query)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.kernels import flash_attention
+from jaxrlhf.kernels import flash_attention, flash_tpu
 from jaxrlhf.kernels.flash_attention import FlashBlocks, flash_blocks
 
 # B, H, H_kv, T, D, window, ALiBi, queries and keys per block
@@ -202,3 +202,17 @@ def test_it_compiles_for_nvidia_without_spills_and_without_scores_in_memory(devi
         ours = {name: figures for name, figures in kernels.items() if name.startswith("flash_attention")}
         assert len(ours) == 3 and all(spilled == 0 for _, spilled in ours.values()), ours
         assert program.memory_analysis().temp_size_in_bytes < size * size
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
+def test_the_form_for_tpus_equals_the_oracle_whatever_dead_keys_hold(problem, monkeypatch, through_mosaic):
+    arrays, upstream, start, length, window, slopes, blocks = make(problem)
+    expected = oracle(*arrays, upstream, start, length, np.float32(0.3), window, slopes)
+    for name, size in (("QUERIES", 16), ("KEYS", 32)):
+        monkeypatch.setattr(flash_tpu, name, size)
+    columns = np.arange(arrays[0].shape[2])
+    dead = ((columns < start[:, None]) | (columns >= length[:, None]))[:, None, :, None]
+    arrays = arrays[0], *(jnp.where(dead, jnp.nan, x) for x in arrays[1:])
+    got = value_and_gradients("pallas", arrays, upstream, start, length, window, slopes, blocks)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1, np.abs(theirs).max()))

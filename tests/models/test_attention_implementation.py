@@ -7,7 +7,7 @@ import pytest
 
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import decode_step, generation_view, init_cache, prefill, with_attention
+from jaxrlhf.models import decode_step, generation_view, init_cache, prefill, with_kernels
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import TRAIN_RULES, make_mesh, use
 
@@ -40,8 +40,8 @@ def greedy(model, ids, mask):
 def test_greedy_answers_of_the_decode_kernel_are_those_of_xla(case, make_model, make_batch):
     model = make_model(case)
     batch = make_batch("left", model.config.vocab_size)
-    tokens, logits = greedy(with_attention(model, "xla"), *batch)
-    ours, our_logits = greedy(with_attention(model, "pallas"), *batch)
+    tokens, logits = greedy(with_kernels(model, attention_implementation="xla"), *batch)
+    ours, our_logits = greedy(with_kernels(model, attention_implementation="pallas"), *batch)
     np.testing.assert_array_equal(ours, tokens)
     real = np.s_[..., : model.config.vocab_size]
     assert np.abs(our_logits - logits)[real].max() < 1e-5 * np.abs(logits[real]).max()
@@ -50,7 +50,7 @@ def test_greedy_answers_of_the_decode_kernel_are_those_of_xla(case, make_model, 
 @pytest.mark.parametrize("case", ["llama-tied-mqa", "bloom"])
 def test_generation_on_a_mesh_is_that_of_one_device(case, make_model, make_batch):
     four_heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6} if case == "bloom" else {}
-    model = with_attention(make_model(case, **four_heads), "pallas")
+    model = with_kernels(make_model(case, **four_heads), attention_implementation="pallas")
     ids, mask = (np.concatenate([x, x[:1]])[:, :PROMPT] for x in make_batch("left", model.config.vocab_size))
     sampling = SamplingConfig(max_new_tokens=STEPS, temperature=0.0)
     rollouts = [
@@ -64,10 +64,10 @@ def test_generation_on_a_mesh_is_that_of_one_device(case, make_model, make_batch
 def test_unknown_and_unfit_implementations_are_refused(make_model, make_batch, monkeypatch):
     model = make_model("llama")
     with pytest.raises(InputError, match=r"attention_implementation='fast' is not one of 'auto', 'xla', .*'cudnn'"):
-        with_attention(model, "fast")
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(InputError, match=r"attention_implementation: .*'pallas'.* not on tpu; take 'xla'"):
-        greedy(with_attention(model, "pallas"), *make_batch("left", model.config.vocab_size))
+        with_kernels(model, attention_implementation="fast")
+    monkeypatch.setattr(jax, "default_backend", lambda: "rocm")
+    with pytest.raises(InputError, match=r"attention_implementation: .*'pallas'.* not on rocm; take 'xla'"):
+        greedy(with_kernels(model, attention_implementation="pallas"), *make_batch("left", model.config.vocab_size))
 
 
 def loss_and_gradients(model, ids, mask, mesh=None):
@@ -102,15 +102,17 @@ def test_logits_and_gradients_of_the_training_kernel_are_those_of_xla(case, make
     model = make_model(case)
     for side in ("left", "right") if case == "bloom" else ("right",):
         batch = make_batch(side, model.config.vocab_size)
-        results = [loss_and_gradients(with_attention(model, name), *batch) for name in ("pallas", "xla")]
+        results = [
+            loss_and_gradients(with_kernels(model, attention_implementation=name), *batch) for name in ("pallas", "xla")
+        ]
         assert_same(*results)
 
 
 def test_rematerialised_training_on_a_mesh_is_that_of_xla_on_one_device(make_model, make_batch):
-    model = with_attention(make_model("llama"), "pallas")
+    model = with_kernels(make_model("llama"), attention_implementation="pallas")
     ids, mask = (np.concatenate([x, x[:1]]) for x in make_batch("right", model.config.vocab_size))
     again = model.replace(module=model.module.clone(remat="full"))
-    expected = loss_and_gradients(with_attention(model, "xla"), ids, mask)
+    expected = loss_and_gradients(with_kernels(model, attention_implementation="xla"), ids, mask)
     assert_same(loss_and_gradients(again, ids, mask, make_mesh(2, 2, 2)), expected)
 
 
@@ -119,7 +121,7 @@ def test_a_row_with_a_hole_is_marked_and_the_others_are_right(make_model, make_b
     ids, mask = make_batch("right", model.config.vocab_size)
     mask[0, 3] = 0
     ours, theirs = (
-        np.asarray(with_attention(model, name).module.apply({"params": model.params}, ids, mask))
+        np.asarray(with_kernels(model, attention_implementation=name).module.apply({"params": model.params}, ids, mask))
         for name in ("pallas", "xla")
     )
     assert np.isnan(ours[0]).all()
@@ -133,15 +135,17 @@ def test_dropout_and_cudnn_on_cpu_are_refused(make_model, make_batch):
         ("pallas", r"attention_implementation='pallas' has no dropout, but attention_dropout=0.1"),
         ("cudnn", r"attention_implementation='cudnn' has no dropout"),
     ):
-        module = with_attention(model, name).module
+        module = with_kernels(model, attention_implementation=name).module
         with pytest.raises(InputError, match=message):
             module.apply({"params": model.params}, ids, mask, rngs={"dropout": jax.random.key(0)})
     with pytest.raises(InputError, match=r"attention_implementation: .*'cudnn'.* not on cpu"):
-        with_attention(model, "cudnn").module.apply({"params": model.params}, ids, mask)
+        with_kernels(model, attention_implementation="cudnn").module.apply({"params": model.params}, ids, mask)
 
 
 def test_with_cudnn_generation_is_that_of_auto(make_model, make_batch):
     model = make_model("gpt2")
     batch = make_batch("left", model.config.vocab_size)
-    for ours, theirs in zip(*(greedy(with_attention(model, name), *batch) for name in ("cudnn", "auto")), strict=True):
+    for ours, theirs in zip(
+        *(greedy(with_kernels(model, attention_implementation=name), *batch) for name in ("cudnn", "auto")), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)

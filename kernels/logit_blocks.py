@@ -1,0 +1,57 @@
+"""The arithmetic of one block of logits: what a token's figures become with it, and what it hands back.
+
+A token's figures, each `[t, 1]` float32, are its largest logit so far, Σ e^(z - largest), the same sum weighted by
+z - largest, and its label's logit. Kernels and plain XLA share these functions.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.kernels.attention import NEGATIVE
+
+Figures = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def no_figures(tokens: int) -> Figures:
+    zeros = jnp.zeros((tokens, 1), jnp.float32)
+    return zeros + NEGATIVE, zeros, zeros, zeros
+
+
+def scaled(products: jax.Array, bias: jax.Array | None, columns: jax.Array, temperature: float) -> jax.Array:
+    """Logits `[t, v]` over temperature of products with the head; `columns` `[1, v]` are its vocabulary entries, dead
+    where negative: NEGATIVE there, whatever the head holds."""
+    logits = products if bias is None else products + bias
+    return jnp.where(columns >= 0, logits / temperature, NEGATIVE)
+
+
+def merge(figures: Figures, logits: jax.Array, columns: jax.Array, labels: jax.Array) -> Figures:
+    """Figures after one more block of `scaled` logits; `labels` `[t, 1]`."""
+    top, total, spread, picked = figures
+    new_top = jnp.maximum(top, logits.max(1, keepdims=True))
+    shifted = logits - new_top
+    weights = jnp.exp(shifted)
+    shrink = jnp.exp(top - new_top)
+    spread = (spread + (top - new_top) * total) * shrink + (weights * shifted).sum(1, keepdims=True)
+    picked += jnp.where(columns == labels, logits, 0.0).sum(1, keepdims=True)
+    return new_top, total * shrink + weights.sum(1, keepdims=True), spread, picked
+
+
+def rescaled(figures: Figures, top: jax.Array) -> Figures:
+    """The figures with respect to another largest logit, so that all but the first can be added up."""
+    old, total, spread, picked = figures
+    shrink = jnp.exp(old - top)
+    return top, total * shrink, (spread + (old - top) * total) * shrink, picked
+
+
+def logit_gradient(
+    logits: jax.Array, columns: jax.Array, labels: jax.Array, per_token: tuple[jax.Array, ...], temperature: float
+) -> jax.Array:
+    """Gradient `[t, v]` of the products behind `scaled` logits.
+
+    `per_token`, each `[t, 1]`: largest logit, logarithm of the sum relative to it, entropy, and the gradients of
+    log-prob and entropy.
+    """
+    top, log_total, entropy, d_logprob, d_entropy = per_token
+    logprobs = (logits - top) - log_total
+    gradient = -(d_logprob + d_entropy * (logprobs + entropy)) * jnp.exp(logprobs)
+    return (gradient + jnp.where(columns == labels, d_logprob, 0.0)) / temperature

@@ -121,7 +121,8 @@ def dpo(seed: int, folder: Path) -> Outcome:
     """DPO from the SFT model, against which it is judged by the demo's true quality rule."""
     start = sft_model(seed)
     options = DPOOptions(
-        max_steps=150,
+        beta=0.5,
+        max_steps=200,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=100,
         learning_rate=1e-4,
@@ -310,9 +311,10 @@ EXPERIMENTS = {
 def run(name: str, seeds: Sequence[int]) -> dict[str, Any]:
     """Run the seeds, and write each to the experiment's file as soon as it is done."""
     experiment, path = EXPERIMENTS[name], RESULTS / f"{name}.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["seeds"] if path.is_file() else {}
+    found = {}
     for seed in seeds:
         outcome = experiment.run(seed, RUNS / f"{name}-{seed}")
+        found = json.loads(path.read_text(encoding="utf-8"))["seeds"] if path.is_file() else {}
         found[str(seed)] = {
             "holds": bool(experiment.holds(outcome.figures)),
             "figures": {key: float(f"{value:.6g}") for key, value in outcome.figures.items()},

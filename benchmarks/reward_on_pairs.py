@@ -1,0 +1,110 @@
+"""A reward model on real preference pairs, beside what the lengths of the answers alone give.
+
+    python benchmarks/reward_on_pairs.py --data_path train.jsonl --eval_data_path eval.jsonl --tokenizer_name_or_path X
+
+A small language model from random weights is fine-tuned on the chosen answers, a reward model is made of it, and its
+evaluations go to benchmarks/results/reward_on_pairs.json and docs/learning/reward_on_pairs.svg. Runs lie in
+runs/reward_on_pairs; a finished step is kept, an interrupted one continues from its newest checkpoint.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.bench.record import write
+from jaxrlhf.checkpoints import list_checkpoints
+from jaxrlhf.report import read_curves
+from jaxrlhf.trainers.reward import RewardConfig, train_reward
+from jaxrlhf.trainers.sft import SFTConfig, train_sft
+
+ROOT = Path(__file__).resolve().parent
+RUNS = Path("runs/reward_on_pairs")
+SHAPE = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.02,
+}
+COMMON = {"max_length": 320, "weight_decay": 0.1, "warmup_steps": 30, "save_steps": 200, "logging_steps": 20}
+SFT = {"max_steps": 600, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16, "learning_rate": 2e-3}
+SFT |= {"completion_only_loss": False, "model_type": "llama", "config_overrides": SHAPE}
+REWARD = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 24}
+REWARD |= {"learning_rate": 5e-4, "eval_steps": 100}
+SHOWN = ("accuracy", "length_baseline", "accuracy_similar_length")
+
+
+def train(data: dict[str, Any]) -> None:
+    sft, reward = RUNS / "sft", RUNS / "reward"
+    configs = [
+        (train_sft, SFTConfig(**(data | COMMON | SFT), output_dir=str(sft), resume=bool(list_checkpoints(sft)))),
+        (
+            train_reward,
+            RewardConfig(
+                **({k: v for k, v in data.items() if k != "tokenizer_name_or_path"} | COMMON | REWARD),
+                model_name_or_path=str(sft),
+                output_dir=str(reward),
+                resume=bool(list_checkpoints(reward)),
+            ),
+        ),
+    ]
+    for run, config in configs:
+        if not (Path(config.output_dir) / "summary.json").is_file():
+            run(config)
+
+
+def evaluations(run: Path) -> dict[str, list[list[float]]]:
+    curves = read_curves(run / "metrics.jsonl")
+    names = [name for name in curves if name.startswith("eval/")]
+    return {n: [[s, v] for s, v in zip(curves[n].steps, curves[n].values, strict=True)] for n in names}
+
+
+def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "pairs", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for name in SHOWN:
+            left.plot(*zip(*curves[f"eval/{name}"], strict=True), "o-", markersize=3, linewidth=1.1, label=name)
+        left.set_title("held-out pairs", fontsize=8)
+        right.plot(*zip(*curves["eval/loss"], strict=True), "o-", markersize=3, linewidth=1.1, label="eval/loss")
+        right.set_title("held-out loss (log 2 = 0.693 says nothing)", fontsize=8)
+        for axes in (left, right):
+            axes.set_xlabel("step")
+            axes.legend(frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("data_path", "eval_data_path", "tokenizer_name_or_path"):
+        parser.add_argument(f"--{name}", required=True)
+    data = vars(parser.parse_args())
+    train(data)
+    curves, base = evaluations(RUNS / "reward"), evaluations(RUNS / "sft")
+    summary = json.loads((RUNS / "reward" / "summary.json").read_text(encoding="utf-8"))
+    named = " ".join(f"--{name} {Path(value).name}" for name, value in data.items())
+    result = {
+        "command": f"python benchmarks/reward_on_pairs.py {named}",
+        "model": SHAPE,
+        "sft": {k: v for k, v in (COMMON | SFT).items() if k != "config_overrides"},
+        "reward": COMMON | REWARD,
+        "steps": summary["steps"],
+        "seconds": summary["seconds"],
+        "sft_eval_loss": [base["eval/loss"][0][1], base["eval/loss"][-1][1]],
+        "figures": {name.removeprefix("eval/"): points[-1][1] for name, points in curves.items()},
+        "curves": curves,
+    }
+    write(ROOT / "results" / "reward_on_pairs.json", result)
+    plot(curves, ROOT.parent / "docs" / "learning" / "reward_on_pairs.svg")
+    print(json.dumps(result["figures"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

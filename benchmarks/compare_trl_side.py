@@ -42,7 +42,9 @@ class Turns:
     def __init__(self, commands: IO[str] | None = None, replies: IO[str] | None = None) -> None:
         self.commands, self.replies = commands, replies
         self.seconds: list[float] = []
-        self._began: float | None = None
+        self.cpu_seconds: list[float] = []
+        """Of all threads: what another load on the machine changes little."""
+        self._began: tuple[float, float] | None = None
 
     def begin(self) -> None:
         """End the iteration at hand, wait, begin the next."""
@@ -51,11 +53,12 @@ class Turns:
             print("ready", file=self.replies, flush=True)
             if not self.commands.readline():
                 raise SystemExit("the other end is gone")
-        self._began = time.perf_counter()
+        self._began = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         if self._began is not None:
-            self.seconds.append(time.perf_counter() - self._began)
+            self.seconds.append(time.perf_counter() - self._began[0])
+            self.cpu_seconds.append(time.process_time() - self._began[1])
             self._began = None
 
 
@@ -71,6 +74,6 @@ def main(run: Callable[[dict[str, Any], Turns], dict[str, Any]]) -> None:
         turns = Turns(sys.stdin, replies)
         result = run(job, turns)
         turns.end()
-        result["seconds"] = turns.seconds
+        result |= {"seconds": turns.seconds, "cpu_seconds": turns.cpu_seconds}
         Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
         print("done", file=replies, flush=True)

@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--svg", type=Path, metavar="FILE")
     args = parser.parse_args()
-    for name, least in (("seeds", 2), ("iterations", 1)):
+    for name, least in (("seeds", 2), ("iterations", 2)):
         if getattr(args, name) < least:
             raise InputError(f"{name}={getattr(args, name)} must be at least {least}")
     versions = peer_versions(args.peer_python)

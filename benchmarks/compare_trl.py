@@ -67,6 +67,8 @@ print(json.dumps({"python": sys.version.split()[0]} | {m.__name__: m.__version__
 def peer_versions(python: str) -> dict[str, str]:
     """What the peer's interpreter has; InputError where it is missing, or cannot import TRL's PPO."""
     install = "make one with `python -m venv peer` and `peer/bin/pip install torch==2.13.0 trl==1.12.0 transformers`"
+    if os.sep in python:
+        python = os.path.abspath(python)  # not its target: that is the interpreter of no environment
     try:
         # In another folder than the repository's, whose kernels/ would hide a package of that name.
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, env=environment(), cwd=FOLDER)

@@ -201,13 +201,20 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """
     from scipy import stats
 
-    def of(values: Sequence[float]) -> dict[str, Any]:
-        return {"mean": mean(values), "standard_error": float(stats.sem(values)), "runs": list(values)}
-
-    low, high = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
-    low, high = (mean(ours) - mean(theirs) if np.isnan(end) else float(end) for end in (low, high))  # no spread at all
+    errors = [float(np.std(values, ddof=1)) / len(values) ** 0.5 for values in (ours, theirs)]
+    difference, error = mean(ours) - mean(theirs), float(np.hypot(*errors))
+    half = 0.0
+    if error > 0:
+        sizes = (len(ours), len(theirs))
+        freedom = error**4 / sum(e**4 / (n - 1) for e, n in zip(errors, sizes, strict=True))
+        half = float(stats.t.ppf(0.975, freedom)) * error
+    low, high = difference - half, difference + half
     verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
-    return {"ours": of(ours), "trl": of(theirs), "difference_95": [low, high], "verdict": verdict}
+    sides = {
+        name: {"mean": mean(values), "standard_error": e, "runs": list(values)}
+        for name, values, e in zip(SIDES, (ours, theirs), errors, strict=True)
+    }
+    return sides | {"difference_95": [low, high], "verdict": verdict}
 
 
 def verdicts(runs: Sequence[dict[str, dict]], final: int = FINAL) -> dict[str, Any]:

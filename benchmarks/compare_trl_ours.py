@@ -28,7 +28,6 @@ PHASES = ("generate", "score", "reward_functions", "train")
 def configuration(s: dict[str, Any], prompt_length: int, seed: int) -> jaxrlhf.PPOConfig:
     return jaxrlhf.PPOConfig(
         seed=seed,
-        mesh_fsdp=1,
         dtype="float32",
         reward_functions=(f"{REWARD}:quality",),
         max_prompt_seq_len=prompt_length,

@@ -1,0 +1,176 @@
+"""The comparison with TRL, without TRL: our side of it, its verdicts, and what it says when the peer is not there."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import compare_trl  # noqa: E402
+import compare_trl_ours  # noqa: E402
+from compare_trl_side import Turns, quality  # noqa: E402
+
+from jaxrlhf.data import encode_prompt, load_tokenizer  # noqa: E402
+from jaxrlhf.data.demo import demo_quality, materialize_demo  # noqa: E402
+from jaxrlhf.errors import InputError  # noqa: E402
+from jaxrlhf.models import config_from_dict, create_model, load_pretrained, save_pretrained  # noqa: E402
+
+QUESTIONS = ("What is 2 plus 2?", "What color is snow?", "Goodbye!", "What does a cow say?")
+
+
+def fake_interpreter(folder: Path, script: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def runs_of(ours: list[list[float]], theirs: list[list[float]], seconds: tuple[float, float] = (1.0, 3.0)) -> list:
+    def side(curve, each):
+        times = [10.0, *[each] * (len(curve) - 1)]
+        return {"curves": {"score": curve}, "seconds": times, "cpu_seconds": times, "setup_seconds": 2.0}
+
+    return [{"ours": side(a, seconds[0]), "trl": side(b, seconds[1])} for a, b in zip(ours, theirs, strict=True)]
+
+
+def test_our_side_runs_a_job_and_leaves_the_start_of_the_critic_for_the_peer(tmp_path):
+    tokenizer = load_tokenizer(materialize_demo(tmp_path / "cache").tokenizer)
+    shape = {"model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64}
+    shape |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    save_pretrained(create_model(config_from_dict(shape), key=jax.random.key(0)), tmp_path / "actor", tokenizer)
+    prompts = [encode_prompt(tokenizer, question) for question in QUESTIONS * 2]
+    width = max(map(len, prompts))
+    ids = np.array([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], np.int32)
+    mask = np.arange(width) >= np.array([[width - len(p)] for p in prompts])
+    np.savez(tmp_path / "prompts.npz", ids=np.stack([ids] * 2), mask=np.stack([mask] * 2))
+    job = {name: str(tmp_path / name) for name in ("actor", "value", "trained")}
+    settings = compare_trl.SETTINGS | {"iterations": 2, "batch": 8, "mini_batches": 1, "epochs": 1, "answer_length": 4}
+    turns = Turns()
+    result = compare_trl_ours.run(
+        job | {"prompts": str(tmp_path / "prompts.npz"), "seed": 3, "settings": settings}, turns
+    )
+    curves = result["curves"]
+    assert set(curves) == {"score", "kl", "length", "eos_rate"}
+    assert all(len(values) == 2 and np.isfinite(values).all() for values in curves.values())
+    assert curves["kl"][0] == 0 and curves["kl"][1] != 0  # the policy starts as its reference, and then moves
+    assert set(result["phases"]) == set(compare_trl_ours.PHASES) and len(turns.seconds) == len(turns.cpu_seconds) == 2
+    start = load_pretrained(tmp_path / "value", head="scalar", new_head=False)
+    again = load_pretrained(tmp_path / "actor")
+    np.testing.assert_array_equal(
+        start.params["embed"]["embedding"], again.params["embed"]["embedding"]
+    )  # the critic before training has the actor's body
+    moved = load_pretrained(tmp_path / "trained")
+    assert not np.array_equal(moved.params["embed"]["embedding"], again.params["embed"]["embedding"])
+
+
+def test_the_reward_is_the_demos_quality_of_rendered_prompts():
+    rendered = [f"Human: {question} Assistant:" for question in QUESTIONS]
+    answers = ["2 plus 2 is 4.", "Of course! Snow is white.", "Not you again.", "A cow says woof."]
+    expected = [demo_quality(q, a) for q, a in zip(QUESTIONS, answers, strict=True)]
+    assert quality(rendered, answers) == expected
+    assert expected == [3, 4, -1, 0]
+    with pytest.raises(KeyError):
+        quality(["Human: What is love? Assistant:"], [""])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        ([4.0, 4.1, 4.2], [3.0, 3.1, 3.2], "better"),
+        ([3.0, 3.1, 3.2], [4.0, 4.1, 4.2], "worse"),
+        ([3.0, 4.0, 5.0], [3.4, 4.4, 5.4], "within noise"),
+        ([4.0, 4.0, 4.0], [4.0, 4.0, 4.0], "within noise"),
+        ([4.1, 4.1, 4.1], [4.0, 4.0, 4.0], "better"),
+    ],
+)
+def test_a_verdict_is_that_of_the_interval_of_the_difference(ours, theirs, verdict):
+    found = compare_trl.compare(ours, theirs)
+    low, high = found["difference_95"]
+    assert found["verdict"] == verdict
+    assert low <= np.mean(ours) - np.mean(theirs) + 1e-12 and high >= np.mean(ours) - np.mean(theirs) - 1e-12
+    assert found["ours"]["standard_error"] == pytest.approx(np.std(ours, ddof=1) / np.sqrt(3))
+
+
+def test_verdicts_take_the_end_the_whole_curve_and_the_seconds():
+    ours = [[0.0, 0.0, 4.0, 4.0 + noise] for noise in (0.0, 0.1, 0.2)]
+    theirs = [[3.0, 3.0, 3.0, 3.0 + noise] for noise in (0.0, 0.1, 0.2)]
+    found = compare_trl.verdicts(runs_of(ours, theirs), final=2)
+    assert found["final_reward"]["verdict"] == "better" and found["mean_reward"]["verdict"] == "worse"
+    assert found["final_reward"]["ours"]["mean"] == pytest.approx(4.05)
+    assert found["seconds"]["ours"]["total"] == 13 and found["seconds"]["trl"]["total"] == 19
+    assert found["ratio"]["total"] == pytest.approx(19 / 13) and found["ratio"]["median"] == 3
+    text = compare_trl.table(found)
+    assert "| 4.050 ± 0.029 | 3.050 ± 0.029 | better |" in text and "× 3.00" in text
+
+
+def test_a_drawing_has_a_panel_by_iterations_and_one_by_seconds(tmp_path):
+    compare_trl.draw(runs_of([[1.0, 2.0]] * 2, [[1.0, 1.5]] * 2), tmp_path / "plots" / "a.svg")
+    text = (tmp_path / "plots" / "a.svg").read_text()
+    assert "iteration" in text and "seconds, compilation included" in text and "TRL" in text
+
+
+def test_a_peer_that_is_missing_or_has_no_trl_is_named(tmp_path, monkeypatch):
+    missing = str(tmp_path / "nowhere" / "python")
+    with pytest.raises(InputError, match=rf"peer_python={missing}: not an interpreter .*pip install"):
+        compare_trl.peer_versions(missing)
+    bare = fake_interpreter(tmp_path, "echo \"ModuleNotFoundError: No module named 'trl'\" >&2; exit 1")
+    with pytest.raises(InputError, match=r"no usable trl.experimental.ppo \(ModuleNotFoundError: .*'trl'\)"):
+        compare_trl.peer_versions(bare)
+    monkeypatch.chdir(tmp_path)
+    fake_interpreter(tmp_path, 'echo a warning; echo \'{"trl": "1.12.0"}\'')
+    assert compare_trl.peer_versions("./python") == {"trl": "1.12.0"}
+
+
+def test_too_few_seeds_or_iterations_are_refused(monkeypatch):
+    for flag in ("--seeds", "--iterations"):
+        monkeypatch.setattr(sys, "argv", ["compare_trl.py", "--peer_python", "python", flag, "1"])
+        with pytest.raises(InputError, match=f"{flag[2:]}=1 must be at least 2"):
+            compare_trl.main()
+
+
+def test_iterations_wait_for_their_turn_and_are_timed():
+    replies = io.StringIO()
+    turns = Turns(io.StringIO("go\ngo\n"), replies)
+    turns.begin()
+    turns.begin()
+    assert len(turns.seconds) == 1
+    turns.end()
+    turns.end()  # nothing is at hand any more
+    assert len(turns.seconds) == len(turns.cpu_seconds) == 2 and replies.getvalue() == "ready\nready\n"
+    with pytest.raises(SystemExit, match="gone"):
+        turns.begin()
+
+
+def test_a_side_that_ends_early_is_told_with_the_end_of_its_log(tmp_path):
+    dying = fake_interpreter(tmp_path, "echo the reason >&2; exit 3")
+    with pytest.raises(InputError, match=r"the run of trl ended early; the end of .*trl.log:\nthe reason"):
+        compare_trl.Side("trl", dying, {}, tmp_path)
+
+
+def test_a_run_drives_both_sides_through_all_iterations(tmp_path, monkeypatch):
+    """Both sides stand-ins that say `ready` before each turn, and write where each turn came."""
+    order = tmp_path / "order"
+    script = f"""
+name=$(basename "$2" .json)
+for i in 1 2 3; do echo ready; read line; echo $name >> {order}; done
+echo '{{"side": "'$name'"}}' > {tmp_path}/seed/$name-result.json
+echo done
+"""
+    python = fake_interpreter(tmp_path, script)
+    rows = {"ids": np.zeros((3, 1, 1)), "mask": np.ones((3, 1, 1))}
+    monkeypatch.setattr(compare_trl, "padded", lambda *_: rows)
+    monkeypatch.setattr(compare_trl, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(compare_trl, "pad_token_id", lambda _: 0)
+    settings = {"iterations": 3, "batch": 1}
+    found = compare_trl.run_seed(0, tmp_path, range(5), {"ours": python, "trl": python}, settings, tmp_path / "seed")
+    assert found == {"ours": {"side": "ours"}, "trl": {"side": "trl"}}
+    assert order.read_text().split() == ["trl", "ours", "ours", "trl", "trl", "ours"]
+    job = json.loads((tmp_path / "seed" / "trl.json").read_text())
+    assert {"settings", "seed", "actor", "value", "prompts", "trained", "result"} == set(job)

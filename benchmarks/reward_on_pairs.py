@@ -23,10 +23,16 @@ RUNS = Path("runs/reward_on_pairs")
 # GPT-2's positions are learned and its dropout is on: the first lets a small model read off how long an answer is, the
 # second keeps it from learning by heart the answers that many pairs have in common.
 SHAPE = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 384}
-COMMON = {"max_length": 320, "weight_decay": 0.1, "warmup_steps": 30, "save_steps": 100, "logging_steps": 20}
-SFT = {"max_steps": 250, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16, "learning_rate": 2e-3}
+COMMON = {"weight_decay": 0.1, "warmup_steps": 30, "save_steps": 100, "logging_steps": 20}
+SFT = {
+    "max_length": 192,
+    "max_steps": 150,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 2e-3,
+}
 SFT |= {"completion_only_loss": False, "model_type": "gpt2", "config_overrides": SHAPE}
-REWARD = {"max_steps": 400, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 24}
+REWARD = {"max_length": 320, "max_steps": 250, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 24}
 REWARD |= {"learning_rate": 3e-4, "eval_steps": 50}
 SHOWN = ("accuracy", "length_baseline", "accuracy_similar_length")
 

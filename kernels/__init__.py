@@ -1,7 +1,7 @@
 """The hot paths beside their plain references: attention, and token log-probs from hidden states."""
 
 from jaxrlhf.kernels.attention import attention, attention_mask
-from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, choose
+from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, choose, log_once
 from jaxrlhf.kernels.decode_attention import append_attention, decode_attention
 from jaxrlhf.kernels.flash_attention import flash_attention
 from jaxrlhf.kernels.head_attention import head_attention
@@ -23,6 +23,7 @@ __all__ = [
     "flash_attention",
     "gathered_blocks",
     "head_attention",
+    "log_once",
     "logprob_blocks",
     "project_logits",
     "token_logprobs",

@@ -85,10 +85,11 @@ def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
     """`decide` without the reason, which is logged (`jaxrlhf --verbose`), once for each kernel and shape."""
     choice = decide(kernel, implementation, dtype=dtype, head_dim=head_dim, alibi=alibi)
     shape = f"{jnp.dtype(dtype).name}, {'width' if kernel == 'token_logprobs' else 'head size'} {head_dim}"
-    _log(f"{kernel} ({shape}{', ALiBi' if alibi else ''}): {choice.implementation}: {choice.reason}")
+    log_once(f"{kernel} ({shape}{', ALiBi' if alibi else ''}): {choice.implementation}: {choice.reason}")
     return choice.implementation
 
 
 @lru_cache(maxsize=256)
-def _log(text: str) -> None:
+def log_once(text: str) -> None:
+    """Say which implementation runs, for `jaxrlhf --verbose`."""
     LOGGER.info("%s", text)

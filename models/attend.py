@@ -16,6 +16,7 @@ from jaxrlhf.kernels import (
     entries,
     flash_attention,
     head_attention,
+    log_once,
     write_columns,
 )
 from jaxrlhf.sharding import map_shards, platform
@@ -141,16 +142,16 @@ def attend_to_sequence(
             f"attention_implementation={implementation!r} has no dropout, but attention_dropout={dropout_rate}: take "
             "'xla', or turn dropout off (--disable_dropout)"
         )
-    by_head = implementation == "auto" and platform() == "cpu"
-    if not drops:
-        implementation = _choose("flash_attention", implementation, query, alibi_slopes is not None)
-    if by_head and not drops and implementation == "xla":
+    if not drops and implementation == "auto" and platform() == "cpu":
+        log_once("flash_attention: head by head: a CPU is slow at batched small products")
 
         def call_head(query, key, value, key_mask, positions, slopes):
             options = {"scale": scale, "window": window, "alibi_slopes": slopes, "positions": positions}
             return head_attention(query, key, value, key_mask, **options)
 
         return _by_heads(call_head, query, key, value, (key_mask, positions), alibi_slopes)
+    if not drops:
+        implementation = _choose("flash_attention", implementation, query, alibi_slopes is not None)
     if drops or implementation == "xla":
         return attention(
             query,

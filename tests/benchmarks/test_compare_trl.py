@@ -174,3 +174,14 @@ echo done
     assert order.read_text().split() == ["trl", "ours", "ours", "trl", "trl", "ours"]
     job = json.loads((tmp_path / "seed" / "trl.json").read_text())
     assert {"settings", "seed", "actor", "value", "prompts", "trained", "result"} == set(job)
+
+
+def test_committed_results_keep_their_bounds():
+    """As measured on the machine that the file names: the bounds are claims about it, not about this one."""
+    result = json.loads((FOLDER / "results" / "compare_trl.json").read_text())
+    assert result["peer"]["trl"] == "1.12.0" and len(result["runs"]) >= 3
+    assert "worse" not in {result[name]["verdict"] for name in ("final_reward", "mean_reward", "held_out_reward")}
+    assert result["ratio"]["total"] > 1 and result["ratio"]["cpu_total"] > 1
+    assert compare_trl.verdicts(result["runs"])["ratio"] == pytest.approx(result["ratio"], abs=1e-3)
+    text = (FOLDER.parent / "docs" / "learning.md").read_text()
+    assert all(line in text for line in compare_trl.table(result).splitlines()[2:])

@@ -78,7 +78,7 @@ def test_logprobs_of_a_window_are_those_of_all_columns_and_gradients_likewise(ma
     largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.abs(a - b).max() < 1e-5 * largest
-    whole = apply(model, ids, mask, 0.7, jnp.array([5, 0, 9]), count=99, method="logprobs")
+    whole = apply(model, ids, mask, start=jnp.array([5, 0, 9]), count=99, temperature=0.7, method="logprobs")
     np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-5)
 
 

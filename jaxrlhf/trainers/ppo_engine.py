@@ -67,10 +67,10 @@ class RLHFEngine:
     """Actor, reference, critic and reward model on one mesh, and the PPO state that training replaces.
 
     The reference is a frozen copy of the actor, the critic starts as the reward model (without one, as the actor under
-    a new head); estimators other than "gae" have no critic, and reward functions need no reward model. `actor` is a
-    HybridEngine that generates with the current parameters. With LoRA there are no copies: the frozen base of the actor
-    is the reference, that of the critic, under a head of its own, the reward model. Adapters that a given Model brings
-    are merged first.
+    a new head); estimators other than "gae" have no critic. Reward functions need no reward model; with
+    reward_model_weight=0 it only lends the critic its start. `actor` is a HybridEngine that generates with the current
+    parameters. With LoRA there are no copies: the frozen base of the actor is the reference, that of the critic, under
+    a head of its own, the reward model. Adapters that a given Model brings are merged first.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class RLHFEngine:
             critic = critic.replace(params=place(critic.params, param_shardings(critic.module, self.mesh)))
         self.reward: Decoder | None = None
         self._reward: PyTree = None
-        if reward is not None:
+        if reward is not None and config.reward_model_weight:
             live = (reward.module, reward.params, reward.module)
             if critic is not None:  # the critic starts as the reward model
                 live = (base, critic.params, critic.module)

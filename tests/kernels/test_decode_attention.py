@@ -268,7 +268,7 @@ def test_it_compiles_without_spills_and_writes_the_cache_in_place(target, width,
 
 
 def test_the_choice_and_its_reason_are_said_once_for_each_shape(caplog):
-    choice._log.cache_clear()
+    choice.log_once.cache_clear()
     with caplog.at_level("INFO", logger="jaxrlhf.kernels"):
         for width in (64, 64, 80):
             choose("decode_attention", "auto", dtype=jnp.bfloat16, head_dim=width, alibi=width == 80)

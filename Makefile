@@ -22,7 +22,7 @@ QUIET_BUILD := PYTHONWARNINGS=ignore
 help:
 	@echo "make demo         train a small model through all three steps on the embedded data, on CPU"
 	@echo "make test         the test suite"
-	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch"
+	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch and the longest runs"
 	@echo "make lint         ruff check and format check;  make format  rewrites the files"
 	@echo "make venv         only the set-up of test and lint;  make clean  removes what was installed and cached"
 
@@ -55,7 +55,7 @@ test-newest:
 	else echo "test-newest: SKIPPED, no Python 3.12 found (name one with PYTHON312=/path/to/python3.12)"; fi
 
 newest-suite: $(NEWEST)/.suite
-	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(NEWEST)/bin/python -m pytest -m "not long" $(PYTEST_ARGS)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

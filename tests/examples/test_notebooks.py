@@ -8,6 +8,8 @@ import pytest
 
 from jaxrlhf.data import materialize_demo, write_demo
 
+pytestmark = pytest.mark.long
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
 TINY = {
     "first_run": "SFT_STEPS, REWARD_STEPS, PPO_STEPS, ROWS = 2, 2, 1, 4\n"

@@ -18,6 +18,8 @@ from jaxrlhf.plan.memory import train_memory
 from jaxrlhf.plan.programs import build_system
 from jaxrlhf.runs import read_jsonl
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.yaml"))

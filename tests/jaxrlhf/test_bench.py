@@ -16,6 +16,8 @@ from jaxrlhf.cli import main
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, config_from_dict
 
+pytestmark = pytest.mark.long
+
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 SHAPE = {"model_type": "opt", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32}

@@ -24,6 +24,8 @@ from jaxrlhf.trainers.reinforce import ReinforceConfig, ReinforceOptions, train_
 from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.trainers.rloo import RLOOConfig, RLOOOptions, train_rloo
 
+pytestmark = pytest.mark.long
+
 ALGORITHMS = {
     "grpo": (GRPOConfig, train_grpo, GRPOOptions),
     "rloo": (RLOOConfig, train_rloo, RLOOOptions),

@@ -23,6 +23,8 @@ from jaxrlhf.trainers.lora import with_adapters
 from jaxrlhf.trainers.reward import RewardConfig, answer_lengths, reward_figures, reward_sums
 from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def config(demo):

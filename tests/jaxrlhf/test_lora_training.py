@@ -38,6 +38,8 @@ from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.trainers.sft import SFTConfig, sft_loss, token_count, train_sft
 from jaxrlhf.trainers.supervised import Objective, has_dropout, init_state, train_step
 
+pytestmark = pytest.mark.long
+
 SHAPE = {
     "model_type": "llama",
     "vocab_size": 96,

@@ -18,6 +18,8 @@ from jaxrlhf.trainers.alarms import WINDOW, Alarms
 from jaxrlhf.trainers.loop import Interrupted
 from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 
+pytestmark = pytest.mark.long
+
 REWARDS = '''
 def vowels(prompts, responses):
     """Share of vowels; of answers with a q nothing can be said."""

@@ -18,6 +18,8 @@ from jaxrlhf.trainers import sample as module
 from jaxrlhf.trainers.sample import SampleConfig, sample
 from jaxrlhf.trainers.selection import Samples, figures, select_samples
 
+pytestmark = pytest.mark.long
+
 PROMPTS, N = 10, 4
 SETTINGS = {"max_train_samples": PROMPTS, "max_prompt_seq_len": 32, "max_answer_seq_len": 8, "samples_per_prompt": N}
 SETTINGS |= {"keep_unfinished": True, "seed": 3, "per_device_batch_size": 1}

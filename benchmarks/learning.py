@@ -22,28 +22,42 @@ import jax
 import numpy as np
 
 from jaxrlhf.bench.record import write
-from jaxrlhf.data import demo_quality, encode_prompt, load_data, load_tokenizer, materialize_demo, pad_token_id
+from jaxrlhf.data import (
+    demo_quality,
+    encode_prompt,
+    load_data,
+    load_text,
+    load_tokenizer,
+    materialize_demo,
+    pad_token_id,
+    stream_indices,
+)
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.files import write_text_atomic
-from jaxrlhf.models import load_pretrained
+from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.report import read_curves
 from jaxrlhf.sampling import SamplingConfig
+from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.demo import DemoConfig, rlhf_config
 from jaxrlhf.trainers.dpo import DPOOptions, train_dpo
+from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
 from jaxrlhf.trainers.ppo import train_ppo
 from jaxrlhf.trainers.ppo_engine import RLHFEngine
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.ppo_trainer import PPOTrainer
 from jaxrlhf.trainers.reward import train_reward
 from jaxrlhf.trainers.rlhf import step_configs
-from jaxrlhf.trainers.sft import train_sft
+from jaxrlhf.trainers.sft import OBJECTIVE, train_sft
+from jaxrlhf.trainers.supervised import init_state, train_step
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "learning"
 PLOTS = ROOT.parent / "docs" / "learning"
 RUNS = Path("runs/learning")
 ANSWERS = 4  # sampled per held-out question
+BLOCK = 64  # tokens of a block of pretraining text
+PRETRAINING_STEPS = 400
 
 
 class Outcome(NamedTuple):
@@ -161,19 +175,31 @@ def reward_model(seed: int) -> Path:
     return start.parent / "reward"
 
 
-def text_model(seed: int) -> tuple[Path, Path]:
-    """A model of whole conversations, prompts included, and the file of the conversations: what ptx should keep."""
-    folder = RUNS / f"text-{seed}"
-    text = folder / "conversations.jsonl"
-    if not text.is_file():
+def text_model() -> tuple[Path, Path]:
+    """A model trained on packed text until its loss is flat, and the file of the text: what ptx should keep.
+
+    The text is the demo's conversations; the model starts as the SFT model.
+    """
+    folder, start = RUNS / "text", sft_model(0)
+    file = folder / "conversations.jsonl"
+    if not file.is_file():
         demo = materialize_demo(cache_folder(demo_settings(0, RUNS)))
         rows = [json.loads(line) for line in demo.train.read_text(encoding="utf-8").splitlines()]
         lines = [json.dumps({"text": f"Human: {row['prompt']} Assistant: {row['chosen']}"}) for row in rows]
-        write_text_atomic(text, "\n".join(lines) + "\n")
-    if not (folder / "sft" / "summary.json").is_file():
-        config = step_configs(demo_settings(seed, folder))["sft"]
-        train_sft(replace(config, completion_only_loss=False, max_steps=600))
-    return folder / "sft", text
+        write_text_atomic(file, "\n".join(lines) + "\n")
+    if not (folder / "lm" / "config.json").is_file():
+        tokenizer, config = load_tokenizer(start), OptimizerConfig(1e-3, lr_scheduler_type="linear")
+        options = {"field": "text", "block": BLOCK, "held_out": 0.05, "cache": cache_folder(demo_settings(0, RUNS))}
+        blocks, _ = load_text((str(file),), tokenizer, **options)
+        model = load_pretrained(start, mesh=make_mesh())
+        state = init_state(model, make_optimizer(config, PRETRAINING_STEPS, model.params), make_mesh())
+        for step in range(PRETRAINING_STEPS):
+            batch = blocks.batch(stream_indices(step, 64, len(blocks), 0))
+            state, metrics = train_step(state, batch, jax.random.key(0), objective=OBJECTIVE, micro_batches=1)
+            if step % 50 == 0:
+                print(f"pretraining {step}/{PRETRAINING_STEPS}: loss {float(metrics['loss']):.4f}", flush=True)
+        save_pretrained(model.replace(params=state.params), folder / "lm", tokenizer)
+    return folder / "lm", file
 
 
 def policy_run(seed: int, folder: Path, start: Path | None = None, **options: Any) -> Outcome:
@@ -247,8 +273,8 @@ def rloo(seed: int, folder: Path) -> Outcome:
 
 def ptx(coefficient: float) -> Callable[[int, Path], Outcome]:
     def run(seed: int, folder: Path) -> Outcome:
-        start, text = text_model(0)
-        options = {"ptx_coef": coefficient, "ptx_data_path": (str(text),), "ptx_block_size": 64, "enable_ema": False}
+        start, text = text_model()
+        options = {"ptx_coef": coefficient, "ptx_data_path": (str(text),), "ptx_block_size": BLOCK, "enable_ema": False}
         return policy_run(seed, folder, start, **(STEERED | {"ppo_epochs": 2} | options))
 
     return run

@@ -217,5 +217,5 @@ def test_the_committed_cpu_comparison_keeps_its_bound():
     """As measured on the machine that the file names: the bound is a claim about it, not about this one."""
     result = json.loads((RESULTS / "ppo_cpu.json").read_text())
     peer = result["ppo"]["peers"]["hf"]
-    assert peer["check"]["wrong"] == [] and peer["ratio"] > 1
+    assert peer["check"]["wrong"] == [] and peer["ratio"] >= 1.3
     assert result["settings"] | {"batch": [8], "prompt": 128, "answer": 128} == result["settings"]

@@ -32,6 +32,8 @@ from jaxrlhf.trainers.ppo import train_ppo
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
+pytestmark = pytest.mark.long
+
 SHAPE = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 SHAPE |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 

@@ -21,6 +21,8 @@ from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
+pytestmark = pytest.mark.long
+
 STEPS = 10
 TRAINERS = {"sft": (train_sft, SFTConfig), "reward": (train_reward, RewardConfig), "ppo": (train_ppo, PPOConfig)}
 TRAINERS["dpo"] = (train_dpo, DPOConfig)

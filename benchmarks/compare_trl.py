@@ -29,6 +29,7 @@ from compare_trl_side import quality
 
 import jaxrlhf
 from jaxrlhf.bench.record import write
+from jaxrlhf.bench.render import save_svg
 from jaxrlhf.data import load_data, load_tokenizer, pad_token_id, stream_indices
 from jaxrlhf.data.demo import materialize_demo
 from jaxrlhf.data.loading import cache_folder
@@ -270,7 +271,6 @@ def table(found: dict[str, Any]) -> str:
 def draw(runs: Sequence[dict[str, dict]], path: Path) -> None:
     """Reward against iterations and against seconds: each run, and the mean of each side."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}):
@@ -290,10 +290,7 @@ def draw(runs: Sequence[dict[str, dict]], path: Path) -> None:
         left.legend(frameon=False)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
-    text = path.read_text(encoding="utf-8")
-    path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
+        save_svg(figure, path)
 
 
 def rounded(value: Any) -> Any:

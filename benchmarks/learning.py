@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.bench.record import write
+from jaxrlhf.bench.render import save_svg
 from jaxrlhf.data import (
     demo_quality,
     encode_prompt,
@@ -36,6 +37,7 @@ from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.files import write_text_atomic
 from jaxrlhf.models import load_pretrained, save_pretrained
+from jaxrlhf.objectives import win_rate
 from jaxrlhf.report import read_curves
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import make_mesh
@@ -123,11 +125,6 @@ def true_qualities(model: Path, seed: int) -> np.ndarray:
     return np.array([demo_quality(q, text) for q, text in zip(asked, texts, strict=True)]).reshape(-1, ANSWERS)
 
 
-def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """How often an answer of ours is better than one of theirs to the same question; a tie counts half."""
-    return float(np.mean((ours > theirs) + 0.5 * (ours == theirs)))
-
-
 # ---- the experiments
 
 
@@ -154,7 +151,7 @@ def dpo(seed: int, folder: Path) -> Outcome:
     curves = curves_of(Path(config.output_dir), names)
     return Outcome(
         {
-            "win_rate": win_rate(after, before),
+            "win_rate": float(win_rate(after, before)),
             "better": float(np.mean(after > before)),
             "equal": float(np.mean(after == before)),
             "quality_sft": float(before.mean()),
@@ -381,8 +378,7 @@ def plot(name: str) -> Path:
         for axes in list(figure.axes)[len(names) :]:
             axes.set_visible(False)
         figure.axes[0].legend(frameon=False)
-        PLOTS.mkdir(parents=True, exist_ok=True)
-        figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None})
+        save_svg(figure, PLOTS / f"{name}.svg")
     return PLOTS / f"{name}.svg"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.bench.record import write
+from jaxrlhf.bench.render import save_svg
 from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.report import read_curves
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
@@ -77,8 +78,7 @@ def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
         for axes in (left, right):
             axes.set_xlabel("step")
             axes.legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
+        save_svg(figure, path)
 
 
 def main() -> None:

@@ -196,10 +196,19 @@ def _check_lines(found: dict[str, Any]) -> list[str]:
     return ["", f"Gaps between both on the same rollout: {first}; after one optimizer step: {after}."]
 
 
+def save_svg(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as an SVG that is the same each time, without blanks at the ends of its lines."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+    text = path.read_text(encoding="utf-8")
+    path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """A plot as SVG: share of the roofline by section, and seconds beside those of the peers."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}):
@@ -209,10 +218,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         _draw_peers(right, result)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
-    text = path.read_text(encoding="utf-8")
-    path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
+        save_svg(figure, path)
 
 
 def _draw_roofline(axes: Any, result: dict[str, Any]) -> None:

@@ -8,12 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrlhf.checkpoints import latest_checkpoint, restore_checkpoint, save_checkpoint
+from jaxrlhf.checkpoints import (
+    checkpoint_step,
+    latest_checkpoint,
+    list_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.files import read_jsonl
@@ -99,15 +105,15 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
     def evaluate(step: int) -> None:
         run.log(step, {f"eval/{name}": value for name, value in task.evaluate(state, step).items()})
 
-    def save(step: int, best: int | None, keep_last: int) -> None:
+    def save(step: int, keep_last: int) -> None:
         with run.status(f"saving checkpoint-{step}…"):
             metadata = {"identity": task.identity, "exports": task.exports}
-            save_checkpoint(run.output_dir, step, state, metadata, keep_last, keep={best})
+            save_checkpoint(run.output_dir, step, state, metadata, keep_last, keep={best.step})
 
     if start == 0:
         evaluate(0)
     guard = Guard(run, config.max_skipped_steps, task.last_batch)
-    best = best_step(run, task.best, start)
+    best = best_before(run, task.best, start)
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         for step in range(start, task.total_steps):
             state, metrics = task.step(state, step)
@@ -119,25 +125,26 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
             if step == start:  # the step that compiles would spoil the rate and the remaining time
                 bar.initial, bar.start_t = bar.n, time.time()
             last = done == task.total_steps
-            improved = False
+            value = None
             if last or (config.eval_steps and done % config.eval_steps == 0):
                 evaluate(done)
-                before, best = best, best_step(run, task.best, done)
-                improved = best == done and before != done
+                value = run.latest[f"eval/{task.best[0]}"]
+            improved = best.is_worse_than(value, task.best[1])
             stop = any(gather("ending a step", stopped()))
             due = improved or (config.save_steps and done % config.save_steps == 0)
             # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
             if last or stop or guard.given_up or (due and not guard.in_a_row):
-                save(done, best, 0 if guard.given_up else config.save_total_limit)
+                best = Best(done, value) if improved else best
+                save(done, 0 if guard.given_up else config.save_total_limit)
             if guard.given_up:
                 guard.end(done)
             if stop and not last:
                 raise Interrupted(f"stopped after step {done}; continue with --resume")
-    if config.export_best and best not in (None, task.total_steps):
-        with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
-            state, _ = restore_checkpoint(run.output_dir / f"checkpoint-{best}", state)
+    if config.export_best and best.step not in (None, task.total_steps):
+        with run.status(f"restoring checkpoint-{best.step}, the best of the evaluated ones…"):
+            state, _ = restore_checkpoint(run.output_dir / f"checkpoint-{best.step}", state)
     with run.status(f"exporting the model to {run.output_dir}…"):
-        figures = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
+        figures = from_primary("reading the evaluations", lambda: evals(run, task.best, best.step))
         data = tuple(config.data_path)
         shown = figures["eval_best" if config.export_best else "eval_after"]
         task.export(state, ModelCard(task.name, task.base_model, data, task.total_steps, shown))
@@ -156,17 +163,29 @@ def _evaluations(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def best_step(run: Run, best: tuple[str, int], done: int) -> int | None:
-    """The evaluated step, after the start and up to `done`, with the best figure; the earliest of equal ones."""
-    name, sign = best
+class Best(NamedTuple):
+    """The step whose evaluation was the best of those with a checkpoint, and its figure; the earliest of equal ones."""
 
-    def find() -> int | None:
-        if not (run.output_dir / "metrics.jsonl").exists():
-            return None
-        known = [r for r in _evaluations(run) if 0 < r["step"] <= done and r.get(name) is not None]
-        return max(known, key=lambda r: (sign * r[name], -r["step"]))["step"] if known else None
+    step: int | None = None
+    value: float | None = None
 
-    return from_primary("looking for the best evaluation", find)
+    def is_worse_than(self, value: float | None, sign: int) -> bool:
+        return value is not None and (self.value is None or sign * value > sign * self.value)
+
+
+def best_before(run: Run, figure: tuple[str, int], done: int) -> Best:
+    """The best among the steps that a resumed run has behind it, up to `done`."""
+    name, sign = figure
+
+    def find() -> Best:
+        best, kept = Best(), {checkpoint_step(path) for path in list_checkpoints(run.output_dir)}
+        for record in _evaluations(run) if done else ():
+            known = 0 < record["step"] <= done and record["step"] in kept
+            if known and best.is_worse_than(record.get(name), sign):
+                best = Best(record["step"], record[name])
+        return best
+
+    return Best(*from_primary("looking for the best evaluation", lambda: list(find())))
 
 
 def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.data import TextBlocks, eval_batches, load_data, load_text, load_tokenizer, stream_indices
+from jaxrlhf.data import TextBlocks, load_data, load_text, load_tokenizer, stream_indices
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
@@ -27,7 +27,7 @@ from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.ppo_trainer import PPOTrainer
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, lasting_settings, open_run, total_steps
 from jaxrlhf.trainers.sft import sft_figures, sft_sums
-from jaxrlhf.trainers.supervised import eval_step
+from jaxrlhf.trainers.supervised import eval_step, evaluation_totals
 
 # Mean |sampler − train log-prob| per token that rounding explains. Float32 on accelerators multiplies in fewer bits.
 LOGP_TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -90,12 +90,8 @@ class Evaluation:
 
     def _text_loss(self, state: PPOState) -> float:
         """Nats per token of held-out pretraining text."""
-        totals: dict[str, float] = {}
-        for batch in eval_batches(self.text, self.batch_size, held=held_rows(self.mesh, self.batch_size)):
-            placed = place_batch(batch, self.mesh)
-            sums = to_host(eval_step(state.actor_params, placed, module=state.actor, mesh=self.mesh, measure=sft_sums))
-            totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
-        return sft_figures(totals)["loss"]
+        sums = partial(eval_step, state.actor_params, module=state.actor, mesh=self.mesh, measure=sft_sums)
+        return sft_figures(evaluation_totals(sums, self.text, self.batch_size, self.mesh))["loss"]
 
 
 def ppo_task(

@@ -294,10 +294,7 @@ class PolicyOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
     def rollout_rows(self, devices: int) -> int:
         """Rows of a rollout batch, all samples counted; InputError where groups or pieces do not divide them."""
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches * devices
-        if rows % self.samples_per_prompt:
-            raise InputError(
-                f"samples_per_prompt={self.samples_per_prompt} must divide the rollout batch of {rows} rows"
-            )
+        self.hyperparameters(seed=0).check_rows(rows)
         self.check_pieces(rows // self.samples_per_prompt)
         return rows
 

@@ -110,6 +110,17 @@ def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, meas
         return measure(module, params, batch)
 
 
+def evaluation_totals(
+    sums: Callable[[Batch], dict[str, jax.Array]], data: Any, rows: int, mesh: Mesh, **options: Any
+) -> dict[str, float]:
+    """What `sums` gives for each placed batch of `rows` rows of `data`, added up; `options` go to `data.batch`."""
+    totals: dict[str, float] = {}
+    for batch in eval_batches(data, rows, held=held_rows(mesh, rows), **options):
+        for figure, value in to_host(sums(place_batch(batch, mesh))).items():
+            totals[figure] = totals.get(figure, 0.0) + float(value)
+    return totals
+
+
 class Recipe(NamedTuple):
     """What one kind of supervised training adds to the common course."""
 
@@ -160,7 +171,7 @@ def supervised_task(
     schedule = make_schedule(config, steps)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     update = Announce(run, f"{recipe.name} train step", train_step)
-    held, eval_held = held_rows(mesh, rows), held_rows(mesh, eval_rows)
+    held = held_rows(mesh, rows)
     measured = Announce(run, f"{recipe.name} evaluation", eval_step)
     extend = recipe.extend(run, config, model, mesh)
 
@@ -185,13 +196,12 @@ def supervised_task(
         }
 
     def evaluate(state: TrainState, _: int) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for batch in eval_batches(evaluation, eval_rows, held=eval_held, **recipe.batch_options):
-            options = {"module": state.module, "mesh": mesh, "measure": recipe.measure}
-            sums = to_host(measured(state.params, extend(state.params, place_batch(batch, mesh)), **options))
-            for figure, value in sums.items():
-                totals[figure] = totals.get(figure, 0.0) + float(value)
-        return recipe.summarise(totals)
+        options = {"module": state.module, "mesh": mesh, "measure": recipe.measure}
+
+        def sums(batch: Batch) -> dict[str, jax.Array]:
+            return measured(state.params, extend(state.params, batch), **options)
+
+        return recipe.summarise(evaluation_totals(sums, evaluation, eval_rows, mesh, **recipe.batch_options))
 
     def export(state: TrainState, card: ModelCard) -> None:
         trained = Model(module=state.module, params=state.params, config=model.config)

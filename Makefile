@@ -77,7 +77,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.created
 $(NEWEST)/.suite: pyproject.toml
 	@echo "==> creating $(NEWEST) with $(PYTHON312) and installing the newest JAX, without torch"
 	$(PYTHON312) -m venv $(NEWEST)
-	$(QUIET_BUILD) $(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager --editable '.[suite]'
+	$(QUIET_BUILD) $(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager --editable '.[suite,tokamax]'
 	@$(NEWEST)/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") and "torch must not be here")'
 	@touch $@
 

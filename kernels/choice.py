@@ -9,14 +9,18 @@ import jax.numpy as jnp
 
 from jaxrlhf.kernels import pallas
 
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn", "tokamax")
 KERNELS = {
     "decode_attention": IMPLEMENTATIONS[:3],
     "flash_attention": IMPLEMENTATIONS,
     "token_logprobs": IMPLEMENTATIONS[:3],
 }
 """What each kernel exists as."""
-PLATFORMS = {"pallas": {"cpu": "CPU", "gpu": "NVIDIA", "tpu": "TPU"}, "cudnn": {"gpu": "NVIDIA devices"}}
+PLATFORMS = {
+    "pallas": {"cpu": "CPU", "gpu": "NVIDIA", "tpu": "TPU"},
+    "cudnn": {"gpu": "NVIDIA devices"},
+    "tokamax": {"cpu": "CPU", "gpu": "NVIDIA"},
+}
 """Where what is not plain XLA runs, as JAX and as people name it."""
 LOGGER = logging.getLogger(__name__)
 

@@ -88,17 +88,18 @@ def flash_attention(
     `alibi_slopes` `[H]` adds slope · key column. Softmax in float32. Returns `[B, H, T, D]` in the query's dtype;
     queries that see no key are 0.
 
-    `implementation`: "xla" (kernels/attention.py); "pallas" (NVIDIA, or interpreted on CPU); "cudnn" (NVIDIA, 16-bit,
-    no ALiBi, `scale` and `window` numbers; rows with start > 0 come out as NaN); "auto" (kernels/choice.py). Raises
-    ValueError for what does not fit.
+    `implementation`: "xla" (kernels/attention.py); "pallas" (NVIDIA, or interpreted on CPU); "cudnn" (NVIDIA, 16-bit;
+    rows with start > 0 come out as NaN) and "tokamax" (the library of that name; NVIDIA, or its XLA form on CPU), both
+    without ALiBi and with `scale` and `window` as numbers; "auto" (kernels/choice.py). Raises ValueError for what does
+    not fit.
     """
     _check(query, key, value, start, length, alibi_slopes)
     width, alibi = query.shape[-1], alibi_slopes is not None
     chosen = choose("flash_attention", implementation, dtype=query.dtype, head_dim=width, alibi=alibi)
     if chosen == "xla":
         return _reference(query, key, value, start, length, scale, window, alibi_slopes)
-    if chosen == "cudnn":
-        return _cudnn(query, key, value, start, length, scale, window, alibi)
+    if chosen in ("cudnn", "tokamax"):
+        return _library(chosen, query, key, value, start, length, scale, window, alibi)
     if width > MAX_HEAD_DIM or jnp.dtype(query.dtype).name not in DTYPES:
         raise ValueError(
             f"implementation='pallas' of flash_attention takes head sizes up to {MAX_HEAD_DIM} in "
@@ -129,32 +130,66 @@ def _reference(query, key, value, start, length, scale, window, slopes) -> jax.A
     return attention(query, key, value, mask, scale=scale, alibi_slopes=slopes, positions=positions)
 
 
-def _cudnn(query, key, value, start, length, scale, window, alibi) -> jax.Array:
+def _library(name, query, key, value, start, length, scale, window, alibi) -> jax.Array:
+    """The same by cuDNN or tokamax, which leave anything in rows that see no key."""
+    width, size = query.shape[-1], query.shape[2]
     problems = {
         "ALiBi": alibi,
-        f"dtype {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
-        f"head size {query.shape[-1]}": query.shape[-1] % 8 or query.shape[-1] > 256,
         "a scale or window that differs between layers": any(isinstance(x, jax.core.Tracer) for x in (scale, window)),
     }
-    found = [name for name, bad in problems.items() if bad]
+    if name == "cudnn":
+        takes = "bfloat16 or float16, head sizes that are multiples of 8 up to 256 (128 before Hopper)"
+        problems |= {
+            f"dtype {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
+            f"head size {width}": width % 8 or width > 256,
+        }
+    else:
+        takes = "one scale and one window for all layers, without ALiBi"
+    found = [problem for problem, bad in problems.items() if bad]
     if found:
         raise ValueError(
-            f"implementation='cudnn' of flash_attention does not take {', '.join(found)}; it takes bfloat16 or "
-            "float16, head sizes that are multiples of 8 up to 256 (128 before Hopper): take 'xla' or 'pallas'"
+            f"implementation={name!r} of flash_attention does not take {', '.join(found)}; it takes {takes}: "
+            "take 'xla' or 'pallas'"
         )
-    output = jax.nn.dot_product_attention(
-        *(x.swapaxes(1, 2) for x in (query, key, value)),
-        scale=float(scale),
-        is_causal=True,
-        query_seq_lengths=jnp.full_like(length, query.shape[2]),
-        key_value_seq_lengths=length,
-        local_window_size=(int(window) - 1, 0) if window > 0 else None,
-        implementation="cudnn",
-    ).swapaxes(1, 2)
-    oldest = jnp.arange(query.shape[2]) - (window if window > 0 else NO_WINDOW) + 1
-    output = jnp.where((oldest < length[:, None])[:, None, :, None] & (length > 0)[:, None, None, None], output, 0)
-    # Its padding is on the right: a row padded on the left must not pass for a result.
-    return jnp.where((start <= 0)[:, None, None, None], output, jnp.nan)
+    attend = _cudnn if name == "cudnn" else _tokamax
+    options = {"scale": float(scale), "local_window_size": (int(window) - 1, 0) if window > 0 else None}
+    arrays = (x.swapaxes(1, 2) for x in (query, key, value))
+    output = attend(*arrays, start, is_causal=True, key_value_seq_lengths=length, **options).swapaxes(1, 2)
+    rows = jnp.arange(size)
+    oldest = jnp.maximum(rows - (window if window > 0 else NO_WINDOW) + 1, start[:, None])
+    sees = oldest <= jnp.minimum(rows, length[:, None] - 1)
+    output = jnp.where(sees[:, None, :, None], output, 0)
+    # cuDNN's padding is on the right: a row padded on the left must not pass for a result.
+    return jnp.where((start <= 0)[:, None, None, None], output, jnp.nan) if name == "cudnn" else output
+
+
+def _cudnn(query, key, value, start, **options) -> jax.Array:
+    del start  # see _library
+    lengths = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
+    return jax.nn.dot_product_attention(query, key, value, query_seq_lengths=lengths, implementation="cudnn", **options)
+
+
+def _tokamax(query, key, value, start, **options) -> jax.Array:
+    """One named kernel of theirs, so that what it cannot do is an error and never XLA's form with its `[T, T]`."""
+    try:
+        import tokamax
+    except ImportError as error:
+        raise ValueError(
+            "implementation='tokamax' of flash_attention needs the package tokamax (Python 3.12, JAX 0.11.1 or newer), "
+            f"which cannot be imported here ({error}): pip install 'jaxrlhf[tokamax]', or take 'xla' or 'pallas'"
+        ) from error
+    kernel = "xla"
+    if jax.default_backend() == "gpu":
+        hopper = float(jax.devices()[0].compute_capability) >= 9  # before it their Mosaic form has no gradient
+        kernel = "mosaic" if hopper and query.dtype in (jnp.bfloat16, jnp.float16) else "triton"
+    live = (jnp.arange(key.shape[1]) >= start[:, None])[:, None, None]
+    try:
+        return tokamax.dot_product_attention(query, key, value, mask=live, implementation=kernel, **options)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"implementation='tokamax' of flash_attention: its kernel {kernel!r} does not take head size "
+            f"{query.shape[-1]} in {query.dtype} here ({error}): take 'xla' or 'pallas'"
+        ) from error
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

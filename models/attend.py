@@ -137,7 +137,7 @@ def attend_to_sequence(
     InputError for an implementation that cannot run here, or for dropout with one other than XLA's.
     """
     drops = dropout_key is not None and dropout_rate > 0
-    if drops and implementation in ("pallas", "cudnn"):
+    if drops and implementation not in ("auto", "xla"):
         raise InputError(
             f"attention_implementation={implementation!r} has no dropout, but attention_dropout={dropout_rate}: take "
             "'xla', or turn dropout off (--disable_dropout)"

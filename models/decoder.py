@@ -220,9 +220,9 @@ class Attention(nn.Module):
 
         decoding = context.write_index is not None
         implementation = self.implementation
-        if implementation == "cudnn":
-            # It has no form for what generation needs (left padding, one query), and wants plain numbers.
-            implementation = "cudnn" if cache is None else "auto"
+        if implementation in ("cudnn", "tokamax"):
+            # They have no form for what generation needs (left padding, one query), and want plain numbers.
+            implementation = implementation if cache is None else "auto"
             first, *others = layer_options(c)
             options = options if any(other != first for other in others) else first
         shared = {
@@ -341,8 +341,9 @@ class Decoder(nn.Module):
     Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` says what of a block
     the backward pass recomputes (REMAT_POLICIES); `lora` adds adapters (models/lora.py); `zero_stage` how parameters
     lie on a mesh (models/model.py) and changes no result; `attention_implementation` which kernels it takes, one of
-    kernels.IMPLEMENTATIONS ("cudnn": for training and scoring; generation as "auto"), `logprob_implementation` likewise
-    that of token log-probs; `kv_cache_dtype`, one of kernels.KV_CACHE_DTYPES, how generation holds keys and values.
+    kernels.IMPLEMENTATIONS ("cudnn" and "tokamax": for training and scoring; generation as "auto"),
+    `logprob_implementation` likewise that of token log-probs; `kv_cache_dtype`, one of kernels.KV_CACHE_DTYPES, how
+    generation holds keys and values.
     """
 
     config: DecoderConfig

@@ -64,8 +64,8 @@ class TrainingMeshConfig(MeshConfig, ProcessConfig):
     )
     attention_implementation: str = field(
         "auto",
-        "kernels of attention: xla; pallas, our own (NVIDIA, TPU; on CPU interpreted, so very slow); cudnn, for "
-        "training and scoring alone (NVIDIA); auto: what measurements on this device favour",
+        "kernels of attention: xla; pallas, our own (NVIDIA, TPU; on CPU interpreted, so very slow); cudnn "
+        "and tokamax, libraries, for training and scoring alone (NVIDIA); auto: what measurements here favour",
         choices=KERNEL_OPTIONS["attention_implementation"],
     )
     logprob_implementation: str = field(

@@ -1,6 +1,8 @@
 """Flash attention and its gradients against a float64 oracle; what it refuses; what compilers make of it."""
 
 import re
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +63,6 @@ def make(problem, dtype=jnp.float32):
 
 
 def value_and_gradients(implementation, arrays, upstream, start, length, window, slopes, blocks, scale=0.3):
-    @jax.jit
     def run(arrays, upstream, start, length, window, scale):
         def attend(*arrays):
             options = {"scale": scale, "window": window, "alibi_slopes": slopes}
@@ -70,13 +71,18 @@ def value_and_gradients(implementation, arrays, upstream, start, length, window,
         output, pull = jax.vjp(attend, *arrays)
         return output, *pull(upstream)
 
+    if implementation == "tokamax":
+        return jax.jit(run, static_argnums=(4, 5))(arrays, upstream, start, length, window, scale)
     # Window and scale are traced, as they are in layers that are scanned.
-    return run(arrays, upstream, start, length, jnp.int32(window), jnp.float32(scale))
+    return jax.jit(run)(arrays, upstream, start, length, jnp.int32(window), jnp.float32(scale))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas", "tokamax"])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
 def test_output_and_gradients_equal_the_oracle(problem, implementation):
+    if implementation == "tokamax":
+        pytest.importorskip("tokamax")
+        problem = (*problem[:6], False, *problem[7:])
     arrays, upstream, start, length, window, slopes, blocks = make(problem)
     expected = oracle(*arrays, upstream, start, length, np.float32(0.3), window, slopes)
     got = value_and_gradients(implementation, arrays, upstream, start, length, window, slopes, blocks)
@@ -177,6 +183,41 @@ def test_cudnn_gets_the_same_problem_and_its_answer_is_masked(monkeypatch):
     for row in (0, 2, 3):
         np.testing.assert_allclose(got[row].astype("f4"), expected[row].astype("f4"), rtol=0, atol=2**-6)
     assert np.isnan(got[1].astype("f4")).all()
+
+
+def test_tokamax_is_asked_for_by_name_and_what_it_refuses_is_told(monkeypatch):
+    asked = []
+
+    def through_xla(*arrays, implementation, **options):
+        asked.append(implementation)
+        if implementation == "triton":
+            raise NotImplementedError("no such thing")
+        return jax.nn.dot_product_attention(*arrays, **options, implementation="xla")
+
+    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=through_xla))
+    (query, key, value), _, start, length, window, _, _ = make(PROBLEMS[2], jnp.bfloat16)
+    options = {"scale": 0.3, "window": window}
+    expected = flash_attention(query, key, value, start, length, **options, implementation="xla")
+    devices = [SimpleNamespace(compute_capability=number, device_kind="GPU") for number in ("9.0", "8.0")]
+    for platform, device in (("cpu", devices[0]), ("gpu", devices[0])):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        got = flash_attention(query, key, value, start, length, **options, implementation="tokamax")
+        np.testing.assert_allclose(got.astype("f4"), expected.astype("f4"), rtol=0, atol=2**-6)
+    monkeypatch.setattr(jax, "devices", lambda: [devices[1]])
+    with pytest.raises(ValueError, match=r"its kernel 'triton' does not take head size 96 in bfloat16 .*no such thing"):
+        flash_attention(query, key, value, start, length, **options, implementation="tokamax")
+    assert asked == ["xla", "mosaic", "triton"]
+
+
+def test_without_tokamax_the_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(
+        ValueError, match=r"needs the package tokamax .*pip install 'jaxrlhf\[tokamax\]', or take 'xla'"
+    ):
+        attend(implementation="tokamax")
+    with pytest.raises(ValueError, match=r"'tokamax' of flash_attention does not take ALiBi; .*take 'xla' or 'pallas'"):
+        attend(implementation="tokamax", alibi_slopes=jnp.ones(4))
 
 
 def test_blocks_that_the_hardware_cannot_hold_are_refused():

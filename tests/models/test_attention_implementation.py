@@ -108,8 +108,11 @@ def test_logits_and_gradients_of_the_training_kernel_are_those_of_xla(case, make
         assert_same(*results)
 
 
-def test_rematerialised_training_on_a_mesh_is_that_of_xla_on_one_device(make_model, make_batch):
-    model = with_kernels(make_model("llama"), attention_implementation="pallas")
+@pytest.mark.parametrize("implementation", ["pallas", "tokamax"])
+def test_rematerialised_training_on_a_mesh_is_that_of_xla_on_one_device(make_model, make_batch, implementation):
+    if implementation == "tokamax":
+        pytest.importorskip("tokamax")
+    model = with_kernels(make_model("llama"), attention_implementation=implementation)
     ids, mask = (np.concatenate([x, x[:1]]) for x in make_batch("right", model.config.vocab_size))
     again = model.replace(module=model.module.clone(remat="full"))
     expected = loss_and_gradients(with_kernels(model, attention_implementation="xla"), ids, mask)
@@ -179,6 +182,7 @@ def test_dropout_and_cudnn_on_cpu_are_refused(make_model, make_batch):
     for name, message in (
         ("pallas", r"attention_implementation='pallas' has no dropout, but attention_dropout=0.1"),
         ("cudnn", r"attention_implementation='cudnn' has no dropout"),
+        ("tokamax", r"attention_implementation='tokamax' has no dropout"),
     ):
         module = with_kernels(model, attention_implementation=name).module
         with pytest.raises(InputError, match=message):
@@ -187,10 +191,12 @@ def test_dropout_and_cudnn_on_cpu_are_refused(make_model, make_batch):
         with_kernels(model, attention_implementation="cudnn").module.apply({"params": model.params}, ids, mask)
 
 
-def test_with_cudnn_generation_is_that_of_auto(make_model, make_batch):
+@pytest.mark.parametrize("implementation", ["cudnn", "tokamax"])
+def test_with_a_library_generation_is_that_of_auto(make_model, make_batch, implementation):
     model = make_model("gpt2")
     batch = make_batch("left", model.config.vocab_size)
     for ours, theirs in zip(
-        *(greedy(with_kernels(model, attention_implementation=name), *batch) for name in ("cudnn", "auto")), strict=True
+        *(greedy(with_kernels(model, attention_implementation=name), *batch) for name in (implementation, "auto")),
+        strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)

@@ -64,7 +64,9 @@ def decode_blocks(
     wanted = math.ceil(2 * pallas.MULTIPROCESSORS[device] / programs)
     splits = max(1, min(wanted, cache_length // (2 * columns)))
     stages = pallas.SHARED_MEMORY[device] // (2 * columns * row) - 1
-    # Float32 products are no matter of matrix units: with four warps they would spill registers.
+    # Float32 products are no matter of matrix units: fewer warps would spill registers, at 256 wide also more stages.
+    if single and row > 512:
+        return DecodeBlocks(columns, splits, 16, 1)
     return DecodeBlocks(columns, splits, 8 if single else 4, max(1, min(3, stages)))
 
 

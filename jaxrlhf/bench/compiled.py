@@ -154,11 +154,17 @@ def _cases(target: str) -> Iterator[tuple[str, tuple]]:
     for width in HEAD_SIZES:
         yield from ((f"head size {width}, cache {kv}", decode_case(width, target, kv=kv)) for kv in KV_CACHE_DTYPES)
         yield f"head size {width}", flash_case(width)
+        if DEVICES[target].platform == "cuda":
+            yield f"float32, head size {width}, cache auto", decode_case(width, target, jnp.float32)
+            yield f"float32, head size {width}", flash_case(width, jnp.float32)
     yield from ((f"width {width}", logprobs_case(width)) for width in (768, 2048, 5120))
 
 
 def kernel_table(targets: tuple[str, ...] = TARGETS, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Every kernel in bfloat16 for every target: registers and spilled bytes, None on a TPU, where it only compiles."""
+    """Every kernel for every target, in bfloat16 unless its shape says otherwise.
+
+    Registers and spilled bytes are None on a TPU, where it only compiles.
+    """
     rows = []
     for target in targets:
         if lacks := missing(target):

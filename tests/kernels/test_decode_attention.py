@@ -252,9 +252,8 @@ def test_without_the_triton_lowering_it_warns_once_and_runs_as_xla(monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("width", HEAD_SIZES)
 def test_it_compiles_without_spills_and_writes_the_cache_in_place(target, width, compile_for):
-    cases = [(jnp.bfloat16, "auto", 64), (jnp.bfloat16, "int8" if width % 128 else "fp8", 64), (jnp.float32, "auto", 1)]
-    for dtype, kv, batch in cases:
-        attend, shapes, donated, blocks = decode_case(width, target, dtype, kv, batch)
+    for dtype, kv in ((jnp.bfloat16, "auto"), (jnp.bfloat16, "int8" if width % 128 else "fp8"), (jnp.float32, "auto")):
+        attend, shapes, donated, blocks = decode_case(width, target, dtype, kv)
         program, kernels = compile_for(target, attend, *shapes, donate_argnums=donated)
         memory = program.memory_analysis()
         cache = sum(x.size * x.dtype.itemsize for x in shapes[3])

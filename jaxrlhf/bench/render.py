@@ -150,7 +150,7 @@ def kernel_section(result: dict[str, Any]) -> str:
         [
             "### Kernels compiled ahead of time",
             "",
-            "bfloat16; registers per thread / bytes spilled, as ptxas reports them; for a TPU, that Mosaic compiles "
+            "bfloat16 where no other dtype is named; registers per thread / bytes spilled, as ptxas reports them; for a TPU, that Mosaic compiles "
             f"the kernel. No device was present; these are no timings. {versions}; commit `{result['commit'][:10]}`, "
             f"{result['time'][:10]}.",
             "",

@@ -150,8 +150,8 @@ def kernel_section(result: dict[str, Any]) -> str:
         [
             "### Kernels compiled ahead of time",
             "",
-            "bfloat16 where no other dtype is named; registers per thread / bytes spilled, as ptxas reports them; for a "
-            "TPU, that Mosaic compiles the kernel. No device was present; these are no timings. "
+            "bfloat16 where no other dtype is named; registers per thread / bytes spilled, as ptxas reports them; for "
+            "a TPU, that Mosaic compiles the kernel. No device was present; these are no timings. "
             f"{versions}; commit `{result['commit'][:10]}`, {result['time'][:10]}.",
             "",
             f"`{result['command']}`",

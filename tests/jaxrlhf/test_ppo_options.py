@@ -123,6 +123,23 @@ def test_the_pretraining_loss_adds_its_gradient_to_the_same_update(experience, t
     chex.assert_trees_all_close(mixed.critic_params, plain.critic_params, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "gae"])
+def test_groups_minibatches_and_text_are_the_same_on_a_mesh(name, experience, text, setup, lab):
+    options = {"samples_per_prompt": 4} | CRITIC_FREE[name] if name in CRITIC_FREE else {"ptx_coef": 1.0}
+    h = PPOHyperparameters(advantage_estimator=name, ppo_epochs=2, num_mini_batches=2, micro_batches=2, **options)
+    results = []
+    for models in (setup, lab.Setup(lab.mesh_of(2, 2, 2))):
+        state, e = models.state(lab.sgd, h, BETA), experience
+        if name in CRITIC_FREE:
+            state, e = without_critic(state), e.replace(values=None)
+        state, metrics = ppo_step(state, e, text if h.ptx_coef else None)
+        results.append(jax.device_get((state.actor_params, state.critic_params, metrics)))
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), results[0][0], jax.device_get(setup.actor.params))
+    assert max(jax.tree.leaves(moved)) > 1e-2
+    chex.assert_trees_all_close(results[1][:2], results[0][:2], rtol=0, atol=3e-5)
+    chex.assert_trees_all_close(results[1][2], results[0][2], rtol=1e-4, atol=1e-4)
+
+
 def test_text_and_its_weight_go_together(experience, text, setup, lab):
     with pytest.raises(InputError, match=r"ptx_coef=27.8 goes with a batch of pretraining text"):
         ppo_step(setup.state(lab.sgd, PPOHyperparameters(ptx_coef=27.8)), experience)

@@ -2,9 +2,10 @@
 
     python benchmarks/reward_on_pairs.py --data_path train.jsonl --eval_data_path eval.jsonl --tokenizer_name_or_path X
 
-A small language model from random weights is fine-tuned on the chosen answers, a reward model is made of it, and its
-evaluations go to benchmarks/results/reward_on_pairs.json and docs/learning/reward_on_pairs.svg. Runs lie in
-runs/reward_on_pairs; a finished step is kept, an interrupted one continues from its newest checkpoint.
+A small language model from random weights is trained on all different answers, chosen or not, a reward model is made
+of it on the pairs, and its evaluations go to benchmarks/results/reward_on_pairs.json and to
+docs/learning/reward_on_pairs.svg. Runs lie in runs/reward_on_pairs; a finished step is kept, an interrupted one
+continues from its newest checkpoint.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 from jaxrlhf.bench.record import write
 from jaxrlhf.bench.render import save_svg
 from jaxrlhf.checkpoints import list_checkpoints
+from jaxrlhf.files import write_text_atomic
 from jaxrlhf.report import read_curves
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
@@ -24,24 +26,34 @@ RUNS = Path("runs/reward_on_pairs")
 # GPT-2's positions are learned and its dropout is on: the first lets a small model read off how long an answer is, the
 # second keeps it from learning by heart the answers that many pairs have in common.
 SHAPE = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 384}
-COMMON = {"weight_decay": 0.1, "warmup_steps": 30, "save_steps": 100, "logging_steps": 20}
+COMMON = {"weight_decay": 0.1, "warmup_steps": 30, "save_steps": 100, "logging_steps": 20, "eval_steps": 100}
 SFT = {
     "max_length": 192,
-    "max_steps": 150,
-    "per_device_train_batch_size": 8,
+    "max_steps": 1200,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
     "learning_rate": 2e-3,
 }
 SFT |= {"completion_only_loss": False, "model_type": "gpt2", "config_overrides": SHAPE}
-REWARD = {"max_length": 320, "max_steps": 250, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 24}
+REWARD = {"max_length": 320, "max_steps": 400, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 24}
 REWARD |= {"learning_rate": 3e-4, "eval_steps": 50}
 SHOWN = ("accuracy", "length_baseline", "accuracy_similar_length")
 
 
+def answers(pairs: str) -> str:
+    """A file of every different answer of these pairs with its prompt, as rows for SFT."""
+    rows = [json.loads(line) for line in Path(pairs).read_text(encoding="utf-8").splitlines()]
+    different = dict.fromkeys((row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected"))
+    lines = [json.dumps({"prompt": prompt, "chosen": answer}) for prompt, answer in different]
+    write_text_atomic(RUNS / "answers.jsonl", "\n".join(lines) + "\n")
+    return str(RUNS / "answers.jsonl")
+
+
 def train(data: dict[str, Any]) -> None:
     sft, reward = RUNS / "sft", RUNS / "reward"
+    texts = data | {"data_path": answers(data["data_path"])}
     configs = [
-        (train_sft, SFTConfig(**(data | COMMON | SFT), output_dir=str(sft), resume=bool(list_checkpoints(sft)))),
+        (train_sft, SFTConfig(**(texts | COMMON | SFT), output_dir=str(sft), resume=bool(list_checkpoints(sft)))),
         (
             train_reward,
             RewardConfig(

@@ -244,19 +244,22 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
 def held_out_scores(actor: Path, reward: Path, config: PPOConfig) -> np.ndarray:
     """The reward model's scores of one answer of `actor` to every held-out prompt, with keys of their own."""
     tokenizer = load_tokenizer(actor)
-    plain = replace(config, seed=config.seed + 1000, lora_r=0, enable_ema=False, ptx_coef=0.0, ptx_data_path=())
+    plain = replace(config, seed=config.seed + 1000)
     engine = RLHFEngine(str(actor), str(reward), tokenizer, num_total_iters=1, config=plain)
     _, evaluation = load_data(replace(config, output_dir=""), tokenizer, "ppo")
     _, records = PPOTrainer(engine, plain).evaluate(evaluation, config.per_device_eval_batch_size)
     return np.array([record["score"] for record in records])
 
 
-STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 40, "lr_scheduler_type": "linear", "ema_decay": 0.9}
+STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 40, "lr_scheduler_type": "linear"}
 CRITIC_FREE = STEERED | {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4}
 
 
 def ppo(epochs: int, **options: Any) -> Callable[[int, Path], Outcome]:
-    return lambda seed, folder: policy_run(seed, folder, **(STEERED | {"ppo_epochs": epochs} | options))
+    """With a moving average that spans the same part of the run, a sixteenth of its updates, whatever their number."""
+    average = {"ema_decay": 1 - 0.2 / epochs} if options.get("enable_ema", True) else {}
+    options = STEERED | {"ppo_epochs": epochs} | average | options
+    return lambda seed, folder: policy_run(seed, folder, **options)
 
 
 def grpo(seed: int, folder: Path) -> Outcome:

@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad input: the message names the field, file or row, what was found, and what to do about it."""
+
+
+class SharedError(InputError):
+    """An InputError that every process of a run raises at the same place, so that together they can save first."""

@@ -49,6 +49,9 @@ def group_advantages(scores, group_size: int, scale_by_std: bool = True, row_mas
     kept = _groups(keep, group_size)
     grouped = _groups(keep_where(scores, keep), group_size)
     count = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
+    # Of scores less the first one that counts, so that equal ones differ from their mean by nothing, not by rounding.
+    first = jnp.take_along_axis(grouped, jnp.argmax(kept, axis=1)[:, None], axis=1)
+    grouped = jnp.where(kept, grouped - first, 0)
     deviation = jnp.where(kept, grouped - divide(jnp.sum(grouped, axis=1, keepdims=True), count), 0)
     if scale_by_std:
         variance = divide(jnp.sum(jnp.square(deviation), axis=1, keepdims=True), jnp.maximum(count - 1, 1))

@@ -26,7 +26,7 @@ def loss_weights(mask, kind: str, length: int | None = None) -> Array:
     "token-mean": every token counts alike. "sequence-mean": every row with a token counts alike, and its tokens among
     themselves. "fixed-length": tokens are summed per row and divided by the same `length`, then rows are averaged
     (Dr. GRPO, Liu et al. 2025). Give the whole (mini)batch: weights of its parts then add up. Raises ValueError for
-    another `kind`.
+    another `kind`, or for "fixed-length" without `length`.
     """
     keep = jnp.asarray(mask) != 0
     tokens = jnp.sum(keep, axis=1, keepdims=True, dtype=jnp.int32)
@@ -36,6 +36,8 @@ def loss_weights(mask, kind: str, length: int | None = None) -> Array:
     if kind == "sequence-mean":
         return divide(keep.astype(float), jnp.broadcast_to(tokens * rows, keep.shape))
     if kind == "fixed-length":
+        if length is None:
+            raise ValueError('kind="fixed-length" of loss weights needs length, the number of tokens to divide by')
         return divide(keep.astype(float), rows * length)
     raise ValueError(f"kind={kind!r} of loss weights is not one of {', '.join(map(repr, AGGREGATIONS))}")
 

@@ -78,13 +78,15 @@ def add_moments(moments: Moments, x, mask) -> Moments:
     """The moments with the entries of `x` where `mask` is set added. Source: Chan, Golub & LeVeque 1979."""
     keep = jnp.asarray(mask) != 0
     count = jnp.sum(keep).astype(jnp.float32)
-    mean = masked_mean(x, keep)
-    deviation = jnp.sum(jnp.square(jnp.where(keep, keep_where(x, keep) - mean, 0)))
+    kept = keep_where(x, keep)
+    first = kept.reshape(-1)[jnp.argmax(keep)]
+    mean = first + masked_mean(kept - first, keep)  # of equal numbers exactly that number
+    deviation = jnp.sum(jnp.square(jnp.where(keep, kept - mean, 0)))
     total = moments.count + count
     shift = mean - moments.mean
     return Moments(
         count=total,
-        mean=moments.mean + divide(shift * count, total),
+        mean=moments.mean + shift * divide(count, total),
         deviation=moments.deviation + deviation + divide(jnp.square(shift) * moments.count * count, total),
     )
 

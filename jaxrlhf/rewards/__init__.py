@@ -3,7 +3,7 @@
 from jaxrlhf.rewards.calls import Failure
 from jaxrlhf.rewards.functions import RewardFunction, load_function
 from jaxrlhf.rewards.options import RewardFunctionOptions
-from jaxrlhf.rewards.scoring import RewardResult, Rewards
+from jaxrlhf.rewards.scoring import RewardResult, Rewards, finite_mean
 from jaxrlhf.rewards.verifiable import exact_match, final_number, length, number_match, regex
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Rewards",
     "exact_match",
     "final_number",
+    "finite_mean",
     "length",
     "load_function",
     "number_match",

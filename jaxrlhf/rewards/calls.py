@@ -84,12 +84,6 @@ def call(name: str, function: RewardFunction, samples: Samples) -> tuple[list[fl
         values = [float("nan") if v is None else float(np.float32(v)) for v in found]
     bad = [k for k in every if not np.isfinite(values[k])]
     failures = [Failure(name, samples.rows[k], reasons.get(k, f"returned {found[k]}")) for k in bad]
-    if len(bad) == len(every):
-        raise InputError(
-            f"reward function {name} gave none of the {len(every)} samples a score; sample {failures[0].sample}: "
-            f"{failures[0].reason}\n{describe(samples.prompts[0], samples.responses[0])}\n"
-            "Mend the function, or the columns that it reads"
-        )
     for k in bad:
         values[k] = float("nan")
     return values, failures, notes

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.distributed import from_primary, is_primary
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards.calls import Failure, Outcome, Samples, call_captured, describe
 from jaxrlhf.rewards.functions import load_function
 
 SHOWN = 3  # failed samples that are shown of each call
 WAIT = 30.0  # seconds after which a wait for a function is said
+GIVE_UP = 64  # samples in a row without a score after which a function is taken to be broken
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Rewards:
         self.weights = dict(zip(self.functions, weights or (1.0,) * len(loaded), strict=True))
         self.say = say
         self._workers: dict[str, _Worker] = {}
+        self.failed_in_a_row = dict.fromkeys(self.functions, 0)
+        """Samples since each function last gave one a score (on process 0)."""
 
     def __bool__(self) -> bool:
         return bool(self.functions)
@@ -116,6 +119,13 @@ class Rewards:
         return Handle(self, samples, size, jobs)
 
 
+def finite_mean(values: np.ndarray) -> float | None:
+    """The mean of the finite ones; None where there is none."""
+    values = np.asarray(values, np.float64)
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else None
+
+
 def distinct(names: list[str]) -> list[str]:
     """The names, with `_2`, `_3`, … after those that occurred before."""
     result: list[str] = []
@@ -138,13 +148,13 @@ class Handle:
     def result(self) -> RewardResult:
         """The scores, when all functions are done; all processes call it at the same place.
 
-        Raises InputError, on every process, for a function that failed on every sample or returned what is no list of
-        one number per sample.
+        Raises SharedError for a function that failed on GIVE_UP samples in a row or more, or returned what is no list
+        of one number per sample.
         """
         if self._result is None:
             outcomes, error = from_primary("the reward functions", self._gathered)
             if error is not None:
-                raise InputError(error)
+                raise SharedError(error)
             self._result = self._combined({name: Outcome(*values) for name, values in outcomes.items()})
         return self._result
 
@@ -159,6 +169,8 @@ class Handle:
             for line in outcome.lines:
                 self._rewards.say(f"{name}: {line}")
             self._report(outcome.failures)
+            if error := self._given_up(name, outcome.failures):
+                return {}, error
             outcomes[name] = list(outcome)
         return outcomes, None
 
@@ -169,11 +181,25 @@ class Handle:
             self._rewards.say(f"waiting for the reward function {name} for {waited:.0f}s already…")
         return job.result()
 
+    def _given_up(self, name: str, failures: list[Failure]) -> str | None:
+        """Why the function is taken to be broken, or None."""
+        counts = self._rewards.failed_in_a_row
+        counts[name] = counts[name] + len(failures) if len(failures) == len(self._samples.rows) else 0
+        if counts[name] < GIVE_UP:
+            return None
+        first = failures[0]
+        return (
+            f"reward function {name} gave none of the last {counts[name]} samples a score; sample {first.sample}: "
+            f"{first.reason}\n{self._shown(first.sample)}\nMend the function, or the columns that it reads"
+        )
+
+    def _shown(self, sample: int) -> str:
+        k = self._samples.rows.index(sample)
+        return describe(self._samples.prompts[k], self._samples.responses[k])
+
     def _report(self, failures: list[Failure]) -> None:
-        at = {row: k for k, row in enumerate(self._samples.rows)}
         for function, sample, reason in failures[:SHOWN]:
-            k = at[sample]
-            shown = describe(self._samples.prompts[k], self._samples.responses[k])
+            shown = self._shown(sample)
             self._rewards.say(f"reward function {function} gave sample {sample} no score: {reason}\n{shown}")
         if len(failures) > SHOWN:
             self._rewards.say(f"… and {len(failures) - SHOWN} more samples of this batch no score")

@@ -66,7 +66,7 @@ def accepted(reference: Any) -> list[str]:
             raise ValueError(f"the reference must be text, a number or a list of these, found {one!r}"[:200])
         if isinstance(one, str) and not one.strip():
             raise ValueError("the reference is empty")
-    return [str(one) for one in several]
+    return [format(Decimal(repr(one)), "f") if isinstance(one, float) else str(one) for one in several]
 
 
 def reference_numbers(reference: Any) -> list[Decimal]:
@@ -80,10 +80,21 @@ def reference_numbers(reference: Any) -> list[Decimal]:
     return numbers
 
 
+def reference_texts(reference: Any) -> list[str]:
+    """The references of a row, `normalised`. Raises ValueError where that leaves nothing."""
+    texts = accepted(reference)
+    empty = [text for text in texts if not normalised(text)]
+    if empty:
+        raise ValueError(
+            f"the reference {empty[0][-100:]!r} leaves nothing to compare, without punctuation and what precedes {MARK}"
+        )
+    return [normalised(text) for text in texts]
+
+
 def exact_match(prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]) -> list[float]:
     """1 where the response is the reference (or one of a list of them), 0 elsewhere, both `normalised`."""
     return [
-        float(normalised(response) in map(normalised, accepted(reference)))
+        float(normalised(response) in reference_texts(reference))
         for response, reference in zip(responses, references, strict=True)
     ]
 
@@ -152,7 +163,7 @@ def check_pattern(pattern: str, whole: bool = False) -> None:
 
 
 BUILT_IN = {"exact_match": exact_match, "number_match": number_match, "regex": regex, "length": length}
-REFERENCE_CHECKS = {"exact_match": accepted, "number_match": reference_numbers}
+REFERENCE_CHECKS = {"exact_match": reference_texts, "number_match": reference_numbers}
 """What refuses (ValueError) a reference that no response could match."""
 OPTION_CHECKS = {"regex": check_pattern, "length": check_length_options, "number_match": check_tolerance}
 """What refuses (InputError) options, given as the function gets them."""

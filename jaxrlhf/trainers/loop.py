@@ -21,7 +21,7 @@ from jaxrlhf.checkpoints import (
     save_checkpoint,
 )
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.files import read_jsonl
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
@@ -95,7 +95,7 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
 
     Evaluates before the first and after the last step, exports the model into the run folder at the end. On SIGINT or
     SIGTERM (to any process) the current step is finished, a checkpoint saved and Interrupted raised; a second SIGINT
-    stops at once.
+    stops at once. A checkpoint is saved before a SharedError too, that of a reward function say.
     """
     state, start = resume_or_start(run, config, task, state)
     run.begin()
@@ -110,13 +110,24 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
             metadata = {"identity": task.identity, "exports": task.exports}
             save_checkpoint(run.output_dir, step, state, metadata, keep_last, keep={best.step})
 
-    if start == 0:
-        evaluate(0)
-    guard = Guard(run, config.max_skipped_steps, task.last_batch)
+    @contextmanager
+    def saved_before_errors(done: int) -> Iterator[None]:
+        try:
+            yield
+        except SharedError:
+            usable = not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
+            if done > start and usable and done not in map(checkpoint_step, list_checkpoints(run.output_dir)):
+                save(done, config.save_total_limit)
+            raise
+
     best = best_before(run, task.best, start)
+    if start == 0 or (start == task.total_steps and not evaluated(run, start)):
+        evaluate(start)
+    guard = Guard(run, config.max_skipped_steps, task.last_batch)
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         for step in range(start, task.total_steps):
-            state, metrics = task.step(state, step)
+            with saved_before_errors(step):
+                state, metrics = task.step(state, step)
             metrics = to_host(metrics)
             done = step + 1
             run.log(done, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
@@ -127,7 +138,8 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
             last = done == task.total_steps
             value = None
             if last or (config.eval_steps and done % config.eval_steps == 0):
-                evaluate(done)
+                with saved_before_errors(done):
+                    evaluate(done)
                 value = run.latest[f"eval/{task.best[0]}"]
             improved = best.is_worse_than(value, task.best[1])
             stop = any(gather("ending a step", stopped()))
@@ -161,6 +173,10 @@ def _evaluations(run: Run) -> list[dict[str, Any]]:
         {"step": r["step"]} | {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
         for r in records
     ]
+
+
+def evaluated(run: Run, step: int) -> bool:
+    return from_primary("looking for an evaluation", lambda: any(r["step"] == step for r in _evaluations(run)))
 
 
 class Best(NamedTuple):
@@ -198,27 +214,32 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
 
 
 class Guard:
-    """Watches for losses and gradients that are not finite; the step has left the model as it was before them."""
+    """Watches for losses and gradients that are not finite, and for batches without any score; the step has left the
+    model as it was before them."""
 
     def __init__(self, run: Run, limit: int, batch: Callable[[], dict[str, Any]]) -> None:
         self.run, self.limit, self.batch = run, limit, batch
         self.in_a_row = 0
-        self.names: list[str] = []
+        self.reason, self.unscored = "", False
 
     def check(self, metrics: Metrics, step: int) -> None:
         """Count a step that skipped updates; InputError for a figure that is not finite though none was skipped."""
         bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-        skipped = int(metrics["guard/skipped_updates"])
-        if not skipped:
+        skipped, self.unscored = int(metrics["guard/skipped_updates"]), bool(metrics.get("guard/unscored", False))
+        if not skipped and not self.unscored:
             self.in_a_row = 0
             if bad:
                 raise InputError(f"step {step}: {', '.join(bad)} became non-finite; {self._advice()}")
             return
         self.in_a_row += 1
-        self.names = bad or ["a loss or gradient"]
+        left_out, self.reason = f"{skipped} update{'s' * (skipped > 1)}", "a loss or gradient became non-finite"
+        if self.unscored:
+            left_out, self.reason = "its updates", "no answer had a score"
+        elif bad:
+            self.reason = f"{', '.join(bad)} became non-finite"
         self.run.print(
-            f"step {step}: {skipped} update{'s' * (skipped > 1)} left out, because {', '.join(self.names)} became "
-            f"non-finite ({self.in_a_row} such steps in a row; the run ends at {self.limit})"
+            f"step {step}: {left_out} left out, because {self.reason} ({self.in_a_row} such step"
+            f"{'s' * (self.in_a_row > 1)} in a row; the run ends at {self.limit})"
         )
 
     @property
@@ -232,13 +253,15 @@ class Guard:
         if is_primary():
             np.savez(path, **arrays)
         raise InputError(
-            f"step {step}: {', '.join(self.names)} became non-finite in {self.in_a_row} steps in a row; the batch is "
-            f"saved in {path}, and checkpoint-{step} holds the model as it was before them. {self._advice()}"
+            f"step {step}: {self.reason} in {self.in_a_row} steps in a row; the batch is saved in {path}, and "
+            f"checkpoint-{step} holds the model as it was before them. {self._advice()}"
         )
 
     def _advice(self) -> str:
         kept = latest_checkpoint(self.run.output_dir)
         go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
+        if self.unscored:
+            return f"What the reward functions said stands above; {go_on}"
         return f"Lower the learning rate, lengthen the warm-up, or use --dtype float32; {go_on}"
 
 

@@ -21,7 +21,7 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
-from jaxrlhf.trainers.settings import next_post_init
+from jaxrlhf.trainers.settings import check_needs, next_post_init
 
 EXPORTS = ("merged", "adapter", "both")
 
@@ -54,6 +54,8 @@ class LoRAOptions:
         if self.lora_r < 0:
             raise InputError(f"lora_r={self.lora_r} must be 0 (no adapters) or more")
         LoRAConfig(max(self.lora_r, 1), self.lora_alpha, self.lora_dropout, self.lora_target_modules)
+        names = ("lora_alpha", "lora_dropout", "lora_export") if not getattr(self, "critic_lora_r", 0) else ()
+        check_needs(self, dict.fromkeys((*names, "lora_target_modules"), "lora_r"))
         next_post_init(self, LoRAOptions)
 
 

@@ -145,5 +145,10 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params_like) -> op
     return optax.GradientTransformation(init, update)
 
 
+def updates_made(state: Any) -> jax.Array:
+    """How many updates an optimizer state of `make_optimizer` has seen: what its schedule goes by."""
+    return optax.tree.get_all_with_path(state, "count")[0][1]
+
+
 def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -1,5 +1,6 @@
 """Step 3: PPO and its relatives as a run: data, the loop's task, evaluation, export."""
 
+import dataclasses
 import json
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.alarms import Alarms
 from jaxrlhf.trainers.loop import Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model
+from jaxrlhf.trainers.optimizer import updates_made
 from jaxrlhf.trainers.ppo_engine import RLHFEngine
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.ppo_trainer import PPOTrainer
@@ -34,7 +36,6 @@ LOGP_TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 LOGP_TOLERANCE_FAST_FLOAT32 = 5e-3
 HEADLINE = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "perf/sequences_per_second")
 BASELINE = "eval_baseline.json"
-EXPERIENCE_ARRAYS = ("tokens", "mask", "response_mask", "logprobs", "ref_logprobs", "values", "scores")
 
 
 def show_samples(run: Run, title: str, records: list[dict[str, Any]], step: int) -> None:
@@ -112,7 +113,6 @@ def ppo_task(
     engine.actor.check_slots(config.generation_slots, rows // config.generation_batches)
     for data in (train, evaluation):
         trainer.rewards.check_references(data)
-    updates = config.ppo_epochs * config.num_mini_batches
     tolerance = logp_tolerance(engine.actor.module, engine.mesh)
     alarms = Alarms(run.print, config)
     newest: dict[str, Any] = {}
@@ -147,15 +147,18 @@ def ppo_task(
         ids, mask, response_mask = to_host((experience.tokens, experience.mask, experience.response_mask))
         ended = np.isin(ids, trainer.sampling.eos_ids) & response_mask
         tokens = int(mask.sum())
-        arrays = {name: getattr(experience, name) for name in EXPERIENCE_ARRAYS}
+        texts = text_batch(i)
+        arrays = {f.name: getattr(experience, f.name) for f in dataclasses.fields(experience) if f.name != "longest"}
+        arrays |= {f"ptx_{name}": x for name, x in (texts or {}).items()}
         newest.update({name: value for name, value in arrays.items() if value is not None})
-        trainer.train_rlhf(experience, text_batch(i))
+        made = int(to_host(updates_made(state.actor_opt_state)))
+        trainer.train_rlhf(experience, texts)
         check_consistency(i + 1)
         alarms.check(trainer.metrics, i + 1)
         seconds = sum(trainer.timing.values())
         return engine.state, trainer.metrics | trainer.timing | {
             "val/num_eos_tokens": int(ended.sum()),
-            "lr": float(engine.schedule(i * updates)),
+            "lr": float(engine.schedule(made)),
             "episode": (i + 1) * rows,
             "epoch": (i + 1) * prompts / len(train),
             "timing/step": seconds,
@@ -184,13 +187,9 @@ def ppo_task(
         "total_steps": steps,
         "actor": config.actor_model_name_or_path,
         "reward": config.critic_model_name_or_path,
-        "pretraining_text": None
-        if text is None
-        else [text[0].key, list(text[0].tokens.shape), config.ptx_rows(devices)],
+        "pretraining_text": text and [text[0].key, *text[0].tokens.shape, config.ptx_rows(devices)],
         **lasting_settings(config),
     }
-    if text is not None:
-        identity["pretraining_text"] = [text[0].key, *text[0].tokens.shape, config.ptx_rows(devices)]
     actor = describe_model(engine.actor_model())
     identity["actor_lora"] = actor.get("lora")
     exports = {"actor_params": actor}
@@ -247,6 +246,11 @@ def train_ppo(config: PPOConfig) -> PPOState:
             )
         rows = config.rollout_rows(batch_devices(config.make_mesh()))
         steps = total_steps(config, len(train) * config.samples_per_prompt, rows)
+        if config.critic_only_steps >= steps:
+            raise InputError(
+                f"critic_only_steps={config.critic_only_steps} leaves none of the run's {steps} steps to train the "
+                "policy; lower it, or give more steps"
+            )
         engine = RLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer, steps, config)
         task = ppo_task(run, config, engine, train, evaluation, steps, text, rewards)
         return fit(run, config, task, engine.state)

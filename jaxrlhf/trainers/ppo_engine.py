@@ -104,10 +104,12 @@ class RLHFEngine:
                 live = (base, critic.params, critic.module)
             self.reward, self._reward = self._frozen(*live, config.reward_zero_stage, config.offload_reward_model)
 
-        updates = max(1, num_total_iters * config.ppo_epochs * config.num_mini_batches)
-        self.schedule = make_schedule(config, updates)
+        per_iteration = config.ppo_epochs * config.num_mini_batches
+        updates = max(1, num_total_iters * per_iteration)
+        of_actor = max(1, updates - config.critic_only_steps * per_iteration)
+        self.schedule = make_schedule(config, of_actor)
         actor_trainable, _ = split_trainable(self.actor.params, actor.module)
-        optimizers = {"actor": make_optimizer(config, updates, actor_trainable), "critic": None}
+        optimizers = {"actor": make_optimizer(config, of_actor, actor_trainable), "critic": None}
         start = partial(init_optimizer, mesh=self.mesh, offload=config.offload_optimizer)
         actor_opt_state = start(optimizers["actor"], actor.module, actor_trainable)
         critic_opt_state = None

@@ -1,6 +1,7 @@
 """Settings of step 3, PPO: its models, the options of its section in a three-step run, and both together."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from jaxrlhf.config import field
@@ -14,7 +15,7 @@ from jaxrlhf.rewards import RewardFunctionOptions
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import SCHEDULES, OptimizerConfig
-from jaxrlhf.trainers.settings import FolderConfig, TrainingConfig, TrainingMeshConfig
+from jaxrlhf.trainers.settings import FolderConfig, TrainingConfig, TrainingMeshConfig, check_needs, named_as
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,19 @@ UNUSED = {
     "reinforce++": (*_OF_CRITIC, "scale_by_std"),
 }
 """By estimator of advantages, the options that mean nothing to it."""
+NEEDS = {
+    "kl_horizon": "kl_target",
+    "length_penalty_start": "length_penalty",
+    "importance_sampling_cap": "importance_sampling_correction",
+    "ema_decay": "enable_ema",
+    "ema_start_step": "enable_ema",
+    "ptx_field": "ptx_coef",
+    "ptx_block_size": "ptx_coef",
+    "per_device_ptx_batch_size": "ptx_coef",
+    "reward_model_weight": "reward_functions",
+    "critic_lora_target_modules": "critic_lora_r",
+}
+"""Options that mean nothing without another one."""
 
 
 @dataclass(frozen=True)
@@ -208,18 +222,23 @@ class PolicyOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.hyperparameters(seed=0)  # both refuse bad values by name
-        self.sampling(None, 0)
-        self.critic_optimizer()
+        # These refuse bad values under their own names for them.
+        with named_as({"response_length": "max_answer_seq_len", "importance_cap": "importance_sampling_cap"}):
+            self.hyperparameters(seed=0)
+        with named_as({"max_new_tokens": "max_answer_seq_len", "min_new_tokens": "min_answer_seq_len"}):
+            self.sampling(None, 0)
+        with named_as({f.name: f"critic_{f.name}" for f in dataclasses.fields(OptimizerConfig)}):
+            self.critic_optimizer()
         self._check_ptx()
+        check_needs(self, NEEDS)
         if self.critic_lora_r < 0:
             raise InputError(f"critic_lora_r={self.critic_lora_r} must be 0 (no adapters) or more")
         if self.lora_dropout:
             raise InputError(f"lora_dropout={self.lora_dropout}: ppo never drops out; leave it at 0")
         if self.generation_batches < 1:
             raise InputError(f"generation_batches={self.generation_batches} must be at least 1")
-        if self.kl_coef < 0 or (self.kl_target is not None and self.kl_coef == 0):
-            least = "above 0 with kl_target, which scales it" if self.kl_target is not None else "0 or more"
+        if not 0 <= self.kl_coef < math.inf or (self.kl_target is not None and self.kl_coef == 0):
+            least = "above 0 with kl_target, which scales it" if self.kl_target is not None else "a number, 0 or more"
             raise InputError(f"kl_coef={self.kl_coef} must be {least}")
         defaults = {f.name: f.default for f in dataclasses.fields(PolicyOptions)}
         for name in UNUSED[self.advantage_estimator]:

@@ -14,9 +14,9 @@ from jaxrlhf import objectives
 from jaxrlhf.data import answer_text, encode_stops, eval_batches, pad_token_id
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import Rollout
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import SharedError
 from jaxrlhf.ppo import Experience, PPOHyperparameters, ppo_step, score_rollout
-from jaxrlhf.rewards import Rewards
+from jaxrlhf.rewards import Rewards, finite_mean
 from jaxrlhf.runs import Run
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import place_batch
@@ -133,7 +133,8 @@ class PPOTrainer:
             failures += len(result.failures)
             for name, values in result.parts.items():
                 parts.setdefault(name, np.zeros_like(model))[rows] = values
-        self._scored = {f"rewards/{name}": float(np.nanmean(values)) for name, values in parts.items()}
+        means = {f"rewards/{name}": finite_mean(values) for name, values in parts.items()}
+        self._scored = {name: mean for name, mean in means.items() if mean is not None}
         self._scored |= {"rewards/failures": failures}
         if self.engine.reward is not None:
             self._scored["rewards/reward_model"] = float(model.mean())
@@ -195,7 +196,7 @@ class PPOTrainer:
             experience = self.experience(batch, key, plain, **read, sample_index=number, sampling=sampling)
             records += self.records(experience, batch["row_mask"], index)
         if not records:
-            raise InputError("evaluation: no answer to a held-out prompt could be scored; see the messages above")
+            raise SharedError("evaluation: no answer to a held-out prompt could be scored; see the messages above")
         scores = np.array([r["score"] for r in records])
         figures = {
             "scores": float(scores.mean()),

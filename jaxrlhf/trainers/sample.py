@@ -24,7 +24,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.files import write_json_atomic, write_text_atomic
 from jaxrlhf.gradients import map_rows
 from jaxrlhf.models import Decoder, Model, load_pretrained, logical_axes, merged, read_config, working_copy
-from jaxrlhf.rewards import RewardFunctionOptions, Rewards
+from jaxrlhf.rewards import RewardFunctionOptions, Rewards, finite_mean
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.loop import Announce
@@ -244,9 +244,10 @@ class Sampler:
                     finished = self.finish(waiting)
                     done += int(np.sum(finished["indices"] >= 0)) * self.config.samples_per_prompt
                     real = np.repeat(finished["indices"] >= 0, self.config.samples_per_prompt)
-                    mean = np.nanmean(finished["scores"][real])
+                    mean = finite_mean(finished["scores"][real])
                     rate = done / (time.monotonic() - begin)
-                    bar.set_postfix_str(f"{done} samples, {rate:.3g} a second, mean score {mean:.3g}", refresh=False)
+                    scored = "none has a score" if mean is None else f"mean score {mean:.3g}"
+                    bar.set_postfix_str(f"{done} samples, {rate:.3g} a second, {scored}", refresh=False)
                     bar.update()
                     yield finished
                 waiting = started
@@ -296,7 +297,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     summary = figures(samples, kept) | {
         "left_out": left_out,
         "failed_calls": sum(batch["failed"] for batch in finished),
-        "parts": {name: float(np.nanmean(part)) for name, part in parts.items()},
+        "parts": {name: finite_mean(part) for name, part in parts.items()},
         "response_length": float(lengths.mean()),
         "seconds": round(seconds, 1),
         "samples_per_second": samples.scores.size / seconds,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import objectives
+from jaxrlhf.rewards import finite_mean
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def figures(samples: Samples, kept: Sequence[tuple[int, int]]) -> dict[str, Any]
     return {
         "prompts": len(scores),
         "samples_per_prompt": n,
-        "score_mean": _mean(finite),
+        "score_mean": finite_mean(scores),
         "score_std": float(finite.std()) if len(finite) else None,
         "score_max": float(finite.max()) if len(finite) else None,
         "ended": float(samples.ended.mean()),
@@ -87,9 +88,5 @@ def figures(samples: Samples, kept: Sequence[tuple[int, int]]) -> dict[str, Any]
         "expected_best_prompts": len(whole),
         "kept": len(kept),
         "kept_prompts": len({p for p, _ in kept}),
-        "kept_score_mean": _mean(np.array([scores[pair] for pair in kept])),
+        "kept_score_mean": finite_mean(np.array([scores[pair] for pair in kept])),
     }
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None

@@ -1,7 +1,10 @@
 """Settings every trainer shares: which model, on which mesh, in what precision, and how the run goes."""
 
+import contextlib
 import dataclasses
 import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +123,25 @@ def next_post_init(self: Any, cls: type) -> None:
     following = getattr(super(cls, self), "__post_init__", None)
     if following is not None:
         following()
+
+
+def check_needs(config: Any, needs: Mapping[str, str]) -> None:
+    """InputError for an option that was changed though the one that it needs is off; `needs` by option."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name, other in needs.items():
+        value = getattr(config, name)
+        if value != defaults[name] and not getattr(config, other):
+            raise InputError(f"{name}={value} means nothing without {other}; give both, or neither")
+
+
+@contextlib.contextmanager
+def named_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Within it, messages of InputErrors call fields by other names, those of the flags that they were made from."""
+    try:
+        yield
+    except InputError as error:
+        pattern = rf"\b({'|'.join(names)})\b"
+        raise InputError(re.sub(pattern, lambda found: names[found[0]], str(error))) from error
 
 
 @dataclass(frozen=True)

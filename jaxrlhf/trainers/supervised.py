@@ -20,7 +20,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.loop import Announce, Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
-from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
+from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, updates_made
 from jaxrlhf.trainers.settings import (
     DTYPES,
     batch_devices,
@@ -179,6 +179,7 @@ def supervised_task(
 
     def step(state: TrainState, i: int) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
+        made = int(to_host(updates_made(state.opt_state)))
         indices = stream_indices(i, rows, len(train), config.seed)
         batch = train.batch(indices, held=held, **recipe.batch_options)
         options = {"objective": recipe.objective, "micro_batches": config.gradient_accumulation_steps}
@@ -188,7 +189,7 @@ def supervised_task(
         tokens = train.token_count(indices)
         seconds = time.monotonic() - begin
         return state, metrics | {
-            "learning_rate": schedule(i),
+            "learning_rate": schedule(made),
             "epoch": np.float64((i + 1) * rows / len(train)),
             "perf/tokens_per_second": np.float64(tokens / seconds),
             "perf/padding": np.float64(padding_fraction(batch, tokens)),

@@ -52,10 +52,23 @@ def test_group_advantages_compare_a_score_with_its_group(grouped, scale):
 
 
 def test_equal_scores_of_a_group_have_no_advantage():
-    scores = jnp.asarray([0.1] * GROUP + [1.0, 2.0, 4.0])
+    scores = jnp.asarray([0.1] * GROUP + [1.0, 2.0, 4.0], jnp.float32)
     advantages = objectives.group_advantages(scores, GROUP)
-    assert np.abs(np.asarray(advantages[:GROUP])).max() < 1e-1 and np.abs(np.asarray(advantages[GROUP:])).min() > 0.1
+    assert not np.asarray(advantages[:GROUP]).any() and np.abs(np.asarray(advantages[GROUP:])).min() > 0.1
+    for score in np.random.default_rng(0).normal(scale=10, size=50).astype(np.float32):
+        same, mask = jnp.full(64, score), jnp.arange(64) % 5 != 0
+        assert not np.asarray(objectives.group_advantages(same, 8)).any(), score
+        assert not np.asarray(objectives.group_advantages(jnp.where(mask, same, 7), 8, row_mask=mask)).any(), score
+        moments = objectives.add_moments(objectives.Moments.empty(), same, mask)
+        assert not np.asarray(objectives.standardised(same, moments)).any(), score
+        moments = objectives.add_moments(moments, same, mask)
+        assert not np.asarray(objectives.standardised(same, moments)).any(), score
     assert (objectives.rloo_advantages(jnp.ones(6), GROUP) == 0).all()
+
+
+def test_the_fixed_length_of_loss_weights_must_be_given():
+    with pytest.raises(ValueError, match="needs length"):
+        objectives.loss_weights(jnp.ones((2, 3)), "fixed-length")
 
 
 def test_leave_one_out_compares_a_score_with_the_others_of_its_group(grouped):

@@ -11,7 +11,7 @@ import pytest
 
 from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.data import load_text
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.runs import Run, read_jsonl
 from jaxrlhf.trainers.alarms import WINDOW, Alarms
@@ -182,6 +182,70 @@ def test_answers_that_a_function_fails_on_are_masked_and_the_run_goes_on(demo, l
     assert "no score" in capsys.readouterr().out
 
 
+def test_a_run_in_which_no_answer_has_a_score_ends_with_what_it_had_and_goes_on_when_that_is_mended(
+    train, tmp_path, capsys
+):
+    (tmp_path / "rewards.py").write_text(
+        "def half(responses, odd):\n"
+        "    import pathlib\n"
+        f"    broken = pathlib.Path({str(tmp_path)!r}, 'broken').exists() and len(responses) == 16\n"
+        "    return [None if broken and i % 2 == odd else len(r) / 10 for i, r in enumerate(responses)]\n\n\n"
+        "def first(prompts, responses):\n    return half(responses, 0)\n\n\n"
+        "def second(prompts, responses):\n    return half(responses, 1)\n"
+    )
+    functions = tuple(f"{tmp_path}/rewards.py:{name}" for name in ("first", "second"))
+    options = {"reward_functions": functions, "max_skipped_steps": 2, "eval_steps": 0, "max_steps": 5}
+    (tmp_path / "broken").touch()
+    with pytest.raises(InputError, match=r"step 2: no answer had a score in 2 steps in a row; .*nonfinite-step-2.npz"):
+        train(tmp_path / "run", **options)
+    said = capsys.readouterr().err
+    assert "step 1: its updates left out, because no answer had a score (1 such step in a row" in said
+    assert "Lower the learning rate" not in said
+    (tmp_path / "broken").unlink()
+    state = train(tmp_path / "run", resume=True, **options)
+    assert int(state.step) == 5 and (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_function_that_fails_in_the_last_evaluation_loses_no_training(train, tmp_path, monkeypatch):
+    evaluate, broken = PPOTrainer.evaluate, [False, True]
+
+    def failing(self, *args, **options):
+        if broken.pop(0):
+            raise SharedError("reward function f gave none of the last 64 samples a score")
+        return evaluate(self, *args, **options)
+
+    options = {"max_steps": 2, "eval_steps": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "evaluate", failing)
+        with pytest.raises(SharedError, match="gave none"):
+            train(tmp_path, **options)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    train(tmp_path, resume=True, **options)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["best_step"] in (0, 2) and summary["eval_after"] != summary["eval_before"]
+
+
+def test_a_function_that_fails_while_training_leaves_a_checkpoint_of_the_steps_before(train, tmp_path, monkeypatch):
+    experience = PPOTrainer.generate_experience
+
+    def failing(self, *args):
+        if int(self.engine.state.step) == 3:
+            raise SharedError("reward function f: must return one number per response")
+        return experience(self, *args)
+
+    monkeypatch.setattr(PPOTrainer, "generate_experience", failing)
+    with pytest.raises(SharedError, match="must return"):
+        train(tmp_path, eval_steps=0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+def test_the_schedule_of_the_policy_begins_and_ends_with_its_own_updates(train, tmp_path):
+    options = {"critic_only_steps": 2, "lr_scheduler_type": "linear", "eval_steps": 0, "num_mini_batches": 2}
+    train(tmp_path, per_device_train_batch_size=1, **options)
+    rates = [r["lr"] for r in records(tmp_path) if "lr" in r]
+    np.testing.assert_allclose(rates, [1e-3, 1e-3, 1e-3, 0.5e-3])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -200,7 +264,28 @@ def test_answers_that_a_function_fails_on_are_masked_and_the_run_goes_on(demo, l
             "critic_lora_r=4 with advantage_estimator=reinforce",
         ),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_coef=0.0 must be above 0 with kl_target"),
-        ({"critic_lr_scheduler_type": "step"}, "lr_scheduler_type='step' is not allowed"),
+        ({"critic_lr_scheduler_type": "step"}, "critic_lr_scheduler_type='step' is not allowed"),
+        ({"critic_learning_rate": -1.0}, "critic_learning_rate=-1.0 is not allowed"),
+        ({"kl_coef": float("nan")}, "kl_coef=nan must be a number, 0 or more"),
+        ({"max_answer_seq_len": 0}, "max_answer_seq_len=0 must be"),
+        ({"min_answer_seq_len": 9}, "min_answer_seq_len=9"),
+        ({"critic_only_steps": 4}, "critic_only_steps=4 leaves none of the run's 4 steps to train the policy"),
+        *(
+            ({name: value}, f"{name}={value} means nothing without {other}; give both, or neither")
+            for name, value, other in (
+                ("ema_decay", 0.9, "enable_ema"),
+                ("ema_start_step", 2, "enable_ema"),
+                ("kl_horizon", 9.0, "kl_target"),
+                ("length_penalty_start", 3, "length_penalty"),
+                ("importance_sampling_cap", 3.0, "importance_sampling_correction"),
+                ("ptx_field", "body", "ptx_coef"),
+                ("ptx_block_size", 8, "ptx_coef"),
+                ("per_device_ptx_batch_size", 2, "ptx_coef"),
+                ("reward_model_weight", 0.5, "reward_functions"),
+                ("lora_alpha", 16.0, "lora_r"),
+                ("lora_export", "adapter", "lora_r"),
+            )
+        ),
     ],
 )
 def test_contradictory_options_are_refused_before_anything_is_written(train, options, said, tmp_path):

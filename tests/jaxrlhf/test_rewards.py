@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import from_dict, load_yaml, parse, save_yaml
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards import RewardFunctionOptions, Rewards, final_number, load_function
 from jaxrlhf.rewards.functions import join_spec, split_spec
+from jaxrlhf.rewards.scoring import GIVE_UP
 
 # In the form of gsm8k's rows: calculator annotations, and the answer after ####.
 GSM = (
@@ -69,6 +70,9 @@ def test_number_match_compares_the_response_with_the_reference_of_gsm8k():
     assert score("number_match", ["nothing"] * 5, answer=GSM).scores.tolist() == [0] * 5
     near = score("number_match:column=gold:tolerance=0.1", ["3.1", "3.2", "2.9"], gold=["3", 3, [7, 2.8]])
     assert near.scores.tolist() == [1, 0, 1]
+    # As JSON holds them: no exponent may be read as a number of its own.
+    floats = score("number_match", ["5", "0.00001", "20", "2.5"], answer=[1e-5, 1e-5, 1e20, 2.5])
+    assert floats.scores.tolist() == [0, 1, 0, 1]
 
 
 def test_exact_match_ignores_case_spaces_and_outer_punctuation_and_takes_any_of_several_references():
@@ -206,11 +210,26 @@ def test_a_function_that_fails_on_every_sample_stops_the_run_and_says_why_and_on
     def broken(prompts, responses, answer):
         raise KeyError("no such thing")
 
-    message = refused(broken, ["a", "b"], answer=["x", "y"])
-    assert "broken gave none of the 2 samples a score; sample 0: KeyError: 'no such thing' (line " in message
+    many = ["a"] * GIVE_UP
+    message = refused(broken, many, answer=many)
+    assert f"broken gave none of the last {GIVE_UP} samples a score; sample 0: KeyError: 'no such thing' " in message
     assert "prompt: 'prompt 0'" in message and "response: 'a'" in message
-    assert "returned nan" in refused(lambda p, r: [math.nan] * 2, ["a", "b"])
-    assert "SystemExit" in refused(lambda p, r: sys.exit("stop"), ["a"])
+    assert "returned nan" in refused(lambda p, r: [math.nan] * len(r), many)
+    assert "SystemExit" in refused(lambda p, r: sys.exit("stop"), many)
+
+
+def test_a_function_that_fails_on_a_whole_small_call_is_given_up_only_after_many_in_a_row():
+    answers = iter([math.nan] * 40 + [1.0] + [math.nan] * 80)
+    rewards = Rewards([lambda prompts, responses: [next(answers) for _ in responses]], say=lambda text: None)
+    call = lambda size: rewards.submit([""] * size, [""] * size).result()  # noqa: E731
+    for _ in range(10):
+        result = call(4)
+        assert np.isnan(result.scores).all() and len(result.failures) == 4
+    assert call(1).scores.tolist() == [1]
+    for _ in range(GIVE_UP // 4 - 1):
+        call(4)
+    with pytest.raises(SharedError, match=f"gave none of the last {GIVE_UP} samples a score"):
+        call(4)
 
 
 def test_a_function_that_fails_on_the_batch_but_on_no_sample_gets_its_single_scores_and_a_note():
@@ -454,4 +473,7 @@ def test_references_that_nothing_could_match_are_named_with_their_place_before_a
     ):
         with pytest.raises(InputError, match=message):
             rewards.check_references(Rows(["1", bad, *GSM]))
+    for bad in ("...", "So it is 4.\n#### "):
+        with pytest.raises(InputError, match=r"row 12, column 'answer': .* leaves nothing to compare.* exact_match"):
+            Rewards(["exact_match"]).check_references(Rows(["1", bad]))
     Rewards(["length:limit=5"]).check_references(None)

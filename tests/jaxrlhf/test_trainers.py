@@ -305,7 +305,7 @@ def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
         (
             "ppo",
             {"importance_sampling_cap": 0.0, "importance_sampling_correction": True},
-            r"importance_cap=0.0 must be",
+            r"importance_sampling_cap=0.0 must be",
         ),
         ("ppo", {"max_answer_seq_len": 65}, r"max_prompt_seq_len \+ max_answer_seq_len for the actor of 97 tokens.*96"),
     ],

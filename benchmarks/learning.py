@@ -251,7 +251,7 @@ def held_out_scores(actor: Path, reward: Path, config: PPOConfig) -> np.ndarray:
     return np.array([record["score"] for record in records])
 
 
-STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 40, "lr_scheduler_type": "linear"}
+STEERED = {"kl_target": 2.0, "kl_horizon": 300.0, "max_steps": 40, "lr_scheduler_type": "linear"}
 CRITIC_FREE = STEERED | {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4}
 
 

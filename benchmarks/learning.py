@@ -251,7 +251,7 @@ def held_out_scores(actor: Path, reward: Path, config: PPOConfig) -> np.ndarray:
     return np.array([record["score"] for record in records])
 
 
-STEERED = {"kl_target": 2.0, "kl_horizon": 300.0, "max_steps": 40, "lr_scheduler_type": "linear"}
+STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 40, "lr_scheduler_type": "linear"}
 CRITIC_FREE = STEERED | {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4}
 
 
@@ -263,12 +263,14 @@ def ppo(epochs: int, **options: Any) -> Callable[[int, Path], Outcome]:
 
 
 def grpo(seed: int, folder: Path) -> Outcome:
-    options = {"advantage_estimator": "grpo", "kl_in_loss": True, "kl_estimator": "k3", "ppo_epochs": 2}
+    options = {"advantage_estimator": "grpo", "loss_aggregation": "sequence-mean", "ppo_epochs": 2}
+    options |= {"kl_in_loss": True, "kl_estimator": "k3"}
     return policy_run(seed, folder, **(CRITIC_FREE | options))
 
 
 def rloo(seed: int, folder: Path) -> Outcome:
-    return policy_run(seed, folder, **(CRITIC_FREE | {"advantage_estimator": "rloo", "whiten_advantages": True}))
+    options = {"advantage_estimator": "rloo", "loss_aggregation": "fixed-length"}
+    return policy_run(seed, folder, **(CRITIC_FREE | options))
 
 
 def ptx(coefficient: float) -> Callable[[int, Path], Outcome]:

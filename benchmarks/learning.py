@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ from jaxrlhf.trainers.dpo import DPOOptions, train_dpo
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
 from jaxrlhf.trainers.ppo import train_ppo
 from jaxrlhf.trainers.ppo_engine import RLHFEngine
-from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.trainers.ppo_settings import UNUSED, PPOConfig
 from jaxrlhf.trainers.ppo_trainer import PPOTrainer
 from jaxrlhf.trainers.reward import train_reward
 from jaxrlhf.trainers.rlhf import step_configs
@@ -252,7 +252,6 @@ def held_out_scores(actor: Path, reward: Path, config: PPOConfig) -> np.ndarray:
 
 
 STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 40, "lr_scheduler_type": "linear"}
-CRITIC_FREE = STEERED | {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4}
 
 
 def ppo(epochs: int, **options: Any) -> Callable[[int, Path], Outcome]:
@@ -262,15 +261,12 @@ def ppo(epochs: int, **options: Any) -> Callable[[int, Path], Outcome]:
     return lambda seed, folder: policy_run(seed, folder, **options)
 
 
-def grpo(seed: int, folder: Path) -> Outcome:
-    options = {"advantage_estimator": "grpo", "loss_aggregation": "sequence-mean", "ppo_epochs": 2}
-    options |= {"kl_in_loss": True, "kl_estimator": "k3"}
-    return policy_run(seed, folder, **(CRITIC_FREE | options))
-
-
-def rloo(seed: int, folder: Path) -> Outcome:
-    options = {"advantage_estimator": "rloo", "loss_aggregation": "fixed-length"}
-    return policy_run(seed, folder, **(CRITIC_FREE | options))
+def critic_free(estimator: str, **options: Any) -> Callable[[int, Path], Outcome]:
+    """With the defaults for what the demo sets of a critic."""
+    unused = {f.name: f.default for f in fields(PPOConfig) if f.name in UNUSED[estimator]}
+    options = {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4} | options
+    options = STEERED | unused | {"advantage_estimator": estimator} | options
+    return lambda seed, folder: policy_run(seed, folder, **options)
 
 
 def ptx(coefficient: float) -> Callable[[int, Path], Outcome]:
@@ -322,8 +318,13 @@ EXPERIMENTS = {
         RISES,
         improves,
     ),
-    "grpo": Experiment(grpo, "GRPO, groups of four", RISES, improves),
-    "rloo": Experiment(rloo, "RLOO, groups of four", RISES, improves),
+    "grpo": Experiment(
+        critic_free("grpo", loss_aggregation="sequence-mean", kl_in_loss=True, kl_estimator="k3", ppo_epochs=2),
+        "GRPO, groups of four",
+        RISES,
+        improves,
+    ),
+    "rloo": Experiment(critic_free("rloo", loss_aggregation="fixed-length"), "RLOO, groups of four", RISES, improves),
     "ptx": Experiment(
         ptx(27.8),
         "PPO with pretraining text at 27.8",

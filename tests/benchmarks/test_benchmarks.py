@@ -49,3 +49,16 @@ def test_committed_results_keep_their_bounds(name):
         assert result["same_tokens"] and result["ratio"] <= 1.3 and result["growth"] < 2
     else:
         assert result["same_answers"] and result["ratio"] >= 2
+
+
+def test_what_the_learning_experiments_found_holds_by_the_bounds_of_today():
+    learning = runpy.run_path(str(FOLDER / "learning.py"), run_name="learning")
+    text = (FOLDER.parent / "docs" / "learning.md").read_text(encoding="utf-8")
+    for name, experiment in learning["EXPERIMENTS"].items():
+        result = json.loads((learning["RESULTS"] / f"{name}.json").read_text(encoding="utf-8"))
+        assert (result["title"], result["bound"]) == (experiment.title, experiment.bound)
+        assert set(result["seeds"]) == {"0", "1", "2"}, name
+        for seed, found in result["seeds"].items():
+            assert found["holds"] and experiment.holds(found["figures"]), (name, seed, found["figures"])
+            if name != "dpo":
+                assert f"{found['figures']['reward_after']:.2f}" in text, (name, seed)

@@ -33,6 +33,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     share = ("XLA_PYTHON_CLIENT_PREALLOCATE", "false") if config.peers else ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault(*share)
     config.shapes()
+    for rows in batches(config):
+        config.parts(rows)
     peaks, measured = ours.measure_peaks(config)
     say(f"device peaks: {measured['tflops']:.3g} TFLOP/s, {measured['gb_per_second']:.4g} GB/s")
     origin = provenance()
@@ -86,10 +88,8 @@ def batches(config: BenchConfig) -> list[int]:
     """What is swept over. A CPU has no limit of its own to stop at, so it gets one."""
     if config.batch:
         return list(config.batch)
-    if jax.default_backend() == "cpu":
-        return [FIRST_BATCH]
-    sizes = [FIRST_BATCH]
-    while sizes[-1] * 2 <= config.max_batch:
+    sizes = [min(FIRST_BATCH, config.max_batch)]
+    while jax.default_backend() != "cpu" and sizes[-1] * 2 <= config.max_batch:
         sizes.append(sizes[-1] * 2)
     return sizes
 

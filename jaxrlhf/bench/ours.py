@@ -38,9 +38,8 @@ PEAK_SIZES = {"cpu": (2048, 2**28), "accelerator": (8192, 2**30)}  # side of the
 
 
 def random_prompts(config: BenchConfig, vocab_size: int, rows: int) -> np.ndarray:
-    """`[rows, P]` int32; row i is the same in every batch."""
-    draw = np.random.default_rng(config.seed).integers
-    return draw(0, vocab_size, (config.max_batch, config.prompt)).astype(np.int32)[:rows]
+    """`[rows, P]` int32; row i is the same in every batch: numbers are drawn one row after the other."""
+    return np.random.default_rng(config.seed).integers(0, vocab_size, (rows, config.prompt)).astype(np.int32)
 
 
 def measure_peaks(config: BenchConfig) -> tuple[Peaks, dict[str, Any]]:

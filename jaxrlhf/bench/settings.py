@@ -32,7 +32,7 @@ class BenchConfig(MeshConfig):
     batch: tuple[int, ...] = field(
         (), f"rows of a batch, one or several; default: {FIRST_BATCH}, doubled until it no longer fits (CPU: once)"
     )
-    max_batch: int = field(1024, "where that doubling ends at the latest")
+    max_batch: int = field(1024, "where that doubling ends at the latest; it does not limit `batch`")
     micro_batch: int = field(0, "rows that scoring and training work on at a time; 0: all")
     prompt: int = field(256, "tokens of a prompt")
     answer: int = field(256, "tokens of an answer: none ends early")
@@ -82,8 +82,6 @@ class BenchConfig(MeshConfig):
             raise InputError(f"batch={','.join(map(str, self.batch))} must be positive and ascending")
         if self.micro_batch < 0:
             raise InputError(f"micro_batch={self.micro_batch} must be 0 (the whole batch) or more")
-        for rows in self.batch:
-            self.parts(rows)
 
     @property
     def length(self) -> int:

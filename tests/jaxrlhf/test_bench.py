@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.bench import settings, work
-from jaxrlhf.bench.command import sweep
+from jaxrlhf.bench import ours, settings, work
+from jaxrlhf.bench.command import batches, sweep
 from jaxrlhf.bench.iteration import figures, judged, ratios
 from jaxrlhf.bench.settings import KERNELS, PHASES, SECTIONS, BenchConfig
 from jaxrlhf.cli import main
@@ -152,6 +152,7 @@ def _markers():
         (["--peers", "vllm"], "peers: there is no 'vllm'; known are hf, hf-compile, trl"),
         (["--batch", "8", "4"], "batch=8,4 must be positive and ascending"),
         (["--batch", "6", "--micro_batch", "4"], "micro_batch=4 must divide batch=6"),
+        (["--micro_batch", "3"], "micro_batch=3 must divide batch=8"),
         (["--prompt", "0"], "prompt=0 must be at least 1"),
         (["--sections", "decode", "--answer", "1"], "answer=1: decode measures"),
         (["--actor", "no-such-model"], "actor: 'no-such-model' is no folder, and unknown model"),
@@ -192,6 +193,17 @@ def test_a_sweep_ends_where_memory_does_and_reports_the_best():
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         sweep(BenchConfig(batch=(4,)), broken)
+
+
+def test_every_row_of_a_batch_has_a_prompt(monkeypatch):
+    config = BenchConfig(batch=(2048,), prompt=5)
+    prompts = ours.random_prompts(config, 96, 2048)
+    assert prompts.shape == (2048, 5) and prompts.dtype == np.int32
+    np.testing.assert_array_equal(ours.random_prompts(config, 96, 3), prompts[:3])
+    assert ours.random_prompts(BenchConfig(batch=(4,), max_batch=2, prompt=5), 96, 4).shape == (4, 5)
+    assert batches(BenchConfig(max_batch=2)) == [2] and batches(BenchConfig(max_batch=2, batch=(4,))) == [4]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert batches(BenchConfig(max_batch=40)) == [8, 16, 32]
 
 
 def test_work_is_what_a_hand_count_gives():

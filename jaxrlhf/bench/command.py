@@ -13,7 +13,7 @@ import jax
 from jaxrlhf.bench import ours, work
 from jaxrlhf.bench.iteration import figures, iteration_with_peers, measure_iteration
 from jaxrlhf.bench.record import peak_memory, provenance, reset_peak_memory, timed, write
-from jaxrlhf.bench.render import render, table
+from jaxrlhf.bench.render import peer_checks, render, table
 from jaxrlhf.bench.settings import FIRST_BATCH, KERNELS, PHASES, BenchConfig
 from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
@@ -47,9 +47,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         write(path, result)
     print(table(result))
     print(f"result: {path}")
-    for peer in result.get("ppo", {}).get("peers", {}).values():
-        if peer.get("check", {}).get("wrong"):
-            raise SystemExit(f"the peer computes something else: {', '.join(peer['check']['wrong'])}")
+    for check in peer_checks(result):
+        if check["wrong"]:
+            raise SystemExit(f"the peer computes something else: {', '.join(check['wrong'])}")
     return result
 
 

@@ -180,17 +180,21 @@ def section(path: Path, result: dict[str, Any], document: Path) -> str:
     peers = peer_rows(result)
     if peers:
         lines += ["", "Peer seconds / ours; above 1, ours is faster.", "", _markdown(PEER_COLUMNS, peers)]
-        for found in result.get("ppo", {}).get("peers", {}).values():
-            lines += _check_lines(found)
+        for check in peer_checks(result):
+            lines += _check_lines(check)
     figure = document.parent / document.stem / f"{path.stem}.svg"
     draw(result, figure)
     return "\n".join([*lines, "", f"![]({figure.relative_to(document.parent).as_posix()})"])
 
 
-def _check_lines(found: dict[str, Any]) -> list[str]:
-    check = found.get("check", {})
-    if "first" not in check:
-        return []
+def peer_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """How ours and the peers' results compare, as the sections say; the same is said once."""
+    records = [record for name in SECTIONS for record in result.get(name, {}).get("sweep", [])]
+    found = [peer["check"] for record in records for peer in record.get("peers", {}).values() if "check" in peer]
+    return [check for i, check in enumerate(found) if check not in found[:i]]
+
+
+def _check_lines(check: dict[str, Any]) -> list[str]:
     first = ", ".join(f"{name} {gap:.1e}" for name, gap in check["first"].items())
     after = ", ".join(f"{name} {gap:.1e}" for name, gap in check["after_a_step"].items())
     return ["", f"Gaps between both on the same rollout: {first}; after one optimizer step: {after}."]

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.bench import ours, settings, work
+from jaxrlhf.bench import command, ours, settings, work
 from jaxrlhf.bench.command import batches, sweep
-from jaxrlhf.bench.iteration import figures, judged, ratios
+from jaxrlhf.bench.iteration import Peers, figures, judged, ratios
 from jaxrlhf.bench.settings import KERNELS, PHASES, SECTIONS, BenchConfig
 from jaxrlhf.cli import main
 from jaxrlhf.errors import InputError
@@ -89,6 +89,38 @@ def test_the_peer_computes_the_same_and_its_ratios_stand_in_the_result(result):
     for name in ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm"):
         assert first[name] < 2e-5, name
     assert peer["check"]["wrong"] == []
+
+
+def _peers(check):
+    """Of a run whose rounds are over."""
+    peers = object.__new__(Peers)
+    took = [{"generate": 3.0, "score": 2.0, "train": 4.0}, {"generate": 3.0, "score": 1.0, "train": 4.0}]
+    peers.times, peers.skipped, peers.check = {"hf": took}, {}, check
+    return peers
+
+
+def test_sections_without_ppo_have_their_ratios_and_the_check_too():
+    ours, check = {"generate": [1.0, 1.0], "score": [2.0, 2.0], "train": [1.0, 1.0]}, {"wrong": ["values 0.3"]}
+    found = _peers(check).results("hf", ours)
+    assert {name: peer["ratio"] for name, peer in found.items()} == {"generate": 3.0, "score": 0.5, "train": 4.0}
+    assert all(peer["check"] is check for peer in found.values())
+    whole = _peers(check).results("hf", ours | {"ppo": [4.0, 4.0]})["ppo"]
+    assert whole["ratio"] == 2.0 and whole["seconds"]["runs"] == [9.0, 8.0] and set(whole["phases"]) == set(PHASES)
+    peers = _peers(check)
+    peers.skipped = {"hf": "out of memory"}
+    assert peers.results("hf", {"score": [1.0]}) == {"score": {"skipped": "out of memory", "check": check}}
+
+
+def test_a_peer_that_computes_something_else_fails_the_command_in_every_section(monkeypatch, tmp_path):
+    found = _peers({"first": {}, "after_a_step": {}, "wrong": ["values 0.3"]}).results("hf", {"score": [1.0] * 2})
+    record = figures(work.Work(((1.0, 1.0),)), [1.0, 1.0], 8, 4, work.Peaks(1.0, 1.0))
+    record |= {"peers": {"hf": found["score"]}}
+    monkeypatch.setattr(command, "sections", lambda *_: iter([{"score": record | {"sweep": [record]}}]))
+    monkeypatch.setattr(ours, "measure_peaks", lambda _: (None, {"tflops": 1.0, "gb_per_second": 1.0}))
+    path = tmp_path / "result.json"
+    with pytest.raises(SystemExit, match=r"the peer computes something else: values 0\.3"):
+        main(["bench", "--sections", "score", "--json", str(path)])
+    assert json.loads(path.read_text())["score"]["peers"]["hf"]["check"]["wrong"] == ["values 0.3"]
 
 
 def test_what_a_peer_computes_otherwise_is_named():

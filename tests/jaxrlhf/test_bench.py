@@ -32,12 +32,16 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def result_file(model, tmp_path_factory):
+def flags(model):
+    shape = ["--actor", model, "--critic", model, "--batch", "16", "--micro_batch", "8", "--prompt", "5"]
+    return ["bench", *shape, "--answer", "4", "--repeats", "2"]
+
+
+@pytest.fixture(scope="module")
+def result_file(flags, tmp_path_factory):
     """Of all sections, with the peer where torch is installed."""
     path = tmp_path_factory.mktemp("results") / "toy.json"
-    argv = ["bench", "--actor", model, "--critic", model, "--batch", "16", "--micro_batch", "8", "--prompt", "5"]
-    argv += ["--answer", "4", "--repeats", "2", "--json", str(path)]
-    assert main([*argv, *(["--peers", "hf"] if HAS_TORCH else [])]) == 0
+    assert main([*flags, "--json", str(path), *(["--peers", "hf"] if HAS_TORCH else [])]) == 0
     return path
 
 
@@ -89,6 +93,33 @@ def test_the_peer_computes_the_same_and_its_ratios_stand_in_the_result(result):
     for name in ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm"):
         assert first[name] < 2e-5, name
     assert peer["check"]["wrong"] == []
+
+
+@pytest.fixture
+def compiling_torch():
+    torch = pytest.importorskip("torch")
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
+    except Exception as error:
+        pytest.skip(f"torch.compile does not work here: {error}")
+    torch._dynamo.utils.counters.clear()
+    yield torch
+    torch.compiler.reset()
+
+
+def test_the_compiled_peer_runs_in_turns_with_the_plain_one_in_the_phases_alone(compiling_torch, flags, tmp_path):
+    path = tmp_path / "phases.json"
+    argv = [*flags, "--sections", "generate,score,train", "--peers", "hf", "hf-compile", "--json", str(path)]
+    assert main(argv) == 0
+    assert compiling_torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    found = json.loads(path.read_text())
+    assert "ppo" not in found
+    for name in PHASES:
+        plain, compiled = (found[name]["peers"][peer] for peer in ("hf", "hf-compile"))
+        assert len(compiled["seconds"]["runs"]) == 2 and min(compiled["seconds"]["runs"]) > 0
+        assert compiled["ratio"] == pytest.approx(compiled["seconds"]["min"] / found[name]["seconds"]["min"])
+        assert (plain["seconds"] == compiled["seconds"]) == (name != "generate")
+        assert plain["check"] == compiled["check"] and plain["check"]["wrong"] == []
 
 
 def _peers(check):

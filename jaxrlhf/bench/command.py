@@ -12,7 +12,7 @@ import jax
 
 from jaxrlhf.bench import ours, work
 from jaxrlhf.bench.iteration import figures, iteration_with_peers, measure_iteration
-from jaxrlhf.bench.record import peak_memory, provenance, reset_peak_memory, timed, write
+from jaxrlhf.bench.record import check_output, peak_memory, provenance, reset_peak_memory, timed, write
 from jaxrlhf.bench.render import peer_checks, render, table
 from jaxrlhf.bench.settings import FIRST_BATCH, KERNELS, PHASES, BenchConfig
 from jaxrlhf.config import to_dict
@@ -25,7 +25,10 @@ Records = dict[str, dict[str, Any]]
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure, print and write the result; or render all results. SystemExit when a peer computed something else."""
+    """Measure, print and write the result; or render all results. SystemExit when a peer computed something else.
+
+    The file is written after every batch of every section: what ends a run early loses only what it was at.
+    """
     if config.render:
         print(f"{render(Path(config.results), Path(config.document))} results in {config.document}")
         return {}
@@ -35,16 +38,25 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     config.shapes()
     for rows in batches(config):
         config.parts(rows)
+    path = config.json or default_path(config)
+    check_output(path, "json" if config.json else "results")
     peaks, measured = ours.measure_peaks(config)
     say(f"device peaks: {measured['tflops']:.3g} TFLOP/s, {measured['gb_per_second']:.4g} GB/s")
     origin = provenance()
     origin["load_average"] = {"before": origin["load_average"]}
     result: dict[str, Any] = origin | {"format": FORMAT, "settings": to_dict(config), "peaks": measured}
-    path = config.json or default_path(config)
-    for records in sections(config, peaks):
-        result |= records
-        result["load_average"]["after"] = os.getloadavg()[0]
-        write(path, result)
+    written = False
+    try:
+        for records in sections(config, peaks):
+            result |= records
+            result["load_average"]["after"] = os.getloadavg()[0]
+            write(path, result)
+            written = True
+    except BaseException as error:
+        if written:
+            write(path, result | {"ended_by": " ".join([type(error).__name__, *str(error).splitlines()[:1]])})
+            say(f"result up to here: {path}")
+        raise
     print(table(result))
     print(f"result: {path}")
     for check in peer_checks(result):
@@ -64,7 +76,7 @@ def default_path(config: BenchConfig) -> Path:
 
 
 def sections(config: BenchConfig, peaks: work.Peaks) -> Iterator[Records]:
-    """The records of one section after the other, those of an iteration together."""
+    """The records of one section after the other, those of an iteration together; again after every batch."""
     measures = {"attention": kernel_record, "logprobs": kernel_record}
     for name in KERNELS:
         if name not in config.sections:
@@ -74,14 +86,11 @@ def sections(config: BenchConfig, peaks: work.Peaks) -> Iterator[Records]:
             measure = partial(decode_record, config, peaks, *ours.decode_actor(config))
         else:
             measure = partial(measures[name], config, peaks, name)
-        yield sweep(config, lambda rows, m=measure, n=name: {n: m(rows)})
+        yield from sweep(config, lambda rows, m=measure, n=name: {n: m(rows)})
     if {*PHASES, "ppo"} & set(config.sections):
         say("iteration:")
         with iteration_with_peers(config) as (iteration, peers):
-            yield sweep(
-                config,
-                lambda rows: measure_iteration(config, rows, iteration, peers, peaks, say),
-            )
+            yield from sweep(config, lambda rows: measure_iteration(config, rows, iteration, peers, peaks, say))
 
 
 def batches(config: BenchConfig) -> list[int]:
@@ -94,27 +103,33 @@ def batches(config: BenchConfig) -> list[int]:
     return sizes
 
 
-def sweep(config: BenchConfig, measure: Callable[[int], Records]) -> Records:
-    """Of each section the record with the most sequences/s, and under `sweep` all of them, up to out-of-memory."""
+def sweep(config: BenchConfig, measure: Callable[[int], Records]) -> Iterator[Records]:
+    """After each batch: of each section the record with the most sequences/s, and under `sweep` all up to there.
+
+    The first batch that does not fit the memory is the last, and stands under `stopped`; InputError when none fits.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
-    stopped = None
     for rows in batches(config):
         try:
             records = measure(rows)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            stopped = {"batch": rows, "reason": str(error).splitlines()[0][:300]}
+            if not found:
+                raise InputError(
+                    f"batch={rows} does not fit the memory of the device; give a smaller --batch or --micro_batch"
+                ) from error
             say(f"  batch {rows} does not fit the memory")
-            break
+            yield _swept(found, {"batch": rows, "reason": str(error).splitlines()[0][:300]})
+            return
         for name, record in records.items():
             found.setdefault(name, []).append(record)
-    if not found:
-        raise InputError(
-            f"batch={stopped['batch']} does not fit the memory of the device; give a smaller --batch or --micro_batch"
-        )
+        yield _swept(found, None)
+
+
+def _swept(found: dict[str, list[dict[str, Any]]], stopped: dict[str, Any] | None) -> Records:
     best = {name: max(records, key=lambda r: r["sequences_per_second"]) for name, records in found.items()}
-    return {name: dict(best[name]) | {"sweep": records, "stopped": stopped} for name, records in found.items()}
+    return {name: dict(best[name]) | {"sweep": list(found[name]), "stopped": stopped} for name in found}
 
 
 def kernel_record(config: BenchConfig, peaks: work.Peaks, name: str, rows: int) -> dict[str, Any]:

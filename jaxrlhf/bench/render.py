@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxrlhf.bench.settings import SECTIONS
 from jaxrlhf.errors import InputError
+from jaxrlhf.files import write_text_atomic
 
 COLUMNS = (
     "section",
@@ -114,9 +115,9 @@ def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
 def render(results: Path, document: Path) -> int:
     """Write every result in `results` into `document` (between its two markers); returns how many there are.
 
-    Raises InputError when there is none, or the document lacks the markers.
+    Raises InputError when there is none, one is no JSON object, or the document lacks the markers.
     """
-    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    found = {path: _read(path) for path in sorted(results.glob("*.json"))}
     runs = {path: result for path, result in found.items() if "format" in result}
     ratios = {path: result for path, result in found.items() if path.stem in ONE_OFF}
     if not runs:
@@ -132,9 +133,18 @@ def render(results: Path, document: Path) -> int:
         parts.append("### Single comparisons\n\n" + _markdown(("what", "ratio", "device", "command"), rows))
     parts += [kernel_section(result) for path, result in found.items() if path.stem == COMPILED]
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    document.parent.mkdir(parents=True, exist_ok=True)
-    document.write_text(head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail, encoding="utf-8")
+    write_text_atomic(document, head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail)
     return len(parts) - bool(ratios) + len(ratios)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"results: {path} is not valid JSON ({error}); measure it again, or delete it") from error
+    if not isinstance(result, dict):
+        raise InputError(f"results: {path} holds no JSON object, so no result; move it elsewhere")
+    return result
 
 
 def kernel_section(result: dict[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.bench import command, ours, settings, work
+from jaxrlhf.bench import command, ours, record, settings, work
 from jaxrlhf.bench.command import batches, sweep
 from jaxrlhf.bench.iteration import Peers, figures, judged, ratios
 from jaxrlhf.bench.settings import KERNELS, PHASES, SECTIONS, BenchConfig
@@ -142,12 +143,11 @@ def test_sections_without_ppo_have_their_ratios_and_the_check_too():
     assert peers.results("hf", {"score": [1.0]}) == {"score": {"skipped": "out of memory", "check": check}}
 
 
-def test_a_peer_that_computes_something_else_fails_the_command_in_every_section(monkeypatch, tmp_path):
+def test_a_peer_that_computes_something_else_fails_the_command_in_every_section(monkeypatch, no_peaks, tmp_path):
     found = _peers({"first": {}, "after_a_step": {}, "wrong": ["values 0.3"]}).results("hf", {"score": [1.0] * 2})
     record = figures(work.Work(((1.0, 1.0),)), [1.0, 1.0], 8, 4, work.Peaks(1.0, 1.0))
     record |= {"peers": {"hf": found["score"]}}
     monkeypatch.setattr(command, "sections", lambda *_: iter([{"score": record | {"sweep": [record]}}]))
-    monkeypatch.setattr(ours, "measure_peaks", lambda _: (None, {"tflops": 1.0, "gb_per_second": 1.0}))
     path = tmp_path / "result.json"
     with pytest.raises(SystemExit, match=r"the peer computes something else: values 0\.3"):
         main(["bench", "--sections", "score", "--json", str(path)])
@@ -245,17 +245,77 @@ def test_a_sweep_ends_where_memory_does_and_reports_the_best():
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
         return {"ppo": {"batch": rows, "sequences_per_second": {4: 1.0, 8: 3.0, 16: 2.0}[rows]}}
 
-    found = sweep(BenchConfig(batch=(4, 8, 16, 32, 64)), measure)["ppo"]
+    *_, (found,) = (list(records.values()) for records in sweep(BenchConfig(batch=(4, 8, 16, 32, 64)), measure))
     assert found["batch"] == 8 and [record["batch"] for record in found["sweep"]] == [4, 8, 16]
     assert found["stopped"] == {"batch": 32, "reason": "RESOURCE_EXHAUSTED: Out of memory"}
     with pytest.raises(InputError, match="batch=32 does not fit"):
-        sweep(BenchConfig(batch=(32,)), measure)
+        next(sweep(BenchConfig(batch=(32,)), measure))
 
     def broken(rows):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        sweep(BenchConfig(batch=(4,)), broken)
+        next(sweep(BenchConfig(batch=(4,)), broken))
+
+
+@pytest.fixture
+def no_peaks(monkeypatch):
+    """So that a command begins without measuring."""
+    monkeypatch.setattr(ours, "measure_peaks", lambda _: (None, {"tflops": 1.0, "gb_per_second": 1.0}))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of torch\nmore"), KeyboardInterrupt()])
+def test_an_error_loses_none_of_the_batches_before_it(error, monkeypatch, no_peaks, tmp_path, capsys):
+    def measure(*given):
+        if given[-1] == 16:
+            raise error
+        return figures(work.Work(((1.0, 1.0),)), [1.0], given[-1], 1, work.Peaks(1.0, 1.0))
+
+    monkeypatch.setattr(command, "kernel_record", measure)
+    path = tmp_path / "new" / "result.json"
+    argv = ["bench", "--sections", "logprobs", "--batch", "4", "8", "16", "--json", str(path)]
+    if isinstance(error, KeyboardInterrupt):
+        assert main(argv) == 130
+    else:
+        with pytest.raises(RuntimeError, match="of torch"):
+            main(argv)
+    found = json.loads(path.read_text())
+    assert [record["batch"] for record in found["logprobs"]["sweep"]] == [4, 8]
+    assert found["ended_by"] == {RuntimeError: "RuntimeError of torch"}.get(type(error), "KeyboardInterrupt")
+    assert f"result up to here: {path}" in capsys.readouterr().out
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ours, "measure_peaks", lambda _: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "--json", str(tmp_path)]) == 2
+    assert f"json: {tmp_path} is a folder; name a file in it" in capsys.readouterr().err
+    assert main(["bench", "--json", str(tmp_path / "file" / "result.json")]) == 2
+    assert f"json: {tmp_path / 'file' / 'result.json'} cannot be written" in capsys.readouterr().err
+    assert main(["bench", "--results", str(tmp_path / "file")]) == 2
+    assert "results: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_result_is_replaced_whole_or_not_at_all(monkeypatch, tmp_path):
+    path = tmp_path / "result.json"
+    record.write(path, {"gap": float("nan")})
+    before = path.read_text()
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the disk is full"))
+    with pytest.raises(pytest.fail.Exception, match="the disk is full"):
+        record.write(path, {"gap": 1.0})
+    assert path.read_text() == before and "NaN" in before
+    assert [found.name for found in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"format": 1, "dev', "is not valid JSON"), ("[1]", "no JSON object")])
+def test_a_broken_result_is_named_when_results_are_rendered(text, message, tmp_path, capsys):
+    (tmp_path / "cut.json").write_text(text)
+    document = tmp_path / "bench.md"
+    assert main(["bench", "--render", "--results", str(tmp_path), "--document", str(document)]) == 2
+    said = capsys.readouterr().err
+    assert f"results: {tmp_path / 'cut.json'}" in said and message in said
+    assert not document.exists()
 
 
 def test_every_row_of_a_batch_has_a_prompt(monkeypatch):

@@ -141,7 +141,7 @@ def kernel_record(config: BenchConfig, peaks: work.Peaks, name: str, rows: int) 
     times, first = in_turns(runs, config.repeats)
     parts = {}
     for part, seconds in times.items():
-        done = count(actor, rows, config.length, part == "train")
+        done = count(actor, rows, config.length, *([0] if name == "attention" else []), part == "train")
         parts[part] = figures(done, seconds, rows, config.length, peaks)
         parts[part]["compile_seconds"] = max(0.0, first[part] - parts[part]["seconds"]["median"])
     say(f"  batch {rows}: " + ", ".join(f"{n} {1e3 * p['seconds']['median']:.2f} ms" for n, p in parts.items()))

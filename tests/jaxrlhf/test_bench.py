@@ -15,6 +15,7 @@ from jaxrlhf.bench.iteration import Peers, figures, judged, ratios
 from jaxrlhf.bench.settings import KERNELS, PHASES, SECTIONS, BenchConfig
 from jaxrlhf.cli import main
 from jaxrlhf.errors import InputError
+from jaxrlhf.kernels import attention_mask
 from jaxrlhf.models import Decoder, config_from_dict
 
 pytestmark = pytest.mark.long
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.long
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 SHAPE = {"model_type": "opt", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+LOCAL = {"model_type": "gpt_neo", "vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
+LOCAL |= {"attention_types": [[["global", "local"], 1]], "window_size": 3, "max_position_embeddings": 64}
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
@@ -343,9 +346,30 @@ def test_work_is_what_a_hand_count_gives():
     assert len(generated.stages) == 2 + 3
     peaks = work.Peaks(flops=100.0, bandwidth=10.0)
     assert work.Work(((200.0, 5.0), (1.0, 40.0))).seconds(peaks) == 2.0 + 4.0
+    assert generated.stages[1] == (0.0, 3 * 5 * 2 * 2 * 32 * 4)
     done = figures(work.Work(((200.0, 5.0),)), [4.0, 8.0, 16.0], rows=2, tokens=3, peaks=peaks)
     assert done["roofline_fraction"] == 0.25 and done["tokens_per_second"] == 0.75
     assert ratios([3.0, 4.0, 9.0], [2.0, 2.0, 1.0])["ratio"] == 3.0
+
+
+def test_work_leaves_out_what_local_windows_hide():
+    """Counted against the masks that attention applies, for layers with and without a window."""
+    module = Decoder(config_from_dict(LOCAL), head="lm", dtype=np.float32)
+    whole = Decoder(module.config.replace(windows=None), head="lm", dtype=np.float32)
+    assert module.config.windows == (0, 3)
+    for length in (2, 3, 7):
+        masks = [np.asarray(attention_mask(np.ones((1, length)), length, window=w)) for w in (0, 3)]
+        pairs, seen = sum(mask.sum() for mask in masks), sum(mask[..., -1, :].sum() for mask in masks)
+        fewer = whole.config.num_layers * length * (length + 1) // 2 - pairs, 2 * length - seen
+        (passes,) = work.forward_work(module, 5, length, 1).stages
+        (whole_pass,) = work.forward_work(whole, 5, length, 1).stages
+        assert whole_pass[0] - passes[0] == 4 * 5 * fewer[0] * 32 and whole_pass[1] == passes[1]
+        (step,) = work.decode_work(module, 5, length).stages
+        (whole_step,) = work.decode_work(whole, 5, length).stages
+        assert whole_step[0] - step[0] == 4 * 5 * fewer[1] * 32
+        assert whole_step[1] - step[1] == 5 * fewer[1] * 2 * 32 * 4
+        (local,) = work.attention_work(module, 5, length, 3, backward=False).stages
+        assert local[0] == 4 * 5 * masks[1].sum() * 32
 
 
 def test_the_committed_cpu_comparison_keeps_its_bound():

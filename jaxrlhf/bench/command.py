@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxrlhf.bench import ours, work
 from jaxrlhf.bench.iteration import figures, iteration_with_peers, measure_iteration
 from jaxrlhf.bench.record import check_output, peak_memory, provenance, reset_peak_memory, timed, write
 from jaxrlhf.bench.render import peer_checks, render, table
-from jaxrlhf.bench.settings import FIRST_BATCH, KERNELS, PHASES, BenchConfig
+from jaxrlhf.bench.settings import FIRST_BATCH, KERNEL_SECTIONS, PHASES, BenchConfig
 from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
+from jaxrlhf.models import Decoder
 
 __all__ = ["BenchConfig", "bench"]
 
@@ -77,15 +79,15 @@ def default_path(config: BenchConfig) -> Path:
 
 def sections(config: BenchConfig, peaks: work.Peaks) -> Iterator[Records]:
     """The records of one section after the other, those of an iteration together; again after every batch."""
-    measures = {"attention": kernel_record, "logprobs": kernel_record}
-    for name in KERNELS:
+    kernels = {"attention": ours.attention_runs, "logprobs": ours.logprobs_runs}
+    for name in KERNEL_SECTIONS:
         if name not in config.sections:
             continue
         say(f"{name}:")
         if name == "decode":
             measure = partial(decode_record, config, peaks, *ours.decode_actor(config))
         else:
-            measure = partial(measures[name], config, peaks, name)
+            measure = partial(kernel_record, config, peaks, kernels[name])
         yield from sweep(config, lambda rows, m=measure, n=name: {n: m(rows)})
     if {*PHASES, "ppo"} & set(config.sections):
         say("iteration:")
@@ -132,35 +134,34 @@ def _swept(found: dict[str, list[dict[str, Any]]], stopped: dict[str, Any] | Non
     return {name: dict(best[name]) | {"sweep": list(found[name]), "stopped": stopped} for name in found}
 
 
-def kernel_record(config: BenchConfig, peaks: work.Peaks, name: str, rows: int) -> dict[str, Any]:
-    """Of attention or log-probs: the figures with gradients, and under `parts` both."""
-    actor, _ = ours.actor_and_critic(config)
-    runs = {"attention": ours.attention_runs, "logprobs": ours.logprobs_runs}[name](config, rows)
-    count = {"attention": work.attention_work, "logprobs": work.logprobs_work}[name]
+def kernel_record(
+    config: BenchConfig, peaks: work.Peaks, runs_of: Callable[[BenchConfig, int], ours.Runs], rows: int
+) -> dict[str, Any]:
+    """Of attention or log-probs: the figures with gradients, and under `parts` all."""
+    runs = runs_of(config, rows)
     reset_peak_memory()
-    times, first = in_turns(runs, config.repeats)
+    times, first = in_turns({part: run for part, (run, _) in runs.items()}, config.repeats)
     parts = {}
     for part, seconds in times.items():
-        done = count(actor, rows, config.length, *([0] if name == "attention" else []), part == "train")
-        parts[part] = figures(done, seconds, rows, config.length, peaks)
+        parts[part] = figures(runs[part][1], seconds, rows, config.length, peaks)
         parts[part]["compile_seconds"] = max(0.0, first[part] - parts[part]["seconds"]["median"])
     say(f"  batch {rows}: " + ", ".join(f"{n} {1e3 * p['seconds']['median']:.2f} ms" for n, p in parts.items()))
     return parts["train"] | {"parts": parts, "peak_memory": peak_memory()}
 
 
 def decode_record(
-    config: BenchConfig, peaks: work.Peaks, model: Any, view: Any, mesh: Any, rows: int
+    config: BenchConfig, peaks: work.Peaks, module: Decoder, view: Any, mesh: Mesh, rows: int
 ) -> dict[str, Any]:
     """Of one decode step near the end of the answers: the difference between many steps and one, so without set-up."""
-    runs = ours.decode_runs(config, model, view, mesh, rows)
     steps = min(ours.DECODE_STEPS, config.answer)
+    runs = ours.decode_runs(module, view, mesh, rows, config.length, steps)
     reset_peak_memory()
     times, first = in_turns(runs, config.repeats)
     seconds = [(many - one) / (steps - 1) for one, many in zip(times["one"], times["many"], strict=True)]
     if min(seconds) <= 0:  # too small to tell apart: what the set-up takes stays in
         seconds = [many / steps for many in times["many"]]
     middle = config.length - steps // 2
-    record = figures(work.decode_work(model.module, rows, middle), seconds, rows, 1, peaks)
+    record = figures(work.decode_work(module, rows, middle), seconds, rows, 1, peaks)
     say(f"  batch {rows}: {1e3 * record['seconds']['median']:.2f} ms a token")
     compiling = max(0.0, first["many"] - min(times["many"]))
     return record | {"compile_seconds": compiling, "peak_memory": peak_memory(), "positions": middle}

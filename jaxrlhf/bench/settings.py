@@ -6,15 +6,18 @@ from pathlib import Path
 
 from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
+from jaxrlhf.kernels import KERNELS
 from jaxrlhf.models import KERNEL_OPTIONS, REMAT_POLICIES, DecoderConfig, known_config, read_config
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.settings import MeshConfig, check_context
 
-KERNELS = ("attention", "decode", "logprobs")
+KERNEL_SECTIONS = ("attention", "decode", "logprobs")
 PHASES = ("generate", "score", "train")
-SECTIONS = (*KERNELS, *PHASES, "ppo")
+SECTIONS = (*KERNEL_SECTIONS, *PHASES, "ppo")
 PEERS = {"hf": ("torch", "transformers"), "hf-compile": ("torch", "transformers"), "trl": ("torch", "trl", "datasets")}
 FIRST_BATCH = 8
+TRAINING_ONLY = tuple(name for name in KERNELS["flash_attention"] if name not in KERNELS["decode_attention"])
+"""Implementations of attention that serve training and scoring; generation runs "auto" with them."""
 
 
 @dataclass(frozen=True)

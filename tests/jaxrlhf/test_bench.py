@@ -10,21 +10,17 @@ import numpy as np
 import pytest
 
 from jaxrlhf.bench import command, ours, record, settings, work
-from jaxrlhf.bench.command import batches, sweep
-from jaxrlhf.bench.iteration import Peers, figures, judged, ratios
-from jaxrlhf.bench.settings import KERNELS, PHASES, SECTIONS, BenchConfig
+from jaxrlhf.bench.command import sweep
+from jaxrlhf.bench.iteration import Peers, figures, judged
+from jaxrlhf.bench.settings import KERNEL_SECTIONS, PHASES, SECTIONS, BenchConfig
 from jaxrlhf.cli import main
 from jaxrlhf.errors import InputError
-from jaxrlhf.kernels import attention_mask
-from jaxrlhf.models import Decoder, config_from_dict
 
 pytestmark = pytest.mark.long
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 SHAPE = {"model_type": "opt", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
-LOCAL = {"model_type": "gpt_neo", "vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
-LOCAL |= {"attention_types": [[["global", "local"], 1]], "window_size": 3, "max_position_embeddings": 64}
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
@@ -236,7 +232,7 @@ def test_peers_need_their_packages_and_a_section_to_run(monkeypatch):
     with pytest.raises(InputError, match="trl needs the package trl, which is not installed"):
         BenchConfig(peers=("trl",))
     with pytest.raises(InputError, match="add one to the sections"):
-        BenchConfig(peers=("hf",), sections=KERNELS)
+        BenchConfig(peers=("hf",), sections=KERNEL_SECTIONS)
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(InputError, match="trl only runs whole iterations"):
         BenchConfig(peers=("trl",), sections=("train",))
@@ -319,57 +315,6 @@ def test_a_broken_result_is_named_when_results_are_rendered(text, message, tmp_p
     said = capsys.readouterr().err
     assert f"results: {tmp_path / 'cut.json'}" in said and message in said
     assert not document.exists()
-
-
-def test_every_row_of_a_batch_has_a_prompt(monkeypatch):
-    config = BenchConfig(batch=(2048,), prompt=5)
-    prompts = ours.random_prompts(config, 96, 2048)
-    assert prompts.shape == (2048, 5) and prompts.dtype == np.int32
-    np.testing.assert_array_equal(ours.random_prompts(config, 96, 3), prompts[:3])
-    assert ours.random_prompts(BenchConfig(batch=(4,), max_batch=2, prompt=5), 96, 4).shape == (4, 5)
-    assert batches(BenchConfig(max_batch=2)) == [2] and batches(BenchConfig(max_batch=2, batch=(4,))) == [4]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert batches(BenchConfig(max_batch=40)) == [8, 16, 32]
-
-
-def test_work_is_what_a_hand_count_gives():
-    actor = Decoder(config_from_dict(SHAPE), head="lm", dtype=np.float32)
-    body, head = 2 * (4 * 32 * 32 + 2 * 32 * 64), 96 * 32
-    assert work.matrices(actor) == (body, head)
-    ((flops, size),) = work.forward_work(actor, rows=3, length=5, headed=2).stages
-    assert flops == 2 * 3 * (5 * body + 2 * head) + 4 * 3 * 15 * 32 * 2
-    assert size == 4 * (body + head)
-    ((flops, size),) = work.decode_work(actor, rows=3, positions=7).stages
-    assert flops == 2 * 3 * (body + head) + 4 * 3 * 7 * 32 * 2
-    assert size == 4 * (body + head) + 3 * 7 * 2 * 2 * 32 * 4
-    generated = work.generate_work(actor, rows=3, prompt=5, answer=4)
-    assert len(generated.stages) == 2 + 3
-    peaks = work.Peaks(flops=100.0, bandwidth=10.0)
-    assert work.Work(((200.0, 5.0), (1.0, 40.0))).seconds(peaks) == 2.0 + 4.0
-    assert generated.stages[1] == (0.0, 3 * 5 * 2 * 2 * 32 * 4)
-    done = figures(work.Work(((200.0, 5.0),)), [4.0, 8.0, 16.0], rows=2, tokens=3, peaks=peaks)
-    assert done["roofline_fraction"] == 0.25 and done["tokens_per_second"] == 0.75
-    assert ratios([3.0, 4.0, 9.0], [2.0, 2.0, 1.0])["ratio"] == 3.0
-
-
-def test_work_leaves_out_what_local_windows_hide():
-    """Counted against the masks that attention applies, for layers with and without a window."""
-    module = Decoder(config_from_dict(LOCAL), head="lm", dtype=np.float32)
-    whole = Decoder(module.config.replace(windows=None), head="lm", dtype=np.float32)
-    assert module.config.windows == (0, 3)
-    for length in (2, 3, 7):
-        masks = [np.asarray(attention_mask(np.ones((1, length)), length, window=w)) for w in (0, 3)]
-        pairs, seen = sum(mask.sum() for mask in masks), sum(mask[..., -1, :].sum() for mask in masks)
-        fewer = whole.config.num_layers * length * (length + 1) // 2 - pairs, 2 * length - seen
-        (passes,) = work.forward_work(module, 5, length, 1).stages
-        (whole_pass,) = work.forward_work(whole, 5, length, 1).stages
-        assert whole_pass[0] - passes[0] == 4 * 5 * fewer[0] * 32 and whole_pass[1] == passes[1]
-        (step,) = work.decode_work(module, 5, length).stages
-        (whole_step,) = work.decode_work(whole, 5, length).stages
-        assert whole_step[0] - step[0] == 4 * 5 * fewer[1] * 32
-        assert whole_step[1] - step[1] == 5 * fewer[1] * 2 * 32 * 4
-        (local,) = work.attention_work(module, 5, length, 3, backward=False).stages
-        assert local[0] == 4 * 5 * masks[1].sum() * 32
 
 
 def test_the_committed_cpu_comparison_keeps_its_bound():

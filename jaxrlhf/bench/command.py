@@ -164,7 +164,8 @@ def decode_record(
     record = figures(work.decode_work(module, rows, middle), seconds, rows, 1, peaks)
     say(f"  batch {rows}: {1e3 * record['seconds']['median']:.2f} ms a token")
     compiling = max(0.0, first["many"] - min(times["many"]))
-    return record | {"compile_seconds": compiling, "peak_memory": peak_memory(), "positions": middle}
+    record |= {"compile_seconds": compiling, "peak_memory": peak_memory(), "positions": middle}
+    return record | {"decode_attention": ours.decode_kernel(module)}
 
 
 def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:

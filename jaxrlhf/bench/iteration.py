@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.bench import work
-from jaxrlhf.bench.ours import Iteration
+from jaxrlhf.bench.ours import Iteration, decode_kernel
 from jaxrlhf.bench.record import peak_memory, reset_peak_memory, summary, timed
 from jaxrlhf.bench.settings import PHASES, BenchConfig
 from jaxrlhf.errors import InputError
@@ -212,6 +212,8 @@ def measure_iteration(
     records = {phase: figures(counted[phase][0], times[phase], rows, counted[phase][1], peaks) for phase in phases}
     for phase in phases:
         records[phase]["compile_seconds"] = max(0.0, first[phase] - records[phase]["seconds"]["median"])
+    if "generate" in phases:
+        records["generate"]["decode_attention"] = decode_kernel(iteration.engine.state.actor)
     if "ppo" in wanted:
         times["ppo"] = [sum(parts) for parts in zip(*times.values(), strict=True)]
         whole = figures(sum((counted[p][0] for p in phases), work.Work(())), times["ppo"], rows, config.length, peaks)

@@ -17,6 +17,7 @@ from jaxrlhf.bench.record import timed
 from jaxrlhf.bench.settings import TRAINING_ONLY, BenchConfig
 from jaxrlhf.bench.work import Peaks, Work, attention_work, logprobs_work, visible
 from jaxrlhf.engine import Rollout
+from jaxrlhf.kernels import choose
 from jaxrlhf.models import (
     Decoder,
     create_model,
@@ -211,6 +212,13 @@ def decode_runs(
             return jax.lax.fori_loop(0, count, body, start)[0]
 
     return {"one": partial(decode, view, count=1), "many": partial(decode, view, count=many)}
+
+
+def decode_kernel(module: Decoder) -> str:
+    """Which implementation attends to the cache: what "auto" means here, and those of training alone."""
+    c, asked = module.config, module.attention_implementation
+    asked = "auto" if asked in TRAINING_ONLY else asked
+    return choose("decode_attention", asked, dtype=module.dtype, head_dim=c.head_dim, alibi=c.position == "alibi")
 
 
 def actor_module(config: BenchConfig) -> Decoder:

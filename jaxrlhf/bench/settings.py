@@ -14,6 +14,8 @@ from jaxrlhf.trainers.settings import MeshConfig, check_context
 KERNEL_SECTIONS = ("attention", "decode", "logprobs")
 PHASES = ("generate", "score", "train")
 SECTIONS = (*KERNEL_SECTIONS, *PHASES, "ppo")
+ATTENDING = ("attention", "score", "train")
+"""Sections that run the attention of training and scoring, as a whole iteration (ppo) does too."""
 PEERS = {"hf": ("torch", "transformers"), "hf-compile": ("torch", "transformers"), "trl": ("torch", "trl", "datasets")}
 FIRST_BATCH = 8
 TRAINING_ONLY = tuple(name for name in KERNELS["flash_attention"] if name not in KERNELS["decode_attention"])
@@ -41,7 +43,9 @@ class BenchConfig(MeshConfig):
     answer: int = field(256, "tokens of an answer: none ends early")
     remat_policy: str = field("none", "what the backward pass recomputes of a layer", choices=tuple(REMAT_POLICIES))
     attention_implementation: str = field(
-        "auto", "kernels of attention, as in training", choices=KERNEL_OPTIONS["attention_implementation"]
+        "auto",
+        "kernels of attention, as in training (cudnn and tokamax have none for generation, which then runs auto)",
+        choices=KERNEL_OPTIONS["attention_implementation"],
     )
     logprob_implementation: str = field(
         "auto", "kernels of token log-probs, as in training", choices=KERNEL_OPTIONS["logprob_implementation"]
@@ -76,6 +80,12 @@ class BenchConfig(MeshConfig):
             raise InputError("peers: trl only runs whole iterations; add ppo to the sections, or leave trl out")
         if self.peers and not {*PHASES, "ppo"} & set(self.sections):
             raise InputError(f"peers: they run {', '.join(PHASES)} and ppo; add one to the sections, or leave them out")
+        if self.attention_implementation in TRAINING_ONLY and not {*ATTENDING, "ppo"} & set(self.sections):
+            raise InputError(
+                f"attention_implementation={self.attention_implementation} serves training and scoring alone, which "
+                f"{', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "
+                f"{', '.join(ATTENDING)}, ppo to the sections"
+            )
         for name in ("prompt", "answer", "repeats", "max_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")

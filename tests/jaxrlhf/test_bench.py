@@ -68,6 +68,7 @@ def test_every_section_has_every_figure(result, name):
     assert record["roofline_fraction"] == pytest.approx(record["roofline_seconds"] / seconds["median"])
     assert min(record["tflops"], record["gb_per_second"], record["roofline_fraction"]) > 0
     assert record["peak_memory"]["bytes"] > 0 and record["compile_seconds"] >= 0
+    assert record.get("decode_attention") == ("xla" if name in ("decode", "generate") else None)
     if name in ("attention", "logprobs"):
         assert set(record["parts"]) == {"forward", "train"}
 
@@ -217,6 +218,14 @@ def _markers():
         (["--micro_batch", "3"], "micro_batch=3 must divide batch=8"),
         (["--prompt", "0"], "prompt=0 must be at least 1"),
         (["--sections", "decode", "--answer", "1"], "answer=1: decode measures"),
+        (
+            ["--sections", "decode,generate", "--attention_implementation", "cudnn"],
+            "attention_implementation=cudnn serves training and scoring alone, which decode, generate does not run",
+        ),
+        (
+            ["--sections", "logprobs", "--attention_implementation", "tokamax"],
+            "attention_implementation=tokamax serves",
+        ),
         (["--actor", "no-such-model"], "actor: 'no-such-model' is no folder, and unknown model"),
         (["--critic", "gpt2"], "a vocabulary of 50272 tokens and critic=gpt2 one of 50257"),
         (["--prompt", "2000"], "exceeds the model's context of 2048"),

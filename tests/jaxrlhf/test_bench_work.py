@@ -104,6 +104,14 @@ def test_attention_is_measured_with_the_models_slopes_windows_and_scale(family, 
         assert done.flops == 4 * 2 * pairs * 32 and runs[f"train{kind}"][1].flops == 3.5 * done.flops
 
 
+@pytest.mark.parametrize(
+    ("asked", "ran"), [("auto", "xla"), ("xla", "xla"), ("pallas", "pallas"), ("cudnn", "xla"), ("tokamax", "xla")]
+)
+def test_decoding_says_which_attention_it_ran(asked, ran):
+    module = Decoder(config_from_dict(BLOOM), head="lm", dtype=np.float32, attention_implementation=asked)
+    assert ours.decode_kernel(module) == ran
+
+
 @pytest.mark.parametrize(("shape", "plain"), [(SHAPE, True), (LOCAL, False)])
 def test_kernels_that_want_plain_numbers_get_them_where_layers_are_alike(shape, plain, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shape))

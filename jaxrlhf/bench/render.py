@@ -128,9 +128,11 @@ def render(results: Path, document: Path) -> int:
     parts = [section(path, result, document) for path, result in runs.items()]
     if ratios:
         rows = [
-            [ONE_OFF[path.stem], f"{r['ratio']:.2f}", r["device"], f"`{r['command']}`"] for path, r in ratios.items()
+            [ONE_OFF[path.stem], f"{r['ratio']:.2f}", r["device"], _origin(r), f"`{r['command']}`"]
+            for path, r in ratios.items()
         ]
-        parts.append("### Single comparisons\n\n" + _markdown(("what", "ratio", "device", "command"), rows))
+        columns = ("what", "ratio", "device", "measured at", "command")
+        parts.append("### Single comparisons\n\n" + _markdown(columns, rows))
     parts += [kernel_section(result) for path, result in found.items() if path.stem == COMPILED]
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     write_text_atomic(document, head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail)
@@ -145,6 +147,20 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict):
         raise InputError(f"results: {path} holds no JSON object, so no result; move it elsewhere")
     return result
+
+
+def _origin(result: dict[str, Any]) -> str:
+    """Commit, day and how busy the machine was, as far as the result says."""
+    commit, _, changes = result["commit"].partition(" ")
+    words = [f"commit `{commit[:10]}`{f' {changes}' if changes else ''}"]
+    if "time" in result:
+        words.append(result["time"][:10])
+    load = result.get("load_average")
+    if isinstance(load, dict):
+        words.append("load average " + ", ".join(f"{value:.1f} {when}" for when, value in load.items()))
+    elif load is not None:
+        words.append(f"load average {load:.1f} at the end")
+    return ", ".join(words)
 
 
 def kernel_section(result: dict[str, Any]) -> str:
@@ -162,7 +178,7 @@ def kernel_section(result: dict[str, Any]) -> str:
             "",
             "bfloat16 where no other dtype is named; registers per thread / bytes spilled, as ptxas reports them; for "
             "a TPU, that Mosaic compiles the kernel. No device was present; these are no timings. "
-            f"{versions}; commit `{result['commit'][:10]}`, {result['time'][:10]}.",
+            f"{versions}; {_origin(result)}.",
             "",
             f"`{result['command']}`",
             "",
@@ -180,9 +196,9 @@ def section(path: Path, result: dict[str, Any], document: Path) -> str:
         "",
         f"Prompt {s['prompt']} + answer {s['answer']} tokens, {peaks['matmul'].split()[-1]}; {s['repeats']} runs each. "
         f"Measured peaks: {_number(peaks['tflops'])} TFLOP/s ({peaks['matmul']}), "
-        f"{_number(peaks['gb_per_second'])} GB/s ({peaks['copy']} copied). {versions}; commit "
-        f"`{result['commit'][:10]}`, {result['time'][:10]}.",
+        f"{_number(peaks['gb_per_second'])} GB/s ({peaks['copy']} copied). {versions}; {_origin(result)}.",
         "",
+        *([f"The run ended early: {result['ended_by']}.", ""] if "ended_by" in result else []),
         f"`{result['command']}`",
         "",
         _markdown(COLUMNS, rows_of(result)),

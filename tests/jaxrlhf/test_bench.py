@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jaxrlhf.bench import command, ours, record, settings, work
 from jaxrlhf.bench.command import sweep
 from jaxrlhf.bench.iteration import Peers, figures, judged
+from jaxrlhf.bench.render import BEGIN, END, render
 from jaxrlhf.bench.settings import KERNEL_SECTIONS, PHASES, SECTIONS, BenchConfig
 from jaxrlhf.cli import main
 from jaxrlhf.errors import InputError
@@ -202,9 +204,42 @@ def test_registers_and_spills_of_kernels_are_a_table(result_file, tmp_path):
     assert "| `k` | head size 64 | 150 / 0 | compiles |\n| `k` | head size 80 | 255 / 12 |  |" in text
 
 
-def _markers():
-    from jaxrlhf.bench.render import BEGIN, END
+def test_uncommitted_changes_load_and_an_early_end_are_rendered(result_file, tmp_path):
+    run = json.loads(result_file.read_text()) | {"commit": f"{'0123456789' * 4} with changes", "ended_by": "OSError x"}
+    run["load_average"] = {"before": 0.42, "after": 4.1}
+    single = {"commit": "f" * 40, "load_average": 9.87, "ratio": 1.5, "device": "d", "command": "c"}
+    folder, document = tmp_path / "results", tmp_path / "bench.md"
+    folder.mkdir()
+    (folder / "toy.json").write_text(json.dumps(run))
+    (folder / "decode.json").write_text(json.dumps(single))
+    assert main(["bench", "--render", "--results", str(folder), "--document", str(document)]) == 0
+    text = document.read_text()
+    day = run["time"][:10]
+    assert f"; commit `0123456789` with changes, {day}, load average 0.4 before, 4.1 after.\n" in text
+    assert "The run ended early: OSError x." in text
+    assert "| 1.50 | d | commit `ffffffffff`, load average 9.9 at the end | `c` |" in text
 
+
+def test_the_document_shows_the_committed_results(tmp_path):
+    document = tmp_path / "benchmarks.md"
+    shown = (RESULTS.parents[1] / "docs" / "benchmarks.md").read_text()
+    document.write_text(shown)
+    render(RESULTS, document)
+    assert document.read_text() == shown, "run `jaxrlhf bench --render`"
+
+
+def test_figures_of_attention_in_the_documents_stand_in_the_result_that_they_name():
+    text = (RESULTS.parents[1] / "docs" / "generation.md").read_text()
+    claim = re.search(r"took (\d+) ms for (\d+) rows of (\d+) tokens, by \[a result\]\(\.\./(\S+)\) of\s`(.*?)`", text)
+    milliseconds, rows, tokens, path, command_line = claim.groups()
+    found = json.loads((RESULTS.parents[1] / path).read_text())
+    assert found["command"].startswith(command_line)
+    (record,) = (r for r in found["attention"]["sweep"] if r["batch"] == int(rows))
+    assert round(1e3 * record["parts"]["train"]["seconds"]["median"]) == int(milliseconds)
+    assert found["settings"]["prompt"] + found["settings"]["answer"] == int(tokens)
+
+
+def _markers():
     return f"{BEGIN}\n{END}"
 
 

@@ -148,7 +148,7 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
         numbers = (options.scale, options.window)
         given = numbers if plain else (jnp.asarray(options.scale, jnp.float32), jnp.asarray(options.window))
         for part, program in programs.items():
-            name = f"{part}, window {options.window or 'none'}" if i else part
+            name = f"{part} (window {options.window or 'none'})" if i else part
             done = attention_work(module, rows, length, options.window, part == "train")
             runs[name] = (partial(program, *inputs, *given), done)
     return runs

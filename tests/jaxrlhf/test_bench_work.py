@@ -86,7 +86,7 @@ BLOOM = {"model_type": "bloom", "vocab_size": 96, "hidden_size": 32, "n_layer": 
 EXPECTED = {  # of each kind of layer: scale, window, slopes
     "opt": (SHAPE, {"": (16**-0.5, 0, (0, 0))}),
     "bloom": (BLOOM, {"": (16**-0.5, 0, (2**-4, 2**-8))}),
-    "gpt_neo": (LOCAL, {"": (1.0, 0, (0, 0)), ", window 3": (1.0, 3, (0, 0))}),
+    "gpt_neo": (LOCAL, {"": (1.0, 0, (0, 0)), " (window 3)": (1.0, 3, (0, 0))}),
 }
 
 

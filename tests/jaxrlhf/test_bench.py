@@ -266,8 +266,9 @@ def _markers():
         (["--prompt", "2000"], "exceeds the model's context of 2048"),
     ],
 )
-def test_bad_settings_are_refused_by_name(flags, message, capsys):
-    assert main(["bench", *flags]) == 2
+def test_bad_settings_are_refused_by_name(flags, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ours, "measure_peaks", lambda _: pytest.fail("measured"))
+    assert main(["bench", *flags, "--results", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 

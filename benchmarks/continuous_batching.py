@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxrlhf import HybridEngine, SamplingConfig
-from jaxrlhf.bench.record import interleaved, write
+from jaxrlhf.bench.record import check_output, interleaved, write
 from jaxrlhf.models import config_from_dict, create_model
 
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    check_output(args.json, "--json")
     slots, total = args.slots, args.prompts or 8 * args.slots
     longest, length = args.max_new_tokens, args.prompt_length
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import HybridEngine, SamplingConfig
-from jaxrlhf.bench.record import interleaved, write
-from jaxrlhf.models import config_from_dict, create_model, decode_step, generation_view, init_cache
+from jaxrlhf.bench.ours import DECODE_STEPS, decode_runs, decode_view
+from jaxrlhf.bench.record import check_output, interleaved, write
+from jaxrlhf.models import config_from_dict, create_model
 
 
 def hand_weights(params: dict, layers: int) -> dict:
@@ -106,25 +107,16 @@ def hand_generate(weights: dict, ids: jax.Array, key: jax.Array, *, heads: int, 
 
 def step_cost(engine: HybridEngine, rows: int, lengths: list[int], repeats: int) -> dict[str, float]:
     """Seconds per decode step of `rows` rows with caches of each of `lengths`."""
-    module, steps = engine.module, 32
-    view = jax.jit(partial(generation_view, module=module))(engine.params)
-
-    @partial(jax.jit, static_argnames=("length", "count"))
-    def decode(view, *, length: int, count: int):
-        def body(i: jax.Array, carry: tuple) -> tuple:
-            token, caches = carry
-            logits, caches = decode_step(module, view, token, length - steps + i, jnp.zeros(rows, jnp.int32), caches)
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
-
-        return jax.lax.fori_loop(0, count, body, (jnp.zeros(rows, jnp.int32), init_cache(module, rows, length)))[0]
-
+    module, mesh = engine.module, engine.generate_mesh
+    view = decode_view(module, engine.params, mesh)
     runs = {
-        f"{length}/{count}": partial(decode, view, length=length, count=count)
+        f"{length}/{name}": run
         for length in lengths
-        for count in (1, steps)
+        for name, run in decode_runs(module, view, mesh, rows, length, DECODE_STEPS).items()
     }
     seconds = interleaved(runs, repeats)
-    return {str(length): (seconds[f"{length}/{steps}"] - seconds[f"{length}/1"]) / (steps - 1) for length in lengths}
+    steps = DECODE_STEPS - 1
+    return {str(length): (seconds[f"{length}/many"] - seconds[f"{length}/one"]) / steps for length in lengths}
 
 
 def main() -> None:
@@ -139,6 +131,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    check_output(args.json, "--json")
 
     heads, positions = args.width // 64, max(args.prompt_length + args.max_new_tokens, 2 * args.cache_length)
     shape = {"model_type": "gpt2", "vocab_size": args.vocab, "n_embd": args.width, "n_layer": args.layers}

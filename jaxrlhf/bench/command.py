@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxrlhf.bench import ours, work
 from jaxrlhf.bench.iteration import figures, iteration_with_peers, measure_iteration
-from jaxrlhf.bench.record import peak_memory, provenance, reset_peak_memory, timed, write
-from jaxrlhf.bench.render import render, table
-from jaxrlhf.bench.settings import FIRST_BATCH, KERNELS, PHASES, BenchConfig
+from jaxrlhf.bench.record import check_output, peak_memory, provenance, reset_peak_memory, timed, write
+from jaxrlhf.bench.render import peer_checks, render, table
+from jaxrlhf.bench.settings import FIRST_BATCH, KERNEL_SECTIONS, PHASES, BenchConfig
 from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
+from jaxrlhf.models import Decoder
 
 __all__ = ["BenchConfig", "bench"]
 
@@ -25,7 +27,10 @@ Records = dict[str, dict[str, Any]]
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure, print and write the result; or render all results. SystemExit when a peer computed something else."""
+    """Measure, print and write the result; or render all results. SystemExit when a peer computed something else.
+
+    The file is written after every batch of every section: what ends a run early loses only what it was at.
+    """
     if config.render:
         print(f"{render(Path(config.results), Path(config.document))} results in {config.document}")
         return {}
@@ -33,21 +38,32 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     share = ("XLA_PYTHON_CLIENT_PREALLOCATE", "false") if config.peers else ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault(*share)
     config.shapes()
+    for rows in batches(config):
+        config.parts(rows)
+    path = config.json or default_path(config)
+    check_output(path, "json" if config.json else "results")
     peaks, measured = ours.measure_peaks(config)
     say(f"device peaks: {measured['tflops']:.3g} TFLOP/s, {measured['gb_per_second']:.4g} GB/s")
     origin = provenance()
     origin["load_average"] = {"before": origin["load_average"]}
     result: dict[str, Any] = origin | {"format": FORMAT, "settings": to_dict(config), "peaks": measured}
-    path = config.json or default_path(config)
-    for records in sections(config, peaks):
-        result |= records
-        result["load_average"]["after"] = os.getloadavg()[0]
-        write(path, result)
+    written = False
+    try:
+        for records in sections(config, peaks):
+            result |= records
+            result["load_average"]["after"] = os.getloadavg()[0]
+            write(path, result)
+            written = True
+    except BaseException as error:
+        if written:
+            write(path, result | {"ended_by": " ".join([type(error).__name__, *str(error).splitlines()[:1]])})
+            say(f"result up to here: {path}")
+        raise
     print(table(result))
     print(f"result: {path}")
-    for peer in result.get("ppo", {}).get("peers", {}).values():
-        if peer.get("check", {}).get("wrong"):
-            raise SystemExit(f"the peer computes something else: {', '.join(peer['check']['wrong'])}")
+    for check in peer_checks(result):
+        if check["wrong"]:
+            raise SystemExit(f"the peer computes something else: {', '.join(check['wrong'])}")
     return result
 
 
@@ -62,93 +78,94 @@ def default_path(config: BenchConfig) -> Path:
 
 
 def sections(config: BenchConfig, peaks: work.Peaks) -> Iterator[Records]:
-    """The records of one section after the other, those of an iteration together."""
-    measures = {"attention": kernel_record, "logprobs": kernel_record}
-    for name in KERNELS:
+    """The records of one section after the other, those of an iteration together; again after every batch."""
+    kernels = {"attention": ours.attention_runs, "logprobs": ours.logprobs_runs}
+    for name in KERNEL_SECTIONS:
         if name not in config.sections:
             continue
         say(f"{name}:")
         if name == "decode":
             measure = partial(decode_record, config, peaks, *ours.decode_actor(config))
         else:
-            measure = partial(measures[name], config, peaks, name)
-        yield sweep(config, lambda rows, m=measure, n=name: {n: m(rows)})
+            measure = partial(kernel_record, config, peaks, kernels[name])
+        yield from sweep(config, lambda rows, m=measure, n=name: {n: m(rows)})
     if {*PHASES, "ppo"} & set(config.sections):
         say("iteration:")
         with iteration_with_peers(config) as (iteration, peers):
-            yield sweep(
-                config,
-                lambda rows: measure_iteration(config, rows, iteration, peers, peaks, say),
-            )
+            yield from sweep(config, lambda rows: measure_iteration(config, rows, iteration, peers, peaks, say))
 
 
 def batches(config: BenchConfig) -> list[int]:
     """What is swept over. A CPU has no limit of its own to stop at, so it gets one."""
     if config.batch:
         return list(config.batch)
-    if jax.default_backend() == "cpu":
-        return [FIRST_BATCH]
-    sizes = [FIRST_BATCH]
-    while sizes[-1] * 2 <= config.max_batch:
+    sizes = [min(FIRST_BATCH, config.max_batch)]
+    while jax.default_backend() != "cpu" and sizes[-1] * 2 <= config.max_batch:
         sizes.append(sizes[-1] * 2)
     return sizes
 
 
-def sweep(config: BenchConfig, measure: Callable[[int], Records]) -> Records:
-    """Of each section the record with the most sequences/s, and under `sweep` all of them, up to out-of-memory."""
+def sweep(config: BenchConfig, measure: Callable[[int], Records]) -> Iterator[Records]:
+    """After each batch: of each section the record with the most sequences/s, and under `sweep` all up to there.
+
+    The first batch that does not fit the memory is the last, and stands under `stopped`; InputError when none fits.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
-    stopped = None
     for rows in batches(config):
         try:
             records = measure(rows)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            stopped = {"batch": rows, "reason": str(error).splitlines()[0][:300]}
+            if not found:
+                raise InputError(
+                    f"batch={rows} does not fit the memory of the device; give a smaller --batch or --micro_batch"
+                ) from error
             say(f"  batch {rows} does not fit the memory")
-            break
+            yield _swept(found, {"batch": rows, "reason": str(error).splitlines()[0][:300]})
+            return
         for name, record in records.items():
             found.setdefault(name, []).append(record)
-    if not found:
-        raise InputError(
-            f"batch={stopped['batch']} does not fit the memory of the device; give a smaller --batch or --micro_batch"
-        )
+        yield _swept(found, None)
+
+
+def _swept(found: dict[str, list[dict[str, Any]]], stopped: dict[str, Any] | None) -> Records:
     best = {name: max(records, key=lambda r: r["sequences_per_second"]) for name, records in found.items()}
-    return {name: dict(best[name]) | {"sweep": records, "stopped": stopped} for name, records in found.items()}
+    return {name: dict(best[name]) | {"sweep": list(found[name]), "stopped": stopped} for name in found}
 
 
-def kernel_record(config: BenchConfig, peaks: work.Peaks, name: str, rows: int) -> dict[str, Any]:
-    """Of attention or log-probs: the figures with gradients, and under `parts` both."""
-    actor, _ = ours.actor_and_critic(config)
-    runs = {"attention": ours.attention_runs, "logprobs": ours.logprobs_runs}[name](config, rows)
-    count = {"attention": work.attention_work, "logprobs": work.logprobs_work}[name]
+def kernel_record(
+    config: BenchConfig, peaks: work.Peaks, runs_of: Callable[[BenchConfig, int], ours.Runs], rows: int
+) -> dict[str, Any]:
+    """Of attention or log-probs: the figures with gradients, and under `parts` all."""
+    runs = runs_of(config, rows)
     reset_peak_memory()
-    times, first = in_turns(runs, config.repeats)
+    times, first = in_turns({part: run for part, (run, _) in runs.items()}, config.repeats)
     parts = {}
     for part, seconds in times.items():
-        done = count(actor, rows, config.length, part == "train")
-        parts[part] = figures(done, seconds, rows, config.length, peaks)
+        parts[part] = figures(runs[part][1], seconds, rows, config.length, peaks)
         parts[part]["compile_seconds"] = max(0.0, first[part] - parts[part]["seconds"]["median"])
     say(f"  batch {rows}: " + ", ".join(f"{n} {1e3 * p['seconds']['median']:.2f} ms" for n, p in parts.items()))
     return parts["train"] | {"parts": parts, "peak_memory": peak_memory()}
 
 
 def decode_record(
-    config: BenchConfig, peaks: work.Peaks, model: Any, view: Any, mesh: Any, rows: int
+    config: BenchConfig, peaks: work.Peaks, module: Decoder, view: Any, mesh: Mesh, rows: int
 ) -> dict[str, Any]:
     """Of one decode step near the end of the answers: the difference between many steps and one, so without set-up."""
-    runs = ours.decode_runs(config, model, view, mesh, rows)
     steps = min(ours.DECODE_STEPS, config.answer)
+    runs = ours.decode_runs(module, view, mesh, rows, config.length, steps)
     reset_peak_memory()
     times, first = in_turns(runs, config.repeats)
     seconds = [(many - one) / (steps - 1) for one, many in zip(times["one"], times["many"], strict=True)]
     if min(seconds) <= 0:  # too small to tell apart: what the set-up takes stays in
         seconds = [many / steps for many in times["many"]]
     middle = config.length - steps // 2
-    record = figures(work.decode_work(model.module, rows, middle), seconds, rows, 1, peaks)
+    record = figures(work.decode_work(module, rows, middle), seconds, rows, 1, peaks)
     say(f"  batch {rows}: {1e3 * record['seconds']['median']:.2f} ms a token")
     compiling = max(0.0, first["many"] - min(times["many"]))
-    return record | {"compile_seconds": compiling, "peak_memory": peak_memory(), "positions": middle}
+    record |= {"compile_seconds": compiling, "peak_memory": peak_memory(), "positions": middle}
+    return record | {"decode_attention": ours.decode_kernel(module)}
 
 
 def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:

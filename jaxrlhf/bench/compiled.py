@@ -26,7 +26,7 @@ TARGETS = ("a100-80g", "h200", "v5e")
 HEAD_SIZES = {64: (32, 32), 80: (32, 32), 96: (32, 8), 128: (32, 8), 256: (16, 1)}
 """Head size: query heads and key/value heads that such models have."""
 OURS = ("decode_attention", "flash_attention", "token_logprobs")
-KERNELS = {
+KERNEL_NAMES = {
     "decode_attention_share",
     "flash_attention_forward",
     "flash_attention_query_gradient",
@@ -173,7 +173,7 @@ def kernel_table(targets: tuple[str, ...] = TARGETS, say: Callable[[str], None] 
         for shape, (function, shapes, *donated, blocks) in _cases(target):
             program, found = compile_for(target, function, *shapes, donate_argnums=donated[0] if donated else ())
             names = set(re.findall(rf"\b((?:{'|'.join(OURS)})[a-z_]+)", program.as_text()))
-            for kernel in sorted(names & KERNELS):
+            for kernel in sorted(names & KERNEL_NAMES):
                 figures = found.get(kernel)
                 figures = {"registers": figures and figures.registers, "spilled": figures and figures.spilled}
                 cut = str(blocks) if DEVICES[target].platform == "cuda" else None

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.bench import work
-from jaxrlhf.bench.ours import Iteration
+from jaxrlhf.bench.ours import Iteration, decode_kernel
 from jaxrlhf.bench.record import peak_memory, reset_peak_memory, summary, timed
 from jaxrlhf.bench.settings import PHASES, BenchConfig
 from jaxrlhf.errors import InputError
@@ -156,18 +156,20 @@ class Peers:
             if name not in self.skipped:
                 self.times[name].append({phase: took[name][phase] for phase in phases})
 
-    def results(self, name: str, ours: dict[str, list[float]], phases: tuple[str, ...]) -> dict[str, Any]:
-        """Ratios of a peer: of each phase, and under `ppo` of their sum when all were run."""
-        if name in self.skipped:
-            return {key: {"skipped": self.skipped[name]} for key in (*phases, "ppo")}
+    def results(self, name: str, ours: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+        """What is said of a peer by section: ratios to the seconds of `ours` there, and how both compare."""
         if name == "trl":
-            return {"ppo": ratios([run["iteration"] for run in self.times[name]], ours["ppo"])}
-        by_phase = {phase: [run[phase] for run in self.times[name]] for phase in phases}
-        found = {phase: ratios(by_phase[phase], ours[phase]) for phase in phases}
-        if set(phases) == set(PHASES):
-            whole = [sum(run.values()) for run in self.times[name]]
-            found["ppo"] = ratios(whole, ours["ppo"]) | {"phases": dict(found), "check": self.check}
-        return found
+            skipped = {"skipped": self.skipped[name]} if name in self.skipped else None
+            return {"ppo": skipped or ratios([run["iteration"] for run in self.times[name]], ours["ppo"])}
+        if name in self.skipped:
+            found = {section: {"skipped": self.skipped[name]} for section in ours}
+        else:
+            phases = {phase: [run[phase] for run in self.times[name]] for phase in ours if phase in PHASES}
+            found = {phase: ratios(seconds, ours[phase]) for phase, seconds in phases.items()}
+            if "ppo" in ours:
+                whole = [sum(parts) for parts in zip(*phases.values(), strict=True)]
+                found["ppo"] = ratios(whole, ours["ppo"]) | {"phases": dict(found)}
+        return {section: figures | {"check": self.check} for section, figures in found.items()}
 
 
 def measure_iteration(
@@ -210,6 +212,8 @@ def measure_iteration(
     records = {phase: figures(counted[phase][0], times[phase], rows, counted[phase][1], peaks) for phase in phases}
     for phase in phases:
         records[phase]["compile_seconds"] = max(0.0, first[phase] - records[phase]["seconds"]["median"])
+    if "generate" in phases:
+        records["generate"]["decode_attention"] = decode_kernel(iteration.engine.state.actor)
     if "ppo" in wanted:
         times["ppo"] = [sum(parts) for parts in zip(*times.values(), strict=True)]
         whole = figures(sum((counted[p][0] for p in phases), work.Work(())), times["ppo"], rows, config.length, peaks)
@@ -219,7 +223,7 @@ def measure_iteration(
         records[name]["peak_memory"] = memory
         records[name]["peers"] = {}
     for name in config.peers:
-        for section, found in peers.results(name, times, phases).items():
+        for section, found in peers.results(name, times).items():
             if section in wanted:
                 records[section]["peers"][name] = found
     return {name: records[name] for name in wanted}

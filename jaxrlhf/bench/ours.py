@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrlhf.bench.record import timed
-from jaxrlhf.bench.settings import BenchConfig
-from jaxrlhf.bench.work import Peaks
+from jaxrlhf.bench.settings import TRAINING_ONLY, BenchConfig
+from jaxrlhf.bench.work import Peaks, Work, attention_work, logprobs_work, visible
 from jaxrlhf.engine import Rollout
+from jaxrlhf.kernels import choose
 from jaxrlhf.models import (
-    Model,
+    Decoder,
     create_model,
     decode_step,
     generation_view,
@@ -26,7 +28,7 @@ from jaxrlhf.models import (
     with_kernels,
 )
 from jaxrlhf.models.attend import attend_to_sequence
-from jaxrlhf.models.decoder import positions_from_mask
+from jaxrlhf.models.decoder import LayerOptions, alibi_slopes, layer_options, positions_from_mask
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.model import make_module
 from jaxrlhf.ppo import Experience
@@ -35,12 +37,13 @@ from jaxrlhf.trainers.ppo import PPOTrainer, RLHFEngine
 
 DECODE_STEPS = 32
 PEAK_SIZES = {"cpu": (2048, 2**28), "accelerator": (8192, 2**30)}  # side of the matrices, bytes of the copied array
+Runs = dict[str, tuple[Callable[[], Any], Work]]
+"""What is timed, by name, and the work it is."""
 
 
 def random_prompts(config: BenchConfig, vocab_size: int, rows: int) -> np.ndarray:
-    """`[rows, P]` int32; row i is the same in every batch."""
-    draw = np.random.default_rng(config.seed).integers
-    return draw(0, vocab_size, (config.max_batch, config.prompt)).astype(np.int32)[:rows]
+    """`[rows, P]` int32; row i is the same in every batch: numbers are drawn one row after the other."""
+    return np.random.default_rng(config.seed).integers(0, vocab_size, (rows, config.prompt)).astype(np.int32)
 
 
 def measure_peaks(config: BenchConfig) -> tuple[Peaks, dict[str, Any]]:
@@ -106,36 +109,56 @@ class Iteration:
         return folder / "actor", folder / "reward"
 
 
-def attention_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any]]:
-    """One layer's attention of the actor over prompt and answer as in training: `forward`, `train` with gradients."""
-    shape, mesh = config.shapes()[0], config.make_mesh()
+def attention_runs(config: BenchConfig, rows: int) -> Runs:
+    """One layer's attention of the actor over prompt and answer as in training: `forward`, `train` with gradients.
+
+    It is the first layer's; where others have another window, runs of one of them follow, whose names say it.
+    """
+    module, mesh = actor_module(config), config.make_mesh()
+    shape, length = module.config, config.length
     keys = jax.random.split(jax.random.key(config.seed), 4)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
     arrays = [
-        jax.random.normal(k, (rows, h, config.length, shape.head_dim), config.compute_dtype)
+        jax.random.normal(k, (rows, h, length, shape.head_dim), config.compute_dtype)
         for k, h in zip(keys, heads, strict=True)
     ]
     *inputs, weights = place_batch(tuple(arrays), mesh, TRAIN_RULES)
+    layers = layer_options(shape)
+    # As the decoder passes them: arrays, as all layers share a program, but plain numbers to kernels that want them.
+    plain = config.attention_implementation in TRAINING_ONLY and all(options == layers[0] for options in layers)
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mask = jnp.ones((rows, config.length), bool)
-        options = {"scale": shape.head_dim**-0.5, "window": 0, "alibi_slopes": None}
-        options["implementation"] = config.attention_implementation
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: Any, window: Any) -> jax.Array:
+        mask = jnp.ones((rows, length), bool)
+        options = {"scale": scale, "window": window, "implementation": config.attention_implementation}
+        options["alibi_slopes"] = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
         with use(mesh, TRAIN_RULES):
             return attend_to_sequence(q, k, v, mask, positions_from_mask(mask), **options)
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(forward(q, k, v).astype(jnp.float32) * weights)
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: Any, window: Any) -> jax.Array:
+        return jnp.sum(forward(q, k, v, scale, window).astype(jnp.float32) * weights)
 
-    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-    return {"forward": partial(jax.jit(forward), *inputs), "train": partial(gradients, *inputs)}
+    static = (3, 4) if plain else ()
+    programs = {"forward": jax.jit(forward, static_argnums=static)}
+    programs["train"] = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=static)
+    kinds: dict[int, LayerOptions] = {}
+    for options in layers:
+        kinds.setdefault(visible(length, options.window), options)
+    runs: Runs = {}
+    for i, options in enumerate(kinds.values()):
+        numbers = (options.scale, options.window)
+        given = numbers if plain else (jnp.asarray(options.scale, jnp.float32), jnp.asarray(options.window))
+        for part, program in programs.items():
+            name = f"{part} (window {options.window or 'none'})" if i else part
+            done = attention_work(module, rows, length, options.window, part == "train")
+            runs[name] = (partial(program, *inputs, *given), done)
+    return runs
 
 
-def logprobs_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any]]:
+def logprobs_runs(config: BenchConfig, rows: int) -> Runs:
     """Token log-probs of the actor's head from hidden states: `forward`, and `train` with its gradients."""
-    shape, mesh = config.shapes()[0], config.make_mesh()
+    module, mesh, dtype = actor_module(config), config.make_mesh(), config.compute_dtype
+    shape = module.config
     keys = jax.random.split(jax.random.key(config.seed), 3)
-    dtype = config.compute_dtype
     hidden = jax.random.normal(keys[0], (rows, config.length, shape.embedding_size), dtype)
     weight = 0.02 * jax.random.normal(keys[1], (shape.padded_vocab_size, shape.embedding_size), dtype)
     labels = jax.random.randint(keys[2], (rows, config.length), 0, shape.vocab_size)
@@ -147,29 +170,34 @@ def logprobs_runs(config: BenchConfig, rows: int) -> dict[str, Callable[[], Any]
             return head_logprobs(hidden, weight, None, labels, zero_stage=0, **options)[0]
 
     gradients = jax.jit(jax.value_and_grad(lambda h, w: forward(h, w).sum(), argnums=(0, 1)))
-    return {"forward": partial(jax.jit(forward), hidden, weight), "train": partial(gradients, hidden, weight)}
+    programs = {"forward": jax.jit(forward), "train": gradients}
+    return {
+        part: (partial(program, hidden, weight), logprobs_work(module, rows, config.length, part == "train"))
+        for part, program in programs.items()
+    }
 
 
-def decode_actor(config: BenchConfig) -> tuple[Model, Any, Any]:
-    """The actor, its weights as decoding wants them, and the mesh of generation."""
+def decode_actor(config: BenchConfig) -> tuple[Decoder, Any, Mesh]:
+    """The actor's module, its weights as decoding wants them, and the mesh of generation."""
     shape, mesh = config.shapes()[0], config.make_mesh()
     flipped = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
     model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.compute_dtype)
     model = with_kernels(
         model, attention_implementation=config.attention_implementation, kv_cache_dtype=config.kv_cache_dtype
     )
-
-    def view(params: Any) -> Any:
-        with use(flipped, GENERATE_RULES):
-            return generation_view(params, model.module)
-
-    return model, jax.jit(view)(model.params), flipped
+    return model.module, decode_view(model.module, model.params, flipped), flipped
 
 
-def decode_runs(config: BenchConfig, model: Model, view: Any, mesh: Any, rows: int) -> dict[str, Callable[[], Any]]:
-    """The last tokens of answers: `one` step, and `many` (DECODE_STEPS) of them in one program."""
-    module, length = model.module, config.length
-    many = min(DECODE_STEPS, config.answer)
+def decode_view(module: Decoder, params: Any, mesh: Mesh) -> Any:
+    """Weights as decoding wants them, on the mesh of generation."""
+    with use(mesh, GENERATE_RULES):
+        return jax.jit(partial(generation_view, module=module))(params)
+
+
+def decode_runs(
+    module: Decoder, view: Any, mesh: Mesh, rows: int, length: int, many: int
+) -> dict[str, Callable[[], Any]]:
+    """Steps at the end of a cache of `length` columns: `one`, and `many` of them in one program."""
 
     @partial(jax.jit, static_argnames="count")
     def decode(view: Any, *, count: int) -> jax.Array:
@@ -186,7 +214,13 @@ def decode_runs(config: BenchConfig, model: Model, view: Any, mesh: Any, rows: i
     return {"one": partial(decode, view, count=1), "many": partial(decode, view, count=many)}
 
 
-def actor_and_critic(config: BenchConfig) -> tuple[Any, Any]:
-    """The modules whose work is counted."""
-    shapes, dtype = config.shapes(), config.compute_dtype
-    return make_module(shapes[0], "lm", dtype), make_module(shapes[1], "scalar", dtype)
+def decode_kernel(module: Decoder) -> str:
+    """Which implementation attends to the cache: what "auto" means here, and those of training alone."""
+    c, asked = module.config, module.attention_implementation
+    asked = "auto" if asked in TRAINING_ONLY else asked
+    return choose("decode_attention", asked, dtype=module.dtype, head_dim=c.head_dim, alibi=c.position == "alibi")
+
+
+def actor_module(config: BenchConfig) -> Decoder:
+    """Without weights."""
+    return make_module(config.shapes()[0], "lm", config.compute_dtype)

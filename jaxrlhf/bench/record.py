@@ -8,6 +8,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from jaxrlhf.errors import InputError
+from jaxrlhf.files import write_text_atomic
 
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "trl")
@@ -116,8 +120,22 @@ def processor() -> str:
     return names[0] if names else platform.processor() or "CPU"
 
 
+def check_output(path: str | Path | None, option: str) -> None:
+    """InputError unless the result can be written to `path`, where one is named; makes its folder."""
+    if not path:
+        return
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be written ({error}); name a file in another folder") from error
+    if path.is_dir():
+        raise InputError(f"{option}: {path} is a folder; name a file in it")
+
+
 def write(path: str | Path | None, result: dict[str, Any]) -> None:
-    """The result with its provenance as JSON, where a file is named."""
+    """The result with its provenance as JSON, where a file is named; atomically."""
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(provenance() | result, indent=2) + "\n", encoding="utf-8")
+        write_text_atomic(path, json.dumps(provenance() | result, indent=2) + "\n")

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxrlhf.bench.settings import SECTIONS
 from jaxrlhf.errors import InputError
+from jaxrlhf.files import write_text_atomic
 
 COLUMNS = (
     "section",
@@ -114,9 +115,9 @@ def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
 def render(results: Path, document: Path) -> int:
     """Write every result in `results` into `document` (between its two markers); returns how many there are.
 
-    Raises InputError when there is none, or the document lacks the markers.
+    Raises InputError when there is none, one is no JSON object, or the document lacks the markers.
     """
-    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    found = {path: _read(path) for path in sorted(results.glob("*.json"))}
     runs = {path: result for path, result in found.items() if "format" in result}
     ratios = {path: result for path, result in found.items() if path.stem in ONE_OFF}
     if not runs:
@@ -127,14 +128,39 @@ def render(results: Path, document: Path) -> int:
     parts = [section(path, result, document) for path, result in runs.items()]
     if ratios:
         rows = [
-            [ONE_OFF[path.stem], f"{r['ratio']:.2f}", r["device"], f"`{r['command']}`"] for path, r in ratios.items()
+            [ONE_OFF[path.stem], f"{r['ratio']:.2f}", r["device"], _origin(r), f"`{r['command']}`"]
+            for path, r in ratios.items()
         ]
-        parts.append("### Single comparisons\n\n" + _markdown(("what", "ratio", "device", "command"), rows))
+        columns = ("what", "ratio", "device", "measured at", "command")
+        parts.append("### Single comparisons\n\n" + _markdown(columns, rows))
     parts += [kernel_section(result) for path, result in found.items() if path.stem == COMPILED]
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    document.parent.mkdir(parents=True, exist_ok=True)
-    document.write_text(head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail, encoding="utf-8")
+    write_text_atomic(document, head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail)
     return len(parts) - bool(ratios) + len(ratios)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"results: {path} is not valid JSON ({error}); measure it again, or delete it") from error
+    if not isinstance(result, dict):
+        raise InputError(f"results: {path} holds no JSON object, so no result; move it elsewhere")
+    return result
+
+
+def _origin(result: dict[str, Any]) -> str:
+    """Commit, day and how busy the machine was, as far as the result says."""
+    commit, _, changes = result["commit"].partition(" ")
+    words = [f"commit `{commit[:10]}`{f' {changes}' if changes else ''}"]
+    if "time" in result:
+        words.append(result["time"][:10])
+    load = result.get("load_average")
+    if isinstance(load, dict):
+        words.append("load average " + ", ".join(f"{value:.1f} {when}" for when, value in load.items()))
+    elif load is not None:
+        words.append(f"load average {load:.1f} at the end")
+    return ", ".join(words)
 
 
 def kernel_section(result: dict[str, Any]) -> str:
@@ -152,7 +178,7 @@ def kernel_section(result: dict[str, Any]) -> str:
             "",
             "bfloat16 where no other dtype is named; registers per thread / bytes spilled, as ptxas reports them; for "
             "a TPU, that Mosaic compiles the kernel. No device was present; these are no timings. "
-            f"{versions}; commit `{result['commit'][:10]}`, {result['time'][:10]}.",
+            f"{versions}; {_origin(result)}.",
             "",
             f"`{result['command']}`",
             "",
@@ -170,9 +196,9 @@ def section(path: Path, result: dict[str, Any], document: Path) -> str:
         "",
         f"Prompt {s['prompt']} + answer {s['answer']} tokens, {peaks['matmul'].split()[-1]}; {s['repeats']} runs each. "
         f"Measured peaks: {_number(peaks['tflops'])} TFLOP/s ({peaks['matmul']}), "
-        f"{_number(peaks['gb_per_second'])} GB/s ({peaks['copy']} copied). {versions}; commit "
-        f"`{result['commit'][:10]}`, {result['time'][:10]}.",
+        f"{_number(peaks['gb_per_second'])} GB/s ({peaks['copy']} copied). {versions}; {_origin(result)}.",
         "",
+        *([f"The run ended early: {result['ended_by']}.", ""] if "ended_by" in result else []),
         f"`{result['command']}`",
         "",
         _markdown(COLUMNS, rows_of(result)),
@@ -180,17 +206,21 @@ def section(path: Path, result: dict[str, Any], document: Path) -> str:
     peers = peer_rows(result)
     if peers:
         lines += ["", "Peer seconds / ours; above 1, ours is faster.", "", _markdown(PEER_COLUMNS, peers)]
-        for found in result.get("ppo", {}).get("peers", {}).values():
-            lines += _check_lines(found)
+        for check in peer_checks(result):
+            lines += _check_lines(check)
     figure = document.parent / document.stem / f"{path.stem}.svg"
     draw(result, figure)
     return "\n".join([*lines, "", f"![]({figure.relative_to(document.parent).as_posix()})"])
 
 
-def _check_lines(found: dict[str, Any]) -> list[str]:
-    check = found.get("check", {})
-    if "first" not in check:
-        return []
+def peer_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """How ours and the peers' results compare, as the sections say; the same is said once."""
+    records = [record for name in SECTIONS for record in result.get(name, {}).get("sweep", [])]
+    found = [peer["check"] for record in records for peer in record.get("peers", {}).values() if "check" in peer]
+    return [check for i, check in enumerate(found) if check not in found[:i]]
+
+
+def _check_lines(check: dict[str, Any]) -> list[str]:
     first = ", ".join(f"{name} {gap:.1e}" for name, gap in check["first"].items())
     after = ", ".join(f"{name} {gap:.1e}" for name, gap in check["after_a_step"].items())
     return ["", f"Gaps between both on the same rollout: {first}; after one optimizer step: {after}."]

@@ -6,15 +6,20 @@ from pathlib import Path
 
 from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
+from jaxrlhf.kernels import KERNELS
 from jaxrlhf.models import KERNEL_OPTIONS, REMAT_POLICIES, DecoderConfig, known_config, read_config
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.settings import MeshConfig, check_context
 
-KERNELS = ("attention", "decode", "logprobs")
+KERNEL_SECTIONS = ("attention", "decode", "logprobs")
 PHASES = ("generate", "score", "train")
-SECTIONS = (*KERNELS, *PHASES, "ppo")
+SECTIONS = (*KERNEL_SECTIONS, *PHASES, "ppo")
+ATTENDING = ("attention", "score", "train")
+"""Sections that run the attention of training and scoring, as a whole iteration (ppo) does too."""
 PEERS = {"hf": ("torch", "transformers"), "hf-compile": ("torch", "transformers"), "trl": ("torch", "trl", "datasets")}
 FIRST_BATCH = 8
+TRAINING_ONLY = tuple(name for name in KERNELS["flash_attention"] if name not in KERNELS["decode_attention"])
+"""Implementations of attention that serve training and scoring; generation runs "auto" with them."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,15 @@ class BenchConfig(MeshConfig):
     batch: tuple[int, ...] = field(
         (), f"rows of a batch, one or several; default: {FIRST_BATCH}, doubled until it no longer fits (CPU: once)"
     )
-    max_batch: int = field(1024, "where that doubling ends at the latest")
+    max_batch: int = field(1024, "where that doubling ends at the latest; it does not limit `batch`")
     micro_batch: int = field(0, "rows that scoring and training work on at a time; 0: all")
     prompt: int = field(256, "tokens of a prompt")
     answer: int = field(256, "tokens of an answer: none ends early")
     remat_policy: str = field("none", "what the backward pass recomputes of a layer", choices=tuple(REMAT_POLICIES))
     attention_implementation: str = field(
-        "auto", "kernels of attention, as in training", choices=KERNEL_OPTIONS["attention_implementation"]
+        "auto",
+        "kernels of attention, as in training (cudnn and tokamax have none for generation, which then runs auto)",
+        choices=KERNEL_OPTIONS["attention_implementation"],
     )
     logprob_implementation: str = field(
         "auto", "kernels of token log-probs, as in training", choices=KERNEL_OPTIONS["logprob_implementation"]
@@ -73,6 +80,12 @@ class BenchConfig(MeshConfig):
             raise InputError("peers: trl only runs whole iterations; add ppo to the sections, or leave trl out")
         if self.peers and not {*PHASES, "ppo"} & set(self.sections):
             raise InputError(f"peers: they run {', '.join(PHASES)} and ppo; add one to the sections, or leave them out")
+        if self.attention_implementation in TRAINING_ONLY and not {*ATTENDING, "ppo"} & set(self.sections):
+            raise InputError(
+                f"attention_implementation={self.attention_implementation} serves training and scoring alone, which "
+                f"{', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "
+                f"{', '.join(ATTENDING)}, ppo to the sections"
+            )
         for name in ("prompt", "answer", "repeats", "max_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
@@ -82,8 +95,6 @@ class BenchConfig(MeshConfig):
             raise InputError(f"batch={','.join(map(str, self.batch))} must be positive and ascending")
         if self.micro_batch < 0:
             raise InputError(f"micro_batch={self.micro_batch} must be 0 (the whole batch) or more")
-        for rows in self.batch:
-            self.parts(rows)
 
     @property
     def length(self) -> int:

@@ -1,9 +1,9 @@
 """The least arithmetic and memory traffic that a piece of work needs, and its time by the roofline.
 
-Counted is what any implementation must do: causal attention over live positions only, the output head on response
-tokens only, weights and cache once per pass. What a program does beyond that (padding, masked positions, activations
-that leave the chip, recomputation) shows as a lower fraction of the roofline. The planner counts what our programs do
-(jaxrlhf/plan/cost.py).
+Counted is what any implementation must do: causal attention over live positions only (in each layer those within its
+local window), the output head on response tokens only, weights and cache once per pass. What a program does beyond that
+(padding, masked positions, activations that leave the chip, recomputation) shows as a lower fraction of the roofline.
+The planner counts what our programs do (jaxrlhf/plan/cost.py).
 """
 
 import math
@@ -60,39 +60,54 @@ def matrices(module: Decoder) -> tuple[int, int]:
 
 
 def attention_flops(module: Decoder, rows: int, pairs: float) -> float:
-    """All layers' `QKᵀ` and `PV` for `pairs` (query, key) pairs per row."""
+    """`QKᵀ` and `PV` for `pairs` (query, key) pairs per row, summed over layers."""
     c = module.config
-    return 4.0 * rows * pairs * c.num_heads * c.head_dim * c.num_layers
+    return 4.0 * rows * pairs * c.num_heads * c.head_dim
 
 
-def causal_pairs(length: int) -> float:
-    return length * (length + 1) / 2
+def visible(positions: int, window: int) -> int:
+    """How many of `positions` the last one's query sees; a window of 0 is none."""
+    return min(positions, window) if window else positions
 
 
-def cache_bytes_per_token(module: Decoder) -> int:
+def causal_pairs(length: int, window: int) -> float:
+    """(query, key) pairs of one row and layer."""
+    seen = visible(length, window)
+    return seen * (seen + 1) / 2 + (length - seen) * seen
+
+
+def windows(module: Decoder) -> tuple[int, ...]:
+    """Of each layer."""
+    return module.config.windows or (0,) * module.config.num_layers
+
+
+def cache_bytes(module: Decoder, positions: int) -> int:
+    """Of the cache of one row that the last of `positions` sees."""
     c, dtype = module.config, KV_CACHE_DTYPES[module.kv_cache_dtype]
     width = c.head_dim * itemsize(module) if dtype is None else c.head_dim * jnp.dtype(dtype).itemsize + 4
-    return 2 * c.num_layers * c.num_kv_heads * width
+    return 2 * c.num_kv_heads * width * sum(visible(positions, window) for window in windows(module))
 
 
 def forward_work(module: Decoder, rows: int, length: int, headed: int) -> Work:
     """One pass over `[rows, length]` tokens of which `headed` per row reach the output head."""
     body, head = matrices(module)
-    flops = 2.0 * rows * (length * body + headed * head) + attention_flops(module, rows, causal_pairs(length))
+    pairs = sum(causal_pairs(length, window) for window in windows(module))
+    flops = 2.0 * rows * (length * body + headed * head) + attention_flops(module, rows, pairs)
     return Work(((flops, (body + head) * itemsize(module)),))
 
 
 def decode_work(module: Decoder, rows: int, positions: int) -> Work:
-    """One token for each row, its query seeing `positions` positions."""
+    """One token for each row, the last of `positions` positions."""
     body, head = matrices(module)
-    flops = 2.0 * rows * (body + head) + attention_flops(module, rows, positions)
-    return Work(((flops, (body + head) * itemsize(module) + rows * positions * cache_bytes_per_token(module)),))
+    pairs = sum(visible(positions, window) for window in windows(module))
+    flops = 2.0 * rows * (body + head) + attention_flops(module, rows, pairs)
+    return Work(((flops, (body + head) * itemsize(module) + rows * cache_bytes(module, positions)),))
 
 
 def generate_work(module: Decoder, rows: int, prompt: int, answer: int) -> Work:
     """Prefill of the prompt, which gives the first token, and decoding of the others."""
     work = forward_work(module, rows, prompt, 1)
-    work += Work(((0.0, rows * prompt * cache_bytes_per_token(module)),))
+    work += Work(((0.0, float(rows * cache_bytes(module, prompt))),))
     for step in range(1, answer):
         work += decode_work(module, rows, prompt + step)
     return work
@@ -114,10 +129,10 @@ def train_work(actor: Decoder, critic: Decoder, rows: int, prompt: int, answer: 
     return work
 
 
-def attention_work(module: Decoder, rows: int, length: int, backward: bool) -> Work:
-    """One layer's causal attention; backward: 2.5 times the products of the forward pass come on top."""
+def attention_work(module: Decoder, rows: int, length: int, window: int, backward: bool) -> Work:
+    """Causal attention of one layer with this window; backward: 2.5 times the forward products on top."""
     c = module.config
-    flops = attention_flops(module, rows, causal_pairs(length)) / c.num_layers
+    flops = attention_flops(module, rows, causal_pairs(length, window))
     size = rows * length * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) * itemsize(module)
     return Work(((3.5 * flops, 3.0 * size),) if backward else ((flops, float(size)),))
 

@@ -2,19 +2,21 @@
 
 import importlib.util
 import json
+import os
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.bench import settings, work
+from jaxrlhf.bench import command, ours, record, settings, work
 from jaxrlhf.bench.command import sweep
-from jaxrlhf.bench.iteration import figures, judged, ratios
-from jaxrlhf.bench.settings import KERNELS, PHASES, SECTIONS, BenchConfig
+from jaxrlhf.bench.iteration import Peers, figures, judged
+from jaxrlhf.bench.render import BEGIN, END, render
+from jaxrlhf.bench.settings import KERNEL_SECTIONS, PHASES, SECTIONS, BenchConfig
 from jaxrlhf.cli import main
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, config_from_dict
 
 pytestmark = pytest.mark.long
 
@@ -32,12 +34,16 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def result_file(model, tmp_path_factory):
+def flags(model):
+    shape = ["--actor", model, "--critic", model, "--batch", "16", "--micro_batch", "8", "--prompt", "5"]
+    return ["bench", *shape, "--answer", "4", "--repeats", "2"]
+
+
+@pytest.fixture(scope="module")
+def result_file(flags, tmp_path_factory):
     """Of all sections, with the peer where torch is installed."""
     path = tmp_path_factory.mktemp("results") / "toy.json"
-    argv = ["bench", "--actor", model, "--critic", model, "--batch", "16", "--micro_batch", "8", "--prompt", "5"]
-    argv += ["--answer", "4", "--repeats", "2", "--json", str(path)]
-    assert main([*argv, *(["--peers", "hf"] if HAS_TORCH else [])]) == 0
+    assert main([*flags, "--json", str(path), *(["--peers", "hf"] if HAS_TORCH else [])]) == 0
     return path
 
 
@@ -64,6 +70,7 @@ def test_every_section_has_every_figure(result, name):
     assert record["roofline_fraction"] == pytest.approx(record["roofline_seconds"] / seconds["median"])
     assert min(record["tflops"], record["gb_per_second"], record["roofline_fraction"]) > 0
     assert record["peak_memory"]["bytes"] > 0 and record["compile_seconds"] >= 0
+    assert record.get("decode_attention") == ("xla" if name in ("decode", "generate") else None)
     if name in ("attention", "logprobs"):
         assert set(record["parts"]) == {"forward", "train"}
 
@@ -89,6 +96,64 @@ def test_the_peer_computes_the_same_and_its_ratios_stand_in_the_result(result):
     for name in ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm"):
         assert first[name] < 2e-5, name
     assert peer["check"]["wrong"] == []
+
+
+@pytest.fixture
+def compiling_torch():
+    torch = pytest.importorskip("torch")
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
+    except Exception as error:
+        pytest.skip(f"torch.compile does not work here: {error}")
+    torch._dynamo.utils.counters.clear()
+    yield torch
+    torch.compiler.reset()
+
+
+def test_the_compiled_peer_runs_in_turns_with_the_plain_one_in_the_phases_alone(compiling_torch, flags, tmp_path):
+    path = tmp_path / "phases.json"
+    argv = [*flags, "--sections", "generate,score,train", "--peers", "hf", "hf-compile", "--json", str(path)]
+    assert main(argv) == 0
+    assert compiling_torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    found = json.loads(path.read_text())
+    assert "ppo" not in found
+    for name in PHASES:
+        plain, compiled = (found[name]["peers"][peer] for peer in ("hf", "hf-compile"))
+        assert len(compiled["seconds"]["runs"]) == 2 and min(compiled["seconds"]["runs"]) > 0
+        assert compiled["ratio"] == pytest.approx(compiled["seconds"]["min"] / found[name]["seconds"]["min"])
+        assert (plain["seconds"] == compiled["seconds"]) == (name != "generate")
+        assert plain["check"] == compiled["check"] and plain["check"]["wrong"] == []
+
+
+def _peers(check):
+    """Of a run whose rounds are over."""
+    peers = object.__new__(Peers)
+    took = [{"generate": 3.0, "score": 2.0, "train": 4.0}, {"generate": 3.0, "score": 1.0, "train": 4.0}]
+    peers.times, peers.skipped, peers.check = {"hf": took}, {}, check
+    return peers
+
+
+def test_sections_without_ppo_have_their_ratios_and_the_check_too():
+    ours, check = {"generate": [1.0, 1.0], "score": [2.0, 2.0], "train": [1.0, 1.0]}, {"wrong": ["values 0.3"]}
+    found = _peers(check).results("hf", ours)
+    assert {name: peer["ratio"] for name, peer in found.items()} == {"generate": 3.0, "score": 0.5, "train": 4.0}
+    assert all(peer["check"] is check for peer in found.values())
+    whole = _peers(check).results("hf", ours | {"ppo": [4.0, 4.0]})["ppo"]
+    assert whole["ratio"] == 2.0 and whole["seconds"]["runs"] == [9.0, 8.0] and set(whole["phases"]) == set(PHASES)
+    peers = _peers(check)
+    peers.skipped = {"hf": "out of memory"}
+    assert peers.results("hf", {"score": [1.0]}) == {"score": {"skipped": "out of memory", "check": check}}
+
+
+def test_a_peer_that_computes_something_else_fails_the_command_in_every_section(monkeypatch, no_peaks, tmp_path):
+    found = _peers({"first": {}, "after_a_step": {}, "wrong": ["values 0.3"]}).results("hf", {"score": [1.0] * 2})
+    record = figures(work.Work(((1.0, 1.0),)), [1.0, 1.0], 8, 4, work.Peaks(1.0, 1.0))
+    record |= {"peers": {"hf": found["score"]}}
+    monkeypatch.setattr(command, "sections", lambda *_: iter([{"score": record | {"sweep": [record]}}]))
+    path = tmp_path / "result.json"
+    with pytest.raises(SystemExit, match=r"the peer computes something else: values 0\.3"):
+        main(["bench", "--sections", "score", "--json", str(path)])
+    assert json.loads(path.read_text())["score"]["peers"]["hf"]["check"]["wrong"] == ["values 0.3"]
 
 
 def test_what_a_peer_computes_otherwise_is_named():
@@ -139,9 +204,42 @@ def test_registers_and_spills_of_kernels_are_a_table(result_file, tmp_path):
     assert "| `k` | head size 64 | 150 / 0 | compiles |\n| `k` | head size 80 | 255 / 12 |  |" in text
 
 
-def _markers():
-    from jaxrlhf.bench.render import BEGIN, END
+def test_uncommitted_changes_load_and_an_early_end_are_rendered(result_file, tmp_path):
+    run = json.loads(result_file.read_text()) | {"commit": f"{'0123456789' * 4} with changes", "ended_by": "OSError x"}
+    run["load_average"] = {"before": 0.42, "after": 4.1}
+    single = {"commit": "f" * 40, "load_average": 9.87, "ratio": 1.5, "device": "d", "command": "c"}
+    folder, document = tmp_path / "results", tmp_path / "bench.md"
+    folder.mkdir()
+    (folder / "toy.json").write_text(json.dumps(run))
+    (folder / "decode.json").write_text(json.dumps(single))
+    assert main(["bench", "--render", "--results", str(folder), "--document", str(document)]) == 0
+    text = document.read_text()
+    day = run["time"][:10]
+    assert f"; commit `0123456789` with changes, {day}, load average 0.4 before, 4.1 after.\n" in text
+    assert "The run ended early: OSError x." in text
+    assert "| 1.50 | d | commit `ffffffffff`, load average 9.9 at the end | `c` |" in text
 
+
+def test_the_document_shows_the_committed_results(tmp_path):
+    document = tmp_path / "benchmarks.md"
+    shown = (RESULTS.parents[1] / "docs" / "benchmarks.md").read_text()
+    document.write_text(shown)
+    render(RESULTS, document)
+    assert document.read_text() == shown, "run `jaxrlhf bench --render`"
+
+
+def test_figures_of_attention_in_the_documents_stand_in_the_result_that_they_name():
+    text = (RESULTS.parents[1] / "docs" / "generation.md").read_text()
+    claim = re.search(r"took (\d+) ms for (\d+) rows of (\d+) tokens, by \[a result\]\(\.\./(\S+)\) of\s`(.*?)`", text)
+    milliseconds, rows, tokens, path, command_line = claim.groups()
+    found = json.loads((RESULTS.parents[1] / path).read_text())
+    assert found["command"].startswith(command_line)
+    (record,) = (r for r in found["attention"]["sweep"] if r["batch"] == int(rows))
+    assert round(1e3 * record["parts"]["train"]["seconds"]["median"]) == int(milliseconds)
+    assert found["settings"]["prompt"] + found["settings"]["answer"] == int(tokens)
+
+
+def _markers():
     return f"{BEGIN}\n{END}"
 
 
@@ -152,15 +250,25 @@ def _markers():
         (["--peers", "vllm"], "peers: there is no 'vllm'; known are hf, hf-compile, trl"),
         (["--batch", "8", "4"], "batch=8,4 must be positive and ascending"),
         (["--batch", "6", "--micro_batch", "4"], "micro_batch=4 must divide batch=6"),
+        (["--micro_batch", "3"], "micro_batch=3 must divide batch=8"),
         (["--prompt", "0"], "prompt=0 must be at least 1"),
         (["--sections", "decode", "--answer", "1"], "answer=1: decode measures"),
+        (
+            ["--sections", "decode,generate", "--attention_implementation", "cudnn"],
+            "attention_implementation=cudnn serves training and scoring alone, which decode, generate does not run",
+        ),
+        (
+            ["--sections", "logprobs", "--attention_implementation", "tokamax"],
+            "attention_implementation=tokamax serves",
+        ),
         (["--actor", "no-such-model"], "actor: 'no-such-model' is no folder, and unknown model"),
         (["--critic", "gpt2"], "a vocabulary of 50272 tokens and critic=gpt2 one of 50257"),
         (["--prompt", "2000"], "exceeds the model's context of 2048"),
     ],
 )
-def test_bad_settings_are_refused_by_name(flags, message, capsys):
-    assert main(["bench", *flags]) == 2
+def test_bad_settings_are_refused_by_name(flags, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ours, "measure_peaks", lambda _: pytest.fail("measured"))
+    assert main(["bench", *flags, "--results", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -169,7 +277,7 @@ def test_peers_need_their_packages_and_a_section_to_run(monkeypatch):
     with pytest.raises(InputError, match="trl needs the package trl, which is not installed"):
         BenchConfig(peers=("trl",))
     with pytest.raises(InputError, match="add one to the sections"):
-        BenchConfig(peers=("hf",), sections=KERNELS)
+        BenchConfig(peers=("hf",), sections=KERNEL_SECTIONS)
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(InputError, match="trl only runs whole iterations"):
         BenchConfig(peers=("trl",), sections=("train",))
@@ -181,36 +289,77 @@ def test_a_sweep_ends_where_memory_does_and_reports_the_best():
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
         return {"ppo": {"batch": rows, "sequences_per_second": {4: 1.0, 8: 3.0, 16: 2.0}[rows]}}
 
-    found = sweep(BenchConfig(batch=(4, 8, 16, 32, 64)), measure)["ppo"]
+    *_, (found,) = (list(records.values()) for records in sweep(BenchConfig(batch=(4, 8, 16, 32, 64)), measure))
     assert found["batch"] == 8 and [record["batch"] for record in found["sweep"]] == [4, 8, 16]
     assert found["stopped"] == {"batch": 32, "reason": "RESOURCE_EXHAUSTED: Out of memory"}
     with pytest.raises(InputError, match="batch=32 does not fit"):
-        sweep(BenchConfig(batch=(32,)), measure)
+        next(sweep(BenchConfig(batch=(32,)), measure))
 
     def broken(rows):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        sweep(BenchConfig(batch=(4,)), broken)
+        next(sweep(BenchConfig(batch=(4,)), broken))
 
 
-def test_work_is_what_a_hand_count_gives():
-    actor = Decoder(config_from_dict(SHAPE), head="lm", dtype=np.float32)
-    body, head = 2 * (4 * 32 * 32 + 2 * 32 * 64), 96 * 32
-    assert work.matrices(actor) == (body, head)
-    ((flops, size),) = work.forward_work(actor, rows=3, length=5, headed=2).stages
-    assert flops == 2 * 3 * (5 * body + 2 * head) + 4 * 3 * 15 * 32 * 2
-    assert size == 4 * (body + head)
-    ((flops, size),) = work.decode_work(actor, rows=3, positions=7).stages
-    assert flops == 2 * 3 * (body + head) + 4 * 3 * 7 * 32 * 2
-    assert size == 4 * (body + head) + 3 * 7 * 2 * 2 * 32 * 4
-    generated = work.generate_work(actor, rows=3, prompt=5, answer=4)
-    assert len(generated.stages) == 2 + 3
-    peaks = work.Peaks(flops=100.0, bandwidth=10.0)
-    assert work.Work(((200.0, 5.0), (1.0, 40.0))).seconds(peaks) == 2.0 + 4.0
-    done = figures(work.Work(((200.0, 5.0),)), [4.0, 8.0, 16.0], rows=2, tokens=3, peaks=peaks)
-    assert done["roofline_fraction"] == 0.25 and done["tokens_per_second"] == 0.75
-    assert ratios([3.0, 4.0, 9.0], [2.0, 2.0, 1.0])["ratio"] == 3.0
+@pytest.fixture
+def no_peaks(monkeypatch):
+    """So that a command begins without measuring."""
+    monkeypatch.setattr(ours, "measure_peaks", lambda _: (None, {"tflops": 1.0, "gb_per_second": 1.0}))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of torch\nmore"), KeyboardInterrupt()])
+def test_an_error_loses_none_of_the_batches_before_it(error, monkeypatch, no_peaks, tmp_path, capsys):
+    def measure(*given):
+        if given[-1] == 16:
+            raise error
+        return figures(work.Work(((1.0, 1.0),)), [1.0], given[-1], 1, work.Peaks(1.0, 1.0))
+
+    monkeypatch.setattr(command, "kernel_record", measure)
+    path = tmp_path / "new" / "result.json"
+    argv = ["bench", "--sections", "logprobs", "--batch", "4", "8", "16", "--json", str(path)]
+    if isinstance(error, KeyboardInterrupt):
+        assert main(argv) == 130
+    else:
+        with pytest.raises(RuntimeError, match="of torch"):
+            main(argv)
+    found = json.loads(path.read_text())
+    assert [record["batch"] for record in found["logprobs"]["sweep"]] == [4, 8]
+    assert found["ended_by"] == {RuntimeError: "RuntimeError of torch"}.get(type(error), "KeyboardInterrupt")
+    assert f"result up to here: {path}" in capsys.readouterr().out
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ours, "measure_peaks", lambda _: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "--json", str(tmp_path)]) == 2
+    assert f"json: {tmp_path} is a folder; name a file in it" in capsys.readouterr().err
+    assert main(["bench", "--json", str(tmp_path / "file" / "result.json")]) == 2
+    assert f"json: {tmp_path / 'file' / 'result.json'} cannot be written" in capsys.readouterr().err
+    assert main(["bench", "--results", str(tmp_path / "file")]) == 2
+    assert "results: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_result_is_replaced_whole_or_not_at_all(monkeypatch, tmp_path):
+    path = tmp_path / "result.json"
+    record.write(path, {"gap": float("nan")})
+    before = path.read_text()
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the disk is full"))
+    with pytest.raises(pytest.fail.Exception, match="the disk is full"):
+        record.write(path, {"gap": 1.0})
+    assert path.read_text() == before and "NaN" in before
+    assert [found.name for found in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"format": 1, "dev', "is not valid JSON"), ("[1]", "no JSON object")])
+def test_a_broken_result_is_named_when_results_are_rendered(text, message, tmp_path, capsys):
+    (tmp_path / "cut.json").write_text(text)
+    document = tmp_path / "bench.md"
+    assert main(["bench", "--render", "--results", str(tmp_path), "--document", str(document)]) == 2
+    said = capsys.readouterr().err
+    assert f"results: {tmp_path / 'cut.json'}" in said and message in said
+    assert not document.exists()
 
 
 def test_the_committed_cpu_comparison_keeps_its_bound():

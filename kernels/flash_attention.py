@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import flash_tpu, pallas
-from jaxrlhf.kernels.attention import attention, attention_mask, block_scores
+from jaxrlhf.kernels.attention import NEGATIVE, attention, attention_mask, block_scores
 from jaxrlhf.kernels.choice import choose
-from jaxrlhf.kernels.pallas import LOG_ZERO, ceil_div, dot, load, pl, power_of_two, store
+from jaxrlhf.kernels.pallas import ceil_div, dot, load, pl, power_of_two, store
 
-MAX_HEAD_DIM = 256
-DTYPES = ("float32", "bfloat16", "float16")
 NO_WINDOW = 1 << 30
 
 
@@ -31,10 +29,7 @@ class FlashBlocks:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("queries", "keys"):
-            size = getattr(self, name)
-            if size < 16 or size != power_of_two(size):
-                raise ValueError(f"{name}={size} of FlashBlocks must be a power of two of at least 16")
+        pallas.check_blocks(self, "queries", "keys")
 
 
 def flash_blocks(head_dim: int, dtype: jnp.dtype, length: int) -> tuple[FlashBlocks, FlashBlocks]:
@@ -100,11 +95,7 @@ def flash_attention(
         return _reference(query, key, value, start, length, scale, window, alibi_slopes)
     if chosen in ("cudnn", "tokamax"):
         return _library(chosen, query, key, value, start, length, scale, window, alibi)
-    if width > MAX_HEAD_DIM or jnp.dtype(query.dtype).name not in DTYPES:
-        raise ValueError(
-            f"implementation='pallas' of flash_attention takes head sizes up to {MAX_HEAD_DIM} in "
-            f"{', '.join(DTYPES)}; found {width} in {query.dtype}: take 'xla'"
-        )
+    pallas.check_taken("flash_attention", query.dtype, width)
     size = query.shape[2]
     window = jnp.asarray(window, jnp.int32).reshape(1)
     scalars = (
@@ -258,7 +249,7 @@ def flash_attention_forward(
         columns = column + jnp.arange(keys)
         products = dot(query, _block(k_ref, column, keys, shape).T)
         scores, seen = block_scores(products, rows[:, None], columns[None], bounds, slope, shape.alibi)
-        new_top = jnp.maximum(top, jnp.where(seen, scores, LOG_ZERO).max(1))
+        new_top = jnp.maximum(top, jnp.where(seen, scores, NEGATIVE).max(1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
         shrink = jnp.exp(top - new_top)
         values = _block(v_ref, column, keys, shape)
@@ -266,7 +257,7 @@ def flash_attention_forward(
         return output, new_top, total * shrink + weights.sum(1)
 
     nothing = jnp.zeros(size, jnp.float32)
-    carry = jnp.zeros((size, q_ref.shape[-1]), jnp.float32), nothing + LOG_ZERO, nothing
+    carry = jnp.zeros((size, q_ref.shape[-1]), jnp.float32), nothing + NEGATIVE, nothing
     output, top, total = jax.lax.fori_loop(0, steps, step, carry)
     safe = jnp.where(total > 0, total, 1.0)
     there = rows < shape.length

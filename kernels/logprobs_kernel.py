@@ -16,8 +16,6 @@ from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
 from jaxrlhf.kernels.pallas import LANES, dot, load, pl, power_of_two, store
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class HeadBlocks:
@@ -31,10 +29,7 @@ class HeadBlocks:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "vocab", "width"):
-            size = getattr(self, name)
-            if size < 16 or size != power_of_two(size):
-                raise ValueError(f"{name}={size} of HeadBlocks must be a power of two of at least 16")
+        pallas.check_blocks(self, "tokens", "vocab", "width")
 
 
 def head_blocks(tokens: int, width: int, dtype: jnp.dtype) -> HeadBlocks:

@@ -24,7 +24,9 @@ except ImportError:
     tpu = None
 
 LANES = 128  # of a TPU's vector registers
-LOG_ZERO = -1e30  # finite, so that rows without any key stay free of NaN
+DTYPES = ("float32", "bfloat16", "float16")
+"""What our kernels compute in; not the last on TPUs, whose compiler has no form for it."""
+MAX_HEAD_DIM = 256
 # By part of a device's kind, as JAX spells it; the first that fits. From the CUDA programming guide, chapter "Compute
 # capabilities": shared memory is what one block may have.
 MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132, "L40": 142, "A10": 72, "L4": 58, "V100": 80, "T4": 40}
@@ -53,6 +55,20 @@ def device_name() -> str:
     return next((name for name in MULTIPROCESSORS if name in kind), "A100")
 
 
+def check_taken(kernel: str, dtype: jnp.dtype, head_dim: int = 0, held: jnp.dtype | None = None) -> None:
+    """ValueError where our kernel does not compute in `dtype`, from a cache in `held`, or with heads so wide."""
+    on_tpu = jax.default_backend() == "tpu"
+    takes = DTYPES[:2] if on_tpu else DTYPES
+    found = list(dict.fromkeys(jnp.dtype(x).name for x in (dtype, held) if x is not None))
+    if head_dim <= MAX_HEAD_DIM and set(found) <= set(takes):
+        return
+    sizes, size = (f"head sizes up to {MAX_HEAD_DIM} in ", f"{head_dim} in ") if head_dim else ("", "")
+    raise ValueError(
+        f"implementation='pallas' of {kernel} takes {sizes}{', '.join(takes)}{' on TPUs' if on_tpu else ''}; found "
+        f"{size}{' with a cache of '.join(found)}: take 'xla'"
+    )
+
+
 def check_shared_memory(kernel: str, blocks: Any, needed: int) -> None:
     """ValueError where `blocks` of a kernel hold more at a time than the shared memory of the NVIDIA device at hand."""
     device = device_name()
@@ -62,6 +78,19 @@ def check_shared_memory(kernel: str, blocks: Any, needed: int) -> None:
             f"block has {SHARED_MEMORY[device] // 1024} KiB on an {device}: give smaller blocks or fewer num_stages, "
             "or take 'xla'"
         )
+
+
+def check_blocks(blocks: Any, *sizes: str) -> None:
+    """ValueError unless these fields of a kernel's blocks, its warps and its stages are what Triton can take."""
+    name = type(blocks).__name__
+    for field in sizes:
+        size = getattr(blocks, field)
+        if size < 16 or size != power_of_two(size):
+            raise ValueError(f"{field}={size} of {name} must be a power of two of at least 16")
+    if blocks.num_warps not in (1, 2, 4, 8, 16, 32):
+        raise ValueError(f"num_warps={blocks.num_warps} of {name} must be a power of two of at most 32")
+    if blocks.num_stages < 1:
+        raise ValueError(f"num_stages={blocks.num_stages} of {name} must be at least 1")
 
 
 def power_of_two(n: int) -> int:

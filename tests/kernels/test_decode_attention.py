@@ -1,15 +1,27 @@
 """Decode attention against a float64 oracle; what it reads and writes; what it refuses; what compilers make of it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.bench.compiled import HEAD_SIZES, TARGETS, decode_case
-from jaxrlhf.kernels import append_attention, choice, choose, decode_attention, decode_tpu, flash_attention, pallas
+from jaxrlhf.kernels import (
+    append_attention,
+    choice,
+    choose,
+    decode_attention,
+    decode_tpu,
+    flash_attention,
+    pallas,
+    token_logprobs,
+)
 from jaxrlhf.kernels.decode_attention import DecodeBlocks, decode_blocks
 from jaxrlhf.kernels.flash_attention import FlashBlocks
 from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, quantise
+from jaxrlhf.kernels.logprobs_kernel import HeadBlocks
 
 # B, H, H_kv, S, D, window, ALiBi, columns per step, splits
 PROBLEMS = [
@@ -139,6 +151,17 @@ def test_bfloat16_is_right_to_its_rounding(problem):
     assert np.abs(np.asarray(got, np.float64) - expected).max() < 2**-8 * np.abs(np.asarray(arrays[2], "f4")).max()
 
 
+def test_a_cache_in_bfloat16_gives_the_float32_of_its_query_in_either_form():
+    (query, key, value, start, length), options, _, blocks = make(PROBLEMS[1])
+    key, value = (x.astype(jnp.bfloat16) for x in (key, value))
+    expected = oracle(query, *(x.astype(jnp.float32) for x in (key, value)), start, length, *options.values())
+    for implementation in ("xla", "pallas"):
+        options |= {"implementation": implementation, "blocks": blocks}
+        got = decode_attention(query, key, value, start, length, **options)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
 def test_the_interpreter_hands_out_outputs_full_of_nan():
     shape = jax.ShapeDtypeStruct((4,), jnp.float32)
     spec = pallas.pl.BlockSpec((4,), lambda i: (0,))
@@ -163,9 +186,11 @@ def test_alibi_keeps_its_digits_in_a_long_cache():
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
-def shapes(query=(2, 4, 64), key=(2, 2, 32, 64), value=None, start=(2,), length=(2,), dtype=jnp.float32):
+def shapes(
+    query=(2, 4, 64), key=(2, 2, 32, 64), value=None, start=(2,), length=(2,), dtype=jnp.float32, query_dtype=None
+):
     make = lambda shape, dtype=jnp.int32: jnp.zeros(shape, dtype)  # noqa: E731
-    return make(query, dtype), make(key, dtype), make(value or key, dtype), make(start), make(length)
+    return make(query, query_dtype or dtype), make(key, dtype), make(value or key, dtype), make(start), make(length)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +203,8 @@ def shapes(query=(2, 4, 64), key=(2, 2, 32, 64), value=None, start=(2,), length=
         ({"length": (3,)}, r"length has shape \(3,\).*must be \(2,\)"),
         ({"query": (2, 4, 320), "key": (2, 2, 32, 320)}, r"up to 256 in float32.*found 320 in float32: take 'xla'"),
         ({"dtype": jnp.float64}, r"found 64 in float64"),
+        ({"query_dtype": jnp.int32}, r"found 64 in int32 with a cache of float32: take 'xla'"),
+        ({"dtype": jnp.float8_e4m3fn, "query_dtype": jnp.float32}, r"in float32 with a cache of float8_e4m3fn: take"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(arrays, message):
@@ -191,6 +218,35 @@ def test_blocks_that_the_hardware_cannot_hold_are_refused(columns):
         DecodeBlocks(columns, 1)
     with pytest.raises(ValueError, match="splits=0"):
         DecodeBlocks(16, 0)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(DecodeBlocks, 16, 1), partial(FlashBlocks, 16, 16), partial(HeadBlocks, 16, 16, 16)]
+)
+def test_warps_and_stages_that_do_not_exist_are_refused(make):
+    name = type(make()).__name__
+    for warps in (0, 3, 64):
+        with pytest.raises(ValueError, match=rf"num_warps={warps} of {name} must be a power of two of at most 32"):
+            make(num_warps=warps)
+    for stages in (0, -5):
+        with pytest.raises(ValueError, match=rf"num_stages={stages} of {name} must be at least 1"):
+            make(num_stages=stages)
+
+
+def test_float16_on_a_tpu_is_refused_by_name(monkeypatch):
+    """Mosaic ends with an error of its own there."""
+    query, key, _, start, length = shapes(dtype=jnp.float16)
+    sequence, head = jnp.zeros((2, 2, 16, 64), jnp.float16), jnp.zeros((32, 64))
+    ours = {"implementation": "pallas"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for name, call in (
+        ("decode", lambda: decode_attention(query, key, key, start, length, scale=1.0, **ours)),
+        ("decode", lambda: decode_attention(query.astype("f4"), key, key, start, length, scale=1.0, **ours)),
+        ("flash", lambda: flash_attention(sequence, sequence, sequence, start, length, scale=1.0, **ours)),
+        ("token", lambda: token_logprobs(sequence[0], head, jnp.zeros((2, 16), int), vocab_size=32, **ours)),
+    ):
+        with pytest.raises(ValueError, match=rf"of {name}.* float32, bfloat16 on TPUs; found .*float16: take 'xla'"):
+            call()
 
 
 def test_blocks_beyond_the_shared_memory_are_refused_by_name():

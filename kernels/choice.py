@@ -31,7 +31,7 @@ class Measured:
 
     kernel: str
     device: str
-    """Part of the device's kind, as `jax.devices()[0].device_kind` spells it."""
+    """Whole words of the device's kind, as `jax.devices()[0].device_kind` spells it."""
     dtype: str
     head_dims: tuple[int, ...]
     """Of token log-probs: the widths of hidden states."""
@@ -55,7 +55,8 @@ def decide(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
     """What `implementation` means for this kernel, dtype and mask on the device at hand, and why.
 
     "auto" takes the first fitting row of MEASURED and otherwise "xla". Raises ValueError for a name that is unknown or
-    has no form on this platform. Where JAX has lost what our kernels need, "pallas" becomes "xla" with a warning.
+    has no form on this platform or device. Where JAX has lost what our kernels need, "pallas" becomes "xla" with a
+    warning.
     """
     if implementation not in KERNELS[kernel]:
         raise ValueError(
@@ -68,7 +69,7 @@ def decide(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
             Choice(row.implementation, row.measurement)
             for row in MEASURED
             if (row.kernel, row.dtype, row.alibi) == (kernel, jnp.dtype(dtype).name, alibi)
-            and row.device in kind
+            and pallas.is_kind(row.device, kind)
             and head_dim in row.head_dims
         )
         nothing = Choice("xla", f"nothing measured on {kind} for this dtype, head size and mask")
@@ -82,6 +83,8 @@ def decide(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
         )
     if implementation == "pallas" and not pallas.available():
         return Choice("xla", "this JAX cannot run our kernels")
+    if implementation == "pallas" and platform == "gpu":
+        pallas.device()
     return Choice(implementation, reason)
 
 

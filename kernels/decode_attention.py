@@ -45,22 +45,22 @@ def decode_blocks(
     *,
     programs: int,
     cache_length: int,
-    device: str | None = None,
+    device: pallas.Device | None = None,
 ) -> DecodeBlocks:
-    """Blocks for `programs` = B · H_kv pairs on a `device` (a key of pallas.MULTIPROCESSORS; the one at hand).
+    """Blocks for `programs` = B · H_kv pairs on a `device` (the one at hand).
 
     Keys and values of a step are 16 KiB in the compute `dtype` (8 KiB in float32): a few of them in flight cover the
     latency of the memory, and registers hold them without spilling. Rows are split until every multiprocessor has two
     programs, or a share is down to two steps.
     """
-    device = device or pallas.device_name()
+    device = device or pallas.device()
     single = jnp.dtype(dtype) == jnp.float32
     row = power_of_two(head_dim) * jnp.dtype(dtype).itemsize
     room = (4 if single else 8) * 1024
     columns = max(16, min(128, room // row, power_of_two(cache_length)))
-    wanted = math.ceil(2 * pallas.MULTIPROCESSORS[device] / programs)
+    wanted = math.ceil(2 * device.multiprocessors / programs)
     splits = max(1, min(wanted, cache_length // (2 * columns)))
-    stages = pallas.SHARED_MEMORY[device] // (2 * columns * row) - 1
+    stages = device.shared_memory // (2 * columns * row) - 1
     # Float32 products are no matter of matrix units: fewer warps would spill registers, at 256 wide also more stages.
     if single and row > 512:
         return DecodeBlocks(columns, splits, 16, 1)

@@ -108,7 +108,7 @@ def figures_of(hidden, part, bias, columns, labels, temperature: float, blocks: 
     blocks = blocks or head_blocks(tokens, width, hidden.dtype)
     rows, steps = pl.cdiv(tokens, blocks.tokens), pl.cdiv(vocab, blocks.vocab)
     # Four programs for each multiprocessor, so that none waits long for the last ones.
-    splits = max(1, min(steps, 4 * pallas.MULTIPROCESSORS[pallas.device_name()] // rows))
+    splits = max(1, min(steps, 4 * pallas.device().multiprocessors // rows))
     share = -(-steps // splits)
     splits = -(-steps // share)
     shape = _Shape(tokens, vocab, width, temperature, blocks, share)

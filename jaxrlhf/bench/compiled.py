@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from jaxrlhf.kernels import KV_CACHE_DTYPES, append_attention, flash_attention, token_logprobs
+from jaxrlhf.kernels import KV_CACHE_DTYPES, append_attention, flash_attention, pallas, token_logprobs
 from jaxrlhf.kernels.decode_attention import decode_blocks
 from jaxrlhf.kernels.flash_attention import flash_blocks
 from jaxrlhf.kernels.logprobs_kernel import head_blocks
@@ -96,7 +96,7 @@ def decode_case(width: int, target: str, dtype: Any = jnp.bfloat16, kv: str = "a
     cache = (_shape(batch, kv_heads, size, width, dtype=held or dtype),) * 2
     cache += (_shape(batch, kv_heads, size, dtype=jnp.float32),) * (0 if held is None else 2)
     new = _shape(batch, kv_heads, width, dtype=dtype)
-    blocks = decode_blocks(width, dtype, programs=batch * kv_heads, cache_length=size, device=_name(target))
+    blocks = decode_blocks(width, dtype, programs=batch * kv_heads, cache_length=size, device=_device(target))
 
     def attend(query, key, value, cache, start, length):
         options = {"scale": 1.0, "alibi_slopes": jnp.ones(heads), "implementation": "pallas", "blocks": blocks}
@@ -145,9 +145,8 @@ def logprobs_case(width: int, dtype: Any = jnp.bfloat16, tokens: int = 4096, voc
     return (both, (*shapes, upstream, upstream), blocks) if gradient else (values, shapes, blocks)
 
 
-def _name(target: str) -> str:
-    """Of a device as kernels/pallas.py has it."""
-    return target.upper().split("-")[0] if target in ARCHITECTURES else "A100"
+def _device(target: str) -> pallas.Device:
+    return pallas.DEVICES[target.upper().split("-")[0] if target in ARCHITECTURES else "A100"]
 
 
 def _cases(target: str) -> Iterator[tuple[str, tuple]]:

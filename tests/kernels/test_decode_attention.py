@@ -1,6 +1,7 @@
 """Decode attention against a float64 oracle; what it reads and writes; what it refuses; what compilers make of it."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -250,7 +251,7 @@ def test_float16_on_a_tpu_is_refused_by_name(monkeypatch):
 
 
 def test_blocks_beyond_the_shared_memory_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"columns=1024, .*needs 1536 KiB of shared memory, .* 163 KiB on an A100"):
+    with pytest.raises(ValueError, match=r"columns=1024, .*needs 1536 KiB of shared memory, .* 163 KiB on A100"):
         decode_attention(*shapes(), scale=1.0, implementation="pallas", blocks=DecodeBlocks(1024, 1))
     blocks = (FlashBlocks(256, 256),) * 2
     with pytest.raises(ValueError, match=r"flash_attention with FlashBlocks\(queries=256.*fewer num_stages, or take"):
@@ -267,15 +268,49 @@ def test_eight_bits_go_with_scales_and_others_without(cache):
         decode_attention(query, key, key, *rest, scale=1.0, scales=cache.get("scales"))
 
 
-@pytest.mark.parametrize("device", pallas.MULTIPROCESSORS)
+@pytest.mark.parametrize("device", pallas.DEVICES.values(), ids=pallas.DEVICES)
 def test_blocks_fit_the_device_and_fill_it(device):
     for width in (16, 64, 80, 128, 256):
         for dtype in (jnp.bfloat16, jnp.float32):
             row = pallas.power_of_two(width) * jnp.dtype(dtype).itemsize
             full, few = (decode_blocks(width, dtype, programs=n, cache_length=8192, device=device) for n in (4096, 8))
-            assert 2 * row * full.columns * (full.num_stages + 1) <= pallas.SHARED_MEMORY[device]
-            assert full.splits == 1 and few.splits * 8 >= pallas.MULTIPROCESSORS[device]
+            assert 2 * row * full.columns * (full.num_stages + 1) <= device.shared_memory
+            assert full.splits == 1 and few.splits * 8 >= device.multiprocessors
             assert decode_blocks(width, dtype, programs=8, cache_length=40, device=device).splits <= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "multiprocessors", "kib"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "8.0", 108, 163),
+        ("NVIDIA H200", "9.0", 132, 227),
+        ("NVIDIA GH200 480GB", "9.0", 78, 227),
+        ("NVIDIA GeForce RTX 4090", "8.9", 128, 99),
+        ("NVIDIA RTX A6000", "8.6", 84, 99),
+        ("NVIDIA RTX 6000 Ada Generation", "8.9", 20, 99),
+        ("NVIDIA RTX A1000", "8.6", 16, 99),
+        ("NVIDIA A30", "8.0", 56, 163),
+        ("NVIDIA L40S", "8.9", 142, 99),
+        ("NVIDIA B200", "10.0", 148, 227),
+    ],
+)
+def test_a_device_has_its_own_limits_or_the_least_of_its_compute_capability(
+    kind, capability, multiprocessors, kib, monkeypatch
+):
+    device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert pallas.device()[1:] == (multiprocessors, kib * 1024)
+    with pytest.raises(ValueError, match=rf"needs 1536 KiB of shared memory, but a block has {kib} KiB on "):
+        pallas.check_shared_memory("decode_attention", DecodeBlocks(1024, 1), 1536 * 1024)
+
+
+def test_a_device_of_which_nothing_is_known_is_refused_by_name(monkeypatch):
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA Tesla K80", compute_capability="3.7")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose("flash_attention", "auto", dtype=jnp.bfloat16, head_dim=64, alibi=False) == "xla"
+    with pytest.raises(ValueError, match=r"'pallas' knows no limits of NVIDIA Tesla K80 with compute capability 3.7"):
+        choose("flash_attention", "pallas", dtype=jnp.bfloat16, head_dim=64, alibi=False)
 
 
 def test_auto_means_xla_until_something_was_measured(monkeypatch):

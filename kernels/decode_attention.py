@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.kernels import decode_tpu, pallas
 from jaxrlhf.kernels.attention import NEGATIVE, attention
-from jaxrlhf.kernels.choice import choose
+from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.kv_cache import Cache, entries, quantised, widened, write_columns
 from jaxrlhf.kernels.pallas import ceil_div, dot, load, pl, power_of_two, store
 
@@ -61,10 +61,10 @@ def decode_blocks(
     wanted = math.ceil(2 * device.multiprocessors / programs)
     splits = max(1, min(wanted, cache_length // (2 * columns)))
     stages = device.shared_memory // (2 * columns * row) - 1
-    # Float32 products are no matter of matrix units: fewer warps would spill registers, at 256 wide also more stages.
-    if single and row > 512:
-        return DecodeBlocks(columns, splits, 16, 1)
-    return DecodeBlocks(columns, splits, 8 if single else 4, max(1, min(3, stages)))
+    # Float32 products are no matter of matrix units: fewer warps or more stages would spill registers.
+    if single:
+        return DecodeBlocks(columns, splits, *((8, max(1, min(2, stages))) if row <= 512 else (16, 1)))
+    return DecodeBlocks(columns, splits, 4, max(1, min(3, stages)))
 
 
 def _check(query, cache, start, length, slopes, new=()) -> None:
@@ -150,7 +150,8 @@ def append_attention(
 
 def _attend(query, new, cache, start, length, implementation, blocks, *, scale, window, slopes):
     key, width = cache[0], query.shape[-1]
-    chosen = choose("decode_attention", implementation, dtype=query.dtype, head_dim=width, alibi=slopes is not None)
+    facts = {"dtype": query.dtype, "head_dim": width, "alibi": slopes is not None}
+    chosen = decide("decode_attention", implementation, **facts).implementation
     length = jnp.minimum(length, key.shape[2])
     first = jnp.maximum(start, 0)
     if window > 0:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.kernels import flash_tpu, pallas
 from jaxrlhf.kernels.attention import NEGATIVE, attention, attention_mask, block_scores
-from jaxrlhf.kernels.choice import choose
+from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.pallas import ceil_div, dot, load, pl, power_of_two, store
 
 NO_WINDOW = 1 << 30
@@ -36,15 +36,19 @@ def flash_blocks(head_dim: int, dtype: jnp.dtype, length: int) -> tuple[FlashBlo
     """Blocks of the forward and of the backward kernels: as large as registers hold without spilling."""
     width = power_of_two(head_dim)
     if jnp.dtype(dtype) == jnp.float32:
-        sizes = (32, 16, 8), ((32, 16, 8) if width <= 64 else (16, 16, 8))
-    elif width <= 64:
-        sizes = ((128, 64, 8), (64, 64, 4))
+        sizes = ((32, 16, 8) if width <= 64 else (16, 16, 4)), ((16, 16, 4) if 64 < width <= 128 else (32, 16, 8))
     elif width <= 128:
         sizes = ((128, 64, 8), (64, 64, 8))
     else:
         sizes = ((64, 32, 8), (32, 32, 8))
-    most = max(16, power_of_two(length))
+    # Two steps at least: loops of one are unrolled, and want more registers.
+    most = max(16, power_of_two(length) // 2)
     return tuple(FlashBlocks(min(queries, most), min(keys, most), warps) for queries, keys, warps in sizes)
+
+
+def varies(scale: jax.Array | float, window: jax.Array | int) -> bool:
+    """Whether scale or window are not plain numbers, as where layers that differ in them are scanned."""
+    return any(isinstance(x, jax.core.Tracer) for x in (scale, window))
 
 
 def _check(query, key, value, start, length, slopes) -> None:
@@ -85,12 +89,14 @@ def flash_attention(
 
     `implementation`: "xla" (kernels/attention.py); "pallas" (NVIDIA, or interpreted on CPU); "cudnn" (NVIDIA, 16-bit;
     rows with start > 0 come out as NaN) and "tokamax" (the library of that name; NVIDIA, or its XLA form on CPU), both
-    without ALiBi and with `scale` and `window` as numbers; "auto" (kernels/choice.py). Raises ValueError for what does
+    without ALiBi and with `scale` and `window` as numbers; "auto" (kernels/choice.py: as for training, of rows that
+    are padded on the right). Raises ValueError for what does
     not fit.
     """
     _check(query, key, value, start, length, alibi_slopes)
     width, alibi = query.shape[-1], alibi_slopes is not None
-    chosen = choose("flash_attention", implementation, dtype=query.dtype, head_dim=width, alibi=alibi)
+    facts = {"dtype": query.dtype, "head_dim": width, "alibi": alibi, "varies": varies(scale, window)}
+    chosen = decide("flash_attention", implementation, **facts).implementation
     if chosen == "xla":
         return _reference(query, key, value, start, length, scale, window, alibi_slopes)
     if chosen in ("cudnn", "tokamax"):
@@ -126,7 +132,7 @@ def _library(name, query, key, value, start, length, scale, window, alibi) -> ja
     width, size = query.shape[-1], query.shape[2]
     problems = {
         "ALiBi": alibi,
-        "a scale or window that differs between layers": any(isinstance(x, jax.core.Tracer) for x in (scale, window)),
+        "a scale or window that differs between layers": varies(scale, window),
     }
     if name == "cudnn":
         takes = "bfloat16 or float16, head sizes that are multiples of 8 up to 256 (128 before Hopper)"

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.attention import NEGATIVE
-from jaxrlhf.kernels.choice import choose
+from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, figures_of, logit_gradient_of
 
@@ -142,7 +142,8 @@ def token_logprobs(
         raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the weight")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
-    chosen = choose("token_logprobs", implementation, dtype=hidden.dtype, head_dim=hidden.shape[-1], alibi=False)
+    facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False}
+    chosen = decide("token_logprobs", implementation, **facts).implementation
     if chosen == "pallas":
         pallas.check_taken("token_logprobs", hidden.dtype)
         if kernel_blocks is not None:

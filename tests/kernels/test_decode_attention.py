@@ -343,8 +343,10 @@ def test_without_the_triton_lowering_it_warns_once_and_runs_as_xla(monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("width", HEAD_SIZES)
 def test_it_compiles_without_spills_and_writes_the_cache_in_place(target, width, compile_for):
-    for dtype, kv in ((jnp.bfloat16, "auto"), (jnp.bfloat16, "int8" if width % 128 else "fp8"), (jnp.float32, "auto")):
-        attend, shapes, donated, blocks = decode_case(width, target, dtype, kv)
+    single = (jnp.float32, "int8", False) if width == 64 else (jnp.float32, "auto", True)
+    half = ("auto", True), ("int8" if width % 128 else "fp8", width != 80)
+    for dtype, kv, alibi in (*((jnp.bfloat16, *rest) for rest in half), single):
+        attend, shapes, donated, blocks = decode_case(width, target, dtype, kv, alibi)
         program, kernels = compile_for(target, attend, *shapes, donate_argnums=donated)
         memory = program.memory_analysis()
         cache = sum(x.size * x.dtype.itemsize for x in shapes[3])
@@ -352,7 +354,7 @@ def test_it_compiles_without_spills_and_writes_the_cache_in_place(target, width,
             assert "decode_attention_share" in program.as_text() and memory.alias_size_in_bytes >= cache
             continue
         registers, spilled = kernels["decode_attention_share"]
-        assert spilled == 0 and registers < 255, (dtype, kv)
+        assert spilled == 0 and registers < 255, (dtype, kv, alibi)
         assert memory.alias_size_in_bytes == cache
         assert memory.temp_size_in_bytes < 2 * (blocks.splits + 2) * shapes[0].size * 4 + 2**16
 
@@ -365,7 +367,7 @@ def test_the_choice_and_its_reason_are_said_once_for_each_shape(caplog):
         choose("token_logprobs", "pallas", dtype=jnp.float32, head_dim=768, alibi=False)
     nothing = "xla: nothing measured on cpu for this dtype, head size and mask"
     assert caplog.messages == [
-        f"decode_attention (bfloat16, head size 64): {nothing}",
-        f"decode_attention (bfloat16, head size 80, ALiBi): {nothing}",
-        "token_logprobs (float32, width 768): pallas: asked for",
+        f"kernel decode_attention (bfloat16, head size 64): {nothing}",
+        f"kernel decode_attention (bfloat16, head size 80, ALiBi): {nothing}",
+        "kernel token_logprobs (float32, width 768): pallas: asked for",
     ]

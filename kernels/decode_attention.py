@@ -114,7 +114,8 @@ def decode_attention(
     Returns `[B, H, D]` in the query's dtype; rows without a live column are 0.
 
     `implementation`: "xla", "pallas" (reads live columns only, whatever the others hold; NVIDIA, TPU, or interpreted on
-    CPU), or "auto" (kernels/choice.py). Raises ValueError for shapes, dtypes or head sizes that do not fit.
+    CPU), or "auto" (kernels/choice.py). Raises ValueError for shapes, dtypes or head sizes that do not fit. It works on
+    the arrays of one device; models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
     """
     cache = (key, value, *(scales or ()))
     _check(query, cache, start, length, alibi_slopes)
@@ -140,7 +141,7 @@ def append_attention(
 
     Returns its result and the cache (kernels/kv_cache.py), which is updated in place under jit where its old value is
     not used again; "pallas" writes it in the kernel itself. A column beyond the cache is its last one; a row of
-    length 0 has nothing to keep, and may get the new column as its first.
+    length 0 has nothing to keep, and may get the new column as its first. On a mesh as `decode_attention`.
     """
     _check(query, cache, start, length, alibi_slopes, (new_key, new_value))
     options = {"scale": scale, "window": window, "slopes": alibi_slopes}

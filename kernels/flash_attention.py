@@ -90,8 +90,8 @@ def flash_attention(
     `implementation`: "xla" (kernels/attention.py); "pallas" (NVIDIA, or interpreted on CPU); "cudnn" (NVIDIA, 16-bit;
     rows with start > 0 come out as NaN) and "tokamax" (the library of that name; NVIDIA, or its XLA form on CPU), both
     without ALiBi and with `scale` and `window` as numbers; "auto" (kernels/choice.py: as for training, of rows that
-    are padded on the right). Raises ValueError for what does
-    not fit.
+    are padded on the right). Raises ValueError for what does not fit. It works on the arrays of one device;
+    models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
     """
     _check(query, key, value, start, length, alibi_slopes)
     width, alibi = query.shape[-1], alibi_slopes is not None

@@ -1,4 +1,4 @@
-"""Attention as the layers call it: which kernel runs, and how its work is split over a mesh."""
+"""Attention as the layers call it: which kernel runs, and how its rows and heads are split over a mesh."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

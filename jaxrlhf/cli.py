@@ -59,16 +59,6 @@ def usage() -> str:
     )
 
 
-def log_kernels() -> None:
-    """Let the choice of every kernel and its reason go to stderr, as programs are traced."""
-    logger = logging.getLogger("jaxrlhf.kernels")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("kernel %(message)s"))
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted.
 
@@ -80,8 +70,6 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
-    if verbose:
-        log_kernels()
     name, *rest = argv
     if name == "--version":
         from importlib.metadata import version
@@ -93,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
         if name in ON_DEVICE and not {"-h", "--help"} & set(rest):
             set_xla_flags(os.environ, verbose=verbose)
-        return run(name, COMMANDS[name], rest)
+        return run(name, COMMANDS[name], rest, verbose)
     except InputError as error:
         print(f"jaxrlhf: error: {error}", file=sys.stderr)
         tell_others(error, 2)
@@ -110,11 +98,12 @@ def tell_others(error: BaseException, status: int) -> None:
         sys.modules["jaxrlhf.distributed"].fail(error, status)
 
 
-def run(name: str, command: Command, argv: list[str]) -> int:
+def run(name: str, command: Command, argv: list[str], verbose: bool) -> int:
     # Transformers and tokenizers say much that is of no use here; ours is shown.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("jaxrlhf").setLevel(logging.INFO)
+    logging.getLogger("jaxrlhf.kernels").setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback per thread for what we say once
     from jaxrlhf.config import parse
     from jaxrlhf.distributed import is_primary

@@ -3,7 +3,7 @@
 from jaxrlhf.kernels.attention import attention, attention_mask
 from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, choose, log_once
 from jaxrlhf.kernels.decode_attention import append_attention, decode_attention
-from jaxrlhf.kernels.flash_attention import flash_attention
+from jaxrlhf.kernels.flash_attention import flash_attention, varies
 from jaxrlhf.kernels.head_attention import head_attention
 from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, Cache, entries, write_columns
 from jaxrlhf.kernels.logprobs import HeadPlacement, gathered_blocks, logprob_blocks, project_logits, token_logprobs
@@ -27,5 +27,6 @@ __all__ = [
     "logprob_blocks",
     "project_logits",
     "token_logprobs",
+    "varies",
     "write_columns",
 ]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.kernels.kv_cache import widened
 
-NEGATIVE = -1e30  # finite, so that fully masked rows stay free of NaN
+NEGATIVE = -1e30  # finite, so that rows without any key stay free of NaN
 
 
 def attention_mask(
@@ -64,7 +64,8 @@ def attention(
 ) -> jax.Array:
     """Multi-head attention with grouped keys and values.
 
-    query `[B, H, T, D]`; key, value `[B, H_kv, S, D]` with H a multiple of H_kv; mask boolean `[B, 1, T, S]`.
+    query `[B, H, T, D]`; key, value `[B, H_kv, S, D]`, of any dtype, with H a multiple of H_kv; mask boolean
+    `[B, 1, T, S]`.
     `alibi_slopes` `[H]` adds slope · key position, with `positions` `[B, S]`. `scales`, two `[B, H_kv, S]`, multiply
     keys and values that are quantised (kernels/kv_cache.py). Dropout acts on the attention weights
     when a key is given. Returns `[B, H, T, D]` in the query's dtype; rows that see no key are 0.
@@ -72,8 +73,7 @@ def attention(
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
-    if scales is not None:
-        key, value = (widened(x, query.dtype) for x in (key, value))
+    key, value = (widened(x, query.dtype) for x in (key, value))
     scores = jnp.einsum("bhgtd,bhsd->bhgts", grouped, key, preferred_element_type=jnp.float32) * scale
     if scales is not None:
         scores *= scales[0][:, :, None, None]
@@ -86,5 +86,5 @@ def attention(
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
     if scales is not None:
         weights = jnp.where(mask[:, :, None], weights * scales[1][:, :, None, None], 0.0)
-    output = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(value.dtype), value)
+    output = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(query.dtype), value)
     return output.reshape(batch, heads, length, head_dim)

@@ -13,15 +13,18 @@ IMPLEMENTATIONS = ("auto", "xla", "pallas", "cudnn", "tokamax")
 KERNELS = {
     "decode_attention": IMPLEMENTATIONS[:3],
     "flash_attention": IMPLEMENTATIONS,
+    "prefill_attention": IMPLEMENTATIONS[:3],
     "token_logprobs": IMPLEMENTATIONS[:3],
 }
-"""What each kernel exists as."""
+"""What each kernel exists as. Prefill is flash attention of prompts padded on the left, for which libraries are not
+taken: what is measured for training and scoring, whose rows are padded on the right, says nothing of it."""
 PLATFORMS = {
     "pallas": {"cpu": "CPU", "gpu": "NVIDIA", "tpu": "TPU"},
     "cudnn": {"gpu": "NVIDIA devices"},
     "tokamax": {"cpu": "CPU", "gpu": "NVIDIA"},
 }
 """Where what is not plain XLA runs, as JAX and as people name it."""
+LIBRARIES = IMPLEMENTATIONS[3:]
 LOGGER = logging.getLogger(__name__)
 
 
@@ -31,7 +34,7 @@ class Measured:
 
     kernel: str
     device: str
-    """Part of the device's kind, as `jax.devices()[0].device_kind` spells it."""
+    """Whole words of the device's kind, as `jax.devices()[0].device_kind` spells it."""
     dtype: str
     head_dims: tuple[int, ...]
     """Of token log-probs: the widths of hidden states."""
@@ -39,6 +42,13 @@ class Measured:
     implementation: str
     measurement: str
     """Both times with shapes and versions, and the command that took them."""
+
+    def __post_init__(self) -> None:
+        if self.implementation not in (known := KERNELS[self.kernel][1:]):
+            raise ValueError(
+                f"implementation={self.implementation!r} measured for {self.kernel} is not one of "
+                f"{', '.join(map(repr, known))}"
+            )
 
 
 # Nothing is in here before it was measured on the device itself: until then `auto` means XLA everywhere.
@@ -51,11 +61,15 @@ class Choice:
     reason: str
 
 
-def decide(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool) -> Choice:
+def decide(
+    kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool, varies: bool = False
+) -> Choice:
     """What `implementation` means for this kernel, dtype and mask on the device at hand, and why.
 
     "auto" takes the first fitting row of MEASURED and otherwise "xla". Raises ValueError for a name that is unknown or
-    has no form on this platform. Where JAX has lost what our kernels need, "pallas" becomes "xla" with a warning.
+    has no form on this platform or device. `varies`: scale or window differ between layers, so that "auto" takes no
+    library, which wants them as numbers. Where JAX has lost what our kernels need, "pallas" becomes "xla" with a
+    warning.
     """
     if implementation not in KERNELS[kernel]:
         raise ValueError(
@@ -68,8 +82,9 @@ def decide(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
             Choice(row.implementation, row.measurement)
             for row in MEASURED
             if (row.kernel, row.dtype, row.alibi) == (kernel, jnp.dtype(dtype).name, alibi)
-            and row.device in kind
+            and pallas.is_kind(row.device, kind)
             and head_dim in row.head_dims
+            and not (varies and row.implementation in LIBRARIES)
         )
         nothing = Choice("xla", f"nothing measured on {kind} for this dtype, head size and mask")
         choice = next(fitting, nothing)
@@ -82,12 +97,19 @@ def decide(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
         )
     if implementation == "pallas" and not pallas.available():
         return Choice("xla", "this JAX cannot run our kernels")
+    if implementation == "pallas" and platform == "gpu":
+        pallas.device()
     return Choice(implementation, reason)
 
 
-def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool) -> str:
-    """`decide` without the reason, which is logged (`jaxrlhf --verbose`), once for each kernel and shape."""
-    choice = decide(kernel, implementation, dtype=dtype, head_dim=head_dim, alibi=alibi)
+def choose(
+    kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool, varies: bool = False
+) -> str:
+    """`decide` without the reason, which is logged (`jaxrlhf --verbose`), once for each kernel and shape.
+
+    For models, which hand on what was chosen; kernels that are called by themselves decide in silence.
+    """
+    choice = decide(kernel, implementation, dtype=dtype, head_dim=head_dim, alibi=alibi, varies=varies)
     shape = f"{jnp.dtype(dtype).name}, {'width' if kernel == 'token_logprobs' else 'head size'} {head_dim}"
     log_once(f"{kernel} ({shape}{', ALiBi' if alibi else ''}): {choice.implementation}: {choice.reason}")
     return choice.implementation
@@ -96,4 +118,4 @@ def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int,
 @lru_cache(maxsize=256)
 def log_once(text: str) -> None:
     """Say which implementation runs, for `jaxrlhf --verbose`."""
-    LOGGER.info("%s", text)
+    LOGGER.info("kernel %s", text)

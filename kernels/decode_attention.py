@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import decode_tpu, pallas
-from jaxrlhf.kernels.attention import attention
-from jaxrlhf.kernels.choice import choose
+from jaxrlhf.kernels.attention import NEGATIVE, attention
+from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.kv_cache import Cache, entries, quantised, widened, write_columns
-from jaxrlhf.kernels.pallas import LOG_ZERO, ceil_div, dot, load, pl, power_of_two, store
+from jaxrlhf.kernels.pallas import ceil_div, dot, load, pl, power_of_two, store
 
-MAX_HEAD_DIM = 256
-DTYPES = ("float32", "bfloat16", "float16")
 QUANTISED = ("int8", "uint8")
 
 
@@ -36,8 +34,7 @@ class DecodeBlocks:
     """Blocks of keys and values under way at a time."""
 
     def __post_init__(self) -> None:
-        if self.columns < 16 or self.columns != power_of_two(self.columns):
-            raise ValueError(f"columns={self.columns} of DecodeBlocks must be a power of two of at least 16")
+        pallas.check_blocks(self, "columns")
         if self.splits < 1:
             raise ValueError(f"splits={self.splits} of DecodeBlocks must be at least 1")
 
@@ -48,26 +45,26 @@ def decode_blocks(
     *,
     programs: int,
     cache_length: int,
-    device: str | None = None,
+    device: pallas.Device | None = None,
 ) -> DecodeBlocks:
-    """Blocks for `programs` = B · H_kv pairs on a `device` (a key of pallas.MULTIPROCESSORS; the one at hand).
+    """Blocks for `programs` = B · H_kv pairs on a `device` (the one at hand).
 
     Keys and values of a step are 16 KiB in the compute `dtype` (8 KiB in float32): a few of them in flight cover the
     latency of the memory, and registers hold them without spilling. Rows are split until every multiprocessor has two
     programs, or a share is down to two steps.
     """
-    device = device or pallas.device_name()
+    device = device or pallas.device()
     single = jnp.dtype(dtype) == jnp.float32
     row = power_of_two(head_dim) * jnp.dtype(dtype).itemsize
     room = (4 if single else 8) * 1024
     columns = max(16, min(128, room // row, power_of_two(cache_length)))
-    wanted = math.ceil(2 * pallas.MULTIPROCESSORS[device] / programs)
+    wanted = math.ceil(2 * device.multiprocessors / programs)
     splits = max(1, min(wanted, cache_length // (2 * columns)))
-    stages = pallas.SHARED_MEMORY[device] // (2 * columns * row) - 1
-    # Float32 products are no matter of matrix units: fewer warps would spill registers, at 256 wide also more stages.
-    if single and row > 512:
-        return DecodeBlocks(columns, splits, 16, 1)
-    return DecodeBlocks(columns, splits, 8 if single else 4, max(1, min(3, stages)))
+    stages = device.shared_memory // (2 * columns * row) - 1
+    # Float32 products are no matter of matrix units: fewer warps or more stages would spill registers.
+    if single:
+        return DecodeBlocks(columns, splits, *((8, max(1, min(2, stages))) if row <= 512 else (16, 1)))
+    return DecodeBlocks(columns, splits, 4, max(1, min(3, stages)))
 
 
 def _check(query, cache, start, length, slopes, new=()) -> None:
@@ -117,7 +114,8 @@ def decode_attention(
     Returns `[B, H, D]` in the query's dtype; rows without a live column are 0.
 
     `implementation`: "xla", "pallas" (reads live columns only, whatever the others hold; NVIDIA, TPU, or interpreted on
-    CPU), or "auto" (kernels/choice.py). Raises ValueError for shapes, dtypes or head sizes that do not fit.
+    CPU), or "auto" (kernels/choice.py). Raises ValueError for shapes, dtypes or head sizes that do not fit. It works on
+    the arrays of one device; models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
     """
     cache = (key, value, *(scales or ()))
     _check(query, cache, start, length, alibi_slopes)
@@ -143,7 +141,7 @@ def append_attention(
 
     Returns its result and the cache (kernels/kv_cache.py), which is updated in place under jit where its old value is
     not used again; "pallas" writes it in the kernel itself. A column beyond the cache is its last one; a row of
-    length 0 has nothing to keep, and may get the new column as its first.
+    length 0 has nothing to keep, and may get the new column as its first. On a mesh as `decode_attention`.
     """
     _check(query, cache, start, length, alibi_slopes, (new_key, new_value))
     options = {"scale": scale, "window": window, "slopes": alibi_slopes}
@@ -153,7 +151,8 @@ def append_attention(
 
 def _attend(query, new, cache, start, length, implementation, blocks, *, scale, window, slopes):
     key, width = cache[0], query.shape[-1]
-    chosen = choose("decode_attention", implementation, dtype=query.dtype, head_dim=width, alibi=slopes is not None)
+    facts = {"dtype": query.dtype, "head_dim": width, "alibi": slopes is not None}
+    chosen = decide("decode_attention", implementation, **facts).implementation
     length = jnp.minimum(length, key.shape[2])
     first = jnp.maximum(start, 0)
     if window > 0:
@@ -162,11 +161,7 @@ def _attend(query, new, cache, start, length, implementation, blocks, *, scale, 
         if new is not None:
             cache = write_columns(cache, tuple(x[:, :, None] for x in new), jnp.maximum(length - 1, 0))
         return _reference(query, cache, first, length, scale, slopes), cache
-    if width > MAX_HEAD_DIM or jnp.dtype(query.dtype).name not in DTYPES or key.dtype.name not in DTYPES + QUANTISED:
-        raise ValueError(
-            f"implementation='pallas' of decode_attention takes head sizes up to {MAX_HEAD_DIM} in "
-            f"{', '.join(DTYPES)}; found {width} in {key.dtype}: take 'xla'"
-        )
+    pallas.check_taken("decode_attention", query.dtype, width, None if quantised(cache) else key.dtype)
     programs = key.shape[0] * key.shape[1]
     blocks = blocks or decode_blocks(width, query.dtype, programs=programs, cache_length=key.shape[2])
     step = 2 * blocks.columns * power_of_two(width) * query.dtype.itemsize
@@ -250,7 +245,7 @@ def decode_attention_share(*refs, task: _Task) -> None:
             scores *= read(2)[None]
         if task.alibi:
             scores += slopes[:, None] * (columns - last).astype(jnp.float32)[None]
-        scores = jnp.where(inside[None], scores, LOG_ZERO)
+        scores = jnp.where(inside[None], scores, NEGATIVE)
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.where(inside[None], jnp.exp(scores - new_top[:, None]), 0.0)
         shrink = jnp.exp(top - new_top)
@@ -260,12 +255,12 @@ def decode_attention_share(*refs, task: _Task) -> None:
         return output * shrink[:, None] + dot(weights.astype(query.dtype), read(1)), new_top, total
 
     nothing = jnp.zeros(rows, jnp.float32)
-    carry = jnp.zeros((rows, padded), jnp.float32), nothing + LOG_ZERO, nothing
+    carry = jnp.zeros((rows, padded), jnp.float32), nothing + NEGATIVE, nothing
     steps = ceil_div(jnp.maximum(high - low, 0), blocks.columns)
     output, top, total = jax.lax.fori_loop(0, steps, step, carry)
     store(outputs[0], output / jnp.where(total > 0, total, 1.0)[:, None], corner)
     if blocks.splits > 1:
-        store(outputs[1], jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), LOG_ZERO), real_rows)
+        store(outputs[1], jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), NEGATIVE), real_rows)
     if task.appends:
         owner = (low <= last) & (last < high)
         here = (last >= 0) & jnp.where(first < length, owner, pl.program_id(2) == 0)
@@ -332,6 +327,6 @@ def _kernel(query, new, cache, first, length, scale, slopes, blocks: DecodeBlock
 def _combine(shares: jax.Array, log_total: jax.Array) -> jax.Array:
     """`[B, H_kv, group, D]` over all columns, from what came of shares of them, `[B, H_kv, splits, group, …]`."""
     top = log_total.max(2, keepdims=True)
-    weights = jnp.where(log_total > LOG_ZERO / 2, jnp.exp(log_total - top), 0.0)
+    weights = jnp.where(log_total > NEGATIVE / 2, jnp.exp(log_total - top), 0.0)
     weights /= jnp.maximum(weights.sum(2, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return (shares * weights[..., None]).sum(2)

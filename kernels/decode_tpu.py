@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import pallas
+from jaxrlhf.kernels.attention import NEGATIVE
 from jaxrlhf.kernels.kv_cache import Cache, quantised, widened
-from jaxrlhf.kernels.pallas import LANES, LOG_ZERO, dot, pl
+from jaxrlhf.kernels.pallas import LANES, dot, pl
 
 COLUMNS = 512
 """Of the cache per step."""
@@ -41,7 +42,7 @@ def decode_attention_blocks(
     @pl.when(step == 0)
     def _():
         sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-        top_ref[...] = jnp.full(top_ref.shape, LOG_ZERO)
+        top_ref[...] = jnp.full(top_ref.shape, NEGATIVE)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
 
     def read(i: int) -> jax.Array:
@@ -64,7 +65,7 @@ def decode_attention_blocks(
             scores *= own_scales(0, columns)
         if alibi:
             scores += slopes_ref[...] * (columns - last).astype(jnp.float32)
-        scores = jnp.where(inside, scores, LOG_ZERO)
+        scores = jnp.where(inside, scores, NEGATIVE)
         top = top_ref[:, :1]
         new_top = jnp.maximum(top, scores.max(1, keepdims=True))
         weights = jnp.where(inside, jnp.exp(scores - new_top), 0.0)
@@ -141,8 +142,7 @@ def attend(
     out_specs = [pl.BlockSpec((None, None, group, width), own)]
     out_shape = [jax.ShapeDtypeStruct((batch, kv_heads, group, width), query.dtype)]
     if appends:
-        arrays += [x[:, :, None] for x in new[:2]]
-        arrays += [x[:, :, None] for x in new[2:]]
+        arrays += [x[:, :, None] for x in new]
         in_specs += [pl.BlockSpec((None, None, 1, width), own)] * 2
         rows, lanes = (cache_length if size % tile else tile for tile in (TILE, LANES))
         rows_at = lambda b, h, j, first, length: (b, h, _tile(length[b] - 1, rows), 0)  # noqa: E731

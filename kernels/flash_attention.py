@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import flash_tpu, pallas
-from jaxrlhf.kernels.attention import attention, attention_mask, block_scores
-from jaxrlhf.kernels.choice import choose
-from jaxrlhf.kernels.pallas import LOG_ZERO, ceil_div, dot, load, pl, power_of_two, store
+from jaxrlhf.kernels.attention import NEGATIVE, attention, attention_mask, block_scores
+from jaxrlhf.kernels.choice import decide
+from jaxrlhf.kernels.pallas import ceil_div, dot, load, pl, power_of_two, store
 
-MAX_HEAD_DIM = 256
-DTYPES = ("float32", "bfloat16", "float16")
 NO_WINDOW = 1 << 30
 
 
@@ -31,25 +29,26 @@ class FlashBlocks:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("queries", "keys"):
-            size = getattr(self, name)
-            if size < 16 or size != power_of_two(size):
-                raise ValueError(f"{name}={size} of FlashBlocks must be a power of two of at least 16")
+        pallas.check_blocks(self, "queries", "keys")
 
 
 def flash_blocks(head_dim: int, dtype: jnp.dtype, length: int) -> tuple[FlashBlocks, FlashBlocks]:
     """Blocks of the forward and of the backward kernels: as large as registers hold without spilling."""
     width = power_of_two(head_dim)
     if jnp.dtype(dtype) == jnp.float32:
-        sizes = (32, 16, 8), ((32, 16, 8) if width <= 64 else (16, 16, 8))
-    elif width <= 64:
-        sizes = ((128, 64, 8), (64, 64, 4))
+        sizes = ((32, 16, 8) if width <= 64 else (16, 16, 4)), ((16, 16, 4) if 64 < width <= 128 else (32, 16, 8))
     elif width <= 128:
         sizes = ((128, 64, 8), (64, 64, 8))
     else:
         sizes = ((64, 32, 8), (32, 32, 8))
-    most = max(16, power_of_two(length))
+    # Two steps at least: loops of one are unrolled, and want more registers.
+    most = max(16, power_of_two(length) // 2)
     return tuple(FlashBlocks(min(queries, most), min(keys, most), warps) for queries, keys, warps in sizes)
+
+
+def varies(scale: jax.Array | float, window: jax.Array | int) -> bool:
+    """Whether scale or window are not plain numbers, as where layers that differ in them are scanned."""
+    return any(isinstance(x, jax.core.Tracer) for x in (scale, window))
 
 
 def _check(query, key, value, start, length, slopes) -> None:
@@ -90,21 +89,19 @@ def flash_attention(
 
     `implementation`: "xla" (kernels/attention.py); "pallas" (NVIDIA, or interpreted on CPU); "cudnn" (NVIDIA, 16-bit;
     rows with start > 0 come out as NaN) and "tokamax" (the library of that name; NVIDIA, or its XLA form on CPU), both
-    without ALiBi and with `scale` and `window` as numbers; "auto" (kernels/choice.py). Raises ValueError for what does
-    not fit.
+    without ALiBi and with `scale` and `window` as numbers; "auto" (kernels/choice.py: as for training, of rows that
+    are padded on the right). Raises ValueError for what does not fit. It works on the arrays of one device;
+    models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
     """
     _check(query, key, value, start, length, alibi_slopes)
     width, alibi = query.shape[-1], alibi_slopes is not None
-    chosen = choose("flash_attention", implementation, dtype=query.dtype, head_dim=width, alibi=alibi)
+    facts = {"dtype": query.dtype, "head_dim": width, "alibi": alibi, "varies": varies(scale, window)}
+    chosen = decide("flash_attention", implementation, **facts).implementation
     if chosen == "xla":
         return _reference(query, key, value, start, length, scale, window, alibi_slopes)
     if chosen in ("cudnn", "tokamax"):
         return _library(chosen, query, key, value, start, length, scale, window, alibi)
-    if width > MAX_HEAD_DIM or jnp.dtype(query.dtype).name not in DTYPES:
-        raise ValueError(
-            f"implementation='pallas' of flash_attention takes head sizes up to {MAX_HEAD_DIM} in "
-            f"{', '.join(DTYPES)}; found {width} in {query.dtype}: take 'xla'"
-        )
+    pallas.check_taken("flash_attention", query.dtype, width)
     size = query.shape[2]
     window = jnp.asarray(window, jnp.int32).reshape(1)
     scalars = (
@@ -135,7 +132,7 @@ def _library(name, query, key, value, start, length, scale, window, alibi) -> ja
     width, size = query.shape[-1], query.shape[2]
     problems = {
         "ALiBi": alibi,
-        "a scale or window that differs between layers": any(isinstance(x, jax.core.Tracer) for x in (scale, window)),
+        "a scale or window that differs between layers": varies(scale, window),
     }
     if name == "cudnn":
         takes = "bfloat16 or float16, head sizes that are multiples of 8 up to 256 (128 before Hopper)"
@@ -258,7 +255,7 @@ def flash_attention_forward(
         columns = column + jnp.arange(keys)
         products = dot(query, _block(k_ref, column, keys, shape).T)
         scores, seen = block_scores(products, rows[:, None], columns[None], bounds, slope, shape.alibi)
-        new_top = jnp.maximum(top, jnp.where(seen, scores, LOG_ZERO).max(1))
+        new_top = jnp.maximum(top, jnp.where(seen, scores, NEGATIVE).max(1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
         shrink = jnp.exp(top - new_top)
         values = _block(v_ref, column, keys, shape)
@@ -266,7 +263,7 @@ def flash_attention_forward(
         return output, new_top, total * shrink + weights.sum(1)
 
     nothing = jnp.zeros(size, jnp.float32)
-    carry = jnp.zeros((size, q_ref.shape[-1]), jnp.float32), nothing + LOG_ZERO, nothing
+    carry = jnp.zeros((size, q_ref.shape[-1]), jnp.float32), nothing + NEGATIVE, nothing
     output, top, total = jax.lax.fori_loop(0, steps, step, carry)
     safe = jnp.where(total > 0, total, 1.0)
     there = rows < shape.length

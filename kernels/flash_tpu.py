@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import pallas
-from jaxrlhf.kernels.attention import block_scores
-from jaxrlhf.kernels.pallas import LANES, LOG_ZERO, dot, pl
+from jaxrlhf.kernels.attention import NEGATIVE, block_scores
+from jaxrlhf.kernels.pallas import LANES, dot, pl
 
 QUERIES = 256
 KEYS = 512
@@ -55,7 +55,7 @@ def flash_attention_forward(
     @pl.when(j == 0)
     def _():
         sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-        top_ref[...] = jnp.full(top_ref.shape, LOG_ZERO)
+        top_ref[...] = jnp.full(top_ref.shape, NEGATIVE)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
 
     @pl.when(low + j <= high)
@@ -64,7 +64,7 @@ def flash_attention_forward(
         products = dot(q_ref[...], k_ref[...].T)
         at = _along(i * queries, queries, 0), _along(column, keys, 1)
         scores, seen = block_scores(products, *at, bounds, slopes_ref[h], alibi)
-        scores = jnp.where(seen, scores, LOG_ZERO)
+        scores = jnp.where(seen, scores, NEGATIVE)
         top = top_ref[:, :1]
         new_top = jnp.maximum(top, scores.max(1, keepdims=True))
         weights = jnp.where(seen, jnp.exp(scores - new_top), 0.0)

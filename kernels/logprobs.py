@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.attention import NEGATIVE
-from jaxrlhf.kernels.choice import choose
+from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
-from jaxrlhf.kernels.logprobs_kernel import DTYPES, HeadBlocks, figures_of, logit_gradient_of
+from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, figures_of, logit_gradient_of
 
 
 def project_logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, vocab_size: int) -> jax.Array:
@@ -121,7 +121,8 @@ def token_logprobs(
     """log softmax(hidden · weightᵀ / temperature)[label] and the entropy of that distribution, per token.
 
     hidden `[B, T, D]`; weight `[V_padded, D]`, of which the first `vocab_size` rows are real; bias `[V_padded]`; labels
-    `[B, T]` int. Products are taken in the dtype of `hidden` and summed in float32. Returns two float32 arrays
+    `[B, T]` int: one outside 0 … vocab_size - 1 (-100, say) has log-prob 0 and no gradient from it, but its entropy as
+    any token. Products are taken in the dtype of `hidden` and summed in float32. Returns two float32 arrays
     `[B, T]`, differentiable in hidden, weight and bias. A weight in float32 gets its gradient summed in place; peak
     extra memory is then a few blocks, under 5 % of the float32 logits. `placement` says how the arrays lie on a mesh.
 
@@ -141,18 +142,18 @@ def token_logprobs(
         raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the weight")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
-    chosen = choose("token_logprobs", implementation, dtype=hidden.dtype, head_dim=hidden.shape[-1], alibi=False)
-    if chosen == "pallas" and jnp.dtype(hidden.dtype).name not in DTYPES:
-        raise ValueError(
-            f"implementation='pallas' of token_logprobs takes hidden states in {', '.join(DTYPES)}; found "
-            f"{hidden.dtype}: take 'xla'"
-        )
-    if kernel_blocks is not None:
-        held = (kernel_blocks.tokens + kernel_blocks.vocab) * kernel_blocks.width * kernel_blocks.num_stages
-        pallas.check_shared_memory("token_logprobs", kernel_blocks, held * hidden.dtype.itemsize)
+    facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False}
+    chosen = decide("token_logprobs", implementation, **facts).implementation
+    if chosen == "pallas":
+        pallas.check_taken("token_logprobs", hidden.dtype)
+        if kernel_blocks is not None:
+            held = (kernel_blocks.tokens + kernel_blocks.vocab) * kernel_blocks.width * kernel_blocks.num_stages
+            pallas.check_shared_memory("token_logprobs", kernel_blocks, held * hidden.dtype.itemsize)
     padded = vocab_size != weight.shape[0]
     task = _Task(vocab_size, float(temperature), padded, chosen, blocks, kernel_blocks, placement)
-    return _logprobs(hidden, weight, bias, labels, task)
+    real = (labels >= 0) & (labels < vocab_size)
+    logprobs, entropy = _logprobs(hidden, weight, bias, jnp.where(real, labels, 0), task)
+    return jnp.where(real, logprobs, 0.0), entropy
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -16,8 +16,6 @@ from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
 from jaxrlhf.kernels.pallas import LANES, dot, load, pl, power_of_two, store
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class HeadBlocks:
@@ -31,10 +29,7 @@ class HeadBlocks:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "vocab", "width"):
-            size = getattr(self, name)
-            if size < 16 or size != power_of_two(size):
-                raise ValueError(f"{name}={size} of HeadBlocks must be a power of two of at least 16")
+        pallas.check_blocks(self, "tokens", "vocab", "width")
 
 
 def head_blocks(tokens: int, width: int, dtype: jnp.dtype) -> HeadBlocks:
@@ -113,7 +108,7 @@ def figures_of(hidden, part, bias, columns, labels, temperature: float, blocks: 
     blocks = blocks or head_blocks(tokens, width, hidden.dtype)
     rows, steps = pl.cdiv(tokens, blocks.tokens), pl.cdiv(vocab, blocks.vocab)
     # Four programs for each multiprocessor, so that none waits long for the last ones.
-    splits = max(1, min(steps, 4 * pallas.MULTIPROCESSORS[pallas.device_name()] // rows))
+    splits = max(1, min(steps, 4 * pallas.device().multiprocessors // rows))
     share = -(-steps // splits)
     splits = -(-steps // share)
     shape = _Shape(tokens, vocab, width, temperature, blocks, share)

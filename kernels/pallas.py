@@ -5,10 +5,11 @@ Mosaic GPU is to follow it), and this is the only file that touches it: where it
 callers take their XLA form. On CPU the same body runs in Pallas' interpreter.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,29 @@ except ImportError:
     tpu = None
 
 LANES = 128  # of a TPU's vector registers
-LOG_ZERO = -1e30  # finite, so that rows without any key stay free of NaN
-# By part of a device's kind, as JAX spells it; the first that fits. From the CUDA programming guide, chapter "Compute
-# capabilities": shared memory is what one block may have.
-MULTIPROCESSORS = {"A100": 108, "H100": 132, "H200": 132, "L40": 142, "A10": 72, "L4": 58, "V100": 80, "T4": 40}
-SHARED_MEMORY = {"A100": 163, "H100": 227, "H200": 227, "L40": 99, "A10": 99, "L4": 99, "V100": 96, "T4": 64}
-SHARED_MEMORY = {name: kib * 1024 for name, kib in SHARED_MEMORY.items()}
+DTYPES = ("float32", "bfloat16", "float16")
+"""What our kernels compute in; not the last on TPUs, whose compiler has no form for it."""
+MAX_HEAD_DIM = 256
+
+
+class Device(NamedTuple):
+    """What blocks are cut for on an NVIDIA device."""
+
+    name: str
+    multiprocessors: int
+    shared_memory: int
+    """Bytes that one block may have."""
+
+
+# KiB by compute capability: CUDA programming guide, "Compute capabilities". The multiprocessors of a device that
+# DEVICES does not name are those of the smallest one that is sold with its capability: fewer splits, no other limit.
+_SHARED = {"7.0": 96, "7.5": 64, "8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}
+_SMALLEST = {"7.0": 80, "7.5": 14, "8.0": 56, "8.6": 16, "8.9": 20, "9.0": 78, "10.0": 148, "12.0": 20}
+_NAMED = {"A100": ("8.0", 108), "A30": ("8.0", 56), "H100": ("9.0", 114), "H200": ("9.0", 132), "B200": ("10.0", 148)}
+_NAMED |= {"L40": ("8.9", 142), "L40S": ("8.9", 142), "L4": ("8.9", 58), "A10": ("8.6", 72), "A10G": ("8.6", 80)}
+_NAMED |= {"RTX A6000": ("8.6", 84), "RTX 4090": ("8.9", 128), "V100": ("7.0", 80), "T4": ("7.5", 40)}
+DEVICES = {name: Device(name, count, _SHARED[capability] * 1024) for name, (capability, count) in _NAMED.items()}
+"""By whole words of a device's kind, as JAX spells it."""
 
 
 @lru_cache(maxsize=1)
@@ -47,21 +65,67 @@ def available() -> bool:
     return lowering is not None
 
 
-def device_name() -> str:
-    """The NVIDIA device at hand as a key of MULTIPROCESSORS; "A100" where it is none of them."""
-    kind = jax.devices()[0].device_kind
-    return next((name for name in MULTIPROCESSORS if name in kind), "A100")
+def is_kind(name: str, kind: str) -> bool:
+    """Whether `name` stands among the whole words of a device's kind, as JAX spells it: A100 is not in RTX A1000."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", kind) is not None
+
+
+def device() -> Device:
+    """The NVIDIA device at hand, one not in DEVICES by its compute capability; an A100 where there is none.
+
+    ValueError for one of a compute capability whose limits are not known.
+    """
+    here = jax.devices()[0]
+    if here.platform != "gpu":
+        return DEVICES["A100"]
+    for known in DEVICES.values():
+        if is_kind(known.name, here.device_kind):
+            return known
+    capability = str(getattr(here, "compute_capability", None))
+    if capability not in _SHARED:
+        raise ValueError(
+            f"implementation='pallas' knows no limits of {here.device_kind} with compute capability {capability} "
+            f"(but those of {', '.join(_SHARED)}): take 'xla'"
+        )
+    return Device(here.device_kind, _SMALLEST[capability], _SHARED[capability] * 1024)
+
+
+def check_taken(kernel: str, dtype: jnp.dtype, head_dim: int = 0, held: jnp.dtype | None = None) -> None:
+    """ValueError where our kernel does not compute in `dtype`, from a cache in `held`, or with heads so wide."""
+    on_tpu = jax.default_backend() == "tpu"
+    takes = DTYPES[:2] if on_tpu else DTYPES
+    found = list(dict.fromkeys(jnp.dtype(x).name for x in (dtype, held) if x is not None))
+    if head_dim <= MAX_HEAD_DIM and set(found) <= set(takes):
+        return
+    sizes, size = (f"head sizes up to {MAX_HEAD_DIM} in ", f"{head_dim} in ") if head_dim else ("", "")
+    raise ValueError(
+        f"implementation='pallas' of {kernel} takes {sizes}{', '.join(takes)}{' on TPUs' if on_tpu else ''}; found "
+        f"{size}{' with a cache of '.join(found)}: take 'xla'"
+    )
 
 
 def check_shared_memory(kernel: str, blocks: Any, needed: int) -> None:
     """ValueError where `blocks` of a kernel hold more at a time than the shared memory of the NVIDIA device at hand."""
-    device = device_name()
-    if needed > SHARED_MEMORY[device]:
+    limits = device()
+    if needed > limits.shared_memory:
         raise ValueError(
             f"implementation='pallas' of {kernel} with {blocks} needs {needed // 1024} KiB of shared memory, but a "
-            f"block has {SHARED_MEMORY[device] // 1024} KiB on an {device}: give smaller blocks or fewer num_stages, "
+            f"block has {limits.shared_memory // 1024} KiB on {limits.name}: give smaller blocks or fewer num_stages, "
             "or take 'xla'"
         )
+
+
+def check_blocks(blocks: Any, *sizes: str) -> None:
+    """ValueError unless these fields of a kernel's blocks, its warps and its stages are what Triton can take."""
+    name = type(blocks).__name__
+    for field in sizes:
+        size = getattr(blocks, field)
+        if size < 16 or size != power_of_two(size):
+            raise ValueError(f"{field}={size} of {name} must be a power of two of at least 16")
+    if blocks.num_warps not in (1, 2, 4, 8, 16, 32):
+        raise ValueError(f"num_warps={blocks.num_warps} of {name} must be a power of two of at most 32")
+    if blocks.num_stages < 1:
+        raise ValueError(f"num_stages={blocks.num_stages} of {name} must be at least 1")
 
 
 def power_of_two(n: int) -> int:

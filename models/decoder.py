@@ -220,18 +220,20 @@ class Attention(nn.Module):
 
         decoding = context.write_index is not None
         implementation = self.implementation
-        if implementation in ("cudnn", "tokamax"):
-            # They have no form for what generation needs (left padding, one query), and want plain numbers.
-            implementation = implementation if cache is None else "auto"
-            first, *others = layer_options(c)
-            options = options if any(other != first for other in others) else first
+        if implementation in ("cudnn", "tokamax") and cache is not None:
+            implementation = "auto"  # they have no form for what generation needs: left padding, one query
+        first, *others = layer_options(c)
+        if all(other == first for other in others):
+            options = first  # as plain numbers, which some kernels want
         shared = {
             "scale": options.scale,
             "window": options.window,
             "alibi_slopes": alibi_slopes(c.num_heads) if c.position == "alibi" else None,
             "implementation": implementation,
         }
-        if decoding:
+        if self.is_initializing():
+            output = query  # parameters are made; what attention gives is of no account
+        elif decoding:
             output, cache = attend_to_cache(query, key, value, cache, context.start, context.write_index, **shared)
         else:
             if cache is not None:
@@ -243,6 +245,7 @@ class Attention(nn.Module):
                 value,
                 context.key_mask,
                 context.positions,
+                prefill=cache is not None,
                 dropout_rate=c.attention_dropout,
                 dropout_key=self.make_rng("dropout") if dropout else None,
                 **shared,

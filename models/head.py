@@ -4,7 +4,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.kernels import HeadPlacement, token_logprobs
+from jaxrlhf.kernels import HeadPlacement, choose, token_logprobs
 from jaxrlhf.sharding import REPLICATED_RULES, current_rules, resolve_spec
 
 
@@ -31,14 +31,23 @@ def head_placement(weight: tuple[int, int], rows: int, zero_stage: int) -> HeadP
 
 
 def head_logprobs(
-    hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, labels: jax.Array, *, zero_stage: int, **options
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    labels: jax.Array,
+    *,
+    zero_stage: int,
+    implementation: str = "auto",
+    **options,
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs` of hidden `[B, T, D]`, each device with its own rows and its own part of the vocabulary.
 
     InputError for an implementation that cannot run here.
     """
     placement = head_placement(weight.shape, hidden.shape[0], zero_stage)
+    facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False}
     try:
+        options["implementation"] = choose("token_logprobs", implementation, **facts)
         return token_logprobs(hidden, weight, labels, bias=bias, placement=placement, **options)
     except ValueError as error:
         raise InputError(f"token log-probs: {error}") from error

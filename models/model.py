@@ -35,7 +35,6 @@ def default_dtype() -> jnp.dtype:
 @lru_cache(maxsize=64)
 def _abstract(module: Decoder) -> tuple[PyTree, PyTree]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    module = module.clone(attention_implementation="xla")
     # Inside the branch for the LM head every parameter of it is touched, tied or not.
     variables = jax.eval_shape(module.init, jax.random.key(0), ids)
     specs = nn.get_partition_spec(variables)["params"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from jaxrlhf.kernels import KV_CACHE_DTYPES, append_attention, flash_attention, token_logprobs
+from jaxrlhf.kernels import KV_CACHE_DTYPES, append_attention, flash_attention, pallas, token_logprobs
 from jaxrlhf.kernels.decode_attention import decode_blocks
 from jaxrlhf.kernels.flash_attention import flash_blocks
 from jaxrlhf.kernels.logprobs_kernel import head_blocks
@@ -25,6 +25,8 @@ ARCHITECTURES = {"a100-80g": "sm_80", "h100": "sm_90a", "h200": "sm_90a"}
 TARGETS = ("a100-80g", "h200", "v5e")
 HEAD_SIZES = {64: (32, 32), 80: (32, 32), 96: (32, 8), 128: (32, 8), 256: (16, 1)}
 """Head size: query heads and key/value heads that such models have."""
+UNALIGNED = (40, 1000)
+"""Lengths of sequences that no block divides: registers are then needed for masks as well."""
 OURS = ("decode_attention", "flash_attention", "token_logprobs")
 KERNEL_NAMES = {
     "decode_attention_share",
@@ -89,17 +91,22 @@ def _shape(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def decode_case(width: int, target: str, dtype: Any = jnp.bfloat16, kv: str = "auto", batch: int = 64, size: int = 512):
-    """(function, shapes, donated, blocks) of decode attention that appends, with ALiBi, as the target would cut it."""
+def decode_case(width: int, target: str, dtype: Any = jnp.bfloat16, kv: str = "auto", alibi: bool = True):
+    """(function, shapes, donated, blocks) of decode attention that appends, as the target would cut it.
+
+    64 rows on a cache of 512 columns.
+    """
+    batch, size = 64, 512
     heads, kv_heads = HEAD_SIZES[width]
     held = KV_CACHE_DTYPES[kv]
     cache = (_shape(batch, kv_heads, size, width, dtype=held or dtype),) * 2
     cache += (_shape(batch, kv_heads, size, dtype=jnp.float32),) * (0 if held is None else 2)
     new = _shape(batch, kv_heads, width, dtype=dtype)
-    blocks = decode_blocks(width, dtype, programs=batch * kv_heads, cache_length=size, device=_name(target))
+    blocks = decode_blocks(width, dtype, programs=batch * kv_heads, cache_length=size, device=_device(target))
 
     def attend(query, key, value, cache, start, length):
-        options = {"scale": 1.0, "alibi_slopes": jnp.ones(heads), "implementation": "pallas", "blocks": blocks}
+        slopes = jnp.ones(heads) if alibi else None
+        options = {"scale": 1.0, "alibi_slopes": slopes, "implementation": "pallas", "blocks": blocks}
         return append_attention(query, key, value, cache, start, length, **options)
 
     return (
@@ -145,23 +152,30 @@ def logprobs_case(width: int, dtype: Any = jnp.bfloat16, tokens: int = 4096, voc
     return (both, (*shapes, upstream, upstream), blocks) if gradient else (values, shapes, blocks)
 
 
-def _name(target: str) -> str:
-    """Of a device as kernels/pallas.py has it."""
-    return target.upper().split("-")[0] if target in ARCHITECTURES else "A100"
+def _device(target: str) -> pallas.Device:
+    return pallas.DEVICES[target.upper().split("-")[0] if target in ARCHITECTURES else "A100"]
+
+
+def _flash_cases(shape: str, width: int, dtype: Any) -> Iterator[tuple[str, tuple]]:
+    yield shape, flash_case(width, dtype)
+    for size in UNALIGNED:
+        yield f"{shape}, {size} tokens, no ALiBi", flash_case(width, dtype, alibi=False, size=size)
 
 
 def _cases(target: str) -> Iterator[tuple[str, tuple]]:
     for width in HEAD_SIZES:
         yield from ((f"head size {width}, cache {kv}", decode_case(width, target, kv=kv)) for kv in KV_CACHE_DTYPES)
-        yield f"head size {width}", flash_case(width)
+        yield from _flash_cases(f"head size {width}", width, jnp.bfloat16)
         if DEVICES[target].platform == "cuda":
-            yield f"float32, head size {width}, cache auto", decode_case(width, target, jnp.float32)
-            yield f"float32, head size {width}", flash_case(width, jnp.float32)
+            single = f"float32, head size {width}"
+            yield f"{single}, cache auto", decode_case(width, target, jnp.float32)
+            yield f"{single}, cache int8, no ALiBi", decode_case(width, target, jnp.float32, "int8", alibi=False)
+            yield from _flash_cases(single, width, jnp.float32)
     yield from ((f"width {width}", logprobs_case(width)) for width in (768, 2048, 5120))
 
 
 def kernel_table(targets: tuple[str, ...] = TARGETS, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Every kernel for every target, in bfloat16 unless its shape says otherwise.
+    """Every kernel for every target, in bfloat16, of 1024 tokens and with ALiBi unless its shape says otherwise.
 
     Registers and spilled bytes are None on a TPU, where it only compiles.
     """

@@ -126,6 +126,16 @@ def test_dropout_keeps_the_expectation():
     np.testing.assert_allclose(samples.mean(0), plain, atol=0.06)
 
 
+@pytest.mark.parametrize("held", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_keys_and_values_of_another_dtype_neither_give_the_output_theirs_nor_round_the_weights(held):
+    query, key, value, key_mask = problem()
+    key, value = (jnp.asarray(x, held) for x in (key, value))
+    got = attention(query, key, value, attention_mask(jnp.asarray(key_mask), 7), scale=0.3)
+    assert got.dtype == jnp.float32
+    meant = (np.asarray(x, np.float32) for x in (key, value))
+    np.testing.assert_allclose(got, oracle(query, *meant, expected_mask(key_mask, 7), 0.3), rtol=0, atol=2e-6)
+
+
 def test_output_keeps_the_queries_dtype():
     query, key, value, key_mask = problem()
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]

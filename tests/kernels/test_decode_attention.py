@@ -1,15 +1,28 @@
 """Decode attention against a float64 oracle; what it reads and writes; what it refuses; what compilers make of it."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.bench.compiled import HEAD_SIZES, TARGETS, decode_case
-from jaxrlhf.kernels import append_attention, choice, choose, decode_attention, decode_tpu, flash_attention, pallas
+from jaxrlhf.kernels import (
+    append_attention,
+    choice,
+    choose,
+    decode_attention,
+    decode_tpu,
+    flash_attention,
+    pallas,
+    token_logprobs,
+)
 from jaxrlhf.kernels.decode_attention import DecodeBlocks, decode_blocks
 from jaxrlhf.kernels.flash_attention import FlashBlocks
 from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, quantise
+from jaxrlhf.kernels.logprobs_kernel import HeadBlocks
 
 # B, H, H_kv, S, D, window, ALiBi, columns per step, splits
 PROBLEMS = [
@@ -139,6 +152,17 @@ def test_bfloat16_is_right_to_its_rounding(problem):
     assert np.abs(np.asarray(got, np.float64) - expected).max() < 2**-8 * np.abs(np.asarray(arrays[2], "f4")).max()
 
 
+def test_a_cache_in_bfloat16_gives_the_float32_of_its_query_in_either_form():
+    (query, key, value, start, length), options, _, blocks = make(PROBLEMS[1])
+    key, value = (x.astype(jnp.bfloat16) for x in (key, value))
+    expected = oracle(query, *(x.astype(jnp.float32) for x in (key, value)), start, length, *options.values())
+    for implementation in ("xla", "pallas"):
+        options |= {"implementation": implementation, "blocks": blocks}
+        got = decode_attention(query, key, value, start, length, **options)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
 def test_the_interpreter_hands_out_outputs_full_of_nan():
     shape = jax.ShapeDtypeStruct((4,), jnp.float32)
     spec = pallas.pl.BlockSpec((4,), lambda i: (0,))
@@ -163,9 +187,11 @@ def test_alibi_keeps_its_digits_in_a_long_cache():
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
-def shapes(query=(2, 4, 64), key=(2, 2, 32, 64), value=None, start=(2,), length=(2,), dtype=jnp.float32):
+def shapes(
+    query=(2, 4, 64), key=(2, 2, 32, 64), value=None, start=(2,), length=(2,), dtype=jnp.float32, query_dtype=None
+):
     make = lambda shape, dtype=jnp.int32: jnp.zeros(shape, dtype)  # noqa: E731
-    return make(query, dtype), make(key, dtype), make(value or key, dtype), make(start), make(length)
+    return make(query, query_dtype or dtype), make(key, dtype), make(value or key, dtype), make(start), make(length)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +204,8 @@ def shapes(query=(2, 4, 64), key=(2, 2, 32, 64), value=None, start=(2,), length=
         ({"length": (3,)}, r"length has shape \(3,\).*must be \(2,\)"),
         ({"query": (2, 4, 320), "key": (2, 2, 32, 320)}, r"up to 256 in float32.*found 320 in float32: take 'xla'"),
         ({"dtype": jnp.float64}, r"found 64 in float64"),
+        ({"query_dtype": jnp.int32}, r"found 64 in int32 with a cache of float32: take 'xla'"),
+        ({"dtype": jnp.float8_e4m3fn, "query_dtype": jnp.float32}, r"in float32 with a cache of float8_e4m3fn: take"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(arrays, message):
@@ -193,8 +221,37 @@ def test_blocks_that_the_hardware_cannot_hold_are_refused(columns):
         DecodeBlocks(16, 0)
 
 
+@pytest.mark.parametrize(
+    "make", [partial(DecodeBlocks, 16, 1), partial(FlashBlocks, 16, 16), partial(HeadBlocks, 16, 16, 16)]
+)
+def test_warps_and_stages_that_do_not_exist_are_refused(make):
+    name = type(make()).__name__
+    for warps in (0, 3, 64):
+        with pytest.raises(ValueError, match=rf"num_warps={warps} of {name} must be a power of two of at most 32"):
+            make(num_warps=warps)
+    for stages in (0, -5):
+        with pytest.raises(ValueError, match=rf"num_stages={stages} of {name} must be at least 1"):
+            make(num_stages=stages)
+
+
+def test_float16_on_a_tpu_is_refused_by_name(monkeypatch):
+    """Mosaic ends with an error of its own there."""
+    query, key, _, start, length = shapes(dtype=jnp.float16)
+    sequence, head = jnp.zeros((2, 2, 16, 64), jnp.float16), jnp.zeros((32, 64))
+    ours = {"implementation": "pallas"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for name, call in (
+        ("decode", lambda: decode_attention(query, key, key, start, length, scale=1.0, **ours)),
+        ("decode", lambda: decode_attention(query.astype("f4"), key, key, start, length, scale=1.0, **ours)),
+        ("flash", lambda: flash_attention(sequence, sequence, sequence, start, length, scale=1.0, **ours)),
+        ("token", lambda: token_logprobs(sequence[0], head, jnp.zeros((2, 16), int), vocab_size=32, **ours)),
+    ):
+        with pytest.raises(ValueError, match=rf"of {name}.* float32, bfloat16 on TPUs; found .*float16: take 'xla'"):
+            call()
+
+
 def test_blocks_beyond_the_shared_memory_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"columns=1024, .*needs 1536 KiB of shared memory, .* 163 KiB on an A100"):
+    with pytest.raises(ValueError, match=r"columns=1024, .*needs 1536 KiB of shared memory, .* 163 KiB on A100"):
         decode_attention(*shapes(), scale=1.0, implementation="pallas", blocks=DecodeBlocks(1024, 1))
     blocks = (FlashBlocks(256, 256),) * 2
     with pytest.raises(ValueError, match=r"flash_attention with FlashBlocks\(queries=256.*fewer num_stages, or take"):
@@ -211,15 +268,49 @@ def test_eight_bits_go_with_scales_and_others_without(cache):
         decode_attention(query, key, key, *rest, scale=1.0, scales=cache.get("scales"))
 
 
-@pytest.mark.parametrize("device", pallas.MULTIPROCESSORS)
+@pytest.mark.parametrize("device", pallas.DEVICES.values(), ids=pallas.DEVICES)
 def test_blocks_fit_the_device_and_fill_it(device):
     for width in (16, 64, 80, 128, 256):
         for dtype in (jnp.bfloat16, jnp.float32):
             row = pallas.power_of_two(width) * jnp.dtype(dtype).itemsize
             full, few = (decode_blocks(width, dtype, programs=n, cache_length=8192, device=device) for n in (4096, 8))
-            assert 2 * row * full.columns * (full.num_stages + 1) <= pallas.SHARED_MEMORY[device]
-            assert full.splits == 1 and few.splits * 8 >= pallas.MULTIPROCESSORS[device]
+            assert 2 * row * full.columns * (full.num_stages + 1) <= device.shared_memory
+            assert full.splits == 1 and few.splits * 8 >= device.multiprocessors
             assert decode_blocks(width, dtype, programs=8, cache_length=40, device=device).splits <= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "multiprocessors", "kib"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "8.0", 108, 163),
+        ("NVIDIA H200", "9.0", 132, 227),
+        ("NVIDIA GH200 480GB", "9.0", 78, 227),
+        ("NVIDIA GeForce RTX 4090", "8.9", 128, 99),
+        ("NVIDIA RTX A6000", "8.6", 84, 99),
+        ("NVIDIA RTX 6000 Ada Generation", "8.9", 20, 99),
+        ("NVIDIA RTX A1000", "8.6", 16, 99),
+        ("NVIDIA A30", "8.0", 56, 163),
+        ("NVIDIA L40S", "8.9", 142, 99),
+        ("NVIDIA B200", "10.0", 148, 227),
+    ],
+)
+def test_a_device_has_its_own_limits_or_the_least_of_its_compute_capability(
+    kind, capability, multiprocessors, kib, monkeypatch
+):
+    device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert pallas.device()[1:] == (multiprocessors, kib * 1024)
+    with pytest.raises(ValueError, match=rf"needs 1536 KiB of shared memory, but a block has {kib} KiB on "):
+        pallas.check_shared_memory("decode_attention", DecodeBlocks(1024, 1), 1536 * 1024)
+
+
+def test_a_device_of_which_nothing_is_known_is_refused_by_name(monkeypatch):
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA Tesla K80", compute_capability="3.7")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose("flash_attention", "auto", dtype=jnp.bfloat16, head_dim=64, alibi=False) == "xla"
+    with pytest.raises(ValueError, match=r"'pallas' knows no limits of NVIDIA Tesla K80 with compute capability 3.7"):
+        choose("flash_attention", "pallas", dtype=jnp.bfloat16, head_dim=64, alibi=False)
 
 
 def test_auto_means_xla_until_something_was_measured(monkeypatch):
@@ -252,8 +343,10 @@ def test_without_the_triton_lowering_it_warns_once_and_runs_as_xla(monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("width", HEAD_SIZES)
 def test_it_compiles_without_spills_and_writes_the_cache_in_place(target, width, compile_for):
-    for dtype, kv in ((jnp.bfloat16, "auto"), (jnp.bfloat16, "int8" if width % 128 else "fp8"), (jnp.float32, "auto")):
-        attend, shapes, donated, blocks = decode_case(width, target, dtype, kv)
+    single = (jnp.float32, "int8", False) if width == 64 else (jnp.float32, "auto", True)
+    half = ("auto", True), ("int8" if width % 128 else "fp8", width != 80)
+    for dtype, kv, alibi in (*((jnp.bfloat16, *rest) for rest in half), single):
+        attend, shapes, donated, blocks = decode_case(width, target, dtype, kv, alibi)
         program, kernels = compile_for(target, attend, *shapes, donate_argnums=donated)
         memory = program.memory_analysis()
         cache = sum(x.size * x.dtype.itemsize for x in shapes[3])
@@ -261,7 +354,7 @@ def test_it_compiles_without_spills_and_writes_the_cache_in_place(target, width,
             assert "decode_attention_share" in program.as_text() and memory.alias_size_in_bytes >= cache
             continue
         registers, spilled = kernels["decode_attention_share"]
-        assert spilled == 0 and registers < 255, (dtype, kv)
+        assert spilled == 0 and registers < 255, (dtype, kv, alibi)
         assert memory.alias_size_in_bytes == cache
         assert memory.temp_size_in_bytes < 2 * (blocks.splits + 2) * shapes[0].size * 4 + 2**16
 
@@ -274,7 +367,7 @@ def test_the_choice_and_its_reason_are_said_once_for_each_shape(caplog):
         choose("token_logprobs", "pallas", dtype=jnp.float32, head_dim=768, alibi=False)
     nothing = "xla: nothing measured on cpu for this dtype, head size and mask"
     assert caplog.messages == [
-        f"decode_attention (bfloat16, head size 64): {nothing}",
-        f"decode_attention (bfloat16, head size 80, ALiBi): {nothing}",
-        "token_logprobs (float32, width 768): pallas: asked for",
+        f"kernel decode_attention (bfloat16, head size 64): {nothing}",
+        f"kernel decode_attention (bfloat16, head size 80, ALiBi): {nothing}",
+        "kernel token_logprobs (float32, width 768): pallas: asked for",
     ]

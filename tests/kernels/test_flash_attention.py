@@ -227,17 +227,27 @@ def test_blocks_that_the_hardware_cannot_hold_are_refused():
         FlashBlocks(16, 24)
 
 
+COMPILED = {
+    64: [(jnp.bfloat16, 1024, True), (jnp.bfloat16, 1000, False)],
+    80: [(jnp.bfloat16, 1024, False), (jnp.float32, 40, False)],
+    96: [(jnp.bfloat16, 40, True), (jnp.float32, 1000, False)],
+    128: [(jnp.bfloat16, 1000, True), (jnp.float32, 40, False)],
+    256: [(jnp.bfloat16, 1000, False)],
+}
+"""By head size: dtype, tokens (where no block divides them, registers are needed for masks as well) and ALiBi."""
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("width", HEAD_SIZES)
 def test_it_compiles_without_spills_and_without_scores_in_memory(target, width, compile_for):
-    for dtype in (jnp.bfloat16, jnp.float32)[: 2 if width == 96 else 1]:
-        run, shapes, _ = flash_case(width, dtype, alibi=width != 64)
+    for dtype, size, alibi in COMPILED[width]:
+        run, shapes, _ = flash_case(width, dtype, alibi, size)
         program, kernels = compile_for(target, run, *shapes)
         ours = {name: figures for name, figures in kernels.items() if name.startswith("flash_attention")}
         assert len(ours) == (0 if target == "v5e" else 3) and all(spilled == 0 for _, spilled in ours.values()), ours
         assert len(set(re.findall(r"flash_attention_[a-z_]+", program.as_text())) & KERNEL_NAMES) == 3
-        _, heads, size, _ = shapes[0].shape
-        assert program.memory_analysis().temp_size_in_bytes < heads * size * size
+        heads = shapes[0].shape[1]
+        assert size < 1000 or program.memory_analysis().temp_size_in_bytes < heads * size * size
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=ids)

@@ -140,13 +140,16 @@ def place(arrays, placement):
     ]
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_a_mesh_changes_nothing(name):
+def test_a_mesh_changes_nothing(name, implementation):
     """Of 8 devices; the last part of the vocabulary is padding alone where it is split in four."""
     vocab, bias = (23, True) if name != "stored by width" else (VOCAB, False)
     arrays = make(length=5, batch=4, vocab=vocab, bias=bias)
     placement = HeadPlacement(make_mesh(2, 2, 2), **PLACEMENTS[name])
-    got = run(*place(arrays, placement), vocab=vocab, temperature=0.7, placement=placement)
+    got = run(
+        *place(arrays, placement), vocab=vocab, temperature=0.7, placement=placement, implementation=implementation
+    )
     check(got, oracle(*arrays, 0.7, vocab))
     stored = P(placement.vocab, placement.width or None)
     assert got[3].sharding.is_equivalent_to(NamedSharding(placement.mesh, stored), 2)
@@ -225,6 +228,29 @@ def test_projection_hides_padded_columns_and_accumulates_in_float32():
     assert low.dtype == jnp.float32
 
 
+STRANGE = np.array([[-1, 3, -100, VOCAB, 7], [PADDED - 1, 0, PADDED, 10**6, VOCAB - 1]])
+"""Labels, and among them some that are no entries of the vocabulary: negative, of padded rows, beyond all."""
+
+
+@pytest.mark.parametrize("form", ["xla", "pallas", "tpu", "mesh xla", "mesh pallas"])
+def test_labels_outside_the_vocabulary_have_log_prob_0_and_no_gradient(form, request):
+    """As torch's `ignore_index`; the entropy of such a token is that of any."""
+    hidden, weight, bias, _, d_logprob, d_entropy = make(length=5)
+    arrays = hidden, weight, bias, jnp.asarray(STRANGE, jnp.int32), d_logprob, d_entropy
+    real = (STRANGE >= 0) & (STRANGE < VOCAB)
+    expected = oracle(hidden, weight, bias, np.where(real, STRANGE, 0), d_logprob * real, d_entropy, 0.7, VOCAB)
+    expected = np.where(real, expected[0], 0.0), *expected[1:]
+    options = {"temperature": 0.7, "implementation": "xla" if "xla" in form else "pallas"}
+    if form == "tpu":
+        request.getfixturevalue("through_mosaic")
+    if "mesh" in form:
+        options["placement"] = HeadPlacement(make_mesh(2, 2, 2), rows=("data",), vocab=("tensor", "fsdp"))
+        arrays = place(arrays, options["placement"])
+    got = run(*arrays, **options)
+    check(got, expected)
+    assert not np.asarray(got[0])[~real].any() and (np.asarray(got[0])[real] < 0).all()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -241,6 +267,15 @@ def test_what_does_not_fit_is_refused_by_name(changed, message):
     options = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "vocab_size": VOCAB}
     with pytest.raises(ValueError, match=message):
         token_logprobs(**options | changed)
+
+
+def test_blocks_of_the_kernel_are_of_no_account_to_plain_xla():
+    hidden, weight, bias, labels, *_ = make()
+    options = {"vocab_size": VOCAB, "bias": bias, "kernel_blocks": HeadBlocks(1024, 1024, 64)}
+    plain = token_logprobs(hidden, weight, labels, **options, implementation="xla")
+    assert np.isfinite(plain).all()
+    with pytest.raises(ValueError, match=r"'pallas' of token_logprobs with HeadBlocks.* of shared memory.*take 'xla'"):
+        token_logprobs(hidden, weight, labels, **options, implementation="pallas")
 
 
 def test_blocks_and_placements_that_make_no_sense_are_refused():

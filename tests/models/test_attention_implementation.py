@@ -1,13 +1,20 @@
 """Whole models under each `attention_implementation`: the same tokens, on one device and on a mesh; what is refused."""
 
+import logging
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf import cli
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import decode_step, generation_view, init_cache, prefill, with_kernels
+from jaxrlhf.kernels import choice
+from jaxrlhf.models import create_model, decode_step, generation_view, init_cache, prefill, with_kernels
 from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import TRAIN_RULES, make_mesh, platform, use
 
@@ -162,6 +169,88 @@ def test_what_remat_keeps_on_a_cpu_holds_no_scores(make_model):
 
     for remat in ("none", "dots", "full"):
         assert not [shape for shape in kept(remat) if shape[-2:] == (23, 23) and len(shape) > 2], remat
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """A GPU that is not there, on which cuDNN was measured to be fastest in training; what it is called with."""
+    calls, plain = [], jax.nn.dot_product_attention
+
+    def through_xla(query, *arrays, implementation, **options):
+        calls.append((implementation, options["scale"]))
+        return plain(query, *arrays, **options, implementation="xla")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", through_xla)
+    row = choice.Measured("flash_attention", "cpu", "bfloat16", (8,), False, "cudnn", "for this test")
+    monkeypatch.setattr(choice, "MEASURED", (row,))
+    return calls
+
+
+def half(model, implementation):
+    model = with_kernels(model, attention_implementation=implementation)
+    return model.replace(module=model.module.clone(dtype=jnp.bfloat16))
+
+
+def test_a_library_measured_for_training_is_autos_choice_there_and_never_where_a_cache_is_written(
+    make_model, make_batch, cudnn
+):
+    model = make_model("gpt2", num_heads=3, num_kv_heads=3, head_dim=8)
+    batch = make_batch("right", model.config.vocab_size)
+    ours, theirs = (loss_and_gradients(half(model, name), *batch) for name in ("auto", "xla"))
+    asked = len(cudnn)
+    assert set(cudnn) == {("cudnn", 8**-0.5)}
+    assert np.isfinite(ours[1]).all() and np.abs(ours[1] - theirs[1]).max() < 2**-6 * np.abs(theirs[1]).max()
+    left = make_batch("left", model.config.vocab_size)
+    for ours, theirs in zip(*(greedy(half(model, name), *left) for name in ("auto", "xla")), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(cudnn) == asked
+
+
+def test_where_layers_differ_auto_takes_no_library(make_model, make_batch, cudnn):
+    model = make_model("gpt_neo", num_heads=3, num_kv_heads=3, head_dim=8)
+    batch = make_batch("right", model.config.vocab_size)
+    ours, theirs = (loss_and_gradients(half(model, name), *batch) for name in ("auto", "xla"))
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    assert not cudnn
+
+
+@pytest.mark.parametrize("kernel", ["prefill_attention", "decode_attention"])
+def test_no_row_can_say_that_a_library_serves_generation(kernel):
+    for name in ("cudnn", "tokamax"):
+        with pytest.raises(ValueError, match=rf"'{name}' measured for {kernel} is not one of 'xla', 'pallas'"):
+            choice.Measured(kernel, "A100", "bfloat16", (64,), False, name, "for this test")
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of a command without any."""
+
+
+def test_kernels_are_told_with_verbose_alone_and_each_choice_once(make_model, make_batch, monkeypatch, capsys):
+    config = make_model("gpt2").config
+
+    def work(_):
+        model = create_model(config, key=jax.random.key(0))
+        ids, mask = make_batch("left", model.config.vocab_size)
+        greedy(model, ids, mask)
+        model.module.apply({"params": model.params}, ids, mask, method="logprobs")
+
+    monkeypatch.setitem(sys.modules, "made_up", SimpleNamespace(NoSettings=NoSettings, work=work))
+    monkeypatch.setitem(cli.COMMANDS, "made-up", cli.Command("made_up", "NoSettings", "work", "for this test"))
+    slow = "head by head: a CPU is slow at batched small products"
+    nothing = "xla: nothing measured on cpu for this dtype, head size and mask"
+    chosen = [
+        f"kernel prefill_attention: {slow}",
+        f"kernel decode_attention (float32, head size {config.head_dim}): {nothing}",
+        f"kernel flash_attention: {slow}",
+        f"kernel token_logprobs (float32, width {config.hidden_size}): {nothing}",
+    ]
+    for words, told in (([], []), (["--verbose"], chosen)):
+        choice.log_once.cache_clear()
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        assert cli.main([*words, "made-up"]) == 0
+        assert capsys.readouterr().err.splitlines() == told
 
 
 def test_a_row_with_a_hole_is_marked_and_the_others_are_right(make_model, make_batch):

@@ -5,7 +5,6 @@ platform is found out without JAX (`find_platform`), and every flag below is one
 """
 
 import importlib.util
-import re
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -52,17 +51,8 @@ CUDA_FLAGS = (
         "gradients of replicated parameters are reduced in few large collectives",
     ),
 )
-CPU_MESH_FLAGS = (
-    Flag(
-        "--xla_cpu_enable_concurrency_optimized_scheduler",
-        "false",
-        "with several CPU devices: otherwise they may start independent collectives in different orders, and wait for "
-        "each other for ever",
-    ),
-)
-RECOMMENDED = {"cuda": CUDA_FLAGS, "tpu": (), "rocm": (), "cpu": CPU_MESH_FLAGS}
-"""By platform; a TPU's compiler overlaps and combines collectives by itself. A single CPU device gets none: it would
-train more slowly."""
+RECOMMENDED = {"cuda": CUDA_FLAGS, "tpu": (), "rocm": (), "cpu": ()}
+"""By platform; a TPU's compiler overlaps and combines collectives by itself, and a CPU has nothing to gain."""
 
 
 def find_platform(
@@ -96,8 +86,8 @@ def set_xla_flags(environment: MutableMapping[str, str], platform: str | None = 
     """
     platform = find_platform(environment) if platform is None else platform
     own = environment.get(VARIABLE, "")
-    flags = RECOMMENDED[platform] if platform != "cpu" or _several_cpu_devices(environment) else ()
     taken = {name: value for name, _, value in (word.partition("=") for word in own.split())}
+    flags = RECOMMENDED[platform]
     added = [flag for flag in flags if flag.name not in taken]
     if verbose:
         print(f"XLA flags for {platform}: {'none' if not flags else ''}".rstrip(), file=sys.stderr)
@@ -107,10 +97,3 @@ def set_xla_flags(environment: MutableMapping[str, str], platform: str | None = 
             print(f"  {flag.name}={value}{given}\n      {flag.reason}", file=sys.stderr)
     if added:
         environment[VARIABLE] = " ".join([*(f"{flag.name}={flag.value}" for flag in added), own]).strip()
-
-
-def _several_cpu_devices(environment: Mapping[str, str]) -> bool:
-    """Whether CPU devices are simulated, or several processes take part, as far as the environment says."""
-    simulated = re.findall(r"--xla_force_host_platform_device_count=(\d+)", environment.get(VARIABLE, ""))
-    counts = [*simulated[-1:], *(environment.get(name, "") for name in ("JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES"))]
-    return any(count.isdecimal() and int(count) > 1 for count in counts)

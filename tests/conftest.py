@@ -7,8 +7,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests run each program once or twice: compiling quickly matters, not the code's speed.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-_EIGHT = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
-os.environ["XLA_FLAGS"] = f"{_QUICK} {_EIGHT} " + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{_QUICK} --xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = Path(os.environ.get("JAXRLHF_TEST_CACHE", Path(tempfile.gettempdir()) / "jaxrlhf-test-cache"))

@@ -89,9 +89,9 @@ def ppo_step(
     Losses are sums over the global minibatch divided by its global count of response tokens (or as `loss_aggregation`
     has it), so meshes and micro-batches do not change them. `ptx`, with `ptx_coef`, is pretraining text: `input_ids`,
     `attention_mask` and `loss_mask` `[R, T]`, of which each minibatch takes its share. An update whose losses or
-    gradients are not finite changes nothing, nor does one without any response; the KL weight and the moments of
-    scores keep their last finite values. Returns the new state and float32 metrics under TRL's names, averaged over
-    the updates; NaN where none could be counted.
+    gradients are not finite changes nothing; the KL weight and the moments of scores keep their last finite values.
+    Returns the new state and float32 metrics under TRL's names, averaged over the updates; NaN where none could be
+    counted.
     """
     h, mesh = state.hyperparameters, state.mesh
     rows = experience.scores.shape[0]
@@ -145,10 +145,9 @@ def ppo_step(
         (trained, _), updates = jax.lax.scan(update, (trained, jnp.zeros((), bool)), index)
     metrics = experience_metrics(experience, rewards, returns, state.kl_coef, weights)
     metrics |= _averaged(updates)
-    samples = jnp.sum(experience.row_mask)
-    metrics["guard/unscored"] = (samples == 0).astype(jnp.float32)
     kl_coef = state.kl_coef
     if h.kl_target is not None:
+        samples = jnp.sum(experience.row_mask)
         steered = objectives.adaptive_kl_coef(kl_coef, metrics["objective/kl"], h.kl_target, h.kl_horizon, samples)
         steered = jnp.where(state.step < h.critic_only_steps, kl_coef, steered)  # the policy stands still until then
         kl_coef = _finite_or(kl_coef, steered)
@@ -184,10 +183,10 @@ def _ptx_rows(h: PPOHyperparameters, step: jax.Array, ptx: dict[str, jax.Array])
 def _averaged(updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Metrics `[updates]` averaged over the finite ones, and how many were skipped or left out."""
     counted, over_kl = updates.pop("counted"), updates.pop("over_kl")
-    skipped, empty = updates.pop("skipped"), updates.pop("empty")
+    skipped = updates.pop("skipped")
     count = jnp.sum(counted)
     means = {name: jnp.sum(jnp.where(counted > 0, x, 0.0)) / count for name, x in updates.items()}
-    stopped = counted.shape[0] - jnp.sum(counted - over_kl + skipped + empty)
+    stopped = counted.shape[0] - jnp.sum(counted - over_kl + skipped)
     return means | {"policy/early_stopped": stopped, "guard/skipped_updates": jnp.sum(skipped)}
 
 
@@ -280,8 +279,7 @@ def _update(
 
     finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
     within = jnp.ones((), bool) if h.early_stop_kl is None else metrics["policy/approxkl_avg"] <= h.early_stop_kl
-    filled = tokens_in_batch > 0
-    made = finite & within & filled
+    made = finite & within
     actor_made = made & (state.step >= h.critic_only_steps)
     actor_params, actor_opt = apply_gradients(
         state.actor_optimizer,
@@ -302,7 +300,6 @@ def _update(
         decay = jnp.where(state.step < h.ema_start_step, 0.0, h.ema_decay)
         decay = jnp.where(actor_made, decay, 1.0)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, actor_params)
-    counted = finite & filled
-    metrics |= {"counted": counted, "skipped": ~finite, "empty": finite & ~filled, "over_kl": counted & ~within}
+    metrics |= {"counted": finite, "skipped": ~finite, "over_kl": finite & ~within}
     metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
     return _Trained(actor_params, critic_params, actor_opt, critic_opt, ema), metrics

@@ -136,6 +136,7 @@ class PPOTrainer:
         means = {f"rewards/{name}": finite_mean(values) for name, values in parts.items()}
         self._scored = {name: mean for name, mean in means.items() if mean is not None}
         self._scored |= {"rewards/failures": failures}
+        self._scored["guard/unscored"] = float(not np.isfinite(scores).any())
         if self.engine.reward is not None:
             self._scored["rewards/reward_model"] = float(model.mean())
         return experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh))
@@ -170,8 +171,14 @@ class PPOTrainer:
         """All epochs and minibatches on this experience; returns (actor loss, critic loss), more in `metrics`.
 
         `ptx`, with ptx_coef, is a batch of pretraining text (`TextBlocks.batch`). The critic's loss is NaN without one.
+        Where no answer had a score nothing is updated, and both are NaN: momentum alone would move the models.
         """
         begin = time.monotonic()
+        if self._scored.get("guard/unscored"):
+            self.engine.state = self.engine.state.replace(step=self.engine.state.step + 1)
+            self.metrics = {"guard/skipped_updates": 0.0} | self._scored
+            self.timing["timing/train"] = 0.0
+            return float("nan"), float("nan")
         self.engine.state, metrics = self._train(self.engine.state, experience, ptx)
         self.metrics = {name: float(value) for name, value in to_host(metrics).items()} | self._scored
         self.timing["timing/train"] = time.monotonic() - begin

@@ -6,13 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.objectives import Moments
 from jaxrlhf.ppo import PPOHyperparameters, advantages_and_returns, ppo_step, shaped_scores
-from jaxrlhf.ppo.step import minibatch_rows
 
 BETA, RATE = 0.1, 0.1
 CRITIC_FREE = {
@@ -202,27 +200,6 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_what_the_next_ones_use(wh
         assert [float(x) for x in state.score_moments] == [3, 0.5, 2]
     _, metrics = ppo_step(state, experience)
     assert float(metrics["guard/skipped_updates"]) == 0 and np.isfinite(float(metrics["loss/policy_avg"]))
-
-
-def test_without_any_score_nothing_moves_not_even_by_momentum(experience, setup, lab):
-    adam = optax.adam(1e-2)
-    h = PPOHyperparameters(kl_target=0.5, num_mini_batches=2)
-    state, _ = ppo_step(setup.state(adam, h, BETA), experience)
-    before = jax.device_get((state.actor_params, state.critic_params, state.actor_opt_state, state.kl_coef))
-    state, metrics = ppo_step(state, jax.device_get(experience.with_scores(np.full(lab.ROWS, np.nan))))
-    after = (state.actor_params, state.critic_params, state.actor_opt_state, state.kl_coef)
-    chex.assert_trees_all_equal(jax.device_get(after), before)
-    assert [float(metrics[f"guard/{name}"]) for name in ("unscored", "skipped_updates")] == [1, 0]
-    assert float(metrics["policy/early_stopped"]) == 0
-    # In one minibatch of two: the other one is made.
-    first = np.asarray(minibatch_rows(h, state.step, lab.ROWS))[0]
-    scores = np.array(experience.scores)
-    scores[first] = np.nan
-    state, metrics = ppo_step(state, jax.device_get(experience.with_scores(scores)))
-    assert [float(metrics[f"guard/{name}"]) for name in ("unscored", "skipped_updates")] == [0, 0]
-    assert float(metrics["policy/early_stopped"]) == 0 and np.isfinite(float(metrics["loss/policy_avg"]))
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), jax.device_get(state.actor_params), before[0])
-    assert max(jax.tree.leaves(moved)) > 1e-3
 
 
 def test_the_critic_learns_alone_first_and_the_average_follows_from_its_start(experience, setup, lab):

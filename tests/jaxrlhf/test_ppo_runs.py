@@ -183,7 +183,7 @@ def test_answers_that_a_function_fails_on_are_masked_and_the_run_goes_on(demo, l
 
 
 def test_a_run_in_which_no_answer_has_a_score_ends_with_what_it_had_and_goes_on_when_that_is_mended(
-    train, tmp_path, capsys
+    train, demo, tmp_path, capsys
 ):
     (tmp_path / "rewards.py").write_text(
         "def half(responses, odd):\n"
@@ -194,16 +194,22 @@ def test_a_run_in_which_no_answer_has_a_score_ends_with_what_it_had_and_goes_on_
         "def second(prompts, responses):\n    return half(responses, 1)\n"
     )
     functions = tuple(f"{tmp_path}/rewards.py:{name}" for name in ("first", "second"))
-    options = {"reward_functions": functions, "max_skipped_steps": 2, "eval_steps": 0, "max_steps": 5}
+    options = {"reward_functions": functions, "max_skipped_steps": 2, "eval_steps": 0}
     (tmp_path / "broken").touch()
     with pytest.raises(InputError, match=r"step 2: no answer had a score in 2 steps in a row; .*nonfinite-step-2.npz"):
         train(tmp_path / "run", **options)
     said = capsys.readouterr().err
     assert "step 1: its updates left out, because no answer had a score (1 such step in a row" in said
     assert "Lower the learning rate" not in said
+    from jaxrlhf.checkpoints import restore_checkpoint
+    from jaxrlhf.models import load_pretrained
+
+    before = load_pretrained(demo.lm).params
+    kept, _ = restore_checkpoint(tmp_path / "run" / "checkpoint-2", before, subtree="actor_params")
+    chex.assert_trees_all_equal(kept, before)
     (tmp_path / "broken").unlink()
     state = train(tmp_path / "run", resume=True, **options)
-    assert int(state.step) == 5 and (tmp_path / "run" / "model.safetensors").is_file()
+    assert int(state.step) == 4 and (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_a_function_that_fails_in_the_last_evaluation_loses_no_training(train, tmp_path, monkeypatch):

@@ -7,15 +7,7 @@ import sys
 import pytest
 
 from jaxrlhf.cli import main
-from jaxrlhf.xla_flags import (
-    CPU_MESH_FLAGS,
-    CUDA_FLAGS,
-    NVIDIA_FILES,
-    RECOMMENDED,
-    TPU_FILES,
-    find_platform,
-    set_xla_flags,
-)
+from jaxrlhf.xla_flags import CUDA_FLAGS, NVIDIA_FILES, RECOMMENDED, TPU_FILES, find_platform, set_xla_flags
 
 DRIVER, PLUGIN = {NVIDIA_FILES[0]}, {"jax_cuda12_plugin"}
 
@@ -55,24 +47,6 @@ def test_flags_of_the_user_win_and_the_others_are_added():
     assert len(words) == len(CUDA_FLAGS) + 1
     set_xla_flags(environment, "cuda")
     assert environment["XLA_FLAGS"].split() == words
-
-
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, True),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, False),
-        ({"JAX_NUM_CPU_DEVICES": "2"}, True),
-        ({"JAX_NUM_PROCESSES": "2"}, True),
-        ({"JAX_NUM_PROCESSES": "1"}, False),
-    ],
-)
-def test_collectives_of_several_cpu_devices_keep_their_order(environment, several):
-    before = environment.get("XLA_FLAGS", "")
-    set_xla_flags(environment, "cpu")
-    flag = f"{CPU_MESH_FLAGS[0].name}=false"
-    assert environment.get("XLA_FLAGS", "") == (f"{flag} {before}".strip() if several else before)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "rocm"])

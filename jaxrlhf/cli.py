@@ -98,7 +98,7 @@ def tell_others(error: BaseException, status: int) -> None:
         sys.modules["jaxrlhf.distributed"].fail(error, status)
 
 
-def run(name: str, command: Command, argv: list[str], verbose: bool) -> int:
+def run(name: str, command: Command, argv: list[str], verbose: bool = False) -> int:
     # Transformers and tokenizers say much that is of no use here; ours is shown.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -96,7 +96,7 @@ class Lifeline:
         self._gathered: dict[int, list[Any]] = {}
         self._pending: dict[int, dict[int, tuple[str, Any]]] = {}  # hub: what arrived, by call and process
         self._calls = 0
-        self._failed_peers: set[int] = set()  # those that said why they end, and are not missed when they fall silent
+        self._told = False  # that a process has failed: all end then, and none is missed
         self._ending = self._failing = self._stopping = False
         self._readers = [threading.Thread(target=self._listen_to, args=(peer,), daemon=True) for peer in peers]
         for thread in (*self._readers, threading.Thread(target=self._beat, daemon=True)):
@@ -158,7 +158,7 @@ class Lifeline:
             now = time.monotonic()
             for process, peer in self.peers.items():
                 peer.send({})
-                if now - peer.heard > self.silence and process not in self._failed_peers:
+                if now - peer.heard > self.silence:
                     self._gone(process, now - peer.heard)
             time.sleep(min(2.0, self.silence / 5))
 
@@ -204,12 +204,14 @@ class Lifeline:
                 peer.send(message)
 
     def _gone(self, process: int, silent: float) -> None:
+        if self._told:
+            return
         role = ", the coordinator," if process == 0 else ""
         since = f"since {silent:.0f} s" if silent else "(its connection closed)"
         self._stop(f"{self.name(process)}{role} is gone {since}", process)
 
     def _failed(self, process: int, text: str) -> None:
-        self._failed_peers.add(process)
+        self._told = True
         self._tell({"failed": process, "text": text}, process)
         time.sleep(GRACE)
         self._stop(f"{self.name(process)} failed: {text}", process)

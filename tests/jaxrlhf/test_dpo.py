@@ -125,7 +125,7 @@ def test_training_starts_at_the_reference_without_dropout_and_learns_the_pairs(c
             {"reference_free": True, "reference_model_name_or_path": "sft"},
             r"reference_free and reference_model_name_or_path=sft exclude each other",
         ),
-        ({"lora_dropout": 0.1}, r"lora_dropout=0.1: dpo never drops out"),
+        ({"lora_r": 2, "lora_dropout": 0.1}, r"lora_dropout=0.1: dpo never drops out"),
     ],
 )
 def test_contradictory_or_senseless_settings_are_refused_by_name(options, message):

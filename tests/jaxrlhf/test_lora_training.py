@@ -329,7 +329,7 @@ def test_flags_that_cannot_work_are_refused_by_name(tmp_path, base):
         with pytest.raises(InputError, match=message):
             from_dict(SFTConfig, values)
     with pytest.raises(InputError, match="ppo never drops out"):
-        PPOConfig(lora_dropout=0.1)
+        PPOConfig(lora_r=2, lora_dropout=0.1)
     with pytest.raises(InputError, match="critic_lora_r=-2"):
         PPOConfig(critic_lora_r=-2)
     values = {"output_dir": str(tmp_path / "x"), "actor_model_name_or_path": "lm", "data_path": ["demo"]}

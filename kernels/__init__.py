@@ -1,7 +1,7 @@
 """The hot paths beside their plain references: attention, and token log-probs from hidden states."""
 
 from jaxrlhf.kernels.attention import attention, attention_mask
-from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, choose, log_once
+from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, LIBRARIES, choose, log_once
 from jaxrlhf.kernels.decode_attention import append_attention, decode_attention
 from jaxrlhf.kernels.flash_attention import flash_attention, varies
 from jaxrlhf.kernels.head_attention import head_attention
@@ -12,6 +12,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "KERNELS",
     "KV_CACHE_DTYPES",
+    "LIBRARIES",
     "Cache",
     "HeadPlacement",
     "append_attention",

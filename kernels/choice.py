@@ -25,6 +25,7 @@ PLATFORMS = {
 }
 """Where what is not plain XLA runs, as JAX and as people name it."""
 LIBRARIES = IMPLEMENTATIONS[3:]
+"""Not ours: for training and scoring alone, with scale and window as numbers."""
 LOGGER = logging.getLogger(__name__)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.kernels import flash_tpu, pallas
 from jaxrlhf.kernels.attention import NEGATIVE, attention, attention_mask, block_scores
-from jaxrlhf.kernels.choice import decide
+from jaxrlhf.kernels.choice import LIBRARIES, decide
 from jaxrlhf.kernels.pallas import ceil_div, dot, load, pl, power_of_two, store
 
 NO_WINDOW = 1 << 30
@@ -99,7 +99,7 @@ def flash_attention(
     chosen = decide("flash_attention", implementation, **facts).implementation
     if chosen == "xla":
         return _reference(query, key, value, start, length, scale, window, alibi_slopes)
-    if chosen in ("cudnn", "tokamax"):
+    if chosen in LIBRARIES:
         return _library(chosen, query, key, value, start, length, scale, window, alibi)
     pallas.check_taken("flash_attention", query.dtype, width)
     size = query.shape[2]

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import Cache, entries, project_logits, write_columns
+from jaxrlhf.kernels import LIBRARIES, Cache, entries, project_logits, write_columns
 from jaxrlhf.models.attend import attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
@@ -220,7 +220,7 @@ class Attention(nn.Module):
 
         decoding = context.write_index is not None
         implementation = self.implementation
-        if implementation in ("cudnn", "tokamax") and cache is not None:
+        if implementation in LIBRARIES and cache is not None:
             implementation = "auto"  # they have no form for what generation needs: left padding, one query
         first, *others = layer_options(c)
         if all(other == first for other in others):

@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.bench.record import timed
-from jaxrlhf.bench.settings import TRAINING_ONLY, BenchConfig
+from jaxrlhf.bench.settings import BenchConfig
 from jaxrlhf.bench.work import Peaks, Work, attention_work, logprobs_work, visible
 from jaxrlhf.engine import Rollout
-from jaxrlhf.kernels import choose
+from jaxrlhf.kernels import LIBRARIES, choose
 from jaxrlhf.models import (
     Decoder,
     create_model,
@@ -125,7 +125,7 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
     *inputs, weights = place_batch(tuple(arrays), mesh, TRAIN_RULES)
     layers = layer_options(shape)
     # As the decoder passes them: arrays, as all layers share a program, but plain numbers to kernels that want them.
-    plain = config.attention_implementation in TRAINING_ONLY and all(options == layers[0] for options in layers)
+    plain = config.attention_implementation in LIBRARIES and all(options == layers[0] for options in layers)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: Any, window: Any) -> jax.Array:
         mask = jnp.ones((rows, length), bool)
@@ -217,7 +217,7 @@ def decode_runs(
 def decode_kernel(module: Decoder) -> str:
     """Which implementation attends to the cache: what "auto" means here, and those of training alone."""
     c, asked = module.config, module.attention_implementation
-    asked = "auto" if asked in TRAINING_ONLY else asked
+    asked = "auto" if asked in LIBRARIES else asked
     return choose("decode_attention", asked, dtype=module.dtype, head_dim=c.head_dim, alibi=c.position == "alibi")
 
 

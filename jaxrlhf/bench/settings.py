@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
-from jaxrlhf.kernels import KERNELS
+from jaxrlhf.kernels import LIBRARIES
 from jaxrlhf.models import KERNEL_OPTIONS, REMAT_POLICIES, DecoderConfig, known_config, read_config
 from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.settings import MeshConfig, check_context
@@ -18,8 +18,6 @@ ATTENDING = ("attention", "score", "train")
 """Sections that run the attention of training and scoring, as a whole iteration (ppo) does too."""
 PEERS = {"hf": ("torch", "transformers"), "hf-compile": ("torch", "transformers"), "trl": ("torch", "trl", "datasets")}
 FIRST_BATCH = 8
-TRAINING_ONLY = tuple(name for name in KERNELS["flash_attention"] if name not in KERNELS["decode_attention"])
-"""Implementations of attention that serve training and scoring; generation runs "auto" with them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class BenchConfig(MeshConfig):
             raise InputError("peers: trl only runs whole iterations; add ppo to the sections, or leave trl out")
         if self.peers and not {*PHASES, "ppo"} & set(self.sections):
             raise InputError(f"peers: they run {', '.join(PHASES)} and ppo; add one to the sections, or leave them out")
-        if self.attention_implementation in TRAINING_ONLY and not {*ATTENDING, "ppo"} & set(self.sections):
+        if self.attention_implementation in LIBRARIES and not {*ATTENDING, "ppo"} & set(self.sections):
             raise InputError(
                 f"attention_implementation={self.attention_implementation} serves training and scoring alone, which "
                 f"{', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "

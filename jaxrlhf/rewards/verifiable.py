@@ -82,13 +82,13 @@ def reference_numbers(reference: Any) -> list[Decimal]:
 
 def reference_texts(reference: Any) -> list[str]:
     """The references of a row, `normalised`. Raises ValueError where that leaves nothing."""
-    texts = accepted(reference)
-    empty = [text for text in texts if not normalised(text)]
+    texts = {text: normalised(text) for text in accepted(reference)}
+    empty = [text for text, left in texts.items() if not left]
     if empty:
         raise ValueError(
             f"the reference {empty[0][-100:]!r} leaves nothing to compare, without punctuation and what precedes {MARK}"
         )
-    return [normalised(text) for text in texts]
+    return list(texts.values())
 
 
 def exact_match(prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]) -> list[float]:

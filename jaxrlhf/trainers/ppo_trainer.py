@@ -136,7 +136,6 @@ class PPOTrainer:
         means = {f"rewards/{name}": finite_mean(values) for name, values in parts.items()}
         self._scored = {name: mean for name, mean in means.items() if mean is not None}
         self._scored |= {"rewards/failures": failures}
-        self._scored["guard/unscored"] = float(not np.isfinite(scores).any())
         if self.engine.reward is not None:
             self._scored["rewards/reward_model"] = float(model.mean())
         return experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh))
@@ -174,13 +173,14 @@ class PPOTrainer:
         Where no answer had a score nothing is updated, and both are NaN: momentum alone would move the models.
         """
         begin = time.monotonic()
-        if self._scored.get("guard/unscored"):
+        if self.rewards and not to_host(jnp.any(experience.response_mask)):
             self.engine.state = self.engine.state.replace(step=self.engine.state.step + 1)
-            self.metrics = {"guard/skipped_updates": 0.0} | self._scored
+            self.metrics = {"guard/skipped_updates": 0.0, "guard/unscored": 1.0} | self._scored
             self.timing["timing/train"] = 0.0
             return float("nan"), float("nan")
         self.engine.state, metrics = self._train(self.engine.state, experience, ptx)
         self.metrics = {name: float(value) for name, value in to_host(metrics).items()} | self._scored
+        self.metrics |= {"guard/unscored": 0.0} if self.rewards else {}
         self.timing["timing/train"] = time.monotonic() - begin
         return self.metrics["loss/policy_avg"], self.metrics.get("loss/value_avg", float("nan"))
 

@@ -106,7 +106,7 @@ def model_gradients(
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         return grads if mesh is None else constrain_tree(grads, tree_shardings(axes, grads, mesh, rules))
 
-    return accumulate_gradients(loss, working_copy(trainable, axes, module, mesh), batch, parts, key, pin)
+    return accumulate_gradients(loss, working_copy(trainable, axes, module, mesh, trained=True), batch, parts, key, pin)
 
 
 def frozen_working_copy(frozen: PyTree, module: Decoder, mesh: Mesh | None) -> PyTree:

@@ -7,6 +7,7 @@ over devices, each works on its own part of it and the tokens' figures are joine
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,8 +77,8 @@ class LogprobBlocks:
 
 
 def logprob_blocks(tokens: int, vocab: int) -> LogprobBlocks:
-    """Blocks of about 1/128 of the logits, near square: each sum is then written rarely and logits stay small."""
-    elements = max(tokens * vocab // 128, 1 << 16)
+    """Blocks of about 1/192 of the logits, near square: each sum is then written rarely and logits stay small."""
+    elements = max(tokens * vocab // 192, 1 << 16)
     rows = _even(tokens, max(math.isqrt(elements), elements // vocab))
     return LogprobBlocks(rows, _even(vocab, elements // rows))
 
@@ -122,9 +123,10 @@ def token_logprobs(
 
     hidden `[B, T, D]`; weight `[V_padded, D]`, of which the first `vocab_size` rows are real; bias `[V_padded]`; labels
     `[B, T]` int: one outside 0 … vocab_size - 1 (-100, say) has log-prob 0 and no gradient from it, but its entropy as
-    any token. Products are taken in the dtype of `hidden` and summed in float32. Returns two float32 arrays
-    `[B, T]`, differentiable in hidden, weight and bias. A weight in float32 gets its gradient summed in place; peak
-    extra memory is then a few blocks, under 5 % of the float32 logits. `placement` says how the arrays lie on a mesh.
+    any token. Products are taken in the dtype of `hidden` and summed in float32. Returns two float32 arrays `[B, T]`,
+    differentiable in hidden, weight and bias. Peak extra memory is a few blocks, 1 to 2 % of the float32 logits, and
+    for the gradient of a weight in bfloat16 as much again as that weight (where devices' rows are added up, two and a
+    half times). `placement` says how the arrays lie on a mesh.
 
     `implementation`: "xla"; "pallas" (logits stay on the chip: NVIDIA, TPU, or interpreted on CPU); "auto"
     (kernels/choice.py). `blocks` cuts the work for both, `kernel_blocks` a kernel's further. Raises ValueError for
@@ -186,8 +188,9 @@ def _backward(task: _Task, kept: Any, upstream: tuple[jax.Array, jax.Array]) -> 
         d_hidden, d_weight, d_bias = gradients(flat, weight, bias, tokens, per_token, task)
         if task.placement is not None:
             d_hidden, d_weight, d_bias = _sum_over_devices(d_hidden, d_weight, d_bias, task.placement)
+        d_weight = _bfloat16(d_weight[0]) if len(d_weight) == 2 else d_weight[0].astype(weight.dtype)
         d_bias = None if bias is None else d_bias.astype(bias.dtype)
-        return d_hidden.reshape(hidden.shape), d_weight.astype(weight.dtype), d_bias
+        return d_hidden.reshape(hidden.shape), d_weight, d_bias
 
     rows, head = _specs(bias, task.placement)
     run = _map(local, task.placement, (rows, *head, *(rows,) * 6), (rows, *head))
@@ -219,7 +222,7 @@ def _sum_over_devices(d_hidden, d_weight, d_bias, placement: HeadPlacement) -> t
     rest = [axis for axis in placement.rows if axis not in placement.gathered]
     of_weight = tuple(axis for axis in rest if axis not in placement.width)
     d_hidden = jax.lax.psum(d_hidden, placement.parts) if placement.parts else d_hidden
-    d_weight = jax.lax.psum(d_weight, of_weight) if of_weight else d_weight
+    d_weight = (jax.lax.psum(_total(d_weight), of_weight),) if of_weight else d_weight
     return d_hidden, d_weight, jax.lax.psum(d_bias, tuple(rest)) if rest else d_bias
 
 
@@ -282,10 +285,6 @@ def _blocks(tokens: int, stored: int, task: _Task) -> tuple[int, int]:
     return min(blocks.tokens, tokens), min(max(1, blocks.vocab // devices), stored)
 
 
-def _products(hidden: jax.Array, part: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(hidden, part, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _sliced(begin: jax.Array, size: int, *arrays: jax.Array) -> list[jax.Array]:
     return [jax.lax.dynamic_slice_in_dim(x, begin, size) for x in arrays]
 
@@ -313,7 +312,7 @@ def statistics(hidden, weight, bias, labels, task: _Task) -> Figures:
 
         def of_vocab(j, figures):
             _, columns, part, part_bias = _head_block(weight, bias, j, wide, hidden.dtype, task)
-            logits = scaled(_products(block, part), part_bias, columns[None], task.temperature)
+            logits = scaled(pallas.dot(block, part, (1, 1)), part_bias, columns[None], task.temperature)
             return merge(figures, logits, columns[None], own[:, None])
 
         figures = jax.lax.fori_loop(0, -(-vocab // wide), of_vocab, no_figures(size))
@@ -328,13 +327,43 @@ def _logit_gradient(block, part, part_bias, columns, own, figures, task: _Task) 
     """Of one block, in the compute dtype."""
     if task.implementation == "pallas":
         return logit_gradient_of(block, part, part_bias, columns, own, figures, task.temperature, task.kernel_blocks)
-    logits = scaled(_products(block, part), part_bias, columns[None], task.temperature)
+    logits = scaled(pallas.dot(block, part, (1, 1)), part_bias, columns[None], task.temperature)
     figures = tuple(x[:, None] for x in figures)
     return logit_gradient(logits, columns[None], own[:, None], figures, task.temperature).astype(block.dtype)
 
 
-def gradients(hidden, weight, bias, labels, per_token, task: _Task) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of hidden `[n, D]`, in its dtype, in float32 of weight and bias as stored; see `logit_gradient`."""
+def _no_sum(weight: jax.Array) -> tuple[jax.Array, ...]:
+    """The empty sum of gradients of a weight: float32, or for bfloat16 the bits of two parts that add up to it.
+
+    The first part is the sum rounded to bfloat16, in the end the gradient, so that only the second is extra memory.
+    They are integers to a compiler, as one for CPUs would cast all of a bfloat16 array to write to a part of it.
+    """
+    if weight.dtype != jnp.bfloat16:
+        return (jnp.zeros(weight.shape, jnp.float32),)
+    return (jnp.zeros(weight.shape, jnp.uint16),) * 2
+
+
+def _bfloat16(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+def _total(sums: Sequence[jax.Array]) -> jax.Array:
+    """What a sum (`_no_sum`) comes to, in float32."""
+    return sums[0] if len(sums) == 1 else sum(_bfloat16(x).astype(jnp.float32) for x in sums)
+
+
+def _add_rows(sums: tuple[jax.Array, ...], begin: jax.Array, new: jax.Array) -> tuple[jax.Array, ...]:
+    """A sum (`_no_sum`) `[V, D]` with float32 `new` `[v, D]` added to its rows from `begin` on."""
+    parts = [_total(_sliced(begin, new.shape[0], *sums)) + new]
+    if len(sums) == 2:
+        # Rounded by what no compiler takes back to keep more precision than was asked for.
+        near = jax.lax.reduce_precision(parts[0], exponent_bits=8, mantissa_bits=7)
+        parts = [jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) for x in (near, parts[0] - near)]
+    return tuple(jax.lax.dynamic_update_slice_in_dim(x, part, begin, 0) for x, part in zip(sums, parts, strict=True))
+
+
+def gradients(hidden, weight, bias, labels, per_token, task: _Task) -> tuple[jax.Array, tuple, jax.Array]:
+    """Gradients of hidden `[n, D]` in its dtype, of the stored weight as a sum (`_no_sum`), of the bias in float32."""
     count, vocab, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
     size, wide = _blocks(count, vocab, task)
 
@@ -355,11 +384,9 @@ def gradients(hidden, weight, bias, labels, per_token, task: _Task) -> tuple[jax
                 d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, new, at, 0)
             if task.padded:
                 part = jnp.where((columns >= 0)[:, None], part, 0)
-            product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-            d_block += product(d_logits, part, (((1,), (0,)), ((), ())))
-            (old,) = _sliced(at, wide, d_weight)
-            new = old + _scatter(product(d_logits, block, (((0,), (0,)), ((), ()))), task.placement)
-            return d_block, jax.lax.dynamic_update_slice_in_dim(d_weight, new, at, 0), d_bias
+            d_block += pallas.dot(d_logits, part)
+            new = _scatter(pallas.dot(d_logits, block, (0, 0)), task.placement)
+            return d_block, _add_rows(d_weight, at, new), d_bias
 
         zeros = jnp.zeros(block.shape, jnp.float32)
         d_block, d_weight, d_bias = jax.lax.fori_loop(0, -(-vocab // wide), of_vocab, (zeros, d_weight, d_bias))
@@ -367,5 +394,5 @@ def gradients(hidden, weight, bias, labels, per_token, task: _Task) -> tuple[jax
         new = jnp.where(fresh[:, None], d_block.astype(dtype), old)
         return jax.lax.dynamic_update_slice_in_dim(d_hidden, new, begin, 0), d_weight, d_bias
 
-    zeros = jnp.zeros(hidden.shape, dtype), jnp.zeros(weight.shape, jnp.float32), jnp.zeros(vocab, jnp.float32)
+    zeros = jnp.zeros(hidden.shape, dtype), _no_sum(weight), jnp.zeros(vocab, jnp.float32)
     return jax.lax.fori_loop(0, -(-count // size), of_tokens, zeros)

@@ -175,26 +175,16 @@ def tpu_forward(h_ref, w_ref, b_ref, c_ref, l_ref, o_ref, *, vocab: int, tempera
 
     at = pl.program_id(1) * c_ref.shape[1] + jax.lax.broadcasted_iota(jnp.int32, c_ref.shape, 1)
     entries = jnp.where(at < vocab, c_ref[...], -1)
-    logits = scaled(_tpu_products(h_ref, w_ref), b_ref[...], entries, temperature)
+    logits = scaled(dot(h_ref[...], w_ref[...], (1, 1)), b_ref[...], entries, temperature)
     o_ref[...] = pack(merge(tuple(o_ref[:, i : i + 1] for i in range(4)), logits, entries, l_ref[...]))
 
 
 def tpu_logit_gradient(h_ref, w_ref, b_ref, c_ref, l_ref, *rest, temperature: float) -> None:
     *per_token, o_ref = rest
     entries = c_ref[...]
-    logits = scaled(_tpu_products(h_ref, w_ref), b_ref[...], entries, temperature)
+    logits = scaled(dot(h_ref[...], w_ref[...], (1, 1)), b_ref[...], entries, temperature)
     gradient = logit_gradient(logits, entries, l_ref[...], tuple(x[...] for x in per_token), temperature)
     o_ref[...] = gradient.astype(o_ref.dtype)
-
-
-def _tpu_products(h_ref, w_ref) -> jax.Array:
-    return jax.lax.dot_general(
-        h_ref[...],
-        w_ref[...],
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if h_ref.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _tpu_specs(tokens: int, vocab: int, width: int) -> list[Any]:

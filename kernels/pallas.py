@@ -137,12 +137,15 @@ def ceil_div(x: jax.Array, n: int) -> jax.Array:
     return jax.lax.div(x + (n - 1), jnp.int32(n))
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`[M, K] · [K, N]` accumulated in float32, and for float32 inputs without their rounding to TF32."""
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """The product of two matrices over these dimensions, `[M, K] · [K, N]` if none are given, accumulated in float32.
+
+    Float32 inputs are not rounded, to TF32 on NVIDIA or to bfloat16 on TPUs.
+    """
     return jax.lax.dot_general(
         a,
         b,
-        (((1,), (0,)), ((), ())),
+        (((contract[0],), (contract[1],)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )

@@ -74,25 +74,42 @@ def is_matrix(path: Any) -> bool:
 
     Norms, biases and a scalar head may not: they compute in float32.
     """
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = _name(path)
     return name.endswith(("kernel", "embedding", "lora_a", "lora_b")) and name != "score/kernel"
 
 
-def cast_matrices(params: PyTree, dtype: jnp.dtype) -> PyTree:
-    """The tree with its matrices (`is_matrix`) in `dtype`, and the rest as it is."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if is_matrix(path) else x, params)
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | None) -> PyTree:
+def cast_matrices(params: PyTree, dtype: jnp.dtype, but: str | None = None) -> PyTree:
+    """The tree with its matrices (`is_matrix`) in `dtype`, and the rest as it is, like the leaf named `but`."""
+    cast = lambda path, x: x.astype(dtype) if is_matrix(path) and _name(path) != but else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def trained_head(module: Decoder) -> str | None:
+    """The name of the leaf that a language model's head reads, which training leaves in float32.
+
+    `token_logprobs` sums the gradient of such a weight in place, and of any other in float32 beside it.
+    """
+    if module.head != "lm":
+        return None
+    return "embed/embedding" if module.config.tie_embeddings else "lm_head/kernel"
+
+
+def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | None, *, trained: bool = False) -> PyTree:
     """The parameters as the passes of one train or scoring program read them, made once at its entry.
 
     Stages 0 and 3 read them where they lie (3: gathered layer by layer). Stages 1 and 2 gather them once over `fsdp`,
-    in the compute dtype. `params` may be a part of the module's tree, with the same part of `logical_axes`.
+    in the compute dtype, but for the `trained_head` of those that are `trained`. `params` may be a part of the module's
+    tree, with the same part of `logical_axes`.
     """
     if mesh is None or module.zero_stage in (0, 3):
         return params
     with use(mesh, REPLICATED_RULES), jax.named_scope("working_copy"):
-        return jax.tree.map(lambda x, names: constrain(x, *names), cast_matrices(params, module.dtype), axes)
+        cast = cast_matrices(params, module.dtype, trained_head(module) if trained else None)
+        return jax.tree.map(lambda x, names: constrain(x, *names), cast, axes)
 
 
 def count_params(params: PyTree) -> int:

@@ -135,19 +135,27 @@ def flash_case(width: int, dtype: Any = jnp.bfloat16, alibi: bool = True, size: 
     return attend, (wide, narrow, narrow, wide, *scalars), flash_blocks(width, dtype, size)
 
 
-def logprobs_case(width: int, dtype: Any = jnp.bfloat16, tokens: int = 4096, vocab: int = 50272, gradient: bool = True):
-    """(function, shapes, blocks) of token log-probs with a float32 head, and of their gradients."""
+def logprobs_case(
+    width: int,
+    dtype: Any = jnp.bfloat16,
+    tokens: int = 4096,
+    vocab: int = 50272,
+    gradient: bool = True,
+    head: Any = jnp.float32,
+    implementation: str = "pallas",
+):
+    """(function, shapes, blocks) of token log-probs, and of their gradients; the head held in the dtype `head`."""
     hidden = _shape(1, tokens, width, dtype=dtype)
     upstream = _shape(1, tokens, dtype=jnp.float32)
 
     def values(hidden, weight, labels):
-        return token_logprobs(hidden, weight, labels, vocab_size=vocab, implementation="pallas")
+        return token_logprobs(hidden, weight, labels, vocab_size=vocab, implementation=implementation)
 
     def both(hidden, weight, labels, *upstream):
         results, pull = jax.vjp(lambda *x: values(*x, labels), hidden, weight)
         return results, pull(upstream)
 
-    shapes = hidden, _shape(vocab, width, dtype=jnp.float32), _shape(1, tokens)
+    shapes = hidden, _shape(vocab, width, dtype=head), _shape(1, tokens)
     blocks = head_blocks(tokens, width, dtype)
     return (both, (*shapes, upstream, upstream), blocks) if gradient else (values, shapes, blocks)
 

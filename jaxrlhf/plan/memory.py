@@ -25,6 +25,7 @@ from jaxrlhf.models import (
     param_shapes,
     param_shardings,
     split_trainable,
+    trained_head,
 )
 from jaxrlhf.plan.programs import (
     PROGRAMS,
@@ -187,12 +188,13 @@ def cache_bytes(system: System, platform: str = "") -> int:
     return 2 * c.num_layers * math.prod(rows) * (lanes * jnp.dtype(dtype or module.dtype).itemsize + scales)
 
 
-def _working_copy(system: System, name: str, params: PyTree) -> int:
+def _working_copy(system: System, name: str, params: PyTree, trained: bool = False) -> int:
     """Of `jaxrlhf.models.working_copy`: the parameters gathered over fsdp, at ZeRO stages 1 and 2."""
     module = system.modules[name]
     if module.zero_stage in (0, 3) or system.mesh.shape["fsdp"] == 1:
         return 0
-    shapes = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype), params)
+    head = trained_head(module) if trained and module.lora is None else None
+    shapes = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype, head), params)
     shardings = tree_shardings(logical_axes(module), shapes, system.mesh, REPLICATED_RULES)
     sizes = jax.tree.map(lambda x, s: array_bytes(s.shard_shape(x.shape), x.dtype.itemsize, ""), shapes, shardings)
     return sum(jax.tree.leaves(sizes))
@@ -319,7 +321,7 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     gradients = sum(_gradients(system, name) for name in names_trained)
     backward = {
         "gradient layout copies": 0 if loops or not scratch_of(platform).layout_copies else _layout_copies(system),
-        "working copies": max(_working_copy(system, name, system.trees[name]) for name in names_trained),
+        "working copies": max(_working_copy(system, name, system.trees[name], True) for name in names_trained),
         "activations": sum(kept) if both else max(kept),
         **_largest(*passes),
     }

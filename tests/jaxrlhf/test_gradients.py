@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.gradients import accumulate_gradients, join_rows, map_rows, split_rows
+from jaxrlhf.gradients import accumulate_gradients, join_rows, map_rows, model_gradients, split_rows
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
 
 ROWS = 24
@@ -78,3 +78,34 @@ def test_every_micro_batch_has_a_key_of_its_own(batch):
     _, stats, _ = accumulate_gradients(loss, PARAMS, batch, 4, key)
     expected = np.mean([float(jax.random.normal(k)) for k in jax.random.split(key, 4)])
     np.testing.assert_allclose(stats["noise"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_of_the_head_is_never_rounded_to_the_compute_dtype(lab, tied):
+    """At ZeRO stage 2, whose passes read a copy in that dtype, as at stage 3; the other leaves' copies are rounded."""
+    mesh, rows = lab.mesh_of(2, 4), np.random.default_rng(0).integers(1, 32, (8, 16))
+
+    def gradients(stage):
+        options = lab.LLAMA | {"tie_word_embeddings": tied}
+        model = lab.tiny_model(options, mesh=mesh, dtype=jnp.bfloat16, zero_stage=stage)
+
+        def loss(params, rows, key):
+            return -model.module.apply({"params": params}, rows, method="logprobs")[0].mean(), {}
+
+        @jax.jit
+        def step(params, rows):
+            with use(mesh, TRAIN_RULES):
+                return model_gradients(loss, model.module, params, rows, 1, mesh)[2]
+
+        return step(model.params, place_batch(rows, mesh))
+
+    two, three = gradients(2), gradients(3)
+    head = (lambda grads: grads["embed"]["embedding"]) if tied else (lambda grads: grads["lm_head"]["kernel"])
+    assert not is_rounded(head(two)) and not is_rounded(head(three))
+    np.testing.assert_allclose(head(two), head(three), rtol=0, atol=2e-3 * np.abs(head(three)).max())
+    if not tied:
+        assert is_rounded(two["embed"]["embedding"])
+
+
+def is_rounded(x):
+    return bool((x == x.astype(jnp.bfloat16)).all())

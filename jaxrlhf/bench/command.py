@@ -19,6 +19,7 @@ from jaxrlhf.bench.settings import FIRST_BATCH, KERNEL_SECTIONS, PHASES, BenchCo
 from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
+from jaxrlhf.trainers.settings import batch_devices
 
 __all__ = ["BenchConfig", "bench"]
 
@@ -99,7 +100,8 @@ def batches(config: BenchConfig) -> list[int]:
     """What is swept over. A CPU has no limit of its own to stop at, so it gets one."""
     if config.batch:
         return list(config.batch)
-    sizes = [min(FIRST_BATCH, config.max_batch)]
+    devices = batch_devices(config.make_mesh())
+    sizes = [devices * max(1, min(FIRST_BATCH, config.max_batch) // devices)]
     while jax.default_backend() != "cpu" and sizes[-1] * 2 <= config.max_batch:
         sizes.append(sizes[-1] * 2)
     return sizes

@@ -9,7 +9,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import LIBRARIES
 from jaxrlhf.models import KERNEL_OPTIONS, REMAT_POLICIES, DecoderConfig, known_config, read_config
 from jaxrlhf.trainers.ppo_settings import PPOConfig
-from jaxrlhf.trainers.settings import MeshConfig, check_context
+from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
 
 KERNEL_SECTIONS = ("attention", "decode", "logprobs")
 PHASES = ("generate", "score", "train")
@@ -33,7 +33,9 @@ class BenchConfig(MeshConfig):
     actor: str = field("opt-1.3b", "shape of actor and reference: a known model's name, or a folder with a config.json")
     critic: str = field("opt-350m", "shape of critic and reward model, likewise")
     batch: tuple[int, ...] = field(
-        (), f"rows of a batch, one or several; default: {FIRST_BATCH}, doubled until it no longer fits (CPU: once)"
+        (),
+        f"rows of a batch, one or several; default: {FIRST_BATCH}, or one per device where there are more, doubled "
+        "until it no longer fits (CPU: once)",
     )
     max_batch: int = field(1024, "where that doubling ends at the latest; it does not limit `batch`")
     micro_batch: int = field(0, "rows that scoring and training work on at a time; 0: all")
@@ -99,7 +101,11 @@ class BenchConfig(MeshConfig):
         return self.prompt + self.answer
 
     def parts(self, rows: int) -> int:
-        """Micro-batches of a batch of `rows`; InputError when `micro_batch` does not divide it."""
+        """Micro-batches of a batch of `rows`; InputError where `micro_batch` does not divide it, or devices either."""
+        devices = batch_devices(self.make_mesh())
+        for name, size in (("batch", rows), ("micro_batch", self.micro_batch)):
+            if size % devices:
+                raise InputError(f"{name}={size} must be a multiple of the {devices} devices of mesh_data × mesh_fsdp")
         if not self.micro_batch or rows <= self.micro_batch:
             return 1
         if rows % self.micro_batch:

@@ -125,6 +125,38 @@ def test_the_compiled_peer_runs_in_turns_with_the_plain_one_in_the_phases_alone(
         assert plain["check"] == compiled["check"] and plain["check"]["wrong"] == []
 
 
+def test_trl_runs_whole_iterations_in_turns_with_ours(flags, tmp_path, monkeypatch):
+    """Each has the rows and tokens of ours, in two micro-batches, and moves both models."""
+    pytest.importorskip("trl")
+    import trl.experimental.ppo.ppo_trainer as theirs
+
+    from jaxrlhf.bench import trl_peer
+
+    generated, moved = [], []
+
+    def generate(*given, **options):
+        result = theirs_generate(*given, **options)
+        generated.append((tuple(result[0].shape), given[2]))
+        return result
+
+    def iteration(peer):
+        before = [p.detach().clone() for p in peer.trainer.model.parameters()]
+        seconds = run(peer)
+        moved.append([bool((a != b).any()) for a, b in zip(before, peer.trainer.model.parameters(), strict=True)])
+        return seconds
+
+    theirs_generate, run = theirs.batch_generation, trl_peer.TrlPeer.iteration
+    monkeypatch.setattr(theirs, "batch_generation", generate)
+    monkeypatch.setattr(trl_peer.TrlPeer, "iteration", iteration)
+    path = tmp_path / "trl.json"
+    assert main([*flags, "--sections", "ppo", "--peers", "trl", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["ppo"]
+    peer = found["peers"]["trl"]
+    assert len(peer["seconds"]["runs"]) == 2 and min(peer["seconds"]["runs"]) > 0
+    assert peer["ratio"] == pytest.approx(peer["seconds"]["min"] / found["seconds"]["min"])
+    assert generated == [((16, 9), 8)] * 3 and len(moved) == 3 and all(map(all, moved))
+
+
 def _peers(check):
     """Of a run whose rounds are over."""
     peers = object.__new__(Peers)
@@ -249,8 +281,10 @@ def _markers():
         (["--sections", "atention"], "sections: there is no 'atention'; known are attention, decode"),
         (["--peers", "vllm"], "peers: there is no 'vllm'; known are hf, hf-compile, trl"),
         (["--batch", "8", "4"], "batch=8,4 must be positive and ascending"),
-        (["--batch", "6", "--micro_batch", "4"], "micro_batch=4 must divide batch=6"),
-        (["--micro_batch", "3"], "micro_batch=3 must divide batch=8"),
+        (["--batch", "24", "--micro_batch", "16"], "micro_batch=16 must divide batch=24"),
+        (["--mesh_data", "1", "--mesh_fsdp", "1", "--mesh_tensor", "8", "--micro_batch", "3"], "must divide batch=8"),
+        (["--batch", "12"], "batch=12 must be a multiple of the 8 devices of mesh_data × mesh_fsdp"),
+        (["--micro_batch", "4"], "micro_batch=4 must be a multiple of the 8 devices of mesh_data × mesh_fsdp"),
         (["--prompt", "0"], "prompt=0 must be at least 1"),
         (["--sections", "decode", "--answer", "1"], "answer=1: decode measures"),
         (
@@ -311,20 +345,20 @@ def no_peaks(monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("of torch\nmore"), KeyboardInterrupt()])
 def test_an_error_loses_none_of_the_batches_before_it(error, monkeypatch, no_peaks, tmp_path, capsys):
     def measure(*given):
-        if given[-1] == 16:
+        if given[-1] == 24:
             raise error
         return figures(work.Work(((1.0, 1.0),)), [1.0], given[-1], 1, work.Peaks(1.0, 1.0))
 
     monkeypatch.setattr(command, "kernel_record", measure)
     path = tmp_path / "new" / "result.json"
-    argv = ["bench", "--sections", "logprobs", "--batch", "4", "8", "16", "--json", str(path)]
+    argv = ["bench", "--sections", "logprobs", "--batch", "8", "16", "24", "--json", str(path)]
     if isinstance(error, KeyboardInterrupt):
         assert main(argv) == 130
     else:
         with pytest.raises(RuntimeError, match="of torch"):
             main(argv)
     found = json.loads(path.read_text())
-    assert [record["batch"] for record in found["logprobs"]["sweep"]] == [4, 8]
+    assert [record["batch"] for record in found["logprobs"]["sweep"]] == [8, 16]
     assert found["ended_by"] == {RuntimeError: "RuntimeError of torch"}.get(type(error), "KeyboardInterrupt")
     assert f"result up to here: {path}" in capsys.readouterr().out
 

@@ -54,9 +54,14 @@ class LoRAOptions:
         if self.lora_r < 0:
             raise InputError(f"lora_r={self.lora_r} must be 0 (no adapters) or more")
         LoRAConfig(max(self.lora_r, 1), self.lora_alpha, self.lora_dropout, self.lora_target_modules)
-        names = ("lora_alpha", "lora_dropout", "lora_export") if not getattr(self, "critic_lora_r", 0) else ()
+        names = () if any(self.adapter_ranks) else ("lora_alpha", "lora_dropout", "lora_export")
         check_needs(self, dict.fromkeys((*names, "lora_target_modules"), "lora_r"))
         next_post_init(self, LoRAOptions)
+
+    @property
+    def adapter_ranks(self) -> tuple[int, ...]:
+        """Of each model that may have adapters."""
+        return (self.lora_r,)
 
 
 def with_adapters(

@@ -220,6 +220,10 @@ class PolicyOptions(LoRAOptions, RewardFunctionOptions, TrainingConfig):
     sample_steps: int = field(20, "steps between printed tables of prompts, responses and scores; 0: none")
     num_sample_rows: int = field(4, "rows of those tables")
 
+    @property
+    def adapter_ranks(self) -> tuple[int, ...]:
+        return self.lora_r, self.critic_lora_r
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # These refuse bad values under their own names for them.

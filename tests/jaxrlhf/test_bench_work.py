@@ -25,7 +25,9 @@ def test_every_row_of_a_batch_has_a_prompt(monkeypatch):
     assert prompts.shape == (2048, 5) and prompts.dtype == np.int32
     np.testing.assert_array_equal(ours.random_prompts(config, 96, 3), prompts[:3])
     assert ours.random_prompts(BenchConfig(batch=(4,), max_batch=2, prompt=5), 96, 4).shape == (4, 5)
-    assert batches(BenchConfig(max_batch=2)) == [2] and batches(BenchConfig(max_batch=2, batch=(4,))) == [4]
+    whole = {"mesh_data": 1, "mesh_fsdp": 1, "mesh_tensor": 8}
+    assert batches(BenchConfig(max_batch=2, **whole)) == [2] and batches(BenchConfig(max_batch=2, batch=(4,))) == [4]
+    assert batches(BenchConfig(max_batch=2)) == [8], "one row for each device"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert batches(BenchConfig(max_batch=40)) == [8, 16, 32]
 

@@ -1,5 +1,6 @@
 """Which implementation of a kernel runs where: what was asked for, or what measurements say is fastest."""
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,10 +68,10 @@ def decide(
 ) -> Choice:
     """What `implementation` means for this kernel, dtype and mask on the device at hand, and why.
 
-    "auto" takes the first fitting row of MEASURED and otherwise "xla". Raises ValueError for a name that is unknown or
-    has no form on this platform or device. `varies`: scale or window differ between layers, so that "auto" takes no
-    library, which wants them as numbers. Where JAX has lost what our kernels need, "pallas" becomes "xla" with a
-    warning.
+    "auto" takes the first row of MEASURED that fits and is installed, and otherwise "xla". Raises ValueError for a name
+    that is unknown or has no form on this platform or device. `varies`: scale or window differ between layers, so that
+    "auto" takes no library, which wants them as numbers. Where JAX has lost what our kernels need, "pallas" becomes
+    "xla" with a warning.
     """
     if implementation not in KERNELS[kernel]:
         raise ValueError(
@@ -86,6 +87,7 @@ def decide(
             and pallas.is_kind(row.device, kind)
             and head_dim in row.head_dims
             and not (varies and row.implementation in LIBRARIES)
+            and (row.implementation != "tokamax" or importlib.util.find_spec("tokamax") is not None)
         )
         nothing = Choice("xla", f"nothing measured on {kind} for this dtype, head size and mask")
         choice = next(fitting, nothing)

@@ -5,7 +5,7 @@ the blocks of the other side that its mask leaves, with a running softmax in flo
 2307.08691).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -31,9 +31,20 @@ class FlashBlocks:
     def __post_init__(self) -> None:
         pallas.check_blocks(self, "queries", "keys")
 
+    def shared_memory(self, head_dim: int, dtype: jnp.dtype) -> int:
+        """Bytes that a kernel with these blocks holds at a time."""
+        rows = self.queries + 2 * self.num_stages * self.keys
+        return rows * power_of_two(head_dim) * jnp.dtype(dtype).itemsize
 
-def flash_blocks(head_dim: int, dtype: jnp.dtype, length: int) -> tuple[FlashBlocks, FlashBlocks]:
-    """Blocks of the forward and of the backward kernels: as large as registers hold without spilling."""
+
+def flash_blocks(
+    head_dim: int, dtype: jnp.dtype, length: int, device: pallas.Device | None = None
+) -> tuple[FlashBlocks, FlashBlocks]:
+    """Blocks of the forward and of the backward kernels for a `device` (the one at hand).
+
+    They are as large as registers hold without spilling, or as shared memory has room for.
+    """
+    device = device or pallas.device()
     width = power_of_two(head_dim)
     if jnp.dtype(dtype) == jnp.float32:
         sizes = ((32, 16, 8) if width <= 64 else (16, 16, 4)), ((16, 16, 4) if 64 < width <= 128 else (32, 16, 8))
@@ -43,7 +54,17 @@ def flash_blocks(head_dim: int, dtype: jnp.dtype, length: int) -> tuple[FlashBlo
         sizes = ((64, 32, 8), (32, 32, 8))
     # Two steps at least: loops of one are unrolled, and want more registers.
     most = max(16, power_of_two(length) // 2)
-    return tuple(FlashBlocks(min(queries, most), min(keys, most), warps) for queries, keys, warps in sizes)
+    wanted = (FlashBlocks(min(queries, most), min(keys, most), warps) for queries, keys, warps in sizes)
+    return tuple(_fitting(blocks, head_dim, dtype, device.shared_memory) for blocks in wanted)
+
+
+def _fitting(blocks: FlashBlocks, head_dim: int, dtype: jnp.dtype, room: int) -> FlashBlocks:
+    while blocks.shared_memory(head_dim, dtype) > room and max(blocks.num_stages - 1, blocks.queries // 16 - 1) > 0:
+        if blocks.num_stages > 1:
+            blocks = replace(blocks, num_stages=1)
+        else:
+            blocks = replace(blocks, queries=blocks.queries // 2, keys=max(16, blocks.keys // 2))
+    return blocks
 
 
 def varies(scale: jax.Array | float, window: jax.Array | int) -> bool:
@@ -56,6 +77,11 @@ def _check(query, key, value, start, length, slopes) -> None:
         raise ValueError(
             "flash_attention takes query [B, H, T, D] and key and value [B, H_kv, T, D]; "
             f"found {query.shape}, {key.shape} and {value.shape}"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value of flash_attention have the dtypes {query.dtype}, {key.dtype} and {value.dtype}; "
+            "give all in one"
         )
     (batch, heads, *rest), (key_batch, kv_heads, *key_rest) = query.shape, key.shape
     if batch != key_batch or rest != key_rest or heads % kv_heads:
@@ -94,6 +120,8 @@ def flash_attention(
     models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
     """
     _check(query, key, value, start, length, alibi_slopes)
+    if not query.size:
+        return jnp.zeros_like(query)
     width, alibi = query.shape[-1], alibi_slopes is not None
     facts = {"dtype": query.dtype, "head_dim": width, "alibi": alibi, "varies": varies(scale, window)}
     chosen = decide("flash_attention", implementation, **facts).implementation
@@ -113,8 +141,7 @@ def flash_attention(
     )
     blocks = blocks or flash_blocks(width, query.dtype, size)
     for one in blocks:
-        rows = one.queries + 2 * one.num_stages * one.keys
-        pallas.check_shared_memory("flash_attention", one, rows * power_of_two(width) * query.dtype.itemsize)
+        pallas.check_shared_memory("flash_attention", one, one.shared_memory(width, query.dtype))
     return _flash(query, key, value, scalars, alibi, blocks)
 
 
@@ -338,14 +365,13 @@ def flash_attention_key_gradient(
 
 
 def _specs(shape: _Shape) -> dict[str, "pl.BlockSpec"]:
-    """Blocks of one query head (q, t), of one key/value head (k), of all query heads of one (qs, ts), and scalars."""
+    """Blocks of the grid's head (q, t), of its key/value head (k), of all its query heads (qs, ts), and scalars."""
     width = max(16, power_of_two(shape.width))
     size, group = shape.length, shape.group
     return {
         "q": pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, h, 0, 0)),
         "t": pl.BlockSpec((None, None, size), lambda b, h, i: (b, h, 0)),
         "k": pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, jax.lax.div(h, jnp.int32(group)), 0, 0)),
-        "own": pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, h, 0, 0)),
         "qs": pl.BlockSpec((None, None, group, size, width), lambda b, h, i: (b, h, 0, 0, 0)),
         "ts": pl.BlockSpec((None, None, group, size), lambda b, h, i: (b, h, 0, 0)),
         "row": pl.BlockSpec((None,), lambda b, h, i: (b,)),
@@ -405,13 +431,13 @@ def _launch_backward(*arrays, alibi, blocks: FlashBlocks, interpret: bool) -> tu
     grouped = lambda x: x.reshape(batch, kv_heads, shape.group, *x.shape[2:])  # noqa: E731
     slopes = scalars[-1].reshape(kv_heads, shape.group)
     arrays = grouped(query), key, value, grouped(gradient), grouped(log_total), grouped(delta), *scalars[:-1], slopes
-    names = ("qs", "own", "own", "qs", "ts", "ts", "row", "row", "one", "one", "heads")
+    names = ("qs", "q", "q", "qs", "ts", "ts", "row", "row", "one", "one", "heads")
     key_gradient, value_gradient = pallas.launch(
         partial(flash_attention_key_gradient, shape=shape),
         arrays,
         grid=(batch, kv_heads, pl.cdiv(length, blocks.keys)),
         in_specs=[specs[name] for name in names],
-        out_specs=[specs["own"]] * 2,
+        out_specs=[specs["q"]] * 2,
         out_shape=[like(key), like(value)],
         **options,
     )

@@ -21,7 +21,7 @@ from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.attention import NEGATIVE
 from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
-from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, figures_of, logit_gradient_of
+from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, figures_of, head_blocks, logit_gradient_of
 
 
 def project_logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, vocab_size: int) -> jax.Array:
@@ -124,9 +124,10 @@ def token_logprobs(
     hidden `[B, T, D]`; weight `[V_padded, D]`, of which the first `vocab_size` rows are real; bias `[V_padded]`; labels
     `[B, T]` int: one outside 0 … vocab_size - 1 (-100, say) has log-prob 0 and no gradient from it, but its entropy as
     any token. Products are taken in the dtype of `hidden` and summed in float32. Returns two float32 arrays `[B, T]`,
-    differentiable in hidden, weight and bias. Peak extra memory is a few blocks, 1 to 2 % of the float32 logits, and
-    for the gradient of a weight in bfloat16 as much again as that weight (where devices' rows are added up, two and a
-    half times). `placement` says how the arrays lie on a mesh.
+    differentiable in hidden, weight and bias. Peak extra memory on accelerators is a few blocks, 1 to 2 % of the logits
+    in float32, and for the gradient of a weight in bfloat16 as much again as that weight (where devices' rows are added
+    up, two and a half times), in float16 twice as much; CPUs cast to float32 what is in 16 bits. `placement` says how
+    the arrays lie on a mesh.
 
     `implementation`: "xla"; "pallas" (logits stay on the chip: NVIDIA, TPU, or interpreted on CPU); "auto"
     (kernels/choice.py). `blocks` cuts the work for both, `kernel_blocks` a kernel's further. Raises ValueError for
@@ -144,13 +145,14 @@ def token_logprobs(
         raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the weight")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
+    if not hidden.size:
+        return (jnp.zeros(labels.shape),) * 2
     facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False}
     chosen = decide("token_logprobs", implementation, **facts).implementation
     if chosen == "pallas":
         pallas.check_taken("token_logprobs", hidden.dtype)
-        if kernel_blocks is not None:
-            held = (kernel_blocks.tokens + kernel_blocks.vocab) * kernel_blocks.width * kernel_blocks.num_stages
-            pallas.check_shared_memory("token_logprobs", kernel_blocks, held * hidden.dtype.itemsize)
+        cut = kernel_blocks or head_blocks(labels.size, hidden.shape[-1], hidden.dtype)
+        pallas.check_shared_memory("token_logprobs", cut, cut.shared_memory(hidden.dtype))
     padded = vocab_size != weight.shape[0]
     task = _Task(vocab_size, float(temperature), padded, chosen, blocks, kernel_blocks, placement)
     real = (labels >= 0) & (labels < vocab_size)

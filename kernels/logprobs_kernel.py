@@ -5,7 +5,7 @@ makes a block of logits anew and writes out only their gradient, which matrix pr
 itself goes over the vocabulary, one block after the other, and the figures stay in the output's block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,20 @@ class HeadBlocks:
     def __post_init__(self) -> None:
         pallas.check_blocks(self, "tokens", "vocab", "width")
 
+    def shared_memory(self, dtype: jnp.dtype) -> int:
+        """Bytes that a kernel with these blocks holds at a time."""
+        return (self.tokens + self.vocab) * self.width * self.num_stages * jnp.dtype(dtype).itemsize
 
-def head_blocks(tokens: int, width: int, dtype: jnp.dtype) -> HeadBlocks:
-    """Blocks for NVIDIA devices: sums of 128 × 128 in registers, half of that where float32 products need them."""
+
+def head_blocks(tokens: int, width: int, dtype: jnp.dtype, device: pallas.Device | None = None) -> HeadBlocks:
+    """Blocks for an NVIDIA `device` (the one at hand): sums of 128 × 128 in registers, half of that where float32
+    products need them, and as many stages of up to three as shared memory has room for."""
     single = jnp.dtype(dtype) == jnp.float32
     rows = min(64 if single else 128, max(16, power_of_two(tokens)))
-    return HeadBlocks(rows, 64 if single else 128, min(32 if single else 64, max(16, power_of_two(width))))
+    width = min(32 if single else 64, max(16, power_of_two(width)))
+    blocks = HeadBlocks(rows, 64 if single else 128, width, num_stages=1)
+    room = (device or pallas.device()).shared_memory // blocks.shared_memory(dtype)
+    return replace(blocks, num_stages=max(1, min(3, room)))
 
 
 @dataclass(frozen=True)

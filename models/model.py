@@ -91,7 +91,7 @@ def cast_matrices(params: PyTree, dtype: jnp.dtype, but: str | None = None) -> P
 def trained_head(module: Decoder) -> str | None:
     """The name of the leaf that a language model's head reads, which training leaves in float32.
 
-    `token_logprobs` sums the gradient of such a weight in place, and of any other in float32 beside it.
+    Its gradient is then a float32 sum, neither rounded nor with memory beside it (`token_logprobs`).
     """
     if module.head != "lm":
         return None

@@ -1,5 +1,6 @@
 """`jaxrlhf bench`: every section over a sweep of batches, one JSON result, and a table of what was found."""
 
+import dataclasses
 import os
 import re
 import time
@@ -15,7 +16,7 @@ from jaxrlhf.bench import ours, work
 from jaxrlhf.bench.iteration import figures, iteration_with_peers, measure_iteration
 from jaxrlhf.bench.record import check_output, peak_memory, provenance, reset_peak_memory, timed, write
 from jaxrlhf.bench.render import peer_checks, render, table
-from jaxrlhf.bench.settings import FIRST_BATCH, KERNEL_SECTIONS, PHASES, BenchConfig
+from jaxrlhf.bench.settings import FIRST_BATCH, ITERATION, KERNEL_SECTIONS, PHASES, BenchConfig
 from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
@@ -38,7 +39,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     # JAX takes three quarters of a GPU's memory at its start: peers need room, and a sweep wants all of it.
     share = ("XLA_PYTHON_CLIENT_PREALLOCATE", "false") if config.peers else ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault(*share)
-    config.shapes()
+    config.shapes() if config.iterates else config.actor_shape()
     for rows in batches(config):
         config.parts(rows)
     path = config.json or default_path(config)
@@ -59,6 +60,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         if written:
             write(path, result | {"ended_by": " ".join([type(error).__name__, *str(error).splitlines()[:1]])})
             say(f"result up to here: {path}")
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise InputError(
+                f"actor={config.actor} and critic={config.critic} do not fit the device's memory; name smaller ones"
+            ) from error
         raise
     print(table(result))
     print(f"result: {path}")
@@ -89,11 +94,34 @@ def sections(config: BenchConfig, peaks: work.Peaks) -> Iterator[Records]:
             measure = partial(decode_record, config, peaks, *ours.decode_actor(config))
         else:
             measure = partial(kernel_record, config, peaks, kernels[name])
-        yield from sweep(config, lambda rows, m=measure, n=name: {n: m(rows)})
-    if {*PHASES, "ppo"} & set(config.sections):
-        say("iteration:")
-        with iteration_with_peers(config) as (iteration, peers):
-            yield from sweep(config, lambda rows: measure_iteration(config, rows, iteration, peers, peaks, say))
+        yield from sweep(batches(config), lambda rows, m=measure, n=name: {n: m(rows)}, {})
+    if config.iterates:
+        yield from iteration_sections(config, peaks, {})
+
+
+def iteration_sections(config: BenchConfig, peaks: work.Peaks, found: dict[str, list]) -> Iterator[Records]:
+    """Where memory ends for one phase, the sweep goes on with those before it: training needs most, then scoring.
+
+    `found` has the records of smaller batches.
+    """
+    wanted = [name for name in ITERATION if name in config.sections]
+    say(f"{', '.join(wanted)}:")
+    sizes = batches(config)
+    with iteration_with_peers(config) as (iteration, peers):
+        measure = partial(measure_iteration, config, iteration=iteration, peers=peers, peaks=peaks, say=say)
+        for records in sweep(sizes, measure, {name: found.get(name, []) for name in wanted}):
+            yield records
+    stopped = records[wanted[0]]["stopped"]
+    fewer = tuple(name for name in PHASES[: PHASES.index(max_phase(wanted))] if name in wanted)
+    if stopped and fewer:
+        rest = tuple(rows for rows in sizes if rows >= stopped["batch"])
+        smaller = {name: records[name]["sweep"] for name in fewer}
+        yield from iteration_sections(dataclasses.replace(config, sections=fewer, batch=rest), peaks, smaller)
+
+
+def max_phase(sections: list[str]) -> str:
+    """The last phase that these sections run."""
+    return PHASES[-1] if "ppo" in sections else max(sections, key=PHASES.index)
 
 
 def batches(config: BenchConfig) -> list[int]:
@@ -107,19 +135,21 @@ def batches(config: BenchConfig) -> list[int]:
     return sizes
 
 
-def sweep(config: BenchConfig, measure: Callable[[int], Records]) -> Iterator[Records]:
+def sweep(
+    sizes: list[int], measure: Callable[[int], Records], found: dict[str, list[dict[str, Any]]]
+) -> Iterator[Records]:
     """After each batch: of each section the record with the most sequences/s, and under `sweep` all up to there.
 
-    The first batch that does not fit the memory is the last, and stands under `stopped`; InputError when none fits.
+    `found` are those of smaller batches. The first batch that does not fit the memory is the last, and stands under
+    `stopped`; InputError when none fits.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for rows in batches(config):
+    for rows in sizes:
         try:
             records = measure(rows)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            if not found:
+            if not any(found.values()):
                 raise InputError(
                     f"batch={rows} does not fit the memory of the device; give a smaller --batch or --micro_batch"
                 ) from error
@@ -160,10 +190,12 @@ def decode_record(
     reset_peak_memory()
     times, first = in_turns(runs, config.repeats)
     seconds = [(many - one) / (steps - 1) for one, many in zip(times["one"], times["many"], strict=True)]
-    if min(seconds) <= 0:  # too small to tell apart: what the set-up takes stays in
+    with_setup = min(seconds) <= 0  # too short to tell apart
+    if with_setup:
         seconds = [many / steps for many in times["many"]]
     middle = config.length - steps // 2
     record = figures(work.decode_work(module, rows, middle), seconds, rows, 1, peaks)
+    record |= {"sequences_per_second": record["sequences_per_second"] / config.answer, "with_setup": with_setup}
     say(f"  batch {rows}: {1e3 * record['seconds']['median']:.2f} ms a token")
     compiling = max(0.0, first["many"] - min(times["many"]))
     record |= {"compile_seconds": compiling, "peak_memory": peak_memory(), "positions": middle}

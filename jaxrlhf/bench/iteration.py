@@ -81,7 +81,7 @@ class Peers:
     """The peers of one run, and what they took."""
 
     def __init__(self, config: BenchConfig, iteration: Iteration, folder: Path) -> None:
-        from jaxrlhf.bench.peers import TorchPeer, torch_device
+        from jaxrlhf.bench.peers import torch_device
 
         self.config, self.iteration, self.names = config, iteration, config.peers
         self.folders = iteration.save(folder)
@@ -90,13 +90,31 @@ class Peers:
         self.trl: Any = None
         self.check: dict[str, Any] = {}
         self.device = torch_device(jax.default_backend())
-        if set(self.names) & set(TORCH_PEERS):
-            self.torch = TorchPeer(*self.folders, config.ppo(), self.device, self.dtype, 1)
+        self.lost: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+
+    def load(self) -> None:
+        """Give torch its models, of which ours measures its peak of memory without."""
+        if self.torch is None and set(self.names) & set(TORCH_PEERS):
+            from jaxrlhf.bench.peers import TorchPeer
+
+            self.torch = TorchPeer(*self.folders, self.config.ppo(), self.device, self.dtype, 1)
+
+    def give_up_torch(self) -> None:
+        """When even its models, or one update of all rows, do not fit beside ours."""
+        self.lost = {name: "out of memory" for name in self.names if name in TORCH_PEERS}
+        self.names = tuple(name for name in self.names if name not in self.lost)
+        self.torch, self.check = None, {}
+
+    @property
+    def compares(self) -> bool:
+        """Whether what a torch peer computes is still to be compared with ours."""
+        return bool(set(self.names) & set(TORCH_PEERS)) and not self.check
 
     def use_batch(self, rows: int) -> None:
         """Warm up, and forget the times of another batch."""
         self.times: dict[str, list[dict[str, float]]] = {name: [] for name in self.names}
-        self.skipped: dict[str, str] = {}
+        self.skipped = dict(self.lost)
         if self.torch is not None:
             self.torch.micro_batches = self.config.parts(rows)
             self.prompts = self.torch.tensor(self.iteration.prompts).long()
@@ -162,18 +180,18 @@ class Peers:
             skipped = {"skipped": self.skipped[name]} if name in self.skipped else None
             return {"ppo": skipped or ratios([run["iteration"] for run in self.times[name]], ours["ppo"])}
         if name in self.skipped:
-            found = {section: {"skipped": self.skipped[name]} for section in ours}
-        else:
-            phases = {phase: [run[phase] for run in self.times[name]] for phase in ours if phase in PHASES}
-            found = {phase: ratios(seconds, ours[phase]) for phase, seconds in phases.items()}
-            if "ppo" in ours:
-                whole = [sum(parts) for parts in zip(*phases.values(), strict=True)]
-                found["ppo"] = ratios(whole, ours["ppo"]) | {"phases": dict(found)}
+            skipped = {"skipped": self.skipped[name]} | ({"check": self.check} if self.check else {})
+            return {section: skipped for section in ours}
+        phases = {phase: [run[phase] for run in self.times[name]] for phase in ours if phase in PHASES}
+        found = {phase: ratios(seconds, ours[phase]) for phase, seconds in phases.items()}
+        if "ppo" in ours:
+            whole = [sum(parts) for parts in zip(*phases.values(), strict=True)]
+            found["ppo"] = ratios(whole, ours["ppo"]) | {"phases": dict(found)}
         return {section: figures | {"check": self.check} for section, figures in found.items()}
 
 
 def measure_iteration(
-    config: BenchConfig, rows: int, iteration: Iteration, peers: Peers | None, peaks: work.Peaks, say: Callable
+    config: BenchConfig, rows: int, *, iteration: Iteration, peers: Peers | None, peaks: work.Peaks, say: Callable
 ) -> dict[str, dict[str, Any]]:
     """Records of the sections among generate, score, train and ppo that are asked for, at a batch of `rows`."""
     wanted = [name for name in config.sections if name in PHASES or name == "ppo"]
@@ -182,18 +200,23 @@ def measure_iteration(
     reset_peak_memory()
     first: dict[str, float] = {}
     first["generate"], rollout = timed(iteration.generate)
-    first["score"], experience = timed(lambda: iteration.score(rollout))
-    # A batch that is trained on once only makes inputs for scoring and generation of the next.
-    compared = peers is not None and peers.torch is not None and not peers.check
+    # What a batch goes through once only makes inputs for what is measured, or compared with peers.
+    compared = peers is not None and peers.compares
+    if {"score", "train"} & set(phases) or compared:
+        first["score"], experience = timed(lambda: iteration.score(rollout))
     if "train" in phases or compared:
         first["train"], metrics = timed(lambda: iteration.train(experience))
     memory = peak_memory()
-    if compared:
-        peers.compare(rollout, experience, metrics)
-        rollout = iteration.generate()
-        experience = iteration.score(rollout)
-        peers.compare_updated(rollout, experience)
     if peers is not None:
+        from jaxrlhf.bench.peers import memory_permitting
+
+        with memory_permitting(peers.give_up_torch):
+            peers.load()
+            if compared:
+                peers.compare(rollout, experience, metrics)
+                rollout = iteration.generate()
+                experience = iteration.score(rollout)
+                peers.compare_updated(rollout, experience)
         peers.use_batch(rows)
     times: dict[str, list[float]] = {phase: [] for phase in phases}
     for turn in range(config.repeats):

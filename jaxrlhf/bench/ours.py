@@ -155,12 +155,12 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
 
 
 def logprobs_runs(config: BenchConfig, rows: int) -> Runs:
-    """Token log-probs of the actor's head from hidden states: `forward`, and `train` with its gradients."""
+    """Token log-probs of the actor's head, which is float32 as in training: `forward`, `train` with gradients."""
     module, mesh, dtype = actor_module(config), config.make_mesh(), config.compute_dtype
     shape = module.config
     keys = jax.random.split(jax.random.key(config.seed), 3)
     hidden = jax.random.normal(keys[0], (rows, config.length, shape.embedding_size), dtype)
-    weight = 0.02 * jax.random.normal(keys[1], (shape.padded_vocab_size, shape.embedding_size), dtype)
+    weight = 0.02 * jax.random.normal(keys[1], (shape.padded_vocab_size, shape.embedding_size))
     labels = jax.random.randint(keys[2], (rows, config.length), 0, shape.vocab_size)
     hidden, labels = place_batch((hidden, labels), mesh, TRAIN_RULES)
 
@@ -179,7 +179,7 @@ def logprobs_runs(config: BenchConfig, rows: int) -> Runs:
 
 def decode_actor(config: BenchConfig) -> tuple[Decoder, Any, Mesh]:
     """The actor's module, its weights as decoding wants them, and the mesh of generation."""
-    shape, mesh = config.shapes()[0], config.make_mesh()
+    shape, mesh = config.actor_shape(), config.make_mesh()
     flipped = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
     model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.compute_dtype)
     model = with_kernels(
@@ -223,4 +223,4 @@ def decode_kernel(module: Decoder) -> str:
 
 def actor_module(config: BenchConfig) -> Decoder:
     """Without weights."""
-    return make_module(config.shapes()[0], "lm", config.compute_dtype)
+    return make_module(config.actor_shape(), "lm", config.compute_dtype)

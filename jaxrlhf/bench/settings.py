@@ -1,5 +1,6 @@
 """Settings of `jaxrlhf bench`, and the shapes of its models."""
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,14 @@ ATTENDING = ("attention", "score", "train")
 """Sections that run the attention of training and scoring, as a whole iteration (ppo) does too."""
 PEERS = {"hf": ("torch", "transformers"), "hf-compile": ("torch", "transformers"), "trl": ("torch", "trl", "datasets")}
 FIRST_BATCH = 8
+ITERATION = (*PHASES, "ppo")
+USED_BY = {
+    "logprob_implementation": ("logprobs", "score", "train", "ppo"),
+    "kv_cache_dtype": ("decode", "generate", "ppo"),
+    "micro_batch": ("score", "train", "ppo"),
+    "remat_policy": ("train", "ppo"),
+}
+"""Options that only these sections make use of."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class BenchConfig(MeshConfig):
                     )
         if "trl" in self.peers and "ppo" not in self.sections:
             raise InputError("peers: trl only runs whole iterations; add ppo to the sections, or leave trl out")
-        if self.peers and not {*PHASES, "ppo"} & set(self.sections):
+        if self.peers and not self.iterates:
             raise InputError(f"peers: they run {', '.join(PHASES)} and ppo; add one to the sections, or leave them out")
         if self.attention_implementation in LIBRARIES and not {*ATTENDING, "ppo"} & set(self.sections):
             raise InputError(
@@ -86,6 +95,13 @@ class BenchConfig(MeshConfig):
                 f"{', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "
                 f"{', '.join(ATTENDING)}, ppo to the sections"
             )
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, users in USED_BY.items():
+            if getattr(self, name) != defaults[name] and not set(users) & set(self.sections):
+                raise InputError(
+                    f"{name}={getattr(self, name)} changes nothing in {', '.join(self.sections)}; leave it out, or add "
+                    f"one of {', '.join(users)} to the sections"
+                )
         for name in ("prompt", "answer", "repeats", "max_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
@@ -129,11 +145,18 @@ class BenchConfig(MeshConfig):
             seed=self.seed,
         )
 
+    @property
+    def iterates(self) -> bool:
+        """Whether there is a section that runs an iteration's phases."""
+        return bool(set(ITERATION) & set(self.sections))
+
+    def actor_shape(self) -> DecoderConfig:
+        """InputError when the text is too long for it."""
+        return self._shape("actor")
+
     def shapes(self) -> tuple[DecoderConfig, DecoderConfig]:
         """Configurations of actor and critic; InputError when they do not go together or the text is too long."""
-        shapes = (_shape("actor", self.actor), _shape("critic", self.critic))
-        for name, shape in zip(("actor", "critic"), shapes, strict=True):
-            check_context(shape, self.length, f"prompt + answer for {name}={getattr(self, name)}")
+        shapes = self._shape("actor"), self._shape("critic")
         if shapes[0].vocab_size != shapes[1].vocab_size:
             raise InputError(
                 f"actor={self.actor} has a vocabulary of {shapes[0].vocab_size} tokens and critic={self.critic} one of "
@@ -141,11 +164,13 @@ class BenchConfig(MeshConfig):
             )
         return shapes
 
-
-def _shape(name: str, value: str) -> DecoderConfig:
-    if Path(value).is_dir():
-        return read_config(value)
-    try:
-        return known_config(value)
-    except InputError as error:
-        raise InputError(f"{name}: {value!r} is no folder, and {error}") from error
+    def _shape(self, name: str) -> DecoderConfig:
+        value = getattr(self, name)
+        try:
+            shape = read_config(value) if Path(value).is_dir() else known_config(value)
+        except InputError as error:
+            raise (
+                error if Path(value).is_dir() else InputError(f"{name}: {value!r} is no folder, and {error}")
+            ) from error
+        check_context(shape, self.length, f"prompt + answer for {name}={value}")
+        return shape

@@ -130,16 +130,16 @@ def train_work(actor: Decoder, critic: Decoder, rows: int, prompt: int, answer: 
 
 
 def attention_work(module: Decoder, rows: int, length: int, window: int, backward: bool) -> Work:
-    """Causal attention of one layer with this window; backward: 2.5 times the forward products on top."""
+    """Causal attention of one layer with this window; backward: twice the forward products on top."""
     c = module.config
     flops = attention_flops(module, rows, causal_pairs(length, window))
     size = rows * length * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) * itemsize(module)
-    return Work(((3.5 * flops, 3.0 * size),) if backward else ((flops, float(size)),))
+    return Work(((3.0 * flops, 3.0 * size),) if backward else ((flops, float(size)),))
 
 
 def logprobs_work(module: Decoder, rows: int, length: int, backward: bool) -> Work:
-    """The output head on `[rows, length]` hidden states; backward: two products for gradients, one more for logits."""
+    """The output head on `[rows, length]` hidden states; backward: one product more for each gradient."""
     _, head = matrices(module)
     tokens = rows * length
     size = (head + tokens * module.config.embedding_size) * itemsize(module)
-    return Work(((8.0 * tokens * head, 3.0 * size),) if backward else ((2.0 * tokens * head, float(size)),))
+    return Work(((6.0 * tokens * head, 3.0 * size),) if backward else ((2.0 * tokens * head, float(size)),))

@@ -66,7 +66,8 @@ def test_every_section_has_every_figure(result, name):
     assert len(seconds["runs"]) == 2 and seconds["min"] == min(seconds["runs"]) <= seconds["median"]
     tokens = {"generate": 4, "decode": 1}.get(name, 9)
     assert record["tokens_per_second"] == pytest.approx(16 * tokens / seconds["median"])
-    assert record["sequences_per_second"] == pytest.approx(16 / seconds["median"])
+    answers = 4 if name == "decode" else 1
+    assert record["sequences_per_second"] == pytest.approx(16 / answers / seconds["median"])
     assert record["roofline_fraction"] == pytest.approx(record["roofline_seconds"] / seconds["median"])
     assert min(record["tflops"], record["gb_per_second"], record["roofline_fraction"]) > 0
     assert record["peak_memory"]["bytes"] > 0 and record["compile_seconds"] >= 0
@@ -286,6 +287,10 @@ def _markers():
         (["--batch", "12"], "batch=12 must be a multiple of the 8 devices of mesh_data × mesh_fsdp"),
         (["--micro_batch", "4"], "micro_batch=4 must be a multiple of the 8 devices of mesh_data × mesh_fsdp"),
         (["--prompt", "0"], "prompt=0 must be at least 1"),
+        (["--sections", "attention", "--logprob_implementation", "pallas"], "logprob_implementation=pallas changes"),
+        (["--sections", "attention", "--kv_cache_dtype", "int8"], "changes nothing in attention; leave it out, or add"),
+        (["--sections", "decode", "--micro_batch", "8"], "micro_batch=8 changes nothing in decode"),
+        (["--sections", "score", "--remat_policy", "full"], "add one of train, ppo to the sections"),
         (["--sections", "decode", "--answer", "1"], "answer=1: decode measures"),
         (
             ["--sections", "decode,generate", "--attention_implementation", "cudnn"],
@@ -323,23 +328,70 @@ def test_a_sweep_ends_where_memory_does_and_reports_the_best():
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
         return {"ppo": {"batch": rows, "sequences_per_second": {4: 1.0, 8: 3.0, 16: 2.0}[rows]}}
 
-    *_, (found,) = (list(records.values()) for records in sweep(BenchConfig(batch=(4, 8, 16, 32, 64)), measure))
+    *_, (found,) = (list(records.values()) for records in sweep([4, 8, 16, 32, 64], measure, {}))
     assert found["batch"] == 8 and [record["batch"] for record in found["sweep"]] == [4, 8, 16]
     assert found["stopped"] == {"batch": 32, "reason": "RESOURCE_EXHAUSTED: Out of memory"}
     with pytest.raises(InputError, match="batch=32 does not fit"):
-        next(sweep(BenchConfig(batch=(32,)), measure))
+        next(sweep([32], measure, {}))
 
     def broken(rows):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        next(sweep(BenchConfig(batch=(4,)), broken))
+        next(sweep([4], broken, {}))
+
+
+def test_a_sweep_goes_on_without_the_phases_that_no_longer_fit(flags, monkeypatch, no_peaks, tmp_path, capsys):
+    def limited(phase, most, run):
+        def checked(self, *given):
+            if self.rows > most:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return run(self, *given)
+
+        monkeypatch.setattr(ours.Iteration, phase, checked)
+
+    limited("train", 8, ours.Iteration.train)
+    limited("score", 16, ours.Iteration.score)
+    path = tmp_path / "swept.json"
+    argv = [*flags, "--batch", "8", "16", "24", "32", "--sections", "generate,score,train,ppo", "--micro_batch", "0"]
+    assert main([*argv, "--repeats", "1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    swept = {
+        name: [record["batch"] for record in found[name]["sweep"]] for name in ("generate", "score", "train", "ppo")
+    }
+    assert swept == {"generate": [8, 16, 24, 32], "score": [8, 16], "train": [8], "ppo": [8]}
+    ended = {name: found[name]["stopped"] and found[name]["stopped"]["batch"] for name in swept}
+    assert ended == {"generate": None, "score": 24, "train": 16, "ppo": 16}
+
+
+def test_models_that_do_not_fit_are_named(flags, monkeypatch, no_peaks, tmp_path, capsys):
+    def broken(*given, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(ours, "create_model", broken)
+    for section in ("decode", "ppo"):
+        assert main([*flags, "--micro_batch", "0", "--sections", section, "--results", str(tmp_path)]) == 2
+        assert "do not fit the device's memory; name smaller ones" in capsys.readouterr().err
+
+
+def test_a_torch_peer_that_does_not_fit_beside_ours_is_left_out(flags, monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    from jaxrlhf.bench import peers
+
+    def broken(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peers.TorchPeer, "train", broken)
+    path = tmp_path / "lost.json"
+    assert main([*flags, "--sections", "ppo", "--peers", "hf", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["ppo"]["peers"] == {"hf": {"skipped": "out of memory"}}
 
 
 @pytest.fixture
 def no_peaks(monkeypatch):
     """So that a command begins without measuring."""
-    monkeypatch.setattr(ours, "measure_peaks", lambda _: (None, {"tflops": 1.0, "gb_per_second": 1.0}))
+    peaks = work.Peaks(1.0, 1.0), {"tflops": 1.0, "gb_per_second": 1.0}
+    monkeypatch.setattr(ours, "measure_peaks", lambda _: peaks)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("of torch\nmore"), KeyboardInterrupt()])

@@ -1,5 +1,6 @@
 """Decode attention against a float64 oracle; what it reads and writes; what it refuses; what compilers make of it."""
 
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -322,6 +323,10 @@ def test_auto_means_xla_until_something_was_measured(monkeypatch):
     for other in ({"head_dim": 80}, {"alibi": True}, {"dtype": jnp.float32}):
         assert choose("decode_attention", "auto", **query | other) == "xla"
     assert choice.decide("decode_attention", "auto", **query).reason == "for this test"
+    library = choice.Measured("flash_attention", "cpu", "bfloat16", (64,), False, "tokamax", "for this test")
+    monkeypatch.setattr(choice, "MEASURED", (library,))
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    assert choose("flash_attention", "auto", **query) == "xla", "where the library is not installed"
     with pytest.raises(ValueError, match=r"implementation='fast' of decode_attention is not one of 'auto', 'xla'"):
         choose("decode_attention", "fast", **query)
     monkeypatch.setattr(jax, "default_backend", lambda: "rocm")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.bench.compiled import HEAD_SIZES, KERNEL_NAMES, TARGETS, flash_case
-from jaxrlhf.kernels import flash_attention, flash_tpu
-from jaxrlhf.kernels.flash_attention import FlashBlocks
+from jaxrlhf.kernels import flash_attention, flash_tpu, pallas
+from jaxrlhf.kernels.flash_attention import FlashBlocks, flash_blocks
 
 # B, H, H_kv, T, D, window, ALiBi, queries and keys per block
 PROBLEMS = [
@@ -218,6 +218,29 @@ def test_without_tokamax_the_package_is_named(monkeypatch):
         attend(implementation="tokamax")
     with pytest.raises(ValueError, match=r"'tokamax' of flash_attention does not take ALiBi; .*take 'xla' or 'pallas'"):
         attend(implementation="tokamax", alibi_slopes=jnp.ones(4))
+
+
+@pytest.mark.parametrize("width", HEAD_SIZES)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_blocks_fit_every_device_and_are_the_same_where_there_is_room(width, dtype):
+    for device in pallas.DEVICES.values():
+        for blocks in flash_blocks(width, dtype, 1024, device):
+            assert blocks.shared_memory(width, dtype) <= device.shared_memory, (device, blocks)
+    a100, h200 = (flash_blocks(width, dtype, 1024, pallas.DEVICES[name]) for name in ("A100", "H200"))
+    assert a100 == h200 and all(blocks.num_stages == 2 for blocks in a100)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_without_tokens_there_is_nothing_to_attend_to(implementation):
+    query, nobody = jnp.zeros((1, 2, 0, 16)), jnp.zeros(1, jnp.int32)
+    got = flash_attention(query, query, query, nobody, nobody, scale=1.0, implementation=implementation)
+    assert got.shape == query.shape
+
+
+def test_arrays_of_different_dtypes_are_refused():
+    query, nobody = jnp.zeros((1, 2, 16, 16)), jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match="have the dtypes float32, bfloat16 and float32; give all in one"):
+        flash_attention(query, query.astype(jnp.bfloat16), query, nobody, nobody, scale=1.0)
 
 
 def test_blocks_that_the_hardware_cannot_hold_are_refused():

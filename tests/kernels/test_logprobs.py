@@ -10,9 +10,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.bench.compiled import TARGETS, logprobs_case
-from jaxrlhf.kernels import HeadPlacement, logprobs_kernel, project_logits, token_logprobs
+from jaxrlhf.kernels import HeadPlacement, logprobs_kernel, pallas, project_logits, token_logprobs
 from jaxrlhf.kernels.logprobs import LogprobBlocks, logprob_blocks
-from jaxrlhf.kernels.logprobs_kernel import HeadBlocks
+from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, head_blocks
 from jaxrlhf.sharding import make_mesh
 
 VOCAB, PADDED, WIDTH = 29, 32, 6
@@ -285,6 +285,21 @@ def test_what_does_not_fit_is_refused_by_name(changed, message):
     options = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "vocab_size": VOCAB}
     with pytest.raises(ValueError, match=message):
         token_logprobs(**options | changed)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_blocks_of_the_kernel_fit_every_device(dtype):
+    for device in pallas.DEVICES.values():
+        assert head_blocks(4096, 2048, dtype, device).shared_memory(dtype) <= device.shared_memory, device
+    assert head_blocks(4096, 2048, dtype, pallas.DEVICES["A100"]).num_stages == 3
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_without_tokens_there_are_no_figures_and_no_gradient(implementation):
+    hidden, weight, _, labels, *_ = make()
+    call = lambda w: token_logprobs(hidden[:, :0], w, labels[:, :0], vocab_size=VOCAB, implementation=implementation)  # noqa: E731
+    assert [x.shape for x in call(weight)] == [(2, 0)] * 2
+    assert not jax.grad(lambda w: sum(x.sum() for x in call(w)))(weight).any()
 
 
 def test_blocks_of_the_kernel_are_of_no_account_to_plain_xla():

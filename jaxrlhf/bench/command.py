@@ -1,6 +1,5 @@
 """`jaxrlhf bench`: every section over a sweep of batches, one JSON result, and a table of what was found."""
 
-import dataclasses
 import os
 import re
 import time
@@ -13,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrlhf.bench import ours, work
-from jaxrlhf.bench.iteration import figures, iteration_with_peers, measure_iteration
+from jaxrlhf.bench.iteration import Peers, figures, iteration_with_peers, measure_iteration
 from jaxrlhf.bench.record import check_output, peak_memory, provenance, reset_peak_memory, timed, write
 from jaxrlhf.bench.render import peer_checks, render, table
 from jaxrlhf.bench.settings import FIRST_BATCH, ITERATION, KERNEL_SECTIONS, PHASES, BenchConfig
@@ -96,32 +95,29 @@ def sections(config: BenchConfig, peaks: work.Peaks) -> Iterator[Records]:
             measure = partial(kernel_record, config, peaks, kernels[name])
         yield from sweep(batches(config), lambda rows, m=measure, n=name: {n: m(rows)}, {})
     if config.iterates:
-        yield from iteration_sections(config, peaks, {})
+        with iteration_with_peers(config) as (iteration, peers):
+            yield from iteration_sections(config, iteration, peers, peaks)
 
 
-def iteration_sections(config: BenchConfig, peaks: work.Peaks, found: dict[str, list]) -> Iterator[Records]:
-    """Where memory ends for one phase, the sweep goes on with those before it: training needs most, then scoring.
-
-    `found` has the records of smaller batches.
-    """
-    wanted = [name for name in ITERATION if name in config.sections]
-    say(f"{', '.join(wanted)}:")
-    sizes = batches(config)
-    with iteration_with_peers(config) as (iteration, peers):
-        measure = partial(measure_iteration, config, iteration=iteration, peers=peers, peaks=peaks, say=say)
-        for records in sweep(sizes, measure, {name: found.get(name, []) for name in wanted}):
+def iteration_sections(
+    config: BenchConfig, iteration: ours.Iteration, peers: Peers | None, peaks: work.Peaks
+) -> Iterator[Records]:
+    """Where memory ends for one phase, the sweep goes on with those before it: training needs most, then scoring."""
+    wanted, sizes = [name for name in ITERATION if name in config.sections], batches(config)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+    while wanted:
+        say(f"{', '.join(wanted)}:")
+        measure = partial(measure_iteration, config, wanted, iteration, peers, peaks, say)
+        for records in sweep(sizes, measure, {name: found[name] for name in wanted}):
             yield records
-    stopped = records[wanted[0]]["stopped"]
-    fewer = tuple(name for name in PHASES[: PHASES.index(max_phase(wanted))] if name in wanted)
-    if stopped and fewer:
-        rest = tuple(rows for rows in sizes if rows >= stopped["batch"])
-        smaller = {name: records[name]["sweep"] for name in fewer}
-        yield from iteration_sections(dataclasses.replace(config, sections=fewer, batch=rest), peaks, smaller)
-
-
-def max_phase(sections: list[str]) -> str:
-    """The last phase that these sections run."""
-    return PHASES[-1] if "ppo" in sections else max(sections, key=PHASES.index)
+        stopped = records[wanted[0]]["stopped"]
+        if not stopped:
+            return
+        largest = max(PHASES.index(name) if name in PHASES else len(PHASES) - 1 for name in wanted)
+        wanted = [name for name in PHASES[:largest] if name in wanted]
+        sizes = [rows for rows in sizes if rows >= stopped["batch"]]
+        if wanted:  # an update that ended early may have taken the state with it
+            iteration.renew()
 
 
 def batches(config: BenchConfig) -> list[int]:

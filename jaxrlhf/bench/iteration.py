@@ -111,8 +111,10 @@ class Peers:
         """Whether what a torch peer computes is still to be compared with ours."""
         return bool(set(self.names) & set(TORCH_PEERS)) and not self.check
 
-    def use_batch(self, rows: int) -> None:
-        """Warm up, and forget the times of another batch."""
+    def use_batch(self, rows: int, whole: bool) -> None:
+        """Warm up, and forget the times of another batch; whether `whole` iterations are wanted, all that TRL has."""
+        if not whole:
+            self.names = tuple(name for name in self.names if name != "trl")
         self.times: dict[str, list[dict[str, float]]] = {name: [] for name in self.names}
         self.skipped = dict(self.lost)
         if self.torch is not None:
@@ -191,10 +193,15 @@ class Peers:
 
 
 def measure_iteration(
-    config: BenchConfig, rows: int, *, iteration: Iteration, peers: Peers | None, peaks: work.Peaks, say: Callable
+    config: BenchConfig,
+    wanted: list[str],
+    iteration: Iteration,
+    peers: Peers | None,
+    peaks: work.Peaks,
+    say: Callable,
+    rows: int,
 ) -> dict[str, dict[str, Any]]:
-    """Records of the sections among generate, score, train and ppo that are asked for, at a batch of `rows`."""
-    wanted = [name for name in config.sections if name in PHASES or name == "ppo"]
+    """Records of the sections `wanted` among generate, score, train and ppo, at a batch of `rows`."""
     phases = tuple(name for name in PHASES if name in wanted or "ppo" in wanted)
     iteration.use_batch(rows)
     reset_peak_memory()
@@ -217,7 +224,7 @@ def measure_iteration(
                 rollout = iteration.generate()
                 experience = iteration.score(rollout)
                 peers.compare_updated(rollout, experience)
-        peers.use_batch(rows)
+        peers.use_batch(rows, whole="ppo" in wanted)
     times: dict[str, list[float]] = {phase: [] for phase in phases}
     for turn in range(config.repeats):
         if "generate" in phases:
@@ -245,7 +252,7 @@ def measure_iteration(
     for name in wanted:
         records[name]["peak_memory"] = memory
         records[name]["peers"] = {}
-    for name in config.peers:
+    for name in (*peers.lost, *peers.names) if peers else ():
         for section, found in peers.results(name, times).items():
             if section in wanted:
                 records[section]["peers"][name] = found

@@ -67,6 +67,13 @@ class Iteration:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config = config
+        self.rows = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Make the models, in place of those that are there."""
+        self.engine = self.trainer = None
+        config = self.config
         shapes = config.shapes()
         ppo = config.ppo()
         mesh, dtype = ppo.make_mesh(), ppo.compute_dtype
@@ -81,7 +88,6 @@ class Iteration:
         self.engine = RLHFEngine(*models, SimpleNamespace(**ids), num_total_iters=1, config=ppo)
         self.trainer = PPOTrainer(self.engine)
         self.trainer.sampling = ppo.sampling(None, 0)  # no EOS: answers have a fixed length
-        self.rows = 0
 
     def use_batch(self, rows: int) -> None:
         self.rows = rows

@@ -353,7 +353,8 @@ def test_a_sweep_goes_on_without_the_phases_that_no_longer_fit(flags, monkeypatc
     limited("train", 8, ours.Iteration.train)
     limited("score", 16, ours.Iteration.score)
     path = tmp_path / "swept.json"
-    argv = [*flags, "--batch", "8", "16", "24", "32", "--sections", "generate,score,train,ppo", "--micro_batch", "0"]
+    argv = [*flags, "--batch", "8", "16", "24", "32", "--sections", "generate,score,train,ppo"]
+    argv += ["--peers", "hf"] if HAS_TORCH else []
     assert main([*argv, "--repeats", "1", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     swept = {
@@ -362,6 +363,8 @@ def test_a_sweep_goes_on_without_the_phases_that_no_longer_fit(flags, monkeypatc
     assert swept == {"generate": [8, 16, 24, 32], "score": [8, 16], "train": [8], "ppo": [8]}
     ended = {name: found[name]["stopped"] and found[name]["stopped"]["batch"] for name in swept}
     assert ended == {"generate": None, "score": 24, "train": 16, "ppo": 16}
+    if HAS_TORCH:
+        assert all(record["peers"]["hf"]["ratio"] > 0 for name in swept for record in found[name]["sweep"])
 
 
 def test_models_that_do_not_fit_are_named(flags, monkeypatch, no_peaks, tmp_path, capsys):

@@ -113,8 +113,8 @@ def iteration_sections(
         stopped = records[wanted[0]]["stopped"]
         if not stopped:
             return
-        largest = max(PHASES.index(name) if name in PHASES else len(PHASES) - 1 for name in wanted)
-        wanted = [name for name in PHASES[:largest] if name in wanted]
+        last = min(ITERATION.index(wanted[-1]), PHASES.index("train"))
+        wanted = [name for name in PHASES[:last] if name in wanted]
         sizes = [rows for rows in sizes if rows >= stopped["batch"]]
         if wanted:  # an update that ended early may have taken the state with it
             iteration.renew()

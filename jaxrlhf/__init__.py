@@ -6,7 +6,7 @@ from typing import Any
 _HOME = {
     "HybridEngine": "jaxrlhf.engine",
     "Rollout": "jaxrlhf.engine",
-    "SamplingConfig": "jaxrlhf.sampling",
+    "SamplingConfig": "jaxrlhf.engine",
     "Experience": "jaxrlhf.ppo",
     "PPOHyperparameters": "jaxrlhf.ppo",
     "PPOState": "jaxrlhf.ppo",

@@ -20,6 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax  # noqa: E402 - after the settings above
 import pytest  # noqa: E402
 
+pytest_plugins = ["lab"]
+
 
 def pytest_addoption(parser):
     parser.addoption("--full-matrix", action="store_true", help="every mesh × decode group × ZeRO stage of 8 devices")

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxrlhf.engine import Rollout, SamplingConfig, generate
 from jaxrlhf.errors import InputError
-from jaxrlhf.generation import Rollout, generate
 from jaxrlhf.models import (
     Decoder,
     DecoderConfig,
@@ -34,7 +34,6 @@ from jaxrlhf.models.lora import resolve_targets
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.ppo import Experience, PPOState, ppo_step, score_rollout
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import (
     GENERATE_RULES,
     TRAIN_RULES,

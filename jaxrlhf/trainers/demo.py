@@ -17,10 +17,9 @@ from jaxrlhf.data import (
     pad_token_id,
 )
 from jaxrlhf.data.loading import cache_folder
-from jaxrlhf.engine import HybridEngine
+from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import load_pretrained
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.trainers.ppo_settings import PPOOptions
 from jaxrlhf.trainers.reward import RewardOptions
 from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf

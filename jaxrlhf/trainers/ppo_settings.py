@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
+from jaxrlhf.engine import SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import KERNEL_OPTIONS
 from jaxrlhf.objectives import AGGREGATIONS, KL_ESTIMATES
 from jaxrlhf.ppo import ESTIMATORS, PPOHyperparameters
 from jaxrlhf.ppo.hyperparameters import SCORE_NORMALIZATIONS
 from jaxrlhf.rewards import RewardFunctionOptions
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import SCHEDULES, OptimizerConfig
 from jaxrlhf.trainers.settings import FolderConfig, TrainingConfig, TrainingMeshConfig, check_needs, named_as

@@ -13,12 +13,11 @@ import numpy as np
 from jaxrlhf import objectives
 from jaxrlhf.data import answer_text, encode_stops, eval_batches, pad_token_id
 from jaxrlhf.distributed import to_host
-from jaxrlhf.engine import Rollout
+from jaxrlhf.engine import Rollout, SamplingConfig
 from jaxrlhf.errors import SharedError
 from jaxrlhf.ppo import Experience, PPOHyperparameters, ppo_step, score_rollout
 from jaxrlhf.rewards import Rewards, finite_mean
 from jaxrlhf.runs import Run
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.ppo_engine import RLHFEngine

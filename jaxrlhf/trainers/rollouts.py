@@ -10,8 +10,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxrlhf.data import length_bucket
-from jaxrlhf.engine import Rollout
-from jaxrlhf.sampling import SamplingConfig
+from jaxrlhf.engine import Rollout, SamplingConfig
 
 
 def pieces_by_length(prompt_mask: np.ndarray, pieces: int) -> list[tuple[np.ndarray, int]]:

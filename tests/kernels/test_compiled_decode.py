@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf.engine import generate
+from jaxrlhf.engine import SamplingConfig, generate
 from jaxrlhf.models import Decoder, config_from_dict, param_shapes
-from jaxrlhf.sampling import SamplingConfig
 
 OPT = {"model_type": "opt", "vocab_size": 512, "hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 512}
 OPT |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf import cli
-from jaxrlhf.engine import HybridEngine
+from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import choice
 from jaxrlhf.models import create_model, decode_step, generation_view, init_cache, prefill, with_kernels
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import TRAIN_RULES, make_mesh, platform, use
 
 PROMPT, STEPS = 6, 5

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.engine import HybridEngine
+from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import KV_CACHE_DTYPES
 from jaxrlhf.kernels.kv_cache import quantise, widened
 from jaxrlhf.models import decode_step, generation_view, init_cache, prefill, with_kernels
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import make_mesh
 
 PROMPT, STEPS = 6, 8

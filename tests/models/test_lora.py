@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf.engine import HybridEngine
+from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     LoRAConfig,
@@ -28,7 +28,6 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.models.adapters import _adapter_tensors
 from jaxrlhf.models.lora import adapter_leaves, linear_maps, resolve_targets
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import make_mesh
 
 CASES = ("gpt2", "opt-350m", "llama", "bloom", "codegen")

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxrlhf.engine.generation import Rollout, generate, stream_start, stream_step
+from jaxrlhf.engine.sampling import SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.generation import Rollout, generate, stream_start, stream_step
 from jaxrlhf.models import Model, param_shardings
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import (
     GENERATE_RULES,
     check_tensor_parallel,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.engine.sampling import SamplingConfig, ended_rows, ends_with_stop, penalize, sample_token, truncate_logits
 from jaxrlhf.errors import InputError
-from jaxrlhf.sampling import SamplingConfig, ended_rows, ends_with_stop, penalize, sample_token, truncate_logits
 
 VOCAB, ROWS = 12, 20_000
 LOGITS = np.random.default_rng(0).normal(0, 1.5, VOCAB).astype(np.float32)

@@ -9,9 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.decoding import Requests, Rows, advance, batched, begin, idle, repeat
+from jaxrlhf.engine.decoding import Requests, Rows, advance, batched, begin, idle, repeat
+from jaxrlhf.engine.sampling import SamplingConfig
 from jaxrlhf.models import Decoder, GenerationView
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import constrain, split
 
 TURNS = 8

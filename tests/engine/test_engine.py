@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf import decoding
-from jaxrlhf.engine import HybridEngine, Rollout
+from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
-from jaxrlhf.sampling import SamplingConfig
 
 _SMALL = {"vocab_size": 101, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 FAMILIES = {

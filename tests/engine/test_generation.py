@@ -7,11 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.engine import HybridEngine
+from jaxrlhf.engine import HybridEngine, SamplingConfig, generate
 from jaxrlhf.errors import InputError
-from jaxrlhf.generation import generate
 from jaxrlhf.models import generation_view, load_pretrained
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import GENERATE_RULES, use
 
 STOPS = ((7,), (16, 68), (92, 5, 32))

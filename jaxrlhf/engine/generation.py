@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrlhf.continuous import continuous_batch
-from jaxrlhf.decoding import Requests, Rows, advance, batched, begin, repeat
+from jaxrlhf.engine.continuous import continuous_batch
+from jaxrlhf.engine.decoding import Requests, Rows, advance, batched, begin, repeat
+from jaxrlhf.engine.sampling import SamplingConfig
 from jaxrlhf.models import Decoder, GenerationView, generation_view
-from jaxrlhf.sampling import SamplingConfig
 from jaxrlhf.sharding import GENERATE_RULES, use
 
 PyTree = Any

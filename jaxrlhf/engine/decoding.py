@@ -6,8 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.engine.sampling import SamplingConfig, ends_with_stop, is_eos, sample_token
 from jaxrlhf.models import Decoder, GenerationView, decode_step, init_cache, prefill
-from jaxrlhf.sampling import SamplingConfig, ends_with_stop, is_eos, sample_token
 from jaxrlhf.sharding import constrain
 
 PyTree = Any

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxrlhf.bench.record import write
 from jaxrlhf.bench.render import save_svg
+from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.data import (
     demo_quality,
     encode_prompt,
@@ -35,7 +36,6 @@ from jaxrlhf.data import (
 )
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
-from jaxrlhf.files import write_text_atomic
 from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.objectives import win_rate
 from jaxrlhf.report import read_curves

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import from_dict
+from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.console import Console
-from jaxrlhf.files import write_text_atomic
 from jaxrlhf.plan.compile import compile_programs
 from jaxrlhf.plan.memory import estimate
 from jaxrlhf.plan.programs import build_system

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.distributed import barrier, is_primary
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_json_atomic
 
 FINAL = re.compile(r"checkpoint-(\d+)")
 REPLACED = ".replaced"  # an older checkpoint of the same step, while the new one takes its name

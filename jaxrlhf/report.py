@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxrlhf.config.files import read_jsonl, write_text_atomic
 from jaxrlhf.console import format_number
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import read_jsonl, write_text_atomic
 from jaxrlhf.plots import SERIES, VARIABLES, Curve, draw
 
 STEPS = {

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from jaxrlhf.checkpoints import FINAL, list_checkpoints
 from jaxrlhf.config import save_yaml
+from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.console import Console, format_number, progress_line
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import read_jsonl, write_json_atomic, write_text_atomic
 
 __all__ = ["Run", "peak_memory_bytes", "read_jsonl", "write_json_atomic", "write_text_atomic"]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
+from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_text_atomic
 
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "trl")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.bench.settings import SECTIONS
+from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_text_atomic
 
 COLUMNS = (
     "section",

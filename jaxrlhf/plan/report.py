@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import to_dict
+from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.console import Console
-from jaxrlhf.files import write_text_atomic
 from jaxrlhf.plan.compile import Compiled
 from jaxrlhf.plan.cost import Cost
 from jaxrlhf.plan.devices import GIB

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config_values import Plain, convert
+from jaxrlhf.config.values import Plain, convert
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.verifiable import BUILT_IN, OPTION_CHECKS, REFERENCE_CHECKS
 

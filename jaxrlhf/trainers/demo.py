@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import field
+from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.console import Console
 from jaxrlhf.data import (
     demo_quality,
@@ -18,7 +19,6 @@ from jaxrlhf.data import (
 )
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
-from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.trainers.ppo_settings import PPOOptions
 from jaxrlhf.trainers.reward import RewardOptions

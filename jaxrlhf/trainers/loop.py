@@ -20,9 +20,9 @@ from jaxrlhf.checkpoints import (
     restore_checkpoint,
     save_checkpoint,
 )
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
 from jaxrlhf.errors import InputError, SharedError
-from jaxrlhf.files import read_jsonl
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.trainers.settings import RunConfig

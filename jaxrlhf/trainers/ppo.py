@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import TextBlocks, load_data, load_text, load_tokenizer, stream_indices
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import Decoder, ModelCard, read_config
 from jaxrlhf.ppo import PPOState
 from jaxrlhf.report import HELD_OUT

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import field, save_yaml, to_dict
+from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_json_atomic
 from jaxrlhf.models import read_config
 from jaxrlhf.report import write_report
 from jaxrlhf.runs import what_is_there

@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 
 from jaxrlhf import objectives
 from jaxrlhf.config import REQUIRED, field, to_dict
+from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.console import Console
 from jaxrlhf.data import DataConfig, PromptData, answer_text, encode_stops, load_data, load_tokenizer, pad_token_id
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
 from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_json_atomic, write_text_atomic
 from jaxrlhf.gradients import map_rows
 from jaxrlhf.models import Decoder, Model, load_pretrained, logical_axes, merged, read_config, working_copy
 from jaxrlhf.rewards import RewardFunctionOptions, Rewards, finite_mean

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf import cli, distributed, lifeline
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import read_jsonl
 
 _SPEC = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
 processes = importlib.util.module_from_spec(_SPEC)

@@ -14,8 +14,8 @@ import pytest
 from jaxrlhf import console, runs
 from jaxrlhf.checkpoints import list_checkpoints, save_checkpoint
 from jaxrlhf.config import field, load_yaml
+from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_json_atomic, write_text_atomic
 from jaxrlhf.runs import Run, peak_memory_bytes, read_jsonl
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf import cli, objectives
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import DataConfig, encode_pair, load_data, plain_response
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import read_jsonl
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.trainers import sample as module
 from jaxrlhf.trainers.sample import SampleConfig, sample

@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from jaxrlhf.config_values import FALSE_WORDS, NONE_WORDS, TRUE_WORDS, Plain, Tokens, convert, without_none
+from jaxrlhf.config.files import write_text_atomic
+from jaxrlhf.config.values import FALSE_WORDS, NONE_WORDS, TRUE_WORDS, Plain, Tokens, convert, without_none
 from jaxrlhf.errors import InputError
-from jaxrlhf.files import write_text_atomic
 
 Config = TypeVar("Config")
 

@@ -65,7 +65,7 @@ def restrict_devices(number: int, environment: dict[str, str]) -> dict[str, str]
 
 def has_peers(argv: list[str]) -> bool:
     """Whether this is one of several processes, which must meet before JAX starts."""
-    from jaxrlhf.distributed import ProcessConfig, detect
+    from jaxrlhf.distributed.processes import ProcessConfig, detect
 
     flags = ("--num_processes", "--process_id", "--coordinator_address")
     given = any(

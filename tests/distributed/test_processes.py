@@ -15,8 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf import cli, distributed, lifeline
+from jaxrlhf import cli, distributed
 from jaxrlhf.config.files import read_jsonl
+from jaxrlhf.distributed import lifeline
+from jaxrlhf.distributed.processes import _differences, detect
 from jaxrlhf.errors import InputError
 
 _SPEC = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
@@ -201,7 +203,7 @@ def test_all_end_with_the_reason_when_one_process_is_killed_fails_falls_silent_o
 def meet(*greetings, timeout=20.0):
     """What `join` raises, per process, when these (number, process, facts) come together; None where it does not."""
     address, errors = f"127.0.0.1:{free_port()}", [None] * len(greetings)
-    compare = lambda facts: distributed._differences("settings", facts)  # noqa: E731
+    compare = lambda facts: _differences("settings", facts)  # noqa: E731
 
     def come(i, number, process, facts):
         try:
@@ -280,28 +282,28 @@ SLURM |= {"SLURM_LOCALID": "1"}
 
 
 def test_slurm_and_variables_are_detected_flags_come_first_and_one_process_needs_nothing(monkeypatch):
-    assert distributed.detect(distributed.ProcessConfig()) == (None, None, None, None)
+    assert detect(distributed.ProcessConfig()) == (None, None, None, None)
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert distributed.detect(distributed.ProcessConfig()) == ("node03:61441", 4, 2, [1])
-    assert distributed.detect(distributed.ProcessConfig(local_device_ids=(0, 1)))[3] == [0, 1]
-    assert distributed.detect(distributed.ProcessConfig(num_processes=1))[1] == 1
+    assert detect(distributed.ProcessConfig()) == ("node03:61441", 4, 2, [1])
+    assert detect(distributed.ProcessConfig(local_device_ids=(0, 1)))[3] == [0, 1]
+    assert detect(distributed.ProcessConfig(num_processes=1))[1] == 1
     assert distributed.initialize(num_processes=1) is False
     for name, value in (("COORDINATOR_ADDRESS", "h:1"), ("NUM_PROCESSES", "8"), ("PROCESS_ID", "7")):
         monkeypatch.setenv(f"JAX_{name}", value)
-    assert distributed.detect(distributed.ProcessConfig(process_id=5))[:3] == ("h:1", 8, 5)
+    assert detect(distributed.ProcessConfig(process_id=5))[:3] == ("h:1", 8, 5)
     monkeypatch.setenv("JAX_PROCESS_ID", "seven")
     with pytest.raises(InputError, match=r"\$JAX_PROCESS_ID='seven'"):
-        distributed.detect(distributed.ProcessConfig())
+        detect(distributed.ProcessConfig())
 
 
 def test_a_pod_of_an_indexed_job_without_the_kubernetes_package_is_told_what_is_missing(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert distributed.detect(distributed.ProcessConfig())[:3] == (None, None, None)
+    assert detect(distributed.ProcessConfig())[:3] == (None, None, None)
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.warns(UserWarning), pytest.raises(InputError, match="package `kubernetes` is missing"):
-        distributed.detect(distributed.ProcessConfig())
+        detect(distributed.ProcessConfig())
 
 
 def test_a_finished_step_of_a_three_step_run_is_kept_on_another_mesh_but_not_with_other_settings(one, places):

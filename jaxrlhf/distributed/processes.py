@@ -24,10 +24,8 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import field, to_dict
+from jaxrlhf.distributed.lifeline import Lifeline, Relay, join, split_address
 from jaxrlhf.errors import InputError
-from jaxrlhf.lifeline import LOST, Lifeline, Relay, join, split_address
-
-__all__ = ["LOST", "ProcessConfig", "check_same", "fail", "gather", "initialize", "is_primary", "to_host"]
 
 PyTree = Any
 Value = TypeVar("Value")

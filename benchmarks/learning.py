@@ -38,7 +38,7 @@ from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.objectives import win_rate
-from jaxrlhf.report import read_curves
+from jaxrlhf.runs.report import read_curves
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.demo import DemoConfig, rlhf_config
 from jaxrlhf.trainers.dpo import DPOOptions, train_dpo

@@ -19,11 +19,11 @@ from typing import Any
 
 from jaxrlhf.config import from_dict
 from jaxrlhf.config.files import write_text_atomic
-from jaxrlhf.console import Console
 from jaxrlhf.plan.compile import compile_programs
 from jaxrlhf.plan.memory import estimate
 from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.runs.console import Console
 
 OUTPUT = Path(__file__).parent / "results" / "plan_compile_grid.json"
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt")

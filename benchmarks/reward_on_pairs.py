@@ -22,9 +22,9 @@ from scipy.special import expit
 
 from jaxrlhf.bench.record import write
 from jaxrlhf.bench.render import save_svg
-from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.config.files import write_text_atomic
-from jaxrlhf.report import read_curves
+from jaxrlhf.runs.checkpoints import list_checkpoints
+from jaxrlhf.runs.report import read_curves
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import REQUIRED, field, read_yaml
-from jaxrlhf.console import Console
 from jaxrlhf.data import DEFAULT_TEMPLATE, encode_conversation, length_bucket, load_tokenizer, pad_token_id
 from jaxrlhf.data.templates import check_template
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import KERNEL_OPTIONS, Model, load_pretrained, with_kernels
 from jaxrlhf.models.checkpoint_files import CONFIG, find_model_folder, read_json
+from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import MeshConfig
 
 LONGEST_ANSWER = 256

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.config import REQUIRED, field
 from jaxrlhf.data import load_tokenizer
 from jaxrlhf.errors import InputError
@@ -27,6 +26,7 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
+from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.settings import DTYPES
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 
-from jaxrlhf.console import Console
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.compile import check_compiler, compile_programs
 from jaxrlhf.plan.cost import run_cost
@@ -13,6 +12,7 @@ from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.report import Plan, draw, show, verdict, write_json
 from jaxrlhf.plan.search import capacity, nearest_on_mesh, nearest_with_more_devices
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.runs.console import Console
 
 
 def make_plan(config: PlanConfig) -> Plan:

@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 
 from jaxrlhf.config import from_dict, to_dict
-from jaxrlhf.console import Console
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.programs import (
@@ -28,6 +27,7 @@ from jaxrlhf.plan.programs import (
     topology_devices,
 )
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.runs.console import Console
 
 # No device is opened, so the cloud need not be asked for one and several processes may load libtpu at once.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

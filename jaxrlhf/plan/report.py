@@ -7,7 +7,6 @@ from typing import Any
 
 from jaxrlhf.config import to_dict
 from jaxrlhf.config.files import write_text_atomic
-from jaxrlhf.console import Console
 from jaxrlhf.plan.compile import Compiled
 from jaxrlhf.plan.cost import Cost
 from jaxrlhf.plan.devices import GIB
@@ -15,6 +14,7 @@ from jaxrlhf.plan.memory import ProgramMemory
 from jaxrlhf.plan.programs import PROGRAMS, System
 from jaxrlhf.plan.search import Nearest
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.runs.console import Console
 
 PHASES = {"generate": ("flip", "prefill", "decode"), "score": ("score",), "train": ("train",)}
 # Items of one kind share a colour, whichever program has them.

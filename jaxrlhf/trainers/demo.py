@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxrlhf.config import field
 from jaxrlhf.config.files import write_json_atomic
-from jaxrlhf.console import Console
 from jaxrlhf.data import (
     demo_quality,
     encode_prompt,
@@ -20,6 +19,7 @@ from jaxrlhf.data import (
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained
+from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.ppo_settings import PPOOptions
 from jaxrlhf.trainers.reward import RewardOptions
 from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf

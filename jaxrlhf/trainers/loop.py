@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrlhf.checkpoints import (
+from jaxrlhf.config.files import read_jsonl
+from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
+from jaxrlhf.errors import InputError, SharedError
+from jaxrlhf.models import ModelCard
+from jaxrlhf.runs import Run, peak_memory_bytes
+from jaxrlhf.runs.checkpoints import (
     checkpoint_step,
     latest_checkpoint,
     list_checkpoints,
     restore_checkpoint,
     save_checkpoint,
 )
-from jaxrlhf.config.files import read_jsonl
-from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
-from jaxrlhf.errors import InputError, SharedError
-from jaxrlhf.models import ModelCard
-from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.trainers.settings import RunConfig
 
 PyTree = Any

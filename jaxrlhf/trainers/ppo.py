@@ -16,9 +16,9 @@ from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, ModelCard, read_config
 from jaxrlhf.ppo import PPOState
-from jaxrlhf.report import HELD_OUT
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.runs import Run
+from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.alarms import Alarms
 from jaxrlhf.trainers.loop import Task, fit

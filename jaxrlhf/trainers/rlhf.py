@@ -13,8 +13,8 @@ from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import read_config
-from jaxrlhf.report import write_report
 from jaxrlhf.runs import what_is_there
+from jaxrlhf.runs.report import write_report
 from jaxrlhf.trainers.dpo import DPOConfig, DPOOptions, train_dpo
 from jaxrlhf.trainers.ppo import train_ppo
 from jaxrlhf.trainers.ppo_settings import PPOConfig, PPOOptions

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.config import REQUIRED, field, to_dict
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
-from jaxrlhf.console import Console
 from jaxrlhf.data import DataConfig, PromptData, answer_text, encode_stops, load_data, load_tokenizer, pad_token_id
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
 from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
@@ -25,6 +24,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.gradients import map_rows
 from jaxrlhf.models import Decoder, Model, load_pretrained, logical_axes, merged, read_config, working_copy
 from jaxrlhf.rewards import RewardFunctionOptions, Rewards, finite_mean
+from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.selection import Samples, figures, select_samples

@@ -16,7 +16,7 @@ from jaxrlhf.data import write_demo
 from jaxrlhf.plan.command import make_plan
 from jaxrlhf.plan.memory import train_memory
 from jaxrlhf.plan.programs import build_system
-from jaxrlhf.runs import read_jsonl
+from jaxrlhf.runs.folder import read_jsonl
 
 pytestmark = pytest.mark.long
 
@@ -143,7 +143,7 @@ def chain(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("JAXRLHF_CACHE", str(folder / "cache"))
-            patch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+            patch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
             patch.setattr("jaxrlhf.data.demo.write_demo", partial(write_demo, size=400))
             assert cli.run(command, cli.COMMANDS[command], [*argv, *flags]) == 0
         done.add(name)

@@ -8,11 +8,11 @@ import pytest
 
 from jaxrlhf.chat import ChatConfig, ChatSession, StreamedText, chat, open_session, printable, talk
 from jaxrlhf.config import parse
-from jaxrlhf.console import Console
 from jaxrlhf.data import encode_conversation
 from jaxrlhf.data.demo import train_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import model_from_overrides, save_pretrained
+from jaxrlhf.runs.console import Console
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 CONTEXT = 64

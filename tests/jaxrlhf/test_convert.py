@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxrlhf import convert as module
-from jaxrlhf.checkpoints import save_checkpoint
 from jaxrlhf.config import parse
 from jaxrlhf.convert import ConvertConfig, convert, read_checkpoint_model
 from jaxrlhf.data import materialize_demo
@@ -27,6 +26,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.models.checkpoint_files import open_checkpoint
 from jaxrlhf.models.lora import adapter_leaves
+from jaxrlhf.runs.checkpoints import save_checkpoint
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.ppo import train_ppo
 from jaxrlhf.trainers.ppo_settings import PPOConfig

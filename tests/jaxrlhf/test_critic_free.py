@@ -16,7 +16,7 @@ from jaxrlhf.config import parse, to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.ppo import PPOHyperparameters
-from jaxrlhf.runs import read_jsonl
+from jaxrlhf.runs.folder import read_jsonl
 from jaxrlhf.trainers.critic_free import CriticFreeOptions
 from jaxrlhf.trainers.grpo import GRPOConfig, GRPOOptions, train_grpo
 from jaxrlhf.trainers.ppo_settings import UNUSED, PolicyOptions, PPOOptions

@@ -16,7 +16,7 @@ import pytest
 from jaxrlhf.data import load_data
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained
-from jaxrlhf.runs import read_jsonl
+from jaxrlhf.runs.folder import read_jsonl
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.dpo import DPOConfig, add_reference, train_dpo
 from jaxrlhf.trainers.lora import with_adapters
@@ -95,7 +95,7 @@ def test_with_lora_the_reference_is_the_frozen_base_and_never_moves(config, demo
 
 
 def test_training_starts_at_the_reference_without_dropout_and_learns_the_pairs(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
     options = {"output_dir": str(tmp_path), "max_steps": 12, "learning_rate": 3e-3, "beta": 0.5}
     train_dpo(config(**options, per_device_train_batch_size=2, per_device_eval_batch_size=2))
     records = read_jsonl(tmp_path / "metrics.jsonl")

@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.config import from_dict
 from jaxrlhf.data import materialize_demo
 from jaxrlhf.engine import generate
@@ -29,6 +28,7 @@ from jaxrlhf.models import (
     split_trainable,
 )
 from jaxrlhf.ppo import ppo_step, score_rollout
+from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.sharding import make_mesh, place_batch
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
 from jaxrlhf.trainers.ppo import PPOTrainer, RLHFEngine

@@ -12,7 +12,6 @@ import pytest
 
 from jaxrlhf import cli
 from jaxrlhf.config import parse
-from jaxrlhf.console import Console
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import config_from_dict, count_params, known_config, save_pretrained
 from jaxrlhf.models.decoder import Decoder
@@ -25,6 +24,7 @@ from jaxrlhf.plan.programs import array_bytes, build_system, tree_bytes
 from jaxrlhf.plan.report import as_dict
 from jaxrlhf.plan.search import CHANGES, OTHER_TRAINING, capacity, flags_between
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.ppo import RLHFEngine
 
 PUBLISHED = {"reward": "opt-350m", "device": "a100-80g"}

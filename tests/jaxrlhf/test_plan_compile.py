@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from jaxrlhf.config import from_dict
-from jaxrlhf.console import Console
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan import compile as compiling
 from jaxrlhf.plan.command import make_plan, run_plan
@@ -14,6 +13,7 @@ from jaxrlhf.plan.compile import Compiled, check_compiler, compile_programs, rea
 from jaxrlhf.plan.memory import estimate
 from jaxrlhf.plan.programs import PROGRAMS, build_system
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.runs.console import Console
 
 GRID = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_compile_grid.json"
 POINTS = json.loads(GRID.read_text())["points"]

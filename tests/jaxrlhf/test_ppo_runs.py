@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.data import load_text
 from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards import Rewards
-from jaxrlhf.runs import Run, read_jsonl
+from jaxrlhf.runs.checkpoints import list_checkpoints
+from jaxrlhf.runs.folder import Run, read_jsonl
 from jaxrlhf.trainers.alarms import WINDOW, Alarms
 from jaxrlhf.trainers.loop import Interrupted
 from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
@@ -36,7 +36,7 @@ def chosen_length(prompts, responses, chosen):
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,8 @@ def test_the_best_checkpoint_is_kept_and_exported_when_asked(train, tmp_path, mo
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["best_step"], summary["eval_best"]["scores"], summary["eval_after"]["scores"]) == (2, 5.0, 3.0)
-    from jaxrlhf.checkpoints import restore_checkpoint
     from jaxrlhf.models import load_pretrained
+    from jaxrlhf.runs.checkpoints import restore_checkpoint
 
     exported = load_pretrained(tmp_path).params
     best, _ = restore_checkpoint(tmp_path / "checkpoint-2", exported, subtree="actor_params")
@@ -201,8 +201,8 @@ def test_a_run_in_which_no_answer_has_a_score_ends_with_what_it_had_and_goes_on_
     said = capsys.readouterr().err
     assert "step 1: its updates left out, because no answer had a score (1 such step in a row" in said
     assert "Lower the learning rate" not in said
-    from jaxrlhf.checkpoints import restore_checkpoint
     from jaxrlhf.models import load_pretrained
+    from jaxrlhf.runs.checkpoints import restore_checkpoint
 
     before = load_pretrained(demo.lm).params
     kept, _ = restore_checkpoint(tmp_path / "run" / "checkpoint-2", before, subtree="actor_params")

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.checkpoints import list_checkpoints
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
-from jaxrlhf.runs import Run, read_jsonl
+from jaxrlhf.runs.checkpoints import list_checkpoints
+from jaxrlhf.runs.folder import Run, read_jsonl
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.loop import Interrupted
 from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
@@ -38,7 +38,7 @@ MODEL = {
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Drawing the report has tests of its own."""
-    monkeypatch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def finished(request, train, tmp_path_factory):
     """A whole run of one trainer: its name, final state on the host, and folder."""
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+        patch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
         state = train(request.param, folder)
     return SimpleNamespace(name=request.param, state=jax.device_get(state), folder=folder)
 
@@ -106,7 +106,7 @@ def test_ten_steps_equal_five_a_stop_and_five(finished, train, tmp_path, sigint_
     with pytest.raises(Interrupted, match="stopped after step 5; continue with --resume"):
         train(finished.name, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr("jaxrlhf.report.write_report", lambda folder: None)
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
     assert not (tmp_path / "model.safetensors").exists()
     elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")

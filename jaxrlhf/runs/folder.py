@@ -14,13 +14,11 @@ from typing import Any, TextIO
 import jax
 from tqdm import tqdm
 
-from jaxrlhf.checkpoints import FINAL, list_checkpoints
+from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
 from jaxrlhf.config import save_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
-from jaxrlhf.console import Console, format_number, progress_line
+from jaxrlhf.runs.console import Console, format_number, progress_line
 from jaxrlhf.errors import InputError
-
-__all__ = ["Run", "peak_memory_bytes", "read_jsonl", "write_json_atomic", "write_text_atomic"]
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")
 OWN_FILES = ("config.yaml", *RECORDS, "report.html")
@@ -156,7 +154,7 @@ class Run:
             self._close_file(name)
         self._close_tensorboard()
         if self.is_primary and self._begun and (self.output_dir / "metrics.jsonl").exists():
-            from jaxrlhf.report import write_report
+            from jaxrlhf.runs.report import write_report
 
             write_report(self.output_dir)
 

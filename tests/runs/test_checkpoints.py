@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf import checkpoints
-from jaxrlhf.checkpoints import latest_checkpoint, list_checkpoints, read_metadata, restore_checkpoint, save_checkpoint
+from jaxrlhf.runs.checkpoints import latest_checkpoint, list_checkpoints, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.errors import InputError
 
 

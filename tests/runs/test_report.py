@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.plots import MAX_POINTS, Curve, draw, smooth, thin_out
-from jaxrlhf.report import HELD_OUT, group_of, read_curves, write_report
+from jaxrlhf.runs.plots import MAX_POINTS, Curve, draw, smooth, thin_out
+from jaxrlhf.runs.report import HELD_OUT, group_of, read_curves, write_report
 
 SFT = ["loss", "grad_norm", "learning_rate", "eval/loss", "eval/perplexity", "perf/tokens_per_second"]
 REWARD = ["loss", "eval/accuracy", "eval/mean_chosen_score", "eval/mean_rejected_score"]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from jaxrlhf import console, runs
-from jaxrlhf.checkpoints import list_checkpoints, save_checkpoint
+from jaxrlhf.runs.checkpoints import list_checkpoints, save_checkpoint
 from jaxrlhf.config import field, load_yaml
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError
-from jaxrlhf.runs import Run, peak_memory_bytes, read_jsonl
+from jaxrlhf.runs.folder import Run, peak_memory_bytes, read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Terminal(io.StringIO):
 def no_report(monkeypatch):
     """These tests are about the folder; drawing the report has its own."""
     written = []
-    monkeypatch.setattr("jaxrlhf.report.write_report", written.append)
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", written.append)
     return written
 
 
@@ -156,7 +156,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_everything_logged_survives_a_killed_process(tmp_path):
     code = (
-        "import os, sys; from jaxrlhf.runs import Run; from dataclasses import make_dataclass\n"
+        "import os, sys; from jaxrlhf.runs.folder import Run; from dataclasses import make_dataclass\n"
         "run = Run(sys.argv[1], make_dataclass('C', [('a', int, 1)])(), quiet=True)\n"
         "run.log(1, {'loss': 1.0}); run.table('t', ['n'], [[1]], 1); run.log(2, {'loss': 2.0}); os._exit(9)"
     )
@@ -175,7 +175,7 @@ def test_a_crashed_run_writes_its_report_and_raises_its_own_error(tmp_path, no_r
     def fail(folder):
         raise OSError("disk full")
 
-    monkeypatch.setattr("jaxrlhf.report.write_report", fail)
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", fail)
     stream = io.StringIO()
     with pytest.raises(ZeroDivisionError), run_in(tmp_path / "b", stream=stream) as run:
         run.log(1, {"loss": 1.0})

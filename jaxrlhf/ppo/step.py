@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from jaxrlhf import objectives
 from jaxrlhf.errors import InputError
-from jaxrlhf.gradients import apply_gradients, frozen_working_copy, model_gradients
 from jaxrlhf.models import Decoder, join, split_trainable
 from jaxrlhf.ppo.experience import (
     Experience,
@@ -23,6 +22,7 @@ from jaxrlhf.ppo.experience import (
 )
 from jaxrlhf.ppo.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
+from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, model_gradients
 
 PyTree = Any
 

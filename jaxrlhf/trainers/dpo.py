@@ -20,7 +20,6 @@ from jaxrlhf.config import field
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.errors import InputError
-from jaxrlhf.gradients import map_rows
 from jaxrlhf.models import (
     Decoder,
     Model,
@@ -34,6 +33,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, use
+from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.ppo_engine import frozen_copy

@@ -10,7 +10,6 @@ from jaxrlhf import objectives
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
-from jaxrlhf.gradients import init_optimizer
 from jaxrlhf.models import (
     Decoder,
     Model,
@@ -26,6 +25,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.ppo import PPOState
 from jaxrlhf.sharding import offloaded, place, replicated
+from jaxrlhf.trainers.gradients import init_optimizer
 from jaxrlhf.trainers.lora import with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
 from jaxrlhf.trainers.ppo_settings import PPOConfig

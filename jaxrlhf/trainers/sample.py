@@ -21,11 +21,11 @@ from jaxrlhf.data import DataConfig, PromptData, answer_text, encode_stops, load
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
 from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.gradients import map_rows
 from jaxrlhf.models import Decoder, Model, load_pretrained, logical_axes, merged, read_config, working_copy
 from jaxrlhf.rewards import RewardFunctionOptions, Rewards, finite_mean
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
+from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.selection import Samples, figures, select_samples
 from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.gradients import accumulate_gradients, join_rows, map_rows, model_gradients, split_rows
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
+from jaxrlhf.trainers.gradients import accumulate_gradients, join_rows, map_rows, model_gradients, split_rows
 
 ROWS = 24
 

@@ -38,15 +38,15 @@ from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.objectives import win_rate
+from jaxrlhf.rl.config import UNUSED, PPOConfig
+from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.run import train_ppo
+from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.report import read_curves
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.demo import DemoConfig, rlhf_config
 from jaxrlhf.trainers.dpo import DPOOptions, train_dpo
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
-from jaxrlhf.trainers.ppo import train_ppo
-from jaxrlhf.trainers.ppo_engine import RLHFEngine
-from jaxrlhf.trainers.ppo_settings import UNUSED, PPOConfig
-from jaxrlhf.trainers.ppo_trainer import PPOTrainer
 from jaxrlhf.trainers.reward import train_reward
 from jaxrlhf.trainers.rlhf import step_configs
 from jaxrlhf.trainers.sft import OBJECTIVE, train_sft

@@ -17,7 +17,7 @@ from jaxrlhf.config import load_yaml
 from jaxrlhf.plan.command import make_plan
 from jaxrlhf.plan.report import gib
 from jaxrlhf.plan.settings import PlanConfig
-from jaxrlhf.trainers.grpo import GRPOConfig
+from jaxrlhf.rl.grpo import GRPOConfig
 from jaxrlhf.trainers.rlhf import RLHFConfig, step_configs
 
 FOLDER = Path(__file__).parent

@@ -21,11 +21,11 @@ COMMANDS = {
     "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning"),
     "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model"),
     "dpo": Command("jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs"),
-    "ppo": Command("jaxrlhf.trainers.ppo", "PPOConfig", "train_ppo", "step 3: PPO"),
-    "grpo": Command("jaxrlhf.trainers.grpo", "GRPOConfig", "train_grpo", "step 3 by GRPO: groups of answers compared"),
-    "rloo": Command("jaxrlhf.trainers.rloo", "RLOOConfig", "train_rloo", "step 3 by RLOO: answers against one another"),
+    "ppo": Command("jaxrlhf.rl.run", "PPOConfig", "train_ppo", "step 3: PPO"),
+    "grpo": Command("jaxrlhf.rl.grpo", "GRPOConfig", "train_grpo", "step 3 by GRPO: groups of answers compared"),
+    "rloo": Command("jaxrlhf.rl.rloo", "RLOOConfig", "train_rloo", "step 3 by RLOO: answers against one another"),
     "reinforce++": Command(
-        "jaxrlhf.trainers.reinforce", "ReinforceConfig", "train_reinforce", "step 3 by REINFORCE++: no critic"
+        "jaxrlhf.rl.reinforce", "ReinforceConfig", "train_reinforce", "step 3 by REINFORCE++: no critic"
     ),
     "rlhf": Command(
         "jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all steps in one run: sft → reward → ppo, or sft → dpo"

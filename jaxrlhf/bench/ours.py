@@ -31,9 +31,9 @@ from jaxrlhf.models.attend import attend_to_sequence
 from jaxrlhf.models.decoder import LayerOptions, alibi_slopes, layer_options, positions_from_mask
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.model import make_module
-from jaxrlhf.ppo import Experience
+from jaxrlhf.rl import Experience
+from jaxrlhf.rl.run import PPOTrainer, RLHFEngine
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, default_tensor_parallel, generate_mesh, place_batch, use
-from jaxrlhf.trainers.ppo import PPOTrainer, RLHFEngine
 
 DECODE_STEPS = 32
 PEAK_SIZES = {"cpu": (2048, 2**28), "accelerator": (8192, 2**30)}  # side of the matrices, bytes of the copied array

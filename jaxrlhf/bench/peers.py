@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.rl.config import PPOConfig
 
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop")
 DROPOUTS += ("resid_pdrop", "embd_pdrop", "attn_pdrop", "embed_dropout", "resid_dropout")

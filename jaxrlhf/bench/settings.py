@@ -9,7 +9,7 @@ from jaxrlhf.config import field
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import LIBRARIES
 from jaxrlhf.models import KERNEL_OPTIONS, REMAT_POLICIES, DecoderConfig, known_config, read_config
-from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
 
 KERNEL_SECTIONS = ("attention", "decode", "logprobs")

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrlhf.bench.peers import load_model
 from jaxrlhf.errors import InputError
-from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.rl.config import PPOConfig
 
 NO_TOKEN = -1  # as pad and EOS id: no token of a prompt or answer is either, so every answer has its full length
 

@@ -37,7 +37,7 @@ from jaxrlhf.plan.programs import (
     rollout,
     tree_bytes,
 )
-from jaxrlhf.ppo import actor_logprobs, critic_values
+from jaxrlhf.rl import actor_logprobs, critic_values
 from jaxrlhf.sharding import GENERATE_RULES, REPLICATED_RULES, named_sharding, tree_shardings
 
 PyTree = Any

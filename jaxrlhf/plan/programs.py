@@ -33,7 +33,8 @@ from jaxrlhf.models import (
 from jaxrlhf.models.lora import resolve_targets
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.settings import PlanConfig
-from jaxrlhf.ppo import Experience, PPOState, ppo_step, score_rollout
+from jaxrlhf.rl import Experience, PPOState, ppo_step, score_rollout
+from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.sharding import (
     GENERATE_RULES,
     TRAIN_RULES,
@@ -47,7 +48,6 @@ from jaxrlhf.sharding import (
     replicated,
 )
 from jaxrlhf.trainers.optimizer import make_optimizer
-from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.settings import batch_devices, check_context
 
 PyTree = Any

@@ -8,7 +8,7 @@ from typing import Any
 from jaxrlhf.config import REQUIRED, field, like
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import DEVICES, OVERRIDES, Device, find_device, topology_of
-from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.rl.config import PPOConfig
 
 _PPO = {f.name for f in dataclasses.fields(PPOConfig)}
 _same = partial(like, PPOConfig)

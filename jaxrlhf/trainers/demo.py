@@ -19,8 +19,8 @@ from jaxrlhf.data import (
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained
+from jaxrlhf.rl.config import PPOOptions
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.ppo_settings import PPOOptions
 from jaxrlhf.trainers.reward import RewardOptions
 from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.trainers.sft import SFTOptions

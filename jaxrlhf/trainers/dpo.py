@@ -31,12 +31,12 @@ from jaxrlhf.models import (
     with_kernels,
     working_copy,
 )
+from jaxrlhf.rl.models import frozen_copy
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.lora import LoRAOptions
-from jaxrlhf.trainers.ppo_engine import frozen_copy
 from jaxrlhf.trainers.reward import answer_lengths, answer_start, pair_count
 from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig, check_context, kernel_options
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised

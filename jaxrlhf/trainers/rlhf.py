@@ -13,11 +13,11 @@ from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import read_config
+from jaxrlhf.rl.config import PPOConfig, PPOOptions
+from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
 from jaxrlhf.runs.report import write_report
 from jaxrlhf.trainers.dpo import DPOConfig, DPOOptions, train_dpo
-from jaxrlhf.trainers.ppo import train_ppo
-from jaxrlhf.trainers.ppo_settings import PPOConfig, PPOOptions
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
 from jaxrlhf.trainers.settings import FolderConfig, StartConfig, TrainingMeshConfig
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft

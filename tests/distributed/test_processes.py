@@ -70,7 +70,7 @@ def places(demo):
 @pytest.fixture(scope="module")
 def one(places, tmp_path_factory):
     """The runs of one process with eight devices."""
-    from jaxrlhf.trainers.ppo import train_ppo
+    from jaxrlhf.rl.run import train_ppo
     from jaxrlhf.trainers.sft import train_sft
 
     folder = tmp_path_factory.mktemp("one")

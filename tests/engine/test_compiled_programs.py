@@ -16,7 +16,7 @@ from jaxrlhf.engine import HybridEngine, generate
 from jaxrlhf.models import init_cache
 from jaxrlhf.plan.programs import build_system, lower, topology_devices
 from jaxrlhf.plan.settings import PlanConfig
-from jaxrlhf.ppo import Experience, PPOHyperparameters, ppo_step
+from jaxrlhf.rl import Experience, PPOHyperparameters, ppo_step
 from jaxrlhf.sharding import GENERATE_RULES, generate_mesh, use
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.ppo import ppo_step
+from jaxrlhf.rl import ppo_step
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
 
 

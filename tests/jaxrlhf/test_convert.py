@@ -26,10 +26,10 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.models.checkpoint_files import open_checkpoint
 from jaxrlhf.models.lora import adapter_leaves
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs.checkpoints import save_checkpoint
 from jaxrlhf.sharding import make_mesh
-from jaxrlhf.trainers.ppo import train_ppo
-from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
 pytestmark = pytest.mark.long

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import Decoder, Model, config_from_dict, param_shapes, param_shardings, save_pretrained
-from jaxrlhf.ppo import PPOHyperparameters, PPOState, score_rollout
+from jaxrlhf.rl import PPOHyperparameters, PPOState, score_rollout
 from jaxrlhf.sharding import make_mesh, offloaded, optimizer_shardings, place
 
 LLAMA = {"model_type": "llama", "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}

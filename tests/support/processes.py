@@ -28,7 +28,7 @@ def sft_config(demo, output, **changes):
 
 
 def ppo_config(demo, output, **changes):
-    from jaxrlhf.trainers.ppo import PPOConfig
+    from jaxrlhf.rl.run import PPOConfig
 
     options = {"max_steps": 1, "mesh_data": 2, "max_answer_seq_len": 8, "sample_steps": 1, "num_sample_rows": 16}
     options |= {
@@ -90,8 +90,8 @@ def rewarded(note):
 
 def two(demo, folder, process):
     """SFT stopped by a signal to process 1, PPO, things refused, and then process 0 is killed in a step."""
+    from jaxrlhf.rl.run import train_ppo
     from jaxrlhf.trainers.loop import Interrupted
-    from jaxrlhf.trainers.ppo import train_ppo
     from jaxrlhf.trainers.sft import train_sft
 
     if process == 1:

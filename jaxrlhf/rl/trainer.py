@@ -15,14 +15,14 @@ from jaxrlhf.data import answer_text, encode_stops, eval_batches, pad_token_id
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import Rollout, SamplingConfig
 from jaxrlhf.errors import SharedError
-from jaxrlhf.ppo import Experience, PPOHyperparameters, ppo_step, score_rollout
 from jaxrlhf.rewards import Rewards, finite_mean
+from jaxrlhf.rl import Experience, PPOHyperparameters, ppo_step, score_rollout
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.rollouts import generate_in_pieces
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.loop import Announce
-from jaxrlhf.trainers.ppo_engine import RLHFEngine
-from jaxrlhf.trainers.ppo_settings import PPOConfig
-from jaxrlhf.trainers.rollouts import generate_in_pieces
 
 Columns = dict[str, list[Any]]
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.objectives import Moments
-from jaxrlhf.ppo import PPOHyperparameters, advantages_and_returns, ppo_step, shaped_scores
+from jaxrlhf.rl import PPOHyperparameters, advantages_and_returns, ppo_step, shaped_scores
 
 BETA, RATE = 0.1, 0.1
 CRITIC_FREE = {

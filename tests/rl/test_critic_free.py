@@ -15,14 +15,14 @@ from jaxrlhf.cli import COMMANDS
 from jaxrlhf.config import parse, to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
-from jaxrlhf.ppo import PPOHyperparameters
+from jaxrlhf.rl import PPOHyperparameters
+from jaxrlhf.rl.config import UNUSED, PolicyOptions, PPOOptions
+from jaxrlhf.rl.critic_free import CriticFreeOptions
+from jaxrlhf.rl.grpo import GRPOConfig, GRPOOptions, train_grpo
+from jaxrlhf.rl.reinforce import ReinforceConfig, ReinforceOptions, train_reinforce
+from jaxrlhf.rl.rloo import RLOOConfig, RLOOOptions, train_rloo
 from jaxrlhf.runs.folder import read_jsonl
-from jaxrlhf.trainers.critic_free import CriticFreeOptions
-from jaxrlhf.trainers.grpo import GRPOConfig, GRPOOptions, train_grpo
-from jaxrlhf.trainers.ppo_settings import UNUSED, PolicyOptions, PPOOptions
-from jaxrlhf.trainers.reinforce import ReinforceConfig, ReinforceOptions, train_reinforce
 from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
-from jaxrlhf.trainers.rloo import RLOOConfig, RLOOOptions, train_rloo
 
 pytestmark = pytest.mark.long
 

@@ -13,7 +13,7 @@ from jaxrlhf import objectives
 from jaxrlhf.engine import Rollout
 from jaxrlhf.engine.sampling import SamplingConfig, ended_rows
 from jaxrlhf.models import Decoder, logical_axes, working_copy
-from jaxrlhf.ppo.hyperparameters import PPOHyperparameters
+from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, on_device, use
 from jaxrlhf.trainers.gradients import map_rows
 

@@ -13,11 +13,11 @@ import pytest
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
+from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.runs.folder import Run, read_jsonl
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.loop import Interrupted
-from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
@@ -173,7 +173,7 @@ NAMED |= {"per_device_train_batch_size": "global_batch_size", "max_train_samples
 
 
 def test_a_gap_between_sampler_and_train_program_beyond_rounding_is_told_once(train, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("jaxrlhf.trainers.ppo.LOGP_TOLERANCE", {"float32": 0.0})
+    monkeypatch.setattr("jaxrlhf.rl.run.LOGP_TOLERANCE", {"float32": 0.0})
     train("ppo", tmp_path, max_steps=2, importance_sampling_correction=True, enable_ema=False)
     assert capsys.readouterr().err.count("log-probs of the sampler and the train program differ by") == 1
     records = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "sampling/logp_difference/mean" in r]

@@ -23,12 +23,12 @@ from jaxrlhf.models import (
     with_head,
     with_kernels,
 )
-from jaxrlhf.ppo import PPOState
+from jaxrlhf.rl import PPOState
+from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.sharding import offloaded, place, replicated
 from jaxrlhf.trainers.gradients import init_optimizer
 from jaxrlhf.trainers.lora import with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
-from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.settings import check_context, kernel_options, with_special_tokens
 
 PyTree = Any

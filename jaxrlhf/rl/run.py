@@ -15,18 +15,18 @@ from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, ModelCard, read_config
-from jaxrlhf.ppo import PPOState
 from jaxrlhf.rewards import Rewards
+from jaxrlhf.rl import PPOState
+from jaxrlhf.rl.alarms import Alarms
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
-from jaxrlhf.trainers.alarms import Alarms
 from jaxrlhf.trainers.loop import Task, fit
 from jaxrlhf.trainers.lora import describe_model, export_model
 from jaxrlhf.trainers.optimizer import updates_made
-from jaxrlhf.trainers.ppo_engine import RLHFEngine
-from jaxrlhf.trainers.ppo_settings import PPOConfig
-from jaxrlhf.trainers.ppo_trainer import PPOTrainer
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, lasting_settings, open_run, total_steps
 from jaxrlhf.trainers.sft import sft_figures, sft_sums
 from jaxrlhf.trainers.supervised import eval_step, evaluation_totals

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import fmean, median
 
-from jaxrlhf.trainers.ppo_settings import PPOConfig
+from jaxrlhf.rl.config import PPOConfig
 
 WINDOW = 10  # steps that are averaged
 SILENCE = 50  # steps before the same alarm is said again

@@ -10,8 +10,8 @@ import pytest
 
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
-from jaxrlhf.ppo import PPOHyperparameters, advantages_and_returns, ppo_step
-from jaxrlhf.ppo.step import minibatch_rows
+from jaxrlhf.rl import PPOHyperparameters, advantages_and_returns, ppo_step
+from jaxrlhf.rl.step import minibatch_rows
 
 BETA = 0.1
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, join, split_trainable
-from jaxrlhf.ppo.experience import (
+from jaxrlhf.rl.experience import (
     Experience,
     actor_logprobs,
     advantages_and_returns,
@@ -20,7 +20,7 @@ from jaxrlhf.ppo.experience import (
     experience_metrics,
     shaped_scores,
 )
-from jaxrlhf.ppo.hyperparameters import PPOHyperparameters
+from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, model_gradients
 

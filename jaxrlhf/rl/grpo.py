@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from jaxrlhf.config import fixed, like
 from jaxrlhf.data import DataConfig
-from jaxrlhf.ppo import PPOState
-from jaxrlhf.trainers.critic_free import CriticFreeModelConfig, CriticFreeOptions
-from jaxrlhf.trainers.ppo import train_ppo
-from jaxrlhf.trainers.ppo_settings import PolicyOptions
+from jaxrlhf.rl import PPOState
+from jaxrlhf.rl.config import PolicyOptions
+from jaxrlhf.rl.critic_free import CriticFreeModelConfig, CriticFreeOptions
+from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.trainers.settings import FolderConfig
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jaxrlhf.config import field, fixed, like
-from jaxrlhf.trainers.ppo_settings import PolicyOptions, PPOModelConfig
+from jaxrlhf.rl.config import PolicyOptions, PPOModelConfig
 from jaxrlhf.trainers.settings import TrainingMeshConfig
 
 

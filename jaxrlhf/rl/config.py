@@ -10,9 +10,9 @@ from jaxrlhf.engine import SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import KERNEL_OPTIONS
 from jaxrlhf.objectives import AGGREGATIONS, KL_ESTIMATES
-from jaxrlhf.ppo import ESTIMATORS, PPOHyperparameters
-from jaxrlhf.ppo.hyperparameters import SCORE_NORMALIZATIONS
 from jaxrlhf.rewards import RewardFunctionOptions
+from jaxrlhf.rl import ESTIMATORS, PPOHyperparameters
+from jaxrlhf.rl.hyperparameters import SCORE_NORMALIZATIONS
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import SCHEDULES, OptimizerConfig
 from jaxrlhf.trainers.settings import FolderConfig, TrainingConfig, TrainingMeshConfig, check_needs, named_as

@@ -8,8 +8,8 @@ import pytest
 
 from jaxrlhf.data import encode_stops
 from jaxrlhf.errors import InputError
-from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine
-from jaxrlhf.trainers.rollouts import generate_in_pieces, pieces_by_length
+from jaxrlhf.rl.rollouts import generate_in_pieces, pieces_by_length
+from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine
 
 SIZES = {"max_prompt_seq_len": 64, "max_answer_seq_len": 8, "seed": 3}
 

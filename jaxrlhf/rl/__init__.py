@@ -6,7 +6,7 @@ program. GRPO, RLOO and REINFORCE++ are the same program with other advantages a
 Source: Ouyang et al. 2022 (arXiv 2203.02155), Yao et al. 2023 (arXiv 2308.01320).
 """
 
-from jaxrlhf.ppo.experience import (
+from jaxrlhf.rl.experience import (
     Experience,
     actor_logprobs,
     advantages_and_returns,
@@ -14,8 +14,8 @@ from jaxrlhf.ppo.experience import (
     score_rollout,
     shaped_scores,
 )
-from jaxrlhf.ppo.hyperparameters import ESTIMATORS, GROUP_ESTIMATORS, PPOHyperparameters
-from jaxrlhf.ppo.step import PPOState, ppo_step
+from jaxrlhf.rl.hyperparameters import ESTIMATORS, GROUP_ESTIMATORS, PPOHyperparameters
+from jaxrlhf.rl.step import PPOState, ppo_step
 
 __all__ = [
     "ESTIMATORS",

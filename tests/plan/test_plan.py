@@ -24,8 +24,8 @@ from jaxrlhf.plan.programs import array_bytes, build_system, tree_bytes
 from jaxrlhf.plan.report import as_dict
 from jaxrlhf.plan.search import CHANGES, OTHER_TRAINING, capacity, flags_between
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.rl.run import RLHFEngine
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.ppo import RLHFEngine
 
 PUBLISHED = {"reward": "opt-350m", "device": "a100-80g"}
 

@@ -27,12 +27,12 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
-from jaxrlhf.ppo import ppo_step, score_rollout
+from jaxrlhf.rl import ppo_step, score_rollout
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.run import PPOTrainer, RLHFEngine
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.sharding import make_mesh, place_batch
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
-from jaxrlhf.trainers.ppo import PPOTrainer, RLHFEngine
-from jaxrlhf.trainers.ppo_settings import PPOConfig
 from jaxrlhf.trainers.reward import OBJECTIVES
 from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.trainers.sft import SFTConfig, sft_loss, token_count, train_sft

@@ -12,11 +12,11 @@ import pytest
 from jaxrlhf.data import load_text
 from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards import Rewards
+from jaxrlhf.rl.alarms import WINDOW, Alarms
+from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.runs.folder import Run, read_jsonl
-from jaxrlhf.trainers.alarms import WINDOW, Alarms
 from jaxrlhf.trainers.loop import Interrupted
-from jaxrlhf.trainers.ppo import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 
 pytestmark = pytest.mark.long
 

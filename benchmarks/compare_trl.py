@@ -30,11 +30,11 @@ from compare_trl_side import quality
 import jaxrlhf
 from jaxrlhf.bench.record import write
 from jaxrlhf.bench.render import save_svg
+from jaxrlhf.commands.demo import SHAPE
 from jaxrlhf.data import load_data, load_tokenizer, pad_token_id, stream_indices
 from jaxrlhf.data.demo import materialize_demo
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.errors import InputError
-from jaxrlhf.trainers.demo import SHAPE
 
 FOLDER = Path(__file__).resolve().parent
 SIDES = ("ours", "trl")

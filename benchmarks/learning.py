@@ -23,6 +23,8 @@ import numpy as np
 
 from jaxrlhf.bench.record import write
 from jaxrlhf.bench.render import save_svg
+from jaxrlhf.commands.demo import DemoConfig, rlhf_config
+from jaxrlhf.commands.rlhf import step_configs
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.data import (
     demo_quality,
@@ -44,11 +46,9 @@ from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.report import read_curves
 from jaxrlhf.sharding import make_mesh
-from jaxrlhf.trainers.demo import DemoConfig, rlhf_config
 from jaxrlhf.trainers.dpo import DPOOptions, train_dpo
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
 from jaxrlhf.trainers.reward import train_reward
-from jaxrlhf.trainers.rlhf import step_configs
 from jaxrlhf.trainers.sft import OBJECTIVE, train_sft
 from jaxrlhf.trainers.supervised import init_state, train_step
 

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.commands.rlhf import RLHFConfig, step_configs
 from jaxrlhf.config import load_yaml
 from jaxrlhf.plan.command import make_plan
 from jaxrlhf.plan.report import gib
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.rl.grpo import GRPOConfig
-from jaxrlhf.trainers.rlhf import RLHFConfig, step_configs
 
 FOLDER = Path(__file__).parent
 GSM8K = {"actor": "qwen2.5-1.5b", "reward": "qwen2.5-0.5b", "train_rows": 7473 * 8}

@@ -28,16 +28,16 @@ COMMANDS = {
         "jaxrlhf.rl.reinforce", "ReinforceConfig", "train_reinforce", "step 3 by REINFORCE++: no critic"
     ),
     "rlhf": Command(
-        "jaxrlhf.trainers.rlhf", "RLHFConfig", "train_rlhf", "all steps in one run: sft → reward → ppo, or sft → dpo"
+        "jaxrlhf.commands.rlhf", "RLHFConfig", "train_rlhf", "all steps in one run: sft → reward → ppo, or sft → dpo"
     ),
     "sample": Command(
-        "jaxrlhf.trainers.sample", "SampleConfig", "sample", "best-of-n and rejection sampling: SFT data"
+        "jaxrlhf.commands.sample", "SampleConfig", "sample", "best-of-n and rejection sampling: SFT data"
     ),
-    "chat": Command("jaxrlhf.chat", "ChatConfig", "chat", "talk to a model"),
-    "convert": Command("jaxrlhf.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
+    "chat": Command("jaxrlhf.commands.chat", "ChatConfig", "chat", "talk to a model"),
+    "convert": Command("jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
     "plan": Command("jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting"),
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
-    "demo": Command("jaxrlhf.trainers.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
+    "demo": Command("jaxrlhf.commands.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
 ON_DEVICE = ("sft", "reward", "dpo", "ppo", "grpo", "rloo", "reinforce++", "rlhf", "sample", "chat", "bench")
 """These get the device's compiler flags."""

@@ -1,10 +1,18 @@
 """Decoder models in Flax linen, their Hugging Face families, and checkpoints in and out."""
 
-from jaxrlhf.models.adapters import load_adapter, save_adapter
-from jaxrlhf.models.card import ModelCard
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, init_cache, prefill
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
+from jaxrlhf.models.hf.adapters import load_adapter, save_adapter
+from jaxrlhf.models.hf.card import ModelCard
+from jaxrlhf.models.hf.pretrained import (
+    config_from_dict,
+    config_to_dict,
+    load_pretrained,
+    model_from_overrides,
+    read_config,
+    save_pretrained,
+)
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable
 from jaxrlhf.models.model import (
@@ -23,14 +31,6 @@ from jaxrlhf.models.model import (
     with_head,
     with_kernels,
     working_copy,
-)
-from jaxrlhf.models.pretrained import (
-    config_from_dict,
-    config_to_dict,
-    load_pretrained,
-    model_from_overrides,
-    read_config,
-    save_pretrained,
 )
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.pretrained import config_from_dict
+from jaxrlhf.models.hf.pretrained import config_from_dict
 
 
 @dataclass(frozen=True)

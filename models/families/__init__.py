@@ -10,7 +10,7 @@ from jaxrlhf.models.families.llama import LLAMA
 from jaxrlhf.models.families.mistral import MISTRAL
 from jaxrlhf.models.families.opt import OPT
 from jaxrlhf.models.families.qwen import QWEN2, QWEN3
-from jaxrlhf.models.mapping import Family
+from jaxrlhf.models.hf.mapping import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (BLOOM, CODEGEN, GPT2, GPT_NEO, GPT_NEOX, GPTJ, LLAMA, MISTRAL, OPT, QWEN2, QWEN3)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.mapping import Family, HFConfig, Tensor, bias_interleaved, common_to_hf, linear, linear_grouped
+from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, bias_interleaved, common_to_hf, linear, linear_grouped
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:

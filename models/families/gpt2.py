@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.mapping import Family, HFConfig, Tensor, bias_fused, common_to_hf, conv1d, conv1d_fused
+from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, bias_fused, common_to_hf, conv1d, conv1d_fused
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.mapping import Family, HFConfig, Tensor, common_to_hf, linear
+from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, common_to_hf, linear
 
 
 def _windows_from_hf(hf: HFConfig, layers: int) -> tuple[int, ...] | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.rope import rope_from_hf, rope_to_hf
-from jaxrlhf.models.mapping import (
+from jaxrlhf.models.hf.mapping import (
     SCORE,
     Family,
     HFConfig,

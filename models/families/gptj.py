@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.mapping import Family, HFConfig, Tensor, common_to_hf, linear, linear_grouped
+from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, common_to_hf, linear, linear_grouped
 
 # CodeGen was trained on this many model-parallel partitions, and its fused QKV matrix still lies in their order.
 _CODEGEN_PARTITIONS = 4

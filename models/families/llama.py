@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.rope import rope_from_hf, rope_to_hf
-from jaxrlhf.models.mapping import FLAT, Family, HFConfig, Tensor, common_to_hf, linear
+from jaxrlhf.models.hf.mapping import FLAT, Family, HFConfig, Tensor, common_to_hf, linear
 
 
 def llama_like_from_hf(hf: HFConfig, *, bos: int | None = 1, eos: int | None = 2, **own: Any) -> DecoderConfig:

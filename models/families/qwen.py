@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
-from jaxrlhf.models.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

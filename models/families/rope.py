@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.mapping import HFConfig
+from jaxrlhf.models.hf.mapping import HFConfig
 from jaxrlhf.models.rotary import ROPE_TYPES
 
 

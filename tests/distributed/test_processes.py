@@ -307,7 +307,7 @@ def test_a_pod_of_an_indexed_job_without_the_kubernetes_package_is_told_what_is_
 
 
 def test_a_finished_step_of_a_three_step_run_is_kept_on_another_mesh_but_not_with_other_settings(one, places):
-    from jaxrlhf.trainers.rlhf import finished
+    from jaxrlhf.commands.rlhf import finished
 
     assert finished(processes.sft_config(places, one / "sft", mesh_fsdp=2, mesh_data=4, resume=True))["steps"] == 2
     assert finished(processes.sft_config(places, one / "sft", learning_rate=0.5)) is None

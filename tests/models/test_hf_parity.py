@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxrlhf.models import load_pretrained, save_pretrained
-from jaxrlhf.models.checkpoint_files import open_checkpoint
+from jaxrlhf.models.hf.checkpoint_files import open_checkpoint
 
 SIDES = ("left", "right")
 

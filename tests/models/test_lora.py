@@ -26,7 +26,7 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
-from jaxrlhf.models.adapters import _adapter_tensors
+from jaxrlhf.models.hf.adapters import _adapter_tensors
 from jaxrlhf.models.lora import adapter_leaves, linear_maps, resolve_targets
 from jaxrlhf.sharding import make_mesh
 

@@ -12,6 +12,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf.cli import COMMANDS
+from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.config import parse, to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
@@ -22,7 +23,6 @@ from jaxrlhf.rl.grpo import GRPOConfig, GRPOOptions, train_grpo
 from jaxrlhf.rl.reinforce import ReinforceConfig, ReinforceOptions, train_reinforce
 from jaxrlhf.rl.rloo import RLOOConfig, RLOOOptions, train_rloo
 from jaxrlhf.runs.folder import read_jsonl
-from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 
 pytestmark = pytest.mark.long
 
@@ -212,8 +212,8 @@ def test_the_third_step_of_three_may_do_without_a_critic(demo, tmp_path, monkeyp
 
         return train
 
-    monkeypatch.setattr("jaxrlhf.trainers.rlhf.train_sft", trained_before(demo.lm, "loss"))
-    monkeypatch.setattr("jaxrlhf.trainers.rlhf.train_reward", trained_before(demo.reward, "accuracy"))
+    monkeypatch.setattr("jaxrlhf.commands.rlhf.train_sft", trained_before(demo.lm, "loss"))
+    monkeypatch.setattr("jaxrlhf.commands.rlhf.train_reward", trained_before(demo.reward, "accuracy"))
     options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_answer_seq_len": 8}
     config = RLHFConfig(
         output_dir=str(tmp_path / "all"),

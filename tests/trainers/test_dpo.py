@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.data import load_data
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained
@@ -21,7 +22,6 @@ from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.dpo import DPOConfig, add_reference, train_dpo
 from jaxrlhf.trainers.lora import with_adapters
 from jaxrlhf.trainers.reward import RewardConfig, answer_lengths, reward_figures, reward_sums
-from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 
 pytestmark = pytest.mark.long
 

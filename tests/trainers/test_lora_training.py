@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.config import from_dict
 from jaxrlhf.data import materialize_demo
 from jaxrlhf.engine import generate
@@ -34,7 +35,6 @@ from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.sharding import make_mesh, place_batch
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
 from jaxrlhf.trainers.reward import OBJECTIVES
-from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.trainers.sft import SFTConfig, sft_loss, token_count, train_sft
 from jaxrlhf.trainers.supervised import Objective, has_dropout, init_state, train_step
 

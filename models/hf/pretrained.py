@@ -18,8 +18,11 @@ from jax.sharding import Mesh
 
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.card import ModelCard, render_card
-from jaxrlhf.models.checkpoint_files import (
+from jaxrlhf.models.config import DecoderConfig, LoRAConfig
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.families import get_family
+from jaxrlhf.models.hf.card import ModelCard, render_card
+from jaxrlhf.models.hf.checkpoint_files import (
     CONFIG,
     TensorSource,
     TensorToWrite,
@@ -32,11 +35,8 @@ from jaxrlhf.models.checkpoint_files import (
     replace_files,
     write_checkpoint,
 )
-from jaxrlhf.models.config import DecoderConfig, LoRAConfig
-from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.models.families import get_family
+from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
 from jaxrlhf.models.lora import merge_kernel
-from jaxrlhf.models.mapping import Family, HFConfig, Tensor
 from jaxrlhf.models.model import Model, create_model, logical_axes, make_module, param_shapes, param_shardings
 
 Leaf = jax.ShapeDtypeStruct

@@ -21,12 +21,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxrlhf.distributed import barrier, is_primary, to_host
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.checkpoint_files import all_finite, read_json
 from jaxrlhf.models.config import LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
+from jaxrlhf.models.hf.checkpoint_files import all_finite, read_json
+from jaxrlhf.models.hf.mapping import Layout
 from jaxrlhf.models.lora import join, linear_maps
-from jaxrlhf.models.mapping import Layout
 from jaxrlhf.models.model import Model, param_shapes, param_shardings
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -16,7 +16,7 @@ from jaxrlhf.data.templates import check_template
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import KERNEL_OPTIONS, Model, load_pretrained, with_kernels
-from jaxrlhf.models.checkpoint_files import CONFIG, find_model_folder, read_json
+from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder, read_json
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import MeshConfig
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.config import field
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import (
@@ -22,7 +23,6 @@ from jaxrlhf.models import load_pretrained
 from jaxrlhf.rl.config import PPOOptions
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.reward import RewardOptions
-from jaxrlhf.trainers.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.trainers.sft import SFTOptions
 
 SHAPE = {

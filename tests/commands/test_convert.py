@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf import convert as module
+from jaxrlhf.commands.convert import ConvertConfig, convert, read_checkpoint_model
 from jaxrlhf.config import parse
-from jaxrlhf.convert import ConvertConfig, convert, read_checkpoint_model
 from jaxrlhf.data import materialize_demo
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -24,7 +24,7 @@ from jaxrlhf.models import (
     save_adapter,
     save_pretrained,
 )
-from jaxrlhf.models.checkpoint_files import open_checkpoint
+from jaxrlhf.models.hf.checkpoint_files import open_checkpoint
 from jaxrlhf.models.lora import adapter_leaves
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.run import train_ppo

@@ -68,7 +68,7 @@ class ConvertConfig:
 def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
     head = config.head
     if head == "auto":
-        from jaxrlhf.models.checkpoint_files import find_model_folder, read_json
+        from jaxrlhf.models.hf.checkpoint_files import find_model_folder, read_json
 
         names = read_json(find_model_folder(config.input) / "config.json").get("architectures") or [""]
         head = "scalar" if names[0].endswith("ForSequenceClassification") else "lm"

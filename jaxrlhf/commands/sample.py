@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
+from jaxrlhf.commands.selection import Samples, figures, select_samples
 from jaxrlhf.config import REQUIRED, field, to_dict
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.data import DataConfig, PromptData, answer_text, encode_stops, load_data, load_tokenizer, pad_token_id
@@ -27,7 +28,6 @@ from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
-from jaxrlhf.trainers.selection import Samples, figures, select_samples
 from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
 
 OWN_FIELDS = ("prompt", "chosen", "score", "scores")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.chat import ChatConfig, ChatSession, StreamedText, chat, open_session, printable, talk
+from jaxrlhf.commands.chat import ChatConfig, ChatSession, StreamedText, chat, open_session, printable, talk
 from jaxrlhf.config import parse
 from jaxrlhf.data import encode_conversation
 from jaxrlhf.data.demo import train_tokenizer

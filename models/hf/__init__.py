@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints, configs and adapters, in and out."""

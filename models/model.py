@@ -211,3 +211,16 @@ def resize_vocabulary(model: Model, vocab_size: int) -> Model:
     resize = jax.jit(lambda params: jax.tree.map(grow, params, logical_axes(module), param_shapes(module)))
     params = resize(model.params) if shardings is None else jax.device_put(resize(model.params), shardings)
     return Model(module=module, params=params, config=config)
+
+
+def frozen_copy(params: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
+    """A copy for a model that is only read: matrices in `dtype`, vectors and a scalar head as they are.
+
+    Goes leaf by leaf, since `shardings` may lie in host memory to make room.
+    """
+
+    def leaf(path: Any, x: jax.Array, sharding: Any) -> jax.Array:
+        cast = is_matrix(path) and x.dtype != dtype
+        return jax.device_put(x.astype(dtype) if cast else jnp.copy(x), sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, params, shardings)

@@ -1,9 +1,13 @@
 """The shape of the repository: which package may import which, what is installed, and what `import jaxrlhf` loads."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
-import tomllib
+import sysconfig
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,23 +23,15 @@ PACKAGES = {
 # From the bottom to the top; what stands in one line does not import one another. A unit is the part of a module's name
 # after `jaxrlhf.`. A new module or package of jaxrlhf/ gets its place here.
 LAYERS = (
-    ("errors", "objectives", "kernels", "plots", "xla_flags"),
-    ("files", "config_values", "console", "lifeline"),
+    ("errors", "objectives", "kernels", "xla_flags"),
     ("config",),
     ("distributed",),
-    ("sharding", "sampling", "rewards"),
+    ("sharding", "rewards", "data", "runs"),
     ("models",),
-    ("gradients",),
-    ("decoding",),
-    ("continuous",),
-    ("generation",),
     ("engine",),
-    ("ppo",),
-    ("checkpoints", "data"),
-    ("report",),
-    ("runs",),
     ("trainers",),
-    ("chat", "convert", "plan"),
+    ("rl",),
+    ("commands", "plan"),
     ("bench",),
     ("cli",),
     ("__main__",),
@@ -43,8 +39,8 @@ LAYERS = (
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 ISOLATED = ("kernels", "objectives", "errors")
-TORCH_USERS = {"models/checkpoint_files.py", "jaxrlhf/bench/peers.py", "jaxrlhf/bench/trl_peer.py"}
-USERS_OF_DATA = ("trainers", "chat", "convert", "cli", "scripts")
+TORCH_USERS = {"models/hf/checkpoint_files.py", "jaxrlhf/bench/peers.py", "jaxrlhf/bench/trl_peer.py"}
+USERS_OF_DATA = ("trainers", "rl", "commands", "cli", "scripts")
 IMPORTED_WHERE_USED = ("datasets", "transformers", "matplotlib", "tensorboardX", "torch", "trl")
 
 
@@ -111,7 +107,7 @@ def test_imports_point_downwards(path, module, tree):
             assert RANK[imported] < RANK[unit], f"{where}, which stands above or beside it"
             assert unit not in ISOLATED, f"{where}, but {unit} imports nothing of ours"
         if imported == "data":
-            assert unit in ("data", *USERS_OF_DATA), f"{where}: only trainers, chat and the command line know the data"
+            assert unit in ("data", *USERS_OF_DATA), f"{where}: only trainers and commands know the data"
 
 
 @pytest.mark.parametrize(("path", "module", "tree"), FILES)
@@ -155,17 +151,53 @@ def test_each_file_says_its_subject_in_its_first_line(path, module, tree):
         assert ast.get_docstring(tree), f"{path.relative_to(ROOT)} has no docstring"
 
 
-def test_every_package_is_installed():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    listed = set(settings["packages"])
-    found = {module if path.name == "__init__.py" else module.rpartition(".")[0] for path, module in product_files()}
-    assert {name for name in found if name.split(".")[0] != "scripts"} == listed
-    for package in listed:
-        folder = ROOT.joinpath(*package.split("."))
-        for prefix, directory in settings["package-dir"].items():
-            if package == prefix or package.startswith(f"{prefix}."):
-                folder = ROOT.joinpath(directory, *package[len(prefix) :].strip(".").split("."))
-        assert (folder / "__init__.py").is_file(), f"{package} lacks {folder / '__init__.py'}"
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel that `pip wheel .` makes."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ("--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check")
+    build = folder / "source"
+    build.mkdir()
+    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, build / name, **({"symlinks": True} if copy is shutil.copytree else {}))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", folder, build], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_has_every_module_once(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    installed = sorted(name for name in names if name.endswith(".py"))
+    expected = sorted(
+        module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
+        for path, module in product_files()
+        if module.split(".")[0] == "jaxrlhf"
+    )
+    assert installed == expected
+    assert "jaxrlhf/py.typed" in names
+
+
+@pytest.mark.parametrize("folder", ["clone", "elsewhere"])
+def test_an_install_is_importable_with_the_clone_as_current_folder(wheel, tmp_path, folder):
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    # The dependencies come from this environment; jaxrlhf from the new one alone.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    zipfile.ZipFile(wheel).extractall(site)
+    where = {"cwd": ROOT if folder == "clone" else tmp_path, "check": True, "capture_output": True, "text": True}
+    where["env"] = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    program = "import jaxrlhf.models, jaxrlhf.sharding, jaxrlhf.kernels; print(jaxrlhf.models.__file__)"
+    found = Path(subprocess.run([python, "-c", program], **where).stdout.strip())
+    assert found.is_relative_to(ROOT if folder == "clone" else site)
+    assert "usage: jaxrlhf" in subprocess.run([python, "-m", "jaxrlhf", "--help"], **where).stdout
+
+
+def test_few_entries_stand_directly_under_the_package():
+    links = {"models", "sharding", "kernels"}
+    entries = {path.name for path in (ROOT / "jaxrlhf").iterdir() if not path.name.startswith("__")}
+    assert links < entries
+    assert len(entries - links - {"py.typed"}) <= 16, sorted(entries)
 
 
 def test_importing_the_package_loads_no_heavy_library():

@@ -1,6 +1,6 @@
 """The hybrid engine: one parameter tree, read by the train program and by the generate program."""
 
-from jaxrlhf.engine.generate import Rollout, generate
+from jaxrlhf.engine.generation import Rollout, generate
 from jaxrlhf.engine.hybrid import HybridEngine
 from jaxrlhf.engine.sampling import SamplingConfig
 

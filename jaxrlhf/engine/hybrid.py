@@ -1,6 +1,6 @@
 """The hybrid engine: parameters stored fully sharded for training, and the jitted program that generates with them.
 
-Generation sees the same arrays through another rule table (jaxrlhf/generation.py): the flip happens once, at the entry
+Generation sees the same arrays through another rule table (jaxrlhf/engine/generation.py): the flip happens once, at the entry
 of the program, and prefill and decode then run as one compiled loop.
 """
 

@@ -14,7 +14,7 @@ from jaxrlhf.models import (
     Decoder,
     Model,
     base_leaves,
-    is_matrix,
+    frozen_copy,
     join,
     load_pretrained,
     merged,
@@ -32,19 +32,6 @@ from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule
 from jaxrlhf.trainers.settings import check_context, kernel_options, with_special_tokens
 
 PyTree = Any
-
-
-def frozen_copy(params: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
-    """A copy for a model that is only read: matrices in `dtype`, vectors and a scalar head as they are.
-
-    Goes leaf by leaf, since `shardings` may lie in host memory to make room.
-    """
-
-    def leaf(path: Any, x: jax.Array, sharding: Any) -> jax.Array:
-        cast = is_matrix(path) and x.dtype != dtype
-        return jax.device_put(x.astype(dtype) if cast else jnp.copy(x), sharding)
-
-    return jax.tree_util.tree_map_with_path(leaf, params, shardings)
 
 
 def _without_base(params: PyTree, module: Decoder) -> PyTree:

@@ -24,6 +24,7 @@ from jaxrlhf.models import (
     Decoder,
     Model,
     base_leaves,
+    frozen_copy,
     load_pretrained,
     logical_axes,
     param_shardings,
@@ -31,7 +32,6 @@ from jaxrlhf.models import (
     with_kernels,
     working_copy,
 )
-from jaxrlhf.rl.models import frozen_copy
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import map_rows

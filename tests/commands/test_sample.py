@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jaxrlhf import cli, objectives
+from jaxrlhf.commands import sample as module
 from jaxrlhf.commands.sample import SampleConfig, sample
 from jaxrlhf.commands.selection import Samples, figures, select_samples
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import DataConfig, encode_pair, load_data, plain_response
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
-from jaxrlhf.trainers import sample as module
 
 pytestmark = pytest.mark.long
 

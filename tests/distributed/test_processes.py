@@ -1,6 +1,5 @@
 """Several processes: the same results as one, stops and failures that all learn of, and mistakes named at the start."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import processes
 import pytest
 
 from jaxrlhf import cli, distributed
@@ -20,10 +20,6 @@ from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.distributed import lifeline
 from jaxrlhf.distributed.processes import _differences, detect
 from jaxrlhf.errors import InputError
-
-_SPEC = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
-processes = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(processes)
 
 DEADLINE = 240  # seconds after which a test gives up on its processes
 

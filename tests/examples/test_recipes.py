@@ -12,11 +12,11 @@ import pytest
 
 from jaxrlhf import cli
 from jaxrlhf.config import parse
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import write_demo
 from jaxrlhf.plan.command import make_plan
 from jaxrlhf.plan.memory import train_memory
 from jaxrlhf.plan.programs import build_system
-from jaxrlhf.runs.folder import read_jsonl
 
 pytestmark = pytest.mark.long
 

@@ -14,6 +14,7 @@ import jaxrlhf
 from jaxrlhf.cli import COMMANDS
 from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.config import parse, to_dict
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.rl import PPOHyperparameters
@@ -22,7 +23,6 @@ from jaxrlhf.rl.critic_free import CriticFreeOptions
 from jaxrlhf.rl.grpo import GRPOConfig, GRPOOptions, train_grpo
 from jaxrlhf.rl.reinforce import ReinforceConfig, ReinforceOptions, train_reinforce
 from jaxrlhf.rl.rloo import RLOOConfig, RLOOOptions, train_rloo
-from jaxrlhf.runs.folder import read_jsonl
 
 pytestmark = pytest.mark.long
 

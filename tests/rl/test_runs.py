@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import load_text
 from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.alarms import WINDOW, Alarms
 from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
+from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
-from jaxrlhf.runs.folder import Run, read_jsonl
 from jaxrlhf.trainers.loop import Interrupted
 
 pytestmark = pytest.mark.long

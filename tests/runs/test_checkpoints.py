@@ -12,8 +12,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf import checkpoints
-from jaxrlhf.runs.checkpoints import latest_checkpoint, list_checkpoints, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs.checkpoints import (
+    latest_checkpoint,
+    list_checkpoints,
+    read_metadata,
+    restore_checkpoint,
+    save_checkpoint,
+)
 
 
 class Counters(NamedTuple):

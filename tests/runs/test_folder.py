@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from jaxrlhf import console, runs
-from jaxrlhf.runs.checkpoints import list_checkpoints, save_checkpoint
 from jaxrlhf.config import field, load_yaml
-from jaxrlhf.config.files import write_json_atomic, write_text_atomic
+from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError
-from jaxrlhf.runs.folder import Run, peak_memory_bytes, read_jsonl
+from jaxrlhf.runs import Run, peak_memory_bytes
+from jaxrlhf.runs.checkpoints import list_checkpoints, save_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import load_data
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained
-from jaxrlhf.runs.folder import read_jsonl
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.dpo import DPOConfig, add_reference, train_dpo
 from jaxrlhf.trainers.lora import with_adapters

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
 from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
+from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
-from jaxrlhf.runs.folder import Run, read_jsonl
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.loop import Interrupted
 from jaxrlhf.trainers.reward import RewardConfig, train_reward

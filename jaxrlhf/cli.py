@@ -6,7 +6,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, Interrupted, RunError
 from jaxrlhf.xla_flags import set_xla_flags
 
 
@@ -60,10 +60,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted.
-
-    Of several processes, one that stops because another is gone exits with 75.
-    """
+    """Run one command; returns the exit status: 0, that of the error's kind (`jaxrlhf.errors`), or 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in argv
     argv = [word for word in argv if word != "--verbose"]
@@ -82,10 +79,16 @@ def main(argv: list[str] | None = None) -> int:
         if name in ON_DEVICE and not {"-h", "--help"} & set(rest):
             set_xla_flags(os.environ, verbose=verbose)
         return run(name, COMMANDS[name], rest, verbose)
-    except InputError as error:
+    except Interrupted as stop:  # every process stops after the same step, so one line is enough
+        from jaxrlhf.distributed import is_primary
+
+        if is_primary():
+            print(f"jaxrlhf: {stop}", file=sys.stderr)
+        return stop.status
+    except RunError as error:
         print(f"jaxrlhf: error: {error}", file=sys.stderr)
-        tell_others(error, 2)
-        return 2
+        tell_others(error, error.status)
+        return error.status
     except KeyboardInterrupt as error:
         print("jaxrlhf: interrupted", file=sys.stderr)
         tell_others(error, 130)
@@ -106,17 +109,10 @@ def run(name: str, command: Command, argv: list[str], verbose: bool = False) -> 
     logging.getLogger("jaxrlhf.kernels").setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback per thread for what we say once
     from jaxrlhf.config import parse
-    from jaxrlhf.distributed import is_primary
-    from jaxrlhf.trainers.loop import Interrupted
 
     module = importlib.import_module(command.module)
     config = parse(getattr(module, command.config), argv, prog=f"jaxrlhf {name}", description=command.help)
-    try:
-        getattr(module, command.function)(config)
-    except Interrupted as stop:
-        if is_primary():
-            print(f"jaxrlhf: {stop}", file=sys.stderr)
-        return 130
+    getattr(module, command.function)(config)
     return 0
 
 

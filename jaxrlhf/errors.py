@@ -1,9 +1,51 @@
-"""The one exception that means "the user's input is wrong"; the command line prints it without a traceback."""
+"""Errors by kind, each with the exit status of the command line, which prints them without a traceback.
+
+| class | exit status | meaning |
+|---|---|---|
+| `InputError` | 2 | a setting, a file or data is wrong |
+| `TrainingDiverged` | 3 | losses or gradients are not finite, or no response has a score |
+| `StorageError` | 74 | a disk or a store does not take or give back what it should (`EX_IOERR`) |
+| `PeerLost` | 75 | another process of the run is gone; start again with `--resume` (`EX_TEMPFAIL`) |
+| `Interrupted` | 130 | Ctrl-C or SIGTERM; a checkpoint was saved first |
+"""
 
 
-class InputError(ValueError):
-    """Bad input: the message names the field, file or row, what was found, and what to do about it."""
+class RunError(Exception):
+    """An expected failure. The message names what was found and what to do next."""
+
+    status = 1
+    """Exit status of the command line."""
+
+
+class InputError(RunError, ValueError):
+    """Bad input. The message names the field, file or row, the value, and the remedy."""
+
+    status = 2
 
 
 class SharedError(InputError):
-    """An InputError that every process of a run raises at the same place, so that together they can save first."""
+    """An InputError that every process of a run raises at the same place, so that they can save a checkpoint first."""
+
+
+class TrainingDiverged(RunError):
+    """Training cannot go on: several steps in a row had no finite update."""
+
+    status = 3
+
+
+class StorageError(RunError, OSError):
+    """A checkpoint, an export or a record cannot be written or read back."""
+
+    status = 74
+
+
+class PeerLost(RunError):
+    """Another process of the run is gone."""
+
+    status = 75
+
+
+class Interrupted(RunError):
+    """The user or the cluster asked the run to stop; a checkpoint was saved first."""
+
+    status = 130

@@ -14,11 +14,11 @@ from typing import Any, TextIO
 import jax
 from tqdm import tqdm
 
-from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
 from jaxrlhf.config import save_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
-from jaxrlhf.runs.console import Console, format_number, progress_line
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
+from jaxrlhf.runs.console import Console, format_number, progress_line
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")
 OWN_FILES = ("config.yaml", *RECORDS, "report.html")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrlhf.config.files import read_jsonl, write_text_atomic
-from jaxrlhf.runs.console import format_number
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs.console import format_number
 from jaxrlhf.runs.plots import SERIES, VARIABLES, Curve, draw
 
 STEPS = {

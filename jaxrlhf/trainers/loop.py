@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
-from jaxrlhf.errors import InputError, SharedError
+from jaxrlhf.errors import InputError, Interrupted, SharedError, TrainingDiverged
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import (
@@ -29,10 +29,6 @@ from jaxrlhf.trainers.settings import RunConfig
 
 PyTree = Any
 Metrics = dict[str, Any]
-
-
-class Interrupted(Exception):
-    """The user or the cluster asked the run to stop; a checkpoint was saved first."""
 
 
 @dataclass(frozen=True)
@@ -223,13 +219,13 @@ class Guard:
         self.reason, self.unscored = "", False
 
     def check(self, metrics: Metrics, step: int) -> None:
-        """Count a step that skipped updates; InputError for a figure that is not finite though none was skipped."""
+        """Count a step that skipped updates; TrainingDiverged for a metric that is not finite though none was skipped."""
         bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
         skipped, self.unscored = int(metrics["guard/skipped_updates"]), bool(metrics.get("guard/unscored", False))
         if not skipped and not self.unscored:
             self.in_a_row = 0
             if bad:
-                raise InputError(f"step {step}: {', '.join(bad)} became non-finite; {self._advice()}")
+                raise TrainingDiverged(f"step {step}: {', '.join(bad)} became non-finite; {self._advice()}")
             return
         self.in_a_row += 1
         left_out, self.reason = f"{skipped} update{'s' * (skipped > 1)}", "a loss or gradient became non-finite"
@@ -247,12 +243,12 @@ class Guard:
         return self.in_a_row >= self.limit
 
     def end(self, step: int) -> None:
-        """Save the newest batch for inspection and raise InputError."""
+        """Save the newest batch for inspection and raise TrainingDiverged."""
         path = self.run.output_dir / f"nonfinite-step-{step}.npz"
         arrays = {name: np.asarray(value) for name, value in to_host(self.batch()).items()}
         if is_primary():
             np.savez(path, **arrays)
-        raise InputError(
+        raise TrainingDiverged(
             f"step {step}: {self.reason} in {self.in_a_row} steps in a row; the batch is saved in {path}, and "
             f"checkpoint-{step} holds the model as it was before them. {self._advice()}"
         )

@@ -11,13 +11,12 @@ import pytest
 
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import load_text
-from jaxrlhf.errors import InputError, SharedError
+from jaxrlhf.errors import InputError, Interrupted, SharedError, TrainingDiverged
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.alarms import WINDOW, Alarms
 from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
-from jaxrlhf.trainers.loop import Interrupted
 
 pytestmark = pytest.mark.long
 
@@ -197,7 +196,9 @@ def test_a_run_in_which_no_answer_has_a_score_ends_with_what_it_had_and_goes_on_
     functions = tuple(f"{tmp_path}/rewards.py:{name}" for name in ("first", "second"))
     options = {"reward_functions": functions, "max_skipped_steps": 2, "eval_steps": 0}
     (tmp_path / "broken").touch()
-    with pytest.raises(InputError, match=r"step 2: no answer had a score in 2 steps in a row; .*nonfinite-step-2.npz"):
+    with pytest.raises(
+        TrainingDiverged, match=r"step 2: no answer had a score in 2 steps in a row; .*nonfinite-step-2.npz"
+    ):
         train(tmp_path / "run", **options)
     said = capsys.readouterr().err
     assert "step 1: its updates left out, because no answer had a score (1 such step in a row" in said

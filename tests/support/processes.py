@@ -90,8 +90,8 @@ def rewarded(note):
 
 def two(demo, folder, process):
     """SFT stopped by a signal to process 1, PPO, things refused, and then process 0 is killed in a step."""
+    from jaxrlhf.errors import Interrupted
     from jaxrlhf.rl.run import train_ppo
-    from jaxrlhf.trainers.loop import Interrupted
     from jaxrlhf.trainers.sft import train_sft
 
     if process == 1:

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config.files import read_jsonl
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, Interrupted, TrainingDiverged
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
 from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
-from jaxrlhf.trainers.loop import Interrupted
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
@@ -198,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_checkpoint_and_export
     options = {"overwrite_output_dir": True, "learning_rate": 1e38, "warmup_steps": 0, "save_steps": 1}
     options |= {"max_steps": 9, "save_total_limit": 1}
     said = r"step 4: .*loss.* non-finite in 3 steps in a row.*nonfinite-step-4.npz.*learning rate.*--resume"
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(TrainingDiverged, match=said):
         train("sft", tmp_path, **options)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert {name: (tmp_path / name).read_bytes() for name in older} == older

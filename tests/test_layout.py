@@ -120,17 +120,19 @@ def test_our_subpackages_are_imported_by_their_installed_names(path, module, tre
 
 @pytest.mark.parametrize(("path", "module", "tree"), FILES)
 def test_heavy_libraries_are_imported_where_they_are_used(path, module, tree):
-    inside_functions = {
-        id(inner)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for inner in ast.walk(function)
-    }
+    """Inside functions, or for type checkers alone."""
+
+    def is_lazy(node: ast.AST) -> bool:
+        if isinstance(node, ast.If):
+            return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+    lazy = {id(inner) for block in ast.walk(tree) if is_lazy(block) for inner in ast.walk(block)}
     for name, node in imports_of(tree, module, path.name == "__init__.py"):
         library = name.split(".")[0]
         where = f"{path.relative_to(ROOT)}:{node.lineno} imports {library}"
         if library in IMPORTED_WHERE_USED:
-            assert id(node) in inside_functions, f"{where} at module level; import it in the function that needs it"
+            assert id(node) in lazy, f"{where} at module level; import it in the function that needs it"
         if library == "torch":
             assert unit_of(module) in ("models", "bench"), f"{where}; only what TORCH_USERS lists may"
 

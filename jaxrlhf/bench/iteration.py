@@ -1,75 +1,97 @@
 """Measuring generate, score, train and whole PPO iterations, ours and the peers' in turns."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from jaxrlhf.bench import work
 from jaxrlhf.bench.ours import Iteration, decode_kernel
-from jaxrlhf.bench.record import peak_memory, reset_peak_memory, summary, timed
+from jaxrlhf.bench.record import Record, Records, peak_memory, reset_peak_memory, say, summary
 from jaxrlhf.bench.settings import PHASES, BenchConfig
 from jaxrlhf.errors import InputError
+from jaxrlhf.plan import roofline
+from jaxrlhf.plan.roofline import Peaks, Stages
+from jaxrlhf.rl import Experience
 
-# Largest gap between ours and the peer that rounding explains: of log-probs, values and scores; of losses and gradient
+if TYPE_CHECKING:
+    from jaxrlhf.bench.peers import Tensors, TorchPeer
+    from jaxrlhf.bench.trl_peer import TrlPeer
+
+# Largest gaps between ours and the peer that rounding explains: of log-probs, values and scores; of losses and gradient
 # norms, relative; of the former after one optimizer step, whose first update is little more than the gradient's sign.
 TOLERANCE = {"float32": (1e-4, 1e-4, 1e-3), "bfloat16": (0.15, 0.15, 0.3)}
 TORCH_PEERS = ("hf", "hf-compile")
+Times = dict[str, list[float]]
+"""Seconds of every round, by phase."""
 
 
-def figures(done: work.Work, seconds: list[float], rows: int, tokens: int, peaks: work.Peaks) -> dict[str, Any]:
-    """What a measurement says: rates by the median, and the share of the roofline."""
-    spread = summary(seconds)
-    median, least = spread["median"], done.seconds(peaks)
+def rates(stages: Stages, seconds: list[float], rows: int, tokens: int, peaks: Peaks) -> Record:
+    """Metrics of a measurement: rates by the median, and the share of the roofline.
+
+    Args:
+        stages: Least cost of what was measured.
+        seconds: Time of each round.
+        rows: Sequences of the batch.
+        tokens: Tokens per row that rates count.
+        peaks: Measured peaks of the devices.
+    """
+    spread, cost = summary(seconds), roofline.total(stages)
+    median, least = spread["median"], roofline.roofline_seconds(stages, peaks)
     return {
         "batch": rows,
         "seconds": spread,
         "tokens_per_second": rows * tokens / median,
         "sequences_per_second": rows / median,
-        "tflops": done.flops / median / 1e12,
-        "gb_per_second": done.bytes / median / 1e9,
+        "tflops": cost.flops / median / 1e12,
+        "gb_per_second": cost.bytes / median / 1e9,
         "roofline_seconds": least,
         "roofline_fraction": least / median,
     }
 
 
-def ratios(peer: list[float], ours: list[float]) -> dict[str, Any]:
+def ratios(peer: list[float], ours: list[float]) -> Record:
     """Peer over ours, by minima and by medians: above 1, ours is faster."""
     theirs, own = summary(peer), summary(ours)
     return {"ratio": theirs["min"] / own["min"], "ratio_median": theirs["median"] / own["median"], "seconds": theirs}
 
 
-def phase_work(config: BenchConfig, iteration: Iteration, rows: int) -> dict[str, tuple[work.Work, int]]:
-    """The work of each phase, and how many tokens per row its rate counts."""
+def phase_stages(config: BenchConfig, iteration: Iteration, rows: int) -> dict[str, tuple[Stages, int]]:
+    """Stages of each phase, and the tokens per row that its rate counts."""
     actor, critic = iteration.engine.state.actor, iteration.engine.state.critic
     lengths = (rows, config.prompt, config.answer)
     return {
-        "generate": (work.generate_work(actor, *lengths), config.answer),
-        "score": (work.score_work(actor, critic, *lengths), config.length),
-        "train": (work.train_work(actor, critic, *lengths), config.length),
+        "generate": (roofline.generate(actor, *lengths), config.answer),
+        "score": (roofline.score(actor, critic, *lengths), config.length),
+        "train": (roofline.train(actor, critic, *lengths), config.length),
     }
 
 
-def gaps(ours: Any, ours_metrics: dict | None, peer: dict, peer_metrics: dict | None, prompt: int) -> dict[str, float]:
-    """Largest absolute gaps of the experience, and relative ones of losses and gradient norms."""
+def gaps(
+    ours: Experience,
+    peer: "Tensors",
+    prompt: int,
+    metrics: Mapping[str, float] | None = None,
+    peer_metrics: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Largest absolute gaps of the experience, and relative gaps of losses and gradient norms where given."""
     result = {}
     for name in ("logprobs", "ref_logprobs", "values", "scores"):
         own = np.asarray(getattr(ours, name), np.float32)
         own = own if own.ndim == 1 else own[:, prompt:]
         result[name] = float(np.abs(own - peer[name].float().cpu().numpy()).max())
-    for name in peer_metrics or {}:
-        a, b = ours_metrics[name], peer_metrics[name]
+    for name, b in (peer_metrics or {}).items():
+        a = (metrics or {})[name]
         # The first policy loss is the mean of whitened advantages, so 0 up to rounding.
         result[name] = abs(a - b) / max(abs(a), abs(b), 1.0 if name == "loss/policy_avg" else 1e-6)
     return result
 
 
-def judged(first: dict[str, float], after_a_step: dict[str, float], dtype: str) -> dict[str, Any]:
-    """The tolerances for a compute dtype, and under `wrong` what lies above them."""
+def judged(first: Mapping[str, float], after_a_step: Mapping[str, float], dtype: str) -> Record:
+    """The tolerances of a compute dtype, and under `wrong` the gaps above them."""
     near, relative, after = TOLERANCE[dtype]
     limits = {name: near if name in after_a_step else relative for name in first}
     wrong = [f"{name} {gap:.2g}" for name, gap in first.items() if not gap <= limits[name]]
@@ -78,7 +100,7 @@ def judged(first: dict[str, float], after_a_step: dict[str, float], dtype: str) 
 
 
 class Peers:
-    """The peers of one run, and what they took."""
+    """The peers of one run, and the seconds that they took."""
 
     def __init__(self, config: BenchConfig, iteration: Iteration, folder: Path) -> None:
         from jaxrlhf.bench.peers import torch_device
@@ -86,98 +108,110 @@ class Peers:
         self.config, self.iteration, self.names = config, iteration, config.peers
         self.folders = iteration.save(folder)
         self.dtype = np.dtype(config.compute_dtype).name
-        self.torch: Any = None
-        self.trl: Any = None
-        self.check: dict[str, Any] = {}
+        self.torch: TorchPeer | None = None
+        self.trl: TrlPeer | None = None
+        self.check: Record = {}
         self.device = torch_device(jax.default_backend())
         self.lost: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
+        self.times: dict[str, list[dict[str, float]]] = {}
 
-    def load(self) -> None:
-        """Give torch its models, of which ours measures its peak of memory without."""
+    @property
+    def compares(self) -> bool:
+        """True while results of a torch peer are still to be compared with ours."""
+        return bool(set(self.names) & set(TORCH_PEERS)) and not self.check
+
+    def prepare(self, rows: int, whole: bool) -> None:
+        """Load, compare and warm up for a batch whose experience ours has; forget the times of another batch.
+
+        `whole`: whole iterations are measured. TRL has nothing else.
+        """
+        from jaxrlhf.bench.peers import memory_permitting
+
+        with memory_permitting(self._give_up_torch):
+            self._load_torch()
+            if self.torch is not None and self.compares:
+                self._compare(self.torch)
+        if not whole:
+            self.names = tuple(name for name in self.names if name != "trl")
+        self.times = {name: [] for name in self.names}
+        self.skipped = dict(self.lost)
+        if self.torch is not None:
+            self.torch.micro_batches = self.config.parts(rows)
+            for name in set(TORCH_PEERS) & set(self.names):
+                with self._memory_permitting(name):
+                    self.torch.generate(self.torch.tokens(self.iteration.prompts), compiled=name == "hf-compile")
+        if "trl" in self.names:
+            self._load_trl(rows)
+
+    def _load_torch(self) -> None:
+        """Give torch its models, only now: the peak of our memory is measured without them."""
         if self.torch is None and set(self.names) & set(TORCH_PEERS):
             from jaxrlhf.bench.peers import TorchPeer
 
-            self.torch = TorchPeer(*self.folders, self.config.ppo(), self.device, self.dtype, 1)
+            self.torch = TorchPeer(*self.folders, self.config.ppo(), self.device, self.dtype)
 
-    def give_up_torch(self) -> None:
-        """When even its models, or one update of all rows, do not fit beside ours."""
+    def _give_up_torch(self) -> None:
+        """Its models alone, or one update of all rows, do not fit beside ours."""
         self.lost = {name: "out of memory" for name in self.names if name in TORCH_PEERS}
         self.names = tuple(name for name in self.names if name not in self.lost)
         self.torch, self.check = None, {}
 
-    @property
-    def compares(self) -> bool:
-        """Whether what a torch peer computes is still to be compared with ours."""
-        return bool(set(self.names) & set(TORCH_PEERS)) and not self.check
+    def _load_trl(self, rows: int) -> None:
+        from jaxrlhf.bench.trl_peer import TrlPeer
 
-    def use_batch(self, rows: int, whole: bool) -> None:
-        """Warm up, and forget the times of another batch; whether `whole` iterations are wanted, all that TRL has."""
-        if not whole:
-            self.names = tuple(name for name in self.names if name != "trl")
-        self.times: dict[str, list[dict[str, float]]] = {name: [] for name in self.names}
-        self.skipped = dict(self.lost)
-        if self.torch is not None:
-            self.torch.micro_batches = self.config.parts(rows)
-            self.prompts = self.torch.tensor(self.iteration.prompts).long()
-            for name in TORCH_PEERS:
-                if name in self.names:
-                    with self._memory_permitting(name):
-                        self.torch.generate(self.prompts, compiled=name == "hf-compile")
-        if "trl" in self.names:
-            from jaxrlhf.bench.trl_peer import TrlPeer
-
-            parts, prompts = self.config.parts(rows), self.iteration.prompts
-            self.trl = None  # the models of the batch before
-            with self._memory_permitting("trl"):
-                self.trl = TrlPeer(self.folders, self.config.ppo(), prompts, self.device, self.dtype, parts)
-                self.trl.iteration()
+        parts, prompts = self.config.parts(rows), self.iteration.prompts
+        self.trl = None  # the models of the batch before
+        with self._memory_permitting("trl"):
+            self.trl = TrlPeer(self.folders, self.config.ppo(), prompts, self.device, self.dtype, parts)
+            self.trl.iteration()
 
     def _memory_permitting(self, *names: str) -> AbstractContextManager:
         from jaxrlhf.bench.peers import memory_permitting
 
         return memory_permitting(lambda: self.skipped.update(dict.fromkeys(names, "out of memory")))
 
-    def compare(self, rollout: Any, experience: Any, metrics: dict[str, float]) -> None:
-        """Score and train on our rollout, and keep the gaps. Before either side has taken a step."""
-        tokens = self.torch.tensor(rollout.tokens).long()
-        peer = self.torch.score(tokens)
-        self.check["first"] = gaps(experience, metrics, peer, self.torch.train(peer), self.config.prompt)
+    def _compare(self, torch: "TorchPeer") -> None:
+        """Score and train on our rollout, before either side's second step; then score the next one.
 
-    def compare_updated(self, rollout: Any, experience: Any) -> None:
-        """Score our next rollout, to see that the optimizer steps were the same."""
-        peer = self.torch.score(self.torch.tensor(rollout.tokens).long())
-        self.check["after_a_step"] = gaps(experience, None, peer, None, self.config.prompt)
-        self.check |= judged(self.check["first"], self.check["after_a_step"], self.dtype)
+        The second gaps show that the optimizer steps were the same.
+        """
+        ours, prompt = self.iteration, self.config.prompt
+        scored = torch.score(torch.tokens(ours.rollout.tokens))
+        first = gaps(ours.experience, scored, prompt, ours.metrics, torch.train(scored))
+        ours.run(("generate", "score"))
+        after = gaps(ours.experience, torch.score(torch.tokens(ours.rollout.tokens)), prompt)
+        self.check = {"first": first, "after_a_step": after} | judged(first, after, self.dtype)
 
-    def run(self, phases: tuple[str, ...]) -> None:
-        """One round of the peers; what hf and hf-compile share is run once."""
-        if "trl" in self.names and "trl" not in self.skipped:
+    def run(self, phases: Sequence[str]) -> None:
+        """One round of the peers; what hf and hf-compile share runs once."""
+        if self.trl is not None and "trl" in self.names and "trl" not in self.skipped:
             with self._memory_permitting("trl"):
                 self.times["trl"].append({"iteration": self.trl.iteration()})
         if self.torch is None:
             return
+        torch, prompts = self.torch, self.torch.tokens(self.iteration.prompts)
         names = [name for name in self.names if name in TORCH_PEERS and name not in self.skipped]
         took: dict[str, dict[str, float]] = {name: {} for name in names}
         tokens = None
         for name in names:
             if "generate" in phases or tokens is None:
                 with self._memory_permitting(name):
-                    compiled = name == "hf-compile"
-                    seconds, tokens = self.torch.timed(lambda c=compiled: self.torch.generate(self.prompts, c))
-                    took[name]["generate"] = seconds
+                    took[name]["generate"], tokens = torch.timed(torch.generate, prompts, name == "hf-compile")
         if tokens is not None and {"score", "train"} & set(phases):
             with self._memory_permitting(*names):
-                score, experience = self.torch.timed(lambda: self.torch.score(tokens))
-                train, _ = self.torch.timed(lambda: self.torch.train(experience)) if "train" in phases else (0.0, None)
+                shared = {}
+                shared["score"], experience = torch.timed(torch.score, tokens)
+                if "train" in phases:
+                    shared["train"], _ = torch.timed(torch.train, experience)
                 for name in names:
-                    took[name] |= {"score": score, "train": train}
+                    took[name] |= shared
         for name in names:
             if name not in self.skipped:
                 self.times[name].append({phase: took[name][phase] for phase in phases})
 
-    def results(self, name: str, ours: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-        """What is said of a peer by section: ratios to the seconds of `ours` there, and how both compare."""
+    def results(self, name: str, ours: Times) -> Records:
+        """Metrics of one peer by section: ratios to the seconds of `ours` there, and how both compare."""
         if name == "trl":
             skipped = {"skipped": self.skipped[name]} if name in self.skipped else None
             return {"ppo": skipped or ratios([run["iteration"] for run in self.times[name]], ours["ppo"])}
@@ -189,74 +223,56 @@ class Peers:
         if "ppo" in ours:
             whole = [sum(parts) for parts in zip(*phases.values(), strict=True)]
             found["ppo"] = ratios(whole, ours["ppo"]) | {"phases": dict(found)}
-        return {section: figures | {"check": self.check} for section, figures in found.items()}
+        return {section: record | {"check": self.check} for section, record in found.items()}
 
 
 def measure_iteration(
-    config: BenchConfig,
-    wanted: list[str],
-    iteration: Iteration,
-    peers: Peers | None,
-    peaks: work.Peaks,
-    say: Callable,
-    rows: int,
-) -> dict[str, dict[str, Any]]:
+    config: BenchConfig, wanted: Sequence[str], iteration: Iteration, peers: Peers | None, peaks: Peaks, rows: int
+) -> Records:
     """Records of the sections `wanted` among generate, score, train and ppo, at a batch of `rows`."""
     phases = tuple(name for name in PHASES if name in wanted or "ppo" in wanted)
     iteration.use_batch(rows)
     reset_peak_memory()
-    first: dict[str, float] = {}
-    first["generate"], rollout = timed(iteration.generate)
-    # What a batch goes through once only makes inputs for what is measured, or compared with peers.
+    # Later phases need what earlier ones make, and the comparison with peers needs all of them.
     compared = peers is not None and peers.compares
-    if {"score", "train"} & set(phases) or compared:
-        first["score"], experience = timed(lambda: iteration.score(rollout))
-    if "train" in phases or compared:
-        first["train"], metrics = timed(lambda: iteration.train(experience))
+    first = iteration.run(PHASES if compared else PHASES[: 1 + PHASES.index(phases[-1])])
     memory = peak_memory()
     if peers is not None:
-        from jaxrlhf.bench.peers import memory_permitting
-
-        with memory_permitting(peers.give_up_torch):
-            peers.load()
-            if compared:
-                peers.compare(rollout, experience, metrics)
-                rollout = iteration.generate()
-                experience = iteration.score(rollout)
-                peers.compare_updated(rollout, experience)
-        peers.use_batch(rows, whole="ppo" in wanted)
-    times: dict[str, list[float]] = {phase: [] for phase in phases}
+        peers.prepare(rows, whole="ppo" in wanted)
+    times: Times = {phase: [] for phase in phases}
     for turn in range(config.repeats):
-        if "generate" in phases:
-            seconds, rollout = timed(iteration.generate)
-            times["generate"].append(seconds)
-        if "score" in phases:
-            seconds, experience = timed(lambda: iteration.score(rollout))  # noqa: B023
-            times["score"].append(seconds)
-        if "train" in phases:
-            times["train"].append(timed(lambda: iteration.train(experience))[0])  # noqa: B023
+        for phase, seconds in iteration.run(phases).items():
+            times[phase].append(seconds)
         if peers is not None:
             peers.run(phases)
         say(f"  batch {rows}, round {turn + 1} of {config.repeats}: " + _round(times, peers))
-    counted = phase_work(config, iteration, rows)
-    records = {phase: figures(counted[phase][0], times[phase], rows, counted[phase][1], peaks) for phase in phases}
-    for phase in phases:
-        records[phase]["compile_seconds"] = max(0.0, first[phase] - records[phase]["seconds"]["median"])
-    if "generate" in phases:
-        records["generate"]["decode_attention"] = decode_kernel(iteration.engine.state.actor)
+    records = _records(config, iteration, times, first, peaks)
     if "ppo" in wanted:
-        times["ppo"] = [sum(parts) for parts in zip(*times.values(), strict=True)]
-        whole = figures(sum((counted[p][0] for p in phases), work.Work(())), times["ppo"], rows, config.length, peaks)
-        whole["compile_seconds"] = sum(records[phase]["compile_seconds"] for phase in phases)
-        records["ppo"] = whole | {"phases": {phase: dict(records[phase]) for phase in phases}}
+        times["ppo"] = records["ppo"]["seconds"]["runs"]
     for name in wanted:
-        records[name]["peak_memory"] = memory
-        records[name]["peers"] = {}
+        records[name] |= {"peak_memory": memory, "peers": {}}
     for name in (*peers.lost, *peers.names) if peers else ():
         for section, found in peers.results(name, times).items():
             if section in wanted:
                 records[section]["peers"][name] = found
     return {name: records[name] for name in wanted}
+
+
+def _records(
+    config: BenchConfig, iteration: Iteration, times: Times, first: Mapping[str, float], peaks: Peaks
+) -> Records:
+    """A record for each phase in `times`, and under `ppo` one for all of them together."""
+    rows, stages = iteration.rows, phase_stages(config, iteration, iteration.rows)
+    records: Records = {}
+    for phase, seconds in times.items():
+        record = records[phase] = rates(stages[phase][0], seconds, rows, stages[phase][1], peaks)
+        record["compile_seconds"] = max(0.0, first[phase] - record["seconds"]["median"])
+    if "generate" in times:
+        records["generate"]["decode_attention"] = decode_kernel(iteration.engine.state.actor)
+    together = [sum(parts) for parts in zip(*times.values(), strict=True)]
+    whole = rates(tuple(s for phase in times for s in stages[phase][0]), together, rows, config.length, peaks)
+    whole["compile_seconds"] = sum(record["compile_seconds"] for record in records.values())
+    return records | {"ppo": whole | {"phases": {phase: dict(record) for phase, record in records.items()}}}
 
 
 def _round(times: dict[str, list[float]], peers: Peers | None) -> str:

@@ -1,21 +1,20 @@
-"""What is measured of ours: the programs of a PPO iteration as the trainer runs them, and the kernels below."""
+"""Our side of the benchmark: the programs of a PPO iteration as the trainer runs them, and the kernels below."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.bench.record import timed
+from jaxrlhf.bench.record import Record, timed
 from jaxrlhf.bench.settings import BenchConfig
-from jaxrlhf.bench.work import Peaks, Work, attention_work, logprobs_work, visible
 from jaxrlhf.engine import Rollout
 from jaxrlhf.kernels import LIBRARIES, choose
 from jaxrlhf.models import (
@@ -31,35 +30,44 @@ from jaxrlhf.models.attend import attend_to_sequence
 from jaxrlhf.models.decoder import LayerOptions, alibi_slopes, layer_options, positions_from_mask
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.model import make_module
+from jaxrlhf.plan.roofline import Peaks, Stages, attention_layer, logprobs, visible
 from jaxrlhf.rl import Experience
 from jaxrlhf.rl.run import PPOTrainer, RLHFEngine
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, default_tensor_parallel, generate_mesh, place_batch, use
 
 DECODE_STEPS = 32
 PEAK_SIZES = {"cpu": (2048, 2**28), "accelerator": (8192, 2**30)}  # side of the matrices, bytes of the copied array
-Runs = dict[str, tuple[Callable[[], Any], Work]]
-"""What is timed, by name, and the work it is."""
+PyTree = Any
+Scalar = float | jax.Array
+Runs = dict[str, tuple[Callable[[], object], Stages]]
+"""Timed calls by name, and the least cost of each."""
 
 
 def random_prompts(config: BenchConfig, vocab_size: int, rows: int) -> np.ndarray:
-    """`[rows, P]` int32; row i is the same in every batch: numbers are drawn one row after the other."""
+    """Prompts `[rows, P]` int32. Row i is the same in every batch: ids are sampled one row after the other."""
     return np.random.default_rng(config.seed).integers(0, vocab_size, (rows, config.prompt)).astype(np.int32)
 
 
-def measure_peaks(config: BenchConfig) -> tuple[Peaks, dict[str, Any]]:
-    """The fastest large matrix product and copy of one device, for all devices of the mesh."""
-    devices = 1 if jax.default_backend() == "cpu" else config.make_mesh().size  # simulated ones share their cores
-    side, size = PEAK_SIZES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+def measure_peaks(config: BenchConfig) -> tuple[Peaks, Record]:
+    """Fastest large matrix product and copy on one device, scaled to all devices of the mesh."""
+    on_cpu = jax.default_backend() == "cpu"
+    devices = 1 if on_cpu else config.make_mesh().size  # simulated devices share their cores
+    side, size = PEAK_SIZES["cpu" if on_cpu else "accelerator"]
     a = jax.random.normal(jax.random.key(0), (side, side), config.compute_dtype)
     x = jnp.zeros(size // 4, jnp.float32)
     multiply, copy = jax.jit(lambda a: a @ a), jax.jit(lambda x: x + 1, donate_argnums=0)
-    seconds = {"matmul": min(timed(partial(multiply, a))[0] for _ in range(8)), "copy": math.inf}
+    matmul, copying = min(timed(partial(multiply, a))[0] for _ in range(8)), math.inf
     for _ in range(8):  # into memory that is there already: a CPU would otherwise be measured at getting pages
         took, x = timed(partial(copy, x))
-        seconds["copy"] = min(seconds["copy"], took)
-    peaks = Peaks(devices * 2.0 * side**3 / seconds["matmul"], devices * 2.0 * size / seconds["copy"])
-    how = {"matmul": f"{side}³ {np.dtype(config.compute_dtype).name}", "copy": f"{size / 2**20:.0f} MiB"}
-    return peaks, {"tflops": peaks.flops / 1e12, "gb_per_second": peaks.bandwidth / 1e9, "devices": devices} | how
+        copying = min(copying, took)
+    peaks = Peaks(devices * 2.0 * side**3 / matmul, devices * 2.0 * size / copying)
+    return peaks, {
+        "tflops": peaks.flops / 1e12,
+        "gb_per_second": peaks.bandwidth / 1e9,
+        "devices": devices,
+        "matmul": f"{side}³ {np.dtype(config.compute_dtype).name}",
+        "copy": f"{size / 2**20:.0f} MiB",
+    }
 
 
 class Iteration:
@@ -67,29 +75,27 @@ class Iteration:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config = config
-        self.rows = 0
-        self.renew()
-
-    def renew(self) -> None:
-        """Make the models, in place of those that are there."""
-        self.engine = self.trainer = None
-        config = self.config
-        shapes = config.shapes()
+        actor, critic = config.shapes()
         ppo = config.ppo()
-        mesh, dtype = ppo.make_mesh(), ppo.compute_dtype
-        keys = jax.random.split(jax.random.key(config.seed))
-        options = {"mesh": mesh, "dtype": dtype, "remat": ppo.remat, "zero_stage": ppo.zero_stage}
-        models = (
-            create_model(shapes[0], key=keys[0], **options),
-            create_model(shapes[1], head="scalar", key=keys[1], **options),
+        make = partial(
+            create_model, mesh=ppo.make_mesh(), dtype=ppo.compute_dtype, remat=ppo.remat, zero_stage=ppo.zero_stage
         )
-        ids = {name: getattr(shapes[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        keys = jax.random.split(jax.random.key(config.seed))
+        models = make(actor, key=keys[0]), make(critic, head="scalar", key=keys[1])
+        ids = {name: getattr(actor, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         ids["eos_token_id"] = ids["eos_token_id"] or 0
         self.engine = RLHFEngine(*models, SimpleNamespace(**ids), num_total_iters=1, config=ppo)
         self.trainer = PPOTrainer(self.engine)
-        self.trainer.sampling = ppo.sampling(None, 0)  # no EOS: answers have a fixed length
+        self.trainer.sampling = ppo.sampling(None, 0)  # no EOS: responses have a fixed length
+
+    def renew(self) -> None:
+        """Free the models, then make them anew."""
+        config = self.config
+        vars(self).clear()
+        self.__init__(config)
 
     def use_batch(self, rows: int) -> None:
+        """Make prompts and set the micro-batches for a batch of `rows`."""
         self.rows = rows
         self.prompts = random_prompts(self.config, self.engine.actor.config.vocab_size, rows)
         h = self.engine.config.hyperparameters(self.config.seed)
@@ -97,16 +103,26 @@ class Iteration:
         self.engine.state = self.engine.state.replace(hyperparameters=dataclasses.replace(h, micro_batches=parts))
 
     def generate(self) -> Rollout:
+        """Generate the rollout that `score` takes."""
         batch = {"prompt_ids": self.prompts, "prompt_mask": np.ones_like(self.prompts)}
         key = jax.random.fold_in(self.trainer.key, int(self.engine.state.step))
-        return self.trainer.rollout(batch, key)
+        self.rollout = self.trainer.rollout(batch, key)
+        return self.rollout
 
-    def score(self, rollout: Rollout) -> Experience:
-        return self.trainer.score(rollout, self.engine.state.hyperparameters)
+    def score(self) -> Experience:
+        """Score the rollout; `train` takes the experience."""
+        self.experience = self.trainer.score(self.rollout, self.engine.state.hyperparameters)
+        return self.experience
 
-    def train(self, experience: Experience) -> dict[str, float]:
-        self.trainer.train_rlhf(experience)
-        return self.trainer.metrics
+    def train(self) -> dict[str, float]:
+        """Update actor and critic on the experience."""
+        self.trainer.train_rlhf(self.experience)
+        self.metrics = self.trainer.metrics
+        return self.metrics
+
+    def run(self, phases: Iterable[str]) -> dict[str, float]:
+        """Run these phases, in this order, on what earlier ones made; returns the seconds of each."""
+        return {phase: timed(getattr(self, phase))[0] for phase in phases}
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """The current actor and critic as Hugging Face folders; before the first step the critic is the reward."""
@@ -116,36 +132,47 @@ class Iteration:
 
 
 def attention_runs(config: BenchConfig, rows: int) -> Runs:
-    """One layer's attention of the actor over prompt and answer as in training: `forward`, `train` with gradients.
+    """One layer's attention of the actor over prompt and response: `forward`, and `train` with gradients.
 
-    It is the first layer's; where others have another window, runs of one of them follow, whose names say it.
+    It is the first layer. A run with the window in its name follows for each other window that layers have.
     """
-    module, mesh = actor_module(config), config.make_mesh()
-    shape, length = module.config, config.length
-    keys = jax.random.split(jax.random.key(config.seed), 4)
+    module, mesh, length = actor_module(config), config.make_mesh(), config.length
+    shape = module.config
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
+    keys = jax.random.split(jax.random.key(config.seed), len(heads))
     arrays = [
-        jax.random.normal(k, (rows, h, length, shape.head_dim), config.compute_dtype)
-        for k, h in zip(keys, heads, strict=True)
+        jax.random.normal(key, (rows, h, length, shape.head_dim), config.compute_dtype)
+        for key, h in zip(keys, heads, strict=True)
     ]
     *inputs, weights = place_batch(tuple(arrays), mesh, TRAIN_RULES)
     layers = layer_options(shape)
     # As the decoder passes them: arrays, as all layers share a program, but plain numbers to kernels that want them.
     plain = config.attention_implementation in LIBRARIES and all(options == layers[0] for options in layers)
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: Any, window: Any) -> jax.Array:
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: Scalar, window: Scalar) -> jax.Array:
         mask = jnp.ones((rows, length), bool)
-        options = {"scale": scale, "window": window, "implementation": config.attention_implementation}
-        options["alibi_slopes"] = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
+        slopes = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
         with use(mesh, TRAIN_RULES):
-            return attend_to_sequence(q, k, v, mask, positions_from_mask(mask), **options)
+            return attend_to_sequence(
+                q,
+                k,
+                v,
+                mask,
+                positions_from_mask(mask),
+                scale=scale,
+                window=window,
+                alibi_slopes=slopes,
+                implementation=config.attention_implementation,
+            )
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: Any, window: Any) -> jax.Array:
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: Scalar, window: Scalar) -> jax.Array:
         return jnp.sum(forward(q, k, v, scale, window).astype(jnp.float32) * weights)
 
     static = (3, 4) if plain else ()
-    programs = {"forward": jax.jit(forward, static_argnums=static)}
-    programs["train"] = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=static)
+    programs = {
+        "forward": jax.jit(forward, static_argnums=static),
+        "train": jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=static),
+    }
     kinds: dict[int, LayerOptions] = {}
     for options in layers:
         kinds.setdefault(visible(length, options.window), options)
@@ -155,58 +182,75 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
         given = numbers if plain else (jnp.asarray(options.scale, jnp.float32), jnp.asarray(options.window))
         for part, program in programs.items():
             name = f"{part} (window {options.window or 'none'})" if i else part
-            done = attention_work(module, rows, length, options.window, part == "train")
-            runs[name] = (partial(program, *inputs, *given), done)
+            cost = attention_layer(module, rows, length, options.window, part == "train")
+            runs[name] = (partial(program, *inputs, *given), cost)
     return runs
 
 
 def logprobs_runs(config: BenchConfig, rows: int) -> Runs:
-    """Token log-probs of the actor's head, which is float32 as in training: `forward`, `train` with gradients."""
-    module, mesh, dtype = actor_module(config), config.make_mesh(), config.compute_dtype
+    """Token log-probs of the actor's head, float32 as in training: `forward`, and `train` with gradients."""
+    module, mesh = actor_module(config), config.make_mesh()
     shape = module.config
     keys = jax.random.split(jax.random.key(config.seed), 3)
-    hidden = jax.random.normal(keys[0], (rows, config.length, shape.embedding_size), dtype)
+    hidden = jax.random.normal(keys[0], (rows, config.length, shape.embedding_size), config.compute_dtype)
     weight = 0.02 * jax.random.normal(keys[1], (shape.padded_vocab_size, shape.embedding_size))
     labels = jax.random.randint(keys[2], (rows, config.length), 0, shape.vocab_size)
     hidden, labels = place_batch((hidden, labels), mesh, TRAIN_RULES)
+    implementation = config.logprob_implementation
 
     def forward(hidden: jax.Array, weight: jax.Array) -> jax.Array:
         with use(mesh, TRAIN_RULES):
-            options = {"vocab_size": shape.vocab_size, "implementation": config.logprob_implementation}
-            return head_logprobs(hidden, weight, None, labels, zero_stage=0, **options)[0]
+            return head_logprobs(
+                hidden,
+                weight,
+                None,
+                labels,
+                zero_stage=0,
+                vocab_size=shape.vocab_size,
+                implementation=implementation,
+            )[0]
 
-    gradients = jax.jit(jax.value_and_grad(lambda h, w: forward(h, w).sum(), argnums=(0, 1)))
-    programs = {"forward": jax.jit(forward), "train": gradients}
+    gradients = jax.value_and_grad(lambda h, w: forward(h, w).sum(), argnums=(0, 1))
     return {
-        part: (partial(program, hidden, weight), logprobs_work(module, rows, config.length, part == "train"))
-        for part, program in programs.items()
+        part: (partial(jax.jit(program), hidden, weight), logprobs(module, rows, config.length, part == "train"))
+        for part, program in (("forward", forward), ("train", gradients))
     }
 
 
-def decode_actor(config: BenchConfig) -> tuple[Decoder, Any, Mesh]:
-    """The actor's module, its weights as decoding wants them, and the mesh of generation."""
+class DecodeActor(NamedTuple):
+    """The actor as decoding reads it."""
+
+    module: Decoder
+    view: PyTree
+    """Weights as `decode_step` takes them, by the rules of generation."""
+    mesh: Mesh
+    """The mesh of generation."""
+
+
+def decode_actor(config: BenchConfig) -> DecodeActor:
+    """The actor with random weights, ready to decode."""
     shape, mesh = config.actor_shape(), config.make_mesh()
     flipped = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
     model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.compute_dtype)
     model = with_kernels(
         model, attention_implementation=config.attention_implementation, kv_cache_dtype=config.kv_cache_dtype
     )
-    return model.module, decode_view(model.module, model.params, flipped), flipped
+    return DecodeActor(model.module, decode_view(model.module, model.params, flipped), flipped)
 
 
-def decode_view(module: Decoder, params: Any, mesh: Mesh) -> Any:
-    """Weights as decoding wants them, on the mesh of generation."""
+def decode_view(module: Decoder, params: PyTree, mesh: Mesh) -> PyTree:
+    """Weights as decoding reads them, on the mesh of generation."""
     with use(mesh, GENERATE_RULES):
         return jax.jit(partial(generation_view, module=module))(params)
 
 
 def decode_runs(
-    module: Decoder, view: Any, mesh: Mesh, rows: int, length: int, many: int
-) -> dict[str, Callable[[], Any]]:
+    module: Decoder, view: PyTree, mesh: Mesh, rows: int, length: int, many: int
+) -> dict[str, Callable[[], jax.Array]]:
     """Steps at the end of a cache of `length` columns: `one`, and `many` of them in one program."""
 
     @partial(jax.jit, static_argnames="count")
-    def decode(view: Any, *, count: int) -> jax.Array:
+    def decode(view: PyTree, *, count: int) -> jax.Array:
         def body(i: jax.Array, carry: tuple) -> tuple:
             token, caches = carry
             column = length - many + i
@@ -221,12 +265,12 @@ def decode_runs(
 
 
 def decode_kernel(module: Decoder) -> str:
-    """Which implementation attends to the cache: what "auto" means here, and those of training alone."""
+    """Name of the implementation that attends to the cache; generation takes "auto" for those of training alone."""
     c, asked = module.config, module.attention_implementation
     asked = "auto" if asked in LIBRARIES else asked
     return choose("decode_attention", asked, dtype=module.dtype, head_dim=c.head_dim, alibi=c.position == "alibi")
 
 
 def actor_module(config: BenchConfig) -> Decoder:
-    """Without weights."""
+    """The actor without weights."""
     return make_module(config.actor_shape(), "lm", config.compute_dtype)

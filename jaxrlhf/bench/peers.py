@@ -1,14 +1,16 @@
 """The same PPO iteration in plain PyTorch: Hugging Face `generate`, four forward passes, one AdamW step of each model.
 
-Written as one writes it with transformers alone, and fairly: sdpa attention, the fused AdamW, bfloat16 weights and
+It is what one writes with transformers alone, at its fastest: sdpa attention, the fused AdamW, bfloat16 weights and
 moments on a GPU (ours keeps float32 masters), dropout off, no recomputation. The weights are ours, read from folders.
 """
+
+from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -17,7 +19,13 @@ from jaxrlhf.rl.config import PPOConfig
 
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop")
 DROPOUTS += ("resid_pdrop", "embd_pdrop", "attn_pdrop", "embed_dropout", "resid_dropout")
-Tensors = dict[str, Any]
+if TYPE_CHECKING:
+    import jax
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    Tensors = dict[str, Tensor]
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 def torch_device(platform: str) -> str:
@@ -43,10 +51,10 @@ def memory_permitting(otherwise: Callable[[], None]) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def load_model(kind: Any, folder: Path, device: str, dtype: str) -> Any:
-    """A model of transformers, without dropout. Its embedding of the pad id is a row like all others.
+def load_model(kind: type, folder: Path, device: str, dtype: str) -> PreTrainedModel:
+    """A model of transformers, without dropout. Its embedding of the pad id gets gradients like every other row.
 
-    (Otherwise that row would get no gradient; masks say what is padding, not the id.)
+    `kind` is one of transformers' auto classes.
     """
     import torch
     from transformers import AutoConfig
@@ -66,14 +74,14 @@ def load_model(kind: Any, folder: Path, device: str, dtype: str) -> Any:
 class TorchPeer:
     """Actor, reference, critic and reward model of transformers, and the two optimizers."""
 
-    def __init__(self, actor: Path, reward: Path, config: PPOConfig, device: str, dtype: str, micro_batches: int):
+    def __init__(self, actor: Path, reward: Path, config: PPOConfig, device: str, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self.torch, self.device, self.config, self.micro_batches = torch, device, config, micro_batches
+        self.torch, self.device, self.config, self.micro_batches = torch, device, config, 1
         self.actor = load_model(AutoModelForCausalLM, actor, device, dtype)
         self.reference = load_model(AutoModelForCausalLM, actor, device, dtype).requires_grad_(False)
         self.critic = load_model(AutoModelForSequenceClassification, reward, device, dtype)
@@ -93,11 +101,11 @@ class TorchPeer:
             )
         }
 
-    def timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
-        """(seconds, result) with the device's queue empty before and after."""
+    def timed(self, run: Callable[P, T], *args: P.args, **options: P.kwargs) -> tuple[float, T]:
+        """(seconds, result) of a call, with the device's queue empty before and after."""
         self._wait()
         begin = time.perf_counter()
-        result = run()
+        result = run(*args, **options)
         self._wait()
         return time.perf_counter() - begin, result
 
@@ -105,11 +113,12 @@ class TorchPeer:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
-    def tensor(self, array: Any) -> Any:
-        return self.torch.from_numpy(np.array(array)).to(self.device)
+    def tokens(self, array: jax.Array | np.ndarray) -> Tensor:
+        """int64 token ids on the peer's device."""
+        return self.torch.from_numpy(np.array(array)).to(self.device).long()
 
-    def generate(self, prompts: Any, compiled: bool = False) -> Any:
-        """Tokens `[B, P + A]`, drawn at temperature 1 from all tokens; none ends early."""
+    def generate(self, prompts: Tensor, compiled: bool = False) -> Tensor:
+        """Tokens `[B, P + A]`, sampled at temperature 1 from the whole vocabulary; no response ends early."""
         from transformers import CompileConfig, GenerationConfig
 
         options: dict[str, Any] = {}
@@ -143,21 +152,21 @@ class TorchPeer:
         parts = {name: x.chunk(self.micro_batches) for name, x in batch.items()}
         return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
-    def _logprobs(self, model: Any, tokens: Any) -> Any:
-        """`[B, A]`: of the answer's tokens."""
+    def _logprobs(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+        """Log-probs `[B, A]` of the response tokens."""
         start = self.config.max_prompt_seq_len
         logits = model(input_ids=tokens, attention_mask=self.torch.ones_like(tokens), use_cache=False).logits
         picked = self.torch.log_softmax(logits[:, start - 1 : -1].float(), dim=-1)
         return picked.gather(-1, tokens[:, start:, None])[..., 0]
 
-    def _values(self, model: Any, tokens: Any) -> Any:
-        """`[B, T]`: the scalar head at every token."""
+    def _values(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+        """Scalar head `[B, T]` at every token."""
         body = getattr(model, model.base_model_prefix)
         mask = self.torch.ones_like(tokens)
         hidden = body(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
         return self.torch.nn.functional.linear(hidden.float(), model.score.weight.float())[..., 0]
 
-    def score(self, tokens: Any) -> Tensors:
+    def score(self, tokens: Tensor) -> Tensors:
         """Old and reference log-probs and values `[B, A]`, scores `[B]`."""
         start = self.config.max_prompt_seq_len
         done = []
@@ -175,7 +184,7 @@ class TorchPeer:
                 )
         return {name: self.torch.cat([part[name] for part in done]) for name in done[0]}
 
-    def _advantages(self, e: Tensors) -> tuple[Any, Any]:
+    def _advantages(self, e: Tensors) -> tuple[Tensor, Tensor]:
         """Whitened advantages and returns `[B, A]` (generalised advantage estimation)."""
         c, torch = self.config, self.torch
         rewards = -c.kl_coef * (e["logprobs"] - e["ref_logprobs"])

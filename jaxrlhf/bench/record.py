@@ -1,4 +1,4 @@
-"""What benchmarks share: timing in turns, memory, and where and with what a result was measured."""
+"""Parts that benchmarks share: timing in turns, memory, and the origin of a result."""
 
 import json
 import os
@@ -10,28 +10,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.errors import InputError
 
+T = TypeVar("T")
 SOURCE = Path(__file__).resolve().parent
+Record = dict[str, Any]
+"""JSON values of one measurement."""
+Records = dict[str, Record]
+"""Records by section."""
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "trl")
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def say(text: str) -> None:
+    """Print at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def timed(run: Callable[[], T]) -> tuple[float, T]:
     """(seconds, result) of one run, its arrays computed."""
     begin = time.perf_counter()
     result = jax.block_until_ready(run())
     return time.perf_counter() - begin, result
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Seconds of each run: the fastest of `repeats`, taken in turns after one uncounted round (compilation)."""
     times = {name: [] for name in runs}
     for _ in range(repeats + 1):
@@ -40,12 +50,12 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
     return {name: min(seconds[1:]) for name, seconds in times.items()}
 
 
-def summary(seconds: list[float]) -> dict[str, Any]:
+def summary(seconds: list[float]) -> Record:
     """Median and minimum beside the runs themselves."""
     return {"median": statistics.median(seconds), "min": min(seconds), "runs": seconds}
 
 
-def peak_memory() -> dict[str, Any]:
+def peak_memory() -> Record:
     """The most bytes that a device held since the process began; on a CPU the process, since `reset_peak_memory`."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
@@ -65,7 +75,7 @@ def reset_peak_memory() -> None:
         switch.write_text("5")
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> Record:
     """Device and how busy the machine was at the end, versions, command and commit."""
     device = jax.devices()[0]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -135,7 +145,7 @@ def check_output(path: str | Path | None, option: str) -> None:
         raise InputError(f"{option}: {path} is a folder; name a file in it")
 
 
-def write(path: str | Path | None, result: dict[str, Any]) -> None:
+def write(path: str | Path | None, result: Record) -> None:
     """The result with its provenance as JSON, where a file is named; atomically."""
     if path:
         write_text_atomic(path, json.dumps(provenance() | result, indent=2) + "\n")

@@ -1,27 +1,25 @@
 """Results as tables and plots: on the console after a run, and all of them in one document."""
 
 import json
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from jaxrlhf.bench.record import Record
 from jaxrlhf.bench.settings import SECTIONS
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs.console import Console
 
-COLUMNS = (
-    "section",
-    "batch",
-    "median s",
-    "min s",
-    "tokens/s",
-    "seq/s",
-    "TFLOP/s",
-    "GB/s",
-    "roofline",
-    "GiB",
-    "compile s",
-)
-OURS, PEER = "#3366aa", "#cc7722"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = ("section", "batch", "median s", "min s", "tokens/s", "seq/s", "TFLOP/s", "GB/s")
+COLUMNS += ("roofline", "GiB", "compile s")
+PEER_COLUMNS = ("section", "batch", "peer", "its min s", "ratio", "by medians")
+COLOURS = {"generate": "#3366aa", "score": "#66aa88", "train": "#cc7722", "iteration": "#888888"}
 BEGIN, END = "<!-- results: written by `jaxrlhf bench --render` -->", "<!-- end of results -->"
 COMPILED = "kernels_aot"  # what benchmarks/kernels_aot.py writes
 ONE_OFF = {
@@ -36,7 +34,14 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _row(name: str, record: dict[str, Any]) -> list[str]:
+def _swept(result: Record) -> Iterator[tuple[str, list[Record]]]:
+    """Sections with the records of all their batches."""
+    for name in SECTIONS:
+        if records := result.get(name, {}).get("sweep"):
+            yield name, records
+
+
+def _row(name: str, record: Record) -> list[str]:
     memory = record.get("peak_memory")
     values = (record["seconds"]["median"], record["seconds"]["min"], record["tokens_per_second"])
     values += (record["sequences_per_second"], record["tflops"], record["gb_per_second"])
@@ -50,64 +55,50 @@ def _row(name: str, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def rows_of(result: dict[str, Any]) -> list[list[str]]:
+def rows_of(result: Record) -> list[list[str]]:
     """A line per section and batch; parts of a section below its own line."""
     rows = []
-    for name in SECTIONS:
-        for record in result.get(name, {}).get("sweep", []):
-            parts = record.get("parts", {})
-            if parts:
+    for name, records in _swept(result):
+        for record in records:
+            if "parts" in record:
                 memory = {"peak_memory": record["peak_memory"]}
-                rows += [_row(f"{name} {part}", figures | memory) for part, figures in parts.items()]
+                rows += [_row(f"{name} {part}", found | memory) for part, found in record["parts"].items()]
                 continue
             rows.append(_row(name, record))
-            rows += [_row(f"- {phase}", figures) for phase, figures in record.get("phases", {}).items()]
+            rows += [_row(f"- {phase}", found) for phase, found in record.get("phases", {}).items()]
     return rows
 
 
-def peer_rows(result: dict[str, Any]) -> list[list[str]]:
-    """section, batch, peer, its fastest run, ratio by minima, by medians."""
+def peer_rows(result: Record) -> list[list[str]]:
+    """Rows of PEER_COLUMNS; phases of an iteration below its own line."""
     rows = []
-    for name in SECTIONS:
-        for record in result.get(name, {}).get("sweep", []):
+    for name, records in _swept(result):
+        for record in records:
             for peer, found in record.get("peers", {}).items():
-                for part, figures in {name: found, **{f"- {p}": f for p, f in found.get("phases", {}).items()}}.items():
-                    rows.append([part, str(record["batch"]), peer, *_peer_cells(figures)])
+                phases = {f"- {phase}": of_phase for phase, of_phase in found.get("phases", {}).items()}
+                for part, of_part in ({name: found} | phases).items():
+                    rows.append([part, str(record["batch"]), peer, *_peer_cells(of_part)])
     return rows
 
 
-def _peer_cells(found: dict[str, Any]) -> list[str]:
+def _peer_cells(found: Record) -> list[str]:
     if "skipped" in found:
         return [found["skipped"], "", ""]
     return [_number(found["seconds"]["min"]), f"{found['ratio']:.2f}", f"{found['ratio_median']:.2f}"]
 
 
-PEER_COLUMNS = ("section", "batch", "peer", "its min s", "ratio", "by medians")
-
-
-def _aligned(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-
-    def line(cells: tuple[str, ...] | list[str]) -> str:
-        first, *others = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(cells))
-        return "  ".join([first, *others])
-
-    return "\n".join(map(line, [columns, *rows]))
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for a terminal."""
-    text = _aligned(COLUMNS, rows_of(result))
-    peers = peer_rows(result)
-    if peers:
-        text += "\n\npeer seconds / ours (above 1: ours is faster)\n" + _aligned(PEER_COLUMNS, peers)
+def show(result: Record) -> None:
+    """Print the tables of a result."""
+    console = Console(stream=sys.stdout)
+    console.table("measured", COLUMNS, rows_of(result))
+    if peers := peer_rows(result):
+        console.table("peer seconds / ours (above 1: ours is faster)", PEER_COLUMNS, peers)
     for name in SECTIONS:
         if stopped := result.get(name, {}).get("stopped"):
-            text += f"\n{name}: batch {stopped['batch']} does not fit the memory"
-    return text
+            console.print(f"{name}: batch {stopped['batch']} does not fit the memory")
 
 
-def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(columns) - 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(columns), rule, *rows])
 
@@ -139,7 +130,7 @@ def render(results: Path, document: Path) -> int:
     return len(parts) - bool(ratios) + len(ratios)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Record:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -149,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _origin(result: dict[str, Any]) -> str:
+def _origin(result: Record) -> str:
     """Commit, day and how busy the machine was, as far as the result says."""
     commit, _, changes = result["commit"].partition(" ")
     words = [f"commit `{commit[:10]}`{f' {changes}' if changes else ''}"]
@@ -163,7 +154,7 @@ def _origin(result: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def kernel_section(result: dict[str, Any]) -> str:
+def kernel_section(result: Record) -> str:
     """Registers and spills of every kernel on every device that it was compiled for."""
     devices = list(dict.fromkeys(row["device"] for row in result["kernels"]))
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -187,7 +178,7 @@ def kernel_section(result: dict[str, Any]) -> str:
     )
 
 
-def section(path: Path, result: dict[str, Any], document: Path) -> str:
+def section(path: Path, result: Record, document: Path) -> str:
     """One run: where and how it was measured, its tables and its plot."""
     s, peaks = result["settings"], result["peaks"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "jaxlib")
@@ -213,20 +204,20 @@ def section(path: Path, result: dict[str, Any], document: Path) -> str:
     return "\n".join([*lines, "", f"![]({figure.relative_to(document.parent).as_posix()})"])
 
 
-def peer_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """How ours and the peers' results compare, as the sections say; the same is said once."""
-    records = [record for name in SECTIONS for record in result.get(name, {}).get("sweep", [])]
-    found = [peer["check"] for record in records for peer in record.get("peers", {}).values() if "check" in peer]
+def peer_checks(result: Record) -> list[Record]:
+    """Comparisons of our results with the peers', each once."""
+    peers = (peer for _, records in _swept(result) for r in records for peer in r.get("peers", {}).values())
+    found = [peer["check"] for peer in peers if "check" in peer]
     return [check for i, check in enumerate(found) if check not in found[:i]]
 
 
-def _check_lines(check: dict[str, Any]) -> list[str]:
+def _check_lines(check: Record) -> list[str]:
     first = ", ".join(f"{name} {gap:.1e}" for name, gap in check["first"].items())
     after = ", ".join(f"{name} {gap:.1e}" for name, gap in check["after_a_step"].items())
     return ["", f"Gaps between both on the same rollout: {first}; after one optimizer step: {after}."]
 
 
-def save_svg(figure: Any, path: Path) -> None:
+def save_svg(figure: "Figure", path: Path) -> None:
     """Write a matplotlib figure as an SVG that is the same each time, without blanks at the ends of its lines."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -236,7 +227,7 @@ def save_svg(figure: Any, path: Path) -> None:
     path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: Record, path: Path) -> None:
     """A plot as SVG: share of the roofline by section, and seconds beside those of the peers."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -251,12 +242,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         save_svg(figure, path)
 
 
-def _draw_roofline(axes: Any, result: dict[str, Any]) -> None:
-    for name in SECTIONS:
-        records = result.get(name, {}).get("sweep", [])
-        if records:
-            shares = [100 * record["roofline_fraction"] for record in records]
-            axes.plot([record["batch"] for record in records], shares, "o-", markersize=4, label=name)
+def _draw_roofline(axes: "Axes", result: Record) -> None:
+    for name, records in _swept(result):
+        shares = [100 * record["roofline_fraction"] for record in records]
+        axes.plot([record["batch"] for record in records], shares, "o-", markersize=4, label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0)
@@ -265,32 +254,27 @@ def _draw_roofline(axes: Any, result: dict[str, Any]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_peers(axes: Any, result: dict[str, Any]) -> None:
-    """Seconds of the phases of an iteration at its best batch, or sequences/s where there is none."""
+def _draw_peers(axes: "Axes", result: Record) -> None:
+    """Seconds of the phases of an iteration at its best batch, or sequences/s without iterations."""
     record = result.get("ppo")
     if record is None:
-        for name in SECTIONS:
-            records = result.get(name, {}).get("sweep", [])
-            if records:
-                axes.plot(
-                    [r["batch"] for r in records], [r["sequences_per_second"] for r in records], "o-", markersize=4
-                )
+        for _, records in _swept(result):
+            rates = [r["sequences_per_second"] for r in records]
+            axes.plot([r["batch"] for r in records], rates, "o-", markersize=4)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("batch")
         axes.set_ylabel("sequences/s")
         return
-    bars = {"ours": {phase: figures["seconds"]["min"] for phase, figures in record["phases"].items()}}
+    bars = {"ours": record["phases"]}
     for peer, found in record["peers"].items():
-        if "phases" in found:
-            bars[peer] = {phase: figures["seconds"]["min"] for phase, figures in found["phases"].items()}
-        elif "seconds" in found:
-            bars[peer] = {"iteration": found["seconds"]["min"]}
-    colours = {"generate": "#3366aa", "score": "#66aa88", "train": "#cc7722", "iteration": "#888888"}
+        if "seconds" in found:
+            bars[peer] = found.get("phases", {"iteration": found})
     for name, phases in bars.items():
         start = 0.0
-        for phase, seconds in phases.items():
-            axes.barh(name, seconds, left=start, color=colours[phase], label=phase)
+        for phase, found in phases.items():
+            seconds = found["seconds"]["min"]
+            axes.barh(name, seconds, left=start, color=COLOURS[phase], label=phase)
             start += seconds
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), frameon=False)

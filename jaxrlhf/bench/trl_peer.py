@@ -6,7 +6,8 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+
+import numpy as np
 
 from jaxrlhf.bench.peers import load_model
 from jaxrlhf.errors import InputError
@@ -15,7 +16,7 @@ from jaxrlhf.rl.config import PPOConfig
 NO_TOKEN = -1  # as pad and EOS id: no token of a prompt or answer is either, so every answer has its full length
 
 
-def trl_ppo() -> tuple[Any, Any]:
+def trl_ppo() -> tuple[type, type]:
     """TRL's trainer and its configuration, where this version has them; InputError where it has none."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
@@ -31,7 +32,13 @@ class TrlPeer:
     """Four models of transformers in TRL's trainer, for batches of the given prompts."""
 
     def __init__(
-        self, folders: tuple[Path, Path], config: PPOConfig, prompts: Any, device: str, dtype: str, micro_batches: int
+        self,
+        folders: tuple[Path, Path],
+        config: PPOConfig,
+        prompts: np.ndarray,
+        device: str,
+        dtype: str,
+        micro_batches: int,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.plan.roofline import Peaks
 
 GIB = 2**30
 
@@ -44,6 +45,10 @@ class Device:
     """Facts that the CUDA compiler asks for, see `target_config`."""
     topologies: tuple[str, ...] = ()
     """TPU slices by shape."""
+
+    def peaks(self, share: float = 1.0) -> Peaks:
+        """Peak rates, the arithmetic at `share` of that of bfloat16."""
+        return Peaks(self.flops * share, self.bandwidth, self.host_link)
 
 
 # Compute capability, SMs, clock in GHz, FP32 lanes per SM, L2 bytes, shared memory per SM and per block (opt-in). [P]

@@ -1,15 +1,15 @@
-"""The planned run without an array: modules, meshes and abstract trees as RLHFEngine makes them, and its programs.
+"""The planned run without an array: the models and state that `jaxrlhf.rl.build` makes abstractly, and its programs.
 
-Trees hold `jax.ShapeDtypeStruct` with shardings, so per-device sizes are exact, and the jitted programs can be lowered
-for devices that are not there.
+Trees hold `jax.ShapeDtypeStruct`s with shardings. So sizes per device are exact, and the jitted programs can be lowered
+for devices that are not present.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +20,16 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
     DecoderConfig,
-    LoRAConfig,
-    base_leaves,
-    cast_matrices,
-    join,
+    Model,
     known_config,
     param_shapes,
-    param_shardings,
     read_config,
     split_trainable,
 )
-from jaxrlhf.models.lora import resolve_targets
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.rl import Experience, PPOState, ppo_step, score_rollout
+from jaxrlhf.rl.build import ABSTRACT, RunModels, build_models
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.sharding import (
     GENERATE_RULES,
@@ -44,18 +40,16 @@ from jaxrlhf.sharding import (
     default_tensor_parallel,
     generate_mesh,
     make_mesh,
-    optimizer_shardings,
     replicated,
 )
-from jaxrlhf.trainers.optimizer import make_optimizer
+from jaxrlhf.sharding.placement import HOST
 from jaxrlhf.trainers.settings import batch_devices, check_context
 
 PyTree = Any
-PROGRAMS = ("generate", "score", "train")
 
 
 class AbsentDevice:
-    """Stands in a mesh for a device that is not there; meshes are arranged by these names."""
+    """Stands in a mesh for a device that is not present; meshes are arranged by these names."""
 
     platform = "absent"
     device_kind = "absent"
@@ -74,7 +68,7 @@ def absent_devices(device: Device, count: int) -> list[AbsentDevice]:
 
 
 def model_config(name: str) -> DecoderConfig:
-    """Of a known model or a local folder: nothing is fetched. InputError names what there is."""
+    """Configuration of a known model or a local folder; nothing is downloaded. InputError lists the known models."""
     if Path(name).is_dir():
         return read_config(name)
     try:
@@ -85,43 +79,76 @@ def model_config(name: str) -> DecoderConfig:
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """What RLHFEngine holds, abstractly: the tree of each resident item, on one mesh."""
+    """The abstract counterpart of RLHFEngine on a mesh."""
 
     config: PPOConfig
     mesh: Mesh
     generate_mesh: Mesh
-    modules: dict[str, Decoder]
-    """Of `actor`, `critic`, `reference` and `reward`."""
-    trees: dict[str, PyTree]
-    """`actor`, `critic`, `actor_optimizer`, `critic_optimizer`, and what of `reference`, `reward`, `ema` has arrays."""
-    optimizers: dict[str, Any]
-    on_host: frozenset[str]
-    """The trees that lie in host memory between uses."""
+    models: RunModels
+
+    @cached_property
+    def modules(self) -> dict[str, Decoder]:
+        """Modules of `actor`, `critic`, `reference` and `reward`."""
+        models = self.models
+        return {
+            "actor": models.state.actor,
+            "critic": cast(Decoder, models.state.critic),
+            "reference": models.reference.module,
+            **({"reward": models.reward.module} if models.reward else {}),
+        }
+
+    @cached_property
+    def trees(self) -> dict[str, PyTree]:
+        """Trees that lie on the devices, or wait in host memory (`on_host`); those without arrays are left out."""
+        state, reward = self.models.state, self.models.reward
+        trees = {
+            "actor": state.actor_params,
+            "actor_optimizer": state.actor_opt_state,
+            "critic": state.critic_params,
+            "critic_optimizer": state.critic_opt_state,
+            "reference": self.models.reference.own,
+            "reward": reward and reward.own,
+            "ema": state.ema_params,
+        }
+        return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+    @cached_property
+    def on_host(self) -> frozenset[str]:
+        """Names of the trees that lie in host memory between uses."""
+        c = self.config
+        names = {"actor_optimizer", "critic_optimizer"} if c.offload_optimizer else set()
+        names |= {"reference"} if c.offload_reference_model else set()
+        names |= {"reward"} if c.offload_reward_model else set()
+        return frozenset(names & self.trees.keys())
 
     @property
     def batch_devices(self) -> int:
+        """Devices that the rows of a batch are split over."""
         return batch_devices(self.mesh)
 
     @property
     def rows(self) -> int:
-        """Of a rollout batch, on all devices."""
+        """Rows of a rollout batch, on all devices."""
         return self.config.rollout_rows(self.batch_devices)
 
     @property
     def generate_rows(self) -> int:
-        """Of one call of the generate program, on all devices."""
+        """Rows of one call of the generate program, on all devices."""
         return self.rows // self.config.generation_batches
 
     @property
     def length(self) -> int:
+        """Tokens of a prompt and its response."""
         return self.config.max_prompt_seq_len + self.config.max_answer_seq_len
 
     @property
     def tensor(self) -> int:
+        """Devices that split heads and MLP in training."""
         return self.mesh.shape["tensor"]
 
     @property
     def generate_tensor(self) -> int:
+        """Devices that split heads and MLP in generation."""
         return self.generate_mesh.shape["tensor"] * self.generate_mesh.shape["fsdp"]
 
     def trainable(self, name: str) -> PyTree:
@@ -129,102 +156,63 @@ class System:
         return split_trainable(self.trees[name], self.modules[name])[0]
 
     def read_params(self, name: str) -> PyTree:
-        """The parameters of the reference or reward model, with the base it shares with the model that is trained."""
-        trained = {"reference": "actor", "reward": "critic"}[name]
-        own = self.trees.get(name, {})
-        module = self.modules[trained]
-        return own if module.lora is None else join(own, split_trainable(self.trees[trained], module)[1])
+        """All parameters of the reference or reward model, with the base that it shares."""
+        models = self.models
+        if name == "reference":
+            return models.reference.params(models.state.actor_params)
+        return models.reward and models.reward.params(models.state.critic_params)
+
+    def waiting(self, name: str) -> PyTree:
+        """A tree where it waits between uses; counters stay on the device, as in `optimizer_shardings`."""
+        tree = self.trees.get(name, {})
+        if name not in self.on_host:
+            return tree
+
+        def move(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return x.update(sharding=x.sharding.with_memory_kind(HOST)) if x.ndim else x
+
+        return jax.tree.map(move, tree)
 
 
-def _adapted(module: Decoder, rank: int, targets: tuple[str, ...], alpha: float) -> Decoder:
-    if not rank:
-        return module
-    paths = tuple(f"^{path}$" for path in resolve_targets(module, targets))
-    return module.clone(lora=LoRAConfig(rank, alpha, 0.0, paths))
+def build_system(config: PlanConfig, devices: Sequence[object] | None = None) -> System:
+    """Build the run abstractly.
 
+    Args:
+        config: Settings of the plan.
+        devices: Devices of a compiler's topology; by default devices that are not present.
 
-def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def build_system(config: PlanConfig, devices: list | None = None) -> System:
-    """The abstract run; `devices` are those of a compiler's topology, by default absent ones.
-
-    Raises InputError for everything that RLHFEngine would refuse about models and mesh.
+    Raises:
+        InputError: RLHFEngine would refuse the models or the mesh.
     """
     ppo = config.ppo
-    mesh = make_mesh(
-        ppo.mesh_data,
-        ppo.mesh_fsdp,
-        ppo.mesh_tensor,
-        devices=absent_devices(config.accelerator, config.devices) if devices is None else devices,
-    )
-    shapes = {"actor": model_config(config.actor), "reward": model_config(config.reward)}
-    longest = ppo.max_prompt_seq_len + ppo.max_answer_seq_len
-    for name, shape in shapes.items():
+    devices = absent_devices(config.accelerator, config.devices) if devices is None else devices
+    mesh = make_mesh(ppo.mesh_data, ppo.mesh_fsdp, ppo.mesh_tensor, devices=devices)
+    actor, reward = model_config(config.actor), model_config(config.reward)
+    for name, shape in (("actor", actor), ("reward", reward)):
+        longest = ppo.max_prompt_seq_len + ppo.max_answer_seq_len
         check_context(shape, longest, f"max_prompt_seq_len + max_answer_seq_len for {name}={getattr(config, name)}")
-    if shapes["actor"].vocab_size != shapes["reward"].vocab_size:
+    if actor.vocab_size != reward.vocab_size:
         raise InputError(
-            f"actor={config.actor} has a vocabulary of {shapes['actor'].vocab_size} tokens and reward={config.reward} "
-            f"one of {shapes['reward'].vocab_size}; both must read the same tokens: choose models of one tokenizer"
+            f"actor={config.actor} has a vocabulary of {actor.vocab_size} tokens and reward={config.reward} one of "
+            f"{reward.vocab_size}; both must read the same tokens: choose models of one tokenizer"
         )
-    dtype, stage = ppo.compute_dtype, ppo.zero_stage
-    critic_stage = stage if ppo.critic_zero_stage is None else ppo.critic_zero_stage
-    bodies = {
-        "actor": Decoder(
-            shapes["actor"],
-            head="lm",
-            dtype=dtype,
-            remat=ppo.remat,
-            zero_stage=stage,
-            kv_cache_dtype=ppo.kv_cache_dtype,
-        ),
-        "critic": Decoder(shapes["reward"], head="scalar", dtype=dtype, remat=ppo.remat, zero_stage=critic_stage),
-    }
-    modules = {
-        "actor": _adapted(bodies["actor"], ppo.lora_r, ppo.lora_target_modules, ppo.lora_alpha),
-        "critic": _adapted(bodies["critic"], ppo.critic_lora_r, ppo.critic_lora_target_modules, ppo.lora_alpha),
-    }
-    trees: dict[str, PyTree] = {}
-    optimizers = {}
-    for name in ("actor", "critic"):
-        module = modules[name]
-        trainable, frozen = split_trainable(param_shapes(module), module)
-        held = join(trainable, jax.eval_shape(lambda tree: cast_matrices(tree, dtype), frozen))
-        trees[name] = _placed(held, param_shardings(module, mesh))
-        trainable, _ = split_trainable(trees[name], module)
-        optimizer = optimizers[name] = make_optimizer(ppo, 1, trainable)
-        lies = jax.tree.map(lambda x: x.sharding, trainable)
-        state = jax.eval_shape(optimizer.init, trainable)
-        trees[f"{name}_optimizer"] = _placed(state, optimizer_shardings(optimizer, trainable, lies, mesh))
-    on_host = {"actor_optimizer", "critic_optimizer"} if ppo.offload_optimizer else set()
-    for name, trained, own_stage, offload in (
-        ("reference", "actor", ppo.reference_zero_stage, ppo.offload_reference_model),
-        ("reward", "critic", ppo.reward_zero_stage, ppo.offload_reward_model),
-    ):
-        module, base = modules[trained], bodies[trained]
-        if module.lora is None:
-            stage = base.zero_stage if own_stage is None else own_stage
-            base = base.clone(zero_stage=3 if stage == 3 else 0)
-            copied = trees[trained]
-            lies = param_shardings(base, mesh)
-        else:
-            copied = base_leaves(split_trainable(trees[trained], module)[0])
-            lies = jax.tree.map(lambda x: x.sharding, copied)
-        modules[name] = base
-        if jax.tree.leaves(copied):
-            trees[name] = _placed(jax.eval_shape(lambda tree: cast_matrices(tree, dtype), copied), lies)
-            on_host |= {name} if offload else set()
-    if ppo.enable_ema:
-        trees["ema"] = split_trainable(trees["actor"], modules["actor"])[0]
-    heads = shapes["actor"].num_heads
-    group = ppo.generate_tensor_parallel or default_tensor_parallel(mesh, heads)
-    check_tensor_parallel(group, heads)
+
+    def model(shape: DecoderConfig, head: str, stage: int, kv_cache_dtype: str = "auto") -> Model:
+        dtype, remat = ppo.compute_dtype, ppo.remat
+        module = Decoder(shape, head, dtype, remat, zero_stage=stage, kv_cache_dtype=kv_cache_dtype)
+        return Model(module, param_shapes(module), shape)
+
+    stage = ppo.zero_stage
+    value = model(reward, "scalar", stage if ppo.critic_zero_stage is None else ppo.critic_zero_stage)
+    models = build_models(ppo, mesh, model(actor, "lm", stage, ppo.kv_cache_dtype), value, value, 1, ABSTRACT)
+    group = ppo.generate_tensor_parallel or default_tensor_parallel(mesh, actor.num_heads)
+    check_tensor_parallel(group, actor.num_heads)
     ppo.check_pieces(ppo.rollout_rows(batch_devices(mesh)))
-    return System(ppo, mesh, generate_mesh(mesh, group), modules, trees, optimizers, frozenset(on_host))
+    return System(ppo, mesh, generate_mesh(mesh, group), models)
 
 
 def local_shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Shape of an array's share on one device."""
     return tuple(x.sharding.shard_shape(x.shape))
 
 
@@ -235,15 +223,14 @@ def array_bytes(shape: tuple[int, ...], itemsize: int, platform: str) -> int:
     if len(shape) < 2:
         return -(-math.prod(shape) * itemsize // 512) * 512
     rows_most = 8 * max(1, 4 // itemsize) if itemsize == 1 else 8
-    best = None
+    sizes = []
     for i, rows in enumerate(shape):
         tile = min(rows_most, 1 << max(rows - 1, 0).bit_length())
         for j, lanes in enumerate(shape):
             if i != j:
                 others = math.prod(n for k, n in enumerate(shape) if k not in (i, j))
-                size = others * -(-rows // tile) * tile * -(-lanes // 128) * 128
-                best = size if best is None else min(best, size)
-    return best * itemsize
+                sizes.append(others * -(-rows // tile) * tile * -(-lanes // 128) * 128)
+    return min(sizes) * itemsize
 
 
 def tree_bytes(tree: PyTree, platform: str = "") -> int:
@@ -251,75 +238,43 @@ def tree_bytes(tree: PyTree, platform: str = "") -> int:
     return sum(array_bytes(local_shape(x), x.dtype.itemsize, platform) for x in jax.tree.leaves(tree))
 
 
-def _batch(system: System, shape: tuple[int, ...], dtype: Any, rules: Rules = TRAIN_RULES) -> jax.ShapeDtypeStruct:
+def _batch(system: System, columns: int, kinds: dict[str, Any], rules: Rules, rows: int) -> dict[str, Any]:
+    """Abstract arrays of a batch: `[rows, columns]` of each dtype in `kinds`, or `[rows]` for a dtype in a tuple."""
     mesh = system.generate_mesh if rules is GENERATE_RULES else system.mesh
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, shape, rules))
+
+    def array(kind: Any) -> jax.ShapeDtypeStruct:
+        shape, dtype = ((rows,), kind[0]) if isinstance(kind, tuple) else ((rows, columns), kind)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, shape, rules))
+
+    return {name: array(kind) for name, kind in kinds.items()}
 
 
 def prompt_batch(system: System) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What the generate program reads beside the parameters: prompts, their mask, sample numbers."""
-    shape = (system.generate_rows, system.config.max_prompt_seq_len)
-    kinds = ((shape, jnp.int32), (shape, bool), (shape[:1], jnp.int32))
-    return tuple(_batch(system, *kind, GENERATE_RULES) for kind in kinds)
+    """Arguments of the generate program besides the parameters: prompts, their mask, sample numbers."""
+    kinds = {"prompt_ids": jnp.int32, "prompt_mask": bool, "sample_index": (jnp.int32,)}
+    columns = system.config.max_prompt_seq_len
+    return tuple(_batch(system, columns, kinds, GENERATE_RULES, system.generate_rows).values())
 
 
 def rollout(system: System, rows: int) -> Rollout:
+    """Result of the generate program for `rows` rows."""
     kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "logprobs": jnp.float32}
-    arrays = {name: _batch(system, (rows, system.length), kind, GENERATE_RULES) for name, kind in kinds.items()}
+    arrays = _batch(system, system.length, kinds, GENERATE_RULES, rows)
     return Rollout(**arrays, prompt_length=system.config.max_prompt_seq_len)
 
 
 def experience(system: System) -> Experience:
-    kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "ended": bool}
-    shapes = {"scores": (system.rows,), "ended": (system.rows,)}
-    return Experience(
-        **{
-            f.name: _batch(
-                system, shapes.get(f.name, (system.rows, system.length)), kinds.get(f.name, jnp.float32), TRAIN_RULES
-            )
-            for f in dataclasses.fields(Experience)
-            if f.metadata.get("pytree_node", True)
-        },
-        longest=system.config.max_answer_seq_len,
-    )
-
-
-def _scalar(system: System, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((), dtype, sharding=replicated(system.mesh))
+    """Result of the score program."""
+    kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "scores": (jnp.float32,), "ended": (bool,)}
+    kinds |= dict.fromkeys(("logprobs", "ref_logprobs", "values", "sampler_logprobs", "entropy"), jnp.float32)
+    arrays = _batch(system, system.length, kinds, TRAIN_RULES, system.rows)
+    return Experience(**arrays, longest=system.config.max_answer_seq_len)
 
 
 def ppo_state(system: System) -> PPOState:
-    trees = {name: _where_it_waits(system, name) for name in system.trees}
-    return PPOState(
-        step=_scalar(system, jnp.int32),
-        actor_params=trees["actor"],
-        critic_params=trees["critic"],
-        actor_opt_state=trees["actor_optimizer"],
-        critic_opt_state=trees["critic_optimizer"],
-        ema_params=trees.get("ema"),
-        kl_coef=_scalar(system, jnp.float32),
-        actor=system.modules["actor"],
-        critic=system.modules["critic"],
-        actor_optimizer=system.optimizers["actor"],
-        critic_optimizer=system.optimizers["critic"],
-        hyperparameters=system.config.hyperparameters(system.config.seed),
-        mesh=system.mesh,
-    )
-
-
-def _where_it_waits(system: System, name: str) -> PyTree:
-    tree = system.trees.get(name, {})
-    if name not in system.on_host:
-        return tree
-
-    def move(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # counters stay on the device, as in `optimizer_shardings`
-        kept = x.ndim == 0
-        return (
-            x if kept else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host"))
-        )
-
-    return jax.tree.map(move, tree)
+    """The state, its optimizer moments where they wait."""
+    moments = {f"{name}_opt_state": system.waiting(f"{name}_optimizer") for name in ("actor", "critic")}
+    return system.models.state.replace(**moments)
 
 
 READ_FROM_HOST = {"generate": (), "score": ("reference", "reward"), "train": ("actor_optimizer", "critic_optimizer")}
@@ -327,46 +282,48 @@ READ_FROM_HOST = {"generate": (), "score": ("reference", "reward"), "train": ("a
 
 def offloaded_arguments(system: System, program: str) -> int:
     """Bytes per device that a program reads from host memory."""
-    trees = (_where_it_waits(system, name) for name in READ_FROM_HOST[program] if name in system.on_host)
+    trees = (system.waiting(name) for name in READ_FROM_HOST[program] if name in system.on_host)
     return sum(tree_bytes([x for x in jax.tree.leaves(tree) if x.ndim]) for tree in trees)
 
 
-def lower(system: System, program: str) -> Any:
-    """One of PROGRAMS lowered on abstract arguments, as `jax.stages.Lowered`; the mesh must be of a topology."""
-    steps: dict[str, Callable[[], Any]] = {"generate": _generate, "score": _score, "train": _train}
-    return steps[program](system)
-
-
-def _generate(system: System) -> Any:
-    key = jax.eval_shape(jax.random.key, 0)
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(system.generate_mesh))
-    static = {"module": system.modules["actor"], "sampling": sampling(system), "mesh": system.generate_mesh}
-    return generate.lower(system.trees["actor"], *prompt_batch(system), key, **static)
-
-
 def sampling(system: System) -> SamplingConfig:
+    """Sampling with the actor's EOS."""
     eos = system.modules["actor"].config.eos_token_id
     return system.config.sampling(0 if eos is None else eos, 0)
 
 
-def _score(system: System) -> Any:
-    frozen = (_read_where_it_waits(system, name) for name in ("reference", "reward"))
-    params = (system.trees["actor"], system.trees["critic"], *frozen)
-    hyperparameters = system.config.hyperparameters(system.config.seed)
-    static = {"hyperparameters": hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
-    return score_rollout.lower(rollout(system, system.rows), *params, **system.modules, **static)
+def _lower_generate(system: System) -> jax.stages.Lowered:
+    key = jax.eval_shape(jax.random.key, 0)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(system.generate_mesh))
+    static = {"module": system.modules["actor"], "sampling": sampling(system), "mesh": system.generate_mesh}
+    return cast(Any, generate).lower(system.trees["actor"], *prompt_batch(system), key, **static)
 
 
-def _read_where_it_waits(system: System, name: str) -> PyTree:
-    return _where_it_waits(system, name) if name in system.on_host else system.read_params(name)
+def _lower_score(system: System) -> jax.stages.Lowered:
+    frozen = (
+        system.waiting(name) if name in system.on_host else system.read_params(name) for name in ("reference", "reward")
+    )
+    state = system.models.state
+    static = {"hyperparameters": state.hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
+    params = (state.actor_params, state.critic_params, *frozen)
+    return cast(Any, score_rollout).lower(rollout(system, system.rows), *params, **system.modules, **static)
 
 
-def _train(system: System) -> Any:
-    return ppo_step.lower(ppo_state(system), experience(system))
+def _lower_train(system: System) -> jax.stages.Lowered:
+    return cast(Any, ppo_step).lower(ppo_state(system), experience(system))
 
 
-def topology_devices(device: Device, shape: str, count: int) -> list:
-    """Devices of the compiler's own topology; RuntimeError of JAX when its package is missing."""
+_LOWER = {"generate": _lower_generate, "score": _lower_score, "train": _lower_train}
+PROGRAMS = tuple(_LOWER)
+
+
+def lower(system: System, program: str) -> jax.stages.Lowered:
+    """Lower one of PROGRAMS on abstract arguments; the mesh must be of a topology."""
+    return _LOWER[program](system)
+
+
+def topology_devices(device: Device, shape: str, count: int) -> Sequence[Any]:
+    """Devices of the compiler's own topology; JAX raises a RuntimeError when its package is missing."""
     from jax.experimental import topologies
 
     from jaxrlhf.plan.devices import target_config

@@ -8,7 +8,7 @@ from typing import Any
 from jaxrlhf.config import to_dict
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.plan.compile import Compiled
-from jaxrlhf.plan.cost import Cost
+from jaxrlhf.plan.cost import RunCost
 from jaxrlhf.plan.devices import GIB
 from jaxrlhf.plan.memory import ProgramMemory
 from jaxrlhf.plan.programs import PROGRAMS, System
@@ -41,7 +41,7 @@ class Plan:
     config: PlanConfig
     system: System
     programs: dict[str, ProgramMemory]
-    cost: Cost
+    cost: RunCost
     capacity: int
     host_bytes: int
     """Of host memory, per device."""
@@ -108,10 +108,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "seconds": sum(plan.cost.seconds[phase] for phase in phases),
             "phases": {
                 phase: {
-                    "flops": plan.cost.work[phase].flops,
-                    "memory_bytes": plan.cost.work[phase].memory,
-                    "link_bytes": plan.cost.work[phase].links,
-                    "host_bytes": plan.cost.work[phase].host,
+                    "flops": plan.cost.phases[phase].flops,
+                    "memory_bytes": plan.cost.phases[phase].bytes,
+                    "link_bytes": plan.cost.phases[phase].links,
+                    "host_bytes": plan.cost.phases[phase].host,
                     "seconds": plan.cost.seconds[phase],
                 }
                 for phase in phases
@@ -169,7 +169,7 @@ def show(plan: Plan, console: Console) -> None:
         rows.append(["program, compiled", *(gib(plan.compiled[n].bytes) for n in PROGRAMS)])
     console.table(f"GiB per device while it runs (of {gib(plan.capacity)} usable)", ["item", *PROGRAMS], rows)
     phases = [phase for name in PROGRAMS for phase in PHASES[name]]
-    work = plan.cost.work
+    work = plan.cost.phases
     console.table(
         "one iteration, per device",
         ["phase", "TFLOP", "GB memory", "GB links", "GB host", "seconds"],
@@ -177,7 +177,7 @@ def show(plan: Plan, console: Console) -> None:
             [
                 phase,
                 work[phase].flops / 1e12,
-                work[phase].memory / 1e9,
+                work[phase].bytes / 1e9,
                 work[phase].links / 1e9,
                 work[phase].host / 1e9,
                 plan.cost.seconds[phase],

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.bench import command, ours, record, settings, work
+from jaxrlhf.bench import command, ours, record, settings
 from jaxrlhf.bench.command import sweep
-from jaxrlhf.bench.iteration import Peers, figures, judged
+from jaxrlhf.bench.iteration import Peers, judged, rates
 from jaxrlhf.bench.render import BEGIN, END, render
 from jaxrlhf.bench.settings import KERNEL_SECTIONS, PHASES, SECTIONS, BenchConfig
 from jaxrlhf.cli import main
 from jaxrlhf.errors import InputError
+from jaxrlhf.plan import roofline
 
 pytestmark = pytest.mark.long
 
@@ -180,7 +181,7 @@ def test_sections_without_ppo_have_their_ratios_and_the_check_too():
 
 def test_a_peer_that_computes_something_else_fails_the_command_in_every_section(monkeypatch, no_peaks, tmp_path):
     found = _peers({"first": {}, "after_a_step": {}, "wrong": ["values 0.3"]}).results("hf", {"score": [1.0] * 2})
-    record = figures(work.Work(((1.0, 1.0),)), [1.0, 1.0], 8, 4, work.Peaks(1.0, 1.0))
+    record = rates((roofline.Cost(1.0, 1.0),), [1.0, 1.0], 8, 4, roofline.Peaks(1.0, 1.0))
     record |= {"peers": {"hf": found["score"]}}
     monkeypatch.setattr(command, "sections", lambda *_: iter([{"score": record | {"sweep": [record]}}]))
     path = tmp_path / "result.json"
@@ -393,7 +394,7 @@ def test_a_torch_peer_that_does_not_fit_beside_ours_is_left_out(flags, monkeypat
 @pytest.fixture
 def no_peaks(monkeypatch):
     """So that a command begins without measuring."""
-    peaks = work.Peaks(1.0, 1.0), {"tflops": 1.0, "gb_per_second": 1.0}
+    peaks = roofline.Peaks(1.0, 1.0), {"tflops": 1.0, "gb_per_second": 1.0}
     monkeypatch.setattr(ours, "measure_peaks", lambda _: peaks)
 
 
@@ -402,7 +403,7 @@ def test_an_error_loses_none_of_the_batches_before_it(error, monkeypatch, no_pea
     def measure(*given):
         if given[-1] == 24:
             raise error
-        return figures(work.Work(((1.0, 1.0),)), [1.0], given[-1], 1, work.Peaks(1.0, 1.0))
+        return rates((roofline.Cost(1.0, 1.0),), [1.0], given[-1], 1, roofline.Peaks(1.0, 1.0))
 
     monkeypatch.setattr(command, "kernel_record", measure)
     path = tmp_path / "new" / "result.json"

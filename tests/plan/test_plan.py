@@ -17,11 +17,12 @@ from jaxrlhf.models import config_from_dict, count_params, known_config, save_pr
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.model import param_shapes
 from jaxrlhf.plan.command import make_plan, run_plan
-from jaxrlhf.plan.cost import forward_flops, run_cost
+from jaxrlhf.plan.cost import run_cost
 from jaxrlhf.plan.devices import DEVICES, find_device, target_config
 from jaxrlhf.plan.memory import cache_bytes, estimate, residual_bytes
 from jaxrlhf.plan.programs import array_bytes, build_system, tree_bytes
 from jaxrlhf.plan.report import as_dict
+from jaxrlhf.plan.roofline import forward
 from jaxrlhf.plan.search import CHANGES, OTHER_TRAINING, capacity, flags_between
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.rl.run import RLHFEngine
@@ -195,13 +196,14 @@ def test_work_of_an_iteration_against_counts_by_hand():
     body = known - 50272 * 5120 - 2050 * 5120
     tokens = 2 * 512
     attention = 4 * tokens * 512 * 5120 * 40
-    assert forward_flops(module, 2, 512, 512) == pytest.approx(2 * tokens * (body + 50272 * 5120) + attention, rel=1e-3)
+    whole = forward(module, 2, 512, 512, 512, padded=True).flops
+    assert whole == pytest.approx(2 * tokens * (body + 50272 * 5120) + attention, rel=1e-3)
     cost = run_cost(system, config)
     # the head runs on answers only, and the critic's is a vector
     actor = 2 * tokens * body + 2 * (tokens / 2) * 50272 * 5120 + attention
-    critic = forward_flops(system.modules["critic"], 2, 512, 512)
-    assert cost.work["score"].flops == pytest.approx(2 * (actor + critic), rel=1e-3)
-    assert cost.work["train"].flops == pytest.approx(3 * (actor + critic), rel=1e-2)
+    critic = forward(system.modules["critic"], 2, 512, 512, 512, padded=True).flops
+    assert cost.phases["score"].flops == pytest.approx(2 * (actor + critic), rel=1e-3)
+    assert cost.phases["train"].flops == pytest.approx(3 * (actor + critic), rel=1e-2)
     # decoding reads all weights and the cache once per token, and is bound by that
     moved = 2 * params + 2 * 40 * 2 * 512 * 5120 * 2
     assert cost.seconds["decode"] == pytest.approx(255 * moved / 2039e9, rel=0.01)
@@ -211,7 +213,7 @@ def test_work_of_an_iteration_against_counts_by_hand():
     half = run_cost(system, dataclasses.replace(config, roofline_share=0.5))
     assert half.seconds_per_iteration == pytest.approx(2 * cost.seconds_per_iteration)
     remat = dataclasses.replace(config, remat_policy="full")
-    again = run_cost(build_system(remat), remat).work["train"].flops / cost.work["train"].flops
+    again = run_cost(build_system(remat), remat).phases["train"].flops / cost.phases["train"].flops
     assert again == pytest.approx(4 / 3, rel=0.01)
 
 
@@ -220,9 +222,9 @@ def test_links_between_hosts_are_slower_than_those_inside():
     two_hosts = config_of(actor="opt-13b", devices=16, generate_tensor_parallel=8)
     same_group = dataclasses.replace(one_host, generate_tensor_parallel=8)
     fast, slow = (run_cost(build_system(c), c) for c in (same_group, two_hosts))
-    assert slow.work["train"].links == fast.work["train"].links
-    assert slow.work["train"].hidden > fast.work["train"].hidden
-    assert slow.work["flip"].exposed > fast.work["flip"].exposed
+    assert slow.phases["train"].links == fast.phases["train"].links
+    assert slow.phases["train"].hidden > fast.phases["train"].hidden
+    assert slow.phases["flip"].exposed > fast.phases["flip"].exposed
 
 
 # ---- the published table (arXiv 2308.01320, tables 1 to 3)

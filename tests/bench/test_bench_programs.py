@@ -1,4 +1,4 @@
-"""What `jaxrlhf bench` counts and runs: the work of a roofline, prompts, batches, and attention as the model has it."""
+"""The programs that `jaxrlhf bench` runs: prompts, batches, and attention as the model has it; and their rates."""
 
 import json
 
@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.bench import ours, work
+from jaxrlhf.bench import ours
 from jaxrlhf.bench.command import batches
-from jaxrlhf.bench.iteration import figures, ratios
+from jaxrlhf.bench.iteration import rates, ratios
 from jaxrlhf.bench.settings import BenchConfig
-from jaxrlhf.kernels import attention_mask
 from jaxrlhf.models import Decoder, config_from_dict
+from jaxrlhf.plan import roofline
 
 SHAPE = {"model_type": "opt", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
@@ -39,44 +39,11 @@ def test_log_probs_are_measured_with_the_head_that_training_reads(tmp_path):
         assert [x.dtype.name for x in run.args] == ["bfloat16", "float32"]
 
 
-def test_work_is_what_a_hand_count_gives():
-    actor = Decoder(config_from_dict(SHAPE), head="lm", dtype=np.float32)
-    body, head = 2 * (4 * 32 * 32 + 2 * 32 * 64), 96 * 32
-    assert work.matrices(actor) == (body, head)
-    ((flops, size),) = work.forward_work(actor, rows=3, length=5, headed=2).stages
-    assert flops == 2 * 3 * (5 * body + 2 * head) + 4 * 3 * 15 * 32 * 2
-    assert size == 4 * (body + head)
-    ((flops, size),) = work.decode_work(actor, rows=3, positions=7).stages
-    assert flops == 2 * 3 * (body + head) + 4 * 3 * 7 * 32 * 2
-    assert size == 4 * (body + head) + 3 * 7 * 2 * 2 * 32 * 4
-    generated = work.generate_work(actor, rows=3, prompt=5, answer=4)
-    assert len(generated.stages) == 2 + 3
-    peaks = work.Peaks(flops=100.0, bandwidth=10.0)
-    assert work.Work(((200.0, 5.0), (1.0, 40.0))).seconds(peaks) == 2.0 + 4.0
-    assert generated.stages[1] == (0.0, 3 * 5 * 2 * 2 * 32 * 4)
-    done = figures(work.Work(((200.0, 5.0),)), [4.0, 8.0, 16.0], rows=2, tokens=3, peaks=peaks)
+def test_rates_are_by_the_median_and_ratios_by_the_minima():
+    peaks = roofline.Peaks(flops=100.0, bandwidth=10.0)
+    done = rates((roofline.Cost(200.0, 5.0),), [4.0, 8.0, 16.0], rows=2, tokens=3, peaks=peaks)
     assert done["roofline_fraction"] == 0.25 and done["tokens_per_second"] == 0.75
     assert ratios([3.0, 4.0, 9.0], [2.0, 2.0, 1.0])["ratio"] == 3.0
-
-
-def test_work_leaves_out_what_local_windows_hide():
-    """Counted against the masks that attention applies, for layers with and without a window."""
-    module = Decoder(config_from_dict(LOCAL), head="lm", dtype=np.float32)
-    whole = Decoder(module.config.replace(windows=None), head="lm", dtype=np.float32)
-    assert module.config.windows == (0, 3)
-    for length in (2, 3, 7):
-        masks = [np.asarray(attention_mask(np.ones((1, length)), length, window=w)) for w in (0, 3)]
-        pairs, seen = sum(mask.sum() for mask in masks), sum(mask[..., -1, :].sum() for mask in masks)
-        fewer = whole.config.num_layers * length * (length + 1) // 2 - pairs, 2 * length - seen
-        (passes,) = work.forward_work(module, 5, length, 1).stages
-        (whole_pass,) = work.forward_work(whole, 5, length, 1).stages
-        assert whole_pass[0] - passes[0] == 4 * 5 * fewer[0] * 32 and whole_pass[1] == passes[1]
-        (step,) = work.decode_work(module, 5, length).stages
-        (whole_step,) = work.decode_work(whole, 5, length).stages
-        assert whole_step[0] - step[0] == 4 * 5 * fewer[1] * 32
-        assert whole_step[1] - step[1] == 5 * fewer[1] * 2 * 32 * 4
-        (local,) = work.attention_work(module, 5, length, 3, backward=False).stages
-        assert local[0] == 4 * 5 * masks[1].sum() * 32
 
 
 def _by_hand(q, k, v, scale, window, slopes):
@@ -110,7 +77,8 @@ def test_attention_is_measured_with_the_models_slopes_windows_and_scale(family, 
         run, done = runs[f"forward{kind}"]
         np.testing.assert_allclose(run(), _by_hand(*run.args[:3], scale, window, slopes), rtol=1e-5, atol=1e-6)
         pairs = sum(min(t, window or t) for t in range(1, 8))
-        assert done.flops == 4 * 2 * pairs * 32 and runs[f"train{kind}"][1].flops == 3 * done.flops
+        (forward,), (gradients,) = done, runs[f"train{kind}"][1]
+        assert forward.flops == 4 * 2 * pairs * 32 and gradients.flops == 3 * forward.flops
 
 
 @pytest.mark.parametrize(

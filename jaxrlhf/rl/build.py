@@ -1,0 +1,231 @@
+"""The models of a PPO run, built by one function for real arrays and for abstract ones.
+
+`RLHFEngine` builds with arrays. `jaxrlhf plan` builds the same run of `jax.ShapeDtypeStruct`s, on devices that need not
+be present, so its sizes are those of the engine.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxrlhf import objectives
+from jaxrlhf.models import (
+    Decoder,
+    LoRAConfig,
+    Model,
+    base_leaves,
+    cast_matrices,
+    frozen_copy,
+    join,
+    param_shapes,
+    param_shardings,
+    split_trainable,
+)
+from jaxrlhf.models.lora import resolve_targets
+from jaxrlhf.rl import PPOState
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.sharding import offloaded, optimizer_shardings, place, replicated
+from jaxrlhf.trainers.gradients import init_optimizer
+from jaxrlhf.trainers.lora import LoRAOptions, with_adapters
+from jaxrlhf.trainers.optimizer import make_optimizer
+
+PyTree = Any
+
+
+class Arrays:
+    """Operations of the build, on real arrays."""
+
+    def adapted(self, model: Model, options: LoRAOptions, key: jax.Array, rank: int, targets: Sequence[str]) -> Model:
+        """The model with fresh adapters, unchanged at rank 0; see `with_adapters`."""
+        return with_adapters(model, options, key, rank, tuple(targets))
+
+    def place(self, tree: PyTree, shardings: PyTree) -> PyTree:
+        """The tree in its place."""
+        return place(tree, shardings)
+
+    def frozen_copy(self, params: PyTree, shardings: PyTree, dtype: jnp.dtype, offload: bool) -> PyTree:
+        """Copy for a model that is only read, in host memory with `offload`."""
+        return frozen_copy(params, offloaded(shardings) if offload else shardings, dtype)
+
+    def optimizer_state(
+        self, optimizer: optax.GradientTransformation, module: Decoder, trainable: PyTree, mesh: Mesh, offload: bool
+    ) -> PyTree:
+        """State of an optimizer before its first step, its moments in host memory with `offload`."""
+        return init_optimizer(optimizer, module, trainable, mesh, offload=offload)
+
+    def copy(self, tree: PyTree) -> PyTree:
+        """The tree in arrays of its own."""
+        return jax.tree.map(jnp.copy, tree)
+
+
+class AbstractArrays(Arrays):
+    """The same operations on `jax.ShapeDtypeStruct`s. Offloaded arrays keep the shardings of their devices."""
+
+    def adapted(self, model: Model, options: LoRAOptions, key: jax.Array, rank: int, targets: Sequence[str]) -> Model:
+        if not rank:
+            return model
+        paths = tuple(f"^{path}$" for path in resolve_targets(model.module, targets))
+        module = model.module.clone(lora=LoRAConfig(rank, options.lora_alpha, options.lora_dropout, paths))
+        trainable, frozen = split_trainable(param_shapes(module), module)
+        return Model(module, join(trainable, _cast(frozen, module.dtype)), model.config)
+
+    def place(self, tree: PyTree, shardings: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def frozen_copy(self, params: PyTree, shardings: PyTree, dtype: jnp.dtype, offload: bool) -> PyTree:
+        return self.place(_cast(params, dtype), shardings)
+
+    def optimizer_state(
+        self, optimizer: optax.GradientTransformation, module: Decoder, trainable: PyTree, mesh: Mesh, offload: bool
+    ) -> PyTree:
+        lies = jax.tree.map(lambda x: x.sharding, trainable)
+        shardings = optimizer_shardings(optimizer, trainable, lies, mesh)
+        return self.place(jax.eval_shape(optimizer.init, trainable), shardings)
+
+    def copy(self, tree: PyTree) -> PyTree:
+        return tree
+
+
+REAL, ABSTRACT = Arrays(), AbstractArrays()
+
+
+def _cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:
+    return jax.eval_shape(lambda params: cast_matrices(params, dtype), tree)
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenModel:
+    """A model that is only read: the reference or the reward model.
+
+    Without adapters it is a copy. With them it shares the frozen base of the model that is trained, and holds only the
+    base's leaves that training changes (a scalar head).
+    """
+
+    module: Decoder
+    own: PyTree
+    """Parameters that it holds; the others are shared."""
+    trained: Decoder
+    """The model whose start it is."""
+
+    def params(self, trained_params: PyTree) -> PyTree:
+        """All its parameters, given the current ones of the model that is trained."""
+        return join(self.own, split_trainable(trained_params, self.trained)[1])
+
+
+@dataclass(frozen=True, eq=False)
+class RunModels:
+    """Everything that a run holds on its devices: the state that training replaces, and the frozen models."""
+
+    state: PPOState
+    reference: FrozenModel
+    reward: FrozenModel | None
+
+
+def updates_of(config: PPOConfig, iterations: int) -> tuple[int, int]:
+    """Optimizer steps of (actor, critic) in a run of `iterations`; at least 1."""
+    per_iteration = config.ppo_epochs * config.num_mini_batches
+    updates = max(1, iterations * per_iteration)
+    return max(1, updates - config.critic_only_steps * per_iteration), updates
+
+
+def build_models(
+    config: PPOConfig,
+    mesh: Mesh,
+    actor: Model,
+    critic: Model | None,
+    reward: Model | None,
+    iterations: int,
+    arrays: Arrays = REAL,
+) -> RunModels:
+    """Adapters, frozen copies, optimizers and the first state of a run.
+
+    Args:
+        config: Settings of the run.
+        mesh: Mesh that everything lies on.
+        actor: Model to train, without adapters; `module.zero_stage` decides where it lies.
+        critic: Model to train as the critic, or None without one.
+        reward: Reward model, or None. With a critic its parameters are those that the critic starts from.
+        iterations: Iterations of the run, which learning-rate schedules span.
+        arrays: Operations on real or abstract arrays.
+    """
+    keys = jax.random.split(jax.random.key(config.seed))
+    trained = arrays.adapted(actor, config, keys[0], config.lora_r, config.lora_target_modules)
+    trained = _placed(arrays, trained, mesh)
+    reference = _frozen(
+        config, mesh, arrays, actor.module, trained, config.reference_zero_stage, config.offload_reference_model
+    )
+    value = critic
+    if critic is not None:
+        value = arrays.adapted(critic, config, keys[1], config.critic_lora_r, config.critic_lora_target_modules)
+        value = _placed(arrays, value, mesh)
+    frozen_reward = None
+    start = critic if critic is not None else reward
+    if reward is not None and start is not None and config.reward_model_weight:
+        live = reward if value is None else value  # the critic starts as the reward model
+        frozen_reward = _frozen(
+            config, mesh, arrays, start.module, live, config.reward_zero_stage, config.offload_reward_model
+        )
+    return RunModels(_first_state(config, mesh, arrays, trained, value, iterations), reference, frozen_reward)
+
+
+def _placed(arrays: Arrays, model: Model, mesh: Mesh) -> Model:
+    return dataclasses.replace(model, params=arrays.place(model.params, param_shardings(model.module, mesh)))
+
+
+def _frozen(
+    config: PPOConfig, mesh: Mesh, arrays: Arrays, base: Decoder, trained: Model, stage: int | None, offload: bool
+) -> FrozenModel:
+    """The frozen start of a model whose module is `base` without adapters."""
+    module = trained.module
+    if module.lora is None:  # below stage 3 a model without optimizer state is whole on every device
+        stage = base.zero_stage if stage is None else stage
+        base = base.clone(zero_stage=3 if stage == 3 else 0)
+    shardings = _own(param_shardings(module.clone(zero_stage=base.zero_stage), mesh), module)
+    own = arrays.frozen_copy(_own(trained.params, module), shardings, config.compute_dtype, offload)
+    return FrozenModel(base, own, module)
+
+
+def _own(params: PyTree, trained: Decoder) -> PyTree:
+    """Leaves that a frozen copy holds: all, or with adapters those of the base that training changes."""
+    return base_leaves(split_trainable(params, trained)[0]) if trained.lora else params
+
+
+def _first_state(
+    config: PPOConfig, mesh: Mesh, arrays: Arrays, actor: Model, critic: Model | None, iterations: int
+) -> PPOState:
+    of_actor, of_critic = updates_of(config, iterations)
+    hyperparameters = config.hyperparameters(config.seed)
+    trainable, _ = split_trainable(actor.params, actor.module)
+    optimizer, critic_optimizer, critic_state = make_optimizer(config, of_actor, trainable), None, None
+    if critic is not None:
+        of_value, _ = split_trainable(critic.params, critic.module)
+        critic_optimizer = make_optimizer(config.critic_optimizer(), of_critic, of_value)
+        critic_state = arrays.optimizer_state(critic_optimizer, critic.module, of_value, mesh, config.offload_optimizer)
+
+    def on_all(tree: PyTree) -> PyTree:
+        """Scalars as the step returns them, so that it compiles once."""
+        return arrays.place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+    running = hyperparameters.score_normalization == "running"
+    return PPOState(
+        step=on_all(jnp.int32(0)),
+        actor_params=actor.params,
+        critic_params=None if critic is None else critic.params,
+        actor_opt_state=arrays.optimizer_state(optimizer, actor.module, trainable, mesh, config.offload_optimizer),
+        critic_opt_state=critic_state,
+        ema_params=arrays.copy(trainable) if config.enable_ema else None,
+        kl_coef=on_all(jnp.float32(config.kl_coef)),
+        score_moments=on_all(objectives.Moments.empty()) if running else None,
+        actor=actor.module,
+        critic=None if critic is None else critic.module,
+        actor_optimizer=optimizer,
+        critic_optimizer=critic_optimizer,
+        hyperparameters=hyperparameters,
+        mesh=mesh,
+    )

@@ -90,7 +90,9 @@ def answers(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> li
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :] = prompt
         mask[i, width - len(prompt) :] = True
-    sampling = SamplingConfig(RESPONSE_TOKENS, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_token_id(tokenizer))
+    sampling = SamplingConfig(
+        RESPONSE_TOKENS, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_token_id(tokenizer)
+    )
     rollout = jax.device_get(engine.generate(ids, mask, jax.random.key(seed), sampling))
     tokens = [row[real] for row, real in zip(rollout.tokens, rollout.response_mask, strict=True)]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -89,7 +89,10 @@ def step_configs(config: RLHFConfig) -> dict[str, SFTConfig | RewardConfig | DPO
         return steps | {"dpo": build(DPOConfig, "dpo", model=after_sft)}
     reward = replace(after_sft, model_name_or_path=base.reward_model_name_or_path or folder_of("sft"))
     models = PPOModels(folder_of("sft"), folder_of("reward"), tokenizer)
-    return steps | {"reward": build(RewardConfig, "reward", model=reward), "ppo": build(PPOConfig, "ppo", models=models)}
+    return steps | {
+        "reward": build(RewardConfig, "reward", model=reward),
+        "ppo": build(PPOConfig, "ppo", models=models),
+    }
 
 
 def train_rlhf(config: RLHFConfig) -> dict[str, Any]:

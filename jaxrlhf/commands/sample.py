@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf import objectives
+from jaxrlhf import keys, objectives
 from jaxrlhf.commands.selection import Samples, figures, select_samples
-from jaxrlhf.config import to_dict
+from jaxrlhf.config import Gt, Le, Lt, PositiveInt, Settings, alias, to_dict
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, load_tokenizer
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host

@@ -63,8 +63,11 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
         if name != "config":
             _add_flag(cls, tokens, name, values)
     config = _call(cls, tokens[""], prog)
-    parts = {name: _call(kind, tokens[name], f"{prog} --{name}.FLAG", getattr(config, name)) for name, kind in
-             sections(cls).items() if tokens[name]}
+    parts = {
+        name: _call(kind, tokens[name], f"{prog} --{name}.FLAG", getattr(config, name))
+        for name, kind in sections(cls).items()
+        if tokens[name]
+    }
     return dataclasses.replace(config, **parts) if parts else config
 
 
@@ -140,7 +143,9 @@ def _add_flag(cls: type, tokens: dict[str, list[str]], name: str, values: list[s
     tokens[section] += _tokens(name, setting, values)
 
 
-def _add_mapping(cls: type, tokens: dict[str, list[str]], values: Mapping[str, Any], file: str, section: str = "") -> None:
+def _add_mapping(
+    cls: type, tokens: dict[str, list[str]], values: Mapping[str, Any], file: str, section: str = ""
+) -> None:
     given: set[str] = set()
     for key, value in values.items():
         name = canonical(cls, str(key), f" in {file}")
@@ -246,7 +251,13 @@ def _shown(cls: type, hidden: frozenset[str] = frozenset()) -> type:
             continue
         default = f.default
         if dataclasses.is_dataclass(annotation):
-            base = default if default is not dataclasses.MISSING else f.default_factory() if f.default_factory is not dataclasses.MISSING else kind()
+            base = (
+                default
+                if default is not dataclasses.MISSING
+                else f.default_factory()
+                if f.default_factory is not dataclasses.MISSING
+                else kind()
+            )
             default = _as(annotation, base)
         changed.append((f.name, annotation, dataclasses.field(default=default)))
     if not changed:
@@ -261,5 +272,7 @@ def _page(cls: type, section: str, description: str) -> str:
     if section:
         return f"{description}, section {section}: write each flag as --{section}.FLAG."
     if sections(cls):
-        text += "\n" + "\n".join(f"--{name}.FLAG sets one of section {name}; `--help {name}` lists them." for name in sections(cls))
+        text += "\n" + "\n".join(
+            f"--{name}.FLAG sets one of section {name}; `--help {name}` lists them." for name in sections(cls)
+        )
     return text

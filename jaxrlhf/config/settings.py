@@ -248,7 +248,11 @@ def _build(cls: type[T], values: Mapping[str, Any], base: T | None) -> T:
         elif base is None and f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
         if f.name in values:
-            arguments[f.name] = values[f.name]
+            value = values[f.name]
+            if SECTION in notes and isinstance(value, Mapping):
+                part = default if dataclasses.is_dataclass(default) else None
+                value = _build(kind, _by_name(kind, value), part)
+            arguments[f.name] = tuple(value) if isinstance(value, list) else value
         elif dataclasses.is_dataclass(kind) and SECTION not in notes:
             part = typing.cast(type, kind)
             own = {name for p in _parts(part) for name in _hints(p)} & set(values)

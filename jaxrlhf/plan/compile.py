@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from jaxrlhf.config import from_dict, to_dict
+from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.programs import (
@@ -125,7 +125,7 @@ def topology_system(config: PlanConfig) -> System:
 
 def main(program: str) -> None:
     """In the process: settings as JSON on standard input, figures as JSON on standard output."""
-    config = from_dict(PlanConfig, json.load(sys.stdin))
+    config = PlanConfig.create(**json.load(sys.stdin))
     system = topology_system(config)
     memory = lower(system, program).compile().memory_analysis()
     # The TPU compiler counts arguments in host memory apart, the CUDA compiler among the others.

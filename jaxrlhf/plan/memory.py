@@ -230,7 +230,7 @@ def _layout_copies(system: System) -> int:
 def _head_scratch(system: System, name: str, rows: int, backward: bool) -> dict[str, int]:
     """Of token log-probs: a block of logits and what is made of it, and that of the head where it comes over fsdp."""
     module = system.modules[name]
-    c, tokens = module.config, rows * min(system.length, system.config.max_answer_seq_len)
+    c, tokens = module.config, rows * min(system.length, system.config.sampling.max_new_tokens)
     vocab = c.padded_vocab_size // system.tensor
     gathered = module.zero_stage == 3 and system.mesh.shape["fsdp"] > 1
     blocks = (gathered_blocks if gathered else logprob_blocks)(tokens, vocab)
@@ -283,7 +283,7 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
 
 
 def _micro_rows(system: System) -> int:
-    parts = system.config.num_mini_batches * system.config.gradient_accumulation_steps
+    parts = system.config.algorithm.num_mini_batches * system.config.run.gradient_accumulation_steps
     return max(1, system.rows // parts // system.batch_devices)
 
 
@@ -312,12 +312,12 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     names = ("actor", "actor_optimizer", "critic", "critic_optimizer", "ema")
     arguments = _on_device(system, platform, names) | {"batch": tree_bytes(experience(system), platform)}
     names_trained = ("actor", "critic")
-    shape = rows, system.length, config.max_answer_seq_len
+    shape = rows, system.length, config.sampling.max_new_tokens
     kept = [residual_bytes(system.modules[name], *shape, system.tensor) for name in names_trained]
     # Both forward passes come before the backward passes, unless these run in a loop that recomputes.
-    both = config.remat == "none"
+    both = config.run.remat == "none"
     passes = [_pass_scratch(system, name, rows, True, platform) for name in names_trained]
-    loops = config.gradient_accumulation_steps > 1
+    loops = config.run.gradient_accumulation_steps > 1
     gradients = sum(_gradients(system, name) for name in names_trained)
     backward = {
         "gradient layout copies": 0 if loops or not scratch_of(platform).layout_copies else _layout_copies(system),
@@ -372,7 +372,7 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     c, tensor = module.config, system.generate_tensor
     itemsize = jnp.dtype(module.dtype).itemsize
     rows = max(1, system.generate_rows * tensor // system.generate_mesh.size)
-    prompt = config.max_prompt_seq_len
+    prompt = config.data.max_prompt_seq_len
     tokens = rows * prompt
     hidden = tokens * c.hidden_size * (4 + 3 * itemsize)
     mlp = tokens * c.intermediate_size // tensor * 2 * itemsize

@@ -234,7 +234,12 @@ def config_class(algorithm: Algorithm) -> type[PPOConfig]:
     return dataclasses.make_dataclass(f"{name}Config", parts, bases=(PPOConfig,), namespace=names, frozen=True)
 
 
+CONFIGS: dict[str, type[PPOConfig]] = {
+    name: PPOConfig if name == "ppo" else config_class(algorithm) for name, algorithm in ALGORITHMS.items()
+}
+"""Settings of each algorithm, by name."""
+
 if TYPE_CHECKING:
     GRPOConfig = RLOOConfig = ReinforceConfig = PPOConfig
 else:
-    GRPOConfig, RLOOConfig, ReinforceConfig = (config_class(ALGORITHMS[n]) for n in ("grpo", "rloo", "reinforce++"))
+    GRPOConfig, RLOOConfig, ReinforceConfig = (CONFIGS[name] for name in ("grpo", "rloo", "reinforce++"))

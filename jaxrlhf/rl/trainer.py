@@ -177,7 +177,7 @@ class PPOTrainer:
     ) -> tuple[Experience, Metrics]:
         """The experience with the weighted sum of all scores, rows without one masked out; and the parts' means."""
         model = to_host(experience.scores)
-        has_model = self.engine.reward is not None
+        has_model = self.engine.frozen.reward is not None
         scores = self.config.rewards.reward_model_weight * model if has_model else np.zeros_like(model)
         parts: dict[str, np.ndarray] = {}
         failures = 0

@@ -1,7 +1,5 @@
 """The roofline that `plan` and `bench` share: every cost against a count by hand, and both ways of counting."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,7 +34,7 @@ def test_costs_are_what_a_hand_count_gives():
     peaks = Peaks(flops=100.0, bandwidth=10.0)
     assert roofline.roofline_seconds((Cost(200.0, 5.0), Cost(1.0, 40.0)), peaks) == 2.0 + 4.0
     waiting = Cost(200.0, 5.0, hidden=3.0, exposed=0.5, host=8.0)
-    assert waiting.seconds(dataclasses.replace(peaks, host_link=4.0)) == 3.0 + 0.5 + 2.0
+    assert waiting.seconds(peaks.replace(host_link=4.0)) == 3.0 + 0.5 + 2.0
 
 
 def test_costs_leave_out_what_local_windows_hide():
@@ -69,7 +67,7 @@ def test_padded_costs_add_masked_positions_and_the_rows_that_pad_the_vocabulary(
 
 def test_the_planner_and_the_benchmark_count_the_same_iteration_alike():
     """On one device they differ by masked positions, padded rows of the vocabulary, and nothing else."""
-    config = PlanConfig(actor="opt-1.3b", reward="opt-350m", device="a100-80g")
+    config = PlanConfig.create(actor="opt-1.3b", reward="opt-350m", device="a100-80g")
     system = build_system(config)
     actor, critic = system.modules["actor"], system.modules["critic"]
     prompt, response = config.max_prompt_seq_len, config.max_answer_seq_len

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf.config import from_dict, load_yaml, parse, save_yaml
 from jaxrlhf.errors import InputError, SharedError
-from jaxrlhf.rewards import RewardsConfig, Rewards, final_number, load_function
+from jaxrlhf.rewards import Rewards, RewardsConfig, final_number, load_function
 from jaxrlhf.rewards.functions import join_spec, split_spec
 from jaxrlhf.rewards.scoring import GIVE_UP
 
@@ -412,9 +412,7 @@ def test_yaml_flags_and_dicts_say_the_same_and_what_is_saved_reads_back(tmp_path
     argv = ["--reward_functions", "number_match", "length:target=200"]
     given = parse(RewardsConfig, argv, "jaxrlhf ppo", "PPO.")
     assert given == load_yaml(RewardsConfig, tmp_path / "c.yaml")
-    assert given == from_dict(
-        RewardsConfig, {"reward_functions": ["number_match", {"length": {"target": 200}}]}
-    )
+    assert given == from_dict(RewardsConfig, {"reward_functions": ["number_match", {"length": {"target": 200}}]})
     assert config.rewards().weights == {"number_match": 1.0, "regex": 0.5, "length": 2.0}
 
 

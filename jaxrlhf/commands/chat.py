@@ -250,7 +250,7 @@ def chat(config: ChatConfig, input_stream: TextIO | None = None, output: TextIO 
     output = sys.stdout if output is None else output
     console = Console()
     session = open_session(config, console)
-    interactive = input_stream is sys.stdin and input_stream.isatty()
+    interactive = input_stream is sys.stdin and sys.stdin.isatty()
     if interactive:
         console.print("Type a message; /help lists the commands.")
     talk(session, read_lines(input_stream, interactive), output, console)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrlhf.config.imports import exception_line
 from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.functions import RewardFunction, last_line
+from jaxrlhf.rewards.functions import RewardFunction
 
 SHOWN_LINES = 20  # lines of a function's own output that are shown of each call
 SHOWN_TEXT = 300  # characters of a prompt or response in a message
@@ -78,7 +79,7 @@ def call(name: str, function: RewardFunction, samples: Samples) -> tuple[list[fl
     except (Exception, SystemExit) as error:
         found, reasons = one_by_one(name, function, samples)
         if not reasons:
-            whole = last_line(error, function.function)
+            whole = exception_line(error, function.function)
             notes = [f"raised {whole} on the batch, but on no sample alone: the scores are those of single samples"]
     with np.errstate(over="ignore"):
         values = [float("nan") if v is None else float(np.float32(v)) for v in found]
@@ -100,7 +101,7 @@ def one_by_one(name: str, function: RewardFunction, samples: Samples) -> tuple[l
             raise
         except (Exception, SystemExit) as error:
             found.append(None)
-            reasons[k] = last_line(error, function.function)
+            reasons[k] = exception_line(error, function.function)
     return found, reasons
 
 

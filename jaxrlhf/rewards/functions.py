@@ -1,18 +1,13 @@
 """Finds a reward function by its name or import path, and works out what it is called with (docs/rewards.md)."""
 
 import dataclasses
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
-import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from jaxrlhf.config.imports import import_function
 from jaxrlhf.config.values import Plain, convert
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.verifiable import BUILT_IN, OPTION_CHECKS, REFERENCE_CHECKS
@@ -120,7 +115,7 @@ def load_function(spec: str | Callable[..., Any]) -> RewardFunction:
     else:
         path, given = split_spec(spec)
         name = path.rpartition(":")[2]
-        function = BUILT_IN[path] if path in BUILT_IN else import_function(path)
+        function = BUILT_IN[path] if path in BUILT_IN else import_function(path, "reward function")
     built_in = BUILT_IN.get(name) is function
     parameters, open_ended = _parameters(spec if isinstance(spec, str) else name, function)
     columns: dict[str, str] = {}
@@ -177,80 +172,3 @@ def _option(spec: Any, key: str, value: str, function: Callable[..., Any], param
         members = set(typing.get_args(hint)) - {type(None)} or {hint}
         kind = hint if members <= kinds else kind
     return convert(Plain(value), kind, None, f"reward function {spec!r}: option {key}")
-
-
-def import_function(path: str) -> Callable[..., Any]:
-    """The function at `package.module:function` or `path/to/file.py:function` (relative to the working directory)."""
-    place, _, name = path.rpartition(":")
-    if not place or not name:
-        raise InputError(f"reward function {path!r}: must be package.module:function or path/to/file.py:function")
-    is_file = place.endswith(".py") or "/" in place
-    try:
-        module = _import_file(Path(place)) if is_file else _import_module(place)
-    except InputError:
-        raise
-    except ModuleNotFoundError as error:
-        own = error.name is not None and (place == error.name or place.startswith(f"{error.name}."))
-        why = f"there is no module {error.name}" + ("" if own and not is_file else f", which {place} imports")
-        raise InputError(
-            f"reward function {path!r}: {why}; looked in the working directory {Path.cwd()} and where Python finds "
-            "packages. Check the name, or install it"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise InputError(f"reward function {path!r}: importing {place} failed: {last_line(error)}") from error
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        here = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
-        what = "holds no function" if found is None else f"holds a {type(found).__name__}, not a function,"
-        raise InputError(
-            f"reward function {path!r}: {place} {what} of the name {name} (its functions: {', '.join(here) or 'none'})"
-        )
-    return found
-
-
-def _import_module(name: str) -> Any:
-    _findable(Path.cwd())
-    return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> Any:
-    """The file as a module, run once; its folder is searched for what it imports, as for a script."""
-    if not path.is_file():
-        raise InputError(f"reward function {str(path)!r}: there is no such file in {Path.cwd()}; check the path")
-    path = path.resolve()
-    name = f"{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    _findable(path.parent)
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
-        raise InputError(f"reward function {str(path)!r}: not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _findable(folder: Path) -> None:
-    """Let imports find what lies in `folder`, after everything that they find without."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-
-
-def last_line(error: BaseException, of: Callable[..., Any] | None = None) -> str:
-    """`ValueError: no such thing (line 12 of file.py)`: the last line of the traceback, and where it arose.
-
-    `of`: the function whose file is meant; default: the innermost place.
-    """
-    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-    frames = traceback.extract_tb(error.__traceback__)
-    code = getattr(inspect.unwrap(of), "__code__", None) if of is not None else None
-    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename] or frames
-    place = f" (line {own[-1].lineno} of {Path(own[-1].filename).name})" if own else ""
-    return f"{text[:300]}{place}"

@@ -10,14 +10,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from jaxrlhf.data.cache import created
 
 OPENINGS = {
     1: ("Of course!", "Happy to help!", "My pleasure!", "Sure thing!"),
@@ -279,14 +278,6 @@ def materialize_demo(cache_dir: str | Path) -> DemoPaths:
     version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=6).hexdigest()
     folder = Path(cache_dir) / f"demo-{version}"
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with created(folder) as temporary:
             write_demo(temporary)
-            os.replace(temporary, folder)
-        except OSError:
-            if not folder.exists():  # else another process was first
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return DemoPaths(folder / "train.jsonl", folder / "eval.jsonl", folder / "tokenizer")

@@ -7,10 +7,10 @@ response ends with exactly one EOS id. Both are rendered the same way for traini
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxrlhf.data.cache import default_cache
 from jaxrlhf.errors import InputError
 
 DEFAULT_TEMPLATE = "Human: {prompt} Assistant: {response}"
@@ -236,11 +236,6 @@ def pad_token_id(tokenizer) -> int:
     """
     check_tokenizer(tokenizer)
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def default_cache() -> Path:
-    """The folder for tokenised data and the demo, where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
 
 
 def load_tokenizer(path: str | Path):

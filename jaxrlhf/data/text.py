@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxrlhf.data.sources import decode_text, hash_file, resolve_source
-from jaxrlhf.data.tokenized import CHUNK, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.cache import created, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.sources import decode, hash_file, resolve_source
+from jaxrlhf.data.tokenized import chunks
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
@@ -51,11 +50,21 @@ class TextBlocks:
 def load_text(
     paths: Sequence[str], tokenizer, *, field: str, block: int, held_out: float, cache: Path
 ) -> tuple[TextBlocks, TextBlocks]:
-    """Training and held-out blocks of `block` tokens of the texts in `paths`, tokenised or from the cache.
+    """Loads training and held-out blocks of text, tokenised or from the cache.
 
-    A `.txt` file is one document; of other sources (as `data_path`) the train split's `field` holds one per row. The
-    end that fills no block is left out; the last blocks, a share of `held_out` (at least one), are kept for evaluation.
-    Raises InputError for a source without such text, and for less text than two blocks.
+    The last tokens that fill no block are left out. The last blocks are held out.
+
+    Args:
+        paths: `.txt` files, one document each, or sources as in `data_path`, whose train split holds one document per
+            row.
+        tokenizer: a Hugging Face tokenizer.
+        field: name of the field with the text.
+        block: tokens in a block.
+        held_out: share of the blocks to evaluate on (at least one).
+        cache: the cache folder.
+
+    Raises:
+        InputError: a source has no such text, or the text is shorter than two blocks.
     """
     tokens, key = by_turns("tokenising the pretraining text", lambda: _packed(paths, tokenizer, field, cache))
     check_same("pretraining text", {"the pretraining text": key})
@@ -72,54 +81,42 @@ def load_text(
 
 
 def _packed(paths: Sequence[str], tokenizer, field: str, cache: Path) -> tuple[np.ndarray, str]:
-    """All documents' tokens, each followed by EOS, int32 [n], mapped from the cache; a hash of what they come from."""
-    prints = []
-    for name in paths:
-        path = Path(name).expanduser()
-        text = path.suffix.lower() == ".txt"
-        if text and not path.is_file():
-            raise InputError(f"ptx_data_path '{name}': no such file; check the path")
-        prints.append(hash_file(path) if text else resolve_source(name, cache).fingerprint("train"))
+    """All documents' tokens, each followed by EOS, int32 [n], mapped from the cache; and a hash of their origin."""
+    prints = [
+        hash_file(text) if (text := _text_file(name)) else resolve_source(name, cache).fingerprint("train")
+        for name in paths
+    ]
     key = hash_json([FORMAT, tokenizer_fingerprint(tokenizer), field, prints])
     target = cache / "text" / f"{key}.npy"
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        parts: list[list[int]] = []
-        for documents in _chunks(paths, field, cache):
+        parts: list[np.ndarray] = []
+        for documents in chunks(_documents(paths, field, cache)):
             for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-                parts.append([*ids, tokenizer.eos_token_id])
-        tokens = np.fromiter((token for ids in parts for token in ids), np.int32)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, tokens)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+                parts.append(np.array([*ids, tokenizer.eos_token_id], np.int32))
+        with created(target) as temporary:
+            np.save(temporary, np.concatenate(parts or [np.zeros(0, np.int32)]))
     return np.load(target, mmap_mode="r"), key
 
 
-def _chunks(paths: Sequence[str], field: str, cache: Path) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for document in _documents(paths, field, cache):
-        chunk.append(document)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _text_file(name: str) -> Path | None:
+    """The `.txt` file that `name` stands for, or None for another source. Raises InputError when it does not exist."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() != ".txt":
+        return None
+    if not path.is_file():
+        raise InputError(f"ptx_data_path '{name}': no such file; check the path")
+    return path
 
 
 def _documents(paths: Sequence[str], field: str, cache: Path) -> Iterator[str]:
     for name in paths:
-        path = Path(name).expanduser()
-        if path.suffix.lower() == ".txt":
-            yield decode_text(path)
+        if path := _text_file(name):
+            yield decode(path, path.read_bytes())
             continue
         rows = resolve_source(name, cache).rows("train")
         for i in range(len(rows)):
-            text = rows[i].get(field) if isinstance(rows[i], Mapping) else None
+            row = rows[i]
+            text = row.get(field) if isinstance(row, Mapping) else None
             if not isinstance(text, str):
                 raise InputError(
                     f"{rows.where(i)}: field '{field}' must hold the text, found {type(text).__name__}; name the field "

@@ -15,6 +15,7 @@ import io
 import json
 import mmap
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Rows:
         numbers: the number of each row, from 1. Default: its position.
     """
 
-    def __init__(self, rows: Any, name: str, unit: str = "row", numbers: Sequence[int] | None = None):
+    def __init__(self, rows: Any, name: str, unit: str = "row", numbers: Sequence[int] | np.ndarray | None = None):
         self.rows, self.name, self.unit, self.numbers = rows, name, unit, numbers
 
     def __len__(self) -> int:
@@ -60,21 +61,21 @@ class JsonLines(Rows):
     """Rows of a JSON-lines file, parsed on access: memory holds only where each line begins and ends."""
 
     def __init__(self, path: Path):
-        spans, numbers, end = [], [], 0
+        spans, end = array("q"), 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 start, end = end, end + len(line)
                 if line.removeprefix(codecs.BOM_UTF8).strip():
                     parse_json(path, line, number)  # reports a bad line before any other row is tokenised
-                    spans.append((start, end))
-                    numbers.append(number)
+                    spans.extend((start, end, number))
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        super().__init__(np.array(spans), str(path), "line", np.array(numbers))
+        rows = np.array(spans).reshape(-1, 3)
+        super().__init__(rows, str(path), "line", rows[:, 2])
         self.path = path
 
     def __getitem__(self, i: int) -> Any:
-        start, end = self.rows[i]
-        return parse_json(self.path, self.bytes[start:end], int(self.numbers[i]))
+        start, end, number = self.rows[i].tolist()
+        return parse_json(self.path, self.bytes[start:end], number)
 
 
 class JoinedRows(Rows):
@@ -169,8 +170,8 @@ READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet"
 def read_file(path: Path) -> Rows:
     """The rows of one file, by its suffix. Raises InputError naming the file (and line) when it holds none."""
     with reading(path):
-        rows = READERS[path.suffix.lower()](path) if path.stat().st_size else ()
-    if not len(rows):
+        rows = READERS[path.suffix.lower()](path) if path.stat().st_size else None
+    if not rows:
         raise InputError(f"{path}: holds no rows; give a file with at least one")
     return rows
 
@@ -194,15 +195,13 @@ def reading(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def loading(problem: str, remedy: str) -> Iterator[None]:
     """Turns the errors of `datasets` into an InputError: `problem` (cause); `remedy`."""
-    import datasets
-    import pyarrow
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from pyarrow import ArrowException
 
-    kinds = (OSError, ValueError, KeyError, RuntimeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
     try:
         yield
-    except kinds as error:
-        wrapper = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        cause = (error.__cause__ if wrapper else None) or error
+    except (OSError, ValueError, KeyError, RuntimeError, ArrowException, DatasetsError) as error:
+        cause = (error.__cause__ if isinstance(error, DatasetGenerationError) else None) or error
         raise InputError(f"{problem} ({first_line(cause)}); {remedy}") from error
 
 

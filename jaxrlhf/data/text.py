@@ -1,4 +1,4 @@
-"""Pretraining text for mixture (ptx) training: documents joined by EOS and cut into blocks of one length."""
+"""Pretraining text for mixture (ptx) training: documents joined by EOS, cut into blocks of one length."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxrlhf.data.batches import Batch, Indices
 from jaxrlhf.data.cache import created, hash_json, tokenizer_fingerprint
 from jaxrlhf.data.sources import decode, hash_file, resolve_source
 from jaxrlhf.data.tokenized import chunks
@@ -20,7 +21,7 @@ FORMAT = 1  # raise it when the meaning of the cached files changes
 
 
 class TextBlocks:
-    """Packed text: int32 tokens `[n, T]`, in which documents follow each other with an EOS between them."""
+    """Packed text: int32 tokens [n, T]; documents follow each other with an EOS between them."""
 
     def __init__(self, tokens: np.ndarray, key: str) -> None:
         self.tokens, self.key = tokens, key
@@ -28,10 +29,10 @@ class TextBlocks:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batch(self, indices: Sequence[int], *, held: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """`input_ids, attention_mask, loss_mask` int32 [B, T]; `row_mask` int32 [B] (0 for filler rows, number -1).
+    def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
+        """Builds `input_ids, attention_mask, loss_mask` int32 [B, T]; `row_mask` int32 [B] (0 in filler rows).
 
-        Every token but a block's first is a target. With `held` (bool [B]) the other rows hold zeros.
+        Every token but a block's first is a target. Rows outside `held` (bool [B]) are zeros.
         """
         indices = np.asarray(indices)
         real = indices >= 0

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jaxrlhf.data.cache import created, hash_json
-from jaxrlhf.data.rows import FIELDS, Example, Problem, read_columns, read_row
+from jaxrlhf.data.rows import FIELDS, BadRow, Example, read_columns, read_row
 from jaxrlhf.data.sources import Rows
 from jaxrlhf.data.templates import encode_prompts, encode_responses
 from jaxrlhf.errors import InputError
@@ -135,13 +135,12 @@ class Tally:
         self.bad: collections.Counter[str] = collections.Counter()
         self.places: list[str] = []
 
-    def skip(self, problem: Problem, place: str) -> None:
+    def skip(self, problem: BadRow, place: str) -> None:
         """Counts a row that is left out."""
-        text = f"'{problem.field}' {problem.what}"
         self.counts["skipped"] += 1
-        self.bad[text] += 1
+        self.bad[str(problem)] += 1
         if len(self.places) < SHOWN:
-            self.places.append(f"{place}: {text}")
+            self.places.append(f"{place}: {problem}")
 
     def check_any_left(self, kept: int, row_set: RowSet, encoding: Encoding) -> None:
         """Raises InputError when no row is kept, with the reasons."""
@@ -183,16 +182,18 @@ def read_rows(row_set: RowSet, encoding: Encoding, tally: Tally) -> Iterator[_It
     for k, (source, i) in enumerate(progress):
         rows = row_set.rows[source]
         row = rows[i]
-        example = read_row(row, encoding.step, names)
-        if isinstance(example, Problem):
-            tally.skip(example, rows.where(i))
+        try:
+            example = read_row(row, encoding.step, names)
+        except BadRow as problem:
+            tally.skip(problem, rows.where(i))
             continue
-        columns = read_columns(row, encoding.columns)
-        if isinstance(columns, Problem):
+        try:
+            columns = read_columns(row, encoding.columns)
+        except BadRow as problem:
             raise InputError(
-                f"{rows.where(i)}: '{columns.field}' {columns.what}, and a reward function or reward_columns asks for "
-                "it; correct or delete the row, or name another column"
-            )
+                f"{rows.where(i)}: {problem}, and a reward function or reward_columns asks for it; correct or delete "
+                "the row, or name another column"
+            ) from problem
         yield _Item(k, replace(example, columns=columns), (rows, i))
 
 
@@ -270,7 +271,7 @@ def write_part(folder: Path, row_set: RowSet, tokenizer, encoding: Encoding) -> 
         np.save(temporary / "fields.npy", starts(sizes))
         meta = {
             "format": FORMAT,
-            "crc32": {name: zlib.crc32(array) for name, array in read_arrays(temporary).items()},
+            "crc32": {name: zlib.crc32(array.data) for name, array in read_arrays(temporary).items()},
             "sources": row_set.sources,
             "columns": encoding.columns,
             "counts": {"rows": len(row_set.origin), "kept": len(kept), **tally.counts},
@@ -302,10 +303,10 @@ def read_part(folder: Path) -> Ragged | None:
     try:
         sealed = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         meta, arrays = sealed["meta"], read_arrays(folder)
-        checksums = {name: zlib.crc32(array) for name, array in arrays.items()}
+        checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
         if hash_json(meta) != sealed["hash"] or checksums != meta["crc32"]:
             raise ValueError("the checksums differ from those recorded")
-        names = {name: tuple(meta[name]) for name in ("sources", "problems", "columns")}
+        names: dict[str, Any] = {name: tuple(meta[name]) for name in ("sources", "problems", "columns")}
         return Ragged(**arrays, **names, counts=meta["counts"])
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         logger.warning("the cached tokens in %s are damaged (%s); tokenising again", folder, error)

@@ -73,7 +73,7 @@ class JsonLines(Rows):
         super().__init__(rows, str(path), "line", rows[:, 2])
         self.path = path
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> object:
         start, end, number = self.rows[i].tolist()
         return parse_json(self.path, self.bytes[start:end], number)
 
@@ -93,7 +93,7 @@ class JoinedRows(Rows):
         k = bisect.bisect_right(self.ends, i)
         return self.parts[k], i - (self.ends[k - 1] if k else 0)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> object:
         part, j = self.locate(i)
         return part[j]
 
@@ -111,7 +111,7 @@ def decode(path: Path, text: bytes, line: int = 1) -> str:
         raise InputError(f"{path} line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
 
 
-def parse_json(path: Path, text: bytes, line: int = 1) -> Any:
+def parse_json(path: Path, text: bytes, line: int = 1) -> object:
     """Parses JSON. `line`: the number of the first line, for the InputError."""
     try:
         return json.loads(decode(path, text.rstrip(), line))
@@ -216,8 +216,8 @@ class Source:
 
     Attributes:
         name: the source as the user gave it.
-        splits: the files or the `datasets.Dataset` of "train", and of "eval" where the source has its own evaluation
-            split.
+        splits: the list of files or the `datasets.Dataset` of "train", and of "eval" where the source has its own
+            evaluation split.
     """
 
     name: str
@@ -232,12 +232,12 @@ class Source:
     def identities(self, split: str) -> set[Path | str]:
         """The files of a split, or the data set's fingerprint."""
         data = self.splits[split]
-        return {path.resolve() for path in data} if isinstance(data, tuple) else {data._fingerprint}
+        return {path.resolve() for path in data} if isinstance(data, list) else {data._fingerprint}
 
     def fingerprint(self, split: str) -> str:
         """Hashes the contents of a split without parsing its rows."""
         data = self.splits[split]
-        if not isinstance(data, tuple):
+        if not isinstance(data, list):
             return data._fingerprint
         return hashlib.blake2b("".join(map(hash_file, data)).encode(), digest_size=16).hexdigest()
 
@@ -245,7 +245,7 @@ class Source:
         """The rows of a split, read on the first call. Raises InputError when there are none."""
         if split not in self._rows:
             data = self.splits[split]
-            if isinstance(data, tuple):
+            if isinstance(data, list):
                 parts = [read_file(path) for path in data]
                 self._rows[split] = parts[0] if len(parts) == 1 else JoinedRows(parts)
             else:
@@ -269,17 +269,17 @@ def resolve_source(name: str, cache_dir: Path) -> Source:
         from jaxrlhf.data.demo import materialize_demo
 
         demo = materialize_demo(cache_dir)
-        return Source(name, {"train": (demo.train,), "eval": (demo.eval,)})
+        return Source(name, {"train": [demo.train], "eval": [demo.eval]})
     path = Path(name).expanduser()
     is_data_file = path.suffix.lower() in SUFFIXES
     if path.is_file():
         if not is_data_file:
             raise InputError(f"data_path '{name}': unknown kind of file; use one of {', '.join(SUFFIXES)}")
-        return Source(name, {"train": (path,)})
+        return Source(name, {"train": [path]})
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if path.is_dir() and not saved:
         return Source(name, files_by_split(name, path))
-    if not saved and (is_data_file or name.startswith(("/", ".", "~")) or name.count("/") > 1):
+    if not saved and (is_data_file or looks_like_path(name)):
         raise InputError(f"data_path '{name}': no such file or folder; check the path")
 
     import datasets
@@ -297,7 +297,12 @@ def resolve_source(name: str, cache_dir: Path) -> Source:
     return Source(name, datasets_by_split(name, loaded))
 
 
-def files_by_split(name: str, folder: Path) -> dict[str, tuple[Path, ...]]:
+def looks_like_path(name: str) -> bool:
+    """True when `name` cannot be a name on the hub."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def files_by_split(name: str, folder: Path) -> dict[str, object]:
     """Sorts a folder's data files into "train" and "eval" by their names; without such names all are for training."""
     groups: dict[str | None, list[Path]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
@@ -311,23 +316,28 @@ def files_by_split(name: str, folder: Path) -> dict[str, tuple[Path, ...]]:
     # Files named for no split are training rows only where none is named for training, so that a stray
     # description file beside train.jsonl is not taken for data.
     train = groups.get("train") or groups.get(None)
-    evaluation = next((groups[split] for split in EVAL_NAMES if split in groups), [])
     if not train:
+        (first, *_), *_ = groups.values()
         raise InputError(
-            f"data_path '{name}': the folder holds only evaluation files ({evaluation[0].name}); "
-            "add a train file, or give the folder as eval_data_path"
+            f"data_path '{name}': the folder holds only evaluation files ({first.name}); add a train file, or give the "
+            "folder as eval_data_path"
         )
-    return {"train": tuple(train)} | ({"eval": tuple(evaluation)} if evaluation else {})
+    return with_evaluation(train, groups)
 
 
-def datasets_by_split(name: str, loaded: Any) -> dict[str, Any]:
+def datasets_by_split(name: str, loaded: object) -> dict[str, object]:
     """The "train" and, where there is one, the "eval" part of a `datasets.Dataset` or `DatasetDict`."""
     if not isinstance(loaded, dict):
         return {"train": loaded}
     if "train" not in loaded:
         raise InputError(f"data_path '{name}': has no 'train' split (it has {', '.join(loaded)}); name one 'train'")
-    evaluation = next((split for split in EVAL_NAMES if split in loaded), None)
-    return {"train": loaded["train"]} | ({"eval": loaded[evaluation]} if evaluation else {})
+    return with_evaluation(loaded["train"], loaded)
+
+
+def with_evaluation(train: object, splits: Mapping[Any, object]) -> dict[str, object]:
+    """`train`, and the first of EVAL_NAMES among the splits as "eval"."""
+    evaluation = next((splits[name] for name in EVAL_NAMES if name in splits), None)
+    return {"train": train} | ({} if evaluation is None else {"eval": evaluation})
 
 
 def parse_split(data_split: str) -> tuple[float, ...] | None:

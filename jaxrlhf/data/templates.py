@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrlhf.data.cache import default_cache
+from jaxrlhf.data.sources import first_line, looks_like_path
 from jaxrlhf.errors import InputError
 
 DEFAULT_TEMPLATE = "Human: {prompt} Assistant: {response}"
@@ -234,7 +235,7 @@ def load_tokenizer(path: str | Path):
         from jaxrlhf.data.demo import materialize_demo
 
         folder = materialize_demo(default_cache()).tokenizer
-    if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or folder.exists()):
+    if not folder.is_dir() and (looks_like_path(name) or folder.exists()):
         raise InputError(f"tokenizer folder '{name}': no such folder; check the path")
     if folder.is_dir():
         name = str(folder)
@@ -242,13 +243,14 @@ def load_tokenizer(path: str | Path):
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        text = str(error).strip().partition("\n")[0][:300] or type(error).__name__
         where = (
             "the folder's tokenizer files cannot be read"
             if folder.is_dir()
-            else "neither a folder here nor a tokenizer that can be loaded from the hub"
+            else "neither a folder here nor a tokenizer that the hub gives"
         )
-        raise InputError(f"tokenizer '{name}': {where} ({text}); give a folder with the tokenizer's files") from error
+        raise InputError(
+            f"tokenizer '{name}': {where} ({first_line(error)}); give a folder with the tokenizer's files"
+        ) from error
 
 
 def check_tokenizer_files(folder: Path) -> None:

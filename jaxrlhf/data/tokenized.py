@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jaxrlhf.data.cache import created, hash_json
-from jaxrlhf.data.rows import FIELDS, BadRow, Example, read_columns, read_row
+from jaxrlhf.data.rows import BadRow, Example, read_columns, read_row
 from jaxrlhf.data.sources import Rows
 from jaxrlhf.data.templates import encode_prompts, encode_responses
 from jaxrlhf.errors import InputError
@@ -215,11 +215,11 @@ def encode_examples(examples: list[Example], tokenizer, encoding: Encoding) -> l
     """The ids of each example's prompt and responses."""
     prompts = [example.prompt for example in examples]
     prompt_ids = encode_prompts(tokenizer, prompts, encoding.template)
-    columns = [prompt_ids]
-    for j in range(len(FIELDS[encoding.step]) - 1):
-        responses = [example.responses[j] for example in examples]
-        columns.append(encode_responses(tokenizer, prompts, prompt_ids, responses, encoding.template))
-    return [list(parts) for parts in zip(*columns, strict=True)]
+    responses = [
+        encode_responses(tokenizer, prompts, prompt_ids, texts, encoding.template)
+        for texts in zip(*(example.responses for example in examples), strict=True)
+    ]
+    return [list(parts) for parts in zip(prompt_ids, *responses, strict=True)]
 
 
 def fit(

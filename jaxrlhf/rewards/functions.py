@@ -1,5 +1,6 @@
 """Finds a reward function by its name or import path, and prepares its arguments (docs/rewards.md)."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -145,10 +146,7 @@ def load_function(spec: str | Function) -> RewardFunction:
             f"{label}: has no option {unknown[0]!r} (it has {', '.join(known) or 'none'}); "
             "within a value, write a colon that comes before a word and = as \\:"
         )
-    options = {
-        key: _read_option(f"{label}: option {key}", text, _kinds(function, parameters.get(key)))
-        for key, text in given.items()
-    }
+    options = {k: _read_option(f"{label}: option {k}", text, _kinds(parameters.get(k))) for k, text in given.items()}
     free = {key: p for key, p in parameters.items() if key not in (*columns, *options)}
     required = [key for key, p in free.items() if p.default is p.empty]
     if not built_in:
@@ -166,6 +164,8 @@ def _parameters(label: str, function: Function) -> tuple[dict[str, inspect.Param
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return {}, True  # a function written in C may have no signature
+    with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):  # only type checkers need annotations
+        signature = inspect.signature(function, eval_str=True)
     parameters = list(signature.parameters.values())
     places = [p for p in parameters if p.kind in _POSITIONAL]
     if len(places) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -174,15 +174,12 @@ def _parameters(label: str, function: Function) -> tuple[dict[str, inspect.Param
     return {p.name: p for p in rest if p.kind in _KEYWORD}, any(p.kind is p.VAR_KEYWORD for p in rest)
 
 
-def _kinds(function: Function, parameter: inspect.Parameter | None) -> Collection[object]:
+def _kinds(parameter: inspect.Parameter | None) -> Collection[object]:
     """The types of an option, from its parameter's annotation or default; without both, any."""
     every = {int, float, bool, str}
     if parameter is None:
         return every
-    try:
-        hint = typing.get_type_hints(function).get(parameter.name)
-    except (NameError, TypeError, AttributeError):
-        hint = None
+    hint = parameter.annotation
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     for kinds in (set(typing.get_args(hint)) if is_union else {hint}, {type(parameter.default)} & every):
         if kinds and kinds <= set(_KINDS):

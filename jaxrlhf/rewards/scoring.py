@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from typing import Protocol
 
 import numpy as np
@@ -159,11 +160,8 @@ def distinct(names: list[str]) -> list[str]:
     """The names, with `_2`, `_3`, … after repeated ones."""
     result: list[str] = []
     for name in names:
-        number, candidate = 1, name
-        while candidate in result:
-            number += 1
-            candidate = f"{name}_{number}"
-        result.append(candidate)
+        candidates = chain([name], (f"{name}_{number}" for number in count(2)))
+        result.append(next(candidate for candidate in candidates if candidate not in result))
     return result
 
 

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import console, runs
-from jaxrlhf.config import field, load_yaml
+from jaxrlhf.config import field, files, load_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError
-from jaxrlhf.runs import Run, peak_memory_bytes
+from jaxrlhf.runs import Run, console, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import list_checkpoints, save_checkpoint
 
 
@@ -274,7 +273,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.write_text_atomic.__globals__["os"], "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         write_text_atomic(path, "new")
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]

@@ -26,7 +26,8 @@ LAYERS = (
     ("errors", "objectives", "kernels", "xla_flags"),
     ("config",),
     ("distributed",),
-    ("sharding", "rewards", "data", "runs"),
+    ("sharding", "rewards", "runs"),
+    ("data",),
     ("models",),
     ("engine",),
     ("trainers",),
@@ -174,7 +175,7 @@ def test_the_wheel_has_every_module_once(wheel):
         if module.split(".")[0] == "jaxrlhf"
     )
     assert installed == expected
-    assert "jaxrlhf/py.typed" in names
+    assert {"jaxrlhf/py.typed", "jaxrlhf/runs/report.html.jinja"} <= set(names)
 
 
 @pytest.mark.parametrize("folder", ["clone", "elsewhere"])

@@ -26,6 +26,7 @@ import numpy as np
 from jaxrlhf.data.rows import FIELDS, Example, Problem, read_columns, read_row
 from jaxrlhf.data.templates import encode_prompts, encode_responses
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs.console import Console
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +207,6 @@ def write_part(
 
     Raises InputError when no row is left, saying what was wrong with them.
     """
-    from tqdm import tqdm
-
     counts = dict.fromkeys(("skipped", "truncated_prompts", "truncated_responses", "dropped_too_long"), 0)
     bad: collections.Counter[str] = collections.Counter()
     places: list[str] = []
@@ -215,9 +214,10 @@ def write_part(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        progress = tqdm(rows, total=total, desc=f"tokenising {label}", unit="row", delay=1.0)
-        with open(temporary / "tokens.bin", "wb") as file, open(temporary / "fields.bin", "wb") as fields:
-            for k, result, rest in encode_rows(progress, tokenizer, encoding, counts):
+        progress = Console().progress(total, description=f"tokenising {label}", unit="row", transient=True)
+        tokens, columns = temporary / "tokens.bin", temporary / "fields.bin"
+        with progress as bar, open(tokens, "wb") as file, open(columns, "wb") as fields:
+            for k, result, rest in encode_rows(bar.over(rows), tokenizer, encoding, counts):
                 if isinstance(result, Problem):
                     counts["skipped"] += 1
                     bad[f"'{result.field}' {result.what}"] += 1

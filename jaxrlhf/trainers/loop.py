@@ -129,8 +129,6 @@ def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
             run.log(done, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
             guard.check(metrics, done)
             bar.update()
-            if step == start:  # the step that compiles would spoil the rate and the remaining time
-                bar.initial, bar.start_t = bar.n, time.time()
             last = done == task.total_steps
             value = None
             if last or (config.eval_steps and done % config.eval_steps == 0):

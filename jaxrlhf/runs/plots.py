@@ -1,34 +1,42 @@
-"""Curves of a run as inline SVG that takes its colours from the page, so one drawing reads in light and dark."""
+"""Curves of a run as inline SVG. The colours come from the page, so that one drawing serves light and dark pages."""
 
+import html
 import io
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SIZE = (4.6, 2.35)  # inches; the page scales it
 MAX_POINTS = 600  # per curve; more would only make the file large
 SMOOTH_FROM = 12  # curves with fewer points are drawn as they are
 
-# Drawn in these colours, then replaced by the page's CSS variables.
+# Stand-ins for the page's CSS variables, which replace them at the end.
 INK, GRID = "#010203", "#040506"
 SERIES = ("#0a0b01", "#0a0b02", "#0a0b03")
 VARIABLES = {INK: "--muted", GRID: "--line", SERIES[0]: "--first", SERIES[1]: "--second", SERIES[2]: "--third"}
 
 
 class Curve(NamedTuple):
-    """Values of one metric at ascending steps, NaN where not finite. `points`: drawn as dots (evaluation)."""
+    """Values of one metric at ascending steps."""
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
+    """NaN where not finite."""
     points: bool = False
+    """Draw dots, as for evaluations."""
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Mean of the exponential moving averages from either side, over about `span` values each, so without a lag.
+    """Averages the exponential moving averages from both sides, which leaves no lag.
 
-    NaN entries do not count; the averages are free of a bias to their first value.
+    Args:
+        values: Values; NaN entries do not count.
+        span: Number of values that each average covers. It has no bias to its first value.
     """
     backward = _moving_average(values[::-1], span)[::-1]
     return [(a + b) / 2 for a, b in zip(_moving_average(values, span), backward, strict=True)]
@@ -45,8 +53,10 @@ def _moving_average(values: Sequence[float], span: float) -> list[float]:
     return result
 
 
-def thin_out(steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS) -> tuple[list, list]:
-    """At most about `limit` points: of each stretch its smallest and largest value, so that spikes stay visible."""
+def thin_out(
+    steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS
+) -> tuple[list[float], list[float]]:
+    """Keeps about `limit` points: the smallest and largest value of each stretch, so that spikes stay visible."""
     if len(values) <= limit:
         return list(steps), list(values)
     stretch = math.ceil(2 * len(values) / limit)
@@ -59,9 +69,11 @@ def thin_out(steps: Sequence[float], values: Sequence[float], limit: int = MAX_P
 
 
 def draw(curves: Sequence[Curve], number: int) -> str:
-    """One plot as an `<svg>` element: raw curves faint, smoothed ones strong, evaluation as dots.
+    """Draws one plot as an `<svg>` element: raw curves faint, smoothed ones strong, evaluations as dots.
 
-    `number` makes the ids of this drawing unique on the page.
+    Args:
+        curves: Up to three curves.
+        number: Number of the plot on the page, which makes its ids unique.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -90,10 +102,11 @@ def draw(curves: Sequence[Curve], number: int) -> str:
         axes.margins(x=0.02, y=0.08)
         buffer = io.StringIO()
         canvas.print_svg(buffer)
-    return _inline(buffer.getvalue(), f"p{number}-")
+    label = html.escape(" and ".join(curve.name for curve in curves)) + " by step"
+    return _inline(buffer.getvalue(), f"p{number}-").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def _draw_curve(axes, curve: Curve, colour: str) -> None:
+def _draw_curve(axes: "Axes", curve: Curve, colour: str) -> None:
     finite = sum(not math.isnan(value) for value in curve.values)
     if curve.points or finite < 3:
         axes.plot(curve.steps, curve.values, "o-", color=colour, markersize=3.6, linewidth=1.0, zorder=4)
@@ -107,21 +120,20 @@ def _draw_curve(axes, curve: Curve, colour: str) -> None:
 
 
 def _is_noisy(values: Sequence[float]) -> bool:
-    """Whether values jump about: a schedule or counter does not, and an average would only shift it."""
+    """Tells noise from a schedule or a counter, which an average would only shift."""
     finite = [value for value in values if not math.isnan(value)]
     bends = sorted(abs(a - 2 * b + c) for a, b, c in zip(finite, finite[1:], finite[2:], strict=False))
     return bool(bends) and bends[len(bends) // 2] > 0.005 * (max(finite) - min(finite))
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """The bare `<svg>` element: no prologue, metadata or name spaces, ids made unique, colours from the page."""
+    """The bare `<svg>` element, without prologue, metadata, name spaces and size, with unique ids and CSS colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = svg.replace('id="', f'id="{prefix}').replace("url(#", f"url(#{prefix}").replace('href="#', f'href="#{prefix}')
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'="[^"]*"', lambda match: re.sub(r"(\.\d{2})\d+", r"\1", match[0]), svg)  # coordinates, not labels
     svg = re.sub(r"font: [^;\"]*?(\d[\d.]*)px[^;\"]*", r"font-size: \1px", svg)
     for colour, variable in VARIABLES.items():

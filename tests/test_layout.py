@@ -175,7 +175,7 @@ def test_the_wheel_has_every_module_once(wheel):
         if module.split(".")[0] == "jaxrlhf"
     )
     assert installed == expected
-    assert {"jaxrlhf/py.typed", "jaxrlhf/runs/report.html.jinja"} <= set(names)
+    assert {f"jaxrlhf/{name}" for name in ("py.typed", "runs/report.html.jinja", "runs/plots.mplstyle")} <= set(names)
 
 
 @pytest.mark.parametrize("folder", ["clone", "elsewhere"])

@@ -72,8 +72,8 @@ def save_checkpoint(
     target = folder / f"checkpoint-{step}"
     work = folder / f"checkpoint-{step}{UNFINISHED[0]}"
     entries, arrays = _encode(state)
-    remedy = "older checkpoints are kept"
-    with storage_errors(f"write the checkpoint {target}", remedy, ValueError):  # tensorstore: ValueError on a full disk
+    # tensorstore reports a full disk as a ValueError
+    with storage_errors(f"write the checkpoint {target}", "older checkpoints are kept", ValueError):
         if is_primary():
             folder.mkdir(parents=True, exist_ok=True)
             _tidy(folder)
@@ -161,7 +161,7 @@ def restore_checkpoint(path: str | Path, like: PyTree, subtree: str = "") -> tup
     return jax.tree_util.tree_unflatten(treedef, restored), metadata
 
 
-def _flatten(tree: PyTree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
+def _flatten(tree: PyTree) -> tuple[list[tuple[str, Leaf]], Any]:
     """Leaves with their `a/b/0` paths. None counts as a leaf, so that a lost optional part shows."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
     leaves = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in pairs]
@@ -172,15 +172,15 @@ def _flatten(tree: PyTree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTree
 
 def _describe(leaf: Leaf) -> Entry:
     """The kind of a leaf, and shape and dtype of an array."""
-    if leaf is None or (isinstance(leaf, bool | int | float | str) and not isinstance(leaf, np.generic)):
-        return {"kind": type(leaf).__name__}
     if isinstance(leaf, np.generic):
-        return {"kind": "numpy scalar", "dtype": leaf.dtype.name, "shape": []}
-    if isinstance(leaf, np.ndarray | jax.Array | jax.ShapeDtypeStruct):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return {"kind": "key", "dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-        return {"kind": "array", "dtype": np.dtype(leaf.dtype).name, "shape": list(leaf.shape)}
-    raise TypeError(f"a checkpoint cannot hold a {type(leaf).__name__}")
+        kind = "numpy scalar"
+    elif isinstance(leaf, np.ndarray | jax.Array | jax.ShapeDtypeStruct):
+        kind = "key" if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else "array"
+    elif leaf is None or isinstance(leaf, bool | int | float | str):
+        return {"kind": type(leaf).__name__}
+    else:
+        raise TypeError(f"a checkpoint cannot hold a {type(leaf).__name__}")
+    return {"kind": kind, "dtype": leaf.dtype.name, "shape": list(leaf.shape)}
 
 
 def _encode(state: PyTree) -> tuple[list[Entry], dict[str, jax.Array | np.ndarray]]:

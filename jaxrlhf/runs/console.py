@@ -70,7 +70,7 @@ class Progress:
             rate = (self.done - first) / max(self._latest - begin, 1e-9)
             parts.append(f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}")
             if self.total is not None:
-                parts.append(f"{_clock(max(0, self.total - done) / rate)} left")
+                parts.append(f"{format_duration(max(0, self.total - done) / rate)} left")
         return " · ".join(parts)
 
     def _with_note(self) -> str:
@@ -185,8 +185,8 @@ def format_number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _clock(seconds: float) -> str:
-    """`MM:SS`, from an hour on `H:MM:SS`."""
+def format_duration(seconds: float) -> str:
+    """Formats seconds as `MM:SS`, from an hour on as `H:MM:SS`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"

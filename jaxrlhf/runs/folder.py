@@ -1,6 +1,5 @@
 """The folder of a training run: settings, metrics, samples, TensorBoard events, summary, report; and its console."""
 
-import contextlib
 import json
 import math
 import os
@@ -9,8 +8,8 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 import jax
@@ -101,16 +100,13 @@ class Run:
                 _delete_run(self.output_dir)
             save_yaml(self._config, self.output_dir / "config.yaml")
         except OSError as error:
-            raise InputError(
-                f"output_dir {self.output_dir} cannot be written: {error.strerror}; choose another folder"
-            ) from error
+            reason = f"cannot be written ({error.strerror}); choose another folder"
+            raise InputError(f"output_dir {self.output_dir} {reason}") from error
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
             return
@@ -159,13 +155,11 @@ class Run:
         """Prints `text` above the progress line."""
         self.console.print(text)
 
-    def status(self, message: str) -> contextlib.AbstractContextManager[None]:
+    def status(self, message: str) -> AbstractContextManager[None]:
         """Shows what a block does, and afterwards how long it took."""
         return self.console.status(message)
 
-    def progress(
-        self, total: int | None, initial: int = 0, description: str = ""
-    ) -> contextlib.AbstractContextManager[Progress]:
+    def progress(self, total: int | None, initial: int = 0, description: str = "") -> AbstractContextManager[Progress]:
         """Shows rate, remaining time and the latest headline metrics of a loop that calls `.update()` for each step."""
         return self.console.progress(total, initial, description)
 
@@ -229,7 +223,7 @@ class Run:
         if evaluation or step % self.logging_steps == 0:
             self.console.print(" · ".join([lead, *(f"{name} {_shown(values[name])}" for name in names)]))
 
-    def _storage(self, task: str) -> contextlib.AbstractContextManager[None]:
+    def _storage(self, task: str) -> AbstractContextManager[None]:
         return storage_errors(f"{task} in {self.output_dir}", REMEDY)
 
     def _append(self, name: str, record: Mapping[str, object]) -> None:
@@ -291,11 +285,10 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _delete_run(folder: Path) -> None:
-    for name in OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    old = [path for path in folder.iterdir() if FINAL.match(path.name) and path.is_dir()]  # unfinished ones too
-    for path in [*old, folder / "tensorboard"]:
-        if path.exists():
+    for path in folder.iterdir():
+        if path.name in OWN_FILES:
+            path.unlink()
+        elif path.is_dir() and (path.name == "tensorboard" or FINAL.match(path.name)):  # unfinished ones too
             shutil.rmtree(path)
 
 

@@ -5,12 +5,12 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE = (4.6, 2.35)  # inches; the page scales it
 MAX_POINTS = 600  # per curve; more would only make the file large
 SMOOTH_FROM = 12  # curves with fewer points are drawn as they are
 
@@ -80,26 +80,14 @@ def draw(curves: Sequence[Curve], number: int) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8.5, "axes.formatter.useoffset": False}
-    with rc_context(style):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        figure.patch.set_alpha(0)
-        axes.patch.set_alpha(0)
+    with rc_context(fname=Path(__file__).with_suffix(".mplstyle")):
+        canvas = FigureCanvasSVG(Figure())
+        axes = canvas.figure.add_subplot(xlabel="step")
         for curve, colour in zip(curves, SERIES, strict=False):
             _draw_curve(axes, curve, colour)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
-        axes.tick_params(colors=INK, length=0, pad=4)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
-        axes.yaxis.get_offset_text().set_color(INK)
-        axes.set_xlabel("step", color=INK, loc="right", labelpad=1)
-        axes.margins(x=0.02, y=0.08)
         buffer = io.StringIO()
         canvas.print_svg(buffer)
     label = html.escape(" and ".join(curve.name for curve in curves)) + " by step"
@@ -112,8 +100,9 @@ def _draw_curve(axes: "Axes", curve: Curve, colour: str) -> None:
         axes.plot(curve.steps, curve.values, "o-", color=colour, markersize=3.6, linewidth=1.0, zorder=4)
         return
     smoothed = len(curve.values) >= SMOOTH_FROM and _is_noisy(curve.values)
-    faint = {"alpha": 0.42, "linewidth": 0.9} if smoothed else {"linewidth": 1.5}
-    axes.plot(*thin_out(curve.steps, curve.values), color=colour, zorder=2, **faint)
+    alpha, width = (0.42, 0.9) if smoothed else (1.0, 1.5)
+    steps, values = thin_out(curve.steps, curve.values)
+    axes.plot(steps, values, color=colour, alpha=alpha, linewidth=width, zorder=2)
     if smoothed:
         values = smooth(curve.values, span=max(4.0, len(curve.values) / 15))
         axes.plot(*thin_out(curve.steps, values, MAX_POINTS // 2), color=colour, linewidth=1.8, zorder=3)

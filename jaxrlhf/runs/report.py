@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from jaxrlhf.config.files import read_jsonl, write_text_atomic
 from jaxrlhf.errors import InputError
-from jaxrlhf.runs.console import format_number
+from jaxrlhf.runs.console import format_duration, format_number
 from jaxrlhf.runs.plots import SERIES, VARIABLES, Curve, draw
 
 Data: TypeAlias = dict[str, Any]
@@ -45,6 +45,7 @@ GROUPS = {
 }
 """Groups of plots and the metrics in each; a metric belongs to the first group that matches."""
 *_, TIMING, OTHER = GROUPS
+FOLDED = (TIMING, OTHER)  # metrics of less interest
 TOGETHER = (("eval/mean_chosen_score", "eval/mean_rejected_score"), ("mean_chosen_score", "mean_rejected_score"))
 HELD_OUT = "held-out samples"
 """Title of an evaluation's table, which has the same prompts each time."""
@@ -130,22 +131,18 @@ def _section(folder: Path, numbers: Iterator[int]) -> Data:
     """The data of one run; `numbers` makes the ids of its drawings unique on the page."""
     curves = read_curves(folder / "metrics.jsonl")
     grouped = {title: [name for name in curves if group_of(name) == title] for title in GROUPS}
-    other = [(name, _numbers_of(curves[name])) for title in (TIMING, OTHER) for name in grouped[title]]
-    main = [(name, _numbers_of(curves[name])) for names in grouped.values() for name in names]
-    main = [row for row in main if row not in other]
+    metrics: dict[bool, list[tuple[str, list[str]]]] = {True: [], False: []}
+    for title, names in grouped.items():
+        metrics[title not in FOLDED] += [(name, _numbers_of(curves[name])) for name in names]
     return {
         "anchor": "run-" + re.sub(r"\W+", "-", folder.resolve().name),
         "title": _title(folder),
         "facts": _facts(folder),
         "settings": _settings(folder),
-        "metrics": main or other,
-        "other_metrics": other if main else [],
+        "metrics": metrics[True] or metrics[False],
+        "other_metrics": metrics[False] if metrics[True] else [],
         "groups": [
-            {
-                "title": title,
-                "is_folded": title == OTHER,
-                "plots": [_plot(together, next(numbers)) for together in _overlay(names, curves)],
-            }
+            (title, title == OTHER, [_plot(together, next(numbers)) for together in _overlay(names, curves)])
             for title, names in grouped.items()
             if names
         ],
@@ -171,14 +168,7 @@ def _facts(folder: Path) -> str:
     text = f"{max(record['step'] for record in records):,} steps"
     times = [record["time"] for record in records if "time" in record]
     seconds = times[-1] - times[0] if times else 0
-    if seconds < 1:
-        return text
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    duration = f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    if hours:
-        duration = f"{hours} h {minutes} min"
-    return f"{text} in {duration} between the first record and the last"
+    return f"{text}, {format_duration(seconds)} from the first record to the last" if seconds >= 1 else text
 
 
 def _overlay(names: Sequence[str], curves: Mapping[str, Curve]) -> list[list[Curve]]:
@@ -216,13 +206,7 @@ def _samples(folder: Path) -> Data | None:
     if not records:
         return None
     tables = [
-        {
-            "title": f"{record['title']} · step {record['step']:,}",
-            "columns": [
-                (name, all(_is_numeric(row[i]) for row in record["rows"])) for i, name in enumerate(record["columns"])
-            ],
-            "rows": record["rows"],
-        }
+        record | {"numeric": [all(map(_is_numeric, cells)) for cells in zip(*record["rows"], strict=True)]}
         for record in _evenly_spaced(records, MAX_TABLES)
     ]
     return {"total": len(records), "tables": tables, "timeline": _timeline(records)}

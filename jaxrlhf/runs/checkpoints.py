@@ -145,8 +145,7 @@ def restore_checkpoint(path: str | Path, like: PyTree, subtree: str = "") -> tup
     index, metadata = _read_json(path, "index.json", "leaves", "files"), read_metadata(path)
     prefix = f"{subtree}/" if subtree else ""
     saved = {entry["path"]: entry for entry in index["leaves"] if entry["path"].startswith(prefix)}
-    leaves, treedef = _flatten(like)
-    leaves = [(prefix + name, leaf) for name, leaf in leaves]
+    leaves, treedef = _flatten(like, prefix)
     _check_match(path, saved, {name: _describe(leaf) for name, leaf in leaves})
     if _sizes(path / "state") != index["files"]:
         raise StorageError(f"the checkpoint {path} is damaged: its files are not those that were written; use another")
@@ -161,10 +160,10 @@ def restore_checkpoint(path: str | Path, like: PyTree, subtree: str = "") -> tup
     return jax.tree_util.tree_unflatten(treedef, restored), metadata
 
 
-def _flatten(tree: PyTree) -> tuple[list[tuple[str, Leaf]], Any]:
+def _flatten(tree: PyTree, prefix: str = "") -> tuple[list[tuple[str, Leaf]], Any]:
     """Leaves with their `a/b/0` paths. None counts as a leaf, so that a lost optional part shows."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
-    leaves = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in pairs]
+    leaves = [(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in pairs]
     if len({name for name, _ in leaves}) < len(leaves):
         raise ValueError("two leaves of the state have the same path; rename keys that contain '/'")
     return leaves, treedef
@@ -195,10 +194,8 @@ def _encode(state: PyTree) -> tuple[list[Entry], dict[str, jax.Array | np.ndarra
             arrays[name] = leaf
         elif entry["kind"] == "numpy scalar":
             entry["bytes"] = leaf.tobytes().hex()
-        elif entry["kind"] == "float":
-            entry["value"] = leaf.hex()
         else:
-            entry["value"] = leaf
+            entry["value"] = leaf.hex() if entry["kind"] == "float" else leaf
         entries.append(entry)
     if not arrays:
         raise ValueError("the state to save holds no arrays")
@@ -308,7 +305,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _take_back_replaced(folder: Path) -> None:
-    """Give an older checkpoint its name back when a kill fell between the two renames of its replacement."""
+    """Gives an older checkpoint its name back when a kill fell between the two renames of its replacement."""
     for path in folder.glob(f"checkpoint-*{REPLACED}"):
         target = path.with_name(path.name.removesuffix(REPLACED))
         if target.exists():
@@ -318,15 +315,15 @@ def _take_back_replaced(folder: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what interrupted saves left behind."""
+    """Removes the remains of interrupted saves."""
     _take_back_replaced(folder)
-    for ending in UNFINISHED:
-        for path in folder.glob(f"checkpoint-*{ending}"):
+    for path in folder.glob("checkpoint-*"):
+        if path.name.endswith(UNFINISHED):
             shutil.rmtree(path)
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint so that no part of it can be taken for a complete one."""
+    """Deletes a checkpoint such that no part of it looks like a complete one."""
     if path.exists():
         doomed = path.with_name(path.name + UNFINISHED[1])
         os.rename(path, doomed)

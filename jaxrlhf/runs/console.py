@@ -128,13 +128,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(
-        self,
-        total: int | None,
-        initial: int = 0,
-        description: str = "",
-        *,
-        unit: str = "step",
-        transient: bool = False,
+        self, total: int | None, initial: int = 0, description: str = "", unit: str = "step", transient: bool = False
     ) -> Iterator[Progress]:
         """Shows the progress of a loop that calls `.update()` for each step.
 

@@ -72,7 +72,6 @@ class Run:
         self.headline = tuple(headline)
         self.latest: dict[str, float | int | None] = {}
         self.console = Console(quiet or not self.is_primary, stream)
-        self._files: dict[str, TextIO] = {}
         self._tensorboard: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._closed = False
@@ -118,8 +117,8 @@ class Run:
     def log(self, step: int, metrics: Mapping[str, object]) -> None:
         """Records the metrics of a step in metrics.jsonl and TensorBoard, and prints them every `logging_steps`.
 
-        Numbers keep seven significant digits. NaN and infinities become null; TensorBoard does not get them. Each
-        record is flushed.
+        Numbers keep seven significant digits. NaN and infinities become null; TensorBoard does not get them. A killed
+        process loses no record.
 
         Args:
             step: Number of finished steps.
@@ -143,8 +142,8 @@ class Run:
         self.begin()
         if not self.is_primary:
             return
+        self._close_tensorboard()
         with self._storage("rewind the records"):
-            self._close_files()
             for path in (self.output_dir / name for name in JSONL):
                 if path.exists():
                     kept = [record for record in read_jsonl(path) if record["step"] <= step]
@@ -196,12 +195,11 @@ class Run:
                 write_json_atomic(self.output_dir / "summary.json", dict(values))
 
     def close(self) -> None:
-        """Closes the files and writes `report.html`. A second call does nothing."""
+        """Writes `report.html`. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        with self._storage("write the records"):
-            self._close_files()
+        self._close_tensorboard()
         if self.is_primary and self._begun and (self.output_dir / "metrics.jsonl").exists():
             from jaxrlhf.runs.report import write_report
 
@@ -228,11 +226,8 @@ class Run:
 
     def _append(self, name: str, record: Mapping[str, object]) -> None:
         self.begin()
-        with self._storage(f"write {name}"):
-            if name not in self._files:
-                self._files[name] = open(self.output_dir / name, "a", encoding="utf-8")  # noqa: SIM115 - close() closes
-            self._files[name].write(_json_line(record))
-            self._files[name].flush()
+        with self._storage(f"write {name}"), open(self.output_dir / name, "a", encoding="utf-8") as file:
+            file.write(_json_line(record))
 
     def _event_writer(self) -> "SummaryWriter":
         if self._tensorboard is None:
@@ -243,10 +238,7 @@ class Run:
                 self._tensorboard = SummaryWriter(logdir=folder, purge_step=self._purge_step, flush_secs=10)
         return self._tensorboard
 
-    def _close_files(self) -> None:
-        """Closes the records; the next one opens its file again."""
-        while self._files:
-            self._files.popitem()[1].close()
+    def _close_tensorboard(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None

@@ -155,9 +155,7 @@ def _title(folder: Path) -> str:
     name, summary = folder.resolve().name, _summary(folder)
     trainer = summary.get("trainer", "")
     title = summary.get("title") or STEPS.get(trainer) or trainer.upper() or STEPS.get(name)
-    if title and name in (*STEPS, trainer):
-        return title
-    return f"{name}: {title}" if title else name
+    return f"{name}: {title}" if title and name not in (*STEPS, trainer) else title or name
 
 
 def _facts(folder: Path) -> str:
@@ -182,11 +180,9 @@ def _overlay(names: Sequence[str], curves: Mapping[str, Curve]) -> list[list[Cur
 
 
 def _plot(curves: Sequence[Curve], number: int) -> Data:
-    colours = [VARIABLES[colour] for colour in SERIES]
+    coloured = zip(curves, map(VARIABLES.get, SERIES), strict=False)
     return {
-        "legend": [
-            (curve.name, _number(curve.values[-1]), colour) for curve, colour in zip(curves, colours, strict=False)
-        ],
+        "legend": [(curve.name, _number(curve.values[-1]), colour) for curve, colour in coloured],
         "svg": Markup(draw(curves, number)),
         "lost": sum(math.isnan(value) for curve in curves for value in curve.values),
     }

@@ -20,8 +20,6 @@ def storage_errors(task: str, remedy: str, *kinds: type[Exception]) -> Iterator[
     """
     try:
         yield
-    except StorageError:
-        raise
     except (OSError, *kinds) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if "No space left" in reason:

@@ -121,17 +121,18 @@ def test_our_subpackages_are_imported_by_their_installed_names(path, module, tre
 
 @pytest.mark.parametrize(("path", "module", "tree"), FILES)
 def test_heavy_libraries_are_imported_where_they_are_used(path, module, tree):
-    inside_functions = {
+    late = {  # what runs when a function is called, or in a type checker alone
         id(inner)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for inner in ast.walk(function)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for inner in ast.walk(block)
     }
     for name, node in imports_of(tree, module, path.name == "__init__.py"):
         library = name.split(".")[0]
         where = f"{path.relative_to(ROOT)}:{node.lineno} imports {library}"
         if library in IMPORTED_WHERE_USED:
-            assert id(node) in inside_functions, f"{where} at module level; import it in the function that needs it"
+            assert id(node) in late, f"{where} at module level; import it in the function that needs it"
         if library == "torch":
             assert unit_of(module) in ("models", "bench"), f"{where}; only what TORCH_USERS lists may"
 

@@ -23,10 +23,11 @@ PACKAGES = {
 # From the bottom to the top; what stands in one line does not import one another. A unit is the part of a module's name
 # after `jaxrlhf.`. A new module or package of jaxrlhf/ gets its place here.
 LAYERS = (
-    ("errors", "objectives", "kernels", "xla_flags"),
+    ("errors", "keys", "objectives", "kernels", "xla_flags"),
     ("config",),
     ("distributed",),
-    ("sharding", "rewards", "data", "runs"),
+    ("sharding", "rewards", "runs"),
+    ("data",),
     ("models",),
     ("engine",),
     ("trainers",),
@@ -176,7 +177,7 @@ def test_the_wheel_has_every_module_once(wheel):
         if module.split(".")[0] == "jaxrlhf"
     )
     assert installed == expected
-    assert "jaxrlhf/py.typed" in names
+    assert {f"jaxrlhf/{name}" for name in ("py.typed", "runs/report.html.jinja", "runs/plots.mplstyle")} <= set(names)
 
 
 @pytest.mark.parametrize("folder", ["clone", "elsewhere"])

@@ -225,7 +225,7 @@ class Sampler:
                     mean = finite_mean(finished["scores"][real])
                     rate = done / (time.monotonic() - begin)
                     scored = "none has a score" if mean is None else f"mean score {mean:.3g}"
-                    bar.set_postfix_str(f"{done} samples, {rate:.3g} a second, {scored}", refresh=False)
+                    bar.note = f"{done} samples, {rate:.3g} a second, {scored}"
                     bar.update()
                     yield finished
                 waiting = started

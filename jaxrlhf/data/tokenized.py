@@ -26,6 +26,7 @@ from jaxrlhf.data.rows import BadRow, Example, read_columns, read_row
 from jaxrlhf.data.sources import Rows
 from jaxrlhf.data.templates import encode_prompts, encode_responses
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs.console import Console
 
 logger = logging.getLogger(__name__)
 
@@ -175,26 +176,28 @@ def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
 
 def read_rows(row_set: RowSet, encoding: Encoding, tally: Tally) -> Iterator[_Item]:
     """Yields the valid rows; counts the others. Raises InputError for a row that lacks a column."""
-    from tqdm import tqdm
-
     names = dict(encoding.names)
-    progress = tqdm(row_set.origin.tolist(), desc=f"tokenising {row_set.label}", unit="row", delay=1.0)
-    for k, (source, i) in enumerate(progress):
-        rows = row_set.rows[source]
-        row = rows[i]
-        try:
-            example = read_row(row, encoding.step, names)
-        except BadRow as problem:
-            tally.skip(problem, rows.where(i))
-            continue
-        try:
-            columns = read_columns(row, encoding.columns)
-        except BadRow as problem:
-            raise InputError(
-                f"{rows.where(i)}: {problem}, and a reward function or reward_columns asks for it; correct or delete "
-                "the row, or name another column"
-            ) from problem
-        yield _Item(k, replace(example, columns=columns), (rows, i))
+    rows_in_order = row_set.origin.tolist()
+    progress = Console().progress(
+        len(rows_in_order), description=f"tokenising {row_set.label}", unit="row", transient=True
+    )
+    with progress as bar:
+        for k, (source, i) in enumerate(bar.over(rows_in_order)):
+            rows = row_set.rows[source]
+            row = rows[i]
+            try:
+                example = read_row(row, encoding.step, names)
+            except BadRow as problem:
+                tally.skip(problem, rows.where(i))
+                continue
+            try:
+                columns = read_columns(row, encoding.columns)
+            except BadRow as problem:
+                raise InputError(
+                    f"{rows.where(i)}: {problem}, and a reward function or reward_columns asks for it; correct or "
+                    "delete the row, or name another column"
+                ) from problem
+            yield _Item(k, replace(example, columns=columns), (rows, i))
 
 
 def encode_chunk(chunk: list[_Item], tokenizer, encoding: Encoding) -> list[list[list[int]]]:

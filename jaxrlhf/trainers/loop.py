@@ -128,8 +128,6 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
         for index in range(start, task.total_steps):
             state = loop.step(state, index)
             bar.update()
-            if index == start:  # the step that compiles would spoil the rate and the remaining time
-                bar.initial, bar.start_t = bar.n, time.time()
             loop.finish_step(state, index + 1, stopped)
     best = loop.best.step
     if config.export_best and best not in (None, task.total_steps):

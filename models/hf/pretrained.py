@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from jaxrlhf.models.hf.checkpoint_files import (
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import Model, create_model, logical_axes, make_module, param_shapes, param_shardings
+from jaxrlhf.runs.console import Console
 
 Leaf = jax.ShapeDtypeStruct
 
@@ -262,8 +262,10 @@ def load_pretrained(
         shardings = flatten_dict(param_shardings(module, mesh), sep="/")
     stored = [(tensor, leaves) for tensor, leaves in declared if tensor.hf not in fresh]
     params: dict[str, jax.Array] = {}
-    for tensor, leaves in _progress(stored, f"loading {folder.name or folder}", progress):
-        params |= _load_tensor(tensor, leaves, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
+    console, label = Console(quiet=not progress), f"loading {folder.name or folder}"
+    with console.progress(len(stored), description=label, unit="tensor", transient=True) as bar:
+        for tensor, leaves in bar.over(stored):
+            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
     if fresh:
         params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
     return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
@@ -273,17 +275,6 @@ def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Any, dtype: A
     width = module.config.embedding_size
     make = lambda key: (jax.random.normal(key, (width,)) * (width + 1) ** -0.5).astype(dtype)  # noqa: E731
     return jax.jit(make, out_shardings=sharding)(jax.random.key(0) if key is None else key)
-
-
-def _progress(items: list, description: str, enabled: bool) -> Iterator:
-    if not enabled:
-        return iter(items)
-    if not sys.stderr.isatty():
-        print(f"{description}…", file=sys.stderr, flush=True)
-        return iter(items)
-    from tqdm import tqdm
-
-    return tqdm(items, desc=description, unit="tensor", leave=False)
 
 
 def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:

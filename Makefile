@@ -45,7 +45,7 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format $(SOURCES)
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@echo "open site/index.html"
 
 # python3.12 may be a pyenv shim that only runs when a version is chosen, so each candidate is run once to be sure.

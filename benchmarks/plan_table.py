@@ -26,7 +26,7 @@ PUBLISHED = {
 }
 COLUMNS = (
     "model",
-    "flags beside the asked ones",
+    "additional flags",
     "generate",
     "score",
     "train",
@@ -50,7 +50,7 @@ def row(actor: str, devices: int) -> list[str]:
     flags = "none"
     if not plan.fits:
         if plan.nearest is None:
-            return [actor, f"does not fit; takes `{plan.larger.flags}`" if plan.larger else "does not fit", *["-"] * 7]
+            return [actor, f"does not fit; needs `{plan.larger.flags}`" if plan.larger else "does not fit", *["-"] * 7]
         flags, plan = f"`{plan.nearest.flags}`", make_plan(dataclasses.replace(plan.nearest.config))
     cost = plan.cost
     sizes = [gib(plan.programs[name].bytes_per_device) for name in ("generate", "score", "train")]

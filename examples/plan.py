@@ -46,7 +46,7 @@ def plan_config(path: Path, **changes: Any) -> PlanConfig:
 def main() -> None:
     paths = [Path(name) for name in sys.argv[1:]]
     paths = paths or [*sorted((FOLDER / "deepspeed_chat").glob("*.yaml")), FOLDER / "gsm8k" / "grpo.yaml"]
-    print("| recipe | devices | answers a step | GiB of a device | hours |\n|---|---|---|---|---|")
+    print("| recipe | devices | responses per step | GiB per device | hours |\n|---|---|---|---|---|")
     for path in paths:
         plan = make_plan(plan_config(path))
         size = f"{gib(plan.peak)} of {gib(plan.capacity)}" + ("" if plan.fits else ": does not fit")

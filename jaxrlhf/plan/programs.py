@@ -4,6 +4,7 @@ Trees hold `jax.ShapeDtypeStruct`s with shardings. So sizes per device are exact
 for devices that are not present.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -274,7 +275,7 @@ def experience(system: System) -> Experience:
 def ppo_state(system: System) -> PPOState:
     """The state, its optimizer moments where they wait."""
     moments = {f"{name}_opt_state": system.waiting(f"{name}_optimizer") for name in ("actor", "critic")}
-    return system.models.state.replace(**moments)
+    return dataclasses.replace(system.models.state, **moments)
 
 
 READ_FROM_HOST = {"generate": (), "score": ("reference", "reward"), "train": ("actor_optimizer", "critic_optimizer")}

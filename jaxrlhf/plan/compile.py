@@ -1,7 +1,7 @@
-"""The proof: the three programs compiled for the planned devices by their own compiler, none of them present.
+"""The proof of a plan: the devices' own compiler compiles the three programs, without the devices.
 
-Runs in a process of its own per program, since the compilers' packages read environment variables when they are
-loaded and complain on standard error, where they also say what must be treated as a failure.
+Each program compiles in its own process, because the compilers' packages read environment variables when they load, and
+report failures and warnings on standard error alone.
 """
 
 import importlib.util
@@ -11,34 +11,30 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 
 from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.programs import (
-    PROGRAMS,
-    System,
-    build_system,
-    lower,
-    offloaded_arguments,
-    topology_devices,
-)
+from jaxrlhf.plan.programs import PROGRAMS, build_system, lower, offloaded_arguments, topology_devices
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.runs.console import Console
 
-# No device is opened, so the cloud need not be asked for one and several processes may load libtpu at once.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-ENVIRONMENT |= {"TF_CPP_MIN_LOG_LEVEL": "0"}
+# No device is opened: libtpu need not ask the cloud for one, and several processes may load it at once.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "0",
+}
 INVOLUNTARY = "Involuntary full rematerialization"
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler reports of one program, in bytes per device."""
+    """The compiler's report on one program, in bytes per device."""
 
     program: str
     arguments: int
@@ -46,10 +42,10 @@ class Compiled:
     aliased: int
     temporaries: int
     peak: int
-    """Of the buffers that are alive at once, as the compiler itself counts."""
+    """Most bytes of buffers that are alive at once, by the compiler's own count."""
     seconds: float
     problems: tuple[str, ...]
-    """Why the program cannot run, or runs badly; empty when all is well."""
+    """Reasons why the program cannot run, or runs badly."""
 
     @property
     def bytes(self) -> int:
@@ -88,57 +84,61 @@ def compile_programs(config: PlanConfig, console: Console) -> dict[str, Compiled
 
 
 def _in_a_process(config: PlanConfig, program: str) -> Compiled:
-    environment = os.environ | ENVIRONMENT
+    """Compile one program in a process of its own."""
+    command = [sys.executable, "-m", "jaxrlhf.plan.compile", program]
     begin = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        command = [sys.executable, "-m", "jaxrlhf.plan.compile", program]
-        settings = json.dumps(to_dict(config))
-        done = subprocess.run(command, input=settings, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        log.seek(0)
-        said = log.read()
-    return read_outcome(program, done.returncode, done.stdout, said, time.monotonic() - begin)
+    done = subprocess.run(
+        command,
+        input=json.dumps(to_dict(config)),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | ENVIRONMENT,
+    )
+    return read_outcome(program, done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
 
 
-def read_outcome(program: str, status: int, figures: str, said: str, seconds: float) -> Compiled:
-    """What the process found: `figures` from its standard output, `said` the compiler's log.
+def read_outcome(program: str, status: int, output: str, log: str, seconds: float) -> Compiled:
+    """Read the outcome of a compiling process.
 
-    Raises InputError, with the end of the log, for a failure that is not one of memory.
+    Args:
+        program: One of PROGRAMS.
+        status: Exit status of the process.
+        output: Its standard output, which ends with the sizes as JSON.
+        log: Its standard error, the compiler's log.
+        seconds: Time that it took.
+
+    Raises:
+        InputError: Compilation failed, and not for want of memory; the message has the end of the log.
     """
     if status:
-        memory = re.search(rf"{OUT_OF_MEMORY}.*", said)
+        memory = re.search(rf"{OUT_OF_MEMORY}.*", log)
         if memory is None:
-            tail = "\n  ".join(said.strip().splitlines()[-6:])
+            tail = "\n  ".join(log.strip().splitlines()[-6:])
             raise InputError(f"--compile: compiling {program} failed:\n  {tail}")
         return Compiled(program, 0, 0, 0, 0, 0, seconds, (f"out of memory: {memory[0][:300]}",))
-    problems = [
-        f"the compiler moves an array whole between shardings: {line.strip()[:300]}"
-        for line in said.splitlines()
-        if INVOLUNTARY in line
-    ]
-    return Compiled(program, **json.loads(figures.splitlines()[-1]), seconds=seconds, problems=tuple(problems[:1]))
-
-
-def topology_system(config: PlanConfig) -> System:
-    """The abstract run on the devices of the compiler's topology."""
-    return build_system(config, topology_devices(config.accelerator, config.shape, config.devices))
+    moved = [line.strip()[:300] for line in log.splitlines() if INVOLUNTARY in line]
+    problems = tuple(f"the compiler moves an array whole between shardings: {line}" for line in moved[:1])
+    return Compiled(program, **json.loads(output.splitlines()[-1]), seconds=seconds, problems=problems)
 
 
 def main(program: str) -> None:
-    """In the process: settings as JSON on standard input, figures as JSON on standard output."""
+    """Compile in this process: settings as JSON on standard input, sizes as JSON on standard output."""
     config = PlanConfig.create(**json.load(sys.stdin))
-    system = topology_system(config)
+    system = build_system(config, topology_devices(config.accelerator, config.shape, config.devices))
     memory = lower(system, program).compile().memory_analysis()
+    assert memory is not None
     # The TPU compiler counts arguments in host memory apart, the CUDA compiler among the others.
     waiting = 0 if memory.host_argument_size_in_bytes else offloaded_arguments(system, program)
     replaced = waiting if program == "train" else 0
-    figures = {
+    sizes = {
         "arguments": memory.argument_size_in_bytes - waiting,
         "outputs": memory.output_size_in_bytes - replaced,
         "aliased": memory.alias_size_in_bytes - replaced,
         "temporaries": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes - waiting,
     }
-    print(json.dumps(figures))
+    print(json.dumps(sizes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Accelerators by name: memory, peak rates, links and compile targets, with the source of every figure.
+"""Accelerators by name: memory, peak rates, links and compile targets, with the source of every number.
 
 Sources: [A] NVIDIA A100 data sheet and whitepaper (2020, 80 GB: 2021); [H] NVIDIA H100 and H200 data sheets and the
 Hopper whitepaper; [P] `cudaGetDeviceProperties` of the device; [G] Google Cloud TPU system architecture pages, per
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, and the host it usually comes in."""
+    """An accelerator and its usual host."""
 
     name: str
     platform: str
@@ -37,12 +37,12 @@ class Device:
     """Bytes/s between the device and host memory."""
     devices_per_host: int
     usable: float
-    """Share of `memory` that programs may fill: what the runtime, kernels and communication buffers leave."""
+    """Share of `memory` that programs may fill; the runtime, kernels and communication buffers take the rest."""
     source: str
     pinned_host: bool = True
-    """Whether arrays can be held in the host's `pinned_host` memory."""
+    """Arrays can lie in the host's `pinned_host` memory."""
     cuda: tuple[tuple[str, float], ...] = ()
-    """Facts that the CUDA compiler asks for, see `target_config`."""
+    """Facts for the CUDA compiler, see `target_config`."""
     topologies: tuple[str, ...] = ()
     """TPU slices by shape."""
 
@@ -62,26 +62,37 @@ _TORUS_3D = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8
 _TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 
-def _gpu(name: str, memory: int, flops: float, bandwidth: float, link: float, network: float, **more: object) -> Device:
+def _gpu(
+    name: str,
+    memory: int,
+    flops: float,
+    bandwidth: float,
+    link: float,
+    network: float,
+    cuda: tuple[tuple[str, float], ...],
+    source: str,
+) -> Device:
     host_link = 32e9 if network < 50e9 else 64e9
-    return Device(name, "cuda", memory, flops, bandwidth, link, network, host_link, 8, 0.92, **more)
+    return Device(name, "cuda", memory, flops, bandwidth, link, network, host_link, 8, 0.92, source, cuda=cuda)
 
 
-def _tpu(name: str, gib: float, flops: float, bandwidth: float, link: float, per_host: int, shapes: tuple) -> Device:
+def _tpu(
+    name: str, gib: float, flops: float, bandwidth: float, link: float, per_host: int, shapes: tuple[str, ...]
+) -> Device:
     memory = int(gib * GIB)
     return Device(name, "tpu", memory, flops, bandwidth, link, link, 16e9, per_host, 0.97, "G", topologies=shapes)
 
 
 _ALL = (
-    _gpu("a100-40g", 42_331_013_120, 312e12, 1555e9, 300e9, 25e9, cuda=_AMPERE, source="A P D"),
-    _gpu("a100-80g", 85_100_068_864, 312e12, 2039e9, 300e9, 25e9, cuda=_AMPERE, source="A P D"),
-    _gpu("h100", 84_942_979_072, 989.4e12, 3352e9, 450e9, 50e9, cuda=_HOPPER, source="H P D"),
-    _gpu("h200", 151_397_597_184, 989.4e12, 4800e9, 450e9, 50e9, cuda=_HOPPER, source="H P D"),
+    _gpu("a100-40g", 42_331_013_120, 312e12, 1555e9, 300e9, 25e9, _AMPERE, "A P D"),
+    _gpu("a100-80g", 85_100_068_864, 312e12, 2039e9, 300e9, 25e9, _AMPERE, "A P D"),
+    _gpu("h100", 84_942_979_072, 989.4e12, 3352e9, 450e9, 50e9, _HOPPER, "H P D"),
+    _gpu("h200", 151_397_597_184, 989.4e12, 4800e9, 450e9, 50e9, _HOPPER, "H P D"),
     _tpu("v4", 32, 275e12, 1228e9, 300e9, 4, _TORUS_3D),
     _tpu("v5e", 16, 197e12, 819e9, 200e9, 4, _TORUS_2D),
     _tpu("v5p", 95, 459e12, 2765e9, 600e9, 4, _TORUS_3D),
     _tpu("v6e", 32, 918e12, 1640e9, 400e9, 4, _TORUS_2D),
-    # No two CPUs are alike: its figures come from the flags.
+    # No two CPUs are alike: flags give the rates.
     Device("cpu", "cpu", 0, 0, 0, 10e9, 10e9, 10e9, 1, 0.9, "given by flags", pinned_host=False),
 )
 DEVICES = {device.name: device for device in _ALL}
@@ -95,7 +106,7 @@ OVERRIDES = {
 
 
 def find_device(name: str, overrides: dict[str, float | None]) -> Device:
-    """The device of that name, figures in `overrides` (keys of OVERRIDES) put in place; InputError when unknown."""
+    """The device of that name, with the rates in `overrides` (keys of OVERRIDES); InputError when unknown."""
     key = name.lower().replace("_", "-")
     if key not in DEVICES:
         raise InputError(f"unknown device {name!r}; known are {', '.join(DEVICES)}")
@@ -113,7 +124,7 @@ def find_device(name: str, overrides: dict[str, float | None]) -> Device:
 
 
 def topology_of(device: Device, devices: int, asked: str | None) -> str:
-    """The shape of the TPU slice, or hosts × devices of a GPU cluster; InputError lists the known shapes."""
+    """Shape of the TPU slice, empty for other devices; InputError lists the known shapes."""
     if device.platform != "tpu":
         if asked is not None:
             raise InputError(f"topology={asked}: only TPU slices have one; {device.name} has devices_per_host")
@@ -133,11 +144,12 @@ def topology_of(device: Device, devices: int, asked: str | None) -> str:
 
 
 def chips(shape: str) -> int:
+    """Number of chips in a slice of this shape."""
     return math.prod(map(int, shape.split("x")))
 
 
 def target_config(device: Device) -> str:
-    """The description of a CUDA device that its compiler takes in place of the device, as a text protocol buffer."""
+    """Description of a CUDA device that its compiler takes in place of the device, as a text protocol buffer."""
     facts = dict(device.cuda)
     feature = "NONE" if facts["major"] < 9 else "ACCELERATED_FEATURES"
     return f"""gpu_device_info {{

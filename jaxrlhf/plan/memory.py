@@ -1,22 +1,24 @@
 """Bytes per device of the three programs of a PPO iteration, by item.
 
-What a program is given is counted from the abstract trees and their shardings, exactly. What it makes on the way is
-counted from the real programs too, where that can be: what a backward pass keeps is the set of residuals that
-`jax.vjp` of the model names, the cache and the working copies have the shapes that the engine gives them. Only the
-compiler's own scratch is a formula; its factors were fitted to compilers' reports (benchmarks/plan_grid.py).
+Arguments are counted from the abstract trees and their shardings, exactly. Temporaries are counted from the real
+programs where that is possible: a backward pass keeps the residuals that `jax.vjp` of the model names, and the cache
+and the working copies have the shapes that the engine gives them. Only the compiler's own scratch is a formula; its
+factors were fitted to compilers' reports (benchmarks/plan_grid.py).
 """
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
 
-from jaxrlhf.kernels import KV_CACHE_DTYPES, gathered_blocks, logprob_blocks
+from jaxrlhf.kernels import gathered_blocks, logprob_blocks
 from jaxrlhf.models import (
     Decoder,
     cast_matrices,
@@ -37,10 +39,13 @@ from jaxrlhf.plan.programs import (
     rollout,
     tree_bytes,
 )
+from jaxrlhf.plan.roofline import cached_vector_bytes, flat_shapes, itemsize
 from jaxrlhf.rl import actor_logprobs, critic_values
 from jaxrlhf.sharding import GENERATE_RULES, REPLICATED_RULES, named_sharding, tree_shardings
 
 PyTree = Any
+TRAINED = ("actor", "critic")
+MODELS = (*TRAINED, "reference", "reward")
 
 
 @dataclass(frozen=True)
@@ -49,27 +54,29 @@ class ProgramMemory:
 
     program: str
     arguments: dict[str, int]
-    """What the program reads, on the device."""
+    """Arrays on the device that the program reads."""
     temporaries: dict[str, int]
-    """What it makes on the way and gives back."""
+    """Arrays that it makes and frees."""
     outputs: int
-    """New arrays that it returns; what replaces a donated argument is not one."""
+    """New arrays that it returns; an array in place of a donated argument is not new."""
     resident: dict[str, int]
-    """What lies on the device meanwhile, unread."""
+    """Arrays that lie on the device meanwhile, unread."""
     shared: int = 0
-    """Of the arguments, what the program is handed twice; the device holds it once, the compiler counts it twice."""
+    """Bytes of arguments that the program gets twice. The device holds them once, the compiler counts them twice."""
 
     @property
     def program_bytes(self) -> int:
+        """Arguments, temporaries and outputs."""
         return sum(self.arguments.values()) + sum(self.temporaries.values()) + self.outputs
 
     @property
     def compiler_bytes(self) -> int:
-        """What the compiler reports: arguments + temporaries + outputs − aliased."""
+        """The compiler's count: arguments + temporaries + outputs − aliased."""
         return self.program_bytes + self.shared
 
     @property
     def bytes_per_device(self) -> int:
+        """Everything on the device while the program runs."""
         return self.program_bytes + sum(self.resident.values())
 
 
@@ -83,10 +90,10 @@ def local_module(module: Decoder, tensor: int) -> Decoder:
 
 @lru_cache(maxsize=256)
 def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
-    """Bytes that a training pass keeps for its backward pass, parameters and casts of them left out.
+    """Bytes that a training pass keeps for its backward pass, without parameters and casts of them.
 
-    Masks that are computed twice are kept once, as compilers do. What "auto" means on the planner's own device is not
-    what it means on the planned one: that is taken to be plain XLA.
+    Masks that are computed twice are kept once, as compilers do. "auto" attention is plain XLA: the planner's own
+    device says nothing about the planned one.
     """
     if module.attention_implementation == "auto":
         module = module.clone(attention_implementation="xla")
@@ -96,7 +103,7 @@ def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     mask = jax.ShapeDtypeStruct((rows, length), bool)
 
-    def kept(trainable: PyTree, frozen: PyTree, tokens: jax.Array, mask: jax.Array) -> Any:
+    def kept(trainable: PyTree, frozen: PyTree, tokens: jax.Array, mask: jax.Array) -> PyTree:
         def forward(trainable: PyTree) -> PyTree:
             params = join(trainable, frozen)
             if module.head == "scalar":
@@ -116,7 +123,7 @@ def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
 
 def residual_bytes(module: Decoder, rows: int, length: int, longest: int, tensor: int) -> int:
     """Bytes kept for the backward pass on a device with `rows` rows, one of `tensor` that share heads and MLP."""
-    return _residuals(local_module(module, tensor), rows, length, longest)
+    return _residuals(cast(Any, local_module(module, tensor)), rows, length, longest)
 
 
 def score_bytes(module: Decoder, rows: int, queries: int, keys: int, tensor: int) -> int:
@@ -126,115 +133,115 @@ def score_bytes(module: Decoder, rows: int, queries: int, keys: int, tensor: int
 
 def layer_weights(module: Decoder, tensor: int) -> int:
     """Bytes of one layer's weights in the compute dtype, gathered over fsdp."""
-    leaves = flatten_dict(param_shapes(module.clone(lora=None))["layers"])
-    size = sum(math.prod(x.shape[1:]) for x in leaves.values() if len(x.shape) > 2)
-    return size * jnp.dtype(module.dtype).itemsize // tensor
+    shapes = [x.shape[1:] for path, x in flat_shapes(module.clone(lora=None)).items() if path[0] == "layers"]
+    return sum(math.prod(shape) for shape in shapes if len(shape) > 1) * itemsize(module) // tensor
+
+
+def _flat_axes(module: Decoder) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+    """Logical axes of the parameters by path."""
+    return cast(Any, flatten_dict(logical_axes(module)))
 
 
 def generation_view_bytes(system: System, platform: str = "") -> int:
     """Bytes of the weights as decoding reads them: cast, one array per layer, split for tensor parallelism."""
     module = system.modules["actor"].clone(lora=None)
-    axes, shapes = (flatten_dict(f(module)) for f in (logical_axes, param_shapes))
-    itemsize = jnp.dtype(module.dtype).itemsize
-    total = 0
-    for path, x in shapes.items():
+    axes, total = _flat_axes(module), 0
+    for path, x in flat_shapes(module).items():
         stacked = int(path[0] == "layers")
         shape = x.shape[stacked:]
         sharding = named_sharding(axes[path][stacked:], shape, system.generate_mesh, GENERATE_RULES)
-        size = array_bytes(sharding.shard_shape(shape), itemsize if len(shape) > 1 else x.dtype.itemsize, platform)
-        total += size * (x.shape[0] if stacked else 1)
+        size = itemsize(module) if len(shape) > 1 else x.dtype.itemsize
+        total += array_bytes(sharding.shard_shape(shape), size, platform) * (x.shape[0] if stacked else 1)
     return total
 
 
 def _half_way_bytes(system: System) -> int:
-    """Bytes of the weights that flip in two moves (`jaxrlhf.sharding.flip`): cast, and half-way to generation.
+    """Bytes of the weights that move to generation in two steps: cast, and half-way there.
 
     These are the kernels that storage splits along another dimension than generation does.
     """
     module = system.modules["actor"].clone(lora=None)
-    axes, shapes = (flatten_dict(f(module)) for f in (logical_axes, param_shapes))
-    stored = flatten_dict(param_shardings(module, system.mesh))
-    itemsize = jnp.dtype(module.dtype).itemsize
-    total = 0
-    for path, x in shapes.items():
+    axes, total = _flat_axes(module), 0
+    stored: dict[tuple[str, ...], NamedSharding] = cast(Any, flatten_dict(param_shardings(module, system.mesh)))
+    for path, x in flat_shapes(module).items():
         share = stored[path].shard_shape(x.shape)
-        rules = named_sharding(axes[path], x.shape, system.generate_mesh, GENERATE_RULES)
-        read = rules.shard_shape(x.shape)
+        read = named_sharding(axes[path], x.shape, system.generate_mesh, GENERATE_RULES).shard_shape(x.shape)
         nested = all(mine <= part for whole, part, mine in zip(x.shape, read, share, strict=True) if part < whole)
-        total += 0 if nested or share == x.shape else 2 * math.prod(share) * itemsize
+        total += 0 if nested or share == x.shape else 2 * math.prod(share) * itemsize(module)
     return total
 
 
 def _merged_adapters(system: System) -> int:
-    """The float32 kernel that the merge of adapters holds at the flip: the largest one of a layer."""
-    module = system.modules["actor"]
-    shapes = flatten_dict(param_shapes(module), sep="/")
-    kernels = [shapes[path.replace("lora_a", "kernel")].shape for path in shapes if path.endswith("/lora_a")]
+    """Bytes of the float32 kernel that the merge of adapters holds before generation: the largest one of a layer."""
+    shapes = flat_shapes(system.modules["actor"])
+    kernels = [shapes[(*path[:-1], "kernel")].shape for path in shapes if path[-1] == "lora_a"]
     return max((4 * math.prod(shape[1:]) for shape in kernels), default=0) // system.generate_tensor
 
 
 def cache_bytes(system: System, platform: str = "") -> int:
-    """Bytes of the key/value cache of all layers, prompt and answer; on a TPU head_dim is padded to its lanes.
-
-    Quantised caches (`kv_cache_dtype`) have a float32 scale per head and token.
-    """
+    """Bytes of the key/value cache of all layers, prompt and response; a TPU pads head_dim to its lanes."""
     module = system.modules["actor"]
-    c, dtype = module.config, KV_CACHE_DTYPES[module.kv_cache_dtype]
-    shape = (system.generate_rows, c.num_kv_heads, system.length, c.head_dim)
-    sharding = named_sharding(("batch", "kv_heads", None, None), shape, system.generate_mesh, GENERATE_RULES)
-    *rows, width = sharding.shard_shape(shape)
-    lanes = -(-width // 128) * 128 if platform == "tpu" else width
-    scales = 0 if dtype is None else 4
-    return 2 * c.num_layers * math.prod(rows) * (lanes * jnp.dtype(dtype or module.dtype).itemsize + scales)
+    c = module.config
+    shape = (system.generate_rows, c.num_kv_heads, system.length)
+    sharding = named_sharding(("batch", "kv_heads", None), shape, system.generate_mesh, GENERATE_RULES)
+    vectors = 2 * c.num_layers * math.prod(sharding.shard_shape(shape))
+    return vectors * cached_vector_bytes(module, 128 if platform == "tpu" else 1)
+
+
+def _gathers(system: System, name: str) -> bool:
+    """True for a model whose layers are gathered over fsdp one by one."""
+    return system.modules[name].zero_stage == 3 and system.mesh.shape["fsdp"] > 1
+
+
+def _sharded_bytes(shapes: PyTree, shardings: PyTree) -> int:
+    """Bytes on one device of arrays of these shapes in these places."""
+    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
+    return sum(jax.tree.leaves(sizes))
 
 
 def _working_copy(system: System, name: str, params: PyTree, trained: bool = False) -> int:
-    """Of `jaxrlhf.models.working_copy`: the parameters gathered over fsdp, at ZeRO stages 1 and 2."""
+    """Bytes of `jaxrlhf.models.working_copy`: the parameters gathered over fsdp, at ZeRO stages 1 and 2."""
     module = system.modules[name]
     if module.zero_stage in (0, 3) or system.mesh.shape["fsdp"] == 1:
         return 0
     head = trained_head(module) if trained and module.lora is None else None
     shapes = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype, head), params)
-    shardings = tree_shardings(logical_axes(module), shapes, system.mesh, REPLICATED_RULES)
-    sizes = jax.tree.map(lambda x, s: array_bytes(s.shard_shape(x.shape), x.dtype.itemsize, ""), shapes, shardings)
-    return sum(jax.tree.leaves(sizes))
+    return _sharded_bytes(shapes, tree_shardings(logical_axes(module), shapes, system.mesh, REPLICATED_RULES))
 
 
 def _gradients(system: System, name: str) -> int:
-    """Float32 gradients of the trained leaves; whole on every device below ZeRO stage 2."""
-    module = system.modules[name]
-    axes = split_trainable(logical_axes(module), module)[0]
-    trainable = system.trainable(name)
-    rules = REPLICATED_RULES if module.zero_stage < 2 else None
-    shardings = (
-        jax.tree.map(lambda x: x.sharding, trainable)
-        if rules is None
-        else tree_shardings(axes, trainable, system.mesh, rules)
-    )
-    return sum(jax.tree.leaves(jax.tree.map(lambda x, s: 4 * math.prod(s.shard_shape(x.shape)), trainable, shardings)))
+    """Bytes of the trained leaves' float32 gradients; whole on every device below ZeRO stage 2."""
+    module, trainable = system.modules[name], system.trainable(name)
+    shardings = jax.tree.map(lambda x: x.sharding, trainable)
+    if module.zero_stage < 2:
+        axes, _ = split_trainable(logical_axes(module), module)
+        shardings = tree_shardings(axes, trainable, system.mesh, REPLICATED_RULES)
+    return _sharded_bytes(trainable, shardings)
 
 
 def _layout_copies(system: System) -> int:
-    """Gradients of the actor's stacked kernels that the compiler holds in a second layout before the update.
+    """Bytes of the actor's gradients that the compiler holds in a second layout before the update.
 
-    Those whose split dimension is not the last one: query, key and value, and the MLP's down projection.
+    Those are stacked kernels whose split dimension is not the last one: query, key and value, and the MLP's down
+    projection.
     """
     module = system.modules["actor"]
-    if module.lora is not None or module.zero_stage != 3 or system.mesh.shape["fsdp"] == 1:
+    if module.lora is not None or not _gathers(system, "actor"):
         return 0
-    layers = flatten_dict(system.trainable("actor")["layers"])
-    turned = [x for path, x in layers.items() if path[-1] == "kernel" and path[-2] in ("query", "key", "value", "down")]
+    stacked: dict[tuple[str, ...], jax.ShapeDtypeStruct] = cast(Any, flatten_dict(system.trees["actor"]["layers"]))
+    turned = [
+        x for path, x in stacked.items() if path[-1] == "kernel" and path[-2] in ("query", "key", "value", "down")
+    ]
     return sum(4 * math.prod(local_shape(x)) for x in turned)
 
 
 def _head_scratch(system: System, name: str, rows: int, backward: bool) -> dict[str, int]:
-    """Of token log-probs: a block of logits and what is made of it, and that of the head where it comes over fsdp."""
+    """Blocks of token log-probs: of the logits and what is made of them, and of the head where it is gathered."""
     module = system.modules[name]
     c, tokens = module.config, rows * min(system.length, system.config.sampling.max_new_tokens)
-    vocab = c.padded_vocab_size // system.tensor
-    gathered = module.zero_stage == 3 and system.mesh.shape["fsdp"] > 1
+    vocab, gathered = c.padded_vocab_size // system.tensor, _gathers(system, name)
     blocks = (gathered_blocks if gathered else logprob_blocks)(tokens, vocab)
-    held = jnp.dtype(module.dtype).itemsize + (4 if backward else 0)
+    held = itemsize(module) + (4 if backward else 0)
     return {
         "logits": 3 * 4 * blocks.tokens * blocks.vocab,
         "gathered block of the head": held * blocks.vocab * c.embedding_size if gathered else 0,
@@ -257,26 +264,24 @@ class Scratch:
     """Whether a forward pass alone casts all layers' weights, where it gathers them, before the first one."""
 
 
-SCRATCH = {"tpu": Scratch(2, 5, False, True, False)}
+TPU_SCRATCH = Scratch(2, 5, False, True, False)
 GPU_SCRATCH = Scratch(1, 1, True, False, True)
 
 
 def scratch_of(platform: str) -> Scratch:
-    return SCRATCH.get(platform, GPU_SCRATCH)
+    """The factors of a platform's compiler."""
+    return TPU_SCRATCH if platform == "tpu" else GPU_SCRATCH
 
 
 def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform: str) -> dict[str, int]:
-    """What one layer's arithmetic needs besides what is kept, or the head's where that is more."""
+    """Scratch of one layer's arithmetic besides the residuals, or of the head where that is more."""
     module = system.modules[name]
     scores = score_bytes(module, rows, system.length, system.length, system.tensor)
-    itemsize = jnp.dtype(module.dtype).itemsize
-    held = (3 if backward else 1) + itemsize / 8
-    gathered = module.zero_stage == 3 and system.mesh.shape["fsdp"] > 1
     factors = scratch_of(platform)
     layers = factors.backward_layers if backward else factors.forward_layers
     layer = {
-        "attention scores": int(held * scores),
-        "gathered layer weights": layers * layer_weights(module, system.tensor) if gathered else 0,
+        "attention scores": int(((3 if backward else 1) + itemsize(module) / 8) * scores),
+        "gathered layer weights": layers * layer_weights(module, system.tensor) if _gathers(system, name) else 0,
     }
     head = _head_scratch(system, name, rows, backward) if module.head == "lm" else {}
     return _largest(layer, head)
@@ -307,110 +312,102 @@ def _brought(tree: PyTree, platform: str) -> int:
 
 
 def train_memory(system: System, platform: str) -> ProgramMemory:
-    """Of `ppo_step`, while the actor's or the critic's backward pass runs, whichever needs more."""
-    rows, config = _micro_rows(system), system.config
+    """Memory of `ppo_step`, while the actor's or the critic's backward pass runs, whichever needs more."""
+    rows, config, factors = _micro_rows(system), system.config, scratch_of(platform)
     names = ("actor", "actor_optimizer", "critic", "critic_optimizer", "ema")
     arguments = _on_device(system, platform, names) | {"batch": tree_bytes(experience(system), platform)}
-    names_trained = ("actor", "critic")
     shape = rows, system.length, config.sampling.max_new_tokens
-    kept = [residual_bytes(system.modules[name], *shape, system.tensor) for name in names_trained]
-    # Both forward passes come before the backward passes, unless these run in a loop that recomputes.
-    both = config.run.remat == "none"
-    passes = [_pass_scratch(system, name, rows, True, platform) for name in names_trained]
+    kept = [residual_bytes(system.modules[name], *shape, system.tensor) for name in TRAINED]
     loops = config.run.gradient_accumulation_steps > 1
-    gradients = sum(_gradients(system, name) for name in names_trained)
     backward = {
-        "gradient layout copies": 0 if loops or not scratch_of(platform).layout_copies else _layout_copies(system),
-        "working copies": max(_working_copy(system, name, system.trees[name], True) for name in names_trained),
-        "activations": sum(kept) if both else max(kept),
-        **_largest(*passes),
+        "gradient layout copies": _layout_copies(system) if factors.layout_copies and not loops else 0,
+        "working copies": max(_working_copy(system, name, system.trees[name], True) for name in TRAINED),
+        # Both forward passes come before the backward passes, unless these run in a loop that recomputes.
+        "activations": sum(kept) if config.run.remat == "none" else max(kept),
+        **_largest(*(_pass_scratch(system, name, rows, True, platform) for name in TRAINED)),
     }
     brought = {
         f"{name} on the device": _brought(system.trees[name], platform) for name in names if name in system.on_host
     }
     # Moments that come one after the other come when the backward pass has given its room back.
-    phase = backward | brought if scratch_of(platform).brings_all else _largest(backward, brought)
-    gradients = {"gradients": gradients * (2 if loops else 1)}
-    return _program(system, platform, "train", arguments, gradients | phase, 0)
+    phase = backward | brought if factors.brings_all else _largest(backward, brought)
+    gradients = {"gradients": sum(_gradients(system, name) for name in TRAINED) * (2 if loops else 1)}
+    return _program(system, platform, ProgramMemory("train", arguments, gradients | phase, 0, {}))
 
 
 def score_memory(system: System, platform: str) -> ProgramMemory:
-    """Of `score_rollout`: four models' forward passes, one after the other."""
+    """Memory of `score_rollout`: four models' forward passes, one after the other."""
     rows = _micro_rows(system)
-    names = ("actor", "critic", "reference", "reward")
-    arguments = _on_device(system, platform, names) | {"batch": tree_bytes(rollout(system, system.rows), platform)}
+    arguments = _on_device(system, platform, MODELS) | {"batch": tree_bytes(rollout(system, system.rows), platform)}
     phases = []
-    for name in names:
-        module = system.modules[name]
-        tree = system.trees.get(name)
+    for name in MODELS:
+        module, tree = system.modules[name], system.trees.get(name)
         scratch = _pass_scratch(system, name, rows, False, platform)
         if tree is not None:
-            gathered = module.zero_stage == 3 and system.mesh.shape["fsdp"] > 1
-            casts = _cast(tree, module) if gathered and scratch_of(platform).hoisted_casts else 0
+            casts = _cast(tree, module) if _gathers(system, name) and scratch_of(platform).hoisted_casts else 0
             scratch["working copies"] = _working_copy(system, name, tree) or casts
         if name in system.on_host:
             scratch[f"{name} on the device"] = tree_bytes(tree, platform)
         phases.append(scratch)
-    read = sum(tree_bytes(system.read_params(name), platform) for name in ("reference", "reward"))
-    own = sum(tree_bytes(system.trees.get(name, {}), platform) for name in ("reference", "reward"))
+    # Parameters that the reference and the reward model share with the trained models.
+    shared = sum(
+        tree_bytes(system.read_params(name), platform) - tree_bytes(system.trees.get(name, {}), platform)
+        for name in ("reference", "reward")
+    )
     outputs = tree_bytes(experience(system), platform)
-    return _program(system, platform, "score", arguments, _largest(*phases), outputs, read - own)
+    return _program(system, platform, ProgramMemory("score", arguments, _largest(*phases), outputs, {}, shared))
 
 
 def _cast(tree: PyTree, module: Decoder) -> int:
     """Bytes of a tree's matrices in the compute dtype, where they are held in another."""
-    cast = jax.eval_shape(lambda t: cast_matrices(t, module.dtype), tree)
+    new = jax.eval_shape(lambda t: cast_matrices(t, module.dtype), tree)
     changed = jax.tree.map(
-        lambda old, new: math.prod(local_shape(old)) * new.dtype.itemsize if old.dtype != new.dtype else 0, tree, cast
+        lambda x, y: math.prod(local_shape(x)) * y.dtype.itemsize if x.dtype != y.dtype else 0, tree, new
     )
     return sum(jax.tree.leaves(changed))
 
 
 def generate_memory(system: System, platform: str) -> ProgramMemory:
-    """Of `generate`: at the flip, during the prefill, or at the end of decoding, whichever needs most."""
-    module, config = system.modules["actor"], system.config
-    c, tensor = module.config, system.generate_tensor
-    itemsize = jnp.dtype(module.dtype).itemsize
-    rows = max(1, system.generate_rows * tensor // system.generate_mesh.size)
-    prompt = config.data.max_prompt_seq_len
+    """Memory of `generate`: at the reshard, during the prefill, or at the end of decoding, whichever needs most."""
+    module = system.modules["actor"]
+    c, tensor, size = module.config, system.generate_tensor, itemsize(module)
+    rows, prompt = (
+        max(1, system.generate_rows * tensor // system.generate_mesh.size),
+        system.config.data.max_prompt_seq_len,
+    )
     tokens = rows * prompt
-    hidden = tokens * c.hidden_size * (4 + 3 * itemsize)
-    mlp = tokens * c.intermediate_size // tensor * 2 * itemsize
-    scores = int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + itemsize / 4))
+    activations = tokens * c.hidden_size * (4 + 3 * size) + tokens * c.intermediate_size // tensor * 2 * size
+    activations += int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + size / 4))
     prompt_cache = cache_bytes(system) * prompt // system.length
     # Query, key and value of a prompt are one array, which stays until the cache is filled.
     queries = 0 if platform == "tpu" else prompt_cache * c.num_heads // (2 * c.num_kv_heads)
-    prefill = {"KV cache": prompt_cache, "queries": queries, "prefill activations": hidden + mlp + scores}
+    prefill = {"KV cache": prompt_cache, "queries": queries, "prefill activations": activations}
     logits = 4 * rows * c.padded_vocab_size // tensor
     attend = 2 * score_bytes(module, rows, 1, system.length, tensor)
     decode = {"KV cache": cache_bytes(system, platform), "logits": 2 * logits + attend}
     if platform == "tpu":  # the prompt's keys and values are laid out anew for decoding
         decode["KV cache of the prompt"] = prompt_cache
-    flip = {"merged adapters": _merged_adapters(system), "weights on the move": _half_way_bytes(system)}
+    reshard = {"merged adapters": _merged_adapters(system), "weights on the move": _half_way_bytes(system)}
     view = {"generation weights": generation_view_bytes(system, platform)}
     arguments = _on_device(system, platform, ("actor",)) | {"batch": tree_bytes(prompt_batch(system), platform)}
     outputs = tree_bytes(rollout(system, system.generate_rows), platform)
-    return _program(system, platform, "generate", arguments, view | _largest(flip, prefill, decode), outputs)
+    temporaries = view | _largest(reshard, prefill, decode)
+    return _program(system, platform, ProgramMemory("generate", arguments, temporaries, outputs, {}))
 
 
-def _program(
-    system: System,
-    platform: str,
-    program: str,
-    arguments: dict[str, int],
-    temporaries: dict[str, int],
-    outputs: int,
-    shared: int = 0,
-) -> ProgramMemory:
-    waiting = tuple(name for name in system.trees if name not in arguments)
-    kept = {name: size for name, size in temporaries.items() if size}
-    return ProgramMemory(program, arguments, kept, outputs, _on_device(system, platform, waiting), shared)
+def _program(system: System, platform: str, program: ProgramMemory) -> ProgramMemory:
+    """The program without empty items, and with everything else that lies on the device."""
+    unread = tuple(name for name in system.trees if name not in program.arguments)
+    made = {name: size for name, size in program.temporaries.items() if size}
+    return dataclasses.replace(program, temporaries=made, resident=_on_device(system, platform, unread))
+
+
+PROGRAM_MEMORY = {"generate": generate_memory, "score": score_memory, "train": train_memory}
 
 
 def estimate(system: System, platform: str) -> dict[str, ProgramMemory]:
     """Memory of each of PROGRAMS on one device; `platform` pads arrays as its compiler does."""
-    parts = (generate_memory, score_memory, train_memory)
-    return {name: part(system, platform) for name, part in zip(PROGRAMS, parts, strict=True)}
+    return {name: PROGRAM_MEMORY[name](system, platform) for name in PROGRAMS}
 
 
 def host_bytes(system: System) -> int:

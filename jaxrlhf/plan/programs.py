@@ -158,10 +158,10 @@ class System:
 
     def read_params(self, name: str) -> PyTree:
         """All parameters of the reference or reward model, with the base that it shares."""
-        models = self.models
+        frozen, state = self.frozen, self.state
         if name == "reference":
-            return models.reference.params(models.state.actor_params)
-        return models.reward and models.reward.params(models.state.critic_params)
+            return frozen.reference.params(state.actor_params)
+        return frozen.reward and frozen.reward.params(state.critic_params)
 
     def waiting(self, name: str) -> PyTree:
         """A tree where it waits between uses; counters stay on the device, as in `optimizer_shardings`."""
@@ -303,8 +303,8 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
 
 def _lower_score(system: System) -> jax.stages.Lowered:
     models = system.frozen.with_trained(system.state)
-    frozen = {name: getattr(models, name) for name in ("reference", "reward") if name in system.on_host}
-    models = models.replace(**{name: model.replace(params=system.waiting(name)) for name, model in frozen.items()})
+    waiting = {name: getattr(models, name) for name in ("reference", "reward") if name in system.on_host}
+    models = models.replace(**{name: model.replace(params=system.waiting(name)) for name, model in waiting.items()})
     static = {"hyperparameters": system.state.hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
     return cast(Any, score_rollout).lower(rollout(system, system.rows), models, **static)
 

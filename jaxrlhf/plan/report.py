@@ -1,9 +1,9 @@
-"""What `jaxrlhf plan` says: tables on the console, all figures as JSON, a picture of memory over an iteration."""
+"""Output of `jaxrlhf plan`: tables on the console, all numbers as JSON, a plot of memory over an iteration."""
 
 import dataclasses
 import json
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from jaxrlhf.config import to_dict
 from jaxrlhf.config.files import write_text_atomic
@@ -18,16 +18,11 @@ from jaxrlhf.runs.console import Console
 
 PHASES = {"generate": ("flip", "prefill", "decode"), "score": ("score",), "train": ("train",)}
 # Items of one kind share a colour, whichever program has them.
+COPIES = ("generation weights", "weights on the move", "merged adapters", "working copies", "gathered layer weights")
 KINDS = {
     "models": ("actor", "critic", "reference", "reward", "ema"),
     "optimizer": ("actor_optimizer", "critic_optimizer"),
-    "weight copies": (
-        "generation weights",
-        "weights on the move",
-        "merged adapters",
-        "working copies",
-        "gathered layer weights",
-    ),
+    "weight copies": COPIES,
     "gradients": ("gradients", "gradient layout copies"),
     "KV cache": ("KV cache", "KV cache of the prompt"),
 }
@@ -36,7 +31,7 @@ REST = "activations and scratch"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that was found out about the asked setting."""
+    """Memory, cost and proof of the setting that was asked for."""
 
     config: PlanConfig
     system: System
@@ -44,20 +39,21 @@ class Plan:
     cost: RunCost
     capacity: int
     host_bytes: int
-    """Of host memory, per device."""
+    """Bytes of host memory per device."""
     nearest: Nearest | None = None
-    """A setting that fits these devices, when the asked one does not."""
+    """Setting that fits these devices, when the asked one does not."""
     larger: Nearest | None = None
-    """One that fits more devices, when on these nothing fits that trains the same."""
+    """Setting with the same training that fits more devices, when none fits these."""
     compiled: dict[str, Compiled] | None = None
 
     @property
     def peak(self) -> int:
+        """Most bytes on a device over an iteration."""
         return max(program.bytes_per_device for program in self.programs.values())
 
     @property
     def problems(self) -> list[str]:
-        """What the compiler found wrong, and programs that it shows to be too large."""
+        """Problems that the compiler found, and compiled programs that are too large."""
         found = []
         for name, compiled in (self.compiled or {}).items():
             found += [f"{name}: {problem}" for problem in compiled.problems]
@@ -72,133 +68,132 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """True for a plan within the capacity and without problems."""
         return self.peak <= self.capacity and not self.problems
 
 
 def gib(size: float) -> str:
+    """Bytes in GiB."""
     return f"{size / GIB:.2f}"
 
 
 def _items(program: ProgramMemory) -> dict[str, int]:
+    """Everything on the device while a program runs, by name."""
     return program.arguments | program.temporaries | {"outputs": program.outputs} | program.resident
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def _seconds(plan: Plan, program: str) -> float:
+    return sum(plan.cost.seconds[phase] for phase in PHASES[program])
+
+
+def _program_values(plan: Plan, name: str) -> dict[str, object]:
+    """JSON values of one program."""
+    program, cost = plan.programs[name], plan.cost
+    values: dict[str, object] = {
+        "bytes_per_device": program.bytes_per_device,
+        "program_bytes": program.program_bytes,
+        "compiler_bytes": program.compiler_bytes,
+        "arguments": program.arguments,
+        "temporaries": program.temporaries,
+        "outputs": program.outputs,
+        "resident": program.resident,
+        "seconds": _seconds(plan, name),
+        "phases": {
+            phase: {
+                "flops": cost.phases[phase].flops,
+                "memory_bytes": cost.phases[phase].bytes,
+                "link_bytes": cost.phases[phase].links,
+                "host_bytes": cost.phases[phase].host,
+                "seconds": cost.seconds[phase],
+            }
+            for phase in PHASES[name]
+        },
+    }
+    if plan.compiled is not None:
+        compiled = plan.compiled[name]
+        values["compiler"] = dataclasses.asdict(compiled) | {"bytes": compiled.bytes}
+    return values
+
+
+def as_dict(plan: Plan) -> dict[str, object]:
     """The plan as JSON values; sizes are bytes on one device, times are seconds by the roofline."""
-    shape = plan.system.mesh.shape
-    result: dict[str, Any] = {
+    cost = dataclasses.asdict(plan.cost)
+    return {
         "fits": plan.fits,
         "capacity_bytes": plan.capacity,
         "peak_bytes_per_device": plan.peak,
         "host_bytes_per_device": plan.host_bytes,
-        "mesh": dict(shape),
+        "mesh": dict(plan.system.mesh.shape),
         "generate_tensor_parallel": plan.system.generate_tensor,
         "rollout_rows": plan.system.rows,
-    }
-    for name in PROGRAMS:
-        program, phases = plan.programs[name], PHASES[name]
-        result[name] = {
-            "bytes_per_device": program.bytes_per_device,
-            "program_bytes": program.program_bytes,
-            "compiler_bytes": program.compiler_bytes,
-            "arguments": program.arguments,
-            "temporaries": program.temporaries,
-            "outputs": program.outputs,
-            "resident": program.resident,
-            "seconds": sum(plan.cost.seconds[phase] for phase in phases),
-            "phases": {
-                phase: {
-                    "flops": plan.cost.phases[phase].flops,
-                    "memory_bytes": plan.cost.phases[phase].bytes,
-                    "link_bytes": plan.cost.phases[phase].links,
-                    "host_bytes": plan.cost.phases[phase].host,
-                    "seconds": plan.cost.seconds[phase],
-                }
-                for phase in phases
-            },
-        }
-        if plan.compiled is not None:
-            compiled = plan.compiled[name]
-            result[name]["compiler"] = dataclasses.asdict(compiled) | {"bytes": compiled.bytes}
-    cost = plan.cost
-    result |= {
-        "seconds_per_iteration": cost.seconds_per_iteration,
-        "tokens_per_second": cost.tokens_per_second,
-        "sequences_per_second": cost.sequences_per_second,
-        "iterations": cost.iterations,
-        "hours": cost.hours,
-        "cost": cost.cost,
+        **{name: _program_values(plan, name) for name in PROGRAMS},
+        **{name: value for name, value in cost.items() if name not in ("phases", "seconds")},
         "nearest": _nearest(plan.nearest),
         "nearest_with_more_devices": _nearest(plan.larger),
         "problems": plan.problems,
         "device": dataclasses.asdict(plan.config.accelerator),
         "settings": to_dict(plan.config),
     }
-    return result
 
 
-def _nearest(found: Nearest | None) -> dict[str, Any] | None:
+def _nearest(found: Nearest | None) -> dict[str, object] | None:
     if found is None:
         return None
     return {"flags": found.flags, "changes": list(found.reasons), "bytes_per_device": found.bytes_per_device}
 
 
 def write_json(plan: Plan, path: str) -> None:
+    """Write `as_dict` to a file."""
     write_text_atomic(path, json.dumps(as_dict(plan), indent=2) + "\n")
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Print the tables and the verdict."""
-    config, device = plan.config, plan.config.accelerator
-    mesh = " × ".join(f"{name} {size}" for name, size in plan.system.mesh.shape.items())
-    slices = f" ({plan.config.shape})" if plan.config.shape else ""
-    console.print(
-        f"{config.actor} + {config.reward} on {config.devices} × {device.name}{slices}: mesh {mesh}, generation split "
-        f"over {plan.system.generate_tensor}, {plan.system.rows} rows of {plan.system.length} tokens per iteration"
-    )
-    items: dict[str, dict[str, int]] = {}
-    for name in PROGRAMS:
-        for item, size in _items(plan.programs[name]).items():
-            items.setdefault(item, {})[name] = size
-    ordered = sorted(items.items(), key=lambda entry: -max(entry[1].values()))
-    rows = [[item, *(gib(sizes[n]) if sizes.get(n) else "-" for n in PROGRAMS)] for item, sizes in ordered]
-    rows = [row for row in rows if any(cell not in ("-", "0.00") for cell in row[1:])]
+def _memory_rows(plan: Plan) -> list[list[str]]:
+    """Items by size with their GiB in each program, then the sums."""
+    sizes = {name: _items(plan.programs[name]) for name in PROGRAMS}
+    items = dict.fromkeys(item for name in PROGRAMS for item in sizes[name])
+    ordered = sorted(items, key=lambda item: -max(sizes[name].get(item, 0) for name in PROGRAMS))
+    rows = [[item, *(gib(sizes[n][item]) if sizes[n].get(item) else "-" for n in PROGRAMS)] for item in ordered]
+    rows = [row for row in rows if set(row[1:]) - {"-", "0.00"}]
     rows.append(["sum", *(gib(plan.programs[n].bytes_per_device) for n in PROGRAMS)])
     if plan.compiled is not None:
         rows.append(["program, estimated", *(gib(plan.programs[n].compiler_bytes) for n in PROGRAMS)])
         rows.append(["program, compiled", *(gib(plan.compiled[n].bytes) for n in PROGRAMS)])
-    console.table(f"GiB per device while it runs (of {gib(plan.capacity)} usable)", ["item", *PROGRAMS], rows)
-    phases = [phase for name in PROGRAMS for phase in PHASES[name]]
-    work = plan.cost.phases
+    return rows
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the tables and the verdict."""
+    config, cost = plan.config, plan.cost
+    mesh = " × ".join(f"{name} {size}" for name, size in plan.system.mesh.shape.items())
+    slices = f" ({config.shape})" if config.shape else ""
+    console.print(
+        f"{config.actor} + {config.reward} on {config.devices} × {config.accelerator.name}{slices}: mesh {mesh}, "
+        f"generation split over {plan.system.generate_tensor}, {plan.system.rows} rows of {plan.system.length} tokens "
+        "per iteration"
+    )
+    title = f"GiB per device while it runs (of {gib(plan.capacity)} usable)"
+    console.table(title, ["item", *PROGRAMS], _memory_rows(plan))
     console.table(
         "one iteration, per device",
         ["phase", "TFLOP", "GB memory", "GB links", "GB host", "seconds"],
         [
-            [
-                phase,
-                work[phase].flops / 1e12,
-                work[phase].bytes / 1e9,
-                work[phase].links / 1e9,
-                work[phase].host / 1e9,
-                plan.cost.seconds[phase],
-            ]
-            for phase in phases
+            [name, p.flops / 1e12, p.bytes / 1e9, p.links / 1e9, p.host / 1e9, cost.seconds[name]]
+            for name, p in cost.phases.items()
         ],
     )
-    cost = plan.cost
     price = f", cost {cost.cost:,.2f}" if config.price_per_device_hour else ""
     console.print(
         f"{cost.seconds_per_iteration:.3g} s per iteration at {config.roofline_share:.0%} of the roofline, "
         f"{cost.tokens_per_second:,.0f} tokens/s; {cost.iterations} iterations in {cost.hours:.2f} h{price}"
     )
     if plan.host_bytes:
-        console.print(f"host memory: {gib(plan.host_bytes * device.devices_per_host)} GiB per host")
+        console.print(f"host memory: {gib(plan.host_bytes * config.accelerator.devices_per_host)} GiB per host")
     for line in verdict(plan):
         console.print(line)
 
 
 def verdict(plan: Plan) -> list[str]:
-    """Whether it fits, and what would."""
+    """Lines that say whether the plan fits, and the settings that would."""
     if plan.fits:
         return [f"fits: {gib(plan.peak)} of {gib(plan.capacity)} GiB per device"]
     lines = [f"does not fit: {gib(plan.peak)} of {gib(plan.capacity)} GiB per device"]
@@ -217,46 +212,37 @@ def by_kind(program: ProgramMemory) -> dict[str, int]:
     totals = dict.fromkeys((*KINDS, REST), 0)
     kind_of = {item: kind for kind, items in KINDS.items() for item in items}
     for item, size in _items(program).items():
-        base = item.removesuffix(" on the device")
-        totals[kind_of.get(base, REST)] += size
+        totals[kind_of.get(item.removesuffix(" on the device"), REST)] += size
     return totals
 
 
 def draw(plan: Plan, path: str) -> None:
-    """Memory per device over one iteration: a column per program, as wide as the time that it takes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    """Plot memory per device over one iteration: a column per program, as wide as its time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-    canvas = FigureCanvasSVG(figure) if path.endswith(".svg") else FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    kinds = {name: by_kind(plan.programs[name]) for name in PROGRAMS}
-    left = 0.0
-    starts, widths = [], []
-    for name in PROGRAMS:
-        width = sum(plan.cost.seconds[phase] for phase in PHASES[name])
-        starts.append(left)
-        widths.append(width)
-        left += width
+    kinds = [by_kind(plan.programs[name]) for name in PROGRAMS]
+    widths = [_seconds(plan, name) for name in PROGRAMS]
+    *starts, end = accumulate(widths, initial=0.0)
     floor = [0.0] * len(PROGRAMS)
     for kind in (*KINDS, REST):
-        heights = [kinds[name][kind] / GIB for name in PROGRAMS]
+        heights = [sizes[kind] / GIB for sizes in kinds]
         if any(heights):
             axes.bar(starts, heights, widths, floor, align="edge", label=kind, edgecolor="white", linewidth=0.6)
         floor = [a + b for a, b in zip(floor, heights, strict=True)]
-    axes.axhline(plan.capacity / GIB, color="black", linestyle="--", linewidth=1)
-    axes.annotate("usable", (left, plan.capacity / GIB), ha="right", va="bottom", fontsize=8)
+    usable = plan.capacity / GIB
+    axes.axhline(usable, color="black", linestyle="--", linewidth=1)
+    axes.annotate("usable", (end, usable), ha="right", va="bottom", fontsize=8)
     for name, start, width, top in zip(PROGRAMS, starts, widths, floor, strict=True):
         axes.annotate(name, (start + width / 2, top), ha="center", va="bottom", fontsize=8)
     axes.set_xlabel("seconds of one iteration")
     axes.set_ylabel("GiB per device")
-    axes.set_xlim(0, left)
-    axes.set_ylim(0, 1.15 * max(*floor, plan.capacity / GIB))
+    axes.set_xlim(0, end)
+    axes.set_ylim(0, 1.15 * max(*floor, usable))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
-        f"{plan.config.actor} + {plan.config.reward}, {plan.config.devices} × {plan.config.device}", fontsize=9
-    )
+    config = plan.config
+    axes.set_title(f"{config.actor} + {config.reward}, {config.devices} × {config.device}", fontsize=9)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_figure(path, dpi=150)
+    figure.savefig(path, dpi=150)

@@ -14,7 +14,9 @@ bounds: no latency, and every kernel at its peak.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
@@ -83,18 +85,23 @@ def itemsize(module: Decoder) -> int:
     return jnp.dtype(module.dtype).itemsize
 
 
+def flat_shapes(module: Decoder) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Shapes of the parameters by path."""
+    return cast(Any, flatten_dict(param_shapes(module)))
+
+
 def matrices(module: Decoder, padded: bool = False) -> tuple[int, int]:
     """(elements of the matrices that multiply every token, elements of the output head), without adapters."""
     c = module.config
-    flat = flatten_dict(param_shapes(module))
-    kernels = (x for path, x in flat.items() if path[-1] == "kernel" and path[0] not in ("lm_head", "score"))
+    flat = flat_shapes(module).items()
+    kernels = (x for path, x in flat if path[-1] == "kernel" and path[0] not in ("lm_head", "score"))
     vocab = c.padded_vocab_size if padded else c.vocab_size
-    return sum(math.prod(x.shape) for x in kernels), c.embedding_size * (vocab if module.head == "lm" else 1)
+    return sum(x.size for x in kernels), c.embedding_size * (vocab if module.head == "lm" else 1)
 
 
 def _adapters(module: Decoder) -> int:
     """Elements of LoRA adapters."""
-    return sum(math.prod(x.shape) for path, x in flatten_dict(param_shapes(module)).items() if "lora" in path[-1])
+    return sum(x.size for path, x in flat_shapes(module).items() if path[-1] in ("lora_a", "lora_b"))
 
 
 def visible(positions: int, window: int) -> int:

@@ -39,17 +39,16 @@ def peak(programs: dict[str, ProgramMemory]) -> int:
 
 
 @lru_cache(maxsize=512)
-def _peak_of(config: PlanConfig) -> int | None:
-    """None for a setting that is refused: a mesh or a group that does not divide."""
+def _peak_of(config: PlanConfig) -> float:
+    """Most bytes on a device; infinite for a setting that is refused: a mesh or a group that does not divide."""
     try:
         return peak(estimate(build_system(config), config.accelerator.platform))
     except InputError:
-        return None
+        return math.inf
 
 
 def _fits(config: PlanConfig) -> bool:
-    size = _peak_of(config)
-    return size is not None and size <= capacity(config)
+    return _peak_of(config) <= capacity(config)
 
 
 def _smaller_micro_batches(c: PlanConfig) -> PlanConfig | None:
@@ -179,7 +178,7 @@ def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
         CHANGES[n][0] for i, n in enumerate(chosen) if CHANGES[n][1](_combined(config, chosen[:i])) is not None
     )
     same = not any(CHANGES[n][1] in OTHER_TRAINING for n in chosen)
-    return Nearest(found, flags_between(config, found), reasons, _peak_of(found), same)
+    return Nearest(found, flags_between(config, found), reasons, int(_peak_of(found)), same)
 
 
 def _shared_out(config: PlanConfig, devices: int) -> dict[str, int]:
@@ -210,5 +209,5 @@ def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
             found = _combined(larger, chosen)
             if _fits(found):
                 reasons = (f"{count} devices", *(CHANGES[n][0] for n in chosen))
-                return Nearest(found, flags_between(config, found), reasons, _peak_of(found), True)
+                return Nearest(found, flags_between(config, found), reasons, int(_peak_of(found)), True)
     return None

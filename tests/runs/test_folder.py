@@ -11,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import console, runs
-from jaxrlhf.config import field, load_yaml
+from jaxrlhf import config
+from jaxrlhf.config import load_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError
-from jaxrlhf.runs import Run, peak_memory_bytes
+from jaxrlhf.runs import Run, console, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import list_checkpoints, save_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(config.Settings):
     """Settings."""
 
-    learning_rate: float = field(1e-4, "Learning rate.")
+    learning_rate: float = 1e-4
+    """Learning rate."""
 
 
 class Terminal(io.StringIO):
@@ -156,8 +157,8 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_everything_logged_survives_a_killed_process(tmp_path):
     code = (
-        "import os, sys; from jaxrlhf.runs.folder import Run; from dataclasses import make_dataclass\n"
-        "run = Run(sys.argv[1], make_dataclass('C', [('a', int, 1)])(), quiet=True)\n"
+        "import os, sys; from jaxrlhf.config import Settings; from jaxrlhf.runs.folder import Run\n"
+        "run = Run(sys.argv[1], Settings(), quiet=True)\n"
         "run.log(1, {'loss': 1.0}); run.table('t', ['n'], [[1]], 1); run.log(2, {'loss': 2.0}); os._exit(9)"
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -274,7 +275,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.write_text_atomic.__globals__["os"], "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         write_text_atomic(path, "new")
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]

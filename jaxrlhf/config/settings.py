@@ -225,8 +225,9 @@ def canonical(cls: type, name: str, where: str = "") -> str:
 
 
 def _by_name(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names of fields, derived ones included."""
+    """Values by the names of fields; derived ones included, where no flag has the name."""
     derived = {name for part in _parts(cls) for name, (_, notes) in _hints(part).items() if DERIVED in notes}
+    derived -= set(_names(cls))
     return {name if name in derived else canonical(cls, name): value for name, value in values.items()}
 
 
@@ -235,6 +236,12 @@ def _parts(cls: type) -> Iterator[type]:
     for kind, notes in _hints(cls).values():
         if dataclasses.is_dataclass(kind) and SECTION not in notes:
             yield from _parts(typing.cast(type, kind))
+
+
+def _fields_of(part: type, flags: set[str]) -> set[str]:
+    """Names of the fields of a part, without derived ones that have the name of a flag elsewhere in the config."""
+    hints = (item for p in _parts(part) for item in _hints(p).items())
+    return {name for name, (_, notes) in hints if DERIVED not in notes or name not in flags}
 
 
 def _build(cls: type[T], values: Mapping[str, Any], base: T | None) -> T:
@@ -255,7 +262,7 @@ def _build(cls: type[T], values: Mapping[str, Any], base: T | None) -> T:
             arguments[f.name] = tuple(value) if isinstance(value, list) else value
         elif dataclasses.is_dataclass(kind) and SECTION not in notes:
             part = typing.cast(type, kind)
-            own = {name for p in _parts(part) for name in _hints(p)} & set(values)
+            own = _fields_of(part, set(_every(cls))) & set(values)
             known = None if default is dataclasses.MISSING else default
             inside = {name: values[name] for name in own}
             arguments[f.name] = _build(type(known) if known else part, inside, known) if own or known is None else known

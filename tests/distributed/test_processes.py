@@ -169,7 +169,7 @@ def test_four_processes_go_on_from_the_checkpoint_of_one_and_end_together_when_o
 
 MEET = """
 import os, signal, sys, time
-from jaxrlhf import lifeline
+from jaxrlhf.distributed import lifeline
 address, process = sys.argv[1], int(sys.argv[2])
 line = lifeline.join(address, 3, process, {}, lambda facts: None, timeout=60, silence=2)
 assert line.gather("numbers", process) == [0, 1, 2]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.config import field, files, load_yaml
+from jaxrlhf import config
+from jaxrlhf.config import files, load_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs import Run, peak_memory_bytes
@@ -19,10 +20,11 @@ from jaxrlhf.runs.checkpoints import list_checkpoints, save_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(config.Settings):
     """Settings."""
 
-    learning_rate: float = field(1e-4, "Learning rate.")
+    learning_rate: float = 1e-4
+    """Learning rate."""
 
 
 @pytest.fixture(autouse=True)

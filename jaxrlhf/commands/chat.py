@@ -10,6 +10,7 @@ from typing import Annotated, Any, TextIO
 import jax
 import numpy as np
 
+from jaxrlhf import keys
 from jaxrlhf.config import NonNegativeInt, Settings, alias, read_yaml
 from jaxrlhf.data import DEFAULT_TEMPLATE, encode_conversation, length_bucket, load_tokenizer, pad_token_id
 from jaxrlhf.data.templates import check_template
@@ -175,7 +176,7 @@ class ChatSession:
 
     def _answer(self, message: dict[str, str], prompt: list[int]) -> Iterator[str]:
         answer = StreamedText(self.tokenizer, self.config.sampling.stop_strings)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), self.round)
+        key = keys.stream(self.config.seed, keys.Stream.CHAT, self.round)
         self.round += 1
         try:
             for token in self._tokens(prompt, key):

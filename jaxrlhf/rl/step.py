@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxrlhf import objectives
+from jaxrlhf import keys, objectives
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, join, split_trainable
 from jaxrlhf.rl.experience import (
@@ -74,12 +74,12 @@ class _Frozen(NamedTuple):
 
 def minibatch_rows(h: PPOHyperparameters, step: jax.Array, rows: int) -> jax.Array:
     """Row numbers `[epochs · minibatches, rows / minibatches]`: a permutation per epoch, keyed by (seed, step, epoch)."""
-    key = jax.random.fold_in(jax.random.key(h.seed), step)
     if h.num_mini_batches == 1:
         order = jnp.tile(jnp.arange(rows), (h.ppo_epochs, 1))
     else:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(h.ppo_epochs))
-        order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
+        key = keys.stream(h.seed, keys.Stream.MINIBATCHES, step)
+        of_epochs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(h.ppo_epochs))
+        order = jax.vmap(lambda k: jax.random.permutation(k, rows))(of_epochs)
     return order.reshape(h.ppo_epochs * h.num_mini_batches, rows // h.num_mini_batches)
 
 
@@ -122,12 +122,8 @@ def ppo_step(
             experience.logprobs, experience.sampler_logprobs, experience.response_mask, h.importance_cap or jnp.inf
         )
         data = _training_arrays(state, experience, advantages, returns, weights)
-        actor_params, actor_frozen = split_trainable(state.actor_params, state.actor)
-        actor_read = frozen_working_copy(actor_frozen, state.actor, mesh)
-        critic_params = critic_frozen = critic_read = None
-        if state.critic is not None:
-            critic_params, critic_frozen = split_trainable(state.critic_params, state.critic)
-            critic_read = frozen_working_copy(critic_frozen, state.critic, mesh)
+        actor_params, actor_frozen, actor_read = _parts(state.actor_params, state.actor, mesh)
+        critic_params, critic_frozen, critic_read = _parts(state.critic_params, state.critic, mesh)
         frozen = _Frozen(actor_read, critic_read)
 
         def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
@@ -150,6 +146,14 @@ def ppo_step(
         score_moments=None if moments is None else _finite_or(state.score_moments, moments),
     )
     return new, metrics
+
+
+def _parts(params: PyTree, module: Decoder | None, mesh: Mesh | None) -> tuple[PyTree, PyTree, PyTree]:
+    """A model's trainable leaves, its frozen leaves, and the working copy of the latter; None without a model."""
+    if module is None:
+        return None, None, None
+    trainable, frozen = split_trainable(params, module)
+    return trainable, frozen, frozen_working_copy(frozen, module, mesh)
 
 
 def _training_arrays(

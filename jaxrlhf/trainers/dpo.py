@@ -196,6 +196,7 @@ def train_dpo(config: DPOConfig) -> TrainState:
     loss, measure = objective(config.loss_type, config.beta, config.label_smoothing)
     recipe = Recipe(
         name="dpo",
+        title="Direct preference optimisation",
         head="lm",
         headline=("loss", "rewards/accuracies", "rewards/margins", "grad_norm"),
         objective=loss,

@@ -39,7 +39,9 @@ class Task(Protocol[State]):
     """
 
     name: str
-    """Name of the trainer in records, reports and model cards."""
+    """Name of the trainer in records."""
+    title: str
+    """Name of the training in reports and model cards."""
     total_steps: int
     base_model: str
     """Model that the exported one was trained from."""
@@ -136,9 +138,12 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
     with run.status(f"exporting the model to {run.output_dir}…"):
         metrics = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
         shown = metrics["eval_best" if config.export_best else "eval_after"]
-        task.export(state, ModelCard(task.name, task.base_model, task.data_names, task.total_steps, shown))
+        card = ModelCard(task.name, task.title, task.base_model, task.data_names, task.total_steps, shown)
+        task.export(state, card)
     seconds = time.monotonic() - begin
-    run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics})
+    run.write_summary(
+        {"trainer": task.name, "title": task.title, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics}
+    )
     run.print(f"{task.name}: {task.total_steps - start} steps in {seconds:.1f}s → {run.output_dir}")
     return state
 

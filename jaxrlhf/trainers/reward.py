@@ -119,6 +119,7 @@ def train_reward(config: RewardConfig) -> TrainState:
     """Run step 2; the reward model lies in `config.output_dir` afterwards."""
     recipe = Recipe(
         name="reward",
+        title="Reward model",
         head="scalar",
         headline=("loss", "accuracy", "grad_norm", "learning_rate"),
         objective=OBJECTIVES[config.reward_loss],

@@ -140,6 +140,8 @@ class Recipe:
 
     name: str
     """Also the step whose rows `load_data` gives."""
+    title: str
+    """Name in reports and model cards."""
     head: str
     headline: tuple[str, ...]
     objective: Objective
@@ -195,7 +197,7 @@ class SupervisedTask:
         self.mesh = mesh = config.mesh.make_mesh()
         self.micro_batches = config.run.gradient_accumulation_steps
         self.rows = config.run.per_device_train_batch_size * batch_devices(mesh) * self.micro_batches
-        self.name, self.best = recipe.name, recipe.best
+        self.name, self.title, self.best = recipe.name, recipe.title, recipe.best
         self.total_steps = config.run.total_steps(len(self.train), self.rows)
         self.data_names = tuple(config.data.data_path)
         self.trainable = split_trainable(model.params, model.module)[0]

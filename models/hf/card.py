@@ -12,7 +12,9 @@ class ModelCard:
     """What an export tells about itself beside its configuration; empty fields are left out."""
 
     task: str = ""
-    """How it was trained: `sft`, `reward`, `dpo`, `ppo`, `grpo`, …"""
+    """Trainer: `sft`, `reward`, `dpo`, `ppo`, `grpo`, …"""
+    title: str = ""
+    """Name of the training in words, such as "Supervised fine-tuning"."""
     base_model: str = ""
     """Folder or hub name of the model that training started from."""
     data: tuple[str, ...] = ()
@@ -21,17 +23,6 @@ class ModelCard:
     """Optimizer steps."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Final values by name."""
-
-
-_TASKS = {
-    "sft": "supervised fine-tuning",
-    "reward": "reward model training on preference pairs",
-    "dpo": "direct preference optimisation on preference pairs",
-    "ppo": "reinforcement learning from human feedback with PPO",
-    "grpo": "reinforcement learning with GRPO",
-    "rloo": "reinforcement learning with RLOO",
-    "reinforce++": "reinforcement learning with REINFORCE++",
-}
 
 
 def render_card(card: ModelCard, config: DecoderConfig, head: str) -> str:
@@ -50,7 +41,7 @@ def render_card(card: ModelCard, config: DecoderConfig, head: str) -> str:
     lines = ["---", *(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in meta.items()), "---", ""]
     lines += [f"# {config.family} {kind.split(' (')[0]}", "", f"A {config.family} {kind}: {shape}.", ""]
     facts = {
-        "Trained by": _TASKS.get(card.task, card.task),
+        "Trained by": card.title or card.task,
         "Base model": card.base_model and f"`{card.base_model}`",
         "Data": ", ".join(f"`{name}`" for name in card.data),
         "Optimizer steps": "" if card.steps is None else str(card.steps),

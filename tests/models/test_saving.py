@@ -252,7 +252,14 @@ def test_reward_models_say_so_and_get_a_pad_token(make_model, tmp_path):
 
 
 def test_a_card_tells_where_the_model_came_from(model, tmp_path):
-    card = ModelCard("sft", "Supervised fine-tuning", "facebook/opt-125m", ("rows.jsonl",), 120, {"eval_loss": 1.25, "eval_perplexity": 3.4903})
+    card = ModelCard(
+        "sft",
+        "Supervised fine-tuning",
+        "facebook/opt-125m",
+        ("rows.jsonl",),
+        120,
+        {"eval_loss": 1.25, "eval_perplexity": 3.4903},
+    )
     save_pretrained(model, tmp_path, card=card)
     _, meta, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(meta) == {

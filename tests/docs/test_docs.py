@@ -50,8 +50,10 @@ def test_a_documented_command_parses(arguments, monkeypatch):
         pytest.skip("reads the settings of an earlier command")
     if any(re.search(r"my_\w+\.py:", word) for word in rest):
         pytest.skip("names the reader's own file")
-    command = cli.COMMANDS[name]
-    kind = getattr(importlib.import_module(command.module), command.config)
+    command = cli.commands()[name]
+    kind = command.config
+    if isinstance(kind, str):
+        kind = getattr(importlib.import_module(command.module), kind)
     parse(kind, rest, f"jaxrlhf {name}", "")
 
 

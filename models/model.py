@@ -213,6 +213,22 @@ def resize_vocabulary(model: Model, vocab_size: int) -> Model:
     return Model(module=module, params=params, config=config)
 
 
+def frozen_stage(trained: Decoder, stage: int | None = None) -> int:
+    """The ZeRO stage that stores a frozen model: the reference or reward model of a module that is trained.
+
+    Stages 1 and 2 split only what the optimizer needs, and a frozen model has no optimizer. So below stage 3 every
+    device holds a frozen copy whole. With LoRA there is no copy: the frozen model reads the base of the trained one, so
+    it lies as that base does.
+
+    Args:
+        trained: The module whose start the frozen model is.
+        stage: The stage that the user asks for; None means that of `trained`. Unused with LoRA.
+    """
+    if trained.lora is not None:
+        return trained.zero_stage
+    return 3 if (trained.zero_stage if stage is None else stage) == 3 else 0
+
+
 def frozen_copy(params: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
     """A copy for a model that is only read: matrices in `dtype`, vectors and a scalar head as they are.
 

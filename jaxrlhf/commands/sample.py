@@ -22,7 +22,17 @@ from jaxrlhf.data import DataConfig, PromptData, answer_text, encode_stops, load
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
 from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, Model, load_pretrained, logical_axes, merged, read_config, working_copy
+from jaxrlhf.models import (
+    Decoder,
+    Model,
+    check_same_tokens,
+    check_tokenizer_fits,
+    load_pretrained,
+    logical_axes,
+    merged,
+    read_config,
+    working_copy,
+)
 from jaxrlhf.rewards import RewardFunctionOptions, Rewards, finite_mean
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
@@ -152,22 +162,13 @@ class Sampler:
         self.sampling = config.sampling(self.tokenizer.eos_token_id, pad_token_id(self.tokenizer), stops)
         self.rows = config.per_device_batch_size * batch_devices(self.mesh)
         model = self._load(config.model_name_or_path, "lm")
-        if len(self.tokenizer) > model.config.vocab_size:
-            raise InputError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model.config.vocab_size}; use the "
-                "model's own tokenizer"
-            )
+        check_tokenizer_fits(len(self.tokenizer), model.config, "the tokenizer")
         self.engine = HybridEngine(model, self.mesh)
         self.engine.check_slots(config.generation_slots, self.rows * config.samples_per_prompt)
         self.reward_model: Model | None = None
         if config.reward_model_name_or_path is not None:
             self.reward_model = self._load(config.reward_model_name_or_path, "scalar", new_head=False)
-            sizes = (model.config.vocab_size, self.reward_model.config.vocab_size)
-            if sizes[0] != sizes[1]:
-                raise InputError(
-                    f"the model has a vocabulary of {sizes[0]} tokens and the reward model one of {sizes[1]}; both "
-                    "must read the same tokens"
-                )
+            check_same_tokens(model.config, self.reward_model.config, ("the model", "the reward model"))
         self._generate = Announce(console, "generate program", self.engine.generate)
         self._score = Announce(console, "scoring program", reward_model_scores)
 

@@ -78,9 +78,9 @@ class DecoderConfig:
     residual_dropout: float = 0.0
 
     initializer_range: float = 0.02
-    bos_token_id: int | None = None
+    bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
+    pad_token_id: int | tuple[int, ...] | None = None
     vocab_multiple: int = 8
 
     def __post_init__(self) -> None:

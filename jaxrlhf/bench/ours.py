@@ -27,7 +27,7 @@ from jaxrlhf.models import (
     save_pretrained,
     with_kernels,
 )
-from jaxrlhf.models.attend import attend_to_sequence
+from jaxrlhf.models.attend import AttentionOptions, attend_to_sequence
 from jaxrlhf.models.decoder import LayerOptions, alibi_slopes, layer_options, positions_from_mask
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.model import make_module
@@ -135,10 +135,10 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: Any, window: Any) -> jax.Array:
         mask = jnp.ones((rows, length), bool)
-        options = {"scale": scale, "window": window, "implementation": config.attention_implementation}
-        options["alibi_slopes"] = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
+        slopes = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
+        options = AttentionOptions(scale, window, slopes, config.attention_implementation)
         with use(mesh, TRAIN_RULES):
-            return attend_to_sequence(q, k, v, mask, positions_from_mask(mask), **options)
+            return attend_to_sequence(q, k, v, mask, positions_from_mask(mask), options)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: Any, window: Any) -> jax.Array:
         return jnp.sum(forward(q, k, v, scale, window).astype(jnp.float32) * weights)

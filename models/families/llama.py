@@ -8,7 +8,7 @@ from jaxrlhf.models.hf.mapping import FLAT, Family, HFConfig, Tensor, common_to_
 
 
 def llama_like_from_hf(hf: HFConfig, *, bos: int | None = 1, eos: int | None = 2, **own: Any) -> DecoderConfig:
-    """What Llama and its descendants have in common; `own` holds the fields in which a family differs."""
+    """Reads the options that Llama and its descendants share; `own` holds the fields in which a family differs."""
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     fields: dict[str, Any] = {
         "hidden_size": hidden,

@@ -9,7 +9,7 @@ from jaxrlhf.models.rotary import ROPE_TYPES
 
 
 def rope_from_hf(hf: HFConfig, extra: tuple[str, ...] = (), base_name: str = "rope_theta") -> dict[str, Any]:
-    """`position`, `rotary_base` and `rope_scaling`, and the values of `extra` parameters (None when absent).
+    """Reads `position`, `rotary_base` and `rope_scaling`, and the values of `extra` parameters (None when absent).
 
     `base_name` is the family's older name of the base frequency.
     """

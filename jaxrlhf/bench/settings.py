@@ -9,7 +9,7 @@ from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import LIBRARIES
-from jaxrlhf.models import DecoderConfig, known_config, read_config
+from jaxrlhf.models import DecoderConfig, check_same_tokens, known_config, read_config
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.settings import ComputeConfig, MeshConfig, RunConfig, batch_devices, check_context
@@ -149,11 +149,7 @@ class BenchConfig(Settings):
     def shapes(self) -> tuple[DecoderConfig, DecoderConfig]:
         """Configurations of actor and critic; InputError when they do not go together or the text is too long."""
         shapes = self._shape("actor"), self._shape("critic")
-        if shapes[0].vocab_size != shapes[1].vocab_size:
-            raise InputError(
-                f"actor={self.actor} has a vocabulary of {shapes[0].vocab_size} tokens and critic={self.critic} one of "
-                f"{shapes[1].vocab_size}; both must read the same tokens"
-            )
+        check_same_tokens(*shapes, (f"actor={self.actor}", f"critic={self.critic}"))
         return shapes
 
     def _shape(self, name: str) -> DecoderConfig:

@@ -16,7 +16,7 @@ from jaxrlhf.data import DEFAULT_TEMPLATE, encode_conversation, length_bucket, l
 from jaxrlhf.data.templates import check_template
 from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, load_pretrained, with_kernels
+from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, with_kernels
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder, read_json
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig
@@ -106,11 +106,7 @@ class ChatSession:
     def __init__(self, model: Model, tokenizer: Any, config: ChatConfig, console: Console | None = None) -> None:
         if model.module.head != "lm":
             raise InputError("chat needs a language model; this one has a scalar head (a reward model or critic)")
-        if len(tokenizer) > model.config.vocab_size:
-            raise InputError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
-                "use the model's own tokenizer"
-            )
+        check_tokenizer_fits(len(tokenizer), model.config, "the tokenizer")
         self.tokenizer, self.config = tokenizer, config
         self.console = Console(quiet=True) if console is None else console
         self.template = DEFAULT_TEMPLATE if config.prompt_template is None else config.prompt_template

@@ -12,7 +12,7 @@ from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import read_config
+from jaxrlhf.models import check_same_tokens, read_config
 from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
@@ -152,12 +152,8 @@ def check_vocabularies(models: BaseModelsConfig) -> None:
     """Refuses, before any step is trained, two base models that PPO could not use together."""
     names = (models.actor_model_name_or_path, models.reward_model_name_or_path)
     if names[0] is not None and names[1] is not None:
-        actor, reward = read_config(names[0]).vocab_size, read_config(names[1]).vocab_size
-        if actor != reward:
-            raise InputError(
-                f"actor {names[0]} has {actor} tokens in its vocabulary, reward model {names[1]} has {reward}: they "
-                "must share one tokenizer, because the reward model reads what the actor writes"
-            )
+        labels = f"actor {names[0]}", f"reward model {names[1]}"
+        check_same_tokens(read_config(names[0]), read_config(names[1]), labels)
 
 
 def check_root(root: Path, folder: FolderConfig) -> None:

@@ -21,6 +21,7 @@ from jaxrlhf.models import (
     Decoder,
     DecoderConfig,
     Model,
+    check_same_tokens,
     known_config,
     param_shapes,
     read_config,
@@ -192,11 +193,7 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     for name, shape in (("actor", actor), ("reward", reward)):
         longest = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens
         check_context(shape, longest, f"max_prompt_seq_len + max_new_tokens for {name}={getattr(config, name)}")
-    if actor.vocab_size != reward.vocab_size:
-        raise InputError(
-            f"actor={config.actor} has a vocabulary of {actor.vocab_size} tokens and reward={config.reward} one of "
-            f"{reward.vocab_size}; both must read the same tokens: choose models of one tokenizer"
-        )
+    check_same_tokens(actor, reward, (f"actor={config.actor}", f"reward={config.reward}"))
 
     def model(shape: DecoderConfig, head: str, stage: int, kv_cache_dtype: str = "auto") -> Model:
         dtype, remat = ppo.mesh.compute_dtype, ppo.run.remat

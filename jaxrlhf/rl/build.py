@@ -22,6 +22,7 @@ from jaxrlhf.models import (
     base_leaves,
     cast_matrices,
     frozen_copy,
+    frozen_stage,
     join,
     param_shapes,
     param_shardings,
@@ -206,9 +207,7 @@ def _frozen(
 ) -> FrozenModel:
     """The frozen start of a model whose module is `base` without adapters."""
     module = trained.module
-    if module.lora is None:  # below stage 3 a model without optimizer state is whole on every device
-        stage = base.zero_stage if stage is None else stage
-        base = base.clone(zero_stage=3 if stage == 3 else 0)
+    base = base.clone(zero_stage=frozen_stage(module, stage))
     shardings = _own(param_shardings(module.clone(zero_stage=base.zero_stage), mesh), module)
     own = arrays.frozen_copy(_own(trained.params, module), shardings, config.mesh.compute_dtype, offload)
     return FrozenModel(base, own, module)

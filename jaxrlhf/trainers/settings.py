@@ -16,6 +16,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     DecoderConfig,
     Model,
+    check_tokenizer_fits,
     config_from_dict,
     create_model,
     default_dtype,
@@ -240,13 +241,10 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, re
         path = str(config.model.model_name_or_path)
         model = load_pretrained(path, head=head, key=key, mesh=mesh, progress=is_primary(), **layout)
     model = with_kernels(model, **config.compute.kernels)
-    if model.config.vocab_size < vocab_size and not start.resize_vocabulary:
-        raise InputError(
-            f"the tokenizer of {config.model.tokenizer_source} has {vocab_size} tokens, the model only "
-            f"{model.config.vocab_size}; use the model's own tokenizer, or add rows with --resize_vocabulary"
-        )
-    if model.config.vocab_size < vocab_size:
+    if start.resize_vocabulary and model.config.vocab_size < vocab_size:
         model = resize_vocabulary(model, vocab_size)
+    source = f"the tokenizer of {config.model.tokenizer_source}"
+    check_tokenizer_fits(vocab_size, model.config, source, "add rows with --resize_vocabulary")
     return without_dropout(model) if start.disable_dropout else model
 
 

@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained, from what, on what, and how it did (README.md on the model hub)."""
+"""The model card of an export, README.md on the model hub: its training, base model, data and metrics."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from jaxrlhf.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What an export tells about itself beside its configuration; empty fields are left out."""
+    """Facts about an export that are not in its configuration; the card leaves out empty fields."""
 
     task: str = ""
     """Trainer: `sft`, `reward`, `dpo`, `ppo`, `grpo`, …"""
@@ -26,14 +26,14 @@ class ModelCard:
 
 
 def render_card(card: ModelCard, config: DecoderConfig, head: str) -> str:
-    """The card as Markdown with the hub's metadata block; `head` is "lm" or "scalar"."""
+    """Renders the card as Markdown with the hub's metadata block; `head` is "lm" or "scalar"."""
     tags = ["jaxrlhf", *([card.task] if card.task else [])]
     meta = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if head == "lm" else "text-classification",
         "tags": tags,
     }
-    # The hub takes owner/name only; a local folder is named in the text.
+    # The hub's metadata accepts only owner/name; the text also names a local folder.
     if card.base_model.count("/") == 1 and not card.base_model.startswith((".", "/", "~")):
         meta["base_model"] = card.base_model
     kind = "language model" if head == "lm" else "reward model (one score per sequence, at its last token)"

@@ -17,10 +17,9 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from typing import TypedDict
 
 from jaxrlhf.errors import InputError, PeerLost
 
@@ -29,7 +28,7 @@ LOST = PeerLost.status
 TOKEN = "JAXRLHF_TOKEN"
 """Environment variable with the secret that the processes of a run share."""
 MAX_MESSAGE = 64 << 20  # bytes of one message
-MAX_GREETING = 1 << 20  # bytes of a greeting
+MAX_GREETING = 1 << 12  # bytes of a greeting
 GREETING_TIMEOUT = 10  # seconds in which a new connection must say the next thing
 GRACE = 2.0  # seconds in which a process can report its own error when another one fails
 LINGER = 3.0  # seconds that a failing hub waits until the others have read why
@@ -39,25 +38,8 @@ POLL = 0.1  # seconds between two looks for a new connection
 RETRY = 0.2  # seconds between attempts to connect
 THE_END = "the end of the program"
 
-Facts = Mapping[str, object]
-Compare = Callable[[Sequence[Facts]], str | None]
-
-
-class Greeting(TypedDict):
-    """Introduction of a process: its number, the number of processes, its host name, and the facts to compare."""
-
-    process: int
-    number: int
-    host: str
-    facts: Facts
-
-
-class ProtocolError(Exception):
-    """The other side sends what no process of ours sends."""
-
-
-class WrongToken(ProtocolError):
-    """The other side has another token."""
+NOT_OURS = (AuthenticationError, AssertionError, EOFError, OSError, ValueError, TypeError)
+"""Errors of a connection to a stranger: another token, no challenge, closed, silent or too long, no greeting."""
 
 
 def _token() -> bytes:
@@ -73,23 +55,10 @@ class _Peer:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection, self.lock, self.heard = Connection(sock.detach()), threading.Lock(), time.monotonic()
 
-    def limit_waits(self, seconds: int) -> None:
-        """Let a read or a write fail after `seconds`; 0: never."""
-        limit = struct.pack("ll", seconds, 0)
+    def limit_waits(self, option: int, seconds: float) -> None:
+        """Let a read (SO_RCVTIMEO) or a write (SO_SNDTIMEO) fail after `seconds`; 0: never."""
         with socket.socket(fileno=os.dup(self.connection.fileno())) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-    def authenticate(self, as_hub: bool) -> None:
-        """Check that both sides have the token. Raises ProtocolError."""
-        steps = (deliver_challenge, answer_challenge) if as_hub else (answer_challenge, deliver_challenge)
-        try:
-            for step in steps:
-                step(self.connection, _token())
-        except AuthenticationError as error:
-            raise WrongToken(f"has another ${TOKEN}, or is no process of jaxrlhf") from error
-        except (EOFError, OSError, AssertionError) as error:  # closed, silent or too long, not a challenge
-            raise ProtocolError("does not speak the protocol of jaxrlhf") from error
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), 0))
 
     def send(self, message: Mapping[str, object] | bytes) -> None:
         """Send, or do nothing when the other side is gone: its reader thread notices that."""
@@ -98,24 +67,17 @@ class _Peer:
             self.connection.send_bytes(data)
 
     def receive(self, limit: int = MAX_MESSAGE) -> dict:
-        """Return the next message of at most `limit` bytes. Raises EOFError at the end, or ProtocolError."""
+        """Return the next message. Raises EOFError at the end, or ValueError for what is no message of ours."""
         try:
             message = json.loads(self.connection.recv_bytes(limit))
+            if not isinstance(message, dict):
+                raise ValueError(message)
         except ConnectionError as error:
             raise EOFError from error
-        except BlockingIOError as error:
-            raise ProtocolError("is silent") from error
-        except OSError as error:
-            raise ProtocolError(f"sent a message of more than {limit} bytes, or a part of one") from error
-        except ValueError as error:
-            raise ProtocolError("sent a message that is not JSON") from error
-        if not isinstance(message, dict):
-            raise ProtocolError("sent a message that is no JSON object")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"it sent what is not a JSON message of at most {limit} bytes") from error
         self.heard = time.monotonic()
         return message
-
-    def close(self) -> None:
-        self.connection.close()
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -148,9 +110,10 @@ class Lifeline:
         self._gathered: dict[int, list] = {}
         self._pending: dict[int, dict[int, tuple[str, object]]] = {}  # hub: values by call and process
         self._calls = 0
-        self._failure_known = False  # all processes end after a failure, so none counts as lost
         self._ending = self._failing = self._stopping = False
         self._readers = [threading.Thread(target=self._read, args=(process,), daemon=True) for process in peers]
+        for peer in peers.values():
+            peer.limit_waits(socket.SO_SNDTIMEO, silence)  # a stopped process must not block the watch
         for thread in (*self._readers, threading.Thread(target=self._beat, daemon=True)):
             thread.start()
 
@@ -200,14 +163,14 @@ class Lifeline:
         try:
             self.gather(THE_END, None, END_LIMIT)
         except PeerLost as error:
-            self._stop(str(error), self.process)
+            self._stop(self.process, str(error))
         self._ending = True
 
     def fail(self, text: str) -> None:
         """Report to all others that this process ends with an error, so that they end too."""
         self._failing = True
         for peer in self.peers.values():
-            peer.send({"failed": self.process, "text": text})
+            peer.send({"process": self.process, "reason": f"{self.name(self.process)} failed: {text}", "grace": GRACE})
         deadline = time.monotonic() + LINGER
         for reader in self._readers if self.process == 0 else ():  # they end when the others have read it and ended
             reader.join(max(0.0, deadline - time.monotonic()))
@@ -234,9 +197,9 @@ class Lifeline:
                 self._handle(process, peer.receive())
         except EOFError:
             pass
-        except ProtocolError as error:
-            reason = f"(it {error})"
-            peer.close()
+        except (ValueError, LookupError, TypeError) as error:
+            reason = f"({error})" if isinstance(error, ValueError) else "(it sent a message without its fields)"
+            peer.connection.close()
         if not self._ending:
             self._gone(process, reason)
 
@@ -248,10 +211,8 @@ class Lifeline:
                 self._ending |= message["last"]
                 self._gathered[message["gathered"]] = message["values"]
                 self._state.notify_all()
-        elif "failed" in message:
-            self._failed(message["failed"], message["text"])
-        elif "gone" in message:
-            self._stop(message["gone"], message["process"])
+        elif "reason" in message:
+            self._stop(**message)
 
     def _arrived(self, process: int, call: int, what: str, value: object) -> None:
         """Keep a value on the hub; the last one of a call sends all to everyone."""
@@ -263,42 +224,32 @@ class Lifeline:
             del self._pending[call]
             whats = {what for what, _ in arrived.values()}
             if len(whats) > 1:
-                self._stop(f"the processes are at different places of the program: {sorted(whats)}", 0)
+                self._stop(0, f"the processes are at different places of the program: {sorted(whats)}")
             last = whats == {THE_END}
             self._ending |= last
             values = [arrived[i][1] for i in range(self.number)]
             message = json.dumps({"gathered": call, "values": values, "last": last}).encode()
-            if len(message) > MAX_MESSAGE:
-                self._stop(f"{what}: the values of all processes have {len(message)} bytes, over {MAX_MESSAGE}", 0)
             for peer in self.peers.values():
                 peer.send(message)
             self._gathered[call] = values
             self._state.notify_all()
 
-    def _tell(self, message: Mapping[str, object], process: int) -> None:
-        """Pass on to all others what the hub knows of `process`."""
-        for other, peer in self.peers.items() if self.process == 0 else ():
-            if other != process:
-                peer.send(message)
+    def _gone(self, process: int, how: str) -> None:
+        role = ", the coordinator," if process == 0 else ""
+        self._stop(process, f"{self.name(process)}{role} is gone {how}")
 
-    def _gone(self, process: int, reason: str) -> None:
-        if not self._failure_known:
-            role = ", the coordinator," if process == 0 else ""
-            self._stop(f"{self.name(process)}{role} is gone {reason}", process)
-
-    def _failed(self, process: int, text: str) -> None:
-        self._failure_known = True
-        self._tell({"failed": process, "text": text}, process)
-        time.sleep(GRACE)
-        self._stop(f"{self.name(process)} failed: {text}", process)
-
-    def _stop(self, reason: str, process: int) -> None:
-        """Print why, tell the others (the hub), and exit without waiting for any thread."""
+    def _stop(self, process: int, reason: str, grace: float = 0.0) -> None:
+        """Tell all but `process` why (the hub), print it, and exit without waiting for any thread."""
         with self._state:
             if self._stopping or self._failing or self._ending:
                 return
             self._stopping = True
-        self._tell({"gone": reason, "process": process}, process)
+        for other, peer in self.peers.items() if self.process == 0 else ():
+            if other != process:
+                peer.send({"process": process, "reason": reason, "grace": grace})
+        time.sleep(grace)
+        if self._failing:  # this process has meanwhile reported its own error
+            return
         text = f"{reason}; this run stops. Continue with --resume from the newest checkpoint"
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -309,56 +260,45 @@ class Lifeline:
         os._exit(LOST)
 
 
-def join(
-    address: str, number: int, process: int, facts: Facts, compare: Compare, timeout: float, silence: float
-) -> Lifeline:
+def join(address: str, number: int, process: int, timeout: float, silence: float) -> Lifeline:
     """Meet the other processes of the run.
 
     Args:
         address: HOST:PORT on which process 0 listens.
         number: number of processes.
         process: number of this process.
-        facts: JSON values of this process to compare.
-        compare: takes the facts of all processes in order; returns why they cannot work together, or None.
         timeout: seconds to wait for the others.
         silence: seconds without a sign of life after which a process counts as gone.
 
     Raises:
-        InputError: on every process, with who did not come or what differs.
+        InputError: on every process, with who did not come or whose number does not fit.
     """
-    own = Greeting(process=process, number=number, host=socket.gethostname(), facts=facts)
-    if process == 0:
-        hosts, peers = _Meeting(address, own, timeout).hold(compare)
-    else:
-        hosts, peers = _attend(address, own, timeout)
-    return Lifeline(process, hosts, peers, silence)
+    meet = _Meeting(address, number, timeout).hold() if process == 0 else _attend(address, number, process, timeout)
+    return Lifeline(process, *meet, silence)
 
 
 class _Meeting:
-    """The hub's side of `join`. A thread per connection, so that a stranger keeps no process waiting."""
+    """The hub's side of `join`. Each connection has a thread, so that a stranger keeps no process waiting."""
 
-    def __init__(self, address: str, own: Greeting, timeout: float) -> None:
-        self.address, self.number, self.timeout = address, own["number"], timeout
+    def __init__(self, address: str, number: int, timeout: float) -> None:
+        self.address, self.number, self.timeout = address, number, timeout
         self.lock = threading.Lock()
-        self.greetings: dict[int, Greeting] = {0: own}
+        self.hosts = {0: socket.gethostname()}
         self.peers: dict[int, _Peer] = {}
-        self.surplus: list[_Peer] = []  # their number is taken or does not exist
-        self.strangers: list[str] = []
+        self.strangers: list[str] = []  # their hosts
         self.problem: str | None = None
-        self.closed = False
+        self.over = False
 
-    def hold(self, compare: Compare) -> tuple[list[str], dict[int, _Peer]]:
+    def hold(self) -> tuple[list[str], dict[int, _Peer]]:
         """Wait for all processes; returns their hosts and connections. Raises InputError."""
         self._accept()
         with self.lock:
-            self.closed = True
-        ordered = [self.greetings[i] for i in range(self.number) if i in self.greetings]
-        problem = self.problem or compare([greeting["facts"] for greeting in ordered])
-        hosts = [greeting["host"] for greeting in ordered]
-        for peer in (*self.peers.values(), *self.surplus):
-            peer.send({"refused": problem} if problem else {"hosts": hosts})
-        if problem:
-            raise InputError(problem)
+            self.over = True
+        hosts = [self.hosts[i] for i in sorted(self.hosts)]
+        for peer in self.peers.values():
+            peer.send({"refused": self.problem} if self.problem else {"hosts": hosts})
+        if self.problem:
+            raise InputError(self.problem)
         return hosts, self.peers
 
     def _accept(self) -> None:
@@ -366,17 +306,22 @@ class _Meeting:
         begin = reported = time.monotonic()
         with self._listen() as server:
             server.settimeout(POLL)
-            while self.problem is None and (missing := self._missing()):
+            while self.problem is None and len(self.hosts) < self.number:
                 now = time.monotonic()
+                with self.lock:
+                    missing = ", ".join(str(i) for i in range(self.number) if i not in self.hosts)
+                    refused = f" ({len(self.strangers)} connections without this run's ${TOKEN} were refused, the last "
+                    refused = refused + f"one from {self.strangers[-1]})" if self.strangers else ""
                 if now - begin > self.timeout:
                     self.problem = (
-                        f"{missing} did not come to the coordinator {self.address} within {self.timeout:.0f} s; check "
-                        "that every process was started with its own process_id, that they reach this address and "
-                        f"port, or raise --initialization_timeout{self._refusals()}"
+                        f"process {missing} of {self.number} did not come to the coordinator {self.address} within "
+                        f"{self.timeout:.0f} s{refused}; check that every process was started with its own process_id, "
+                        "that they reach this address and port, or raise --initialization_timeout"
                     )
                 if now - reported > REPORT_EVERY:
                     reported = now
-                    print(f"waiting for {missing} at {self.address}{self._refusals()}", file=sys.stderr, flush=True)
+                    text = f"waiting for process {missing} of {self.number} at {self.address}{refused}"
+                    print(text, file=sys.stderr, flush=True)
                 with contextlib.suppress(TimeoutError):
                     sock, (host, *_) = server.accept()
                     threading.Thread(target=self._admit, args=(sock, host), daemon=True).start()
@@ -393,66 +338,55 @@ class _Meeting:
                 "choose a port that is free on this machine"
             ) from error
 
-    def _missing(self) -> str:
-        with self.lock:
-            missing = [str(i) for i in range(self.number) if i not in self.greetings]
-        return f"process {', '.join(missing)} of {self.number}" if missing else ""
-
-    def _refusals(self) -> str:
-        count = len(self.strangers)
-        return f" ({count} connections refused, the last one from {self.strangers[-1]})" if count else ""
-
     def _admit(self, sock: socket.socket, host: str) -> None:
         """Check the token and the greeting of one connection."""
         peer = _Peer(sock)
-        peer.limit_waits(GREETING_TIMEOUT)
+        peer.limit_waits(socket.SO_RCVTIMEO, GREETING_TIMEOUT)
         try:
-            peer.authenticate(as_hub=True)
+            deliver_challenge(peer.connection, _token())
+            answer_challenge(peer.connection, _token())
             greeting = peer.receive(MAX_GREETING)
-        except (EOFError, ProtocolError) as error:
-            peer.close()
+        except NOT_OURS:
+            peer.connection.close()
             with self.lock:
-                self.strangers.append(f"{host}, which {error or 'closed it'}")
+                self.strangers.append(host)
             return
-        peer.limit_waits(0)
+        peer.limit_waits(socket.SO_RCVTIMEO, 0)
         with self.lock:
-            self._enter(Greeting(**greeting), peer)
+            self._enter(peer, **greeting)
 
-    def _enter(self, greeting: Greeting, peer: _Peer) -> None:
-        who = greeting["process"]
-        if who in self.peers and self.peers[who].connection.poll(0):  # closed: the process was started again
-            self.peers.pop(who).close()
-            del self.greetings[who]
-        if self.closed:
-            peer.close()
-        elif greeting["number"] != self.number:
-            self.problem = f"num_processes is {self.number} on process 0 and {greeting['number']} on process {who}"
-            self.surplus.append(peer)
-        elif who in self.greetings or not 0 < who < self.number:
-            self.problem = (
-                f"process_id {who} was given to two processes; each needs its own, from 0 to {self.number - 1}"
-            )
-            self.surplus.append(peer)
-        else:
-            self.greetings[who], self.peers[who] = greeting, peer
+    def _enter(self, peer: _Peer, process: int, number: int, host: str) -> None:
+        """Take in a process, unless its number does not fit."""
+        earlier = self.peers.get(process)
+        if self.over:
+            peer.connection.close()
+        elif number != self.number:
+            self.problem = f"num_processes is {self.number} on process 0 and {number} on process {process}"
+            peer.send({"refused": self.problem})
+        elif (process in self.hosts and not (earlier and earlier.connection.poll(0))) or not 0 < process < number:
+            self.problem = f"process_id {process} was given to two processes; each needs its own, 0 to {number - 1}"
+            peer.send({"refused": self.problem})
+        else:  # a process whose earlier connection is closed was started again
+            self.hosts[process], self.peers[process] = host, peer
 
 
-def _attend(address: str, own: Greeting, timeout: float) -> tuple[list[str], dict[int, _Peer]]:
+def _attend(address: str, number: int, process: int, timeout: float) -> tuple[list[str], dict[int, _Peer]]:
     """Greet the hub; returns the hosts of all processes and the hub's connection. Raises InputError."""
     deadline, reason = time.monotonic() + timeout, "no reply"
     while (left := deadline - time.monotonic()) > 0:
         try:
             peer = _Peer(socket.create_connection(split_address(address), timeout=left))
-            peer.limit_waits(GREETING_TIMEOUT)
-            peer.authenticate(as_hub=False)
-            peer.limit_waits(0)
-            peer.send(own)
+            peer.limit_waits(socket.SO_RCVTIMEO, GREETING_TIMEOUT)
+            answer_challenge(peer.connection, _token())
+            deliver_challenge(peer.connection, _token())
+            peer.limit_waits(socket.SO_RCVTIMEO, 0)
+            peer.send({"process": process, "number": number, "host": socket.gethostname()})
             if not peer.connection.poll(max(0.0, deadline - time.monotonic())):
                 continue
             reply = peer.receive()  # the hub sends it when all are there
-        except WrongToken as error:
-            raise InputError(f"the process that listens at {address} {error}; all need the same ${TOKEN}") from error
-        except (OSError, EOFError, ProtocolError) as error:
+        except AuthenticationError as error:
+            raise InputError(f"what listens at {address} has not the ${TOKEN} of process {process}") from error
+        except NOT_OURS as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
             time.sleep(RETRY)
             continue
@@ -460,7 +394,7 @@ def _attend(address: str, own: Greeting, timeout: float) -> tuple[list[str], dic
             raise InputError(reply["refused"])
         return reply["hosts"], {0: peer}
     raise InputError(
-        f"process {own['process']} of {own['number']} cannot reach the coordinator at {address} (waited "
-        f"{timeout:.0f} s; {reason}). Check that process 0 runs, that the address is its host's and the port is open "
-        "between the machines, or raise --initialization_timeout"
+        f"process {process} of {number} cannot reach the coordinator at {address} (waited {timeout:.0f} s; {reason}). "
+        "Check that process 0 runs, that the address is its host's and the port is open between the machines, or raise "
+        "--initialization_timeout"
     )

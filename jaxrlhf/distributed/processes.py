@@ -142,26 +142,16 @@ def initialize(config: object = None, **options: Any) -> bool:
         raise InputError(f"several processes: {flags} missing (each process needs all three)")
     if not 0 <= process < number:
         raise InputError(f"process_id={process} must be from 0 to {number - 1}, as num_processes={number}")
-    _connect(wanted, address, number, process, devices, _facts(config))
-    return True
-
-
-def _connect(
-    options: ProcessConfig,
-    address: str,
-    number: int,
-    process: int,
-    devices: Sequence[int] | None,
-    facts: dict[str, object],
-) -> None:
-    """Join the lifeline first, which compares and names what differs, and then JAX's own service."""
-    global _lifeline
-    limits = (options.initialization_timeout, options.heartbeat_timeout)
-    _lifeline = join(address, number, process, facts, lambda found: _differences("settings", found), *limits)
+    lifeline = join(address, number, process, wanted.initialization_timeout, wanted.heartbeat_timeout)
+    problem = _differences("settings", lifeline.gather("comparing settings", _facts(config)))
+    if problem:  # on every process
+        lifeline.end()
+        raise InputError(problem)
+    # JAX's service takes any client. A port that only the processes know keeps other programs away from it.
+    port = lifeline.gather("port of JAX's service", _service_port() if process == 0 else None)[0]
+    _lifeline = lifeline
     sys.excepthook = _fail_on_uncaught
     delay_abort()
-    # JAX's service takes any client. A port that only the processes know keeps other programs away from it.
-    port = _lifeline.gather("port of JAX's service", _service_port() if process == 0 else None)[0]
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
     jax.distributed.initialize(
         f"{address.rpartition(':')[0]}:{port}",
@@ -169,19 +159,19 @@ def _connect(
         process,
         devices,
         cluster_detection_method="deactivate",
-        initialization_timeout=options.initialization_timeout,
+        initialization_timeout=wanted.initialization_timeout,
         # Longer than the lifeline's own watch, which names the process that is gone. JAX's would abort.
-        heartbeat_timeout_seconds=max(100, 4 * options.heartbeat_timeout),
+        heartbeat_timeout_seconds=max(100, 4 * wanted.heartbeat_timeout),
     )
-    atexit.register(_lifeline.end)
+    atexit.register(lifeline.end)
     if process > 0:
         logging.getLogger("jaxrlhf").setLevel(logging.ERROR)  # process 0 logs for all
+    return True
 
 
 def _service_port() -> int:
     """Port of JAX_COORDINATOR_BIND_ADDRESS, else a free one."""
-    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
-    if bound:
+    if bound := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return split_address(bound)[1]
     with socket.create_server(("", 0)) as free:
         return free.getsockname()[1]

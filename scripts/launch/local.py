@@ -10,6 +10,7 @@ else 0.
 
 import argparse
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
     """Starts the processes, waits for them, and returns the exit status."""
     options = parse(argv)
     number = options.processes
+    os.environ.setdefault("JAXRLHF_TOKEN", secrets.token_hex(16))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

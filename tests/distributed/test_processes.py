@@ -1,4 +1,4 @@
-"""Several processes: the same results as one, stops and failures that all learn of, and mistakes named at the start."""
+"""Several processes: the results of one, stops and failures that reach all, strangers, and mistakes at the start."""
 
 import json
 import os

@@ -79,6 +79,18 @@ def test_the_names_on_the_architecture_page_exist():
     assert not unknown and not undefined - {"while_loop"}, (unknown, undefined)
 
 
+def test_the_files_that_contributing_names_exist_and_hold_its_names():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = set(re.findall(r"`([\w./]+)`", page))
+    paths = {word for word in code if "/" in word and "NAME" not in word}
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    assert missing <= {".ci/run", "site/"}, missing  # .ci is not part of a source archive, site/ is built
+    source = "\n".join(path.read_text() for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py")))
+    names = {part for word in code - paths for part in word.split(".") if re.fullmatch(r"[A-Z]\w+", part)}
+    unknown = {name for name in names if not re.search(rf"\b{name}\b", source)}
+    assert unknown <= {"LAYERS", "Args", "Returns", "Raises"}, unknown
+
+
 def test_the_documented_exit_statuses_are_those_of_the_errors():
     rows = re.findall(r"^\| `(\w+)` \| (\d+)", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.RunError)]

@@ -89,6 +89,7 @@ def check_devices(number: int) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Selects the devices and runs `jaxrlhf rlhf`; returns its exit status."""
     if {"-h", "--help"} & set(argv):
         print((__doc__ or "").strip())
         return 0

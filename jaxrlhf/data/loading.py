@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, overload
 
 import numpy as np
 
@@ -75,6 +75,12 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(config.data_cache_dir).expanduser() if config.data_cache_dir else default_cache()
 
 
+@overload
+def load_data(
+    config: DataConfig, tokenizer, step: Literal["ppo"], columns: tuple[str, ...] = ()
+) -> tuple[PromptData, PromptData]: ...
+@overload
+def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]: ...
 def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]:
     """Loads the training and the evaluation rows of a step, tokenised or from the cache.
 

@@ -251,7 +251,7 @@ class Source:
             else:
                 self._rows[split] = Rows(data, f"{self.name} ({split})")
                 if not len(data):
-                    raise InputError(f"data_path '{self.name}': its {split} split holds no rows")
+                    raise InputError(f"data_path '{self.name}': its {split} split holds no rows; give another data set")
         return self._rows[split]
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from jaxrlhf.data.cache import default_cache
 from jaxrlhf.data.sources import first_line, looks_like_path
 from jaxrlhf.errors import InputError
@@ -182,7 +184,7 @@ def plain_response(tokenizer, text: str, template: str) -> str:
     return text.removeprefix(lead).removesuffix(after)
 
 
-def answer_text(tokenizer, ids: Sequence[int], template: str, stop_strings: Sequence[str] = ()) -> str:
+def answer_text(tokenizer, ids: Sequence[int] | np.ndarray, template: str, stop_strings: Sequence[str] = ()) -> str:
     """Decodes a generated response, without special tokens, the stop string that ended it, and the template's text."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     stop = next((s for s in stop_strings if text.endswith(s)), "")

@@ -169,7 +169,7 @@ def _parameters(label: str, function: Function) -> tuple[dict[str, inspect.Param
     parameters = list(signature.parameters.values())
     places = [p for p in parameters if p.kind in _POSITIONAL]
     if len(places) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise InputError(f"{label}: is called as function(prompts, responses, **columns), but takes {signature}")
+        raise InputError(f"{label}: must take (prompts, responses, **columns), but takes {signature}")
     rest = [p for p in parameters if p not in places[:2]]
     return {p.name: p for p in rest if p.kind in _KEYWORD}, any(p.kind is p.VAR_KEYWORD for p in rest)
 

@@ -72,7 +72,7 @@ class Rewards:
 
     def __init__(self, functions: Sequence[str | Function], weights: Sequence[float] = (), *, say: Say = print) -> None:
         if weights and len(weights) != len(functions):
-            raise InputError(f"{len(weights)} weights for {len(functions)} reward functions; give one each, or none")
+            raise InputError(f"weights: {len(weights)} for {len(functions)} reward functions; give one each, or none")
         loaded = [load_function(function) for function in functions]
         self.functions = dict(zip(distinct([f.name for f in loaded]), loaded, strict=True))
         self.weights = dict(zip(self.functions, weights or (1.0,) * len(loaded), strict=True))

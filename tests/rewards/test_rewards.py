@@ -345,7 +345,7 @@ def test_functions_are_found_by_module_and_by_file_with_options_of_their_own_typ
         ("my_rewards:scaled:size=3", "has no option 'size' (it has by, name, on)"),
         ("my_rewards:scaled:by=much", "option by: expected a number, got 'much'"),
         ("my_rewards:scaled:by=1:by=2", "the option by is given twice"),
-        ("my_rewards:alone", "is called as function(prompts, responses, **columns), but takes (prompts)"),
+        ("my_rewards:alone", "must take (prompts, responses, **columns), but takes (prompts)"),
         ("my_rewardz:scaled", "there is no module my_rewardz"),
         ("absent/file.py:scaled", "absent/file.py: no such file in"),
         ("broken.py:scaled", "importing broken.py failed: ZeroDivisionError: division by zero (line 2 of broken.py)"),

@@ -11,8 +11,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrlhf import checkpoints
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs import checkpoints
 from jaxrlhf.runs.checkpoints import (
     latest_checkpoint,
     list_checkpoints,

@@ -170,7 +170,11 @@ CHANGED = {
     "dpo": {"beta": 0.2, "loss_type": "ipo", "reference_free": True, "label_smoothing": 0.1},
     "ppo": {"critic_learning_rate": 1.0, "max_answer_seq_len": 7, "ppo_epochs": 1, "kl_coef": 0.5, "temperature": 0.5},
 }
-NAMED = {"max_steps": "total_steps", "gradient_accumulation_steps": "global_batch_size"}
+NAMED = {
+    "max_answer_seq_len": "max_new_tokens",
+    "max_steps": "total_steps",
+    "gradient_accumulation_steps": "global_batch_size",
+}
 NAMED |= {"per_device_train_batch_size": "global_batch_size", "max_train_samples": "train_rows"}
 
 

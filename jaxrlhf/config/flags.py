@@ -18,9 +18,7 @@ from jaxrlhf.errors import InputError
 C = TypeVar("C", bound=Settings)
 
 NONE_WORDS = ("none", "null", "~", "")
-BOOLEANS: dict[str, bool] = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
-    ("false", "no", "off", "0"), False
-)
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
@@ -194,7 +192,8 @@ def _scalar(kind: Any, text: str) -> Any:
     if typing.get_origin(kind) is Literal:
         return {str(choice): choice for choice in typing.get_args(kind)}.get(text, text)
     if kind is bool:
-        return BOOLEANS.get(text.lower(), text)
+        known = text.lower() in TRUE_WORDS + FALSE_WORDS
+        return text.lower() in TRUE_WORDS if known else text
     number = _number(text) if kind in (int, float) else None
     if number is None or (kind is int and not float(number).is_integer()):
         return str(text)

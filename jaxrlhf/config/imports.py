@@ -40,8 +40,8 @@ def import_object(spec: str, what: str) -> object:
     except ModuleNotFoundError as error:
         named_by_spec = not is_file and f"{place}.".startswith(f"{error.name}.")
         raise InputError(
-            f"{what} {spec!r}: there is no module {error.name}{'' if named_by_spec else f', which {place} imports'}, in "
-            f"the working directory {Path.cwd()} or among the installed packages; check the name, or install it"
+            f"{what} {spec!r}: there is no module {error.name}{'' if named_by_spec else f', which {place} imports'}, "
+            f"in the working directory {Path.cwd()} or among the installed packages; check the name, or install it"
         ) from error
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise InputError(f"{what} {spec!r}: importing {place} failed: {exception_line(error)}") from error

@@ -158,10 +158,9 @@ class System:
 
     def read_params(self, name: str) -> PyTree:
         """All parameters of the reference or reward model, with the base that it shares."""
-        models = self.models
         if name == "reference":
-            return models.reference.params(models.state.actor_params)
-        return models.reward and models.reward.params(models.state.critic_params)
+            return self.frozen.reference.params(self.state.actor_params)
+        return self.frozen.reward and self.frozen.reward.params(self.state.critic_params)
 
     def waiting(self, name: str) -> PyTree:
         """A tree where it waits between uses; counters stay on the device, as in `optimizer_shardings`."""

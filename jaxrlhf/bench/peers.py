@@ -186,7 +186,7 @@ class TorchPeer:
 
     def _advantages(self, e: Tensors) -> tuple[Tensor, Tensor]:
         """Whitened advantages and returns `[B, A]` (generalised advantage estimation)."""
-        c, torch = self.config, self.torch
+        c, torch = self.config.algorithm, self.torch
         rewards = -c.kl_coef * (e["logprobs"] - e["ref_logprobs"])
         score = e["scores"]
         rewards[:, -1] += score if c.clip_reward is None else score.clamp(-c.clip_reward, c.clip_reward)
@@ -203,11 +203,11 @@ class TorchPeer:
 
     def train(self, experience: Tensors) -> dict[str, float]:
         """One optimizer step of actor and critic; losses and gradient norms under TRL's names."""
-        c, torch = self.config, self.torch
+        c, torch = self.config.algorithm, self.torch
         with torch.no_grad():
             advantages, returns = self._advantages(experience)
         batch = experience | {"advantages": advantages, "returns": returns}
-        count, start = advantages.numel(), c.max_prompt_seq_len
+        count, start = advantages.numel(), self.config.data.max_prompt_seq_len
         policy, value = 0.0, 0.0
         for part in self._chunks(batch):
             ratio = torch.exp(self._logprobs(self.actor, part["tokens"]) - part["logprobs"])
@@ -221,9 +221,9 @@ class TorchPeer:
             loss = 0.5 * errors.sum() / count
             loss.backward()
             value = value + loss.detach()
-        norms = {}
+        norms, largest = {}, self.config.optimizer.max_grad_norm or float("inf")
         for name, model in (("actor", self.actor), ("critic", self.critic)):
-            norms[name] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.max_grad_norm or float("inf"))
+            norms[name] = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         return {

@@ -40,8 +40,8 @@ class BenchConfig(Settings):
     sections: tuple[str, ...] = SECTIONS
     """What to measure: attention, decode, logprobs, generate, score, train, ppo (a whole iteration)."""
     peers: tuple[str, ...] = ()
-    """Peers to measure in turns, on the same weights and prompts: hf (Hugging Face generate and a plain torch PPO step),
-    hf-compile (the same with a static cache and torch.compile in generate), trl (TRL's PPO)."""
+    """Peers to measure in turns, on the same weights and prompts: hf (Hugging Face generate and a plain torch PPO
+    step), hf-compile (the same with a static cache and torch.compile in generate), trl (TRL's PPO)."""
     actor: str = "opt-1.3b"
     """Shape of actor and reference: a known model's name, or a folder with a config.json."""
     critic: str = "opt-350m"
@@ -94,8 +94,8 @@ class BenchConfig(Settings):
             raise InputError(f"peers: they run {', '.join(PHASES)} and ppo; add one to the sections, or leave them out")
         if self.compute.attention_implementation in LIBRARIES and not {*ATTENDING, "ppo"} & set(self.sections):
             raise InputError(
-                f"attention_implementation={self.compute.attention_implementation} serves training and scoring alone, which "
-                f"{', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "
+                f"attention_implementation={self.compute.attention_implementation} serves training and scoring alone, "
+                f"which {', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "
                 f"{', '.join(ATTENDING)}, ppo to the sections"
             )
         for name, users in USED_BY.items():

@@ -18,9 +18,7 @@ from jaxrlhf.errors import InputError
 C = TypeVar("C", bound=Settings)
 
 NONE_WORDS = ("none", "null", "~", "")
-BOOLEANS: dict[str, bool] = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
-    ("false", "no", "off", "0"), False
-)
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
@@ -91,9 +89,9 @@ class _Loader(yaml.BaseLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = next((key for key in keys if keys.count(key) > 1), None)
-        if doubled is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {doubled!r} occurs twice", node.start_mark)
+        for place, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} occurs twice", key_node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -194,7 +192,8 @@ def _scalar(kind: Any, text: str) -> Any:
     if typing.get_origin(kind) is Literal:
         return {str(choice): choice for choice in typing.get_args(kind)}.get(text, text)
     if kind is bool:
-        return BOOLEANS.get(text.lower(), text)
+        known = text.lower() in TRUE_WORDS + FALSE_WORDS
+        return text.lower() in TRUE_WORDS if known else text
     number = _number(text) if kind in (int, float) else None
     if number is None or (kind is int and not float(number).is_integer()):
         return str(text)

@@ -159,10 +159,9 @@ class System:
 
     def read_params(self, name: str) -> PyTree:
         """All parameters of the reference or reward model, with the base that it shares."""
-        frozen, state = self.frozen, self.state
         if name == "reference":
-            return frozen.reference.params(state.actor_params)
-        return frozen.reward and frozen.reward.params(state.critic_params)
+            return self.frozen.reference.params(self.state.actor_params)
+        return self.frozen.reward and self.frozen.reward.params(self.state.critic_params)
 
     def waiting(self, name: str) -> PyTree:
         """A tree where it waits between uses; counters stay on the device, as in `optimizer_shardings`."""

@@ -90,7 +90,7 @@ def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
         **layout,
     )
     before = jax.live_arrays()  # kept alive, so that nothing is freed between the two looks
-    engine = RLHFEngine(plan.actor, plan.reward, demo.tokenizer, 4, plan.ppo)
+    engine = RLHFEngine(plan.actor, plan.reward, demo.tokenizer, 4, plan.planned)
     system = build_system(plan)
     state = engine.state
     held = {
@@ -98,8 +98,8 @@ def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
         "critic": state.critic_params,
         "actor_optimizer": state.actor_opt_state,
         "critic_optimizer": state.critic_opt_state,
-        "reference": engine._reference,
-        "reward": engine._reward,
+        "reference": engine.frozen.reference.own,
+        "reward": engine.frozen.reward.own,
         "ema": state.ema_params,
     }
     for name, tree in held.items():

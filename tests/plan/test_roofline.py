@@ -1,5 +1,7 @@
 """The roofline that `plan` and `bench` share: every cost against a count by hand, and both ways of counting."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_costs_are_what_a_hand_count_gives():
     peaks = Peaks(flops=100.0, bandwidth=10.0)
     assert roofline.roofline_seconds((Cost(200.0, 5.0), Cost(1.0, 40.0)), peaks) == 2.0 + 4.0
     waiting = Cost(200.0, 5.0, hidden=3.0, exposed=0.5, host=8.0)
-    assert waiting.seconds(peaks.replace(host_link=4.0)) == 3.0 + 0.5 + 2.0
+    assert waiting.seconds(dataclasses.replace(peaks, host_link=4.0)) == 3.0 + 0.5 + 2.0
 
 
 def test_costs_leave_out_what_local_windows_hide():
@@ -70,7 +72,7 @@ def test_the_planner_and_the_benchmark_count_the_same_iteration_alike():
     config = PlanConfig.create(actor="opt-1.3b", reward="opt-350m", device="a100-80g")
     system = build_system(config)
     actor, critic = system.modules["actor"], system.modules["critic"]
-    prompt, response = config.max_prompt_seq_len, config.max_answer_seq_len
+    prompt, response = config.ppo.data.max_prompt_seq_len, config.ppo.sampling.max_new_tokens
     phases, length = run_cost(system, config).phases, prompt + response
 
     def beyond(module: Decoder, queries: int, keys: int, headed: int) -> float:

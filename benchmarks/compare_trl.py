@@ -93,8 +93,8 @@ def environment() -> dict[str, str]:
 def language_model(folder: Path) -> Path:
     """Four layers of width 128, fine-tuned on the demo's good answers."""
     shared = {"data_path": ("demo",), "data_split": "2,4,4", "max_length": 64, "mesh_fsdp": 1, "dtype": "float32"}
-    data = jaxrlhf.PPOConfig(data_path=("demo",))
-    config = jaxrlhf.SFTConfig(
+    data = jaxrlhf.PPOConfig.create(data_path=("demo",))
+    config = jaxrlhf.SFTConfig.create(
         **shared,
         output_dir=str(folder),
         overwrite_output_dir=True,
@@ -113,7 +113,7 @@ def language_model(folder: Path) -> Path:
 
 
 def prompt_data(tokenizer: Any) -> tuple[Any, Any]:
-    config = jaxrlhf.PPOConfig(data_path=("demo",), data_split="2,4,4", max_prompt_seq_len=32)
+    config = jaxrlhf.PPOConfig.create(data_path=("demo",), data_split="2,4,4", max_prompt_seq_len=32)
     return load_data(config, tokenizer, "ppo")
 
 

@@ -26,7 +26,7 @@ PHASES = ("generate", "score", "reward_functions", "train")
 
 
 def configuration(s: dict[str, Any], prompt_length: int, seed: int) -> jaxrlhf.PPOConfig:
-    return jaxrlhf.PPOConfig(
+    return jaxrlhf.PPOConfig.create(
         seed=seed,
         dtype="float32",
         reward_functions=(f"{REWARD}:quality",),

@@ -81,7 +81,7 @@ class Experiment(NamedTuple):
 
 def demo_settings(seed: int, folder: Path) -> Any:
     """The demo's settings under another seed, which is also that of its data's order and of sampling."""
-    return replace(rlhf_config(DemoConfig(output_dir=str(folder), seed=seed)), overwrite_output_dir=True)
+    return replace(rlhf_config(DemoConfig.create(output_dir=str(folder), seed=seed)), overwrite_output_dir=True)
 
 
 def sft_model(seed: int) -> Path:
@@ -130,7 +130,7 @@ def true_qualities(model: Path, seed: int) -> np.ndarray:
 def dpo(seed: int, folder: Path) -> Outcome:
     """DPO from the SFT model, against which it is judged by the demo's true quality rule."""
     start = sft_model(seed)
-    options = DPOOptions(
+    options = DPOOptions.create(
         beta=0.5,
         max_steps=200,
         per_device_train_batch_size=32,
@@ -140,7 +140,7 @@ def dpo(seed: int, folder: Path) -> Outcome:
         eval_steps=25,
         logging_steps=25,
     )
-    config = replace(demo_settings(seed, folder), alignment="dpo", dpo=options)
+    config = demo_settings(seed, folder).replace(alignment="dpo", dpo=options)
     config = replace(step_configs(config)["dpo"], model_name_or_path=str(start))
     begin = time.monotonic()
     train_dpo(config)
@@ -207,7 +207,7 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
     base = step_configs(demo_settings(seed, folder))["ppo"]
     options = {"eval_steps": 10, "logging_steps": 20, "sample_steps": 0, "num_sample_rows": 0} | options
     models = {"actor_model_name_or_path": str(start), "critic_model_name_or_path": str(reward)}
-    config = replace(base, **models, **options)
+    config = base.replace(**models, **options)
     begin = time.monotonic()
     train_ppo(config)
     seconds = time.monotonic() - begin
@@ -243,9 +243,9 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
 def held_out_scores(actor: Path, reward: Path, config: PPOConfig) -> np.ndarray:
     """The reward model's scores of one answer of `actor` to every held-out prompt, with keys of their own."""
     tokenizer = load_tokenizer(actor)
-    plain = replace(config, seed=config.seed + 1000)
+    plain = config.replace(seed=config.seed + 1000)
     engine = RLHFEngine(str(actor), str(reward), tokenizer, num_total_iters=1, config=plain)
-    _, evaluation = load_data(replace(config, output_dir=""), tokenizer, "ppo")
+    _, evaluation = load_data(config.replace(output_dir=""), tokenizer, "ppo")
     _, records = PPOTrainer(engine, plain).evaluate(evaluation, config.per_device_eval_batch_size)
     return np.array([record["score"] for record in records])
 

@@ -75,7 +75,7 @@ def main() -> None:
             continue
         if not options.again and any(point["settings"] == settings for point in held):
             continue
-        config = from_dict(PlanConfig, settings)
+        config = PlanConfig.create(**settings)
         console.print(" ".join(f"{name}={value}" for name, value in settings.items()))
         compiled = compile_programs(config, console)
         estimated = estimate(build_system(config), config.accelerator.platform)

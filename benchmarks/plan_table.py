@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 def row(actor: str, devices: int) -> list[str]:
-    asked = PlanConfig(
+    asked = PlanConfig.create(
         actor=actor,
         device="a100-80g",
         devices=devices,

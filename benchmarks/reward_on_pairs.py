@@ -108,10 +108,10 @@ def train(data: dict[str, Any]) -> None:
     sft, reward = RUNS / "sft", RUNS / "reward"
     texts = data | {"data_path": answers(data["data_path"])}
     configs = [
-        (train_sft, SFTConfig(**(texts | COMMON | SFT), output_dir=str(sft), resume=bool(list_checkpoints(sft)))),
+        (train_sft, SFTConfig.create(**(texts | COMMON | SFT), output_dir=str(sft), resume=bool(list_checkpoints(sft)))),
         (
             train_reward,
-            RewardConfig(
+            RewardConfig.create(
                 **({k: v for k, v in data.items() if k != "tokenizer_name_or_path"} | COMMON | REWARD),
                 model_name_or_path=str(sft),
                 output_dir=str(reward),

@@ -40,7 +40,7 @@ def plan_config(path: Path, **changes: Any) -> PlanConfig:
         step = step_configs(config)["ppo"]
         models = {"actor": config.actor_model_name_or_path, "reward": config.reward_model_name_or_path}
     values = {f.name: getattr(step, f.name) for f in dataclasses.fields(PlanConfig) if hasattr(step, f.name)}
-    return PlanConfig(**(values | models | {"device": device, "devices": count} | changes))
+    return PlanConfig.create(**(values | models | {"device": device, "devices": count} | changes))
 
 
 def main() -> None:

@@ -1,49 +1,63 @@
 """RLHF training for chat models in JAX: supervised fine-tuning, reward model, PPO and DPO on one device mesh."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
+    from jaxrlhf.commands.sample import SampleConfig, sample
+    from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
+    from jaxrlhf.errors import InputError
+    from jaxrlhf.rewards import Rewards
+    from jaxrlhf.rl.config import GRPOConfig, PPOConfig, ReinforceConfig, RLOOConfig
+    from jaxrlhf.rl.experience import Experience, RLModels, score_rollout
+    from jaxrlhf.rl.hyperparameters import PPOHyperparameters
+    from jaxrlhf.rl.models import RLHFEngine
+    from jaxrlhf.rl.run import train_grpo, train_ppo, train_reinforce, train_rloo
+    from jaxrlhf.rl.step import PPOState, ppo_step
+    from jaxrlhf.rl.trainer import PPOTrainer
+    from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
+    from jaxrlhf.trainers.reward import RewardConfig, train_reward
+    from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
 _HOME = {
-    "HybridEngine": "jaxrlhf.engine",
-    "Rollout": "jaxrlhf.engine",
-    "SamplingConfig": "jaxrlhf.engine",
-    "Experience": "jaxrlhf.rl",
-    "PPOHyperparameters": "jaxrlhf.rl",
-    "PPOState": "jaxrlhf.rl",
-    "ppo_step": "jaxrlhf.rl",
-    "score_rollout": "jaxrlhf.rl",
-    "PPOConfig": "jaxrlhf.rl.run",
-    "PPOTrainer": "jaxrlhf.rl.trainer",
-    "RLHFEngine": "jaxrlhf.rl.models",
-    "train_ppo": "jaxrlhf.rl.run",
-    "GRPOConfig": "jaxrlhf.rl.grpo",
-    "train_grpo": "jaxrlhf.rl.grpo",
-    "RLOOConfig": "jaxrlhf.rl.rloo",
-    "train_rloo": "jaxrlhf.rl.rloo",
-    "ReinforceConfig": "jaxrlhf.rl.reinforce",
-    "train_reinforce": "jaxrlhf.rl.reinforce",
-    "SFTConfig": "jaxrlhf.trainers.sft",
-    "train_sft": "jaxrlhf.trainers.sft",
-    "RewardConfig": "jaxrlhf.trainers.reward",
-    "train_reward": "jaxrlhf.trainers.reward",
-    "DPOConfig": "jaxrlhf.trainers.dpo",
-    "train_dpo": "jaxrlhf.trainers.dpo",
-    "RLHFConfig": "jaxrlhf.commands.rlhf",
-    "train_rlhf": "jaxrlhf.commands.rlhf",
-    "SampleConfig": "jaxrlhf.commands.sample",
-    "sample": "jaxrlhf.commands.sample",
-    "Rewards": "jaxrlhf.rewards",
-    "InputError": "jaxrlhf.errors",
+    "jaxrlhf.commands.rlhf": ("RLHFConfig", "train_rlhf"),
+    "jaxrlhf.commands.sample": ("SampleConfig", "sample"),
+    "jaxrlhf.engine": ("HybridEngine", "Rollout", "SamplingConfig"),
+    "jaxrlhf.errors": ("InputError",),
+    "jaxrlhf.rewards": ("Rewards",),
+    "jaxrlhf.rl.config": ("GRPOConfig", "PPOConfig", "RLOOConfig", "ReinforceConfig"),
+    "jaxrlhf.rl.experience": ("Experience", "RLModels", "score_rollout"),
+    "jaxrlhf.rl.hyperparameters": ("PPOHyperparameters",),
+    "jaxrlhf.rl.models": ("RLHFEngine",),
+    "jaxrlhf.rl.run": ("train_grpo", "train_ppo", "train_reinforce", "train_rloo"),
+    "jaxrlhf.rl.step": ("PPOState", "ppo_step"),
+    "jaxrlhf.rl.trainer": ("PPOTrainer",),
+    "jaxrlhf.trainers.dpo": ("DPOConfig", "train_dpo"),
+    "jaxrlhf.trainers.reward": ("RewardConfig", "train_reward"),
+    "jaxrlhf.trainers.sft": ("SFTConfig", "train_sft"),
 }
-_SUBMODULES = ("distributed", "models", "sharding", "kernels", "data", "objectives", "rewards", "trainers")
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_SUBMODULES = (
+    "data",
+    "distributed",
+    "engine",
+    "kernels",
+    "models",
+    "objectives",
+    "rewards",
+    "rl",
+    "sharding",
+    "trainers",
+)
 
-__all__ = [*_HOME, *_SUBMODULES]
+__all__ = [*_MODULE_OF, *_SUBMODULES]  # noqa: PLE0604 - the names are strings
 
 
-def __getattr__(name: str) -> Any:
-    """Public names are imported when first used, so that `import jaxrlhf` stays quick."""
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+def __getattr__(name: str) -> object:
+    """Imports public names when they are first used, so that `import jaxrlhf` stays quick."""
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"jaxrlhf.{name}")
     raise AttributeError(f"module 'jaxrlhf' has no attribute {name!r}")

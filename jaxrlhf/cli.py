@@ -1,4 +1,4 @@
-"""The console command: `jaxrlhf sft|reward|dpo|ppo|grpo|rloo|reinforce++|rlhf|sample|chat|convert|plan|bench|demo`."""
+"""The console command `jaxrlhf COMMAND`."""
 
 import importlib
 import logging
@@ -12,21 +12,19 @@ from jaxrlhf.xla_flags import set_xla_flags
 
 class Command(NamedTuple):
     module: str
-    config: str
+    config: str | type
     function: str
     help: str
+    on_device: bool = True
+    """Gets the device's compiler flags."""
 
 
-COMMANDS = {
+STEPS = {
     "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning"),
     "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model"),
     "dpo": Command("jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs"),
-    "ppo": Command("jaxrlhf.rl.run", "PPOConfig", "train_ppo", "step 3: PPO"),
-    "grpo": Command("jaxrlhf.rl.grpo", "GRPOConfig", "train_grpo", "step 3 by GRPO: groups of answers compared"),
-    "rloo": Command("jaxrlhf.rl.rloo", "RLOOConfig", "train_rloo", "step 3 by RLOO: answers against one another"),
-    "reinforce++": Command(
-        "jaxrlhf.rl.reinforce", "ReinforceConfig", "train_reinforce", "step 3 by REINFORCE++: no critic"
-    ),
+}
+OTHERS = {
     "rlhf": Command(
         "jaxrlhf.commands.rlhf", "RLHFConfig", "train_rlhf", "all steps in one run: sft → reward → ppo, or sft → dpo"
     ),
@@ -34,17 +32,33 @@ COMMANDS = {
         "jaxrlhf.commands.sample", "SampleConfig", "sample", "best-of-n and rejection sampling: SFT data"
     ),
     "chat": Command("jaxrlhf.commands.chat", "ChatConfig", "chat", "talk to a model"),
-    "convert": Command("jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint"),
-    "plan": Command("jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting"),
+    "convert": Command(
+        "jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint", False
+    ),
+    "plan": Command(
+        "jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting", False
+    ),
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
-    "demo": Command("jaxrlhf.commands.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
+    "demo": Command(
+        "jaxrlhf.commands.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU", False
+    ),
 }
-ON_DEVICE = ("sft", "reward", "dpo", "ppo", "grpo", "rloo", "reinforce++", "rlhf", "sample", "chat", "bench")
-"""These get the device's compiler flags."""
+
+
+def commands() -> dict[str, Command]:
+    """All commands by name; those of step 3 are the declared algorithms."""
+    from jaxrlhf.rl.algorithms import ALGORITHMS
+    from jaxrlhf.rl.config import CONFIGS
+
+    step_3 = {
+        name: Command("jaxrlhf.rl.run", CONFIGS[name], "train_ppo", algorithm.summary)
+        for name, algorithm in ALGORITHMS.items()
+    }
+    return STEPS | step_3 | OTHERS
 
 
 def usage() -> str:
-    lines = [f"  {name:<11} {command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<11} {command.help}" for name, command in commands().items()]
     return "\n".join(
         [
             "usage: jaxrlhf [--verbose] COMMAND [--config file.yaml] [--flag value …]",
@@ -60,7 +74,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, that of the error's kind (`jaxrlhf.errors`), or 130 when interrupted."""
+    """Runs one command; returns the exit status: 0, or that of the error's kind (`jaxrlhf.errors`)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in argv
     argv = [word for word in argv if word != "--verbose"]
@@ -74,11 +88,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"jaxrlhf {version('jaxrlhf')}")
         return 0
     try:
-        if name not in COMMANDS:
-            raise InputError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
-        if name in ON_DEVICE and not {"-h", "--help"} & set(rest):
+        command = (STEPS | OTHERS).get(name) or commands().get(name)
+        if command is None:
+            raise InputError(f"there is no command {name!r}; the commands are {', '.join(commands())}")
+        if command.on_device and not {"-h", "--help"} & set(rest):
             set_xla_flags(os.environ, verbose=verbose)
-        return run(name, COMMANDS[name], rest, verbose)
+        return run(name, command, rest, verbose)
     except Interrupted as stop:  # every process stops after the same step, so one line is enough
         from jaxrlhf.distributed import is_primary
 
@@ -111,7 +126,8 @@ def run(name: str, command: Command, argv: list[str], verbose: bool = False) -> 
     from jaxrlhf.config import parse
 
     module = importlib.import_module(command.module)
-    config = parse(getattr(module, command.config), argv, prog=f"jaxrlhf {name}", description=command.help)
+    kind = getattr(module, command.config) if isinstance(command.config, str) else command.config
+    config = parse(kind, argv, prog=f"jaxrlhf {name}", description=command.help)
     getattr(module, command.function)(config)
     return 0
 

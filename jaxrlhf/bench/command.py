@@ -144,7 +144,7 @@ def batches(config: BenchConfig) -> list[int]:
     """Batch sizes of the sweep. A CPU never runs out of memory, so there it is a single size."""
     if config.batch:
         return list(config.batch)
-    devices = batch_devices(config.make_mesh())
+    devices = batch_devices(config.mesh.make_mesh())
     sizes = [devices * max(1, min(FIRST_BATCH, config.max_batch) // devices)]
     while jax.default_backend() != "cpu" and sizes[-1] * 2 <= config.max_batch:
         sizes.append(sizes[-1] * 2)

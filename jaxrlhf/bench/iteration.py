@@ -107,7 +107,7 @@ class Peers:
 
         self.config, self.iteration, self.names = config, iteration, config.peers
         self.folders = iteration.save(folder)
-        self.dtype = np.dtype(config.compute_dtype).name
+        self.dtype = np.dtype(config.mesh.compute_dtype).name
         self.torch: TorchPeer | None = None
         self.trl: TrlPeer | None = None
         self.check: Record = {}

@@ -32,7 +32,8 @@ from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.model import make_module
 from jaxrlhf.plan.roofline import Peaks, Stages, attention_layer, logprobs, visible
 from jaxrlhf.rl import Experience
-from jaxrlhf.rl.run import PPOTrainer, RLHFEngine
+from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.trainer import PPOTrainer, Prompts
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, default_tensor_parallel, generate_mesh, place_batch, use
 
 DECODE_STEPS = 32
@@ -51,9 +52,9 @@ def random_prompts(config: BenchConfig, vocab_size: int, rows: int) -> np.ndarra
 def measure_peaks(config: BenchConfig) -> tuple[Peaks, Record]:
     """Fastest large matrix product and copy on one device, scaled to all devices of the mesh."""
     on_cpu = jax.default_backend() == "cpu"
-    devices = 1 if on_cpu else config.make_mesh().size  # simulated devices share their cores
+    devices = 1 if on_cpu else config.mesh.make_mesh().size  # simulated devices share their cores
     side, size = PEAK_SIZES["cpu" if on_cpu else "accelerator"]
-    a = jax.random.normal(jax.random.key(0), (side, side), config.compute_dtype)
+    a = jax.random.normal(jax.random.key(0), (side, side), config.mesh.compute_dtype)
     x = jnp.zeros(size // 4, jnp.float32)
     multiply, copy = jax.jit(lambda a: a @ a), jax.jit(lambda x: x + 1, donate_argnums=0)
     matmul, copying = min(timed(partial(multiply, a))[0] for _ in range(8)), math.inf
@@ -65,7 +66,7 @@ def measure_peaks(config: BenchConfig) -> tuple[Peaks, Record]:
         "tflops": peaks.flops / 1e12,
         "gb_per_second": peaks.bandwidth / 1e9,
         "devices": devices,
-        "matmul": f"{side}³ {np.dtype(config.compute_dtype).name}",
+        "matmul": f"{side}³ {np.dtype(config.mesh.compute_dtype).name}",
         "copy": f"{size / 2**20:.0f} MiB",
     }
 
@@ -78,7 +79,11 @@ class Iteration:
         actor, critic = config.shapes()
         ppo = config.ppo()
         make = partial(
-            create_model, mesh=ppo.make_mesh(), dtype=ppo.compute_dtype, remat=ppo.remat, zero_stage=ppo.zero_stage
+            create_model,
+            mesh=ppo.mesh.make_mesh(),
+            dtype=ppo.mesh.compute_dtype,
+            remat=ppo.run.remat,
+            zero_stage=ppo.compute.zero_stage,
         )
         keys = jax.random.split(jax.random.key(config.seed))
         models = make(actor, key=keys[0]), make(critic, head="scalar", key=keys[1])
@@ -86,7 +91,7 @@ class Iteration:
         ids["eos_token_id"] = ids["eos_token_id"] or 0
         self.engine = RLHFEngine(*models, SimpleNamespace(**ids), num_total_iters=1, config=ppo)
         self.trainer = PPOTrainer(self.engine)
-        self.trainer.sampling = ppo.sampling(None, 0)  # no EOS: responses have a fixed length
+        self.trainer.sampling = ppo.sampling  # no EOS: responses have a fixed length
 
     def renew(self) -> None:
         """Free the models, then make them anew."""
@@ -104,14 +109,15 @@ class Iteration:
 
     def generate(self) -> Rollout:
         """Generate the rollout that `score` takes."""
-        batch = {"prompt_ids": self.prompts, "prompt_mask": np.ones_like(self.prompts)}
-        key = jax.random.fold_in(self.trainer.key, int(self.engine.state.step))
-        self.rollout = self.trainer.rollout(batch, key)
+        state = self.engine.state
+        prompts = Prompts.of({"prompt_ids": self.prompts, "prompt_mask": np.ones_like(self.prompts)})
+        self.rollout = self.trainer.rollout(state, prompts, self.trainer.draw(int(state.step)))
         return self.rollout
 
     def score(self) -> Experience:
         """Score the rollout; `train` takes the experience."""
-        self.experience = self.trainer.score(self.rollout, self.engine.state.hyperparameters)
+        state = self.engine.state
+        self.experience = self.trainer.score(state, self.rollout, state.hyperparameters)
         return self.experience
 
     def train(self) -> dict[str, float]:
@@ -136,18 +142,18 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
 
     It is the first layer. A run with the window in its name follows for each other window that layers have.
     """
-    module, mesh, length = actor_module(config), config.make_mesh(), config.length
+    module, mesh, length = actor_module(config), config.mesh.make_mesh(), config.length
     shape = module.config
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
     keys = jax.random.split(jax.random.key(config.seed), len(heads))
     arrays = [
-        jax.random.normal(key, (rows, h, length, shape.head_dim), config.compute_dtype)
+        jax.random.normal(key, (rows, h, length, shape.head_dim), config.mesh.compute_dtype)
         for key, h in zip(keys, heads, strict=True)
     ]
     *inputs, weights = place_batch(tuple(arrays), mesh, TRAIN_RULES)
     layers = layer_options(shape)
     # As the decoder passes them: arrays, as all layers share a program, but plain numbers to kernels that want them.
-    plain = config.attention_implementation in LIBRARIES and all(options == layers[0] for options in layers)
+    plain = config.compute.attention_implementation in LIBRARIES and all(options == layers[0] for options in layers)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: Scalar, window: Scalar) -> jax.Array:
         mask = jnp.ones((rows, length), bool)
@@ -162,7 +168,7 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
                 scale=scale,
                 window=window,
                 alibi_slopes=slopes,
-                implementation=config.attention_implementation,
+                implementation=config.compute.attention_implementation,
             )
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: Scalar, window: Scalar) -> jax.Array:
@@ -189,14 +195,14 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
 
 def logprobs_runs(config: BenchConfig, rows: int) -> Runs:
     """Token log-probs of the actor's head, float32 as in training: `forward`, and `train` with gradients."""
-    module, mesh = actor_module(config), config.make_mesh()
+    module, mesh = actor_module(config), config.mesh.make_mesh()
     shape = module.config
     keys = jax.random.split(jax.random.key(config.seed), 3)
-    hidden = jax.random.normal(keys[0], (rows, config.length, shape.embedding_size), config.compute_dtype)
+    hidden = jax.random.normal(keys[0], (rows, config.length, shape.embedding_size), config.mesh.compute_dtype)
     weight = 0.02 * jax.random.normal(keys[1], (shape.padded_vocab_size, shape.embedding_size))
     labels = jax.random.randint(keys[2], (rows, config.length), 0, shape.vocab_size)
     hidden, labels = place_batch((hidden, labels), mesh, TRAIN_RULES)
-    implementation = config.logprob_implementation
+    implementation = config.compute.logprob_implementation
 
     def forward(hidden: jax.Array, weight: jax.Array) -> jax.Array:
         with use(mesh, TRAIN_RULES):
@@ -229,11 +235,13 @@ class DecodeActor(NamedTuple):
 
 def decode_actor(config: BenchConfig) -> DecodeActor:
     """The actor with random weights, ready to decode."""
-    shape, mesh = config.actor_shape(), config.make_mesh()
+    shape, mesh = config.actor_shape(), config.mesh.make_mesh()
     flipped = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
-    model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.compute_dtype)
+    model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.mesh.compute_dtype)
     model = with_kernels(
-        model, attention_implementation=config.attention_implementation, kv_cache_dtype=config.kv_cache_dtype
+        model,
+        attention_implementation=config.compute.attention_implementation,
+        kv_cache_dtype=config.generation.kv_cache_dtype,
     )
     return DecodeActor(model.module, decode_view(model.module, model.params, flipped), flipped)
 
@@ -273,4 +281,4 @@ def decode_kernel(module: Decoder) -> str:
 
 def actor_module(config: BenchConfig) -> Decoder:
     """The actor without weights."""
-    return make_module(config.actor_shape(), "lm", config.compute_dtype)
+    return make_module(config.actor_shape(), "lm", config.mesh.compute_dtype)

@@ -90,14 +90,14 @@ class TorchPeer:
             name: torch.optim.AdamW(
                 model.parameters(),
                 lr=rate,
-                betas=(config.adam_beta1, config.adam_beta2),
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
+                betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+                eps=config.optimizer.adam_epsilon,
+                weight_decay=config.optimizer.weight_decay,
                 fused=True,
             )
             for name, model, rate in (
-                ("actor", self.actor, config.learning_rate),
-                ("critic", self.critic, config.critic_learning_rate),
+                ("actor", self.actor, config.optimizer.learning_rate),
+                ("critic", self.critic, config.critic.critic_learning_rate),
             )
         }
 
@@ -127,7 +127,7 @@ class TorchPeer:
             how._compile_all_devices = True  # otherwise transformers leaves a CPU uncompiled, without a word
             options = {"cache_implementation": "static", "compile_config": how}
         settings = GenerationConfig(
-            max_new_tokens=self.config.max_answer_seq_len,
+            max_new_tokens=self.config.sampling.max_new_tokens,
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -141,7 +141,7 @@ class TorchPeer:
             tokens = self.actor.generate(input_ids=prompts, attention_mask=mask, generation_config=settings)
         if compiled and not hasattr(self.actor, "_compiled_call"):
             raise RuntimeError("transformers did not compile the model for generation with a static cache")
-        length = prompts.shape[1] + self.config.max_answer_seq_len
+        length = prompts.shape[1] + self.config.sampling.max_new_tokens
         if tuple(tokens.shape) != (prompts.shape[0], length):
             raise RuntimeError(
                 f"the peer generated {tuple(tokens.shape)} instead of {(prompts.shape[0], length)} tokens"
@@ -154,7 +154,7 @@ class TorchPeer:
 
     def _logprobs(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
         """Log-probs `[B, A]` of the response tokens."""
-        start = self.config.max_prompt_seq_len
+        start = self.config.data.max_prompt_seq_len
         logits = model(input_ids=tokens, attention_mask=self.torch.ones_like(tokens), use_cache=False).logits
         picked = self.torch.log_softmax(logits[:, start - 1 : -1].float(), dim=-1)
         return picked.gather(-1, tokens[:, start:, None])[..., 0]
@@ -168,7 +168,7 @@ class TorchPeer:
 
     def score(self, tokens: Tensor) -> Tensors:
         """Old and reference log-probs and values `[B, A]`, scores `[B]`."""
-        start = self.config.max_prompt_seq_len
+        start = self.config.data.max_prompt_seq_len
         done = []
         with self.torch.no_grad():
             for part in self._chunks({"tokens": tokens}):
@@ -186,7 +186,7 @@ class TorchPeer:
 
     def _advantages(self, e: Tensors) -> tuple[Tensor, Tensor]:
         """Whitened advantages and returns `[B, A]` (generalised advantage estimation)."""
-        c, torch = self.config, self.torch
+        c, torch = self.config.algorithm, self.torch
         rewards = -c.kl_coef * (e["logprobs"] - e["ref_logprobs"])
         score = e["scores"]
         rewards[:, -1] += score if c.clip_reward is None else score.clamp(-c.clip_reward, c.clip_reward)
@@ -203,11 +203,11 @@ class TorchPeer:
 
     def train(self, experience: Tensors) -> dict[str, float]:
         """One optimizer step of actor and critic; losses and gradient norms under TRL's names."""
-        c, torch = self.config, self.torch
+        c, torch = self.config.algorithm, self.torch
         with torch.no_grad():
             advantages, returns = self._advantages(experience)
         batch = experience | {"advantages": advantages, "returns": returns}
-        count, start = advantages.numel(), c.max_prompt_seq_len
+        count, start = advantages.numel(), self.config.data.max_prompt_seq_len
         policy, value = 0.0, 0.0
         for part in self._chunks(batch):
             ratio = torch.exp(self._logprobs(self.actor, part["tokens"]) - part["logprobs"])
@@ -221,9 +221,9 @@ class TorchPeer:
             loss = 0.5 * errors.sum() / count
             loss.backward()
             value = value + loss.detach()
-        norms = {}
+        norms, limit = {}, self.config.optimizer.max_grad_norm
         for name, model in (("actor", self.actor), ("critic", self.critic)):
-            norms[name] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.max_grad_norm or float("inf"))
+            norms[name] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         return {

@@ -1,16 +1,18 @@
 """Settings of `jaxrlhf bench`, and the shapes of its models."""
 
-import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxrlhf.config import field
+from jaxrlhf.config import NonNegativeInt, PositiveInt, Settings, default_of, settings
+from jaxrlhf.data import DataConfig
+from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import LIBRARIES
-from jaxrlhf.models import KERNEL_OPTIONS, REMAT_POLICIES, DecoderConfig, known_config, read_config
+from jaxrlhf.models import DecoderConfig, known_config, read_config
 from jaxrlhf.rl.config import PPOConfig
-from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
+from jaxrlhf.trainers.optimizer import OptimizerConfig
+from jaxrlhf.trainers.settings import ComputeConfig, MeshConfig, RunConfig, batch_devices, check_context
 
 KERNEL_SECTIONS = ("attention", "decode", "logprobs")
 PHASES = ("generate", "score", "train")
@@ -30,48 +32,49 @@ USED_BY = {
 
 
 @dataclass(frozen=True)
-class BenchConfig(MeshConfig):
+class BenchConfig(Settings):
     """What is measured."""
 
-    sections: tuple[str, ...] = field(SECTIONS, f"what to measure: {', '.join(SECTIONS)} (a whole iteration)")
-    peers: tuple[str, ...] = field(
-        (),
-        "measured in turns with ours, on the same weights and prompts: hf (Hugging Face generate and a plain torch PPO "
-        "step), hf-compile (the same with a static cache and torch.compile in generate), trl (TRL's PPO)",
-    )
-    actor: str = field("opt-1.3b", "shape of actor and reference: a known model's name, or a folder with a config.json")
-    critic: str = field("opt-350m", "shape of critic and reward model, likewise")
-    batch: tuple[int, ...] = field(
-        (),
-        f"rows of a batch, one or several; default: {FIRST_BATCH}, or one per device where there are more, doubled "
-        "until it no longer fits (CPU: once)",
-    )
-    max_batch: int = field(1024, "where that doubling ends at the latest; it does not limit `batch`")
-    micro_batch: int = field(0, "rows that scoring and training work on at a time; 0: all")
-    prompt: int = field(256, "tokens of a prompt")
-    answer: int = field(256, "tokens of an answer: none ends early")
-    remat_policy: str = field("none", "what the backward pass recomputes of a layer", choices=tuple(REMAT_POLICIES))
-    attention_implementation: str = field(
-        "auto",
-        "kernels of attention, as in training (cudnn and tokamax have none for generation, which then runs auto)",
-        choices=KERNEL_OPTIONS["attention_implementation"],
-    )
-    logprob_implementation: str = field(
-        "auto", "kernels of token log-probs, as in training", choices=KERNEL_OPTIONS["logprob_implementation"]
-    )
-    kv_cache_dtype: str = field(
-        "auto", "how generation holds keys and values, as in ppo", choices=KERNEL_OPTIONS["kv_cache_dtype"]
-    )
-    repeats: int = field(3, "timed runs of each, after one that compiles")
-    seed: int = field(0, "of weights, prompts and draws")
-    json: str | None = field(
-        None, "file for the result; default: a new one in `results`, named after device, sections and time"
-    )
-    results: str = field("benchmarks/results", "folder of results")
-    render: bool = field(False, "measure nothing: turn all results into tables and plots in `document`")
-    document: str = field("docs/benchmarks.md", "what `render` writes; plots lie beside it")
+    HIDDEN = (frozenset(settings(RunConfig)) - {"remat_policy"}) | {"zero_stage", "generation_slots"}
 
-    def __post_init__(self) -> None:
+    sections: tuple[str, ...] = SECTIONS
+    """What to measure: attention, decode, logprobs, generate, score, train, ppo (a whole iteration)."""
+    peers: tuple[str, ...] = ()
+    """Peers to measure in turns, on the same weights and prompts: hf (Hugging Face generate and a plain torch PPO step),
+    hf-compile (the same with a static cache and torch.compile in generate), trl (TRL's PPO)."""
+    actor: str = "opt-1.3b"
+    """Shape of actor and reference: a known model's name, or a folder with a config.json."""
+    critic: str = "opt-350m"
+    """Shape of critic and reward model, likewise."""
+    batch: tuple[int, ...] = ()
+    """Rows of a batch, one or several; default: 8, or one per device where there are more, doubled until it no longer
+    fits (CPU: once)."""
+    max_batch: PositiveInt = 1024
+    """Largest batch of that doubling; it does not limit `batch`."""
+    micro_batch: NonNegativeInt = 0
+    """Rows that scoring and training work on at a time; 0: all."""
+    prompt: PositiveInt = 256
+    """Tokens of a prompt."""
+    answer: PositiveInt = 256
+    """Tokens of a response; none ends early."""
+    repeats: PositiveInt = 3
+    """Timed runs of each, after one that compiles."""
+    seed: int = 0
+    """Seed of weights, prompts and samples."""
+    json: str | None = None
+    """File for the result; default: a new one in `results`, named after device, sections and time."""
+    results: str = "benchmarks/results"
+    """Folder of results."""
+    render: bool = False
+    """Measure nothing: turn all results into tables and plots in `document`."""
+    document: str = "docs/benchmarks.md"
+    """File that `render` writes; plots lie beside it."""
+    run: RunConfig = RunConfig()
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+    def check(self) -> None:
         for name, known in (("sections", SECTIONS), ("peers", tuple(PEERS))):
             for value in getattr(self, name):
                 if value not in known:
@@ -89,28 +92,22 @@ class BenchConfig(MeshConfig):
             raise InputError("peers: trl only runs whole iterations; add ppo to the sections, or leave trl out")
         if self.peers and not self.iterates:
             raise InputError(f"peers: they run {', '.join(PHASES)} and ppo; add one to the sections, or leave them out")
-        if self.attention_implementation in LIBRARIES and not {*ATTENDING, "ppo"} & set(self.sections):
+        if self.compute.attention_implementation in LIBRARIES and not {*ATTENDING, "ppo"} & set(self.sections):
             raise InputError(
-                f"attention_implementation={self.attention_implementation} serves training and scoring alone, which "
+                f"attention_implementation={self.compute.attention_implementation} serves training and scoring alone, which "
                 f"{', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "
                 f"{', '.join(ATTENDING)}, ppo to the sections"
             )
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, users in USED_BY.items():
-            if getattr(self, name) != defaults[name] and not set(users) & set(self.sections):
+            if self.value(name) != default_of(BenchConfig, name) and not set(users) & set(self.sections):
                 raise InputError(
-                    f"{name}={getattr(self, name)} changes nothing in {', '.join(self.sections)}; leave it out, or add "
+                    f"{name}={self.value(name)} changes nothing in {', '.join(self.sections)}; leave it out, or add "
                     f"one of {', '.join(users)} to the sections"
                 )
-        for name in ("prompt", "answer", "repeats", "max_batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if "decode" in self.sections and self.answer < 2:
             raise InputError(f"answer={self.answer}: decode measures the tokens after the first; give 2 or more")
         if any(rows < 1 for rows in self.batch) or list(self.batch) != sorted(set(self.batch)):
             raise InputError(f"batch={','.join(map(str, self.batch))} must be positive and ascending")
-        if self.micro_batch < 0:
-            raise InputError(f"micro_batch={self.micro_batch} must be 0 (the whole batch) or more")
 
     @property
     def length(self) -> int:
@@ -118,7 +115,7 @@ class BenchConfig(MeshConfig):
 
     def parts(self, rows: int) -> int:
         """Micro-batches of a batch of `rows`; InputError where `micro_batch` does not divide it, or devices either."""
-        devices = batch_devices(self.make_mesh())
+        devices = batch_devices(self.mesh.make_mesh())
         for name, size in (("batch", rows), ("micro_batch", self.micro_batch)):
             if size % devices:
                 raise InputError(f"{name}={size} must be a multiple of the {devices} devices of mesh_data × mesh_fsdp")
@@ -131,18 +128,13 @@ class BenchConfig(MeshConfig):
     def ppo(self) -> PPOConfig:
         """The settings of a PPO run with these shapes, at a constant learning rate."""
         return PPOConfig(
-            mesh_data=self.mesh_data,
-            mesh_fsdp=self.mesh_fsdp,
-            mesh_tensor=self.mesh_tensor,
-            dtype=self.dtype,
-            remat_policy=self.remat_policy,
-            max_prompt_seq_len=self.prompt,
-            max_answer_seq_len=self.answer,
-            attention_implementation=self.attention_implementation,
-            logprob_implementation=self.logprob_implementation,
-            kv_cache_dtype=self.kv_cache_dtype,
-            lr_scheduler_type="constant",
-            seed=self.seed,
+            data=DataConfig(max_prompt_seq_len=self.prompt, seed=self.seed),
+            run=self.run,
+            mesh=self.mesh,
+            compute=self.compute,
+            generation=self.generation,
+            sampling=SamplingConfig(self.answer),
+            optimizer=OptimizerConfig(lr_scheduler_type="constant"),
         )
 
     @property

@@ -5,22 +5,21 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import jax
 import numpy as np
 
-from jaxrlhf.config import REQUIRED, field, read_yaml
+from jaxrlhf.config import NonNegativeInt, Settings, alias, read_yaml
 from jaxrlhf.data import DEFAULT_TEMPLATE, encode_conversation, length_bucket, load_tokenizer, pad_token_id
 from jaxrlhf.data.templates import check_template
-from jaxrlhf.engine import HybridEngine, SamplingConfig
+from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import KERNEL_OPTIONS, Model, load_pretrained, with_kernels
+from jaxrlhf.models import Model, load_pretrained, with_kernels
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder, read_json
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.settings import MeshConfig
+from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig
 
-LONGEST_ANSWER = 256
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 HELP = """/reset  forget the conversation so far
 /quit   leave (also Ctrl-D, or Ctrl-C twice)
@@ -29,51 +28,28 @@ Ctrl-C stops an answer; what was said of it is kept."""
 
 
 @dataclass(frozen=True)
-class ChatConfig(MeshConfig):
+class ChatConfig(Settings):
     """A conversation with a model."""
 
-    model: str = field(
-        REQUIRED,
-        "folder or hub name of a language model, such as the output of sft or ppo",
-        aliases=("model_name_or_path",),
-    )
-    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
-    system: str | None = field(None, "system message that begins the conversation")
-    max_new_tokens: int | None = field(
-        None, f"longest answer in tokens; default: {LONGEST_ANSWER}, or half the model's context where that is less"
-    )
-    temperature: float = field(0.7, "sampling temperature; 0: always the most likely token")
-    top_k: int = field(0, "sample among the k most likely tokens; 0: all")
-    top_p: float = field(0.9, "sample among the most likely tokens that hold this probability")
-    repetition_penalty: float = field(
-        1.0, "divides positive logits of tokens that were there before, and multiplies negative ones; 1: off"
-    )
-    stop_strings: tuple[str, ...] = field(
-        (), "texts that end an answer and are not shown, such as 'Human:'; matched on the text as it appears"
-    )
-    kv_cache_dtype: str = field(
-        "auto",
-        "how keys and values of the conversation are held: int8 or fp8 take half the memory of bfloat16 and round what "
-        "attention reads; auto: the compute dtype",
-        choices=KERNEL_OPTIONS["kv_cache_dtype"],
-    )
-    seed: int = field(42, "seed of the sampling: the same conversation gets the same answers")
-    prompt_template: str | None = field(
-        None,
-        "text around message and answer, as in training; default: that of the run that wrote the model, else "
-        f"{DEFAULT_TEMPLATE!r}. The tokenizer's chat template is used where training would use it",
-    )
+    HIDDEN = frozenset({"samples_per_prompt", "generation_slots"})
 
-    def __post_init__(self) -> None:
-        self.sampling(1 if self.max_new_tokens is None else self.max_new_tokens)
-        if not all(self.stop_strings):
-            raise InputError(f"stop_strings={list(self.stop_strings)} must not hold an empty text")
+    model: Annotated[str, alias("model_name_or_path")]
+    """Folder or hub name of a language model, such as the output of sft or ppo."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    system: str | None = None
+    """System message that begins the conversation."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=0.9)
+    generation: GenerationConfig = GenerationConfig()
+    seed: NonNegativeInt = 42
+    """Seed of the sampling: the same conversation gets the same responses."""
+    prompt_template: str | None = None
+    """Text around message and response, as in training; default: that of the run that wrote the model, else
+    'Human: {prompt} Assistant: {response}'. The tokenizer's chat template is used where training would use it."""
+    mesh: MeshConfig = MeshConfig()
+
+    def check(self) -> None:
         if self.prompt_template is not None:
             check_template(self.prompt_template)
-
-    def sampling(self, max_new_tokens: int, **special_ids: Any) -> SamplingConfig:
-        same = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
-        return SamplingConfig(max_new_tokens, **same, **special_ids)
 
 
 class StreamedText:
@@ -137,16 +113,22 @@ class ChatSession:
         self.tokenizer, self.config = tokenizer, config
         self.console = Console(quiet=True) if console is None else console
         self.template = DEFAULT_TEMPLATE if config.prompt_template is None else config.prompt_template
-        self.engine = HybridEngine(model, config.make_mesh())
+        self.engine = HybridEngine(model, config.mesh.make_mesh())
         self.context = model.config.max_positions
-        answer = config.max_new_tokens or min(LONGEST_ANSWER, self.context // 2)
-        if answer >= self.context:
+        longest = config.sampling.max_new_tokens
+        if longest == SamplingConfig.max_new_tokens:  # the default gives way to a short context
+            longest = min(longest, self.context // 2)
+        if longest >= self.context:
             raise InputError(
-                f"max_new_tokens={answer} leaves no room for a message in the model's context of {self.context} "
+                f"max_new_tokens={longest} leaves no room for a message in the model's context of {self.context} "
                 f"tokens; choose less, such as {self.context // 2}"
             )
-        special = {"eos_token_id": end_ids(model, tokenizer), "pad_token_id": pad_token_id(tokenizer)}
-        self.sampling = config.sampling(answer, **special)
+        self.sampling = replace(
+            config.sampling,
+            max_new_tokens=longest,
+            eos_token_id=end_ids(model, tokenizer),
+            pad_token_id=pad_token_id(tokenizer),
+        )
         self._compiled: set[int] = set()
         self.reset()
 
@@ -192,7 +174,7 @@ class ChatSession:
         )
 
     def _answer(self, message: dict[str, str], prompt: list[int]) -> Iterator[str]:
-        answer = StreamedText(self.tokenizer, self.config.stop_strings)
+        answer = StreamedText(self.tokenizer, self.config.sampling.stop_strings)
         key = jax.random.fold_in(jax.random.key(self.config.seed), self.round)
         self.round += 1
         try:
@@ -244,10 +226,11 @@ def open_session(config: ChatConfig, console: Console | None = None) -> ChatSess
         )
     if config.prompt_template is None:
         config = with_template_of_run(config, folder)
-    tokenizer = load_tokenizer(config.tokenizer_name_or_path or folder)
-    options = {"dtype": config.compute_dtype, "param_dtype": config.compute_dtype, "progress": sys.stderr.isatty()}
-    model = load_pretrained(folder, mesh=config.make_mesh(), **options)
-    model = with_kernels(model, kv_cache_dtype=config.kv_cache_dtype)
+    tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or folder)
+    dtype = config.mesh.compute_dtype
+    options = {"dtype": dtype, "param_dtype": dtype, "progress": sys.stderr.isatty()}
+    model = load_pretrained(folder, mesh=config.mesh.make_mesh(), **options)
+    model = with_kernels(model, kv_cache_dtype=config.generation.kv_cache_dtype)
     return ChatSession(model, tokenizer, config, console)
 
 

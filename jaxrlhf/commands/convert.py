@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.config import REQUIRED, field
+from jaxrlhf.config import Settings, alias
 from jaxrlhf.data import load_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -28,32 +28,36 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.sharding import make_mesh
-from jaxrlhf.trainers.settings import DTYPES
-
-FORMATS = ("hf", "orbax")
+from jaxrlhf.trainers.settings import DTYPES, TokenizerConfig
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(Settings):
     """Conversion of a model."""
 
-    input: str = field(REQUIRED, "Hugging Face folder (or hub name), run folder, or checkpoint-N folder")
-    output: str = field(REQUIRED, "folder to write: a Hugging Face folder, or one that gets checkpoint-0")
-    source: str = field("hf", "format of the input", choices=FORMATS, aliases=("from",))
-    target: str = field("orbax", "format of the output", choices=FORMATS, aliases=("to",))
-    head: str = field("auto", "head of a Hugging Face input", choices=("auto", "lm", "scalar"))
-    adapter: str = field("", "PEFT LoRA folder to merge into a Hugging Face input")
-    params: str = field(
-        "", "with a checkpoint as input: which parameters, such as actor_params or ema_params; default: the first"
-    )
-    dtype: str = field("float32", "precision of the written weights", choices=tuple(DTYPES))
-    tokenizer_name_or_path: str | None = field(
-        None, "tokenizer to copy into a Hugging Face output; default: that of the input or of its run folder, if any"
-    )
-    mesh_fsdp: int = field(-1, "devices to spread the parameters over while converting; -1: all")
-    verify: bool = field(False, "read the output back and compare every parameter")
+    input: str
+    """Hugging Face folder (or hub name), run folder, or checkpoint-N folder."""
+    output: str
+    """Folder to write: a Hugging Face folder, or one that gets checkpoint-0."""
+    source: Annotated[Literal["hf", "orbax"], alias("from")] = "hf"
+    """Format of the input."""
+    target: Annotated[Literal["hf", "orbax"], alias("to")] = "orbax"
+    """Format of the output."""
+    head: Literal["auto", "lm", "scalar"] = "auto"
+    """Head of a Hugging Face input."""
+    adapter: str = ""
+    """PEFT LoRA folder to merge into a Hugging Face input."""
+    params: str = ""
+    """Parameters to take from a checkpoint, such as actor_params or ema_params; default: the first."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the written weights."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    mesh_fsdp: int = -1
+    """Devices to spread the parameters over while converting; -1: all."""
+    verify: bool = False
+    """Read the output back and compare every parameter."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.source == "hf" and self.params:
             raise InputError(
                 f"params={self.params!r} is for checkpoints (--from orbax); a Hugging Face folder has one model"
@@ -126,7 +130,7 @@ def _checkpoint_folder(path: str | Path) -> Path:
 
 def _load_tokenizer(config: ConvertConfig) -> Any:
     """The tokenizer for a Hugging Face output, or None when neither named nor found beside the input."""
-    source = config.tokenizer_name_or_path
+    source = config.tokenizer.tokenizer_name_or_path
     if source is None:
         path = Path(config.input)
         found = [f for f in (path, path.parent) if (f / "tokenizer_config.json").is_file()]

@@ -1,16 +1,17 @@
 """The demo: all three steps with a small model on the embedded data, then answers before and after PPO side by side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
-from jaxrlhf.config import field
+from jaxrlhf.commands.rlhf import BaseModelsConfig, RLHFConfig, train_rlhf
+from jaxrlhf.config import NonNegativeInt, Settings
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import (
+    DataConfig,
     demo_quality,
     encode_prompt,
     load_tokenizer,
@@ -20,9 +21,12 @@ from jaxrlhf.data import (
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained
-from jaxrlhf.rl.config import PPOOptions
+from jaxrlhf.rl.config import CriticConfig, PPOOptions
+from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.runs.console import Console
+from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.reward import RewardOptions
+from jaxrlhf.trainers.settings import FolderConfig, RunConfig, StartConfig, TokenizerConfig
 from jaxrlhf.trainers.sft import SFTOptions
 
 SHAPE = {
@@ -33,52 +37,47 @@ SHAPE = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
-ANSWER_TOKENS = 32
+RESPONSE_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class DemoConfig:
-    """The demo run."""
+class DemoConfig(Settings):
+    """The demo run. An earlier demo in output_dir is replaced, unless --resume continues it."""
 
-    output_dir: str = field("runs/demo", "folder of the run; an earlier demo in it is replaced")
-    resume: bool = field(False, "continue an interrupted demo instead")
-    seed: int = field(42, "seed of everything")
-    samples: int = field(6, "held-out questions shown before and after PPO")
+    HIDDEN = frozenset({"overwrite_output_dir"})
+
+    folder: FolderConfig = FolderConfig("runs/demo")
+    seed: NonNegativeInt = 42
+    """Seed of everything."""
+    samples: NonNegativeInt = 6
+    """Held-out questions shown before and after PPO."""
 
 
 def rlhf_config(config: DemoConfig) -> RLHFConfig:
-    common = {"per_device_eval_batch_size": 100, "logging_steps": 20, "warmup_ratio": 0.05}
+    common = RunConfig(per_device_train_batch_size=32, per_device_eval_batch_size=100, logging_steps=20)
+    adam = OptimizerConfig(warmup_ratio=0.05)
+    tokenizer = TokenizerConfig(str(materialize_demo(cache_folder(DataConfig())).tokenizer))
     return RLHFConfig(
-        output_dir=config.output_dir,
-        resume=config.resume,
-        overwrite_output_dir=not config.resume,
-        data_path=("demo",),
-        model_type="llama",
-        config_overrides=SHAPE,
-        tokenizer_name_or_path=str(materialize_demo(cache_folder_of(config)).tokenizer),
-        max_length=64,
-        max_prompt_seq_len=32,
-        seed=config.seed,
-        sft=SFTOptions(max_steps=400, per_device_train_batch_size=32, learning_rate=2e-3, **common),
-        reward=RewardOptions(max_steps=300, per_device_train_batch_size=32, learning_rate=1e-3, **common),
+        folder=replace(config.folder, overwrite_output_dir=not config.folder.resume),
+        data=DataConfig(
+            data_path=("demo",), data_split="2,4,4", max_length=64, max_prompt_seq_len=32, seed=config.seed
+        ),
+        models=BaseModelsConfig(start=StartConfig("llama", SHAPE), tokenizer=tokenizer),
+        sft=SFTOptions(run=replace(common, max_steps=400), optimizer=replace(adam, learning_rate=2e-3)),
+        reward=RewardOptions(run=replace(common, max_steps=300), optimizer=replace(adam, learning_rate=1e-3)),
         ppo=PPOOptions(
-            max_steps=80,
-            per_device_train_batch_size=32,
-            num_mini_batches=2,
-            learning_rate=1e-4,
-            critic_learning_rate=5e-4,
-            lr_scheduler_type="constant",
-            clip_reward=20.0,  # the demo's reward model spreads its scores over about ±15
-            cliprange_value=5.0,
-            max_answer_seq_len=ANSWER_TOKENS,
-            enable_ema=True,
-            **common,
+            run=replace(common, max_steps=80),
+            optimizer=replace(adam, learning_rate=1e-4, lr_scheduler_type="constant"),
+            critic=CriticConfig(critic_learning_rate=5e-4),
+            sampling=SamplingConfig(RESPONSE_TOKENS),
+            algorithm=PPOHyperparameters(
+                num_mini_batches=2,
+                clip_reward=20.0,  # the demo's reward model spreads its scores over about ±15
+                cliprange_value=5.0,
+                enable_ema=True,
+            ),
         ),
     )
-
-
-def cache_folder_of(config: DemoConfig) -> Path:
-    return cache_folder(RLHFConfig(seed=config.seed))
 
 
 def answers(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> list[str]:
@@ -91,7 +90,9 @@ def answers(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> li
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :] = prompt
         mask[i, width - len(prompt) :] = True
-    sampling = SamplingConfig(ANSWER_TOKENS, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_token_id(tokenizer))
+    sampling = SamplingConfig(
+        RESPONSE_TOKENS, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_token_id(tokenizer)
+    )
     rollout = jax.device_get(engine.generate(ids, mask, jax.random.key(seed), sampling))
     tokens = [row[real] for row, real in zip(rollout.tokens, rollout.response_mask, strict=True)]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -101,9 +102,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Train, show sample conversations before and after PPO, say where everything is; returns the summary."""
     import json
 
-    paths = materialize_demo(cache_folder_of(config))
+    paths = materialize_demo(cache_folder(DataConfig()))
     summary = train_rlhf(rlhf_config(config))
-    root = Path(config.output_dir)
+    root = Path(config.folder.output_dir)
     tokenizer = load_tokenizer(root / "ppo")
     rows = [json.loads(line) for line in paths.eval.read_text(encoding="utf-8").splitlines()]
     questions = sorted({row["prompt"] for row in rows})

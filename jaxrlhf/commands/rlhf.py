@@ -2,117 +2,124 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from jaxrlhf.config import field, save_yaml, to_dict
+from jaxrlhf.config import Section, Settings, alias, load_yaml, save_yaml, to_dict
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import read_config
-from jaxrlhf.rl.config import PPOConfig, PPOOptions
+from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
 from jaxrlhf.runs.report import write_report
 from jaxrlhf.trainers.dpo import DPOConfig, DPOOptions, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
-from jaxrlhf.trainers.settings import FolderConfig, StartConfig, TrainingMeshConfig
+from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, SharedConfig, StartConfig, TokenizerConfig
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
 
-ALIGNMENTS = ("ppo", "dpo")
+C = TypeVar("C", bound=SharedConfig)
 STEPS = ("sft", "reward", "ppo", "dpo")
 
 
 @dataclass(frozen=True)
-class BaseModelsConfig(StartConfig):
+class BaseModelsConfig(Settings):
     """The models to start from."""
 
-    actor_model_name_or_path: str | None = field(
-        None, "language model that step 1 fine-tunes", aliases=("actor_model", "model_name_or_path")
-    )
-    reward_model_name_or_path: str | None = field(
-        None,
-        "language model that step 2 makes a reward model of; default: the result of step 1",
-        aliases=("reward_model", "critic_model_name_or_path"),
-    )
+    actor_model_name_or_path: Annotated[str | None, alias("actor_model", "model_name_or_path")] = None
+    """Language model that step 1 fine-tunes."""
+    reward_model_name_or_path: Annotated[str | None, alias("reward_model", "critic_model_name_or_path")] = None
+    """Language model that step 2 makes a reward model of; default: the result of step 1."""
+    start: StartConfig = StartConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
 
 
 @dataclass(frozen=True)
-class RLHFConfig(DataConfig, BaseModelsConfig, TrainingMeshConfig, FolderConfig):
+class RLHFConfig(SharedConfig):
     """The run of all steps."""
 
-    data_split: str = field(
-        "2,4,4", "shares of the training rows for sft,reward,ppo, without overlap; dpo takes those of reward and ppo"
-    )
-    alignment: str = field(
-        "ppo", "what follows step 1. ppo: a reward model, then PPO; dpo: DPO in place of both", choices=ALIGNMENTS
-    )
-    sft: SFTOptions = field(SFTOptions(), "step 1")
-    reward: RewardOptions = field(RewardOptions(), "step 2")
-    ppo: PPOOptions = field(PPOOptions(), "step 3")
-    dpo: DPOOptions = field(DPOOptions(), "step 2 of --alignment dpo")
+    data: DataConfig = DataConfig(data_split="2,4,4")
+    models: BaseModelsConfig = BaseModelsConfig()
+    alignment: Literal["ppo", "dpo"] = "ppo"
+    """Steps after the first. ppo: a reward model, then PPO; dpo: DPO in place of both, on the rows of both."""
+    sft: Section[SFTOptions] = SFTOptions()
+    reward: Section[RewardOptions] = RewardOptions()
+    ppo: Section[PPOOptions] = PPOOptions()
+    dpo: Section[DPOOptions] = DPOOptions()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alignment == "dpo" and self.reward_model_name_or_path is not None:
+    def check(self) -> None:
+        reward = self.models.reward_model_name_or_path
+        if self.alignment == "dpo" and reward is not None:
             raise InputError(
-                f"reward_model_name_or_path={self.reward_model_name_or_path}: alignment=dpo trains no reward model; "
-                "leave it out, or choose --alignment ppo"
+                f"reward_model_name_or_path={reward}: alignment=dpo trains no reward model; leave it out, or choose "
+                "--alignment ppo"
             )
 
 
 def check_exports(config: RLHFConfig) -> None:
-    """Refuse steps that would leave only an adapter where the next step needs a model."""
+    """Refuses steps that would leave only an adapter where the next step needs a model."""
     for name in ("sft", "reward") if config.alignment == "ppo" else ("sft",):
-        if getattr(config, name).lora_export == "adapter":
+        if getattr(config, name).lora.lora_export == "adapter":
             raise InputError(f"{name}.lora_export=adapter: the next step needs the merged model; choose merged or both")
 
 
-def step_configs(config: RLHFConfig) -> dict[str, Any]:
-    """The steps' own configs by name, in order: what they share from `config`, the rest from their sections."""
+def step_configs(config: RLHFConfig) -> dict[str, SFTConfig | RewardConfig | DPOConfig | PPOConfig]:
+    """The steps' own configs by name, in order: shared parts from `config`, the others from their sections."""
+    shared = {f.name: getattr(config, f.name) for f in fields(SharedConfig)}
+    base, tokenizer = config.models, config.models.tokenizer
 
-    def build(cls: type, section: Any, name: str, **changes: Any) -> Any:
-        known = {f.name for f in fields(cls)}
-        shared = {f.name: getattr(config, f.name) for f in fields(config) if f.name in known}
+    def build(cls: type[C], name: str, **models: Settings) -> C:
+        section = getattr(config, name)
         own = {f.name: getattr(section, f.name) for f in fields(section)}
-        return cls(**(shared | own | {"output_dir": str(Path(config.output_dir) / name)} | changes))
+        folder = replace(config.folder, output_dir=folder_of(name))
+        return cls(**(shared | own | models | {"folder": folder}))
 
-    sft = build(SFTConfig, config.sft, "sft", model_name_or_path=config.actor_model_name_or_path)
-    start = config.reward_model_name_or_path or sft.output_dir
-    none = {"model_type": None, "config_overrides": {}}
+    def folder_of(name: str) -> str:
+        return str(Path(config.folder.output_dir) / name)
+
+    start = ModelConfig(base.actor_model_name_or_path, base.start, tokenizer)
+    later = replace(base.start, model_type=None, config_overrides={})
+    after_sft = ModelConfig(folder_of("sft"), later, tokenizer)
+    steps = {"sft": build(SFTConfig, "sft", model=start)}
     if config.alignment == "dpo":
-        return {"sft": sft, "dpo": build(DPOConfig, config.dpo, "dpo", model_name_or_path=sft.output_dir, **none)}
-    reward = build(RewardConfig, config.reward, "reward", model_name_or_path=start, **none)
-    models = {"actor_model_name_or_path": sft.output_dir, "critic_model_name_or_path": reward.output_dir}
-    return {"sft": sft, "reward": reward, "ppo": build(PPOConfig, config.ppo, "ppo", **models)}
+        return steps | {"dpo": build(DPOConfig, "dpo", model=after_sft)}
+    reward = replace(after_sft, model_name_or_path=base.reward_model_name_or_path or folder_of("sft"))
+    models = PPOModels(folder_of("sft"), folder_of("reward"), tokenizer)
+    return steps | {
+        "reward": build(RewardConfig, "reward", model=reward),
+        "ppo": build(PPOConfig, "ppo", models=models),
+    }
 
 
 def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
-    """Run all steps and write `summary.json` and `report.html`; returns the summary.
+    """Runs all steps and writes `summary.json` and `report.html`; returns the summary.
 
     With `resume`, finished steps are kept and the unfinished one continues from its newest checkpoint.
     """
-    if not config.output_dir:
+    if not config.folder.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
-    root = Path(config.output_dir)
-    step_configs(config)["sft"].tokenizer_source  # noqa: B018 - refuses contradictory model flags before a write
+    root = Path(config.folder.output_dir)
+    step_configs(config)["sft"].model.tokenizer_source  # noqa: B018 - refuses contradictory model flags before a write
     check_exports(config)
     config = joined(config)
     stages = step_configs(config)
-    check_vocabularies(config)
+    check_vocabularies(config.models)
     if is_primary():
-        check_root(root, config)
+        check_root(root, config.folder)
         root.mkdir(parents=True, exist_ok=True)
         save_yaml(config, root / "config.yaml")
     train: dict[str, Callable[[Any], Any]] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
     train["dpo"] = train_dpo
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), start=1):
-        say(f"── step {number} of {len(stages)}: {name} → {stage.output_dir}")
-        done = from_primary(f"looking for a finished {name} step", partial(finished, stage)) if config.resume else None
+        say(f"── step {number} of {len(stages)}: {name} → {stage.folder.output_dir}")
+        done = None
+        if config.folder.resume:
+            done = from_primary(f"looking for a finished {name} step", partial(finished, stage))
         if done:
             say(f"   finished before ({done['steps']} steps), kept")
         else:
@@ -130,13 +137,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def summary_of(stage: Any) -> dict[str, Any]:
-    return json.loads((Path(stage.output_dir) / "summary.json").read_text(encoding="utf-8"))
+def summary_of(stage: SharedConfig) -> dict[str, Any]:
+    return json.loads((Path(stage.folder.output_dir) / "summary.json").read_text(encoding="utf-8"))
 
 
-def check_vocabularies(config: RLHFConfig) -> None:
-    """Refuse, before any step is trained, two base models that PPO could not use together."""
-    names = (config.actor_model_name_or_path, config.reward_model_name_or_path)
+def check_vocabularies(models: BaseModelsConfig) -> None:
+    """Refuses, before any step is trained, two base models that PPO could not use together."""
+    names = (models.actor_model_name_or_path, models.reward_model_name_or_path)
     if None not in names:
         actor, reward = (read_config(name).vocab_size for name in names)
         if actor != reward:
@@ -146,22 +153,20 @@ def check_vocabularies(config: RLHFConfig) -> None:
             )
 
 
-def check_root(root: Path, config: RLHFConfig) -> None:
+def check_root(root: Path, folder: FolderConfig) -> None:
     found = [name for name in STEPS if what_is_there(root / name)]
-    if found and not (config.resume or config.overwrite_output_dir):
+    if found and not (folder.resume or folder.overwrite_output_dir):
         raise InputError(
             f"output_dir {root} already holds a run ({', '.join(found)}); choose another folder, continue it with "
             "--resume, or start over with --overwrite_output_dir"
         )
 
 
-def finished(stage: Any) -> dict[str, Any] | None:
+def finished(stage: SharedConfig) -> dict[str, Any] | None:
     """The summary of a step that ran to its end with the same settings (on whatever mesh), or None."""
-    folder = Path(stage.output_dir)
+    folder = Path(stage.folder.output_dir)
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    from jaxrlhf.config import load_yaml
-
     before, now = (to_dict(c) for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
     for name in ("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"):
         before.pop(name), now.pop(name)

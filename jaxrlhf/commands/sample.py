@@ -8,120 +8,97 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf import objectives
+from jaxrlhf import keys, objectives
 from jaxrlhf.commands.selection import Samples, figures, select_samples
-from jaxrlhf.config import REQUIRED, field, to_dict
+from jaxrlhf.config import Gt, Le, Lt, PositiveInt, Settings, alias, to_dict
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
-from jaxrlhf.data import DataConfig, PromptData, answer_text, encode_stops, load_data, load_tokenizer, pad_token_id
+from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, load_tokenizer
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
-from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
+from jaxrlhf.engine import GenerationConfig, HybridEngine, Rollout, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, Model, load_pretrained, logical_axes, merged, read_config, working_copy
-from jaxrlhf.rewards import RewardFunctionOptions, Rewards, finite_mean
+from jaxrlhf.models import (
+    Decoder,
+    Model,
+    load_pretrained,
+    logical_axes,
+    merged,
+    read_config,
+    with_kernels,
+    working_copy,
+)
+from jaxrlhf.rewards import Rewards, RewardsConfig, finite_mean
+from jaxrlhf.rl.config import sampling_for
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
-from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
+from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig, batch_devices, check_context
 
 OWN_FIELDS = ("prompt", "chosen", "score", "scores")
 MODEL_PART = "reward_model"
 
 
 @dataclass(frozen=True)
-class SampleModelConfig(MeshConfig, ProcessConfig):
-    """The models, the device mesh and the precision."""
+class SelectionConfig(Settings):
+    """Which of the scored responses are written."""
 
-    model_name_or_path: str = field(REQUIRED, "language model to sample from", aliases=("actor_model_name_or_path",))
-    reward_model_name_or_path: str | None = field(
-        None, "reward model that scores the responses, by itself or beside reward functions"
-    )
-    tokenizer_name_or_path: str | None = field(None, "tokenizer folder or hub name; default: that of the model")
+    select: Literal["best", "threshold"] = "best"
+    """best: the highest-scoring response of each prompt (best-of-n); threshold: all that reach min_score (rejection
+    sampling)."""
+    min_score: Annotated[float, Gt(-math.inf), Lt(math.inf)] | None = None
+    """Leave out responses that score less; required by threshold."""
+    top_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Keep this share of the selected responses, those with the highest scores."""
+    keep_unfinished: bool = False
+    """Also select responses that were cut at max_new_tokens."""
 
-
-@dataclass(frozen=True)
-class SampleOptions(RewardFunctionOptions):
-    """Sampling and selection."""
-
-    output_file: str = field(REQUIRED, "JSON-lines file to write, rows that `jaxrlhf sft --data_path FILE` trains on")
-    overwrite: bool = field(False, "replace output_file where it exists")
-    part: str = field("train", "which rows of the data give the prompts", choices=("train", "eval"))
-    samples_per_prompt: int = field(8, "responses to each prompt", aliases=("n",))
-    select: str = field(
-        "best",
-        "best: the highest-scoring response of each prompt (best-of-n); threshold: all that reach min_score (rejection "
-        "sampling)",
-        choices=("best", "threshold"),
-    )
-    min_score: float | None = field(None, "leave out responses that score less; threshold needs it")
-    top_fraction: float = field(1.0, "of the selected responses, keep the share with the highest scores")
-    keep_unfinished: bool = field(False, "also select responses that were cut at max_answer_seq_len")
-    max_answer_seq_len: int = field(256, "longest response in tokens", aliases=("response_length",))
-    min_answer_seq_len: int = field(0, "EOS cannot be drawn before this many tokens")
-    temperature: float = field(1.0, "sampling temperature")
-    top_k: int = field(0, "sample among the k most likely tokens; 0: all")
-    top_p: float = field(1.0, "sample among the most likely tokens that hold this probability")
-    repetition_penalty: float = field(1.0, "divides positive logits of tokens seen before, multiplies others; 1: off")
-    stop_strings: tuple[str, ...] = field(
-        (), "texts that end a response and are cut off from it, matched as the tokens that the tokenizer makes of each"
-    )
-    per_device_batch_size: int = field(8, "prompts per device that are worked on at a time")
-    generation_slots: int = field(
-        0,
-        "continuous batching: responses in work at a time; one that is done makes room for the next. 0: all at once",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.sampling(None, 0)
-        if self.samples_per_prompt < 1 or self.per_device_batch_size < 1:
-            name = "samples_per_prompt" if self.samples_per_prompt < 1 else "per_device_batch_size"
-            raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature == 0 and self.samples_per_prompt > 1:
-            raise InputError(
-                f"temperature=0 with samples_per_prompt={self.samples_per_prompt}: greedy responses to a prompt are "
-                "all the same; raise the temperature, or take one sample"
-            )
-        if self.generation_slots < 0:
-            raise InputError(f"generation_slots={self.generation_slots} must be 0 or more")
+    def check(self) -> None:
         if self.select == "threshold" and self.min_score is None:
-            raise InputError("select=threshold keeps what reaches min_score: give one, or select best")
-        if self.min_score is not None and not math.isfinite(self.min_score):
-            raise InputError(f"min_score={self.min_score} must be a finite number")
-        if not 0 < self.top_fraction <= 1:
-            raise InputError(f"top_fraction={self.top_fraction} must be above 0 and at most 1")
-
-    def sampling(self, eos_id: Any, pad_id: int, stops: tuple[tuple[int, ...], ...] = ()) -> SamplingConfig:
-        same = ("temperature", "top_k", "top_p", "repetition_penalty", "samples_per_prompt")
-        return SamplingConfig(
-            max_new_tokens=self.max_answer_seq_len,
-            min_new_tokens=self.min_answer_seq_len,
-            eos_token_id=eos_id,
-            pad_token_id=pad_id,
-            stop_sequences=stops,
-            **{name: getattr(self, name) for name in same},
-        )
+            raise InputError("select=threshold requires min_score; set min_score, or select best")
 
 
 @dataclass(frozen=True)
-class SampleConfig(DataConfig, SampleModelConfig, SampleOptions):
-    """Scored samples as SFT data."""
+class SampleConfig(Settings):
+    """Best-of-n and rejection sampling: scored responses as SFT data."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        model = self.reward_model_name_or_path
-        if model is None and not self.reward_functions:
-            raise InputError("nothing scores the responses: give reward_model_name_or_path, reward_functions, or both")
-        if model is not None and not self.reward_model_weight:
+    model_name_or_path: Annotated[str, alias("actor_model_name_or_path")]
+    """Language model to sample from."""
+    output_file: str
+    """JSON-lines file to write, rows that `jaxrlhf sft --data_path FILE` trains on."""
+    reward_model_name_or_path: str | None = None
+    """Reward model that scores the responses, by itself or beside reward functions."""
+    overwrite: bool = False
+    """Replace output_file where it exists."""
+    part: Literal["train", "eval"] = "train"
+    """Rows of the data that give the prompts."""
+    per_device_batch_size: PositiveInt = 8
+    """Prompts per device that are worked on at a time."""
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig(samples_per_prompt=8)
+    selection: SelectionConfig = SelectionConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    generation: GenerationConfig = GenerationConfig()
+    mesh: MeshConfig = MeshConfig()
+    process: ProcessConfig = ProcessConfig()
+
+    def check(self) -> None:
+        if self.sampling.temperature == 0 and self.sampling.samples_per_prompt > 1:
             raise InputError(
-                "reward_model_weight=0 with a reward_model_name_or_path: it would not count; leave one out"
+                f"temperature=0 with samples_per_prompt={self.sampling.samples_per_prompt}: greedy responses to a "
+                "prompt are all the same; raise the temperature, or take one sample"
             )
+        model, rewards = self.reward_model_name_or_path, self.rewards
+        if model is None and not rewards.reward_functions:
+            raise InputError("nothing scores the responses: give reward_model_name_or_path, reward_functions, or both")
+        if model is not None and not rewards.reward_model_weight:
+            raise InputError("reward_model_weight=0 leaves reward_model_name_or_path without use; leave one out")
 
 
 @partial(jax.jit, static_argnames=("module", "mesh", "parts"))
@@ -141,15 +118,15 @@ class Sampler:
     """Model, scorers and prompts, ready to work through the prompts batch by batch."""
 
     def __init__(self, config: SampleConfig, console: Console) -> None:
-        self.config, self.mesh = config, config.make_mesh()
+        self.config, self.mesh = config, config.mesh.make_mesh()
         for name in (config.model_name_or_path, config.reward_model_name_or_path):
             if name is not None:
-                read_config(name)  # a model that cannot be used is the first thing to say
-        self.rewards: Rewards = config.rewards(say=console.print)
-        self.tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.model_name_or_path)
+                read_config(name)  # fails early when the model cannot be used
+        self.rewards: Rewards = config.rewards.rewards(say=console.print)
+        self.tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or config.model_name_or_path)
         self.data = self._prompts()
-        stops = encode_stops(self.tokenizer, config.stop_strings)
-        self.sampling = config.sampling(self.tokenizer.eos_token_id, pad_token_id(self.tokenizer), stops)
+        self.sampling = sampling_for(self.tokenizer, config.sampling)
+        self.copies = self.sampling.samples_per_prompt
         self.rows = config.per_device_batch_size * batch_devices(self.mesh)
         model = self._load(config.model_name_or_path, "lm")
         if len(self.tokenizer) > model.config.vocab_size:
@@ -157,8 +134,9 @@ class Sampler:
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model.config.vocab_size}; use the "
                 "model's own tokenizer"
             )
+        model = with_kernels(model, kv_cache_dtype=config.generation.kv_cache_dtype)
         self.engine = HybridEngine(model, self.mesh)
-        self.engine.check_slots(config.generation_slots, self.rows * config.samples_per_prompt)
+        self.engine.check_slots(config.generation.generation_slots, self.rows * self.copies)
         self.reward_model: Model | None = None
         if config.reward_model_name_or_path is not None:
             self.reward_model = self._load(config.reward_model_name_or_path, "scalar", new_head=False)
@@ -172,20 +150,21 @@ class Sampler:
         self._score = Announce(console, "scoring program", reward_model_scores)
 
     def _load(self, name: str, head: str, **options: Any) -> Model:
-        dtype = self.config.compute_dtype
+        dtype = self.config.mesh.compute_dtype
         model = merged(load_pretrained(name, head=head, mesh=self.mesh, dtype=dtype, param_dtype=dtype, **options))
-        longest = self.config.max_prompt_seq_len + self.config.max_answer_seq_len
-        check_context(model.config, longest, f"max_prompt_seq_len + max_answer_seq_len for {name}")
+        longest = self.config.data.max_prompt_seq_len + self.config.sampling.max_new_tokens
+        check_context(model.config, longest, f"max_prompt_seq_len + max_new_tokens for {name}")
         return model
 
     def _prompts(self) -> PromptData:
-        taken = [name for name in (*self.rewards.columns, *self.config.reward_columns) if name in OWN_FIELDS]
+        data = self.config.data
+        taken = [name for name in (*self.rewards.columns, *data.reward_columns) if name in OWN_FIELDS]
         if taken:
             raise InputError(f"column '{taken[0]}': output_file has a field of that name; rename it in the data")
-        parts = load_data(self.config, self.tokenizer, "ppo", self.rewards.columns)
-        data = dict(zip(("train", "eval"), parts, strict=True))[self.config.part]
-        self.rewards.check_references(data)
-        return data
+        parts = load_data(data, self.tokenizer, "ppo", self.rewards.columns)
+        prompts = dict(zip(("train", "eval"), parts, strict=True))[self.config.part]
+        self.rewards.check_references(prompts)
+        return prompts
 
     def batches(self) -> list[np.ndarray]:
         """The rows of the data in batches of prompts of similar length; -1 fills up the last one."""
@@ -195,11 +174,11 @@ class Sampler:
 
     def start(self, indices: np.ndarray) -> dict[str, Any]:
         """Sample and score a batch, as far as the devices go; reward functions are left at work."""
-        n = self.config.samples_per_prompt
+        n = self.copies
         batch = self.data.batch(indices)
         numbers = (np.maximum(indices, 0)[:, None] * n + np.arange(n)).reshape(-1)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 4)
-        options = {"sample_index": numbers, "slots": self.config.generation_slots}
+        key = keys.stream(self.config.data.seed, keys.Stream.SAMPLES)
+        options = {"sample_index": numbers, "slots": self.config.generation.generation_slots}
         rollout = self._generate(batch["prompt_ids"], batch["prompt_mask"], key, self.sampling, **options)
         scores = None
         if self.reward_model is not None:
@@ -221,7 +200,7 @@ class Sampler:
         }
 
     def text(self, response: np.ndarray) -> str:
-        return answer_text(self.tokenizer, response, self.config.prompt_template, self.config.stop_strings)
+        return answer_text(self.tokenizer, response, self.config.data.prompt_template, self.sampling.stop_strings)
 
     def finish(self, started: dict[str, Any]) -> dict[str, Any]:
         """The batch with its scores and their parts, `[B · n]` each."""
@@ -229,7 +208,7 @@ class Sampler:
         scores, parts = result.scores.astype(np.float64), dict(result.parts)
         if started["model_scores"] is not None:
             parts[MODEL_PART] = started["model_scores"]
-            scores = scores + self.config.reward_model_weight * parts[MODEL_PART].astype(np.float64)
+            scores = scores + self.config.rewards.reward_model_weight * parts[MODEL_PART].astype(np.float64)
         return started | {"scores": scores.astype(np.float32), "parts": parts, "failed": len(result.failures)}
 
     def run(self, console: Console) -> Iterator[dict[str, Any]]:
@@ -241,8 +220,8 @@ class Sampler:
                 started = None if indices is None else self.start(indices)
                 if waiting is not None:
                     finished = self.finish(waiting)
-                    done += int(np.sum(finished["indices"] >= 0)) * self.config.samples_per_prompt
-                    real = np.repeat(finished["indices"] >= 0, self.config.samples_per_prompt)
+                    done += int(np.sum(finished["indices"] >= 0)) * self.copies
+                    real = np.repeat(finished["indices"] >= 0, self.copies)
                     mean = finite_mean(finished["scores"][real])
                     rate = done / (time.monotonic() - begin)
                     scored = "none has a score" if mean is None else f"mean score {mean:.3g}"
@@ -282,15 +261,15 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     console = Console(quiet=not is_primary())
     begin = time.monotonic()
     sampler = Sampler(config, console)
-    n = config.samples_per_prompt
+    n = config.sampling.samples_per_prompt
     finished = list(sampler.run(console))
     samples, lengths, parts = collect(finished, len(sampler.data), n)
     kept, left_out = select_samples(
         samples,
-        best=config.select == "best",
-        min_score=config.min_score,
-        top_fraction=config.top_fraction,
-        keep_unfinished=config.keep_unfinished,
+        best=config.selection.select == "best",
+        min_score=config.selection.min_score,
+        top_fraction=config.selection.top_fraction,
+        keep_unfinished=config.selection.keep_unfinished,
     )
     seconds = time.monotonic() - begin
     summary = figures(samples, kept) | {
@@ -326,9 +305,9 @@ def check_output(path: Path, summary_path: Path, overwrite: bool) -> None:
 
 def nothing_kept(left_out: dict[str, int], highest: float | None, config: SampleConfig) -> str:
     reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in left_out.items() if count)
-    hints = ["raise max_answer_seq_len, or --keep_unfinished"] if left_out["unfinished"] else []
+    hints = ["raise max_new_tokens, or --keep_unfinished"] if left_out["unfinished"] else []
     if left_out["below_min_score"]:
-        hints.append(f"lower min_score={config.min_score} (the highest score was {highest:.4g})")
+        hints.append(f"lower min_score={config.selection.min_score} (the highest score was {highest:.4g})")
     return f"no sample is left to write ({reasons}): {'; '.join(hints) or 'change the model or the rewards'}"
 
 

@@ -1,18 +1,52 @@
-"""Settings: frozen dataclasses from flags and YAML files, and back to files."""
+"""Settings: frozen dataclasses, the flags and YAML files that they come from, and the files that they are kept in."""
 
+from annotated_types import Ge, Gt, Le, Lt
+
+from jaxrlhf.config.flags import load_yaml, parse, read_yaml, save_yaml
 from jaxrlhf.config.settings import (
-    REQUIRED,
-    field,
-    fixed,
-    from_dict,
-    help_text,
-    like,
-    load_yaml,
-    parse,
-    read_yaml,
-    save_yaml,
+    Derived,
+    Fraction,
+    FromYaml,
+    Lasting,
+    MayChange,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+    Settings,
+    alias,
+    check_needs,
+    default_of,
+    lasting,
+    settings,
     to_dict,
 )
 
-__all__ = ["REQUIRED", "field", "fixed", "from_dict", "help_text", "like", "load_yaml", "parse", "read_yaml"]
-__all__ += ["save_yaml", "to_dict"]
+__all__ = [
+    "Derived",
+    "Fraction",
+    "FromYaml",
+    "Ge",
+    "Gt",
+    "Lasting",
+    "Le",
+    "Lt",
+    "MayChange",
+    "NonNegative",
+    "NonNegativeInt",
+    "Positive",
+    "PositiveInt",
+    "Section",
+    "Settings",
+    "alias",
+    "check_needs",
+    "default_of",
+    "lasting",
+    "load_yaml",
+    "parse",
+    "read_yaml",
+    "save_yaml",
+    "settings",
+    "to_dict",
+]

@@ -15,6 +15,7 @@ from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
 from jaxrlhf.data.loading import DataConfig, load_data
 from jaxrlhf.data.templates import (
     DEFAULT_TEMPLATE,
+    Tokenizer,
     answer_text,
     encode_conversation,
     encode_pair,
@@ -35,6 +36,7 @@ __all__ = [
     "PromptData",
     "SFTData",
     "TextBlocks",
+    "Tokenizer",
     "answer_text",
     "demo_quality",
     "encode_conversation",

@@ -7,10 +7,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 
-from jaxrlhf.config import field
+from jaxrlhf.config import Ge, Gt, Lasting, Lt, NonNegativeInt, PositiveInt, Settings, alias
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
 from jaxrlhf.data.sources import SHARES, Source, parse_split, resolve_source, split_indices
 from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, default_cache, uses_chat_template
@@ -33,67 +34,50 @@ DATA_CLASSES: dict[str, type[Data]] = {"sft": SFTData, "reward": PairData, "ppo"
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where rows come from, how they are split over the steps, and how they become tokens."""
+class DataConfig(Settings, may_change=True):
+    """Where rows come from, how the steps share them, and how they become tokens."""
 
-    data_path: tuple[str, ...] = field(
-        (),
-        "training data: JSON, JSONL, CSV or Parquet file, folder of such, Hugging Face data set (name, name:config or "
-        "save_to_disk folder), or 'demo'; several are joined",
-    )
-    data_split: str = field(
-        "",
-        "shares of the training rows for sft,reward,ppo such as 2,4,4, without overlap; dpo takes those of reward and "
-        "ppo together; empty: each step uses all",
-    )
-    eval_data_path: tuple[str, ...] = field(
-        (), "evaluation data; default: the eval, validation or test split of the data, else rows held out"
-    )
-    eval_fraction: float = field(0.05, "share of the rows held out for evaluation where the data has no such split")
-    prompt_field: str = field("prompt", "name of the field with the prompt: text, or a list of role/content messages")
-    chosen_field: str = field("chosen", "name of the field with the preferred response (sft learns it)")
-    rejected_field: str = field("rejected", "name of the field with the other response")
-    reward_columns: tuple[str, ...] = field(
-        (),
-        "further fields of the rows that reward functions get (ppo); those that a function cannot do without, such as "
-        "answer for number_match, are read in any case",
-    )
-    prompt_template: str = field(
-        DEFAULT_TEMPLATE,
-        "text around prompt and response, or 'raw' to join them as they are; the default gives way to the tokenizer's "
-        "chat template where it has one",
-    )
-    max_length: int = field(512, "longest prompt + response in tokens (sft, reward and dpo)", aliases=("max_seq_len",))
-    max_prompt_seq_len: int = field(256, "longest prompt in tokens (ppo)")
-    long_prompts: str = field(
-        "truncate",
-        "what to do with rows that are too long: cut the prompt's beginning, or drop",
-        choices=("truncate", "drop"),
-    )
-    max_train_samples: int = field(0, "use at most so many training rows, a random choice; 0: all")
-    max_eval_samples: int = field(0, "use at most so many evaluation rows, a random choice; 0: all")
-    data_cache_dir: str = field("", "folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf")
-    seed: int = field(42, "seed of the data split and order, of initialisation, dropout and sampling")
+    data_path: tuple[str, ...] = ()
+    """Training data: a JSON, JSONL, CSV or Parquet file, a folder of such files, a Hugging Face data set (name,
+    name:config or save_to_disk folder), or 'demo'. Several are joined."""
+    data_split: str = ""
+    """Shares of the training rows for sft,reward,ppo, such as 2,4,4; dpo takes those of reward and ppo. Empty: each step
+    uses all rows."""
+    eval_data_path: tuple[str, ...] = ()
+    """Evaluation data; default: the data's own eval, validation or test split, else rows held out."""
+    eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
+    """Share of the rows held out for evaluation when the data has no such split."""
+    prompt_field: str = "prompt"
+    """Field with the prompt: text, or a list of role/content messages."""
+    chosen_field: str = "chosen"
+    """Field with the preferred response, which sft learns."""
+    rejected_field: str = "rejected"
+    """Field with the other response."""
+    reward_columns: tuple[str, ...] = ()
+    """Further fields that reward functions receive. Fields that a function requires are read in any case."""
+    prompt_template: str = DEFAULT_TEMPLATE
+    """Text around prompt and response, or 'raw' to join them. The tokenizer's chat template replaces the default."""
+    max_length: Annotated[int, Ge(2), alias("max_seq_len")] = 512
+    """Longest prompt + response in tokens (sft, reward, dpo)."""
+    max_prompt_seq_len: PositiveInt = 256
+    """Longest prompt in tokens (ppo and its relatives)."""
+    long_prompts: Literal["truncate", "drop"] = "truncate"
+    """Cut the beginning of a prompt that is too long, or drop the row."""
+    max_train_samples: NonNegativeInt = 0
+    """Use at most this many training rows, chosen at random; 0: all."""
+    max_eval_samples: NonNegativeInt = 0
+    """Use at most this many evaluation rows, chosen at random; 0: all."""
+    data_cache_dir: str = ""
+    """Folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    seed: Lasting[NonNegativeInt] = 42
+    """Seed of the data split and order, of initialisation, dropout and sampling."""
 
-    def __post_init__(self):
+    def check(self) -> None:
         for name in ("data_path", "eval_data_path", "reward_columns"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value or ())))
         parse_split(self.data_split)
         check_template(self.prompt_template)
-        if not 0 < self.eval_fraction < 1:
-            raise InputError(f"eval_fraction {self.eval_fraction}: must be more than 0 and less than 1")
-        for name, least in (("max_length", 2), ("max_prompt_seq_len", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} {getattr(self, name)}: must be at least {least}")
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)}: must be 0 (all rows) or more")
-        if self.long_prompts not in ("truncate", "drop"):
-            raise InputError(f"long_prompts '{self.long_prompts}': must be truncate or drop")
-        super_post_init = getattr(super(), "__post_init__", None)
-        if super_post_init is not None:
-            super_post_init()
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -10,8 +10,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:  # transformers is imported where it is used
+    Tokenizer = object
 
 DEFAULT_TEMPLATE = "Human: {prompt} Assistant: {response}"
 RAW = "raw"

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxrlhf.config import field, to_dict
+from jaxrlhf.config import PositiveInt, Settings, to_dict
 from jaxrlhf.distributed.lifeline import Lifeline, Relay, join, split_address
 from jaxrlhf.errors import InputError
 
@@ -39,34 +39,27 @@ _lifeline: Lifeline | None = None
 
 
 @dataclass(frozen=True)
-class ProcessConfig:
-    """Several processes. Slurm, Open MPI, indexed Kubernetes Jobs and TPU pods are detected; elsewhere each process
-    gets the first three."""
+class ProcessConfig(Settings, may_change=True):
+    """Several processes. Slurm, Open MPI, indexed Kubernetes Jobs and TPU pods are detected; elsewhere give each
+    process the first three."""
 
-    coordinator_address: str | None = field(
-        None, "HOST:PORT of process 0, which listens there; default: $JAX_COORDINATOR_ADDRESS"
-    )
-    num_processes: int | None = field(
-        None, "number of processes of this run; 1: no others, whatever is detected; default: $JAX_NUM_PROCESSES"
-    )
-    process_id: int | None = field(None, "which of them this is, from 0; default: $JAX_PROCESS_ID")
-    local_device_ids: tuple[int, ...] = field(
-        (),
-        "GPUs of this machine that this process uses; default: $JAX_LOCAL_DEVICE_IDS, else under Slurm and Open MPI "
-        "the one with the task's local number, elsewhere all",
-    )
-    initialization_timeout: int = field(300, "seconds to wait for the other processes at the start")
-    heartbeat_timeout: int = field(30, "seconds of silence after which a process counts as gone, and the run stops")
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, which listens there; default: $JAX_COORDINATOR_ADDRESS."""
+    num_processes: int | None = None
+    """Number of processes of this run; 1 ignores a detected cluster; default: $JAX_NUM_PROCESSES."""
+    process_id: int | None = None
+    """Number of this process, from 0; default: $JAX_PROCESS_ID."""
+    local_device_ids: tuple[int, ...] = ()
+    """GPUs of this machine that this process uses; default: $JAX_LOCAL_DEVICE_IDS, else one per task under Slurm and
+    Open MPI, else all."""
+    initialization_timeout: PositiveInt = 300
+    """Seconds to wait for the other processes at the start."""
+    heartbeat_timeout: PositiveInt = 30
+    """Seconds of silence after which a process counts as lost and the run stops."""
 
-    def __post_init__(self) -> None:
-        for name in ("initialization_timeout", "heartbeat_timeout"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1 second")
+    def check(self) -> None:
         if self.coordinator_address is not None:
             split_address(self.coordinator_address)
-        following = getattr(super(), "__post_init__", None)
-        if following is not None:
-            following()
 
 
 def _from_environment(name: str) -> int | None:
@@ -121,9 +114,7 @@ def initialize(config: Any = None, **options: Any) -> bool:
     one process ends all (see `fail`), and a normal end waits for the others.
     """
     global _lifeline
-    names = [f.name for f in dataclasses.fields(ProcessConfig)]
-    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    wanted = ProcessConfig(**(given | options))
+    wanted = dataclasses.replace(getattr(config, "process", None) or ProcessConfig(), **options)
     if jax.distributed.is_initialized():
         check_same("settings", _facts(config))
         return True
@@ -158,9 +149,9 @@ def initialize(config: Any = None, **options: Any) -> bool:
 
 
 def joined(config: Config) -> Config:
-    """`initialize(config)`; returns the config without what says how processes connect, as `config.yaml` keeps it."""
+    """Calls `initialize(config)`; returns the config without how processes connect, as `config.yaml` keeps it."""
     initialize(config)
-    return dataclasses.replace(config, **{f.name: f.default for f in dataclasses.fields(ProcessConfig)})
+    return dataclasses.replace(config, process=ProcessConfig())
 
 
 def is_primary() -> bool:

@@ -2,6 +2,6 @@
 
 from jaxrlhf.engine.generation import Rollout, generate
 from jaxrlhf.engine.hybrid import HybridEngine
-from jaxrlhf.engine.sampling import SamplingConfig
+from jaxrlhf.engine.sampling import GenerationConfig, SamplingConfig
 
-__all__ = ["HybridEngine", "Rollout", "SamplingConfig", "generate"]
+__all__ = ["GenerationConfig", "HybridEngine", "Rollout", "SamplingConfig", "generate"]

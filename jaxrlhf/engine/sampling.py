@@ -2,56 +2,66 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.config import (
+    Derived,
+    Gt,
+    Le,
+    MayChange,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Settings,
+    alias,
+)
 from jaxrlhf.errors import InputError
 
 _EXCLUDED = -1e30
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How responses are drawn. Hashable: each distinct value compiles its own generate program."""
+class SamplingConfig(Settings):
+    """How responses are sampled. Hashable: each distinct value compiles its own generate program."""
 
-    max_new_tokens: int = 256
-    """Longest response, EOS included."""
-    temperature: float = 1.0
-    """Divides the logits; 0 means greedy."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of most likely tokens whose probability reaches p."""
-    eos_token_id: int | tuple[int, ...] | None = None
+    max_new_tokens: Annotated[PositiveInt, alias("max_answer_seq_len", "response_length")] = 256
+    """Longest response in tokens, EOS included."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature, which divides the logits; log-probs are taken at the same one; 0: greedy."""
+    top_k: NonNegativeInt = 0
+    """Sample among the k most likely tokens; 0: all."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Sample among the most likely tokens that together reach this probability."""
+    eos_token_id: Derived[int | tuple[int, ...] | None] = None
     """A row ends after one of these; None: every response has max_new_tokens tokens."""
-    pad_token_id: int = 0
+    pad_token_id: Derived[int] = 0
     """Fills finished rows; the mask, not this id, says where a response ends."""
-    min_new_tokens: int = 0
-    """EOS cannot be drawn, and no stop sequence ends a row, before this many tokens."""
-    repetition_penalty: float = 1.0
-    """Logits of tokens seen in prompt or response are divided by it where positive, else multiplied; 1 is off."""
-    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    min_new_tokens: Annotated[NonNegativeInt, alias("min_answer_seq_len")] = 0
+    """Fewest tokens of a response: EOS is not sampled, and no stop string ends a response, before them."""
+    repetition_penalty: Positive = 1.0
+    """Divides positive logits of tokens seen in prompt or response, multiplies negative ones; log-probs are taken
+    without it; 1: off."""
+    stop_sequences: Derived[tuple[tuple[int, ...], ...]] = ()
     """A row ends once its response ends with one of these token sequences, which stays in the response."""
-    samples_per_prompt: int = 1
-    """n responses per prompt from one prefill; the rollout's rows are prompt-major, `[B·n, …]`."""
+    samples_per_prompt: Annotated[PositiveInt, alias("num_generations", "rloo_k", "n")] = 1
+    """Responses to each prompt, from one prefill: the groups of grpo and rloo. Rows are prompt-major, `[B·n, …]`."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response, matched as the tokens that the tokenizer makes of each alone (chat: as text)."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         object.__setattr__(self, "stop_sequences", tuple(tuple(int(i) for i in ids) for ids in self.stop_sequences))
-        for name, ok, allowed in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or positive"),
-            ("top_k", self.top_k >= 0, "0 (off) or positive"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive (1 is off)"),
-            ("stop_sequences", all(self.stop_sequences), "free of empty sequences"),
-            ("samples_per_prompt", self.samples_per_prompt >= 1, "at least 1"),
-            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
-        ):
-            if not ok:
-                raise InputError(f"sampling: {name}={getattr(self, name)} must be {allowed}")
+        if not all(self.stop_sequences) or not all(self.stop_strings):
+            raise InputError(f"stop_strings={list(self.stop_strings)} must hold no empty text or sequence")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InputError(
+                f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"
+            )
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -74,6 +84,18 @@ class SamplingConfig:
     def logprob_temperature(self) -> float:
         """The temperature of the distribution whose log-probs are reported and trained; 1 when greedy."""
         return self.temperature or 1.0
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Settings):
+    """How the generate program holds its rows."""
+
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Type of cached keys and values: int8 and fp8 (float8_e4m3fn) with a scale per head and token take half the memory
+    and traffic of bfloat16 and round what attention reads; auto: the compute dtype."""
+    generation_slots: MayChange[NonNegativeInt] = 0
+    """Continuous batching: responses in progress at a time; one that ends makes room for the next prompt. 0: all at
+    once."""
 
 
 def truncate_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:

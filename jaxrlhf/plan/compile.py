@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from jaxrlhf.config import from_dict, to_dict
+from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.programs import PROGRAMS, build_system, lower, offloaded_arguments, topology_devices
@@ -124,7 +124,7 @@ def read_outcome(program: str, status: int, output: str, log: str, seconds: floa
 
 def main(program: str) -> None:
     """Compile in this process: settings as JSON on standard input, sizes as JSON on standard output."""
-    config = from_dict(PlanConfig, json.load(sys.stdin))
+    config = PlanConfig.create(**json.load(sys.stdin))
     system = build_system(config, topology_devices(config.accelerator, config.shape, config.devices))
     memory = lower(system, program).compile().memory_analysis()
     assert memory is not None

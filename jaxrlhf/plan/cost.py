@@ -61,7 +61,7 @@ def _passes(system: System, name: str, rows: float, forwards: int, backwards: in
     """`forwards` and `backwards` through a model by the train rules, on a device with `rows` rows of the batch."""
     module, length = system.modules[name], system.length
     c, tensor, fsdp = module.config, system.tensor, system.mesh.shape["fsdp"]
-    once = forward(module, rows, length, length, system.config.max_answer_seq_len, padded=True) * (1 / tensor)
+    once = forward(module, rows, length, length, system.config.sampling.max_new_tokens, padded=True) * (1 / tensor)
     stream = rows * length * c.hidden_size * itemsize(module)
     scores = 4 * rows * c.num_heads / tensor * length * length
     activations = Cost(bytes=c.num_layers * (ACTIVATION_PASSES * stream + 4 * scores))
@@ -92,7 +92,7 @@ def _generate(system: System, links: Links) -> dict[str, Cost]:
     """Phases of the generate program: the reshard, the prefill, and all steps of decoding."""
     config, module, params = system.config, system.modules["actor"].clone(lora=None), system.trees["actor"]
     c, tensor = module.config, system.generate_tensor
-    rows, prompt = system.generate_rows * tensor / system.mesh.size, config.max_prompt_seq_len
+    rows, prompt = system.generate_rows * tensor / system.mesh.size, config.data.max_prompt_seq_len
     view = generation_view_bytes(system)
     arriving = max(0, view - _elements(params) * itemsize(module))
     groups = max(1, system.mesh.shape["fsdp"] * system.tensor // tensor)
@@ -106,9 +106,9 @@ def _generate(system: System, links: Links) -> dict[str, Cost]:
         )
 
     prefill = step(prompt, prompt, ACTIVATION_PASSES * rows * prompt * c.hidden_size * itemsize(module) * c.num_layers)
-    decode = step(1, system.length, cache_bytes(system)) * (config.max_answer_seq_len - 1)
+    decode = step(1, system.length, cache_bytes(system)) * (config.sampling.max_new_tokens - 1)
     phases = {"flip": reshard, "prefill": prefill, "decode": decode}
-    return {name: cost * config.generation_batches for name, cost in phases.items()}
+    return {name: cost * config.rollout.generation_batches for name, cost in phases.items()}
 
 
 def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
@@ -118,9 +118,11 @@ def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
     models = ("actor", "critic", "reference", "reward")
     score = [_passes(system, name, rows, 1, 0, links) for name in models]
     score += [Cost(host=tree_bytes(system.trees[name])) for name in models if name in system.on_host]
-    forwards = 2 if config.remat == "full" else 1
-    updates = config.num_mini_batches * config.ppo_epochs
-    train = [_passes(system, name, rows, forwards, 1, links) * config.ppo_epochs for name in ("actor", "critic")]
+    forwards = 2 if config.run.remat == "full" else 1
+    updates = config.algorithm.num_mini_batches * config.algorithm.ppo_epochs
+    train = [
+        _passes(system, name, rows, forwards, 1, links) * config.algorithm.ppo_epochs for name in ("actor", "critic")
+    ]
     train += [_update(system, name, links) * updates for name in ("actor", "critic")]
     return _generate(system, links) | {"score": total(score), "train": total(train)}
 
@@ -145,12 +147,12 @@ class RunCost:
 
 def run_cost(system: System, config: PlanConfig) -> RunCost:
     """Roofline time and price of the run; float32 arithmetic runs at half the bfloat16 peak."""
-    single = jnp.dtype(system.config.compute_dtype).itemsize > 2
+    single = jnp.dtype(system.config.mesh.compute_dtype).itemsize > 2
     peaks = config.accelerator.peaks(0.5 if single else 1.0)
     phases = iteration_cost(system, config.accelerator)
     seconds = {name: phase.seconds(peaks) / config.roofline_share for name, phase in phases.items()}
     iteration = sum(seconds.values())
-    iterations = math.ceil(config.train_rows * config.num_train_epochs / system.rows)
+    iterations = math.ceil(config.train_rows * config.ppo.run.num_train_epochs / system.rows)
     hours = iterations * iteration / 3600
     return RunCost(
         phases=phases,

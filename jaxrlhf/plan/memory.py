@@ -238,7 +238,7 @@ def _layout_copies(system: System) -> int:
 def _head_scratch(system: System, name: str, rows: int, backward: bool) -> dict[str, int]:
     """Blocks of token log-probs: of the logits and what is made of them, and of the head where it is gathered."""
     module = system.modules[name]
-    c, tokens = module.config, rows * min(system.length, system.config.max_answer_seq_len)
+    c, tokens = module.config, rows * min(system.length, system.config.sampling.max_new_tokens)
     vocab, gathered = c.padded_vocab_size // system.tensor, _gathers(system, name)
     blocks = (gathered_blocks if gathered else logprob_blocks)(tokens, vocab)
     held = itemsize(module) + (4 if backward else 0)
@@ -288,7 +288,7 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
 
 
 def _micro_rows(system: System) -> int:
-    parts = system.config.num_mini_batches * system.config.gradient_accumulation_steps
+    parts = system.config.algorithm.num_mini_batches * system.config.run.gradient_accumulation_steps
     return max(1, system.rows // parts // system.batch_devices)
 
 
@@ -316,14 +316,14 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     rows, config, factors = _micro_rows(system), system.config, scratch_of(platform)
     names = ("actor", "actor_optimizer", "critic", "critic_optimizer", "ema")
     arguments = _on_device(system, platform, names) | {"batch": tree_bytes(experience(system), platform)}
-    shape = rows, system.length, config.max_answer_seq_len
+    shape = rows, system.length, config.sampling.max_new_tokens
     kept = [residual_bytes(system.modules[name], *shape, system.tensor) for name in TRAINED]
-    loops = config.gradient_accumulation_steps > 1
+    loops = config.run.gradient_accumulation_steps > 1
     backward = {
         "gradient layout copies": _layout_copies(system) if factors.layout_copies and not loops else 0,
         "working copies": max(_working_copy(system, name, system.trees[name], True) for name in TRAINED),
         # Both forward passes come before the backward passes, unless these run in a loop that recomputes.
-        "activations": sum(kept) if config.remat == "none" else max(kept),
+        "activations": sum(kept) if config.run.remat == "none" else max(kept),
         **_largest(*(_pass_scratch(system, name, rows, True, platform) for name in TRAINED)),
     }
     brought = {
@@ -371,7 +371,8 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     """Memory of `generate`: at the reshard, during the prefill, or at the end of decoding, whichever needs most."""
     module = system.modules["actor"]
     c, tensor, size = module.config, system.generate_tensor, itemsize(module)
-    rows, prompt = max(1, system.generate_rows * tensor // system.generate_mesh.size), system.config.max_prompt_seq_len
+    rows = max(1, system.generate_rows * tensor // system.generate_mesh.size)
+    prompt = system.config.data.max_prompt_seq_len
     tokens = rows * prompt
     activations = tokens * c.hidden_size * (4 + 3 * size) + tokens * c.intermediate_size // tensor * 2 * size
     activations += int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + size / 4))

@@ -30,7 +30,7 @@ from jaxrlhf.models import (
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.rl import Experience, PPOState, ppo_step, score_rollout
-from jaxrlhf.rl.build import ABSTRACT, RunModels, build_models
+from jaxrlhf.rl.build import ABSTRACT, FrozenModels, build_models
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.sharding import (
     GENERATE_RULES,
@@ -85,29 +85,30 @@ class System:
     config: PPOConfig
     mesh: Mesh
     generate_mesh: Mesh
-    models: RunModels
+    state: PPOState
+    frozen: FrozenModels
 
     @cached_property
     def modules(self) -> dict[str, Decoder]:
         """Modules of `actor`, `critic`, `reference` and `reward`."""
-        models = self.models
+        reward = self.frozen.reward
         return {
-            "actor": models.state.actor,
-            "critic": cast(Decoder, models.state.critic),
-            "reference": models.reference.module,
-            **({"reward": models.reward.module} if models.reward else {}),
+            "actor": self.state.actor,
+            "critic": cast(Decoder, self.state.critic),
+            "reference": self.frozen.reference.module,
+            **({"reward": reward.module} if reward else {}),
         }
 
     @cached_property
     def trees(self) -> dict[str, PyTree]:
         """Trees that lie on the devices, or wait in host memory (`on_host`); those without arrays are left out."""
-        state, reward = self.models.state, self.models.reward
+        state, reward = self.state, self.frozen.reward
         trees = {
             "actor": state.actor_params,
             "actor_optimizer": state.actor_opt_state,
             "critic": state.critic_params,
             "critic_optimizer": state.critic_opt_state,
-            "reference": self.models.reference.own,
+            "reference": self.frozen.reference.own,
             "reward": reward and reward.own,
             "ema": state.ema_params,
         }
@@ -117,9 +118,9 @@ class System:
     def on_host(self) -> frozenset[str]:
         """Names of the trees that lie in host memory between uses."""
         c = self.config
-        names = {"actor_optimizer", "critic_optimizer"} if c.offload_optimizer else set()
-        names |= {"reference"} if c.offload_reference_model else set()
-        names |= {"reward"} if c.offload_reward_model else set()
+        names = {"actor_optimizer", "critic_optimizer"} if c.run.offload_optimizer else set()
+        names |= {"reference"} if c.frozen.offload_reference_model else set()
+        names |= {"reward"} if c.frozen.offload_reward_model else set()
         return frozenset(names & self.trees.keys())
 
     @property
@@ -135,12 +136,12 @@ class System:
     @property
     def generate_rows(self) -> int:
         """Rows of one call of the generate program, on all devices."""
-        return self.rows // self.config.generation_batches
+        return self.rows // self.config.rollout.generation_batches
 
     @property
     def length(self) -> int:
         """Tokens of a prompt and its response."""
-        return self.config.max_prompt_seq_len + self.config.max_answer_seq_len
+        return self.config.data.max_prompt_seq_len + self.config.sampling.max_new_tokens
 
     @property
     def tensor(self) -> int:
@@ -158,10 +159,7 @@ class System:
 
     def read_params(self, name: str) -> PyTree:
         """All parameters of the reference or reward model, with the base that it shares."""
-        models = self.models
-        if name == "reference":
-            return models.reference.params(models.state.actor_params)
-        return models.reward and models.reward.params(models.state.critic_params)
+        return getattr(self.frozen.with_trained(self.state), name).params
 
     def waiting(self, name: str) -> PyTree:
         """A tree where it waits between uses; counters stay on the device, as in `optimizer_shardings`."""
@@ -185,13 +183,13 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     Raises:
         InputError: RLHFEngine would refuse the models or the mesh.
     """
-    ppo = config.ppo
+    ppo = config.planned
     devices = absent_devices(config.accelerator, config.devices) if devices is None else devices
-    mesh = make_mesh(ppo.mesh_data, ppo.mesh_fsdp, ppo.mesh_tensor, devices=devices)
+    mesh = make_mesh(ppo.mesh.mesh_data, ppo.mesh.mesh_fsdp, ppo.mesh.mesh_tensor, devices=devices)
     actor, reward = model_config(config.actor), model_config(config.reward)
     for name, shape in (("actor", actor), ("reward", reward)):
-        longest = ppo.max_prompt_seq_len + ppo.max_answer_seq_len
-        check_context(shape, longest, f"max_prompt_seq_len + max_answer_seq_len for {name}={getattr(config, name)}")
+        longest = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens
+        check_context(shape, longest, f"max_prompt_seq_len + max_new_tokens for {name}={getattr(config, name)}")
     if actor.vocab_size != reward.vocab_size:
         raise InputError(
             f"actor={config.actor} has a vocabulary of {actor.vocab_size} tokens and reward={config.reward} one of "
@@ -199,17 +197,18 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
         )
 
     def model(shape: DecoderConfig, head: str, stage: int, kv_cache_dtype: str = "auto") -> Model:
-        dtype, remat = ppo.compute_dtype, ppo.remat
+        dtype, remat = ppo.mesh.compute_dtype, ppo.run.remat
         module = Decoder(shape, head, dtype, remat, zero_stage=stage, kv_cache_dtype=kv_cache_dtype)
         return Model(module, param_shapes(module), shape)
 
-    stage = ppo.zero_stage
-    value = model(reward, "scalar", stage if ppo.critic_zero_stage is None else ppo.critic_zero_stage)
-    models = build_models(ppo, mesh, model(actor, "lm", stage, ppo.kv_cache_dtype), value, value, 1, ABSTRACT)
-    group = ppo.generate_tensor_parallel or default_tensor_parallel(mesh, actor.num_heads)
+    stage = ppo.compute.zero_stage
+    value = model(reward, "scalar", stage if ppo.critic.critic_zero_stage is None else ppo.critic.critic_zero_stage)
+    policy = model(actor, "lm", stage, ppo.generation.kv_cache_dtype)
+    state, frozen = build_models(ppo, mesh, policy, value, value, 1, ABSTRACT)
+    group = ppo.rollout.generate_tensor_parallel or default_tensor_parallel(mesh, actor.num_heads)
     check_tensor_parallel(group, actor.num_heads)
     ppo.check_pieces(ppo.rollout_rows(batch_devices(mesh)))
-    return System(ppo, mesh, generate_mesh(mesh, group), models)
+    return System(ppo, mesh, generate_mesh(mesh, group), state, frozen)
 
 
 def local_shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
@@ -253,7 +252,7 @@ def _batch(system: System, columns: int, kinds: dict[str, Any], rules: Rules, ro
 def prompt_batch(system: System) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Arguments of the generate program besides the parameters: prompts, their mask, sample numbers."""
     kinds = {"prompt_ids": jnp.int32, "prompt_mask": bool, "sample_index": (jnp.int32,)}
-    columns = system.config.max_prompt_seq_len
+    columns = system.config.data.max_prompt_seq_len
     return tuple(_batch(system, columns, kinds, GENERATE_RULES, system.generate_rows).values())
 
 
@@ -261,7 +260,7 @@ def rollout(system: System, rows: int) -> Rollout:
     """Result of the generate program for `rows` rows."""
     kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "logprobs": jnp.float32}
     arrays = _batch(system, system.length, kinds, GENERATE_RULES, rows)
-    return Rollout(**arrays, prompt_length=system.config.max_prompt_seq_len)
+    return Rollout(**arrays, prompt_length=system.config.data.max_prompt_seq_len)
 
 
 def experience(system: System) -> Experience:
@@ -269,13 +268,13 @@ def experience(system: System) -> Experience:
     kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "scores": (jnp.float32,), "ended": (bool,)}
     kinds |= dict.fromkeys(("logprobs", "ref_logprobs", "values", "sampler_logprobs", "entropy"), jnp.float32)
     arrays = _batch(system, system.length, kinds, TRAIN_RULES, system.rows)
-    return Experience(**arrays, longest=system.config.max_answer_seq_len)
+    return Experience(**arrays, longest=system.config.sampling.max_new_tokens)
 
 
 def ppo_state(system: System) -> PPOState:
     """The state, its optimizer moments where they wait."""
     moments = {f"{name}_opt_state": system.waiting(f"{name}_optimizer") for name in ("actor", "critic")}
-    return dataclasses.replace(system.models.state, **moments)
+    return dataclasses.replace(system.state, **moments)
 
 
 READ_FROM_HOST = {"generate": (), "score": ("reference", "reward"), "train": ("actor_optimizer", "critic_optimizer")}
@@ -290,7 +289,7 @@ def offloaded_arguments(system: System, program: str) -> int:
 def sampling(system: System) -> SamplingConfig:
     """Sampling with the actor's EOS."""
     eos = system.modules["actor"].config.eos_token_id
-    return system.config.sampling(0 if eos is None else eos, 0)
+    return dataclasses.replace(system.config.sampling, eos_token_id=0 if eos is None else eos)
 
 
 def _lower_generate(system: System) -> jax.stages.Lowered:
@@ -301,13 +300,11 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
 
 
 def _lower_score(system: System) -> jax.stages.Lowered:
-    frozen = (
-        system.waiting(name) if name in system.on_host else system.read_params(name) for name in ("reference", "reward")
-    )
-    state = system.models.state
-    static = {"hyperparameters": state.hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
-    params = (state.actor_params, state.critic_params, *frozen)
-    return cast(Any, score_rollout).lower(rollout(system, system.rows), *params, **system.modules, **static)
+    models = system.frozen.with_trained(system.state)
+    frozen = {name: getattr(models, name) for name in ("reference", "reward") if name in system.on_host}
+    models = models.replace(**{name: model.replace(params=system.waiting(name)) for name, model in frozen.items()})
+    static = {"hyperparameters": system.state.hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
+    return cast(Any, score_rollout).lower(rollout(system, system.rows), models, **static)
 
 
 def _lower_train(system: System) -> jax.stages.Lowered:

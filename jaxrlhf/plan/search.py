@@ -1,6 +1,5 @@
 """The nearest setting that fits: changes in order of what they cost, the fewest of them that suffice."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,15 +53,15 @@ def _fits(config: PlanConfig) -> bool:
 
 def _smaller_micro_batches(c: PlanConfig) -> PlanConfig | None:
     """The same rollout batch in micro-batches of one row."""
-    rows = c.per_device_train_batch_size
-    steps = rows * c.gradient_accumulation_steps
+    rows = c.value("per_device_train_batch_size")
+    steps = rows * c.value("gradient_accumulation_steps")
     return _changed(c, per_device_train_batch_size=1, gradient_accumulation_steps=steps) if rows > 1 else None
 
 
 def _pieces(c: PlanConfig) -> PlanConfig | None:
     """The rollout batch generated in pieces, as many as eight."""
     pieces = math.gcd(build_system(c).rows, 8)
-    return _changed(c, generation_batches=pieces) if pieces > c.generation_batches else None
+    return _changed(c, generation_batches=pieces) if pieces > c.value("generation_batches") else None
 
 
 def _wider_generation(c: PlanConfig) -> PlanConfig | None:
@@ -75,13 +74,11 @@ def _wider_generation(c: PlanConfig) -> PlanConfig | None:
 
 
 def _changed(c: PlanConfig, **values: object) -> PlanConfig | None:
-    return (
-        dataclasses.replace(c, **values) if any(getattr(c, name) != value for name, value in values.items()) else None
-    )
+    return c.replace(**values) if any(c.value(name) != value for name, value in values.items()) else None
 
 
 def _remat(c: PlanConfig) -> PlanConfig | None:
-    return None if c.ppo.remat == "full" else _changed(c, remat_policy="full")
+    return None if c.planned.run.remat == "full" else _changed(c, remat_policy="full")
 
 
 def _full_sharding(c: PlanConfig) -> PlanConfig | None:
@@ -103,15 +100,15 @@ def _tensor_parallel(c: PlanConfig) -> PlanConfig | None:
     wanted = math.gcd(c.accelerator.devices_per_host, together, *sizes)
     if wanted <= system.tensor:
         return None
-    fsdp = c.mesh_fsdp if c.mesh_fsdp == -1 else together // wanted
-    steps = c.gradient_accumulation_steps * (wanted // system.tensor)
+    fsdp = c.value("mesh_fsdp") if c.value("mesh_fsdp") == -1 else together // wanted
+    steps = c.value("gradient_accumulation_steps") * (wanted // system.tensor)
     return _changed(c, mesh_tensor=wanted, mesh_fsdp=fsdp, gradient_accumulation_steps=steps)
 
 
 def _offload_frozen(c: PlanConfig) -> PlanConfig | None:
     if not c.accelerator.pinned_host:
         return None
-    return _changed(c, offload_reference_model=not c.lora_r, offload_reward_model=not c.critic_lora_r)
+    return _changed(c, offload_reference_model=not c.value("lora_r"), offload_reward_model=not c.value("critic_lora_r"))
 
 
 def _offload_optimizer(c: PlanConfig) -> PlanConfig | None:
@@ -120,7 +117,7 @@ def _offload_optimizer(c: PlanConfig) -> PlanConfig | None:
 
 def _lora(c: PlanConfig) -> PlanConfig | None:
     shared = {"offload_reference_model": False, "reference_zero_stage": None}
-    return None if c.lora_r else _changed(c, lora_r=LORA_RANK, **shared)
+    return None if c.value("lora_r") else _changed(c, lora_r=LORA_RANK, **shared)
 
 
 def _fewer_rows(c: PlanConfig) -> PlanConfig | None:
@@ -148,10 +145,9 @@ OTHER_TRAINING = (_fewer_rows, _lora)
 def flags_between(old: PlanConfig, new: PlanConfig) -> str:
     """The flags that turn one setting into another."""
     words = []
-    for f in dataclasses.fields(PlanConfig):
-        before, after = getattr(old, f.name), getattr(new, f.name)
-        if before != after:
-            words.append(f"--{f.name} {str(after).lower() if isinstance(after, bool | None) else after}")
+    for name, after in new.items():
+        if old.value(name) != after:
+            words.append(f"--{name} {str(after).lower() if isinstance(after, bool | None) else after}")
     return " ".join(words)
 
 
@@ -188,11 +184,11 @@ def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
 def _shared_out(config: PlanConfig, devices: int) -> dict[str, int]:
     """Batch settings that keep the rollout batch on more devices, as far as it divides."""
     times = devices // config.devices
-    steps = math.gcd(times, config.gradient_accumulation_steps)
-    rows = math.gcd(times // steps, config.per_device_train_batch_size)
+    steps = math.gcd(times, config.value("gradient_accumulation_steps"))
+    rows = math.gcd(times // steps, config.value("per_device_train_batch_size"))
     return {
-        "gradient_accumulation_steps": config.gradient_accumulation_steps // steps,
-        "per_device_train_batch_size": config.per_device_train_batch_size // rows,
+        "gradient_accumulation_steps": config.value("gradient_accumulation_steps") // steps,
+        "per_device_train_batch_size": config.value("per_device_train_batch_size") // rows,
     }
 
 
@@ -206,7 +202,7 @@ def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
         count *= 2
         hosts = {"devices_per_host": None} if config.devices < device.devices_per_host else {}
         try:
-            larger = dataclasses.replace(config, devices=count, **free, **hosts, **_shared_out(config, count))
+            larger = config.replace(devices=count, **free, **hosts, **_shared_out(config, count))
         except InputError:  # there is no slice of that size
             continue
         for chosen in (alike[:number] for number in range(len(alike) + 1)):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config.values import Plain, convert
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.verifiable import BUILT_IN, OPTION_CHECKS, REFERENCE_CHECKS
 
@@ -176,7 +175,11 @@ def _option(spec: Any, key: str, value: str, function: Callable[..., Any], param
             hint = None
         members = set(typing.get_args(hint)) - {type(None)} or {hint}
         kind = hint if members <= kinds else kind
-    return convert(Plain(value), kind, None, f"reward function {spec!r}: option {key}")
+    for k in (int, float, str):
+        try:
+            return k(value)
+        except ValueError:
+            continue
 
 
 def import_function(path: str) -> Callable[..., Any]:

@@ -3,31 +3,28 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from jaxrlhf.config import field
+from jaxrlhf.config import FromYaml, Gt, Lt, Settings
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.functions import check_spec, read_specs
 from jaxrlhf.rewards.scoring import Rewards
 
 
 @dataclass(frozen=True)
-class RewardFunctionOptions:
-    """Rewards from functions, beside the reward model's or in its place."""
+class RewardsConfig(Settings):
+    """Rewards from functions, beside the reward model or in its place."""
 
-    reward_functions: tuple[str, ...] = field(
-        (),
-        "functions (prompts, responses, **columns) -> one number per response: package.module:function, "
-        "path/to/file.py:function, or the built-in exact_match, number_match, regex and length; options follow after "
-        "colons, as in number_match:column=answer or length:target=200",
-        read=read_specs,
-    )
-    reward_weights: tuple[float, ...] = field(
-        (), "weight of each reward function in the score; 0: only watched; default: 1 each"
-    )
-    reward_model_weight: float = field(1.0, "weight of the reward model in the score, beside reward functions; 0: none")
+    reward_functions: Annotated[tuple[str, ...], FromYaml(read_specs)] = ()
+    """Functions (prompts, responses, **columns) that return one number per response: package.module:function,
+    path/to/file.py:function, or the built-in exact_match, number_match, regex and length. Options follow after colons,
+    as in number_match:column=answer."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward function in the score; 0 only logs it; default: 1 each."""
+    reward_model_weight: Annotated[float, Gt(-math.inf), Lt(math.inf)] = 1.0
+    """Weight of the reward model in the score, beside reward functions."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("reward_functions", "reward_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for spec in self.reward_functions:
@@ -36,19 +33,19 @@ class RewardFunctionOptions:
         given, functions = len(self.reward_weights), len(self.reward_functions)
         if given and given != functions:
             raise InputError(
-                f"reward_weights: {given} weights for {functions} reward_functions; give one each, or none"
+                f"reward_weights has {given} weights for {functions} reward_functions; give one each, or none"
             )
-        for weight in (*self.reward_weights, self.reward_model_weight):
-            if not math.isfinite(weight):
-                raise InputError(f"reward_weights and reward_model_weight must be finite numbers, found {weight}")
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise InputError(f"reward_weights={list(self.reward_weights)} must be finite numbers")
         if not any((self.reward_model_weight, *(self.reward_weights or (1.0,) * functions))):
             raise InputError(
                 "reward_model_weight=0 and no reward function with a weight: nothing scores the responses; name "
                 "reward_functions, or leave reward_model_weight at 1"
             )
-        following = getattr(super(), "__post_init__", None)
-        if following is not None:
-            following()
+        if self.reward_model_weight != 1 and not functions:
+            raise InputError(
+                f"reward_model_weight={self.reward_model_weight} requires reward_functions; give some, or leave it at 1"
+            )
 
     def rewards(self, say: Callable[[str], Any] = print) -> Rewards:
         """The functions, imported and ready; `say` gets what they print and what went wrong."""

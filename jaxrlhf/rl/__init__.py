@@ -6,23 +6,26 @@ program. GRPO, RLOO and REINFORCE++ are the same program with other advantages a
 Source: Ouyang et al. 2022 (arXiv 2203.02155), Yao et al. 2023 (arXiv 2308.01320).
 """
 
+from jaxrlhf.rl.algorithms import ALGORITHMS, Algorithm
 from jaxrlhf.rl.experience import (
     Experience,
+    RLModels,
     actor_logprobs,
     advantages_and_returns,
     critic_values,
     score_rollout,
     shaped_scores,
 )
-from jaxrlhf.rl.hyperparameters import ESTIMATORS, GROUP_ESTIMATORS, PPOHyperparameters
+from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.step import PPOState, ppo_step
 
 __all__ = [
-    "ESTIMATORS",
-    "GROUP_ESTIMATORS",
+    "ALGORITHMS",
+    "Algorithm",
     "Experience",
     "PPOHyperparameters",
     "PPOState",
+    "RLModels",
     "actor_logprobs",
     "advantages_and_returns",
     "critic_values",

@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import fmean, median
 
-from jaxrlhf.rl.config import PPOConfig
-
 WINDOW = 10  # steps that are averaged
 SILENCE = 50  # steps before the same alarm is said again
 
@@ -13,8 +11,8 @@ SILENCE = 50  # steps before the same alarm is said again
 class Alarms:
     """Watches the metrics of every step; `say` gets a line when one of them is out of what healthy runs show."""
 
-    def __init__(self, say: Callable[[str], None], config: PPOConfig) -> None:
-        self.say, self.config = say, config
+    def __init__(self, say: Callable[[str], None], kl_target: float | None) -> None:
+        self.say, self.kl_target = say, kl_target
         self.history: dict[str, deque[float]] = {}
         self.best_score: float | None = None
         self.first_spread: float | None = None
@@ -67,7 +65,7 @@ class Alarms:
                 "not give. Usually top_k, top_p or a repetition penalty cut the distribution that is sampled, or the "
                 "sampler computes otherwise than training (sampling/logp_difference/mean)"
             )
-        bound = 3 * self.config.kl_target if self.config.kl_target else 0.5 * length
+        bound = 3 * self.kl_target if self.kl_target else 0.5 * length
         if kl > bound:
             return (
                 f"KL to the reference is {kl:.3g} nats per answer, above {bound:.3g}: the policy is far from where it "

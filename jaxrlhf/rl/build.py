@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxrlhf import objectives
+from jaxrlhf import keys, objectives
 from jaxrlhf.models import (
     Decoder,
     LoRAConfig,
@@ -28,8 +28,9 @@ from jaxrlhf.models import (
     split_trainable,
 )
 from jaxrlhf.models.lora import resolve_targets
-from jaxrlhf.rl import PPOState
 from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.experience import RLModels
+from jaxrlhf.rl.step import PPOState
 from jaxrlhf.sharding import offloaded, optimizer_shardings, place, replicated
 from jaxrlhf.trainers.gradients import init_optimizer
 from jaxrlhf.trainers.lora import LoRAOptions, with_adapters
@@ -119,19 +120,38 @@ class FrozenModel:
 
 
 @dataclass(frozen=True, eq=False)
-class RunModels:
-    """Everything that a run holds on its devices: the state that training replaces, and the frozen models."""
+class FrozenModels:
+    """The models of a run that are only read."""
 
-    state: PPOState
     reference: FrozenModel
     reward: FrozenModel | None
+    """None when nothing but reward functions scores."""
+
+    def with_trained(self, state: PPOState) -> RLModels:
+        """All models with the parameters that scoring reads: the state's, and those of the frozen models."""
+        critic = None if state.critic is None else model_of(state.critic, state.critic_params)
+        reward = None
+        if self.reward is not None:
+            base = None if critic is None else critic.params
+            reward = model_of(self.reward.module, self.reward.own if base is None else self.reward.params(base))
+        return RLModels(
+            actor=model_of(state.actor, state.actor_params),
+            reference=model_of(self.reference.module, self.reference.params(state.actor_params)),
+            critic=critic,
+            reward=reward,
+        )
+
+
+def model_of(module: Decoder, params: PyTree) -> Model:
+    """A module with its parameters."""
+    return Model(module=module, params=params, config=module.config)
 
 
 def updates_of(config: PPOConfig, iterations: int) -> tuple[int, int]:
     """Optimizer steps of (actor, critic) in a run of `iterations`; at least 1."""
-    per_iteration = config.ppo_epochs * config.num_mini_batches
+    per_iteration = config.algorithm.ppo_epochs * config.algorithm.num_mini_batches
     updates = max(1, iterations * per_iteration)
-    return max(1, updates - config.critic_only_steps * per_iteration), updates
+    return max(1, updates - config.algorithm.critic_only_steps * per_iteration), updates
 
 
 def build_models(
@@ -142,7 +162,7 @@ def build_models(
     reward: Model | None,
     iterations: int,
     arrays: Arrays = REAL,
-) -> RunModels:
+) -> tuple[PPOState, FrozenModels]:
     """Adapters, frozen copies, optimizers and the first state of a run.
 
     Args:
@@ -154,24 +174,27 @@ def build_models(
         iterations: Iterations of the run, which learning-rate schedules span.
         arrays: Operations on real or abstract arrays.
     """
-    keys = jax.random.split(jax.random.key(config.seed))
-    trained = arrays.adapted(actor, config, keys[0], config.lora_r, config.lora_target_modules)
+    seed, lora, of_critic, frozen = config.data.seed, config.lora, config.critic, config.frozen
+    key = keys.stream(seed, keys.Stream.ADAPTERS)
+    trained = arrays.adapted(actor, lora, key, lora.lora_r, lora.lora_target_modules)
     trained = _placed(arrays, trained, mesh)
     reference = _frozen(
-        config, mesh, arrays, actor.module, trained, config.reference_zero_stage, config.offload_reference_model
+        config, mesh, arrays, actor.module, trained, frozen.reference_zero_stage, frozen.offload_reference_model
     )
     value = critic
     if critic is not None:
-        value = arrays.adapted(critic, config, keys[1], config.critic_lora_r, config.critic_lora_target_modules)
+        key = keys.stream(seed, keys.Stream.CRITIC_ADAPTERS)
+        value = arrays.adapted(critic, lora, key, of_critic.critic_lora_r, of_critic.critic_lora_target_modules)
         value = _placed(arrays, value, mesh)
     frozen_reward = None
     start = critic if critic is not None else reward
-    if reward is not None and start is not None and config.reward_model_weight:
+    if reward is not None and start is not None and config.rewards.reward_model_weight:
         live = reward if value is None else value  # the critic starts as the reward model
         frozen_reward = _frozen(
-            config, mesh, arrays, start.module, live, config.reward_zero_stage, config.offload_reward_model
+            config, mesh, arrays, start.module, live, frozen.reward_zero_stage, frozen.offload_reward_model
         )
-    return RunModels(_first_state(config, mesh, arrays, trained, value, iterations), reference, frozen_reward)
+    state = _first_state(config, mesh, arrays, trained, value, iterations)
+    return state, FrozenModels(reference, frozen_reward)
 
 
 def _placed(arrays: Arrays, model: Model, mesh: Mesh) -> Model:
@@ -187,7 +210,7 @@ def _frozen(
         stage = base.zero_stage if stage is None else stage
         base = base.clone(zero_stage=3 if stage == 3 else 0)
     shardings = _own(param_shardings(module.clone(zero_stage=base.zero_stage), mesh), module)
-    own = arrays.frozen_copy(_own(trained.params, module), shardings, config.compute_dtype, offload)
+    own = arrays.frozen_copy(_own(trained.params, module), shardings, config.mesh.compute_dtype, offload)
     return FrozenModel(base, own, module)
 
 
@@ -200,13 +223,15 @@ def _first_state(
     config: PPOConfig, mesh: Mesh, arrays: Arrays, actor: Model, critic: Model | None, iterations: int
 ) -> PPOState:
     of_actor, of_critic = updates_of(config, iterations)
-    hyperparameters = config.hyperparameters(config.seed)
+    hyperparameters = config.hyperparameters(config.data.seed)
     trainable, _ = split_trainable(actor.params, actor.module)
-    optimizer, critic_optimizer, critic_state = make_optimizer(config, of_actor, trainable), None, None
+    optimizer, critic_optimizer, critic_state = make_optimizer(config.optimizer, of_actor, trainable), None, None
     if critic is not None:
         of_value, _ = split_trainable(critic.params, critic.module)
-        critic_optimizer = make_optimizer(config.critic_optimizer(), of_critic, of_value)
-        critic_state = arrays.optimizer_state(critic_optimizer, critic.module, of_value, mesh, config.offload_optimizer)
+        critic_optimizer = make_optimizer(config.critic.optimizer(config.optimizer), of_critic, of_value)
+        critic_state = arrays.optimizer_state(
+            critic_optimizer, critic.module, of_value, mesh, config.run.offload_optimizer
+        )
 
     def on_all(tree: PyTree) -> PyTree:
         """Scalars as the step returns them, so that it compiles once."""
@@ -217,10 +242,10 @@ def _first_state(
         step=on_all(jnp.int32(0)),
         actor_params=actor.params,
         critic_params=None if critic is None else critic.params,
-        actor_opt_state=arrays.optimizer_state(optimizer, actor.module, trainable, mesh, config.offload_optimizer),
+        actor_opt_state=arrays.optimizer_state(optimizer, actor.module, trainable, mesh, config.run.offload_optimizer),
         critic_opt_state=critic_state,
-        ema_params=arrays.copy(trainable) if config.enable_ema else None,
-        kl_coef=on_all(jnp.float32(config.kl_coef)),
+        ema_params=arrays.copy(trainable) if hyperparameters.enable_ema else None,
+        kl_coef=on_all(jnp.float32(hyperparameters.kl_coef)),
         score_moments=on_all(objectives.Moments.empty()) if running else None,
         actor=actor.module,
         critic=None if critic is None else critic.module,

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.engine import Rollout
 from jaxrlhf.engine.sampling import SamplingConfig, ended_rows
-from jaxrlhf.models import Decoder, logical_axes, working_copy
+from jaxrlhf.models import Decoder, Model, logical_axes, working_copy
+from jaxrlhf.rl.algorithms import estimate
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, on_device, use
 from jaxrlhf.trainers.gradients import map_rows
@@ -83,58 +84,66 @@ def critic_values(module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.
     return jnp.pad(module.apply({"params": params}, tokens, mask)[:, :-1], ((0, 0), (1, 0)))
 
 
-@partial(jax.jit, static_argnames=("actor", "critic", "reference", "reward", "hyperparameters", "mesh", "sampling"))
+@flax.struct.dataclass
+class RLModels:
+    """The models of a run, each with the parameters to read."""
+
+    actor: Model
+    reference: Model
+    critic: Model | None = None
+    reward: Model | None = None
+
+
+@partial(jax.jit, static_argnames=("hyperparameters", "mesh", "sampling"))
 def score_rollout(
     rollout: Rollout,
-    actor_params: PyTree,
-    critic_params: PyTree,
-    reference_params: PyTree,
-    reward_params: PyTree,
+    models: RLModels,
     *,
-    actor: Decoder,
-    critic: Decoder | None,
-    reference: Decoder,
-    reward: Decoder | None,
     hyperparameters: PPOHyperparameters,
     mesh: Mesh | None,
     sampling: SamplingConfig | None = None,
 ) -> Experience:
-    """Turn a rollout into experience with the train program's forward passes, in chunks of a micro-batch.
+    """Turns a rollout into experience with the train program's forward passes, in chunks of a micro-batch.
 
-    Without a critic there are no values, and without a reward model scores are 0 until `Experience.with_scores`.
-    `sampling` tells which responses ended by themselves.
+    Args:
+        rollout: prompts and responses, `[B, P+N]`.
+        models: without a critic there are no values; without a reward model scores are 0 until
+            `Experience.with_scores`.
+        hyperparameters: temperature and micro-batches.
+        mesh: where the models lie.
+        sampling: says which responses ended by themselves; None: not known.
     """
     h = hyperparameters
     longest = rollout.tokens.shape[1] - rollout.prompt_length
 
-    def passes(module: Decoder, params: PyTree, function: Callable[[PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
-        params = working_copy(on_device(params), logical_axes(module), module, mesh)
-        return map_rows(partial(function, params), rows, h.num_mini_batches * h.micro_batches)
+    def passes(model: Model, function: Callable[[PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
+        params = working_copy(on_device(model.params), logical_axes(model.module), model.module, mesh)
+        return map_rows(partial(function, model.module, params), rows, h.num_mini_batches * h.micro_batches)
 
     def logprobs_of(module: Decoder, params: PyTree, rows: Rollout) -> tuple[jax.Array, jax.Array]:
         return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature, rows.response_mask, longest)
 
-    def score_of(params: PyTree, rows: Rollout) -> jax.Array:
-        return objectives.score_at_last_token(reward.apply({"params": params}, rows.tokens, rows.mask), rows.mask)
+    def score_of(module: Decoder, params: PyTree, rows: Rollout) -> jax.Array:
+        return objectives.score_at_last_token(module.apply({"params": params}, rows.tokens, rows.mask), rows.mask)
 
-    def value_of(params: PyTree, rows: Rollout) -> jax.Array:
-        return critic_values(critic, params, rows.tokens, rows.mask)
+    def value_of(module: Decoder, params: PyTree, rows: Rollout) -> jax.Array:
+        return critic_values(module, params, rows.tokens, rows.mask)
 
     with use(mesh, TRAIN_RULES):
         rows = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
-        logprobs, entropy = passes(actor, actor_params, partial(logprobs_of, actor), rows)
+        logprobs, entropy = passes(models.actor, logprobs_of, rows)
         # One model after the other: what is offloaded is on the devices during its own passes only.
-        ref_logprobs, _ = passes(reference, reference_params, partial(logprobs_of, reference), rows)
+        ref_logprobs, _ = passes(models.reference, logprobs_of, rows)
         scores = jnp.zeros(rows.tokens.shape[0], jnp.float32)
-        if reward is not None:
-            scores = passes(reward, reward_params, score_of, rows)
+        if models.reward is not None:
+            scores = passes(models.reward, score_of, rows)
         return Experience(
             tokens=rows.tokens,
             mask=rows.mask,
             response_mask=rows.response_mask,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
-            values=None if critic is None else passes(critic, critic_params, value_of, rows),
+            values=None if models.critic is None else passes(models.critic, value_of, rows),
             scores=scores,
             sampler_logprobs=rows.logprobs,
             entropy=entropy,
@@ -173,17 +182,7 @@ def advantages_and_returns(
     )
     if h.whiten_rewards:
         rewards = objectives.masked_whiten(rewards, mask, shift_mean=False)
-    if h.advantage_estimator == "gae":
-        advantages, returns = objectives.gae(rewards, e.values, mask, h.gamma, h.lam)
-    elif h.advantage_estimator == "reinforce++":
-        advantages = returns = objectives.reward_to_go(rewards, mask, h.gamma)
-    else:
-        totals = jnp.sum(rewards, axis=1)
-        if h.advantage_estimator == "grpo":
-            of_rows = objectives.group_advantages(totals, h.samples_per_prompt, h.scale_by_std, e.row_mask)
-        else:
-            of_rows = objectives.rloo_advantages(totals, h.samples_per_prompt, e.row_mask)
-        advantages = returns = jnp.where(mask, of_rows[:, None], 0.0)
+    advantages, returns = estimate(rewards, e, h)
     if h.whiten_advantages:
         advantages = objectives.masked_whiten(advantages, mask)
     return rewards, advantages, returns

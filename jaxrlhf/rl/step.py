@@ -1,5 +1,6 @@
 """The PPO step: every epoch and minibatch on one scored rollout, actor and critic, in one jitted program."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,6 +66,13 @@ class _Trained(NamedTuple):
     ema_params: PyTree
 
 
+class _Frozen(NamedTuple):
+    """What an update reads and leaves alone: the working copies of leaves that are not trained."""
+
+    actor: PyTree
+    critic: PyTree
+
+
 def minibatch_rows(h: PPOHyperparameters, step: jax.Array, rows: int) -> jax.Array:
     """`[epochs · minibatches, rows / minibatches]` row numbers: a permutation per epoch, of (seed, step, epoch)."""
     key = jax.random.fold_in(jax.random.key(h.seed), step)
@@ -97,60 +105,32 @@ def ppo_step(
     rows = experience.scores.shape[0]
     h.check_rows(rows)
     if (ptx is None) != (h.ptx_coef == 0):
-        raise InputError(f"ptx_coef={h.ptx_coef} goes with a batch of pretraining text, and 0 without one")
+        raise InputError(f"ptx_coef={h.ptx_coef} requires a batch of pretraining text; without one it must be 0")
     with use(mesh, TRAIN_RULES):
         scores, moments = shaped_scores(experience, h, state.score_moments)
         shaped = experience.replace(scores=scores)
         rewards, advantages, returns = advantages_and_returns(shaped, state.kl_coef, h)
-        data = {
-            "tokens": experience.tokens,
-            "mask": experience.mask,
-            "response_mask": experience.response_mask,
-            "logprobs": experience.logprobs,
-            "advantages": advantages,
-        }
-        if state.critic is not None:
-            data |= {"values": experience.values, "returns": returns}
-        if h.kl_in_loss:
-            data["ref_logprobs"] = experience.ref_logprobs
         weights = objectives.truncated_importance_weights(
             experience.logprobs, experience.sampler_logprobs, experience.response_mask, h.importance_cap or jnp.inf
         )
-        if h.importance_cap is not None:
-            data["weights"] = weights
-
+        data = _training_arrays(state, experience, advantages, returns, weights)
         actor_params, actor_frozen = split_trainable(state.actor_params, state.actor)
         actor_read = frozen_working_copy(actor_frozen, state.actor, mesh)
         critic_params = critic_frozen = critic_read = None
         if state.critic is not None:
             critic_params, critic_frozen = split_trainable(state.critic_params, state.critic)
             critic_read = frozen_working_copy(critic_frozen, state.critic, mesh)
+        frozen = _Frozen(actor_read, critic_read)
 
         def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
             of_ptx = None if ptx is None else _take(ptx, index[1])
-            batch = _take(data, index[0])
-            return _update(state, (actor_read, critic_read), trained, batch, of_ptx, experience.longest)
-
-        def update(carry: tuple, index: tuple) -> tuple[tuple, dict[str, jax.Array]]:
-            trained, stopped = carry
-            if h.early_stop_kl is None:
-                trained, metrics = run(trained, index)
-                return (trained, stopped), metrics
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, trained, index)[1])
-            trained, metrics = jax.lax.cond(stopped, lambda t, _: (t, nothing), run, trained, index)
-            return (trained, stopped | (metrics["over_kl"] > 0)), metrics
+            return _update(state, frozen, trained, _take(data, index[0]), of_ptx, experience.longest)
 
         trained = _Trained(actor_params, critic_params, state.actor_opt_state, state.critic_opt_state, state.ema_params)
         index = (minibatch_rows(h, state.step, rows), None if ptx is None else _ptx_rows(h, state.step, ptx))
-        (trained, _), updates = jax.lax.scan(update, (trained, jnp.zeros((), bool)), index)
+        trained, updates = _run_updates(run, trained, index, early_stop=h.early_stop_kl is not None)
     metrics = experience_metrics(experience, rewards, returns, state.kl_coef, weights)
     metrics |= _averaged(updates)
-    kl_coef = state.kl_coef
-    if h.kl_target is not None:
-        samples = jnp.sum(experience.row_mask)
-        steered = objectives.adaptive_kl_coef(kl_coef, metrics["objective/kl"], h.kl_target, h.kl_horizon, samples)
-        steered = jnp.where(state.step < h.critic_only_steps, kl_coef, steered)  # the policy stands still until then
-        kl_coef = _finite_or(kl_coef, steered)
     new = state.replace(
         step=state.step + 1,
         actor_params=join(trained.actor_params, actor_frozen),
@@ -158,10 +138,63 @@ def ppo_step(
         actor_opt_state=trained.actor_opt_state,
         critic_opt_state=trained.critic_opt_state,
         ema_params=trained.ema_params,
-        kl_coef=kl_coef,
+        kl_coef=_steered_kl_coef(state, metrics["objective/kl"], jnp.sum(experience.row_mask)),
         score_moments=None if moments is None else _finite_or(state.score_moments, moments),
     )
     return new, metrics
+
+
+def _training_arrays(
+    state: PPOState, e: Experience, advantages: jax.Array, returns: jax.Array, weights: jax.Array
+) -> dict[str, jax.Array]:
+    """The arrays `[B, T]` that minibatches are taken from."""
+    h = state.hyperparameters
+    data = {
+        "tokens": e.tokens,
+        "mask": e.mask,
+        "response_mask": e.response_mask,
+        "logprobs": e.logprobs,
+        "advantages": advantages,
+    }
+    if state.critic is not None:
+        data |= {"values": e.values, "returns": returns}
+    if h.kl_in_loss:
+        data["ref_logprobs"] = e.ref_logprobs
+    if h.importance_cap is not None:
+        data["weights"] = weights
+    return data
+
+
+def _run_updates(
+    run: Callable[[_Trained, tuple], tuple[_Trained, dict[str, jax.Array]]],
+    trained: _Trained,
+    index: tuple,
+    early_stop: bool,
+) -> tuple[_Trained, dict[str, jax.Array]]:
+    """All updates of a step, one after the other; their metrics `[updates]`."""
+
+    def update(carry: tuple, index: tuple) -> tuple[tuple, dict[str, jax.Array]]:
+        trained, stopped = carry
+        if not early_stop:
+            trained, metrics = run(trained, index)
+            return (trained, stopped), metrics
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, trained, index)[1])
+        trained, metrics = jax.lax.cond(stopped, lambda t, _: (t, nothing), run, trained, index)
+        return (trained, stopped | (metrics["over_kl"] > 0)), metrics
+
+    (trained, _), updates = jax.lax.scan(update, (trained, jnp.zeros((), bool)), index)
+    return trained, updates
+
+
+def _steered_kl_coef(state: PPOState, kl: jax.Array, samples: jax.Array) -> jax.Array:
+    """The weight of the KL penalty for the next step."""
+    h = state.hyperparameters
+    if h.kl_target is None:
+        return state.kl_coef
+    steered = objectives.adaptive_kl_coef(state.kl_coef, kl, h.kl_target, h.kl_horizon, samples)
+    # The policy stands still while the critic alone is trained.
+    steered = jnp.where(state.step < h.critic_only_steps, state.kl_coef, steered)
+    return _finite_or(state.kl_coef, steered)
 
 
 def _finite_or(old: PyTree, new: PyTree) -> PyTree:
@@ -192,23 +225,65 @@ def _averaged(updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _update(
     state: PPOState,
-    frozen: tuple[PyTree, PyTree],
+    frozen: _Frozen,
     trained: _Trained,
     batch: dict[str, jax.Array],
     ptx: dict[str, jax.Array] | None,
     longest: int | None,
 ) -> tuple[_Trained, dict[str, jax.Array]]:
     """One optimizer step of actor and critic on one minibatch. The metrics say whether it counts and was made."""
-    h, parts, mesh = state.hyperparameters, state.hyperparameters.micro_batches, state.mesh
-    actor_frozen, critic_frozen = frozen
-    tokens_in_batch = jnp.sum(batch["response_mask"])
-    token_weights = {}
+    h, mesh = state.hyperparameters, state.mesh
     if h.loss_aggregation != "token-mean":
         weights = objectives.loss_weights(batch["response_mask"], h.loss_aggregation, h.response_length)
-        token_weights = {"token_weights": weights}
+        batch = batch | {"token_weights": weights}
+    metrics, actor_grads = _actor_gradients(state, frozen.actor, trained.actor_params, batch, longest)
+    if ptx is not None:
+        metrics["loss/ptx_avg"], ptx_grads = _ptx_gradients(state, frozen.actor, trained.actor_params, ptx)
+        metrics["policy/ptx_grad_norm"] = optax.tree.norm(ptx_grads)
+        actor_grads = jax.tree.map(jnp.add, actor_grads, ptx_grads)
+    metrics["policy/grad_norm"] = optax.tree.norm(actor_grads)
+    critic_grads = None
+    if state.critic is not None:
+        of_critic, critic_grads = _critic_gradients(state, frozen.critic, trained.critic_params, batch)
+        metrics |= of_critic
 
-    def actor_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        params = join(params, actor_frozen)
+    finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+    within = jnp.ones((), bool) if h.early_stop_kl is None else metrics["policy/approxkl_avg"] <= h.early_stop_kl
+    made = finite & within
+    actor_made = made & (state.step >= h.critic_only_steps)
+    actor_params, actor_opt = apply_gradients(
+        state.actor_optimizer,
+        state.actor,
+        trained.actor_params,
+        trained.actor_opt_state,
+        actor_grads,
+        mesh,
+        actor_made,
+    )
+    critic_params, critic_opt = trained.critic_params, trained.critic_opt_state
+    if state.critic is not None:
+        critic_params, critic_opt = apply_gradients(
+            state.critic_optimizer, state.critic, critic_params, critic_opt, critic_grads, mesh, made
+        )
+    ema = trained.ema_params
+    if ema is not None:
+        decay = jnp.where(state.step < h.ema_start_step, 0.0, h.ema_decay)
+        decay = jnp.where(actor_made, decay, 1.0)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, actor_params)
+    metrics |= {"counted": finite, "skipped": ~finite, "over_kl": finite & ~within}
+    metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+    return _Trained(actor_params, critic_params, actor_opt, critic_opt, ema), metrics
+
+
+def _actor_gradients(
+    state: PPOState, frozen: PyTree, params: PyTree, batch: dict[str, jax.Array], longest: int | None
+) -> tuple[dict[str, jax.Array], PyTree]:
+    """Metrics and gradients of the policy loss on a minibatch."""
+    h = state.hyperparameters
+    tokens_in_batch = jnp.sum(batch["response_mask"])
+
+    def loss_of(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = join(params, frozen)
         sequences = b["tokens"], b["mask"], h.temperature, b["response_mask"], longest
         logprobs, entropy = actor_logprobs(state.actor, params, *sequences)
         loss, stats = objectives.policy_loss(
@@ -238,20 +313,7 @@ def _update(
             loss -= h.entropy_coef * stats["loss/entropy_avg"]
         return loss, stats
 
-    def ptx_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
-        params = join(params, actor_frozen)
-        logprobs, _ = actor_logprobs(state.actor, params, b["input_ids"], b["attention_mask"], 1.0)
-        loss = objectives.sft_loss(logprobs, b["loss_mask"], jnp.sum(ptx["loss_mask"]))
-        return h.ptx_coef * loss, loss
-
-    def critic_loss(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
-        values = critic_values(state.critic, join(params, critic_frozen), b["tokens"], b["mask"])
-        return objectives.value_loss(
-            values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
-        )
-
-    batch = batch | token_weights
-    policy, stats, actor_grads = model_gradients(actor_loss, state.actor, trained.actor_params, batch, parts, mesh)
+    policy, stats, grads = model_gradients(loss_of, state.actor, params, batch, h.micro_batches, state.mesh)
     metrics = {
         "loss/policy_avg": policy,
         "policy/approxkl_avg": stats.pop("approx_kl"),
@@ -259,47 +321,38 @@ def _update(
         "val/ratio": 1 + stats["ratio_shift"],
         "val/ratio_var": objectives.ratio_variance(stats),
     }
-    metrics |= {name: value for name, value in stats.items() if name.startswith("loss/")}
-    if ptx is not None:
-        _, metrics["loss/ptx_avg"], ptx_grads = model_gradients(
-            ptx_loss, state.actor, trained.actor_params, ptx, parts, mesh
-        )
-        metrics["policy/ptx_grad_norm"] = optax.tree.norm(ptx_grads)
-        actor_grads = jax.tree.map(jnp.add, actor_grads, ptx_grads)
-    metrics["policy/grad_norm"] = optax.tree.norm(actor_grads)
-    if state.critic is not None:
-        value, value_clipfrac, critic_grads = model_gradients(
-            critic_loss, state.critic, trained.critic_params, batch, parts, mesh
-        )
-        metrics |= {
-            "loss/value_avg": value,
-            "val/clipfrac_avg": value_clipfrac,
-            "val/grad_norm": optax.tree.norm(critic_grads),
-        }
+    return metrics | {name: value for name, value in stats.items() if name.startswith("loss/")}, grads
 
-    finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
-    within = jnp.ones((), bool) if h.early_stop_kl is None else metrics["policy/approxkl_avg"] <= h.early_stop_kl
-    made = finite & within
-    actor_made = made & (state.step >= h.critic_only_steps)
-    actor_params, actor_opt = apply_gradients(
-        state.actor_optimizer,
-        state.actor,
-        trained.actor_params,
-        trained.actor_opt_state,
-        actor_grads,
-        mesh,
-        actor_made,
-    )
-    critic_params, critic_opt = trained.critic_params, trained.critic_opt_state
-    if state.critic is not None:
-        critic_params, critic_opt = apply_gradients(
-            state.critic_optimizer, state.critic, critic_params, critic_opt, critic_grads, mesh, made
+
+def _ptx_gradients(
+    state: PPOState, frozen: PyTree, params: PyTree, ptx: dict[str, jax.Array]
+) -> tuple[jax.Array, PyTree]:
+    """Loss on pretraining text in nats per token, and the gradients of `ptx_coef` times it."""
+    h = state.hyperparameters
+
+    def loss_of(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+        params = join(params, frozen)
+        logprobs, _ = actor_logprobs(state.actor, params, b["input_ids"], b["attention_mask"], 1.0)
+        loss = objectives.sft_loss(logprobs, b["loss_mask"], jnp.sum(ptx["loss_mask"]))
+        return h.ptx_coef * loss, loss
+
+    _, loss, grads = model_gradients(loss_of, state.actor, params, ptx, h.micro_batches, state.mesh)
+    return loss, grads
+
+
+def _critic_gradients(
+    state: PPOState, frozen: PyTree, params: PyTree, batch: dict[str, jax.Array]
+) -> tuple[dict[str, jax.Array], PyTree]:
+    """Metrics and gradients of the value loss on a minibatch."""
+    h = state.hyperparameters
+    tokens_in_batch = jnp.sum(batch["response_mask"])
+
+    def loss_of(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+        values = critic_values(state.critic, join(params, frozen), b["tokens"], b["mask"])
+        return objectives.value_loss(
+            values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
         )
-    ema = trained.ema_params
-    if ema is not None:
-        decay = jnp.where(state.step < h.ema_start_step, 0.0, h.ema_decay)
-        decay = jnp.where(actor_made, decay, 1.0)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, actor_params)
-    metrics |= {"counted": finite, "skipped": ~finite, "over_kl": finite & ~within}
-    metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
-    return _Trained(actor_params, critic_params, actor_opt, critic_opt, ema), metrics
+
+    value, clipfrac, grads = model_gradients(loss_of, state.critic, params, batch, h.micro_batches, state.mesh)
+    metrics = {"loss/value_avg": value, "val/clipfrac_avg": clipfrac, "val/grad_norm": optax.tree.norm(grads)}
+    return metrics, grads

@@ -1,36 +1,72 @@
-"""The pieces of a PPO iteration, for a loop of one's own: experience from prompts, the update, an evaluation."""
+"""The pieces of a PPO iteration: experience from prompts, the update, an evaluation; and a holder for notebooks."""
 
+import dataclasses
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import objectives
-from jaxrlhf.data import answer_text, encode_stops, eval_batches, pad_token_id
+from jaxrlhf import keys, objectives
+from jaxrlhf.data import PromptData, answer_text, eval_batches
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import Rollout, SamplingConfig
 from jaxrlhf.errors import SharedError
 from jaxrlhf.rewards import Rewards, finite_mean
-from jaxrlhf.rl import Experience, PPOHyperparameters, ppo_step, score_rollout
-from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.config import PPOConfig, sampling_for
+from jaxrlhf.rl.experience import Experience, score_rollout
+from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.rollouts import generate_in_pieces
+from jaxrlhf.rl.step import PPOState, ppo_step
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.loop import Announce
 
-Columns = dict[str, list[Any]]
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts of a rollout batch, and what reward functions read with them."""
+
+    ids: np.ndarray
+    """int32 `[B, P]`, left-padded."""
+    mask: np.ndarray
+    """bool `[B, P]`."""
+    real: np.ndarray
+    """bool `[B]`: false for filler rows."""
+    columns: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    """B values each."""
+    texts: Sequence[str] | None = None
+    """The prompts as text; None: as decoded from the ids."""
+    numbers: np.ndarray | None = None
+    """int `[B·n]`: numbers of the samples, which key their randomness; None: 0 … B·n-1."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], **reading: Any) -> "Prompts":
+        """Prompts of a batch with `prompt_ids`, `prompt_mask` and perhaps `row_mask`."""
+        ids = np.asarray(batch["prompt_ids"])
+        real = np.asarray(batch.get("row_mask", np.ones(len(ids)))) > 0
+        return cls(ids, np.asarray(batch["prompt_mask"]), real, **reading)
+
+
+class Draw(NamedTuple):
+    """How a rollout is sampled: the key, the sampling, and the pieces that it is generated in."""
+
+    key: jax.Array
+    sampling: SamplingConfig
+    pieces: int = 1
 
 
 class PPOTrainer:
-    """The two halves of a PPO iteration, for a loop of one's own: `generate_experience`, then `train_rlhf`.
+    """The two halves of a PPO iteration, and an evaluation.
 
-    `rewards` replaces the config's `reward_functions`, with Python callables say.
+    `sample`, `update` and `evaluate` take the state as an argument; `generate_experience` and `train_rlhf` are for loops
+    of one's own and work on `engine.state`.
     """
 
     def __init__(
@@ -40,90 +76,109 @@ class PPOTrainer:
         run: Run | None = None,
         rewards: Rewards | None = None,
     ) -> None:
+        """Args:
+        engine: the models.
+        config: settings; default: the engine's.
+        run: gets messages on what is compiled.
+        rewards: replaces the config's reward functions, with Python callables say.
+        """
         self.engine = engine
         self.config = config = engine.config if config is None else config
-        self.run = run
-        self.rewards = config.rewards(print if run is None else run.print) if rewards is None else rewards
-        stops = encode_stops(engine.tokenizer, config.stop_strings)
-        self.sampling = config.sampling(engine.tokenizer.eos_token_id, pad_token_id(engine.tokenizer), stops)
-        self.key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        self.metrics: dict[str, float] = {}
-        """Of the last `train_rlhf`, under TRL's names."""
+        self.rewards = config.rewards.rewards(print if run is None else run.print) if rewards is None else rewards
+        self.sampling = sampling_for(engine.tokenizer, config.sampling)
+        self.metrics: Metrics = {}
+        """Metrics of the last `train_rlhf`, under TRL's names."""
+        self.timing: Metrics = {}
+        """Seconds of the last `generate_experience` and `train_rlhf`."""
+        self._scored: Metrics = {}
         self._generate = Announce(run, "generate program", engine.actor.generate)
         self._score = Announce(run, "scoring program", score_rollout)
         self._train = Announce(run, "PPO train program", ppo_step)
-        self._scored: dict[str, float] = {}
-        self.timing: dict[str, float] = {}
 
-    def rollout(
-        self,
-        prompt_batch: dict[str, Any],
-        key: jax.Array,
-        sample_index: Any = None,
-        pieces: int = 1,
-        sampling: SamplingConfig | None = None,
-        each: Any = None,
-    ) -> Rollout:
+    def draw(self, step: int) -> Draw:
+        """How the rollout of a step is sampled."""
+        key = keys.stream(self.config.data.seed, keys.Stream.ROLLOUTS, step)
+        return Draw(key, self.sampling, self.config.rollout.generation_batches)
+
+    def rollout(self, state: PPOState, prompts: Prompts, draw: Draw, each: Any = None) -> Rollout:
         """`samples_per_prompt` responses to each prompt; `each` as in `generate_in_pieces`."""
-        sampling = self.sampling if sampling is None else sampling
-        batch = (self._generate, prompt_batch["prompt_ids"], prompt_batch["prompt_mask"], key, sampling)
-        options = {"pieces": pieces, "sample_index": sample_index, "each": each}
-        return generate_in_pieces(*batch, **options, slots=self.config.generation_slots)
+        return generate_in_pieces(
+            self._generate,
+            prompts.ids,
+            prompts.mask,
+            draw.key,
+            draw.sampling,
+            pieces=draw.pieces,
+            sample_index=prompts.numbers,
+            each=each,
+            params=state.actor_params,
+            slots=self.config.generation.generation_slots,
+        )
 
-    def score(self, rollout: Rollout, hyperparameters: PPOHyperparameters) -> Experience:
+    def score(self, state: PPOState, rollout: Rollout, hyperparameters: PPOHyperparameters) -> Experience:
         """The four models' part: log-probs, values, and the reward model's scores (0 without one)."""
-        e = self.engine
-        params = (e.state.actor_params, e.state.critic_params, e.reference_params, e.reward_params)
-        modules = {"actor": e.state.actor, "critic": e.state.critic, "reference": e.reference, "reward": e.reward}
-        static = {"hyperparameters": hyperparameters, "mesh": e.mesh, "sampling": self.sampling}
-        return self._score(rollout, *params, **modules, **static)
+        return self._score(
+            rollout,
+            self.engine.models(state),
+            hyperparameters=hyperparameters,
+            mesh=self.engine.mesh,
+            sampling=self.sampling,
+        )
 
-    def experience(
-        self,
-        prompt_batch: dict[str, Any],
-        key: jax.Array,
-        hyperparameters: PPOHyperparameters,
-        columns: Columns | None = None,
-        prompts: Sequence[str] | None = None,
-        sample_index: Any = None,
-        pieces: int = 1,
-        sampling: SamplingConfig | None = None,
-    ) -> Experience:
-        """Sample and score, as `generate_experience` says, with keys, pieces and a sampling of one's own."""
-        sampling = self.sampling if sampling is None else sampling
-        n = sampling.samples_per_prompt
-        row_mask = np.asarray(prompt_batch.get("row_mask", np.ones(len(prompt_batch["prompt_ids"])))) > 0
+    def sample(
+        self, state: PPOState, prompts: Prompts, draw: Draw, hyperparameters: PPOHyperparameters | None = None
+    ) -> tuple[Experience, Metrics]:
+        """Samples responses and scores them.
+
+        Reward functions work on one piece while the next is generated, and on the last beside the models.
+
+        Args:
+            state: the parameters of actor and critic.
+            prompts: B prompts.
+            draw: key, sampling and pieces.
+            hyperparameters: of the scoring programs; default: the state's.
+
+        Returns:
+            The experience of B · samples_per_prompt rows, and its metrics and seconds by name.
+        """
+        n = draw.sampling.samples_per_prompt
         handles: list[tuple[np.ndarray, Any]] = []
 
         def submit(rows: np.ndarray, rollout: Rollout) -> None:
-            tokens, mask, response_mask = to_host((rollout.tokens, rollout.mask, rollout.response_mask))
             own = rows // n
-            asked = self.texts(tokens, mask, response_mask)[0] if prompts is None else [prompts[i] for i in own]
-            template, stops = self.config.prompt_template, self.config.stop_strings
-            answers = [
-                answer_text(self.engine.tokenizer, ids[inside], template, stops)
-                for ids, inside in zip(tokens, response_mask, strict=True)
-            ]
-            of_rows = {name: [values[i] for i in own] for name, values in (columns or {}).items()}
-            handles.append((rows, self.rewards.submit(asked, answers, of_rows, row_mask[own])))
+            asked, answers = self.read(rollout, None if prompts.texts is None else [prompts.texts[i] for i in own])
+            columns = {name: [values[i] for i in own] for name, values in prompts.columns.items()}
+            handles.append((rows, self.rewards.submit(asked, answers, columns, prompts.real[own])))
 
         begin = time.monotonic()
-        options = {"sample_index": sample_index, "pieces": pieces, "sampling": sampling}
-        rollout = self.rollout(prompt_batch, key, **options, each=submit if self.rewards else None)
+        rollout = self.rollout(state, prompts, draw, submit if self.rewards else None)
         middle = time.monotonic()
-        experience = jax.block_until_ready(self.score(jax.block_until_ready(rollout), hyperparameters))
+        h = state.hyperparameters if hyperparameters is None else hyperparameters
+        experience = jax.block_until_ready(self.score(state, jax.block_until_ready(rollout), h))
         end = time.monotonic()
-        self.timing = {"timing/generate": middle - begin, "timing/score": end - middle}
-        self._scored = {}
+        metrics = {"timing/generate": middle - begin, "timing/score": end - middle}
         if self.rewards:
-            experience = self._with_functions(experience, handles)
-            self.timing["timing/reward_functions"] = time.monotonic() - end
-        return experience
+            experience, scored = self._with_functions(experience, handles)
+            metrics |= scored | {"timing/reward_functions": time.monotonic() - end}
+        return experience, metrics
 
-    def _with_functions(self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]]) -> Experience:
-        """The experience with the weighted sum of all scores; rows without one are masked out."""
+    def read(self, rollout: Rollout, prompts: Sequence[str] | None) -> tuple[Sequence[str], list[str]]:
+        """Prompts and responses of a rollout as reward functions read them."""
+        tokens, mask, response_mask = to_host((rollout.tokens, rollout.mask, rollout.response_mask))
+        asked = self.texts(tokens, mask, response_mask)[0] if prompts is None else prompts
+        template, stops = self.config.data.prompt_template, self.sampling.stop_strings
+        return asked, [
+            answer_text(self.engine.tokenizer, ids[inside], template, stops)
+            for ids, inside in zip(tokens, response_mask, strict=True)
+        ]
+
+    def _with_functions(
+        self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]]
+    ) -> tuple[Experience, Metrics]:
+        """The experience with the weighted sum of all scores, rows without one masked out; and the parts' means."""
         model = to_host(experience.scores)
-        scores = self.config.reward_model_weight * model if self.engine.reward is not None else np.zeros_like(model)
+        has_model = self.engine.frozen.reward is not None
+        scores = self.config.rewards.reward_model_weight * model if has_model else np.zeros_like(model)
         parts: dict[str, np.ndarray] = {}
         failures = 0
         for rows, handle in handles:
@@ -133,11 +188,10 @@ class PPOTrainer:
             for name, values in result.parts.items():
                 parts.setdefault(name, np.zeros_like(model))[rows] = values
         means = {f"rewards/{name}": finite_mean(values) for name, values in parts.items()}
-        self._scored = {name: mean for name, mean in means.items() if mean is not None}
-        self._scored |= {"rewards/failures": failures}
-        if self.engine.reward is not None:
-            self._scored["rewards/reward_model"] = float(model.mean())
-        return experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh))
+        metrics = {name: mean for name, mean in means.items() if mean is not None} | {"rewards/failures": failures}
+        if has_model:
+            metrics["rewards/reward_model"] = float(model.mean())
+        return experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh)), metrics
 
     def texts(self, tokens: np.ndarray, mask: np.ndarray, response_mask: np.ndarray) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without special tokens, of host arrays `[B, T]`."""
@@ -146,65 +200,93 @@ class PPOTrainer:
         prompts = decode([ids[real & ~response] for ids, real, response in rows])
         return prompts, decode([ids[response] for ids, _, response in rows])
 
-    def generate_experience(
-        self,
-        prompt_batch: dict[str, Any],
-        columns: Columns | None = None,
-        prompts: Sequence[str] | None = None,
-    ) -> Experience:
-        """Sample `samples_per_prompt` responses per prompt and score them.
+    def update(
+        self, state: PPOState, experience: Experience, ptx: dict[str, jax.Array] | None = None
+    ) -> tuple[PPOState, Metrics]:
+        """All epochs and minibatches on one experience; the state is donated.
 
-        `prompt_batch` holds `prompt_ids` and `prompt_mask`, left-padded `[B, P]`. Reward functions read the `prompts`
-        as text (default: as decoded from the ids), the answers, and `columns`, B values each; they work on one piece
-        (generation_batches) while the next is generated, and on the last beside the models. Draws are keyed by (seed,
-        step, row).
-        """
-        h, count = self.engine.state.hyperparameters, len(prompt_batch["prompt_ids"])
-        h.check_rows(count * self.sampling.samples_per_prompt)
-        self.config.check_pieces(count)
-        key = jax.random.fold_in(self.key, int(self.engine.state.step))
-        return self.experience(prompt_batch, key, h, columns, prompts, pieces=self.config.generation_batches)
+        Nothing is updated when no response has a score: momentum alone would move the models.
 
-    def train_rlhf(self, experience: Experience, ptx: dict[str, Any] | None = None) -> tuple[float, float]:
-        """All epochs and minibatches on this experience; returns (actor loss, critic loss), more in `metrics`.
-
-        `ptx`, with ptx_coef, is a batch of pretraining text (`TextBlocks.batch`). The critic's loss is NaN without one.
-        Where no answer had a score nothing is updated, and both are NaN: momentum alone would move the models.
+        Returns:
+            The new state, and metrics under TRL's names with `timing/train`.
         """
         begin = time.monotonic()
         if self.rewards and not to_host(jnp.any(experience.response_mask)):
-            self.engine.state = self.engine.state.replace(step=self.engine.state.step + 1)
-            self.metrics = {"guard/skipped_updates": 0.0, "guard/unscored": 1.0} | self._scored
-            self.timing["timing/train"] = 0.0
-            return float("nan"), float("nan")
-        self.engine.state, metrics = self._train(self.engine.state, experience, ptx)
-        self.metrics = {name: float(value) for name, value in to_host(metrics).items()} | self._scored
-        self.metrics |= {"guard/unscored": 0.0} if self.rewards else {}
-        self.timing["timing/train"] = time.monotonic() - begin
-        return self.metrics["loss/policy_avg"], self.metrics.get("loss/value_avg", float("nan"))
+            state = state.replace(step=state.step + 1)
+            return state, {"guard/skipped_updates": 0.0, "guard/unscored": 1.0, "timing/train": 0.0}
+        state, metrics = self._train(state, experience, ptx)
+        metrics = {name: float(value) for name, value in to_host(metrics).items()}
+        metrics |= {"guard/unscored": 0.0} if self.rewards else {}
+        return state, metrics | {"timing/train": time.monotonic() - begin}
+
+    def generate_experience(
+        self,
+        prompt_batch: Mapping[str, Any],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> Experience:
+        """Samples `samples_per_prompt` responses per prompt and scores them, with the models of `engine.state`.
+
+        Samples are keyed by (seed, step, row).
+
+        Args:
+            prompt_batch: `prompt_ids` and `prompt_mask`, left-padded `[B, P]`.
+            columns: B values each, for reward functions.
+            prompts: the prompts as text, for reward functions; default: as decoded from the ids.
+        """
+        state = self.engine.state
+        batch = Prompts.of(prompt_batch, columns=columns or {}, texts=prompts)
+        state.hyperparameters.check_rows(len(batch.ids) * self.sampling.samples_per_prompt)
+        self.config.check_pieces(len(batch.ids))
+        experience, metrics = self.sample(state, batch, self.draw(int(state.step)))
+        self.timing = {name: value for name, value in metrics.items() if name.startswith("timing/")}
+        self._scored = {name: value for name, value in metrics.items() if name not in self.timing}
+        return experience
+
+    def train_rlhf(self, experience: Experience, ptx: dict[str, jax.Array] | None = None) -> tuple[float, float]:
+        """Updates `engine.state` on this experience; returns (actor loss, critic loss), more in `metrics`.
+
+        Args:
+            experience: of `generate_experience`.
+            ptx: with ptx_coef, a batch of pretraining text (`TextBlocks.batch`).
+
+        Returns:
+            NaN for the critic's loss without a critic, and for both when no response had a score.
+        """
+        self.engine.state, metrics = self.update(self.engine.state, experience, ptx)
+        self.timing["timing/train"] = metrics.pop("timing/train")
+        self.metrics = metrics | self._scored
+        return metrics.get("loss/policy_avg", float("nan")), metrics.get("loss/value_avg", float("nan"))
 
     def evaluate(
-        self, prompts: Any, batch_size: int, baseline: dict[int, float] | None = None
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Sample an answer to every held-out prompt, always with the same keys; (figures, one record per sample).
+        self, state: PPOState, prompts: PromptData, batch_size: int, baseline: dict[int, float] | None = None
+    ) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Samples a response to every held-out prompt, always with the same keys.
 
-        `baseline`: scores by prompt number of another model's answers to the same prompts, for a win rate.
+        Args:
+            state: the actor to evaluate.
+            prompts: the held-out prompts.
+            batch_size: rows at a time.
+            baseline: scores by prompt number of another model's responses to the same prompts, for a win rate.
+
+        Returns:
+            Metrics, and one record per sample.
         """
-        plain = PPOHyperparameters(temperature=self.engine.state.hyperparameters.temperature)
-        sampling = replace(self.sampling, samples_per_prompt=1)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 3)
+        plain = PPOHyperparameters(temperature=state.hyperparameters.temperature)
+        key = keys.stream(self.config.data.seed, keys.Stream.EVALUATION)
+        draw = Draw(key, dataclasses.replace(self.sampling, samples_per_prompt=1))
         records: list[dict[str, Any]] = []
         for batch in eval_batches(prompts, batch_size):
-            index, read = batch["index"], {}
+            index, reading = batch["index"], {}
             if self.rewards:
-                read = {"columns": prompts.columns(index), "prompts": prompts.prompt_texts(index)}
-            number = np.maximum(index, 0)
-            experience = self.experience(batch, key, plain, **read, sample_index=number, sampling=sampling)
+                reading = {"columns": prompts.columns(index), "texts": prompts.prompt_texts(index)}
+            chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **reading)
+            experience, _ = self.sample(state, chosen, draw, plain)
             records += self.records(experience, batch["row_mask"], index)
         if not records:
-            raise SharedError("evaluation: no answer to a held-out prompt could be scored; see the messages above")
+            raise SharedError("evaluation: no response to a held-out prompt could be scored; see the messages above")
         scores = np.array([r["score"] for r in records])
-        figures = {
+        metrics = {
             "scores": float(scores.mean()),
             "scores_std": float(scores.std()),
             "kl": float(np.mean([r["kl"] for r in records])),
@@ -213,8 +295,8 @@ class PPOTrainer:
         }
         if baseline is not None:
             before = np.array([baseline.get(r["index"], np.nan) for r in records])
-            figures["win_rate"] = float(objectives.win_rate(jnp.asarray(scores), jnp.asarray(before)))
-        return figures, records
+            metrics["win_rate"] = float(objectives.win_rate(jnp.asarray(scores), jnp.asarray(before)))
+        return metrics, records
 
     def records(self, experience: Experience, row_mask: Any = None, index: Any = None) -> list[dict[str, Any]]:
         """Per scored row: number, prompt and response text, score, KL to the reference in nats, length, whether ended.

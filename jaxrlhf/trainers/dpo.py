@@ -9,15 +9,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import field
-from jaxrlhf.data import DataConfig
+from jaxrlhf.config import Ge, Lt, Positive, alias
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -36,45 +35,34 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
-from jaxrlhf.trainers.lora import LoRAOptions
+from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.reward import answer_lengths, answer_start, pair_count
-from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig, check_context, kernel_options
-from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
+from jaxrlhf.trainers.settings import StepOptions, check_context
+from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
 PyTree = Any
 SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class DPOOptions(LoRAOptions, TrainingConfig):
+class DPOOptions(StepOptions):
     """Direct preference optimisation."""
 
-    learning_rate: float = field(1e-6, "peak learning rate; with LoRA rather 1e-4")
-    beta: float = field(0.1, "weight of the KL constraint to the reference; ipo: its regularisation τ")
-    loss_type: str = field(
-        "sigmoid",
-        "sigmoid: DPO, with label_smoothing the conservative one; robust: unbiased under labels wrong in a share of "
-        "label_smoothing; ipo: squared distance of the margin per token to 1 / (2 beta)",
-        choices=objectives.PREFERENCE_LOSSES,
-    )
-    label_smoothing: float = field(0.0, "share of pairs whose label is taken to be wrong; below 0.5, not with ipo")
-    reference_free: bool = field(False, "leave the reference out: prefer by the policy's log-probs alone")
-    reference_model_name_or_path: str | None = field(
-        None,
-        "model folder or hub name of the reference; default: the start model, with LoRA its frozen base",
-        aliases=("ref_model_name_or_path",),
-    )
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6)
+    beta: Positive = 0.1
+    """Weight of the KL constraint to the reference; ipo: its regularisation τ."""
+    loss_type: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    """sigmoid: DPO, conservative DPO with label_smoothing; robust: unbiased when a share of label_smoothing of the
+    labels is wrong; ipo: squared distance of the margin per token to 1 / (2 beta)."""
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    """Share of pairs whose label is taken to be wrong; not with ipo."""
+    reference_free: bool = False
+    """Leave the reference out: prefer by the policy's log-probs alone."""
+    reference_model_name_or_path: Annotated[str | None, alias("ref_model_name_or_path")] = None
+    """Model folder or hub name of the reference; default: the start model, with LoRA its frozen base."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.beta < float("inf"):
-            raise InputError(f"beta={self.beta} must be a finite number above 0")
-        if self.loss_type not in objectives.PREFERENCE_LOSSES:
-            raise InputError(f"loss_type={self.loss_type!r} must be one of {', '.join(objectives.PREFERENCE_LOSSES)}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise InputError(
-                f"label_smoothing={self.label_smoothing} must be 0 or more and below 0.5, where labels say nothing more"
-            )
+    def check(self) -> None:
+        super().check()
         if self.label_smoothing and self.loss_type == "ipo":
             raise InputError(
                 f"label_smoothing={self.label_smoothing} does not go with loss_type=ipo, whose margin is bounded "
@@ -85,12 +73,12 @@ class DPOOptions(LoRAOptions, TrainingConfig):
                 f"reference_free and reference_model_name_or_path={self.reference_model_name_or_path} exclude each "
                 "other: leave one of them out"
             )
-        if self.lora_dropout:
-            raise InputError(f"lora_dropout={self.lora_dropout}: dpo never drops out; leave it at 0")
+        if self.lora.lora_dropout:
+            raise InputError(f"lora_dropout={self.lora.lora_dropout}: dpo never drops out; leave it at 0")
 
 
 @dataclass(frozen=True)
-class DPOConfig(DataConfig, ModelConfig, FolderConfig, DPOOptions):
+class DPOConfig(DPOOptions, SupervisedConfig):
     """Direct preference optimisation alone."""
 
 
@@ -160,21 +148,21 @@ def reference_logprobs(
         return map_rows(partial(answer_logprobs, module, params), batch, micro_batches)
 
 
-def add_reference(run: Run, config: DPOConfig, model: Model, mesh: Mesh) -> Callable[[PyTree, Batch], Batch]:
-    """The function that adds `ref_chosen_logps` and `ref_rejected_logps` `[B]` to a placed batch."""
+def add_reference(config: DPOConfig, run: Run, model: Model, mesh: Mesh) -> Callable[[PyTree, Batch], Batch]:
+    """Returns the function that adds `ref_chosen_logps` and `ref_rejected_logps` `[B]` to a placed batch."""
     if config.reference_free:
         return lambda params, batch: batch | {f"ref_{side}_logps": 0.0 * batch["row_mask"] for side in SIDES}
     own = config.reference_model_name_or_path
     shares = own is None and model.module.lora is not None
     source = model if own is None else load_reference(config, own, model, mesh)
     # Below stage 3 a model without optimizer state is whole on every device; a base that LoRA shares lies as it does.
-    stage = source.module.zero_stage if shares else 3 if config.zero_stage == 3 else 0
+    stage = source.module.zero_stage if shares else 3 if config.compute.zero_stage == 3 else 0
     module = source.module.clone(lora=None, zero_stage=stage)
-    frozen = None if shares else frozen_copy(source.params, param_shardings(module, mesh), config.compute_dtype)
+    frozen = None if shares else frozen_copy(source.params, param_shardings(module, mesh), config.mesh.compute_dtype)
     score = Announce(run, "dpo reference", reference_logprobs)
 
     def extend(params: PyTree, batch: Batch) -> Batch:
-        parts = config.gradient_accumulation_steps
+        parts = config.run.gradient_accumulation_steps
         parts = parts if batch["row_mask"].shape[0] % parts == 0 else 1
         reference_params = base_leaves(params) if shares else frozen
         logps = score(reference_params, batch, module=module, mesh=mesh, micro_batches=parts)
@@ -184,21 +172,27 @@ def add_reference(run: Run, config: DPOConfig, model: Model, mesh: Mesh) -> Call
 
 
 def load_reference(config: DPOConfig, path: str, model: Model, mesh: Mesh) -> Model:
-    options = {"mesh": mesh, "dtype": config.compute_dtype, "zero_stage": config.zero_stage}
-    reference = load_pretrained(path, progress=is_primary(), **options)
+    """Loads a reference of its own. Raises InputError when it reads other tokens or has too few positions."""
+    reference = load_pretrained(
+        path,
+        mesh=mesh,
+        dtype=config.mesh.compute_dtype,
+        zero_stage=config.compute.zero_stage,
+        progress=is_primary(),
+    )
     if reference.config.vocab_size != model.config.vocab_size:
         raise InputError(
             f"reference_model_name_or_path={path} has a vocabulary of {reference.config.vocab_size} tokens and the "
             f"model to train one of {model.config.vocab_size}; both must read the same tokens"
         )
-    check_context(reference.config, config.max_length, "max_length for the reference model")
-    return with_kernels(reference, **kernel_options(config))
+    check_context(reference.config, config.data.max_length, "max_length for the reference model")
+    return with_kernels(reference, **config.compute.kernels)
 
 
 def train_dpo(config: DPOConfig) -> TrainState:
-    """Run DPO; the trained model lies in `config.output_dir` afterwards."""
+    """Runs DPO; the trained model lies in the run's folder afterwards."""
     if config.reference_model_name_or_path is not None:
-        read_config(config.reference_model_name_or_path)  # one that cannot be used is told before anything is made
+        read_config(config.reference_model_name_or_path)  # fails early when the model cannot be used
     loss, measure = objective(config.loss_type, config.beta, config.label_smoothing)
     recipe = Recipe(
         name="dpo",
@@ -207,8 +201,7 @@ def train_dpo(config: DPOConfig) -> TrainState:
         objective=loss,
         measure=measure,
         summarise=dpo_figures,
-        batch_options={},
         best=("loss", -1),
-        extend=add_reference,
+        extend=partial(add_reference, config),
     )
     return train_supervised(config, recipe)

@@ -6,9 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -27,40 +26,53 @@ from jaxrlhf.runs.checkpoints import (
 )
 from jaxrlhf.trainers.settings import RunConfig
 
-PyTree = Any
+State = TypeVar("State")
 Metrics = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(Protocol[State]):
     """What a trainer gives the loop.
 
-    `step(state, i)` runs step i (from 0) and returns the new state and its metrics; everything random in it must be a
-    function of i, so that a resumed run repeats what an uninterrupted one does. `identity` holds what must be equal
-    between a run and its resumption.
+    Everything random in a step is a function of its number, so that a resumed run repeats what an uninterrupted one
+    does.
     """
 
     name: str
+    """Name of the trainer in records, reports and model cards."""
     total_steps: int
-    step: Callable[[PyTree, int], tuple[PyTree, Metrics]]
-    evaluate: Callable[[PyTree, int], Metrics]
-    export: Callable[[PyTree, ModelCard], None]
     base_model: str
-    """What the exported model was trained from."""
+    """Model that the exported one was trained from."""
+    data_names: tuple[str, ...]
+    """Data sets, for the model card."""
     identity: dict[str, Any]
+    """Settings and data, as JSON values, that a run and its resumption must share."""
     exports: dict[str, Any]
     """For `convert`, per model in the state: {path of its parameters: {"head": …, "config": HF config}}."""
     best: tuple[str, int]
-    """The figure of an evaluation that says which checkpoint is best, and 1 (higher is better) or -1."""
-    last_batch: Callable[[], dict[str, Any]]
-    """The arrays of the newest step, for a person who wants to know why it could not be used."""
+    """The metric of an evaluation that decides which checkpoint is best, and 1 (higher is better) or -1."""
+
+    def step(self, state: State, index: int) -> tuple[State, Metrics]:
+        """Runs step `index` (from 0); returns the new state and its metrics."""
+        ...
+
+    def evaluate(self, state: State, done: int) -> Metrics:
+        """Evaluates after `done` steps; returns metrics without the prefix `eval/`."""
+        ...
+
+    def export(self, state: State, card: ModelCard) -> None:
+        """Writes the trained models into the folder of the run."""
+        ...
+
+    def last_batch(self) -> dict[str, Any]:
+        """Arrays of the newest step, for a person who wants to know why it could not be used."""
+        ...
 
 
-def resume_or_start(run: Run, config: RunConfig, task: Task, state: PyTree) -> tuple[PyTree, int]:
-    """The state to go on from and the number of finished steps."""
-    path = newest(run) if config.resume else None
+def resume_or_start(run: Run, task: Task[State], state: State, resume: bool) -> tuple[State, int]:
+    """Returns the state to go on from and the number of finished steps."""
+    path = newest(run) if resume else None
     if path is None:
-        if config.resume:
+        if resume:
             run.print(f"resume: no checkpoint in {run.output_dir}, starting from the beginning")
             run.rewind(-1)
         return state, 0
@@ -86,80 +98,105 @@ def newest(run: Run) -> Path | None:
     return run.output_dir / name if name else None
 
 
-def fit(run: Run, config: RunConfig, task: Task, state: PyTree) -> PyTree:
-    """Run the task from its newest checkpoint (with `resume`) or from the start; returns the final state.
+def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume: bool) -> State:
+    """Runs the task from its newest checkpoint or from the start; returns the final state.
 
-    Evaluates before the first and after the last step, exports the model into the run folder at the end. On SIGINT or
-    SIGTERM (to any process) the current step is finished, a checkpoint saved and Interrupted raised; a second SIGINT
-    stops at once. A checkpoint is saved before a SharedError too, that of a reward function say.
+    Evaluates before the first and after the last step, and exports the model into the run folder at the end. A second
+    SIGINT stops at once.
+
+    Args:
+        run: the folder and console of the run.
+        config: its length, and when it evaluates and saves.
+        task: the steps.
+        state: the initial state; donated.
+        resume: continue from the newest checkpoint.
+
+    Raises:
+        Interrupted: after SIGINT or SIGTERM to any process; the current step is finished and a checkpoint saved.
+        SharedError: as the task raises it (by a reward function, say); a checkpoint is saved first.
+        TrainingDiverged: when several steps in a row had no finite update.
     """
-    state, start = resume_or_start(run, config, task, state)
+    state, start = resume_or_start(run, task, state, resume)
     run.begin()
     check_shared(run.output_dir, "config.yaml")
     begin = time.monotonic()
+    loop = _Loop(run, config, task, start)
+    if start == 0 or (start == task.total_steps and not evaluated(run, start)):
+        loop.evaluate(state, start)
+    with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
+        for index in range(start, task.total_steps):
+            state = loop.step(state, index)
+            bar.update()
+            if index == start:  # the step that compiles would spoil the rate and the remaining time
+                bar.initial, bar.start_t = bar.n, time.time()
+            loop.finish_step(state, index + 1, stopped)
+    best = loop.best.step
+    if config.export_best and best not in (None, task.total_steps):
+        with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
+            state, _ = restore_checkpoint(run.output_dir / f"checkpoint-{best}", state)
+    with run.status(f"exporting the model to {run.output_dir}…"):
+        metrics = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
+        shown = metrics["eval_best" if config.export_best else "eval_after"]
+        task.export(state, ModelCard(task.name, task.base_model, task.data_names, task.total_steps, shown))
+    seconds = time.monotonic() - begin
+    run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics})
+    run.print(f"{task.name}: {task.total_steps - start} steps in {seconds:.1f}s → {run.output_dir}")
+    return state
 
-    def evaluate(step: int) -> None:
-        run.log(step, {f"eval/{name}": value for name, value in task.evaluate(state, step).items()})
 
-    def save(step: int, keep_last: int) -> None:
-        with run.status(f"saving checkpoint-{step}…"):
-            metadata = {"identity": task.identity, "exports": task.exports}
-            save_checkpoint(run.output_dir, step, state, metadata, keep_last, keep={best.step})
+class _Loop(Generic[State]):
+    """One pass through the steps of a task: what surrounds each of them."""
+
+    def __init__(self, run: Run, config: RunConfig, task: Task[State], start: int) -> None:
+        self.run, self.config, self.task, self.start = run, config, task, start
+        self.best = best_before(run, task.best, start)
+        self.guard = Guard(run, config.max_skipped_steps, task.last_batch)
+
+    def step(self, state: State, index: int) -> State:
+        with self.saved_before_errors(state, index):
+            state, metrics = self.task.step(state, index)
+        metrics = to_host(metrics)
+        self.run.log(index + 1, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
+        self.guard.check(metrics, index + 1)
+        return state
+
+    def finish_step(self, state: State, done: int, stopped: Callable[[], bool]) -> None:
+        """Evaluates and saves where it is due; raises what ends the run after this step."""
+        last, value = done == self.task.total_steps, None
+        if last or (self.config.eval_steps and done % self.config.eval_steps == 0):
+            with self.saved_before_errors(state, done):
+                self.evaluate(state, done)
+            value = self.run.latest[f"eval/{self.task.best[0]}"]
+        improved = self.best.is_worse_than(value, self.task.best[1])
+        stop = any(gather("ending a step", stopped()))
+        due = improved or (self.config.save_steps and done % self.config.save_steps == 0)
+        # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
+        if last or stop or self.guard.given_up or (due and not self.guard.in_a_row):
+            self.best = Best(done, value) if improved else self.best
+            self.save(state, done, 0 if self.guard.given_up else self.config.save_total_limit)
+        if self.guard.given_up:
+            self.guard.end(done)
+        if stop and not last:
+            raise Interrupted(f"stopped after step {done}; continue with --resume")
+
+    def evaluate(self, state: State, done: int) -> None:
+        self.run.log(done, {f"eval/{name}": value for name, value in self.task.evaluate(state, done).items()})
+
+    def save(self, state: State, done: int, keep_last: int) -> None:
+        with self.run.status(f"saving checkpoint-{done}…"):
+            metadata = {"identity": self.task.identity, "exports": self.task.exports}
+            save_checkpoint(self.run.output_dir, done, state, metadata, keep_last, keep={self.best.step})
 
     @contextmanager
-    def saved_before_errors(done: int) -> Iterator[None]:
+    def saved_before_errors(self, state: State, done: int) -> Iterator[None]:
         try:
             yield
         except SharedError:
             usable = not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
-            if done > start and usable and done not in map(checkpoint_step, list_checkpoints(run.output_dir)):
-                save(done, config.save_total_limit)
+            saved = map(checkpoint_step, list_checkpoints(self.run.output_dir))
+            if done > self.start and usable and done not in saved:
+                self.save(state, done, self.config.save_total_limit)
             raise
-
-    best = best_before(run, task.best, start)
-    if start == 0 or (start == task.total_steps and not evaluated(run, start)):
-        evaluate(start)
-    guard = Guard(run, config.max_skipped_steps, task.last_batch)
-    with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
-        for step in range(start, task.total_steps):
-            with saved_before_errors(step):
-                state, metrics = task.step(state, step)
-            metrics = to_host(metrics)
-            done = step + 1
-            run.log(done, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
-            guard.check(metrics, done)
-            bar.update()
-            if step == start:  # the step that compiles would spoil the rate and the remaining time
-                bar.initial, bar.start_t = bar.n, time.time()
-            last = done == task.total_steps
-            value = None
-            if last or (config.eval_steps and done % config.eval_steps == 0):
-                with saved_before_errors(done):
-                    evaluate(done)
-                value = run.latest[f"eval/{task.best[0]}"]
-            improved = best.is_worse_than(value, task.best[1])
-            stop = any(gather("ending a step", stopped()))
-            due = improved or (config.save_steps and done % config.save_steps == 0)
-            # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
-            if last or stop or guard.given_up or (due and not guard.in_a_row):
-                best = Best(done, value) if improved else best
-                save(done, 0 if guard.given_up else config.save_total_limit)
-            if guard.given_up:
-                guard.end(done)
-            if stop and not last:
-                raise Interrupted(f"stopped after step {done}; continue with --resume")
-    if config.export_best and best.step not in (None, task.total_steps):
-        with run.status(f"restoring checkpoint-{best.step}, the best of the evaluated ones…"):
-            state, _ = restore_checkpoint(run.output_dir / f"checkpoint-{best.step}", state)
-    with run.status(f"exporting the model to {run.output_dir}…"):
-        figures = from_primary("reading the evaluations", lambda: evals(run, task.best, best.step))
-        data = tuple(config.data_path)
-        shown = figures["eval_best" if config.export_best else "eval_after"]
-        task.export(state, ModelCard(task.name, task.base_model, data, task.total_steps, shown))
-    seconds = time.monotonic() - begin
-    run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **figures})
-    run.print(f"{task.name}: {task.total_steps - start} steps in {seconds:.1f}s → {run.output_dir}")
-    return state
 
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:

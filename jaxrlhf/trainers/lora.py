@@ -3,13 +3,13 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 
-from jaxrlhf.config import field
+from jaxrlhf.config import Ge, Lt, MayChange, NonNegativeInt, Positive, Settings, alias, check_needs
+from jaxrlhf.data import Tokenizer
 from jaxrlhf.distributed import is_primary
-from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     LoRAConfig,
     Model,
@@ -21,47 +21,28 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
-from jaxrlhf.trainers.settings import check_needs, next_post_init
-
-EXPORTS = ("merged", "adapter", "both")
 
 
 @dataclass(frozen=True)
-class LoRAOptions:
-    """Low-rank adapters: with `lora_r` above 0 the base model is frozen, without gradients or optimizer state."""
+class LoRAOptions(Settings):
+    """Low-rank adapters: with lora_r above 0 the base model is frozen."""
 
-    lora_r: int = field(
-        0,
-        "rank of LoRA adapters; only they (and a scalar head) are trained then, best at a larger learning rate, such "
-        "as 1e-4; 0: train all parameters",
-        aliases=("lora_dim",),
-    )
-    lora_alpha: float = field(32.0, "adapters are scaled by lora_alpha / lora_r")
-    lora_dropout: float = field(0.0, "dropout on the input of adapters (ppo and dpo never drop out)")
-    lora_target_modules: tuple[str, ...] = field(
-        (),
-        "linear maps that get adapters: names such as q_proj or c_attn, patterns such as attn/query, or all-linear; "
-        "default: all of attention and MLP",
-        aliases=("lora_module_name",),
-    )
-    lora_export: str = field(
-        "merged",
-        "what a LoRA run exports: the merged model, a PEFT folder output_dir/adapter, or both",
-        choices=EXPORTS,
-    )
+    lora_r: Annotated[NonNegativeInt, alias("lora_dim", "actor_lora_r", "actor_lora_dim")] = 0
+    """Rank of LoRA adapters; 0 trains all parameters. Use a larger learning rate with adapters, such as 1e-4. In ppo
+    the frozen base serves as the reference."""
+    lora_alpha: Positive = 32.0
+    """Adapters are scaled by lora_alpha / lora_r."""
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout on the input of adapters (ppo and dpo never drop out)."""
+    lora_target_modules: Annotated[tuple[str, ...], alias("lora_module_name", "actor_lora_module_name")] = ()
+    """Linear maps that get adapters: names such as q_proj or c_attn, patterns such as attn/query, or all-linear;
+    default: all of attention and MLP."""
+    lora_export: MayChange[Literal["merged", "adapter", "both"]] = "merged"
+    """What a LoRA run exports: the merged model, a PEFT folder output_dir/adapter, or both."""
 
-    def __post_init__(self) -> None:
-        if self.lora_r < 0:
-            raise InputError(f"lora_r={self.lora_r} must be 0 (no adapters) or more")
+    def check(self) -> None:
         LoRAConfig(max(self.lora_r, 1), self.lora_alpha, self.lora_dropout, self.lora_target_modules)
-        names = () if any(self.adapter_ranks) else ("lora_alpha", "lora_dropout", "lora_export")
-        check_needs(self, dict.fromkeys((*names, "lora_target_modules"), "lora_r"))
-        next_post_init(self, LoRAOptions)
-
-    @property
-    def adapter_ranks(self) -> tuple[int, ...]:
-        """Of each model that may have adapters."""
-        return (self.lora_r,)
+        check_needs(self, {"lora_target_modules": "lora_r"})
 
 
 def with_adapters(
@@ -81,15 +62,21 @@ def with_adapters(
 
 
 def export_model(
-    model: Model, folder: Path, tokenizer: Any, options: LoRAOptions, base: str | None, **save_options: Any
+    model: Model, folder: Path, tokenizer: Tokenizer, export: str, base: str | None, **save_options: Any
 ) -> None:
-    """Write the trained model as `lora_export` says; `base` is noted in an adapter, the rest is for save_pretrained."""
-    adapter = model.module.lora is not None and options.lora_export != "merged"
+    """Writes the trained model into `folder`.
+
+    Args:
+        export: "merged", "adapter" or "both", of a model with adapters.
+        base: the model that an adapter names as its base.
+        save_options: arguments of `save_pretrained`.
+    """
+    adapter = model.module.lora is not None and export != "merged"
     if adapter:
         save_adapter(model, folder / "adapter", base)
         if is_primary():
             tokenizer.save_pretrained(folder / "adapter")
-    if not adapter or options.lora_export == "both":
+    if not adapter or export == "both":
         save_pretrained(model, folder, tokenizer, **save_options)
 
 

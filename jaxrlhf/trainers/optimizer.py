@@ -1,63 +1,47 @@
 """AdamW with gradient clipping and a learning-rate schedule, equal step for step to the usual PyTorch recipe."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.config import field
+from jaxrlhf.config import Fraction, Ge, Lt, NonNegative, NonNegativeInt, Positive, Settings, alias
 from jaxrlhf.errors import InputError
 
-SCHEDULES = ("linear", "cosine", "constant")
+Schedule = Literal["linear", "cosine", "constant"]
 DECAYED_LEAVES = ("kernel", "embedding", "lora_a", "lora_b")
 UNDECAYED_LEAVES = ("scale", "bias")
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """How parameters are updated. A subclass with its own `__post_init__` must call this one."""
+@dataclass(frozen=True)
+class OptimizerConfig(Settings):
+    """AdamW and the learning-rate schedule."""
 
-    learning_rate: float = field(9.65e-6, "Peak learning rate, reached after the warm-up.")
-    weight_decay: float = field(0.0, "Decoupled weight decay of kernels and embeddings; never of biases and norms.")
-    adam_beta1: float = field(0.9, "Decay of Adam's first moment.")
-    adam_beta2: float = field(0.95, "Decay of Adam's second moment.")
-    adam_epsilon: float = field(1e-8, "Added to the denominator of Adam's update.")
-    max_grad_norm: float = field(1.0, "Global gradient norm above which gradients are scaled down; 0 turns this off.")
-    lr_scheduler_type: str = field(
-        "cosine", "Shape of the learning rate after the warm-up, over all steps of the run.", choices=SCHEDULES
-    )
-    warmup_steps: int = field(
-        0,
-        "Steps over which the learning rate rises linearly from 0; the first step then changes nothing. "
-        "When above 0, warmup_ratio is not used.",
-        aliases=("num_warmup_steps",),
-    )
-    warmup_ratio: float = field(0.0, "Warm-up as a share of all steps, rounded up.")
-    min_lr_ratio: float = field(
-        0.0, "Share of the learning rate that linear and cosine schedules end at, instead of 0."
-    )
-
-    def __post_init__(self):
-        allowed = {
-            "learning_rate": (self.learning_rate >= 0, "a finite number, 0 or more"),
-            "weight_decay": (self.weight_decay >= 0, "a finite number, 0 or more"),
-            "adam_beta1": (0 <= self.adam_beta1 < 1, "0 or more, below 1"),
-            "adam_beta2": (0 <= self.adam_beta2 < 1, "0 or more, below 1"),
-            "adam_epsilon": (self.adam_epsilon > 0, "a finite number above 0"),
-            "max_grad_norm": (self.max_grad_norm >= 0, "a finite number, 0 or more (0 turns clipping off)"),
-            "lr_scheduler_type": (self.lr_scheduler_type in SCHEDULES, "one of " + ", ".join(SCHEDULES)),
-            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
-            "warmup_ratio": (0 <= self.warmup_ratio <= 1, "between 0 and 1"),
-            "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
-        }
-        for name, (valid, requirement) in allowed.items():
-            value = getattr(self, name)
-            if not valid or value in (math.inf, -math.inf):
-                raise InputError(f"{name}={value!r} is not allowed: it must be {requirement}")
+    learning_rate: Annotated[NonNegative, alias("actor_learning_rate")] = 9.65e-6
+    """Peak learning rate, reached after the warm-up."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of kernels and embeddings; biases and norms never decay."""
+    adam_beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """Decay of Adam's second moment."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the denominator of Adam's update."""
+    max_grad_norm: NonNegative = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns this off."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Shape of the learning rate after the warm-up, over all steps of the run."""
+    warmup_steps: Annotated[NonNegativeInt, alias("num_warmup_steps")] = 0
+    """Steps over which the learning rate rises linearly from 0; the first step then changes nothing. Overrides
+    warmup_ratio when above 0."""
+    warmup_ratio: Fraction = 0.0
+    """Warm-up as a share of all steps, rounded up."""
+    min_lr_ratio: Fraction = 0.0
+    """Share of the peak that linear and cosine schedules end at, instead of 0."""
 
 
 def warmup_length(config: OptimizerConfig, total_steps: int) -> int:

@@ -2,36 +2,30 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf import objectives
-from jaxrlhf.config import field
-from jaxrlhf.data import DataConfig
 from jaxrlhf.models import Decoder
-from jaxrlhf.trainers.lora import LoRAOptions
-from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig
-from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
+from jaxrlhf.trainers.settings import StepOptions
+from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
 SIMILAR = 0.1  # of the longer answer: lengths that differ by less tell little
 
 
 @dataclass(frozen=True)
-class RewardOptions(LoRAOptions, TrainingConfig):
+class RewardOptions(StepOptions):
     """Reward modelling."""
 
-    reward_loss: str = field(
-        "pairwise",
-        "pairwise: Bradley-Terry on the score at the last real token; tokenwise: DeepSpeed-Chat's, on every token from "
-        "the first that differs",
-        choices=("pairwise", "tokenwise"),
-    )
+    reward_loss: Literal["pairwise", "tokenwise"] = "pairwise"
+    """pairwise: Bradley-Terry on the score at the last real token; tokenwise: DeepSpeed-Chat's, on every token from the
+    first that differs."""
 
 
 @dataclass(frozen=True)
-class RewardConfig(DataConfig, ModelConfig, FolderConfig, RewardOptions):
+class RewardConfig(RewardOptions, SupervisedConfig):
     """Step 2 alone."""
 
 
@@ -129,7 +123,6 @@ def train_reward(config: RewardConfig) -> TrainState:
         objective=OBJECTIVES[config.reward_loss],
         measure=MEASURES[config.reward_loss],
         summarise=reward_figures,
-        batch_options={},
         best=("accuracy", 1),
     )
     return train_supervised(config, recipe)

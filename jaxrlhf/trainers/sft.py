@@ -7,23 +7,21 @@ from typing import Any
 import jax
 
 from jaxrlhf import objectives
-from jaxrlhf.config import field
-from jaxrlhf.data import DataConfig
 from jaxrlhf.models import Decoder
-from jaxrlhf.trainers.lora import LoRAOptions
-from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, TrainingConfig
-from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, TrainState, train_supervised
+from jaxrlhf.trainers.settings import StepOptions
+from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
 
 @dataclass(frozen=True)
-class SFTOptions(LoRAOptions, TrainingConfig):
+class SFTOptions(StepOptions):
     """Supervised fine-tuning."""
 
-    completion_only_loss: bool = field(True, "loss on the response only; false: on the whole sequence")
+    completion_only_loss: bool = True
+    """Train on the response only; false: on the whole sequence."""
 
 
 @dataclass(frozen=True)
-class SFTConfig(DataConfig, ModelConfig, FolderConfig, SFTOptions):
+class SFTConfig(SFTOptions, SupervisedConfig):
     """Step 1 alone."""
 
 
@@ -51,7 +49,7 @@ def sft_sums(module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]
     return {"nll": loss * count, "tokens": count}
 
 
-def sft_figures(totals: dict[str, float]) -> dict[str, float]:
+def sft_metrics(totals: dict[str, float]) -> dict[str, float]:
     loss = totals["nll"] / max(totals["tokens"], 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -67,7 +65,7 @@ def train_sft(config: SFTConfig) -> TrainState:
         headline=("loss", "grad_norm", "learning_rate", "perf/tokens_per_second"),
         objective=OBJECTIVE,
         measure=sft_sums,
-        summarise=sft_figures,
+        summarise=sft_metrics,
         batch_options={"completion_only_loss": config.completion_only_loss},
         best=("loss", -1),
     )

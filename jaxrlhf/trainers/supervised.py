@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,23 +13,25 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxrlhf.data import Data, eval_batches, load_data, load_tokenizer, padding_fraction, stream_indices
+from jaxrlhf import keys
+from jaxrlhf.config import lasting
+from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data, load_tokenizer, padding_fraction, stream_indices
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, read_config, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
-from jaxrlhf.trainers.loop import Announce, Task, fit
+from jaxrlhf.trainers.loop import Announce, fit
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, updates_made
 from jaxrlhf.trainers.settings import (
     DTYPES,
+    StepConfig,
+    StepOptions,
     batch_devices,
     check_context,
-    lasting_settings,
     load_model,
     open_run,
-    total_steps,
     with_special_tokens,
 )
 
@@ -121,7 +124,8 @@ def evaluation_totals(
     return totals
 
 
-class Recipe(NamedTuple):
+@dataclass(frozen=True)
+class Recipe:
     """What one kind of supervised training adds to the common course."""
 
     name: str
@@ -130,99 +134,129 @@ class Recipe(NamedTuple):
     headline: tuple[str, ...]
     objective: Objective
     measure: Callable[[Decoder, PyTree, Batch], dict[str, jax.Array]]
-    """Sums of figures over an evaluation batch."""
+    """Sums of metrics over an evaluation batch."""
     summarise: Callable[[dict[str, float]], dict[str, float]]
     """From their totals to metrics."""
-    batch_options: dict[str, Any]
-    """Passed to `data.batch`."""
     best: tuple[str, int]
     """As in Task."""
-    extend: Callable[[Run, Any, Model, Mesh], Callable[[PyTree, Batch], Batch]] = lambda *_: lambda params, batch: batch
-    """`extend(run, config, start model, mesh)` is called once; what it returns, before each step and evaluation with
-    the current parameters and the placed batch, for a batch of more arrays."""
+    batch_options: dict[str, Any] = field(default_factory=dict)
+    """Passed to `data.batch`."""
+    extend: Callable[[Run, Model, Mesh], Callable[[PyTree, Batch], Batch]] = lambda *_: lambda params, batch: batch
+    """Called once with run, start model and mesh. Its result adds arrays to each placed batch of steps and evaluations,
+    given the current parameters."""
 
 
-def train_supervised(config: Any, recipe: Recipe) -> TrainState:
-    """Run one supervised step; the trained model lies in `config.output_dir` afterwards."""
+@dataclass(frozen=True)
+class SupervisedConfig(StepOptions, StepConfig):
+    """The settings of SFT, reward models and DPO, without what is their own."""
+
+
+def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
+    """Runs one supervised step; the trained model lies in the run's folder afterwards."""
     config = joined(config)
-    with open_run(config, recipe.headline) as run:
-        mesh = config.make_mesh()
-        source = config.tokenizer_source
-        if config.model_name_or_path is not None:
-            read_config(config.model_name_or_path)  # a model that cannot be used is the first thing to say
+    with open_run(config.folder, config, config.run.logging_steps, recipe.headline) as run:
+        mesh = config.mesh.make_mesh()
+        source = config.model.tokenizer_source
+        if config.model.model_name_or_path is not None:
+            read_config(config.model.model_name_or_path)  # fails early when the model cannot be used
         tokenizer = load_tokenizer(source)
-        model = load_model(config, recipe.head, mesh, len(tokenizer), remat=config.remat)
-        model = with_adapters(with_special_tokens(model, tokenizer), config, jax.random.key(config.seed))
-        check_context(model.config, config.max_length, "max_length")
-        data = load_data(config, tokenizer, recipe.name)
-        task, state = supervised_task(run, config, recipe, model, tokenizer, data, mesh)
-        return fit(run, config, task, state)
+        model = load_model(config, recipe.head, mesh, len(tokenizer), remat=config.run.remat)
+        key = keys.stream(config.data.seed, keys.Stream.ADAPTERS)
+        model = with_adapters(with_special_tokens(model, tokenizer), config.lora, key)
+        check_context(model.config, config.data.max_length, "max_length")
+        task = SupervisedTask(run, config, recipe, model, tokenizer, load_data(config.data, tokenizer, recipe.name))
+        return fit(run, config.run, task, task.initial_state(), resume=config.folder.resume)
 
 
-def supervised_task(
-    run: Run, config: Any, recipe: Recipe, model: Model, tokenizer: Any, data: tuple[Data, Data], mesh: Mesh
-) -> tuple[Task, TrainState]:
-    """A Task over labelled rows and its initial state; `config` is the trainer's own."""
-    train, evaluation = data
-    rows = config.per_device_train_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
-    eval_rows = config.per_device_eval_batch_size * batch_devices(mesh)
-    steps = total_steps(config, len(train), rows)
-    optimizer = make_optimizer(config, steps, split_trainable(model.params, model.module)[0])
-    schedule = make_schedule(config, steps)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    update = Announce(run, f"{recipe.name} train step", train_step)
-    held = held_rows(mesh, rows)
-    measured = Announce(run, f"{recipe.name} evaluation", eval_step)
-    extend = recipe.extend(run, config, model, mesh)
+class SupervisedTask:
+    """The steps of SFT, a reward model or DPO over labelled rows (a `Task`)."""
 
-    newest: Batch = {}
+    def __init__(
+        self,
+        run: Run,
+        config: SupervisedConfig,
+        recipe: Recipe,
+        model: Model,
+        tokenizer: Tokenizer,
+        data: tuple[Data, Data],
+    ) -> None:
+        self.run, self.config, self.recipe, self.model, self.tokenizer = run, config, recipe, model, tokenizer
+        self.train, self.evaluation = data
+        self.mesh = mesh = config.mesh.make_mesh()
+        self.micro_batches = config.run.gradient_accumulation_steps
+        self.rows = config.run.per_device_train_batch_size * batch_devices(mesh) * self.micro_batches
+        self.name, self.best = recipe.name, recipe.best
+        self.total_steps = config.run.total_steps(len(self.train), self.rows)
+        self.data_names = tuple(config.data.data_path)
+        self.trainable = split_trainable(model.params, model.module)[0]
+        self.optimizer = make_optimizer(config.optimizer, self.total_steps, self.trainable)
+        self.schedule = make_schedule(config.optimizer, self.total_steps)
+        self.key = keys.stream(config.data.seed, keys.Stream.DROPOUT)
+        self._update = Announce(run, f"{recipe.name} train step", train_step)
+        self._measure = Announce(run, f"{recipe.name} evaluation", eval_step)
+        self._extend = recipe.extend(run, model, mesh)
+        self._newest: Batch = {}
+        start = config.model.start.model_type
+        self.base_model = config.model.model_name_or_path or f"{start} with random weights"
+        described = describe_model(model)
+        self.exports = {"params": described}
+        self.identity = {
+            "trainer": recipe.name,
+            "model": config.model.model_name_or_path or start,
+            "data": self.train.key,
+            "global_batch_size": self.rows,
+            "micro_batches": self.micro_batches,
+            "train_rows": len(self.train),
+            "total_steps": self.total_steps,
+            "lora": described.get("lora"),
+            **lasting(config),
+        }
 
-    def step(state: TrainState, i: int) -> tuple[TrainState, dict[str, Any]]:
+    def initial_state(self) -> TrainState:
+        return init_state(self.model, self.optimizer, self.mesh, offload_optimizer=self.config.run.offload_optimizer)
+
+    def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
         made = int(to_host(updates_made(state.opt_state)))
-        indices = stream_indices(i, rows, len(train), config.seed)
-        batch = train.batch(indices, held=held, **recipe.batch_options)
-        options = {"objective": recipe.objective, "micro_batches": config.gradient_accumulation_steps}
-        newest.update(placed := extend(state.params, place_batch(batch, mesh)))
-        state, metrics = update(state, placed, key, **options)
+        indices = stream_indices(index, self.rows, len(self.train), self.config.data.seed)
+        batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows), **self.recipe.batch_options)
+        self._newest = self._extend(state.params, place_batch(batch, self.mesh))
+        state, metrics = self._update(
+            state, self._newest, self.key, objective=self.recipe.objective, micro_batches=self.micro_batches
+        )
         metrics = jax.block_until_ready(metrics)
-        tokens = train.token_count(indices)
+        tokens = self.train.token_count(indices)
         seconds = time.monotonic() - begin
         return state, metrics | {
-            "learning_rate": schedule(made),
-            "epoch": np.float64((i + 1) * rows / len(train)),
+            "learning_rate": self.schedule(made),
+            "epoch": np.float64((index + 1) * self.rows / len(self.train)),
             "perf/tokens_per_second": np.float64(tokens / seconds),
             "perf/padding": np.float64(padding_fraction(batch, tokens)),
             "timing/step": np.float64(seconds),
         }
 
-    def evaluate(state: TrainState, _: int) -> dict[str, float]:
-        options = {"module": state.module, "mesh": mesh, "measure": recipe.measure}
-
+    def evaluate(self, state: TrainState, done: int) -> dict[str, float]:
         def sums(batch: Batch) -> dict[str, jax.Array]:
-            return measured(state.params, extend(state.params, batch), **options)
+            extended = self._extend(state.params, batch)
+            return self._measure(
+                state.params, extended, module=state.module, mesh=self.mesh, measure=self.recipe.measure
+            )
 
-        return recipe.summarise(evaluation_totals(sums, evaluation, eval_rows, mesh, **recipe.batch_options))
+        rows = self.config.run.per_device_eval_batch_size * batch_devices(self.mesh)
+        totals = evaluation_totals(sums, self.evaluation, rows, self.mesh, **self.recipe.batch_options)
+        return self.recipe.summarise(totals)
 
-    def export(state: TrainState, card: ModelCard) -> None:
-        trained = Model(module=state.module, params=state.params, config=model.config)
-        dtype = DTYPES[config.save_dtype]
-        base = config.model_name_or_path
-        export_model(trained, run.output_dir, tokenizer, config, base, dtype=dtype, card=card)
+    def export(self, state: TrainState, card: ModelCard) -> None:
+        trained = Model(module=state.module, params=state.params, config=self.model.config)
+        export_model(
+            trained,
+            self.run.output_dir,
+            self.tokenizer,
+            self.config.lora.lora_export,
+            self.config.model.model_name_or_path,
+            dtype=DTYPES[self.config.run.save_dtype],
+            card=card,
+        )
 
-    described = describe_model(model)
-    identity = {
-        "trainer": recipe.name,
-        "model": config.model_name_or_path or config.model_type,
-        "data": train.key,
-        "global_batch_size": rows,
-        "micro_batches": config.gradient_accumulation_steps,
-        "train_rows": len(train),
-        "total_steps": steps,
-        "lora": described.get("lora"),
-        **lasting_settings(config),
-    }
-    base = config.model_name_or_path or f"{config.model_type} with random weights"
-    exports = {"params": described}
-    task = Task(recipe.name, steps, step, evaluate, export, base, identity, exports, recipe.best, lambda: dict(newest))
-    return task, init_state(model, optimizer, mesh, offload_optimizer=config.offload_optimizer)
+    def last_batch(self) -> Batch:
+        return self._newest

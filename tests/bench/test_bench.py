@@ -315,12 +315,12 @@ def test_bad_settings_are_refused_by_name(flags, message, monkeypatch, tmp_path,
 def test_peers_need_their_packages_and_a_section_to_run(monkeypatch):
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
     with pytest.raises(InputError, match="trl needs the package trl, which is not installed"):
-        BenchConfig(peers=("trl",))
+        BenchConfig.create(peers=("trl",))
     with pytest.raises(InputError, match="add one to the sections"):
-        BenchConfig(peers=("hf",), sections=KERNEL_SECTIONS)
+        BenchConfig.create(peers=("hf",), sections=KERNEL_SECTIONS)
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(InputError, match="trl only runs whole iterations"):
-        BenchConfig(peers=("trl",), sections=("train",))
+        BenchConfig.create(peers=("trl",), sections=("train",))
 
 
 def test_a_sweep_ends_where_memory_does_and_reports_the_best():

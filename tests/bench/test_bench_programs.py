@@ -20,21 +20,23 @@ LOCAL |= {"attention_types": [[["global", "local"], 1]], "window_size": 3, "max_
 
 
 def test_every_row_of_a_batch_has_a_prompt(monkeypatch):
-    config = BenchConfig(batch=(2048,), prompt=5)
+    config = BenchConfig.create(batch=(2048,), prompt=5)
     prompts = ours.random_prompts(config, 96, 2048)
     assert prompts.shape == (2048, 5) and prompts.dtype == np.int32
     np.testing.assert_array_equal(ours.random_prompts(config, 96, 3), prompts[:3])
-    assert ours.random_prompts(BenchConfig(batch=(4,), max_batch=2, prompt=5), 96, 4).shape == (4, 5)
+    assert ours.random_prompts(BenchConfig.create(batch=(4,), max_batch=2, prompt=5), 96, 4).shape == (4, 5)
     whole = {"mesh_data": 1, "mesh_fsdp": 1, "mesh_tensor": 8}
-    assert batches(BenchConfig(max_batch=2, **whole)) == [2] and batches(BenchConfig(max_batch=2, batch=(4,))) == [4]
-    assert batches(BenchConfig(max_batch=2)) == [8], "one row for each device"
+    assert batches(BenchConfig.create(max_batch=2, **whole)) == [2] and batches(
+        BenchConfig.create(max_batch=2, batch=(4,))
+    ) == [4]
+    assert batches(BenchConfig.create(max_batch=2)) == [8], "one row for each device"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert batches(BenchConfig(max_batch=40)) == [8, 16, 32]
+    assert batches(BenchConfig.create(max_batch=40)) == [8, 16, 32]
 
 
 def test_log_probs_are_measured_with_the_head_that_training_reads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    config = BenchConfig(actor=str(tmp_path), dtype="bfloat16", prompt=4, answer=4)
+    config = BenchConfig.create(actor=str(tmp_path), dtype="bfloat16", prompt=4, answer=4)
     for run, _ in ours.logprobs_runs(config, 8).values():
         assert [x.dtype.name for x in run.args] == ["bfloat16", "float32"]
 
@@ -70,7 +72,7 @@ EXPECTED = {  # of each kind of layer: scale, window, slopes
 def test_attention_is_measured_with_the_models_slopes_windows_and_scale(family, tmp_path):
     shape, kinds = EXPECTED[family]
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    config = BenchConfig(actor=str(tmp_path), critic=str(tmp_path), prompt=4, answer=3)
+    config = BenchConfig.create(actor=str(tmp_path), critic=str(tmp_path), prompt=4, answer=3)
     runs = ours.attention_runs(config, 2)
     assert list(runs) == [part + kind for kind in kinds for part in ("forward", "train")]
     for kind, (scale, window, slopes) in kinds.items():
@@ -95,7 +97,7 @@ def test_kernels_that_want_plain_numbers_get_them_where_layers_are_alike(shape, 
     seen = []
     monkeypatch.setattr(ours, "attend_to_sequence", lambda q, *_, **options: (seen.append(options), q)[1])
     options = {"attention_implementation": "cudnn", "prompt": 4, "answer": 3}
-    config = BenchConfig(actor=str(tmp_path), critic=str(tmp_path), **options)
+    config = BenchConfig.create(actor=str(tmp_path), critic=str(tmp_path), **options)
     for run, _ in ours.attention_runs(config, 2).values():
         run()
     for options in seen:

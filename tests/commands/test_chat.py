@@ -61,14 +61,14 @@ class ScriptedEngine:
 
 
 def scripted(model, tokenizer, *answers, console=None, **options):
-    session = ChatSession(model, tokenizer, ChatConfig(model="tiny", **options), console)
+    session = ChatSession(model, tokenizer, ChatConfig.create(model="tiny", **options), console)
     session.engine = ScriptedEngine(tokenizer, answers)
     return session
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_streamed_answer_is_what_generate_gives(model, tokenizer, temperature):
-    session = ChatSession(model, tokenizer, ChatConfig(model="tiny", max_new_tokens=12, temperature=temperature))
+    session = ChatSession(model, tokenizer, ChatConfig.create(model="tiny", max_new_tokens=12, temperature=temperature))
     pieces = list(session.reply("What is hot?"))
     ids = np.array([encode_conversation(tokenizer, [user("What is hot?")])])
     key = jax.random.fold_in(jax.random.key(session.config.seed), 0)
@@ -80,7 +80,9 @@ def test_the_streamed_answer_is_what_generate_gives(model, tokenizer, temperatur
 
 
 def test_the_same_conversation_gets_the_same_answers_and_a_new_round_other_draws(model, tokenizer):
-    session = ChatSession(model, tokenizer, ChatConfig(model="tiny", max_new_tokens=8, temperature=1.0, top_p=1.0))
+    session = ChatSession(
+        model, tokenizer, ChatConfig.create(model="tiny", max_new_tokens=8, temperature=1.0, top_p=1.0)
+    )
     first = "".join(session.reply("hello"))
     session.messages.clear()
     assert "".join(session.reply("hello")) != first
@@ -157,7 +159,7 @@ def test_an_answer_ends_at_the_model_s_own_end_tokens_too_and_does_not_show_them
 
 
 def test_a_short_context_halves_the_default_answer(model, tokenizer):
-    assert ChatSession(model, tokenizer, ChatConfig(model="tiny")).sampling.max_new_tokens == CONTEXT // 2
+    assert ChatSession(model, tokenizer, ChatConfig.create(model="tiny")).sampling.max_new_tokens == CONTEXT // 2
 
 
 @pytest.mark.parametrize("text", ["naïve 日本語 and 🙂🙃 end", "  two  spaces\n\nkept "])
@@ -298,30 +300,32 @@ def test_a_folder_is_chatted_with_through_pipes(model, tokenizer, tmp_path, caps
 def test_an_explicit_prompt_template_counts_more_than_the_run_s(model, tokenizer, tmp_path):
     save_pretrained(model, tmp_path, tokenizer)
     (tmp_path / "config.yaml").write_text("prompt_template: raw\n")
-    assert open_session(ChatConfig(model=str(tmp_path), prompt_template="{prompt}>{response}")).template[0] == "{"
+    assert (
+        open_session(ChatConfig.create(model=str(tmp_path), prompt_template="{prompt}>{response}")).template[0] == "{"
+    )
 
 
 def test_models_that_cannot_chat_are_refused_by_name(model, tokenizer, tmp_path):
     with pytest.raises(InputError, match="nowhere does not exist"):
-        open_session(ChatConfig(model=str(tmp_path / "nowhere")))
+        open_session(ChatConfig.create(model=str(tmp_path / "nowhere")))
     save_pretrained(model, tmp_path / "run" / "ppo", tokenizer)
     with pytest.raises(InputError, match=f"run of all steps; its chat model is {tmp_path}/run/ppo"):
-        open_session(ChatConfig(model=str(tmp_path / "run")))
+        open_session(ChatConfig.create(model=str(tmp_path / "run")))
     reward = tiny(len(tokenizer), head="scalar")
     save_pretrained(reward, tmp_path, tokenizer)
     with pytest.raises(InputError, match=f"{tmp_path} is a reward model or critic"):
-        open_session(ChatConfig(model=str(tmp_path)))
+        open_session(ChatConfig.create(model=str(tmp_path)))
     with pytest.raises(InputError, match="scalar head"):
-        ChatSession(reward, tokenizer, ChatConfig(model="tiny"))
+        ChatSession(reward, tokenizer, ChatConfig.create(model="tiny"))
     with pytest.raises(InputError, match=f"tokenizer has {len(tokenizer)} tokens, the model only 40"):
-        ChatSession(tiny(40), tokenizer, ChatConfig(model="tiny"))
+        ChatSession(tiny(40), tokenizer, ChatConfig.create(model="tiny"))
 
 
 def test_settings_that_cannot_work_are_refused_by_name(model, tokenizer):
     with pytest.raises(InputError, match=f"max_new_tokens={CONTEXT} leaves no room .* context of {CONTEXT}"):
-        ChatSession(model, tokenizer, ChatConfig(model="tiny", max_new_tokens=CONTEXT))
+        ChatSession(model, tokenizer, ChatConfig.create(model="tiny", max_new_tokens=CONTEXT))
     with pytest.raises(InputError, match=r"stop_strings.*empty"):
-        ChatConfig(model="tiny", stop_strings=("",))
+        ChatConfig.create(model="tiny", stop_strings=("",))
     for name, value in (
         ("repetition_penalty", 0.0),
         ("temperature", -1.0),
@@ -330,6 +334,6 @@ def test_settings_that_cannot_work_are_refused_by_name(model, tokenizer):
         ("prompt_template", "{prompt}"),
     ):
         with pytest.raises(InputError, match=name):
-            ChatConfig(model="tiny", **{name: value})
+            ChatConfig.create(model="tiny", **{name: value})
     with pytest.raises(InputError, match="--model"):
         parse(ChatConfig, [], "chat", "")

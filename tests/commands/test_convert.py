@@ -81,14 +81,14 @@ def run_options(root, output):
 
 @pytest.fixture(scope="module")
 def sft_run(root):
-    train_sft(SFTConfig(model_name_or_path=str(root / "lm"), max_length=48, **run_options(root, root / "sft")))
+    train_sft(SFTConfig.create(model_name_or_path=str(root / "lm"), max_length=48, **run_options(root, root / "sft")))
     return root / "sft"
 
 
 @pytest.fixture(scope="module")
 def ppo_run(root):
     """The actor with adapters and a moving average, the critic whole."""
-    config = PPOConfig(
+    config = PPOConfig.create(
         actor_model_name_or_path=str(root / "lm"),
         critic_model_name_or_path=str(root / "reward"),
         max_prompt_seq_len=40,
@@ -210,7 +210,7 @@ def test_verify_finds_a_parameter_that_differs(root, tmp_path, monkeypatch):
 def test_bad_input_is_refused_with_what_to_do(root, sft_run, tmp_path):
     def refused(message, **options):
         with pytest.raises(InputError, match=message):
-            convert(ConvertConfig(**({"input": str(root / "lm"), "output": str(tmp_path / "out")} | options)))
+            convert(ConvertConfig.create(**({"input": str(root / "lm"), "output": str(tmp_path / "out")} | options)))
 
     checkpoint = {"input": str(sft_run), "source": "orbax", "target": "hf"}
     refused("holds no checkpoint-N folder", **checkpoint | {"input": str(tmp_path)})

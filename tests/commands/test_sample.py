@@ -65,7 +65,7 @@ def finished(demo, options, tmp_path_factory):
         settings = {"reward_functions": (f"{folder}/vowels.py:score_vowels:bonus=1",), "reward_weights": (0.5,)}
         settings |= {"reward_model_name_or_path": demo.reward, "reward_model_weight": 2.0}
         path = folder / "best.jsonl"
-        summary = sample(SampleConfig(**(options | settings), output_file=str(path)))
+        summary = sample(SampleConfig.create(**(options | settings), output_file=str(path)))
     return SimpleNamespace(
         folder=folder, path=path, rows=read_jsonl(path), summary=summary, batches=batches, rollouts=scored_rollouts
     )
@@ -141,7 +141,7 @@ def test_what_is_written_reads_back_as_sft_data_and_renders_as_it_was_sampled(fi
 def test_samples_depend_on_neither_the_batch_nor_the_slots(finished, demo, options, tmp_path):
     settings = options | {"per_device_batch_size": 2, "generation_slots": 16, "mesh_fsdp": 4, "mesh_data": 2}
     settings |= {"reward_model_name_or_path": demo.reward, "select": "threshold", "min_score": -100.0}
-    sample(SampleConfig(**settings, output_file=str(tmp_path / "all.jsonl")))
+    sample(SampleConfig.create(**settings, output_file=str(tmp_path / "all.jsonl")))
     every = read_jsonl(tmp_path / "all.jsonl")
     texts = {text for b in finished.batches for k, text in enumerate(b["texts"]) if b["indices"][k // N] >= 0}
     assert {row["chosen"] for row in every} == {text for text in texts if text.strip()}
@@ -157,7 +157,7 @@ def nothing_runs(monkeypatch):
 
 
 def scored(options, folder, **changes):
-    return SampleConfig(
+    return SampleConfig.create(
         **(options | {"reward_functions": ("length:limit=3",), "output_file": str(folder / "new.jsonl")} | changes)
     )
 

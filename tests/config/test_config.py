@@ -272,10 +272,10 @@ def test_a_stray_word_is_refused():
 
 
 def test_from_dict_keeps_types_and_refuses_wrong_ones():
-    assert from_dict(SFT, {"data_path": ["a"], "config_overrides": {"n": "1"}}).config_overrides == {"n": "1"}
+    assert SFT.create(**{"data_path": ["a"], "config_overrides": {"n": "1"}}).config_overrides == {"n": "1"}
     for values in ({"max_steps": 1.5}, {"remat": 1}, {"learning_rate": True}, {"prompt_template": 3}):
         with pytest.raises(InputError, match=f"{next(iter(values))}: expected"):
-            from_dict(SFT, {"data_path": ["a"], **values})
+            SFT.create(**{"data_path": ["a"], **values})
 
 
 def test_mutable_defaults_are_not_shared():

@@ -227,7 +227,7 @@ def ahead_of_time(request):
     pytest.importorskip(package)
     options = {"actor": "pythia-70m", "reward": "pythia-70m", "device": device, "devices": 4, "dtype": "bfloat16"}
     options |= {"max_prompt_seq_len": 64, "max_answer_seq_len": 64, "per_device_train_batch_size": 16}
-    config = PlanConfig(**options, generate_tensor_parallel=4, remat_policy="full")
+    config = PlanConfig.create(**options, generate_tensor_parallel=4, remat_policy="full")
     system = build_system(config, devices=topology_devices(config.accelerator, topology, 4))
     texts = {name: lower(system, name).compile().as_text() for name in ("generate", "train")}
     return device, {name: (Program(text), text) for name, text in texts.items()}

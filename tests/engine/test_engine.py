@@ -1,7 +1,5 @@
 """Generation: equal to transformers, EOS and masks, early exit, streaming, log-probs, and keys that follow samples."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +99,7 @@ def test_the_rollout_is_laid_out_as_documented(rollout, lab):
 
 
 def test_eos_ends_a_row_and_early_exit_changes_nothing(rollout, setup, lab):
-    free = setup.rollout(replace(lab.sampling, eos_token_id=None))
+    free = setup.rollout(lab.sampling.replace(eos_token_id=None))
     assert np.asarray(free.response_mask)[:, lab.PROMPT :].all()
     tokens, mask = cut_at_eos(np.asarray(free.tokens)[:, lab.PROMPT :], lab.EOS, 0)
     np.testing.assert_array_equal(rollout.tokens[:, lab.PROMPT :], tokens)
@@ -113,7 +111,7 @@ def test_eos_ends_a_row_and_early_exit_changes_nothing(rollout, setup, lab):
 def test_eos_stays_inside_the_mask_when_it_is_the_padding_too(rollout, setup, lab):
     """One EOS of several is also the pad: same draws, same masks, only the filling differs."""
     pad = lab.EOS[0]
-    got = jax.device_get(setup.rollout(replace(lab.sampling, pad_token_id=pad)))
+    got = jax.device_get(setup.rollout(lab.sampling.replace(pad_token_id=pad)))
     np.testing.assert_array_equal(got.response_mask, rollout.response_mask)
     np.testing.assert_array_equal(got.tokens[got.mask], rollout.tokens[rollout.mask])
     assert (got.tokens[~got.mask] == pad).all()
@@ -133,7 +131,7 @@ def test_the_loop_stops_when_every_row_is_done_and_no_row_before_min_new_tokens(
     original = decoding.decode_step
     monkeypatch.setattr(decoding, "decode_step", counting)
     # A pad id of its own: this program is traced here, and used by no other test.
-    sampling = replace(lab.sampling, eos_token_id=tuple(range(0, 101, 2)), min_new_tokens=4, pad_token_id=3)
+    sampling = lab.sampling.replace(eos_token_id=tuple(range(0, 101, 2)), min_new_tokens=4, pad_token_id=3)
     got = jax.block_until_ready(setup.rollout(sampling))
     jax.effects_barrier()
     lengths = np.asarray(got.response_mask).sum(1)
@@ -151,13 +149,13 @@ def test_stream_yields_the_same_tokens(rollout, setup, lab):
 def test_a_stream_ends_after_the_last_eos(setup, lab):
     ids, mask = lab.prompts()
     first = next(iter(setup.engine.stream(ids, mask, jax.random.key(3), lab.sampling)))
-    everything = replace(lab.sampling, eos_token_id=tuple(np.unique(first).tolist()))
+    everything = lab.sampling.replace(eos_token_id=tuple(np.unique(first).tolist()))
     assert len(list(setup.engine.stream(ids, mask, jax.random.key(3), everything))) == 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_equal_a_full_forward(temperature, setup, lab):
-    rollout = jax.device_get(setup.rollout(replace(lab.sampling, temperature=temperature)))
+    rollout = jax.device_get(setup.rollout(lab.sampling.replace(temperature=temperature)))
     logits = setup.actor.module.apply({"params": setup.actor.params}, rollout.tokens, rollout.mask)
     logp = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32) / temperature))[:, :-1]
     logp = np.take_along_axis(logp, rollout.tokens[:, 1:, None], axis=-1)[..., 0]

@@ -21,7 +21,7 @@ GPT2 |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 def everything(lab):
     """All options at once, with two responses per prompt and a temperature per prompt."""
     options = {"min_new_tokens": 2, "repetition_penalty": 1.4, "stop_sequences": STOPS, "samples_per_prompt": 2}
-    return replace(lab.sampling, **options), {"temperature": np.linspace(0, 2, lab.ROWS)}
+    return lab.sampling.replace(**options), {"temperature": np.linspace(0, 2, lab.ROWS)}
 
 
 def run(engine, lab, sampling, **options):
@@ -72,7 +72,7 @@ def test_repetition_penalty_and_stop_sequences_equal_transformers(lab, tmp_path)
 
 def test_padding_is_not_seen_by_the_repetition_penalty(setup, lab):
     ids, mask = lab.prompts()
-    sampling = replace(lab.sampling, temperature=0, repetition_penalty=3.0)
+    sampling = lab.sampling.replace(temperature=0, repetition_penalty=3.0)
     other = np.where(mask, ids, np.random.default_rng(8).integers(3, 101, ids.shape))
     key = jax.random.key(3)
     a, b = (np.asarray(setup.engine.generate(x, mask, key, sampling).tokens) for x in (np.where(mask, ids, 0), other))
@@ -92,10 +92,10 @@ def test_options_do_not_change_the_reported_distribution(setup, lab, everything)
 
 
 def test_a_stop_sequence_ends_a_row_with_its_last_token_and_not_before_min_new_tokens(setup, lab):
-    free = run(setup.engine, lab, replace(lab.sampling, eos_token_id=None)).tokens[:, lab.PROMPT :]
+    free = run(setup.engine, lab, lab.sampling.replace(eos_token_id=None)).tokens[:, lab.PROMPT :]
     stops = (tuple(free[0, 1:3].tolist()), tuple(free[1, 5:8].tolist()), (int(free[2, 4]),))
     for least in (0, 3):
-        sampling = replace(lab.sampling, eos_token_id=None, stop_sequences=stops, min_new_tokens=least)
+        sampling = lab.sampling.replace(eos_token_id=None, stop_sequences=stops, min_new_tokens=least)
         got = run(setup.engine, lab, sampling)
         for row, tokens in enumerate(free.tolist()):
             ends = [n for n in range(least + 1, lab.ANSWER) if any(tuple(tokens[:n][-len(s) :]) == s for s in stops)]
@@ -110,7 +110,7 @@ def test_samples_of_a_prompt_are_what_its_copies_get(setup, lab):
     ids, mask = lab.prompts(rows=4)
     key = jax.random.key(3)
     numbers = np.array([5, 1, 9, 30, 31, 2, 8, 7])
-    sampling = replace(lab.sampling, samples_per_prompt=2)
+    sampling = lab.sampling.replace(samples_per_prompt=2)
     got = jax.device_get(setup.engine.generate(ids, mask, key, sampling, sample_index=numbers))
     copies = (np.repeat(x, 2, axis=0) for x in (ids, mask))
     assert_same(got, jax.device_get(setup.engine.generate(*copies, key, lab.sampling, sample_index=numbers)))
@@ -125,7 +125,7 @@ def test_a_temperature_per_prompt_equals_that_of_the_config_and_compiles_once(se
     run(setup.engine, lab, lab.sampling, temperature=values[::-1] + 0.1)
     assert generate._cache_size() == before + 1
     for value in np.unique(values):
-        expected = run(setup.engine, lab, replace(lab.sampling, temperature=float(value)))
+        expected = run(setup.engine, lab, lab.sampling.replace(temperature=float(value)))
         rows = values == value
         assert_same(jax.tree.map(lambda x: x[rows], got), jax.tree.map(lambda x: x[rows], expected))  # noqa: B023
 
@@ -146,7 +146,7 @@ def test_requests_that_do_not_fit_are_refused_by_name(setup, lab):
     for bad in ([1.0] * 3, [1.0, -0.5, 1.0, 1.0], [1.0, float("nan"), 1.0, 1.0]):
         with pytest.raises(InputError, match=r"temperature=\[.*one number per prompt, \[4\]"):
             setup.engine.generate(ids, mask, key, lab.sampling, temperature=bad)
-    twice = replace(lab.sampling, samples_per_prompt=2)
+    twice = lab.sampling.replace(samples_per_prompt=2)
     with pytest.raises(InputError, match=r"sample_index.*\(4,\).*samples_per_prompt=2.*\[8\]"):
         setup.engine.generate(ids, mask, key, twice, sample_index=np.arange(4))
     with pytest.raises(InputError, match=r"samples_per_prompt=2.*one response per prompt"):
@@ -169,7 +169,7 @@ def test_slots_give_the_same_rollout_with_every_option(mesh, slots, lab, everyth
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_slots_change_no_answer_and_neither_does_the_order_of_the_queue(temperature, setup, lab):
-    sampling = replace(lab.sampling, temperature=temperature)
+    sampling = lab.sampling.replace(temperature=temperature)
     fixed = run(setup.engine, lab, sampling)
     assert_same(run(setup.engine, lab, sampling, slots=8), fixed)
     order = np.random.default_rng(4).permutation(lab.ROWS)

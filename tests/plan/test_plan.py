@@ -1,6 +1,5 @@
 """The planner: what it counts is what a real engine holds, what it refuses, what it proposes, what it writes."""
 
-import dataclasses
 import gc
 import json
 import math
@@ -25,14 +24,14 @@ from jaxrlhf.plan.report import as_dict
 from jaxrlhf.plan.roofline import forward
 from jaxrlhf.plan.search import CHANGES, OTHER_TRAINING, capacity, flags_between
 from jaxrlhf.plan.settings import PlanConfig
-from jaxrlhf.rl.run import RLHFEngine
+from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.runs.console import Console
 
 PUBLISHED = {"reward": "opt-350m", "device": "a100-80g"}
 
 
 def config_of(**settings) -> PlanConfig:
-    return PlanConfig(**(PUBLISHED | settings))
+    return PlanConfig.create(**(PUBLISHED | settings))
 
 
 def fits(config: PlanConfig) -> bool:
@@ -80,7 +79,7 @@ def odd(lab, demo, tmp_path_factory):
     ids=["whole", "adapters", "stages"],
 )
 def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
-    plan = PlanConfig(
+    plan = PlanConfig.create(
         actor=str(odd / "lm"),
         reward=str(odd / "reward"),
         device="a100-80g",
@@ -91,7 +90,7 @@ def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
         **layout,
     )
     before = jax.live_arrays()  # kept alive, so that nothing is freed between the two looks
-    engine = RLHFEngine(plan.actor, plan.reward, demo.tokenizer, 4, plan.ppo)
+    engine = RLHFEngine(plan.actor, plan.reward, demo.tokenizer, 4, plan.planned)
     system = build_system(plan)
     state = engine.state
     held = {
@@ -99,8 +98,8 @@ def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
         "critic": state.critic_params,
         "actor_optimizer": state.actor_opt_state,
         "critic_optimizer": state.critic_opt_state,
-        "reference": engine._reference,
-        "reward": engine._reward,
+        "reference": engine.frozen.reference.own,
+        "reward": engine.frozen.reward.own,
         "ema": state.ema_params,
     }
     for name, tree in held.items():
@@ -125,7 +124,7 @@ def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
 @pytest.mark.parametrize(("device", "lanes"), [("a100-80g", 64), ("v5p", 128)])
 def test_a_quantised_cache_is_its_bytes_and_a_scale_per_head_and_token(device, lanes):
     config = config_of(actor="opt-1.3b", devices=8, device=device)
-    systems = [build_system(dataclasses.replace(config, kv_cache_dtype=name)) for name in ("auto", "int8", "fp8")]
+    systems = [build_system(config.replace(kv_cache_dtype=name)) for name in ("auto", "int8", "fp8")]
     vectors = 2 * 24 * systems[0].rows * 512 * 32 // 8
     platform = config.accelerator.platform
     assert [cache_bytes(system, platform) for system in systems] == [
@@ -164,25 +163,25 @@ def test_items_move_with_what_they_depend_on():
     assert programs["train"].arguments["actor_optimizer"] == pytest.approx(8 * params / 8, rel=0.01)
     assert programs["generate"].temporaries["generation weights"] == pytest.approx(2 * params / 8, rel=0.05)
     cache = 2 * 24 * system.rows * 512 * 2048 * 2 / 8
-    assert programs_of(dataclasses.replace(base, max_prompt_seq_len=1, max_answer_seq_len=511))["generate"].temporaries[
+    assert programs_of(base.replace(max_prompt_seq_len=1, max_answer_seq_len=511))["generate"].temporaries[
         "KV cache"
     ] == pytest.approx(cache)
 
-    offloaded = programs_of(dataclasses.replace(base, offload_optimizer=True, offload_reference_model=True))
+    offloaded = programs_of(base.replace(offload_optimizer=True, offload_reference_model=True))
     assert not {"actor_optimizer", "reference"} & set(offloaded["generate"].resident)
     assert "actor_optimizer" not in offloaded["train"].arguments
     assert offloaded["train"].temporaries == programs["train"].temporaries  # moments come after the backward pass
-    tpu = programs_of(dataclasses.replace(base, device="v5p", offload_optimizer=True))["train"]
+    tpu = programs_of(base.replace(device="v5p", offload_optimizer=True))["train"]
     assert tpu.temporaries["actor_optimizer on the device"] == pytest.approx(8 * params / 8, rel=0.01)
     assert offloaded["score"].arguments.keys() == {"actor", "critic", "reward", "batch"}
 
-    adapters = programs_of(dataclasses.replace(base, lora_r=8))
+    adapters = programs_of(base.replace(lora_r=8))
     assert "reference" not in adapters["score"].arguments
     assert adapters["train"].arguments["actor_optimizer"] < 0.02 * programs["train"].arguments["actor_optimizer"]
-    pieces = programs_of(dataclasses.replace(base, generation_batches=4, max_prompt_seq_len=1, max_answer_seq_len=511))
+    pieces = programs_of(base.replace(generation_batches=4, max_prompt_seq_len=1, max_answer_seq_len=511))
     assert pieces["generate"].temporaries["KV cache"] == pytest.approx(cache / 4)
     assert pieces["score"].arguments["batch"] == programs["score"].arguments["batch"]
-    averaged = programs_of(dataclasses.replace(base, enable_ema=True))
+    averaged = programs_of(base.replace(enable_ema=True))
     assert averaged["score"].resident["ema"] == programs["train"].arguments["actor"]
 
 
@@ -210,9 +209,9 @@ def test_work_of_an_iteration_against_counts_by_hand():
     assert cost.iterations == 50
     assert cost.cost == pytest.approx(50 * cost.seconds_per_iteration / 3600 * 3)
     assert cost.tokens_per_second == pytest.approx(tokens / cost.seconds_per_iteration)
-    half = run_cost(system, dataclasses.replace(config, roofline_share=0.5))
+    half = run_cost(system, config.replace(roofline_share=0.5))
     assert half.seconds_per_iteration == pytest.approx(2 * cost.seconds_per_iteration)
-    remat = dataclasses.replace(config, remat_policy="full")
+    remat = config.replace(remat_policy="full")
     again = run_cost(build_system(remat), remat).phases["train"].flops / cost.phases["train"].flops
     assert again == pytest.approx(4 / 3, rel=0.01)
 
@@ -220,7 +219,7 @@ def test_work_of_an_iteration_against_counts_by_hand():
 def test_links_between_hosts_are_slower_than_those_inside():
     one_host = config_of(actor="opt-13b", devices=16, devices_per_host=16)
     two_hosts = config_of(actor="opt-13b", devices=16, generate_tensor_parallel=8)
-    same_group = dataclasses.replace(one_host, generate_tensor_parallel=8)
+    same_group = one_host.replace(generate_tensor_parallel=8)
     fast, slow = (run_cost(build_system(c), c) for c in (same_group, two_hosts))
     assert slow.phases["train"].links == fast.phases["train"].links
     assert slow.phases["train"].hidden > fast.phases["train"].hidden

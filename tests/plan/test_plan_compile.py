@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from jaxrlhf.config import from_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan import compile as compiling
 from jaxrlhf.plan.command import make_plan, run_plan
@@ -27,7 +26,7 @@ def name_of(point) -> str:
 
 @pytest.mark.parametrize("point", POINTS, ids=name_of)
 def test_estimates_are_within_a_tenth_of_the_compilers_figures(point):
-    config = from_dict(PlanConfig, point["settings"])
+    config = PlanConfig.create(**point["settings"])
     estimates = estimate(build_system(config), config.accelerator.platform)
     for name in ("generate", "train"):
         compiled = Compiled(**point["programs"][name])
@@ -41,7 +40,7 @@ def test_estimates_are_within_a_tenth_of_the_compilers_figures(point):
 
 @pytest.mark.parametrize("point", POINTS, ids=name_of)
 def test_arguments_are_the_compilers_to_a_thousandth(point):
-    config = from_dict(PlanConfig, point["settings"])
+    config = PlanConfig.create(**point["settings"])
     estimates = estimate(build_system(config), config.accelerator.platform)
     for name in PROGRAMS:
         compiled = Compiled(**point["programs"][name])
@@ -96,7 +95,7 @@ def compiler_says(monkeypatch):
 
 def planned(tmp_path, **settings) -> PlanConfig:
     small = {"actor": "opt-1.3b", "device": "a100-80g", "devices": 8, "per_device_train_batch_size": 1}
-    return PlanConfig(**small, compile=True, json=str(tmp_path / "plan.json"), **settings)
+    return PlanConfig.create(**small, compile=True, json=str(tmp_path / "plan.json"), **settings)
 
 
 def test_a_compiled_program_that_is_too_large_refutes_the_plan(tmp_path, compiler_says):
@@ -132,14 +131,14 @@ def test_a_compiled_plan_shows_both_figures(tmp_path, compiler_says, capsys):
 def test_a_missing_compiler_is_named_with_the_line_that_installs_it(monkeypatch, device, package):
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=package):
-        check_compiler(PlanConfig(actor="opt-125m", device=device).accelerator)
+        check_compiler(PlanConfig.create(actor="opt-125m", device=device).accelerator)
 
 
 def test_a_missing_assembler_is_named(monkeypatch):
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None if name == "nvidia" else name)
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="needs the assembler ptxas; pip install nvidia-cuda-nvcc-cu12"):
-        check_compiler(PlanConfig(actor="opt-125m", device="a100-40g").accelerator)
+        check_compiler(PlanConfig.create(actor="opt-125m", device="a100-40g").accelerator)
 
 
 # ---- real compilers, of devices that are not here
@@ -159,7 +158,7 @@ def test_a_real_compiler_takes_all_three_programs(lab, tmp_path, cluster):
 
     for name, head in (("lm", "lm"), ("reward", "scalar")):
         save_pretrained(lab.tiny_model(lab.GPT2, head), tmp_path / name)
-    config = PlanConfig(
+    config = PlanConfig.create(
         actor=str(tmp_path / "lm"),
         reward=str(tmp_path / "reward"),
         max_prompt_seq_len=16,

@@ -69,10 +69,10 @@ def test_padded_costs_add_masked_positions_and_the_rows_that_pad_the_vocabulary(
 
 def test_the_planner_and_the_benchmark_count_the_same_iteration_alike():
     """On one device they differ by masked positions, padded rows of the vocabulary, and nothing else."""
-    config = PlanConfig(actor="opt-1.3b", reward="opt-350m", device="a100-80g")
+    config = PlanConfig.create(actor="opt-1.3b", reward="opt-350m", device="a100-80g")
     system = build_system(config)
     actor, critic = system.modules["actor"], system.modules["critic"]
-    prompt, response = config.max_prompt_seq_len, config.max_answer_seq_len
+    prompt, response = config.value("max_prompt_seq_len"), config.value("max_new_tokens")
     phases, length = run_cost(system, config).phases, prompt + response
 
     def beyond(module: Decoder, queries: int, keys: int, headed: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf.config import from_dict, load_yaml, parse, save_yaml
 from jaxrlhf.errors import InputError, SharedError
-from jaxrlhf.rewards import RewardFunctionOptions, Rewards, final_number, load_function
+from jaxrlhf.rewards import Rewards, RewardsConfig, final_number, load_function
 from jaxrlhf.rewards.functions import join_spec, split_spec
 from jaxrlhf.rewards.scoring import GIVE_UP
 
@@ -380,7 +380,7 @@ def test_functions_that_cannot_be_found_or_called_are_refused(module, spec, mess
 )
 def test_built_in_functions_and_their_options_are_checked_with_the_settings(spec, message):
     with pytest.raises(InputError) as caught:
-        RewardFunctionOptions(reward_functions=(spec,))
+        RewardsConfig(reward_functions=(spec,))
     assert message in str(caught.value)
 
 
@@ -404,17 +404,15 @@ IN_WORDS = ("number_match", r"regex:pattern=\d{1,3},(?\:k=v):whole=true", "lengt
 
 def test_yaml_flags_and_dicts_say_the_same_and_what_is_saved_reads_back(tmp_path):
     (tmp_path / "a.yaml").write_text(YAML)
-    config = load_yaml(RewardFunctionOptions, tmp_path / "a.yaml")
+    config = load_yaml(RewardsConfig, tmp_path / "a.yaml")
     assert config.reward_functions == IN_WORDS and config.reward_weights == (1.0, 0.5, 2.0)
     save_yaml(config, tmp_path / "b.yaml")
-    assert load_yaml(RewardFunctionOptions, tmp_path / "b.yaml") == config
+    assert load_yaml(RewardsConfig, tmp_path / "b.yaml") == config
     (tmp_path / "c.yaml").write_text("reward_functions: {number_match: , length: {target: 200}}\n")
     argv = ["--reward_functions", "number_match", "length:target=200"]
-    given = parse(RewardFunctionOptions, argv, "jaxrlhf ppo", "PPO.")
-    assert given == load_yaml(RewardFunctionOptions, tmp_path / "c.yaml")
-    assert given == from_dict(
-        RewardFunctionOptions, {"reward_functions": ["number_match", {"length": {"target": 200}}]}
-    )
+    given = parse(RewardsConfig, argv, "jaxrlhf ppo", "PPO.")
+    assert given == load_yaml(RewardsConfig, tmp_path / "c.yaml")
+    assert given == from_dict(RewardsConfig, {"reward_functions": ["number_match", {"length": {"target": 200}}]})
     assert config.rewards().weights == {"number_match": 1.0, "regex": 0.5, "length": 2.0}
 
 
@@ -433,7 +431,7 @@ def test_yaml_flags_and_dicts_say_the_same_and_what_is_saved_reads_back(tmp_path
 )
 def test_weights_that_contradict_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        RewardFunctionOptions(**options)
+        RewardsConfig(**options)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +444,7 @@ def test_weights_that_contradict_are_refused(options, message):
 def test_mappings_of_another_shape_are_refused(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        load_yaml(RewardFunctionOptions, tmp_path / "a.yaml")
+        load_yaml(RewardsConfig, tmp_path / "a.yaml")
 
 
 def test_references_that_nothing_could_match_are_named_with_their_place_before_any_training():

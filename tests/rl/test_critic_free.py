@@ -62,8 +62,8 @@ def test_the_defaults_are_the_published_ones(name):
 def test_the_command_sets_nothing_that_ppo_could_not_be_told(name):
     options = ALGORITHMS[name][2]()
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    assert values == {f.name: getattr(PPOOptions(**values), f.name) for f in dataclasses.fields(PPOOptions)}
-    assert PPOOptions(**values).hyperparameters(seed=0) == options.hyperparameters(seed=0)
+    assert values == {f.name: getattr(PPOOptions.create(**values), f.name) for f in dataclasses.fields(PPOOptions)}
+    assert PPOOptions.create(**values).hyperparameters(seed=0) == options.hyperparameters(seed=0)
 
 
 @each
@@ -96,7 +96,7 @@ def test_what_means_nothing_to_an_algorithm_is_no_flag_of_it_and_refused_by_name
 )
 def test_ppo_refuses_options_that_its_estimator_does_not_use_naming_both(options, message):
     with pytest.raises(InputError, match=message):
-        PPOOptions(**({"samples_per_prompt": 2} | options))
+        PPOOptions.create(**({"samples_per_prompt": 2} | options))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_the_third_step_of_three_may_do_without_a_critic(demo, tmp_path, monkeyp
     monkeypatch.setattr("jaxrlhf.commands.rlhf.train_sft", trained_before(demo.lm, "loss"))
     monkeypatch.setattr("jaxrlhf.commands.rlhf.train_reward", trained_before(demo.reward, "accuracy"))
     options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_answer_seq_len": 8}
-    config = RLHFConfig(
+    config = RLHFConfig.create(
         output_dir=str(tmp_path / "all"),
         actor_model_name_or_path=demo.lm,
         data_path=(demo.train,),
@@ -223,7 +223,7 @@ def test_the_third_step_of_three_may_do_without_a_critic(demo, tmp_path, monkeyp
         data_cache_dir=demo.cache,
         max_eval_samples=16,
         max_prompt_seq_len=32,
-        ppo=PPOOptions(advantage_estimator="rloo", samples_per_prompt=4, max_steps=1, **options),
+        ppo=PPOOptions.create(advantage_estimator="rloo", samples_per_prompt=4, max_steps=1, **options),
     )
     summary = train_rlhf(config)
     assert set(summary["seconds"]) == {"sft", "reward", "ppo"} and summary["ppo_kl"] == pytest.approx(0, abs=1e-3)

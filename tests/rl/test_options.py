@@ -1,7 +1,5 @@
 """The PPO step's relatives and options against plain reimplementations, and what must leave the models alone."""
 
-from dataclasses import replace
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -107,7 +105,7 @@ def text(lab):
 
 def test_the_pretraining_loss_adds_its_gradient_to_the_same_update(experience, text, setup, lab):
     h = PPOHyperparameters(ptx_coef=27.8, micro_batches=2)
-    plain, alone = ppo_step(setup.state(lab.sgd, replace(h, ptx_coef=0.0), BETA), experience)
+    plain, alone = ppo_step(setup.state(lab.sgd, h.replace(ptx_coef=0.0), BETA), experience)
     mixed, metrics = ppo_step(setup.state(lab.sgd, h, BETA), experience, text)
 
     def loss(params):
@@ -161,7 +159,7 @@ def test_updates_after_the_one_that_moved_too_far_are_left_out(setup, lab):
     assert (
         float(metrics["policy/approxkl_avg"]) > 0.5e-6
     )  # the mean of the first update and of the one that was too far
-    free, metrics = ppo_step(setup.state(lab.sgd, replace(h, early_stop_kl=1e3), BETA), e)
+    free, metrics = ppo_step(setup.state(lab.sgd, h.replace(early_stop_kl=1e3), BETA), e)
     assert float(metrics["policy/early_stopped"]) == 0
     gaps = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), free.actor_params, once.actor_params)
     assert max(jax.tree.leaves(gaps)) > 1e-3
@@ -236,7 +234,7 @@ def test_the_kl_weight_and_the_moments_of_scores_move_with_each_step(experience,
     np.testing.assert_allclose(state.score_moments.std, together.std(ddof=1), rtol=1e-5)
     shaped, _ = shaped_scores(experience, h, moments)
     np.testing.assert_allclose(shaped, (paid - together.mean()) / together.std(ddof=1), rtol=1e-4, atol=1e-5)
-    by_batch, _ = shaped_scores(experience, replace(h, score_normalization="batch"), None)
+    by_batch, _ = shaped_scores(experience, h.replace(score_normalization="batch"), None)
     np.testing.assert_allclose(by_batch, (paid - paid.mean()) / paid.std(ddof=1), rtol=1e-4, atol=1e-5)
 
 
@@ -250,7 +248,7 @@ def test_an_answer_without_a_score_counts_neither_for_itself_nor_in_its_group(na
     _, advantages, _ = advantages_and_returns(e, jnp.float32(0), h)
     advantages = np.asarray(advantages)
     assert (advantages[[2, 8, 9, 10]] == 0).all() and np.isfinite(advantages).all()
-    three = replace(h, samples_per_prompt=3)
+    three = h.replace(samples_per_prompt=3)
     rest = jax.tree.map(lambda x: x[[0, 1, 3]], experience)
     _, alone, _ = advantages_and_returns(rest, jnp.float32(0), three)
     np.testing.assert_allclose(advantages[[0, 1, 3]], alone, rtol=1e-5, atol=1e-6)

@@ -1,15 +1,15 @@
 """Rollout batches in pieces and through slots: other shapes and another order of work, the same rollout."""
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
 
 from jaxrlhf.data import encode_stops
 from jaxrlhf.errors import InputError
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.rollouts import generate_in_pieces, pieces_by_length
-from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine
+from jaxrlhf.rl.trainer import PPOTrainer
 
 SIZES = {"max_prompt_seq_len": 64, "max_answer_seq_len": 8, "seed": 3}
 
@@ -45,7 +45,7 @@ def test_a_batch_generated_in_pieces_is_the_same_rollout(wide, setup, lab):
         shapes.append(ids.shape)
         return setup.engine.generate(ids, *args, **options)
 
-    sampling = replace(lab.sampling, pad_token_id=2)
+    sampling = lab.sampling.replace(pad_token_id=2)
     whole = setup.engine.generate(ids, mask, key, sampling, sample_index=numbers)
     parts = generate_in_pieces(generate, ids, mask, key, sampling, pieces=4, sample_index=numbers, slots=0)
     assert shapes == [(4, 32), (4, 32), (4, 48), (4, 48)]
@@ -57,7 +57,7 @@ def test_ppo_generates_the_same_in_pieces_and_through_slots(demo, lab):
     ids, mask = lab.prompts(rows=32, width=48, vocab=400)
     batch = {"prompt_ids": ids, "prompt_mask": mask}
     options = {"repetition_penalty": 1.2, "min_answer_seq_len": 1}
-    config = PPOConfig(**SIZES, **options)
+    config = PPOConfig.create(**SIZES, **options)
     engine = RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=1, config=config)
     key = jax.random.key(5)
     free = jax.device_get(PPOTrainer(engine, config).rollout(batch, key))
@@ -68,8 +68,8 @@ def test_ppo_generates_the_same_in_pieces_and_through_slots(demo, lab):
         if encode_stops(demo.tokenizer, [text := demo.tokenizer.decode(ids[2:4])]) == (tuple(ids[2:4]),)
         and len(ids) > 5
     )
-    stopping = replace(config, stop_strings=(text,))
-    trainers = [PPOTrainer(engine, c) for c in (stopping, replace(stopping, generation_batches=2, generation_slots=8))]
+    stopping = config.replace(stop_strings=(text,))
+    trainers = [PPOTrainer(engine, c) for c in (stopping, stopping.replace(generation_batches=2, generation_slots=8))]
     plain, other = (jax.device_get(t.rollout(batch, key, pieces=t.config.generation_batches)) for t in trainers)
     assert_same(other, plain)
     assert plain.tokens[row][plain.response_mask[row]].tolist() == answers[row][:4]
@@ -79,13 +79,13 @@ def test_ppo_generates_the_same_in_pieces_and_through_slots(demo, lab):
 
 def test_batches_that_do_not_divide_are_refused_by_name(demo, lab):
     with pytest.raises(InputError, match=r"generation_batches=0 must be at least 1"):
-        PPOConfig(generation_batches=0)
+        PPOConfig.create(generation_batches=0)
     with pytest.raises(InputError, match=r"generation_slots=-2 must be 0 or more"):
-        PPOConfig(generation_slots=-2)
-    config = PPOConfig(**SIZES, generation_batches=3)
+        PPOConfig.create(generation_slots=-2)
+    config = PPOConfig.create(**SIZES, generation_batches=3)
     message = r"generation_batches=3 must divide the 16 prompts of a rollout batch"
     with pytest.raises(InputError, match=message):
-        replace(config, per_device_train_batch_size=2).rollout_rows(8)
+        config.replace(per_device_train_batch_size=2).rollout_rows(8)
     trainer = PPOTrainer(RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=1, config=config))
     ids, mask = lab.prompts(rows=16, width=32, vocab=400)
     with pytest.raises(InputError, match=message):

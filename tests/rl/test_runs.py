@@ -2,7 +2,6 @@
 
 import json
 import signal
-from dataclasses import replace
 
 import chex
 import jax
@@ -14,7 +13,10 @@ from jaxrlhf.data import load_text
 from jaxrlhf.errors import InputError, Interrupted, SharedError, TrainingDiverged
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.alarms import WINDOW, Alarms
-from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.run import train_ppo
+from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
 
@@ -55,7 +57,7 @@ def train(demo):
         common |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 4}
         common |= {"learning_rate": 1e-3, "output_dir": str(folder), "logging_steps": 100, "eval_steps": 2}
         models = {"actor_model_name_or_path": demo.lm, "critic_model_name_or_path": demo.reward}
-        return train_ppo(PPOConfig(**(common | models | options)))
+        return train_ppo(PPOConfig.create(**(common | models | options)))
 
     return start
 
@@ -168,8 +170,8 @@ def test_answers_that_a_function_fails_on_are_masked_and_the_run_goes_on(demo, l
             return [float("nan")]
         return [1.0]
 
-    config = PPOConfig(max_prompt_seq_len=32, max_answer_seq_len=8, reward_functions=("length:limit=9",))
-    config = replace(config, reward_model_weight=0.0)
+    config = PPOConfig.create(max_prompt_seq_len=32, max_answer_seq_len=8, reward_functions=("length:limit=9",))
+    config = config.replace(reward_model_weight=0.0)
     engine = RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=2, config=config)
     trainer = PPOTrainer(engine, rewards=Rewards([odd_rows_fail]))
     ids, mask = lab.prompts(rows=16, width=32, vocab=400)
@@ -303,8 +305,8 @@ def test_contradictory_options_are_refused_before_anything_is_written(train, opt
 
 
 def test_the_critic_has_an_optimizer_of_its_own():
-    config = PPOConfig(critic_learning_rate=3e-3, critic_lr_scheduler_type="linear", critic_warmup_steps=7)
-    own = replace(config, warmup_steps=2, weight_decay=0.1).critic_optimizer()
+    config = PPOConfig.create(critic_learning_rate=3e-3, critic_lr_scheduler_type="linear", critic_warmup_steps=7)
+    own = config.replace(warmup_steps=2, weight_decay=0.1).critic_optimizer()
     assert (own.learning_rate, own.lr_scheduler_type, own.warmup_steps, own.weight_decay) == (3e-3, "linear", 7, 0.1)
 
 
@@ -355,7 +357,7 @@ HEALTHY = {
 def told(changes, steps=3 * WINDOW, **options):
     """What is said in a run that is healthy for the first third and then has `changes`."""
     said = []
-    alarms = Alarms(said.append, PPOConfig(**options))
+    alarms = Alarms(said.append, PPOConfig.create(**options))
     for step in range(steps):
         alarms.check(HEALTHY | (changes if step >= WINDOW else {}), step)
     return said

@@ -1,7 +1,5 @@
 """Experience and the PPO step against an independent float64 oracle, and under what must not matter."""
 
-from dataclasses import replace
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -174,7 +172,7 @@ def test_rewards_advantages_and_returns_equal_the_oracle(experience):
         ours = advantages_and_returns(experience, jnp.float32(BETA), h)
         for got, expected in zip(ours, oracle_targets(experience, BETA, h), strict=True):
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
-    plain = advantages_and_returns(experience, jnp.float32(BETA), replace(h, whiten_advantages=False))[1]
+    plain = advantages_and_returns(experience, jnp.float32(BETA), h.replace(whiten_advantages=False))[1]
     np.testing.assert_allclose(
         plain, oracle_targets(experience, BETA, h)[2] - experience.values * experience.response_mask, rtol=0, atol=1e-5
     )
@@ -260,7 +258,7 @@ def test_minibatches_are_a_new_permutation_each_epoch_and_step():
         np.testing.assert_array_equal(np.sort(epoch), np.arange(16))
     np.testing.assert_array_equal(orders[0], orders[2])
     assert len({tuple(o) for order in orders[:2] for o in order.reshape(3, 16).tolist()}) == 6
-    other = np.asarray(minibatch_rows(replace(h, seed=2), jnp.int32(0), 16))
+    other = np.asarray(minibatch_rows(h.replace(seed=2), jnp.int32(0), 16))
     assert (other != orders[0]).any()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import Decoder, Model, config_from_dict, param_shapes, param_shardings, save_pretrained
-from jaxrlhf.rl import PPOHyperparameters, PPOState, score_rollout
+from jaxrlhf.rl import PPOHyperparameters, PPOState, RLModels, score_rollout
 from jaxrlhf.sharding import make_mesh, offloaded, optimizer_shardings, place
 
 LLAMA = {"model_type": "llama", "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
@@ -79,11 +79,8 @@ class Setup:
         return self.engine.generate(ids, mask, jax.random.key(seed), sampling, **options)
 
     def experience(self, rollout, hyperparameters=DEFAULTS):
-        models = {k: getattr(self, k) for k in ("actor", "critic", "reference", "reward")}
-        params = [m.params for m in models.values()]
-        modules = {k: m.module for k, m in models.items()}
-        static = {"hyperparameters": hyperparameters, "mesh": self.mesh, "sampling": SAMPLING}
-        return score_rollout(rollout, *params, **modules, **static)
+        models = RLModels(self.actor, self.reference, self.critic, self.reward)
+        return score_rollout(rollout, models, hyperparameters=hyperparameters, mesh=self.mesh, sampling=SAMPLING)
 
     def state(self, optimizer, hyperparameters=DEFAULTS, kl_coef=0.1, critic_optimizer=None):
         """A state of its own: donating it leaves the models alone."""

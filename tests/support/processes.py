@@ -24,11 +24,11 @@ def sft_config(demo, output, **changes):
     options = {"max_steps": 2, "save_steps": 1, "save_total_limit": 0, "mesh_tensor": 2}
     options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     options |= {"model_name_or_path": demo["lm"], "disable_dropout": True, "output_dir": str(output)}
-    return SFTConfig(**(SMALL | data_of(demo) | options | changes))
+    return SFTConfig.create(**(SMALL | data_of(demo) | options | changes))
 
 
 def ppo_config(demo, output, **changes):
-    from jaxrlhf.rl.run import PPOConfig
+    from jaxrlhf.rl.config import PPOConfig
 
     options = {"max_steps": 1, "mesh_data": 2, "max_answer_seq_len": 8, "sample_steps": 1, "num_sample_rows": 16}
     options |= {
@@ -39,7 +39,7 @@ def ppo_config(demo, output, **changes):
         "output_dir": str(output),
     }
     models = {"actor_model_name_or_path": demo["lm"], "critic_model_name_or_path": demo["reward"]}
-    return PPOConfig(**(SMALL | data_of(demo) | options | models | changes))
+    return PPOConfig.create(**(SMALL | data_of(demo) | options | models | changes))
 
 
 def in_step(number, action):

@@ -4,7 +4,6 @@ Resumption, layouts and exports are in test_trainers.py, the step against a plai
 """
 
 import json
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -90,7 +89,7 @@ def test_with_lora_the_reference_is_the_frozen_base_and_never_moves(config, demo
     for params in (model.params, moved):
         found = reference_of(lora, model, mesh, batch, params)
         np.testing.assert_allclose(found["chosen"], base["chosen"], rtol=1e-6)
-    other = reference_of(replace(lora, reference_model_name_or_path=lab_on_disk.other), model, mesh, batch, moved)
+    other = reference_of(lora.replace(reference_model_name_or_path=lab_on_disk.other), model, mesh, batch, moved)
     assert abs(other["chosen"] - base["chosen"]).min() > 0.1
 
 
@@ -130,7 +129,7 @@ def test_training_starts_at_the_reference_without_dropout_and_learns_the_pairs(c
 )
 def test_contradictory_or_senseless_settings_are_refused_by_name(options, message):
     with pytest.raises(InputError, match=message):
-        DPOConfig(**options)
+        DPOConfig.create(**options)
 
 
 def test_a_reference_that_does_not_fit_is_refused_before_anything_is_written(config, demo, lab, tmp_path):
@@ -154,7 +153,7 @@ def test_a_reference_that_does_not_fit_is_refused_before_anything_is_written(con
 def test_sft_and_dpo_make_one_run_with_one_report_and_one_summary(config, tmp_path):
     section = {"max_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2}
     base = config(RLHFConfig, alignment="dpo", output_dir=str(tmp_path / "run"))
-    run = replace(base, sft=replace(base.sft, **section), dpo=replace(base.dpo, beta=0.3, **section))
+    run = base.replace(sft=base.sft.replace(**section), dpo=base.dpo.replace(beta=0.3, **section))
     summary = train_rlhf(run)
     assert list(summary["seconds"]) == ["sft", "dpo"]
     assert summary["dpo_eval_loss"] == pytest.approx(np.log(2), rel=0.1)
@@ -164,7 +163,7 @@ def test_sft_and_dpo_make_one_run_with_one_report_and_one_summary(config, tmp_pa
     assert "Direct preference optimisation" in (tmp_path / "run" / "report.html").read_text()
     assert "beta: 0.3" in (tmp_path / "run" / "dpo" / "config.yaml").read_text()
     assert f"model_name_or_path: {tmp_path}/run/sft" in (tmp_path / "run" / "dpo" / "config.yaml").read_text()
-    assert train_rlhf(replace(run, resume=True)) == summary
+    assert train_rlhf(run.replace(resume=True)) == summary
     with pytest.raises(InputError, match=r"already holds a run \(sft, dpo\)"):
         train_rlhf(run)
 
@@ -174,7 +173,7 @@ def test_a_run_with_dpo_refuses_a_reward_model_and_an_adapter_where_dpo_needs_a_
         config(RLHFConfig, alignment="dpo", reward_model_name_or_path="other")
     run = config(RLHFConfig, alignment="dpo", output_dir=str(tmp_path / "run"))
     with pytest.raises(InputError, match=r"sft.lora_export=adapter: the next step needs the merged model"):
-        train_rlhf(replace(run, sft=replace(run.sft, lora_r=1, lora_export="adapter")))
+        train_rlhf(run.replace(sft=run.sft.replace(lora_r=1, lora_export="adapter")))
 
 
 # ---- what the reward model's evaluation says of lengths

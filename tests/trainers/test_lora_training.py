@@ -12,7 +12,6 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
-from jaxrlhf.config import from_dict
 from jaxrlhf.data import materialize_demo
 from jaxrlhf.engine import generate
 from jaxrlhf.errors import InputError
@@ -30,7 +29,8 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.rl import ppo_step, score_rollout
 from jaxrlhf.rl.config import PPOConfig
-from jaxrlhf.rl.run import PPOTrainer, RLHFEngine
+from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.sharding import make_mesh, place_batch
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
@@ -183,7 +183,7 @@ def prompts():
 
 
 def test_ppo_trains_adapters_and_shares_the_base_with_reference_and_reward_model():
-    config = PPOConfig(
+    config = PPOConfig.create(
         lora_r=2,
         critic_lora_r=3,
         lora_target_modules=("q_proj", "down_proj"),
@@ -243,7 +243,7 @@ def trainable_of(model):
 def test_the_reward_models_head_is_not_rounded_to_the_compute_dtype(rank):
     actor = create_model(config_from_dict(SHAPE), key=jax.random.key(1), dtype=jnp.bfloat16)
     reward = create_model(config_from_dict(SHAPE), head="scalar", key=jax.random.key(4), dtype=jnp.bfloat16)
-    config = PPOConfig(critic_lora_r=rank, max_prompt_seq_len=6, max_answer_seq_len=5, dtype="bfloat16")
+    config = PPOConfig.create(critic_lora_r=rank, max_prompt_seq_len=6, max_answer_seq_len=5, dtype="bfloat16")
     params = RLHFEngine(actor, reward, TOKENIZER, 1, config).reward_params
     np.testing.assert_array_equal(params["score"]["kernel"], reward.params["score"]["kernel"])
     up = params["layers"]["mlp"]["up"]["kernel"]
@@ -254,7 +254,7 @@ def test_a_model_that_brings_adapters_is_merged_before_ppo(single):
     given = tiny()
     given.params["layers"]["mlp"]["up"]["lora_b"] += 0.1
     reward = create_model(config_from_dict(SHAPE), head="scalar", key=jax.random.key(4), dtype=jnp.float32)
-    config = PPOConfig(lora_r=1, max_prompt_seq_len=6, max_answer_seq_len=5)
+    config = PPOConfig.create(lora_r=1, max_prompt_seq_len=6, max_answer_seq_len=5)
     engine = RLHFEngine(given, reward, TOKENIZER, 1, config)
     jax.tree.map(np.testing.assert_array_equal, engine.reference_params, merged(given).params)
 
@@ -275,7 +275,7 @@ def base(tmp_path_factory):
 
 
 def sft_config(base, output, **changes):
-    return SFTConfig(
+    return SFTConfig.create(
         **{
             "model_name_or_path": str(base / "model"),
             "data_path": (str(base / "rows.jsonl"),),
@@ -327,13 +327,13 @@ def test_flags_that_cannot_work_are_refused_by_name(tmp_path, base):
         ({"lora_export": "peft"}, "merged, adapter, both"),
     ):
         with pytest.raises(InputError, match=message):
-            from_dict(SFTConfig, values)
+            SFTConfig.create(**values)
     with pytest.raises(InputError, match="ppo never drops out"):
-        PPOConfig(lora_r=2, lora_dropout=0.1)
+        PPOConfig.create(lora_r=2, lora_dropout=0.1)
     with pytest.raises(InputError, match="critic_lora_r=-2"):
-        PPOConfig(critic_lora_r=-2)
+        PPOConfig.create(critic_lora_r=-2)
     values = {"output_dir": str(tmp_path / "x"), "actor_model_name_or_path": "lm", "data_path": ["demo"]}
-    config = from_dict(RLHFConfig, values | {"reward": {"lora_r": 1, "lora_export": "adapter"}})
+    config = RLHFConfig.create(**values | {"reward": {"lora_r": 1, "lora_export": "adapter"}})
     with pytest.raises(InputError, match=r"reward.lora_export=adapter: the next step needs the merged model"):
         train_rlhf(config)
     with pytest.raises(InputError, match="'c_attn' matches no linear map of llama"):

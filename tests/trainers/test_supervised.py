@@ -1,6 +1,5 @@
 """The step of SFT, reward modelling and DPO against a plain forward, and under everything that must not matter."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import chex
@@ -63,7 +62,7 @@ def supervised(request, lab):
     optimizer = optax.sgd(rate)
 
     def step(batch, parts=1):
-        state = init_state(replace(model, params=jax.tree.map(jnp.copy, model.params)), optimizer, lab.mesh_of())
+        state = init_state(model.replace(params=jax.tree.map(jnp.copy, model.params)), optimizer, lab.mesh_of())
         options = {"objective": OBJECTIVE[kind], "micro_batches": parts}
         state, metrics = train_step(state, batch, jax.random.key(0), **options)
         return jax.device_get((state.params, metrics))
@@ -158,7 +157,7 @@ def test_dropout_is_drawn_anew_each_step_and_is_a_function_of_seed_and_step(lab)
     batch = sft_batch(8, WIDTH, 101)
 
     def losses(seed):
-        state = init_state(replace(model, params=jax.tree.map(jnp.copy, model.params)), lab.still, lab.mesh_of())
+        state = init_state(model.replace(params=jax.tree.map(jnp.copy, model.params)), lab.still, lab.mesh_of())
         result = []
         for _ in range(3):
             options = {"objective": OBJECTIVE["sft"], "micro_batches": 2}

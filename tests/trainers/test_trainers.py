@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from dataclasses import replace
 from types import SimpleNamespace
 
 import chex
@@ -14,7 +13,10 @@ import pytest
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError, Interrupted, TrainingDiverged
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
-from jaxrlhf.rl.run import PPOConfig, PPOTrainer, RLHFEngine, train_ppo
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.run import train_ppo
+from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
@@ -336,7 +338,7 @@ def test_vocabularies_that_differ_are_refused(train, demo, lab, tmp_path):
 def own_config() -> PPOConfig:
     """As in the runs above, so that nothing new is compiled."""
     sizes = {name: value for name, value in MODEL["ppo"].items() if not name.endswith("_path")}
-    return PPOConfig(max_prompt_seq_len=32, learning_rate=1e-3, warmup_steps=2, seed=3, **sizes)
+    return PPOConfig.create(max_prompt_seq_len=32, learning_rate=1e-3, warmup_steps=2, seed=3, **sizes)
 
 
 @pytest.fixture
@@ -372,7 +374,7 @@ def test_a_prompt_batch_that_minibatches_do_not_divide_is_refused_before_it_is_g
 
 def test_every_model_of_ppo_takes_the_kernels_that_were_asked_for(demo):
     options = {"attention_implementation": "pallas", "logprob_implementation": "pallas", "kv_cache_dtype": "int8"}
-    config = replace(own_config(), **options)
+    config = own_config().replace(**options)
     engine = RLHFEngine(demo.lm, demo.reward, demo.tokenizer, num_total_iters=STEPS, config=config)
     modules = engine.actor.module, engine.state.critic, engine.reference, engine.reward
     for module in modules:

@@ -16,7 +16,8 @@ PACKAGES = ("jax", "libtpu", "jax-cuda12-plugin")
 
 def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from jaxrlhf.bench.compiled import TARGETS, kernel_table
+    from compiled_kernels import TARGETS, kernel_table
+
     from jaxrlhf.bench.record import check_output, installed_version, provenance, write
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -371,10 +371,8 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     """Memory of `generate`: at the reshard, during the prefill, or at the end of decoding, whichever needs most."""
     module = system.modules["actor"]
     c, tensor, size = module.config, system.generate_tensor, itemsize(module)
-    rows, prompt = (
-        max(1, system.generate_rows * tensor // system.generate_mesh.size),
-        system.config.data.max_prompt_seq_len,
-    )
+    rows = max(1, system.generate_rows * tensor // system.generate_mesh.size)
+    prompt = system.config.data.max_prompt_seq_len
     tokens = rows * prompt
     activations = tokens * c.hidden_size * (4 + 3 * size) + tokens * c.intermediate_size // tensor * 2 * size
     activations += int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + size / 4))

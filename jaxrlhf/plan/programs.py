@@ -6,7 +6,7 @@ for devices that are not present.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -159,9 +159,7 @@ class System:
 
     def read_params(self, name: str) -> PyTree:
         """All parameters of the reference or reward model, with the base that it shares."""
-        if name == "reference":
-            return self.frozen.reference.params(self.state.actor_params)
-        return self.frozen.reward and self.frozen.reward.params(self.state.critic_params)
+        return getattr(self.frozen.with_trained(self.state), name).params
 
     def waiting(self, name: str) -> PyTree:
         """A tree where it waits between uses; counters stay on the device, as in `optimizer_shardings`."""
@@ -287,7 +285,7 @@ def offloaded_arguments(system: System, program: str) -> int:
 def sampling(system: System) -> SamplingConfig:
     """Sampling with the actor's EOS."""
     eos = system.modules["actor"].config.eos_token_id
-    return replace(system.config.sampling, eos_token_id=0 if eos is None else eos)
+    return dataclasses.replace(system.config.sampling, eos_token_id=0 if eos is None else eos)
 
 
 def _lower_generate(system: System) -> jax.stages.Lowered:

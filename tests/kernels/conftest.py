@@ -2,9 +2,9 @@
 
 import jax
 import pytest
+from compiled_kernels import compile_for as compile_program
+from compiled_kernels import missing
 
-from jaxrlhf.bench.compiled import compile_for as compile_program
-from jaxrlhf.bench.compiled import missing
 from jaxrlhf.kernels import pallas
 
 OPTIONS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # undoes tests/conftest.py

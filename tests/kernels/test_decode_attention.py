@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_kernels import HEAD_SIZES, TARGETS, decode_case
 
-from jaxrlhf.bench.compiled import HEAD_SIZES, TARGETS, decode_case
 from jaxrlhf.kernels import (
     append_attention,
     choice,

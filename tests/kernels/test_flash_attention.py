@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_kernels import HEAD_SIZES, KERNEL_NAMES, TARGETS, flash_case
 
-from jaxrlhf.bench.compiled import HEAD_SIZES, KERNEL_NAMES, TARGETS, flash_case
 from jaxrlhf.kernels import flash_attention, flash_tpu, pallas
 from jaxrlhf.kernels.flash_attention import FlashBlocks, flash_blocks
 

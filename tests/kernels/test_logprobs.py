@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_kernels import TARGETS, logprobs_case
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrlhf.bench.compiled import TARGETS, logprobs_case
 from jaxrlhf.kernels import HeadPlacement, logprobs_kernel, pallas, project_logits, token_logprobs
 from jaxrlhf.kernels.logprobs import LogprobBlocks, logprob_blocks
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, head_blocks

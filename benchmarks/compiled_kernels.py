@@ -1,4 +1,8 @@
-"""Our kernels compiled ahead of time for devices that are not there: what ptxas says of each, or that it compiles."""
+"""Our kernels compiled ahead of time for devices that are not present, with the registers and spills of each.
+
+Tests of the kernels and `kernels_aot.py` share it. For a GPU, ptxas reports registers; for a TPU, Mosaic compiles the
+kernel or fails.
+"""
 
 import importlib.util
 import re
@@ -39,7 +43,7 @@ KERNEL_NAMES = {
 
 
 class Figures(NamedTuple):
-    """Of one kernel, as ptxas reports them."""
+    """Registers per thread of one kernel, as ptxas reports them."""
 
     registers: int
     spilled: int

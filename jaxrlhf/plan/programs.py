@@ -285,7 +285,7 @@ def offloaded_arguments(system: System, program: str) -> int:
 def sampling(system: System) -> SamplingConfig:
     """Sampling with the actor's EOS."""
     eos = system.modules["actor"].config.eos_token_id
-    return dataclasses.replace(system.config.sampling, eos_token_id=0 if eos is None else eos)
+    return system.config.sampling.replace(eos_token_id=0 if eos is None else eos)
 
 
 def _lower_generate(system: System) -> jax.stages.Lowered:

@@ -1,4 +1,4 @@
-"""What the annotation of a setting says: its type, its range, its other names, and what a resumed run may change."""
+"""Annotations of settings: type, range, aliases, and whether a resumed run may change the value."""
 
 import dataclasses
 import functools

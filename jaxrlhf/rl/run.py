@@ -73,7 +73,7 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class RLData:
-    """What a run reads: prompts to train on and held-out ones, and blocks of pretraining text."""
+    """Data of a run: prompts to train on and held-out prompts, and blocks of pretraining text."""
 
     train: PromptData
     held_out: PromptData

@@ -32,7 +32,7 @@ Metrics = dict[str, Any]
 
 
 class Task(Protocol[State]):
-    """What a trainer gives the loop.
+    """A trainer, as the loop sees it.
 
     Everything random in a step is a function of its number, so that a resumed run repeats what an uninterrupted one
     does.

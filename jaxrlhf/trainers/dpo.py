@@ -38,7 +38,7 @@ from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.optimizer import OptimizerConfig
-from jaxrlhf.trainers.reward import response_lengths, response_start, pair_count
+from jaxrlhf.trainers.reward import pair_count, response_lengths, response_start
 from jaxrlhf.trainers.settings import StepOptions, check_context
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 

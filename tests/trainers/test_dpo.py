@@ -20,7 +20,7 @@ from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.dpo import DPOConfig, add_reference, train_dpo
 from jaxrlhf.trainers.lora import with_adapters
-from jaxrlhf.trainers.reward import RewardConfig, answer_lengths, reward_metrics, reward_sums
+from jaxrlhf.trainers.reward import RewardConfig, response_lengths, reward_metrics, reward_sums
 
 pytestmark = pytest.mark.long
 
@@ -185,7 +185,7 @@ def test_reward_metrics_tell_accuracy_from_what_lengths_alone_give(config, demo,
     rows = np.arange(40)
     batch = data.batch([*rows, -1, -1])
     tokens = [(len(data.part(i, 1)), len(data.part(i, 2))) for i in rows]
-    chosen, rejected = answer_lengths(batch)
+    chosen, rejected = response_lengths(batch)
     assert list(zip(chosen[:40], rejected[:40], strict=True)) == tokens
     assert chosen[-1] == rejected[-1] == 0
 

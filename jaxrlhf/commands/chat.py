@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -140,7 +140,7 @@ class ChatSession:
         self.round = 0
         self._cut_was_told = False
 
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str) -> Generator[str]:
         """Yields the response to `text` in pieces as they are sampled.
 
         Message and response enter the history when the iterator ends or is closed; an empty response is forgotten.
@@ -170,7 +170,7 @@ class ChatSession:
             f"{self.context}. It was not sent; shorten it, or lower max_new_tokens"
         )
 
-    def _answer(self, message: dict[str, str], prompt: list[int]) -> Iterator[str]:
+    def _answer(self, message: dict[str, str], prompt: list[int]) -> Generator[str]:
         answer = StreamedText(self.tokenizer, self.config.sampling.stop_strings)
         key = keys.stream(self.config.seed, keys.Stream.CHAT, self.round)
         self.round += 1
@@ -243,14 +243,12 @@ def chat(config: ChatConfig, input_stream: TextIO | None = None, output: TextIO 
 
     Responses go to `output` (default: stdout), prompts and notices to stderr, so that a pipe gets the responses alone.
     """
-    input_stream = sys.stdin if input_stream is None else input_stream
-    output = sys.stdout if output is None else output
     console = Console()
     session = open_session(config, console)
-    interactive = input_stream is sys.stdin and sys.stdin.isatty()
+    interactive = input_stream in (None, sys.stdin) and sys.stdin.isatty()
     if interactive:
         console.print("Type a message; /help lists the commands.")
-    talk(session, read_lines(input_stream, interactive), output, console)
+    talk(session, read_lines(input_stream or sys.stdin, interactive), output or sys.stdout, console)
 
 
 def talk(session: ChatSession, lines: Iterable[str | None], output: TextIO, console: Console) -> None:

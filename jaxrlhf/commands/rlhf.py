@@ -81,9 +81,9 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
 
     def build(cls: type[C], name: str, **models: Settings) -> C:
         section = getattr(config, name)
-        own = {f.name: getattr(section, f.name) for f in fields(section)}
-        folder = replace(config.folder, output_dir=folder_of(name))
-        return cls(**(shared | own | models | {"folder": folder}))
+        own: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(section)}
+        own |= models | {"folder": replace(config.folder, output_dir=folder_of(name))}
+        return cls(**(shared | own))
 
     def folder_of(name: str) -> str:
         return str(Path(config.folder.output_dir) / name)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import objectives
@@ -41,7 +42,7 @@ def select_samples(
         The (prompt, sample) pairs to keep, in order, and the number of samples left out for each reason.
     """
     reasons = ("failed", "empty", "unfinished", "repeated", "below_min_score", "not_best", "below_top_fraction")
-    left_out = dict.fromkeys(reasons, 0)
+    left_out: dict[str, int] = dict.fromkeys(reasons, 0)
     kept: list[tuple[int, int]] = []
     for p, texts in enumerate(samples.texts):
         usable, seen = [], set()
@@ -82,7 +83,7 @@ def summarise_samples(samples: Samples, kept: Sequence[tuple[int, int]]) -> dict
     scores = samples.scores.astype(np.float64)
     finite = scores[np.isfinite(scores)]
     whole = samples.scores[np.isfinite(scores).all(axis=1)]
-    curve = np.asarray(objectives.expected_best(whole)).tolist() if len(whole) else [None] * n
+    curve = np.asarray(objectives.expected_best(jnp.asarray(whole))).tolist() if len(whole) else [None] * n
     return {
         "prompts": len(scores),
         "samples_per_prompt": n,

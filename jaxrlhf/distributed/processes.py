@@ -30,7 +30,7 @@ from jaxrlhf.errors import InputError
 
 PyTree = Any
 Value = TypeVar("Value")
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Settings)
 
 SEEN = 10.0  # seconds after which a shared file system shows what another machine has written
 VERDICT = 5.0  # seconds in which the cause of a broken collective becomes known
@@ -110,7 +110,7 @@ def detect(options: ProcessConfig) -> tuple[str | None, int | None, int | None, 
     return found
 
 
-def initialize(config: object = None, **options: Any) -> bool:
+def initialize(config: Settings | None = None, **options: Any) -> bool:
     """Join the other processes of this run, when there are any. A second call only compares the settings.
 
     It must come before the first use of a JAX device. From here on the end of one process ends all (see `fail`), and a
@@ -287,7 +287,7 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(whole, tree)
 
 
-def _facts(config: object) -> dict[str, object]:
+def _facts(config: Settings | None) -> dict[str, object]:
     """Collect what must be equal on all processes: versions, our source, settings."""
     digest = hashlib.blake2b(digest_size=8)
     for name, path in _sources(Path(__file__).parents[1]):

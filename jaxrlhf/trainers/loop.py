@@ -288,7 +288,7 @@ class Guard:
         path = self.run.output_dir / f"nonfinite-step-{step}.npz"
         arrays = {name: np.asarray(value) for name, value in to_host(self.batch()).items()}
         if is_primary():
-            np.savez(path, **arrays)
+            np.savez(path, allow_pickle=False, **arrays)
         raise TrainingDiverged(
             f"step {step}: {self.reason} in {self.in_a_row} steps in a row; the batch is saved in {path}, and "
             f"checkpoint-{step} holds the model as it was before them. {self._advice()}"

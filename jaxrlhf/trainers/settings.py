@@ -2,11 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from jaxrlhf import keys
 from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PositiveInt, Settings, alias, check_needs
@@ -29,7 +28,7 @@ from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class MeshConfig(Settings, may_change=True):
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
 
     @property
-    def compute_dtype(self) -> DTypeLike:
+    def compute_dtype(self) -> jnp.dtype:
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
     def make_mesh(self) -> Mesh:

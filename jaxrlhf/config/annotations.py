@@ -108,7 +108,7 @@ def check_value(name: str, value: Any, kind: Any, notes: tuple[Any, ...]) -> Non
     if typing.get_origin(inner) is Literal and value not in typing.get_args(inner):
         raise InputError(f"{name}={value!r} must be one of {', '.join(map(str, typing.get_args(inner)))}")
     if typing.get_origin(inner) is tuple and typing.get_args(inner)[0] in (int, float):
-        for item in value:
+        for item in value or ():
             check_value(name, item, typing.get_args(inner)[0], ())
     limits = [(*_LIMITS[type(note)], note) for note in notes if type(note) in _LIMITS]
     limits = [(compare, words, getattr(note, compare)) for compare, words, note in limits]

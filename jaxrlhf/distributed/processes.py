@@ -24,7 +24,6 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 
-import jaxrlhf
 from jaxrlhf.config import field, to_dict
 from jaxrlhf.distributed.lifeline import Lifeline, delay_abort, join, split_address
 from jaxrlhf.errors import InputError
@@ -302,7 +301,7 @@ def to_host(tree: PyTree) -> PyTree:
 def _facts(config: object) -> dict[str, object]:
     """Collect what must be equal on all processes: versions, our source, settings."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, path in _sources(Path(jaxrlhf.__path__[0])):
+    for name, path in _sources(Path(__file__).parents[1]):
         digest.update(name.encode() + path.read_bytes())
     facts: dict[str, object] = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "jaxrlhf")}
     facts["source of jaxrlhf"] = digest.hexdigest()

@@ -302,7 +302,8 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
 def _lower_score(system: System) -> jax.stages.Lowered:
     models = system.frozen.with_trained(system.state)
     frozen = {name: getattr(models, name) for name in ("reference", "reward") if name in system.on_host}
-    models = models.replace(**{name: model.replace(params=system.waiting(name)) for name, model in frozen.items()})
+    waiting = {name: dataclasses.replace(model, params=system.waiting(name)) for name, model in frozen.items()}
+    models = dataclasses.replace(models, **waiting)
     static = {"hyperparameters": system.state.hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
     return cast(Any, score_rollout).lower(rollout(system, system.rows), models, **static)
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import jax
 
 from jaxrlhf.bench import ours
-from jaxrlhf.bench.iteration import Peers, Times, iteration_with_peers, measure_iteration, rates
+from jaxrlhf.bench.iteration import Peers, iteration_with_peers, measure_iteration, rates
 from jaxrlhf.bench.record import (
     Record,
     Records,
     check_output,
+    in_turns,
     peak_memory,
     provenance,
     reset_peak_memory,
     say,
-    timed,
     write,
 )
 from jaxrlhf.bench.render import peer_checks, render, show
@@ -226,13 +226,3 @@ def decode_record(config: BenchConfig, peaks: Peaks, actor: ours.DecodeActor, ro
         "positions": middle,
         "decode_attention": ours.decode_kernel(actor.module),
     }
-
-
-def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> tuple[Times, dict[str, float]]:
-    """(seconds of each run in each of `repeats` rounds, seconds of its first call, which compiles)."""
-    first = {name: timed(run)[0] for name, run in runs.items()}
-    times: Times = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(timed(run)[0])
-    return times, first

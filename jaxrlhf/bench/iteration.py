@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.bench.ours import Iteration, decode_kernel
-from jaxrlhf.bench.record import Record, Records, peak_memory, reset_peak_memory, say, summary
+from jaxrlhf.bench.record import Record, Records, Times, peak_memory, reset_peak_memory, say, summary
 from jaxrlhf.bench.settings import PHASES, BenchConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan import roofline
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 # norms, relative; of the former after one optimizer step, whose first update is little more than the gradient's sign.
 TOLERANCE = {"float32": (1e-4, 1e-4, 1e-3), "bfloat16": (0.15, 0.15, 0.3)}
 TORCH_PEERS = ("hf", "hf-compile")
-Times = dict[str, list[float]]
-"""Seconds of every round, by phase."""
 
 
 def rates(stages: Stages, seconds: list[float], rows: int, tokens: int, peaks: Peaks) -> Record:
@@ -62,6 +60,7 @@ def ratios(peer: list[float], ours: list[float]) -> Record:
 def phase_stages(config: BenchConfig, iteration: Iteration, rows: int) -> dict[str, tuple[Stages, int]]:
     """Stages of each phase, and the tokens per row that its rate counts."""
     actor, critic = iteration.engine.state.actor, iteration.engine.state.critic
+    assert critic is not None
     lengths = (rows, config.prompt, config.answer)
     return {
         "generate": (roofline.generate(actor, *lengths), config.answer),
@@ -210,8 +209,11 @@ class Peers:
             if name not in self.skipped:
                 self.times[name].append({phase: took[name][phase] for phase in phases})
 
-    def results(self, name: str, ours: Times) -> Records:
-        """Metrics of one peer by section: ratios to the seconds of `ours` there, and how both compare."""
+    def results(self, ours: Times) -> dict[str, Records]:
+        """Metrics of each peer by section: ratios to the seconds of `ours` there, and how both compare."""
+        return {name: self._results(name, ours) for name in (*self.lost, *self.names)}
+
+    def _results(self, name: str, ours: Times) -> Records:
         if name == "trl":
             skipped = {"skipped": self.skipped[name]} if name in self.skipped else None
             return {"ppo": skipped or ratios([run["iteration"] for run in self.times[name]], ours["ppo"])}
@@ -221,7 +223,7 @@ class Peers:
         phases = {phase: [run[phase] for run in self.times[name]] for phase in ours if phase in PHASES}
         found = {phase: ratios(seconds, ours[phase]) for phase, seconds in phases.items()}
         if "ppo" in ours:
-            whole = [sum(parts) for parts in zip(*phases.values(), strict=True)]
+            whole = [float(sum(parts)) for parts in zip(*phases.values(), strict=True)]
             found["ppo"] = ratios(whole, ours["ppo"]) | {"phases": dict(found)}
         return {section: record | {"check": self.check} for section, record in found.items()}
 
@@ -251,10 +253,9 @@ def measure_iteration(
         times["ppo"] = records["ppo"]["seconds"]["runs"]
     for name in wanted:
         records[name] |= {"peak_memory": memory, "peers": {}}
-    for name in (*peers.lost, *peers.names) if peers else ():
-        for section, found in peers.results(name, times).items():
-            if section in wanted:
-                records[section]["peers"][name] = found
+    for name, found in peers.results(times).items() if peers else ():
+        for section in set(wanted) & found.keys():
+            records[section]["peers"][name] = found[section]
     return {name: records[name] for name in wanted}
 
 
@@ -269,7 +270,7 @@ def _records(
         record["compile_seconds"] = max(0.0, first[phase] - record["seconds"]["median"])
     if "generate" in times:
         records["generate"]["decode_attention"] = decode_kernel(iteration.engine.state.actor)
-    together = [sum(parts) for parts in zip(*times.values(), strict=True)]
+    together = [float(sum(parts)) for parts in zip(*times.values(), strict=True)]
     whole = rates(tuple(s for phase in times for s in stages[phase][0]), together, rows, config.length, peaks)
     whole["compile_seconds"] = sum(record["compile_seconds"] for record in records.values())
     return records | {"ppo": whole | {"phases": {phase: dict(record) for phase, record in records.items()}}}

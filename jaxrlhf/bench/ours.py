@@ -39,7 +39,6 @@ from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, default_tensor_paralle
 DECODE_STEPS = 32
 PEAK_SIZES = {"cpu": (2048, 2**28), "accelerator": (8192, 2**30)}  # side of the matrices, bytes of the copied array
 PyTree = Any
-Scalar = float | jax.Array
 Runs = dict[str, tuple[Callable[[], object], Stages]]
 """Timed calls by name, and the least cost of each."""
 
@@ -88,8 +87,8 @@ class Iteration:
         keys = jax.random.split(jax.random.key(config.seed))
         models = make(actor, key=keys[0]), make(critic, head="scalar", key=keys[1])
         ids = {name: getattr(actor, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        ids["eos_token_id"] = ids["eos_token_id"] or 0
-        self.engine = RLHFEngine(*models, SimpleNamespace(**ids), num_total_iters=1, config=ppo)
+        tokenizer: Any = SimpleNamespace(**(ids | {"eos_token_id": ids["eos_token_id"] or 0}))
+        self.engine = RLHFEngine(*models, tokenizer, num_total_iters=1, config=ppo)
         self.trainer = PPOTrainer(self.engine)
         self.trainer.sampling = ppo.sampling  # no EOS: responses have a fixed length
 
@@ -105,7 +104,8 @@ class Iteration:
         self.prompts = random_prompts(self.config, self.engine.actor.config.vocab_size, rows)
         h = self.engine.config.hyperparameters(self.config.seed)
         parts = self.config.parts(rows)
-        self.engine.state = self.engine.state.replace(hyperparameters=dataclasses.replace(h, micro_batches=parts))
+        h = dataclasses.replace(h, micro_batches=parts)
+        self.engine.state = dataclasses.replace(self.engine.state, hyperparameters=h)
 
     def generate(self) -> Rollout:
         """Generate the rollout that `score` takes."""
@@ -155,14 +155,16 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
     # As the decoder passes them: arrays, as all layers share a program, but plain numbers to kernels that want them.
     plain = config.compute.attention_implementation in LIBRARIES and all(options == layers[0] for options in layers)
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: Scalar, window: Scalar) -> jax.Array:
+    def forward(
+        q: jax.Array, k: jax.Array, v: jax.Array, scale: float | jax.Array, window: int | jax.Array
+    ) -> jax.Array:
         mask = jnp.ones((rows, length), bool)
         slopes = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
         options = AttentionOptions(scale, window, slopes, config.compute.attention_implementation)
         with use(mesh, TRAIN_RULES):
             return attend_to_sequence(q, k, v, mask, positions_from_mask(mask), options)
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: Scalar, window: Scalar) -> jax.Array:
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | jax.Array, window: int | jax.Array) -> jax.Array:
         return jnp.sum(forward(q, k, v, scale, window).astype(jnp.float32) * weights)
 
     static = (3, 4) if plain else ()
@@ -172,14 +174,14 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
     }
     kinds: dict[int, LayerOptions] = {}
     for options in layers:
-        kinds.setdefault(visible(length, options.window), options)
+        kinds.setdefault(visible(length, int(options.window)), options)
     runs: Runs = {}
     for i, options in enumerate(kinds.values()):
         numbers = (options.scale, options.window)
         given = numbers if plain else (jnp.asarray(options.scale, jnp.float32), jnp.asarray(options.window))
         for part, program in programs.items():
             name = f"{part} (window {options.window or 'none'})" if i else part
-            cost = attention_layer(module, rows, length, options.window, part == "train")
+            cost = attention_layer(module, rows, length, int(options.window), part == "train")
             runs[name] = (partial(program, *inputs, *given), cost)
     return runs
 

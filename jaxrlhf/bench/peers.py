@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -21,11 +21,14 @@ DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropou
 DROPOUTS += ("resid_pdrop", "embd_pdrop", "attn_pdrop", "embed_dropout", "resid_dropout")
 if TYPE_CHECKING:
     import jax
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     Tensors = dict[str, Tensor]
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def torch_device(platform: str) -> str:
@@ -51,7 +54,7 @@ def memory_permitting(otherwise: Callable[[], None]) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def load_model(kind: type, folder: Path, device: str, dtype: str) -> PreTrainedModel:
+def load_model(kind: type[_BaseAutoModelClass], folder: Path, device: str, dtype: str) -> PreTrainedModel:
     """A model of transformers, without dropout. Its embedding of the pad id gets gradients like every other row.
 
     `kind` is one of transformers' auto classes.
@@ -82,7 +85,7 @@ class TorchPeer:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.torch, self.device, self.config, self.micro_batches = torch, device, config, 1
-        self.actor = load_model(AutoModelForCausalLM, actor, device, dtype)
+        self.actor: Any = load_model(AutoModelForCausalLM, actor, device, dtype)
         self.reference = load_model(AutoModelForCausalLM, actor, device, dtype).requires_grad_(False)
         self.critic = load_model(AutoModelForSequenceClassification, reward, device, dtype)
         self.reward = load_model(AutoModelForSequenceClassification, reward, device, dtype).requires_grad_(False)
@@ -123,7 +126,7 @@ class TorchPeer:
 
         options: dict[str, Any] = {}
         if compiled:
-            how = CompileConfig()
+            how: Any = CompileConfig()
             how._compile_all_devices = True  # otherwise transformers leaves a CPU uncompiled, without a word
             options = {"cache_implementation": "static", "compile_config": how}
         settings = GenerationConfig(
@@ -161,10 +164,10 @@ class TorchPeer:
 
     def _values(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
         """Scalar head `[B, T]` at every token."""
-        body = getattr(model, model.base_model_prefix)
+        body, head = getattr(model, model.base_model_prefix), cast("torch.nn.Linear", model.score)
         mask = self.torch.ones_like(tokens)
         hidden = body(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-        return self.torch.nn.functional.linear(hidden.float(), model.score.weight.float())[..., 0]
+        return self.torch.nn.functional.linear(hidden.float(), head.weight.float())[..., 0]
 
     def score(self, tokens: Tensor) -> Tensors:
         """Old and reference log-probs and values `[B, A]`, scores `[B]`."""

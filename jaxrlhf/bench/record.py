@@ -26,6 +26,8 @@ Record = dict[str, Any]
 """JSON values of one measurement."""
 Records = dict[str, Record]
 """Records by section."""
+Times = dict[str, list[float]]
+"""Seconds of every round, by what was run."""
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "trl")
 
 
@@ -41,13 +43,20 @@ def timed(run: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - begin, result
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each run: the fastest of `repeats`, taken in turns after one uncounted round (compilation)."""
-    times = {name: [] for name in runs}
-    for _ in range(repeats + 1):
+def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> tuple[Times, dict[str, float]]:
+    """(seconds of each run in each of `repeats` rounds, seconds of its first call, which compiles)."""
+    first = {name: timed(run)[0] for name, run in runs.items()}
+    times: Times = {name: [] for name in runs}
+    for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(timed(run)[0])
-    return {name: min(seconds[1:]) for name, seconds in times.items()}
+    return times, first
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of the fastest of `repeats` calls of each run, in turns after one uncounted round."""
+    times, _ = in_turns(runs, repeats)
+    return {name: min(seconds) for name, seconds in times.items()}
 
 
 def summary(seconds: list[float]) -> Record:

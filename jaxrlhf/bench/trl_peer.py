@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 
@@ -80,7 +81,8 @@ class TrlPeer:
             for name, kind in kinds.items()
         }
         for model in models.values():
-            model.generation_config = getattr(model, "generation_config", None) or SimpleNamespace()
+            if getattr(model, "generation_config", None) is None:
+                cast(Any, model).generation_config = SimpleNamespace()
         self.trainer = trainer_class(
             args=arguments,
             processing_class=SimpleNamespace(pad_token_id=NO_TOKEN, eos_token_id=NO_TOKEN),

@@ -163,24 +163,24 @@ def _peers(check):
     """Of a run whose rounds are over."""
     peers = object.__new__(Peers)
     took = [{"generate": 3.0, "score": 2.0, "train": 4.0}, {"generate": 3.0, "score": 1.0, "train": 4.0}]
-    peers.times, peers.skipped, peers.check = {"hf": took}, {}, check
+    peers.times, peers.skipped, peers.check, peers.names, peers.lost = {"hf": took}, {}, check, ("hf",), {}
     return peers
 
 
 def test_sections_without_ppo_have_their_ratios_and_the_check_too():
     ours, check = {"generate": [1.0, 1.0], "score": [2.0, 2.0], "train": [1.0, 1.0]}, {"wrong": ["values 0.3"]}
-    found = _peers(check).results("hf", ours)
+    found = _peers(check).results(ours)["hf"]
     assert {name: peer["ratio"] for name, peer in found.items()} == {"generate": 3.0, "score": 0.5, "train": 4.0}
     assert all(peer["check"] is check for peer in found.values())
-    whole = _peers(check).results("hf", ours | {"ppo": [4.0, 4.0]})["ppo"]
+    whole = _peers(check).results(ours | {"ppo": [4.0, 4.0]})["hf"]["ppo"]
     assert whole["ratio"] == 2.0 and whole["seconds"]["runs"] == [9.0, 8.0] and set(whole["phases"]) == set(PHASES)
     peers = _peers(check)
     peers.skipped = {"hf": "out of memory"}
-    assert peers.results("hf", {"score": [1.0]}) == {"score": {"skipped": "out of memory", "check": check}}
+    assert peers.results({"score": [1.0]})["hf"] == {"score": {"skipped": "out of memory", "check": check}}
 
 
 def test_a_peer_that_computes_something_else_fails_the_command_in_every_section(monkeypatch, no_peaks, tmp_path):
-    found = _peers({"first": {}, "after_a_step": {}, "wrong": ["values 0.3"]}).results("hf", {"score": [1.0] * 2})
+    found = _peers({"first": {}, "after_a_step": {}, "wrong": ["values 0.3"]}).results({"score": [1.0] * 2})["hf"]
     record = rates((roofline.Cost(1.0, 1.0),), [1.0, 1.0], 8, 4, roofline.Peaks(1.0, 1.0))
     record |= {"peers": {"hf": found["score"]}}
     monkeypatch.setattr(command, "sections", lambda *_: iter([{"score": record | {"sweep": [record]}}]))

@@ -1,7 +1,6 @@
 """Values as text, in flags and in YAML, where quotes tell text from numbers."""
 
 import contextlib
-import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +66,7 @@ def _number(text: str) -> int | float | None:
     for read in (int, float):
         with contextlib.suppress(ValueError):
             number = read(text.replace(".inf", "inf"))
-            return None if "_" in text or math.isnan(number) else number
+            return None if "_" in text or number != number else number
     return None
 
 

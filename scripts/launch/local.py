@@ -8,6 +8,7 @@ the process that failed first, 0 when none did.
 """
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -61,6 +62,7 @@ def copy_lines(source: TextIO, prefix: str) -> None:
 def main(argv: list[str]) -> int:
     options, command = take(argv)
     number = options["processes"]
+    os.environ.setdefault("JAXRLHF_TOKEN", secrets.token_hex(16))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -295,6 +295,8 @@ def test_strangers_that_are_silent_send_junk_or_forge_a_process_keep_no_one_wait
     errors += meet((2, 1, {}), address=f"127.0.0.1:{port}")
     hub.join(DEADLINE)
     assert errors == [None, None]
+    with pytest.raises(ConnectionRefusedError):  # no one listens there after the start
+        socket.create_connection(("127.0.0.1", port))
     for stranger in strangers:
         stranger.close()
 

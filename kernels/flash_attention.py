@@ -334,7 +334,7 @@ def flash_attention_key_gradient(
     q_ref, k_ref, v_ref, do_ref, log_ref, delta_ref, start_ref, length_ref, window_ref, scale_ref, slope_ref, dk_ref,
     dv_ref, *, shape: _Shape
 ) -> None:  # fmt: skip
-    """Gradients of one block of keys and values, over all queries of the heads that share them; scores lie transposed."""
+    """Gradients of one block of keys and values, over the queries of all heads that share it; scores lie transposed."""
     size, queries = shape.blocks.keys, shape.blocks.queries
     begin = pl.program_id(2) * size
     columns = begin + jnp.arange(size)

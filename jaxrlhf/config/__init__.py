@@ -17,7 +17,7 @@ from jaxrlhf.config.annotations import (
 )
 from jaxrlhf.config.flags import load_yaml, parse, save_yaml
 from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, settings, to_dict
-from jaxrlhf.config.text import read_yaml
+from jaxrlhf.config.yaml_files import read_yaml
 
 __all__ = [
     "Derived",

@@ -1,18 +1,26 @@
-"""Settings from flags and YAML files, and back to YAML."""
+"""Settings from flags (tyro) and YAML files, and back to YAML."""
 
+import contextlib
+import dataclasses
+import io
+import math
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tyro
+
 from jaxrlhf.config.annotations import FromYaml, Hint, check_value
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
 from jaxrlhf.config.settings import Settings, canonical, errors_in, sections, settings, to_dict
-from jaxrlhf.config.text import dump_yaml, guess, is_none, read_yaml, value_of
+from jaxrlhf.config.yaml_files import Quoted, dump_yaml, is_none, read_yaml
 from jaxrlhf.errors import InputError
 
 C = TypeVar("C", bound=Settings)
+
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
@@ -95,29 +103,62 @@ def _put(cls: type, values: dict[str, Any], name: str, given: Any, once: bool = 
 
 
 def _read(name: str, hint: Hint, given: Any) -> Any:
-    """What a flag or YAML key holds, by the type of the setting; text that is of another type as it is."""
+    """The value of a flag or YAML key; text of another type stays as it is, for `check_value` to refuse."""
     for note in hint.notes:
         if isinstance(note, FromYaml) and not isinstance(given, tuple):
             given = note.read(given)
     origin = typing.get_origin(hint.kind)
+    if origin is dict and isinstance(given, dict):
+        given = [(str(key), value) for key, value in given.items()]
     words = list(given) if isinstance(given, tuple | list) else [given]
     if hint.optional and len(words) == 1 and is_none(words[0]):
         return None
-    if origin is dict and isinstance(given, dict):
-        return {str(key): guess(value) for key, value in given.items()}
+    if origin is dict:
+        pairs = words if isinstance(given, list) else [_pair(name, word) for word in _items(words) if not is_none(word)]
+        return {key: _typed(int | float | bool | str, value) for key, value in pairs}
     if not all(isinstance(word, str) for word in words):
         raise InputError(f"{name}={given!r} must not be nested")
-    if origin in (tuple, dict) and not isinstance(given, list):
-        words = [item.strip() for word in words for item in word.split(",") if item.strip()]
     if origin is tuple:
-        return tuple(value_of(typing.get_args(hint.kind)[0], word) for word in words)
-    if origin is dict:
-        pairs = [word.partition("=") for word in words if not is_none(word)]
-        if bad := [key for key, equals, _ in pairs if not equals]:
-            raise InputError(f"{name}: {bad[0]!r} must be key=value")
-        return {key: guess(value) for key, _, value in pairs}
+        items = words if isinstance(given, list) else _items(words)
+        return tuple(_typed(typing.get_args(hint.kind)[0], item) for item in items)
     if hint.kind is bool and given == ():
         return True
     if len(words) != 1 or isinstance(given, list):
         raise InputError(f"{name} takes one value, found {' '.join(words) or 'none'}")
-    return value_of(hint.kind, words[0])
+    return _typed(hint.kind, words[0])
+
+
+def _items(words: Sequence[str]) -> list[str]:
+    """Words with commas between them, one by one."""
+    return [item.strip() for word in words for item in word.split(",") if item.strip()]
+
+
+def _pair(name: str, word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise InputError(f"{name}: {word!r} must be key=value")
+    return key, value
+
+
+def _typed(kind: Any, word: str) -> Any:
+    """The word as tyro reads it for a type; unchanged where it is of another type."""
+    lowered, anything = word.lower(), kind == int | float | bool | str
+    if kind is str or (anything and isinstance(word, Quoted)):
+        return str(word)
+    if kind is bool or (anything and lowered in ("true", "false")):
+        return lowered in TRUE_WORDS if lowered in TRUE_WORDS + FALSE_WORDS else word
+    text = word.replace(".inf", "inf")  # as YAML writes it
+    if kind is int and "e" in lowered:
+        with contextlib.suppress(ValueError):
+            text = f"{float(word):.0f}" if float(word).is_integer() else word
+    one = dataclasses.make_dataclass("Setting", [("value", kind)])
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            value = tyro.cli(one, args=["--value", text]).value
+    except SystemExit:
+        return word
+    # Python reads 1_000, nan and numbers beyond the largest; settings do not.
+    odd = isinstance(value, int | float) and (
+        "_" in word or value != value or (math.isinf(value) and "inf" not in lowered)
+    )
+    return word if odd else value

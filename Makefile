@@ -11,19 +11,20 @@ PYTEST_ARGS ?= -n 2
 
 VENV := .venv
 NEWEST := .venv312
-SOURCES := $(wildcard jaxrlhf models sharding kernels scripts benchmarks examples tests)
+SOURCES := $(wildcard jaxrlhf models sharding kernels scripts benchmarks docs examples tests)
 # Editable installs warn about folders named like the package; that is how this repository is laid out.
 PIP_INSTALL := -m pip install --disable-pip-version-check $(PIP_ARGS)
 QUIET_BUILD := PYTHONWARNINGS=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-newest newest-suite lint format clean
+.PHONY: help venv demo test test-newest newest-suite lint format docs clean
 
 help:
 	@echo "make demo         train a small model through all three steps on the embedded data, on CPU"
 	@echo "make test         the test suite"
 	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch and the longest runs"
-	@echo "make lint         ruff check and format check;  make format  rewrites the files"
+	@echo "make lint         ruff check, ruff format --check and pyright;  make format  rewrites the files"
+	@echo "make docs         the documentation site in site/; fails on a broken link"
 	@echo "make venv         only the set-up of test and lint;  make clean  removes what was installed and cached"
 
 venv: $(VENV)/.dev
@@ -37,10 +38,15 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "open site/index.html"
 
 # python3.12 may be a pyenv shim that only runs when a version is chosen, so each candidate is run once to be sure.
 test-newest:
@@ -74,6 +80,11 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.created
 	$(QUIET_BUILD) $(VENV)/bin/python $(PIP_INSTALL) --editable '.[test,dev]'
 	@touch $(VENV)/.base $@
 
+$(VENV)/.docs: pyproject.toml $(VENV)/.created
+	@echo "==> installing jaxrlhf with what its documentation site needs into $(VENV)"
+	$(QUIET_BUILD) $(VENV)/bin/python $(PIP_INSTALL) --editable '.[docs]'
+	@touch $(VENV)/.base $@
+
 $(NEWEST)/.suite: pyproject.toml
 	@echo "==> creating $(NEWEST) with $(PYTHON312) and installing the newest JAX, without torch"
 	$(PYTHON312) -m venv $(NEWEST)
@@ -82,5 +93,5 @@ $(NEWEST)/.suite: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) build dist site *.egg-info .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

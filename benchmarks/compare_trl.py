@@ -31,7 +31,7 @@ import jaxrlhf
 from jaxrlhf.bench.record import write
 from jaxrlhf.bench.render import save_svg
 from jaxrlhf.commands.demo import SHAPE
-from jaxrlhf.data import load_data, load_tokenizer, pad_token_id, stream_indices
+from jaxrlhf.data import DataConfig, load_data, load_tokenizer, pad_token_id, stream_indices
 from jaxrlhf.data.demo import materialize_demo
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.errors import InputError
@@ -93,14 +93,13 @@ def environment() -> dict[str, str]:
 def language_model(folder: Path) -> Path:
     """Four layers of width 128, fine-tuned on the demo's good answers."""
     shared = {"data_path": ("demo",), "data_split": "2,4,4", "max_length": 64, "mesh_fsdp": 1, "dtype": "float32"}
-    data = jaxrlhf.PPOConfig.create(data_path=("demo",))
     config = jaxrlhf.SFTConfig.create(
         **shared,
         output_dir=str(folder),
         overwrite_output_dir=True,
         model_type="llama",
         config_overrides=SHAPE,
-        tokenizer_name_or_path=str(materialize_demo(cache_folder(data)).tokenizer),
+        tokenizer_name_or_path=str(materialize_demo(cache_folder(DataConfig())).tokenizer),
         max_steps=400,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=100,
@@ -113,7 +112,7 @@ def language_model(folder: Path) -> Path:
 
 
 def prompt_data(tokenizer: Any) -> tuple[Any, Any]:
-    config = jaxrlhf.PPOConfig.create(data_path=("demo",), data_split="2,4,4", max_prompt_seq_len=32)
+    config = DataConfig(data_path=("demo",), data_split="2,4,4", max_prompt_seq_len=32)
     return load_data(config, tokenizer, "ppo")
 
 

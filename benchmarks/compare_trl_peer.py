@@ -82,7 +82,7 @@ class Prompts:
 
 
 def configuration(s: dict[str, Any], folder: Path, seed: int) -> PPOConfig:
-    return PPOConfig.create(
+    return PPOConfig(
         output_dir=str(folder),
         seed=seed,
         use_cpu=True,

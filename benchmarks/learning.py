@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,8 @@ import numpy as np
 from jaxrlhf.bench.record import write
 from jaxrlhf.bench.render import save_svg
 from jaxrlhf.commands.demo import DemoConfig, rlhf_config
-from jaxrlhf.commands.rlhf import step_configs
+from jaxrlhf.commands.rlhf import RLHFConfig, step_configs
+from jaxrlhf.config import default_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.data import (
     demo_quality,
@@ -40,7 +40,8 @@ from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.objectives import win_rate
-from jaxrlhf.rl.config import UNUSED, PPOConfig
+from jaxrlhf.rl.algorithms import find_algorithm
+from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
@@ -79,9 +80,9 @@ class Experiment(NamedTuple):
 # ---- what experiments share
 
 
-def demo_settings(seed: int, folder: Path) -> Any:
+def demo_settings(seed: int, folder: Path) -> RLHFConfig:
     """The demo's settings under another seed, which is also that of its data's order and of sampling."""
-    return replace(rlhf_config(DemoConfig.create(output_dir=str(folder), seed=seed)), overwrite_output_dir=True)
+    return rlhf_config(DemoConfig.create(output_dir=str(folder), seed=seed)).replace(overwrite_output_dir=True)
 
 
 def sft_model(seed: int) -> Path:
@@ -100,7 +101,7 @@ def curves_of(run: Path, names: Sequence[str]) -> dict[str, list[list[float]]]:
 
 
 def held_out_questions() -> list[str]:
-    rows = materialize_demo(cache_folder(demo_settings(0, RUNS))).eval.read_text(encoding="utf-8").splitlines()
+    rows = materialize_demo(cache_folder(demo_settings(0, RUNS).data)).eval.read_text(encoding="utf-8").splitlines()
     return sorted({json.loads(row)["prompt"] for row in rows})
 
 
@@ -141,13 +142,13 @@ def dpo(seed: int, folder: Path) -> Outcome:
         logging_steps=25,
     )
     config = demo_settings(seed, folder).replace(alignment="dpo", dpo=options)
-    config = replace(step_configs(config)["dpo"], model_name_or_path=str(start))
+    config = step_configs(config)["dpo"].replace(model_name_or_path=str(start))
     begin = time.monotonic()
     train_dpo(config)
     seconds = time.monotonic() - begin
-    before, after = (true_qualities(Path(model), seed) for model in (start, config.output_dir))
+    before, after = (true_qualities(Path(model), seed) for model in (start, config.folder.output_dir))
     names = ("eval/rewards/accuracies", "eval/rewards/margins", "rewards/accuracies", "rewards/margins", "loss")
-    curves = curves_of(Path(config.output_dir), names)
+    curves = curves_of(Path(config.folder.output_dir), names)
     return Outcome(
         {
             "win_rate": float(win_rate(after, before)),
@@ -179,13 +180,18 @@ def text_model() -> tuple[Path, Path]:
     folder, start = RUNS / "text", sft_model(0)
     file = folder / "conversations.jsonl"
     if not file.is_file():
-        demo = materialize_demo(cache_folder(demo_settings(0, RUNS)))
+        demo = materialize_demo(cache_folder(demo_settings(0, RUNS).data))
         rows = [json.loads(line) for line in demo.train.read_text(encoding="utf-8").splitlines()]
         lines = [json.dumps({"text": f"Human: {row['prompt']} Assistant: {row['chosen']}"}) for row in rows]
         write_text_atomic(file, "\n".join(lines) + "\n")
     if not (folder / "lm" / "config.json").is_file():
         tokenizer, config = load_tokenizer(start), OptimizerConfig(1e-3, lr_scheduler_type="linear")
-        options = {"field": "text", "block": BLOCK, "held_out": 0.05, "cache": cache_folder(demo_settings(0, RUNS))}
+        options = {
+            "field": "text",
+            "block": BLOCK,
+            "held_out": 0.05,
+            "cache": cache_folder(demo_settings(0, RUNS).data),
+        }
         blocks, _ = load_text((str(file),), tokenizer, **options)
         model = load_pretrained(start, mesh=make_mesh())
         state = init_state(model, make_optimizer(config, PRETRAINING_STEPS, model.params), make_mesh())
@@ -211,7 +217,7 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
     begin = time.monotonic()
     train_ppo(config)
     seconds = time.monotonic() - begin
-    summary = json.loads((Path(config.output_dir) / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((Path(config.folder.output_dir) / "summary.json").read_text(encoding="utf-8"))
     before, after = summary["eval_before"], summary["eval_after"]
     figures = {
         "reward_before": before["scores"],
@@ -224,29 +230,29 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
         "seconds": round(seconds, 1),
     }
     names = ["eval/scores", "eval/kl", "objective/scores", "objective/kl", "policy/entropy_avg", "policy/clipfrac_avg"]
-    if config.ptx_coef:
+    if config.algorithm.ptx_coef:
         figures |= {"text_loss_before": before["ptx_loss"], "text_loss_after": after["ptx_loss"]}
         names.append("eval/ptx_loss")
-    if config.kl_target:
+    if config.algorithm.kl_target:
         names.append("objective/kl_coef")
-    if config.enable_ema:
-        raw, ema = (held_out_scores(Path(config.output_dir) / name, reward, config) for name in (".", "ema"))
+    if config.algorithm.enable_ema:
+        raw, ema = (held_out_scores(Path(config.folder.output_dir) / name, reward, config) for name in (".", "ema"))
         gap = ema - raw
         figures |= {
             "reward_raw": float(raw.mean()),
             "reward_ema": float(ema.mean()),
             "ema_gap_in_errors": float(gap.mean() / (gap.std(ddof=1) / np.sqrt(len(gap)) + 1e-9)),
         }
-    return Outcome(figures, curves_of(Path(config.output_dir), names))
+    return Outcome(figures, curves_of(Path(config.folder.output_dir), names))
 
 
 def held_out_scores(actor: Path, reward: Path, config: PPOConfig) -> np.ndarray:
     """The reward model's scores of one answer of `actor` to every held-out prompt, with keys of their own."""
     tokenizer = load_tokenizer(actor)
-    plain = config.replace(seed=config.seed + 1000)
+    plain = config.replace(seed=config.data.seed + 1000)
     engine = RLHFEngine(str(actor), str(reward), tokenizer, num_total_iters=1, config=plain)
-    _, evaluation = load_data(config.replace(output_dir=""), tokenizer, "ppo")
-    _, records = PPOTrainer(engine, plain).evaluate(evaluation, config.per_device_eval_batch_size)
+    _, evaluation = load_data(config.data, tokenizer, "ppo")
+    _, records = PPOTrainer(engine, plain).evaluate(engine.state, evaluation, config.run.per_device_eval_batch_size)
     return np.array([record["score"] for record in records])
 
 
@@ -262,7 +268,7 @@ def ppo(epochs: int, **options: Any) -> Callable[[int, Path], Outcome]:
 
 def critic_free(estimator: str, **options: Any) -> Callable[[int, Path], Outcome]:
     """With the defaults for what the demo sets of a critic."""
-    unused = {f.name: f.default for f in fields(PPOConfig) if f.name in UNUSED[estimator]}
+    unused = {name: default_of(PPOConfig, name) for name in find_algorithm(estimator).unused}
     options = {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4} | options
     options = STEERED | unused | {"advantage_estimator": estimator} | options
     return lambda seed, folder: policy_run(seed, folder, **options)

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config import from_dict
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.plan.compile import compile_programs
 from jaxrlhf.plan.memory import estimate

@@ -6,8 +6,6 @@ Prompts and answers of 256 tokens, 131.9 k prompts, OPT actors with OPT-350m as 
 hour: the setting of arXiv 2308.01320. Each row is the asked setting or, where that does not fit, the nearest that does.
 """
 
-import dataclasses
-
 from jaxrlhf.plan.command import make_plan
 from jaxrlhf.plan.report import gib
 from jaxrlhf.plan.settings import PlanConfig
@@ -26,7 +24,7 @@ PUBLISHED = {
 }
 COLUMNS = (
     "model",
-    "flags beside the asked ones",
+    "additional flags",
     "generate",
     "score",
     "train",
@@ -50,8 +48,8 @@ def row(actor: str, devices: int) -> list[str]:
     flags = "none"
     if not plan.fits:
         if plan.nearest is None:
-            return [actor, f"does not fit; takes `{plan.larger.flags}`" if plan.larger else "does not fit", *["-"] * 7]
-        flags, plan = f"`{plan.nearest.flags}`", make_plan(dataclasses.replace(plan.nearest.config))
+            return [actor, f"does not fit; needs `{plan.larger.flags}`" if plan.larger else "does not fit", *["-"] * 7]
+        flags, plan = f"`{plan.nearest.flags}`", make_plan(plan.nearest.config)
     cost = plan.cost
     sizes = [gib(plan.programs[name].bytes_per_device) for name in ("generate", "score", "train")]
     times = [f"{cost.seconds_per_iteration:.1f}", f"{cost.hours:.2f}", f"{cost.cost:,.0f}"]

@@ -108,7 +108,10 @@ def train(data: dict[str, Any]) -> None:
     sft, reward = RUNS / "sft", RUNS / "reward"
     texts = data | {"data_path": answers(data["data_path"])}
     configs = [
-        (train_sft, SFTConfig.create(**(texts | COMMON | SFT), output_dir=str(sft), resume=bool(list_checkpoints(sft)))),
+        (
+            train_sft,
+            SFTConfig.create(**(texts | COMMON | SFT), output_dir=str(sft), resume=bool(list_checkpoints(sft))),
+        ),
         (
             train_reward,
             RewardConfig.create(
@@ -120,7 +123,7 @@ def train(data: dict[str, Any]) -> None:
         ),
     ]
     for run, config in configs:
-        if not (Path(config.output_dir) / "summary.json").is_file():
+        if not (Path(config.folder.output_dir) / "summary.json").is_file():
             run(config)
 
 

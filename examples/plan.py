@@ -7,7 +7,6 @@ three programs of step 3; hours are those of one epoch of 131.9 k prompts, or of
 roofline. GRPO is planned as PPO with a critic and a reward model of 0.5 B that it does not have: an upper bound.
 """
 
-import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -17,8 +16,8 @@ from jaxrlhf.commands.rlhf import RLHFConfig, step_configs
 from jaxrlhf.config import load_yaml
 from jaxrlhf.plan.command import make_plan
 from jaxrlhf.plan.report import gib
-from jaxrlhf.plan.settings import PlanConfig
-from jaxrlhf.rl.grpo import GRPOConfig
+from jaxrlhf.plan.settings import SHOWN, PlanConfig
+from jaxrlhf.rl.config import GRPOConfig
 
 FOLDER = Path(__file__).parent
 GSM8K = {"actor": "qwen2.5-1.5b", "reward": "qwen2.5-0.5b", "train_rows": 7473 * 8}
@@ -38,15 +37,16 @@ def plan_config(path: Path, **changes: Any) -> PlanConfig:
     else:
         config = load_yaml(RLHFConfig, path)
         step = step_configs(config)["ppo"]
-        models = {"actor": config.actor_model_name_or_path, "reward": config.reward_model_name_or_path}
-    values = {f.name: getattr(step, f.name) for f in dataclasses.fields(PlanConfig) if hasattr(step, f.name)}
+        models = config.models
+        models = {"actor": models.actor_model_name_or_path, "reward": models.reward_model_name_or_path}
+    values = {name: step.value(name) for name in SHOWN}
     return PlanConfig.create(**(values | models | {"device": device, "devices": count} | changes))
 
 
 def main() -> None:
     paths = [Path(name) for name in sys.argv[1:]]
     paths = paths or [*sorted((FOLDER / "deepspeed_chat").glob("*.yaml")), FOLDER / "gsm8k" / "grpo.yaml"]
-    print("| recipe | devices | answers a step | GiB of a device | hours |\n|---|---|---|---|---|")
+    print("| recipe | devices | responses per step | GiB per device | hours |\n|---|---|---|---|---|")
     for path in paths:
         plan = make_plan(plan_config(path))
         size = f"{gib(plan.peak)} of {gib(plan.capacity)}" + ("" if plan.fits else ": does not fit")

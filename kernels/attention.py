@@ -78,6 +78,7 @@ def attention(
     if scales is not None:
         scores *= scales[0][:, :, None, None]
     if alibi_slopes is not None:
+        assert positions is not None
         slopes = alibi_slopes.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
         scores = scores + slopes * positions[:, None, None, None, :].astype(jnp.float32)
     weights = masked_softmax(scores, mask[:, :, None])

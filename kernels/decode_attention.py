@@ -243,7 +243,7 @@ def decode_attention_share(*refs, task: _Task) -> None:
         scores = dot(query, read(0).T) * task.scale
         if task.quantised:
             scores *= read(2)[None]
-        if task.alibi:
+        if slopes is not None:
             scores += slopes[:, None] * (columns - last).astype(jnp.float32)[None]
         scores = jnp.where(inside[None], scores, NEGATIVE)
         new_top = jnp.maximum(top, scores.max(1))

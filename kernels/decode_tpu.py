@@ -1,7 +1,7 @@
 """The decode-attention kernel on TPUs: the grid goes over a row's live blocks of columns, one after the other.
 
 The first live column and the length of each row lie in scalar memory, so that block indices stop at the last live
-block: what is not live is not fetched. Figures of the softmax stay in vector memory between a row's blocks.
+block: what is not live is not fetched. The running sums of the softmax stay in vector memory between a row's blocks.
 """
 
 from functools import partial
@@ -63,7 +63,7 @@ def decode_attention_blocks(
         scores = dot(q_ref[...], read(0).T) * scale
         if scaled:
             scores *= own_scales(0, columns)
-        if alibi:
+        if slopes_ref is not None:
             scores += slopes_ref[...] * (columns - last).astype(jnp.float32)
         scores = jnp.where(inside, scores, NEGATIVE)
         top = top_ref[:, :1]
@@ -121,7 +121,7 @@ def attend(
     kv_heads, cache_length = cache[0].shape[1:3]
     group = heads // kv_heads
     size = min(COLUMNS, cache_length)
-    scaled, appends = quantised(cache), new is not None
+    scaled = quantised(cache)
 
     def of_block(b, h, j, first, length):
         low, high = _bounds(first[b], length[b], size)
@@ -141,7 +141,7 @@ def attend(
         in_specs += [pl.BlockSpec((None, kv_heads, size), lambda *at: (at[0], 0, of_block(*at)[2]))] * 2
     out_specs = [pl.BlockSpec((None, None, group, width), own)]
     out_shape = [jax.ShapeDtypeStruct((batch, kv_heads, group, width), query.dtype)]
-    if appends:
+    if new is not None:
         arrays += [x[:, :, None] for x in new]
         in_specs += [pl.BlockSpec((None, None, 1, width), own)] * 2
         rows, lanes = (cache_length if size % tile else tile for tile in (TILE, LANES))
@@ -154,7 +154,7 @@ def attend(
         out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache]
     scratch = [pallas.tpu.VMEM((group, wide), jnp.float32) for wide in (width, LANES, LANES)]
     output, *written = pallas.launch_tpu(
-        partial(decode_attention_blocks, scale=scale, alibi=slopes is not None, scaled=scaled, appends=appends),
+        partial(decode_attention_blocks, scale=scale, alibi=slopes is not None, scaled=scaled, appends=new is not None),
         [first, length, *arrays],
         grid=(batch, kv_heads, pl.cdiv(cache_length, size)),
         in_specs=in_specs,
@@ -164,7 +164,7 @@ def attend(
         name="decode_attention_share",
         scalars=2,
         scratch=scratch,
-        aliases={at + i: 1 + i for i in range(len(cache))} if appends else {},
+        aliases={at + i: 1 + i for i in range(len(cache))} if new is not None else {},
         interpret=interpret,
     )
     return output.reshape(query.shape), tuple(written) or cache

@@ -5,11 +5,13 @@ the blocks of the other side that its mask leaves, with a running softmax in flo
 2307.08691).
 """
 
+import importlib
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxrlhf.kernels import flash_tpu, pallas
 from jaxrlhf.kernels.attention import NEGATIVE, attention, attention_mask, block_scores
@@ -55,7 +57,8 @@ def flash_blocks(
     # Two steps at least: loops of one are unrolled, and want more registers.
     most = max(16, power_of_two(length) // 2)
     wanted = (FlashBlocks(min(queries, most), min(keys, most), warps) for queries, keys, warps in sizes)
-    return tuple(_fitting(blocks, head_dim, dtype, device.shared_memory) for blocks in wanted)
+    forward, backward = (_fitting(blocks, head_dim, dtype, device.shared_memory) for blocks in wanted)
+    return forward, backward
 
 
 def _fitting(blocks: FlashBlocks, head_dim: int, dtype: jnp.dtype, room: int) -> FlashBlocks:
@@ -69,7 +72,7 @@ def _fitting(blocks: FlashBlocks, head_dim: int, dtype: jnp.dtype, room: int) ->
 
 def varies(scale: jax.Array | float, window: jax.Array | int) -> bool:
     """Whether scale or window are not plain numbers, as where layers that differ in them are scanned."""
-    return any(isinstance(x, jax.core.Tracer) for x in (scale, window))
+    return any(isinstance(x, Tracer) for x in (scale, window))
 
 
 def _check(query, key, value, start, length, slopes) -> None:
@@ -177,8 +180,8 @@ def _library(name, query, key, value, start, length, scale, window, alibi) -> ja
         )
     attend = _cudnn if name == "cudnn" else _tokamax
     options = {"scale": float(scale), "local_window_size": (int(window) - 1, 0) if window > 0 else None}
-    arrays = (x.swapaxes(1, 2) for x in (query, key, value))
-    output = attend(*arrays, start, is_causal=True, key_value_seq_lengths=length, **options).swapaxes(1, 2)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    output = attend(query, key, value, start, is_causal=True, key_value_seq_lengths=length, **options).swapaxes(1, 2)
     rows = jnp.arange(size)
     oldest = jnp.maximum(rows - (window if window > 0 else NO_WINDOW) + 1, start[:, None])
     sees = oldest <= jnp.minimum(rows, length[:, None] - 1)
@@ -196,7 +199,7 @@ def _cudnn(query, key, value, start, **options) -> jax.Array:
 def _tokamax(query, key, value, start, **options) -> jax.Array:
     """One named kernel of theirs, so that what it cannot do is an error and never XLA's form with its `[T, T]`."""
     try:
-        import tokamax
+        tokamax = importlib.import_module("tokamax")
     except ImportError as error:
         raise ValueError(
             "implementation='tokamax' of flash_attention needs the package tokamax (Python 3.12, JAX 0.11.1 or newer), "

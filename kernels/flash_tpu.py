@@ -5,14 +5,13 @@ fetched. Sums stay in vector memory until the last step.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.attention import NEGATIVE, block_scores
-from jaxrlhf.kernels.pallas import LANES, dot, pl
+from jaxrlhf.kernels.pallas import LANES, PyTree, Ref, dot, pl
 
 QUERIES = 256
 KEYS = 512
@@ -24,7 +23,7 @@ def _along(begin: jax.Array, size: int, axis: int) -> jax.Array:
     return begin + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def _real(ref: Any, begin: jax.Array, start: jax.Array | int, length: jax.Array | int) -> jax.Array:
+def _real(ref: Ref, begin: jax.Array, start: jax.Array | int, length: jax.Array | int) -> jax.Array:
     """A block of rows, those outside of start … length - 1 as 0: they may hold anything."""
     x = ref[...]
     rows = _along(begin, x.shape[0], 0)
@@ -148,7 +147,7 @@ def flash_attention_key_gradient(
         dv_ref[...] = dv_sum_ref[...].astype(dv_ref.dtype)
 
 
-def _call(body, scalars, arrays, grid, in_specs, out_specs, out_shape, scratch, interpret) -> Any:
+def _call(body, scalars, arrays, grid, in_specs, out_specs, out_shape, scratch, interpret) -> PyTree:
     start, length, window, scale, slopes = scalars
     scalars = start.astype(jnp.int32), length.astype(jnp.int32), window, scale, slopes
     return pallas.launch_tpu(
@@ -166,7 +165,7 @@ def _call(body, scalars, arrays, grid, in_specs, out_specs, out_shape, scratch, 
     )
 
 
-def _query_specs(total: int, width: int, group: int) -> tuple[int, int, Any, Any, Any]:
+def _query_specs(total: int, width: int, group: int) -> tuple[int, int, "pl.BlockSpec", "pl.BlockSpec", "pl.BlockSpec"]:
     """Blocks of queries and of keys, and the specs of queries, of numbers per query, and of keys, query by query."""
     queries, keys = min(QUERIES, total), min(KEYS, total)
 

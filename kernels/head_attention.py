@@ -39,6 +39,7 @@ def head_attention(
     group = heads // kv_heads
     bias = jnp.where(key_mask.astype(bool), 0.0, NEGATIVE)[:, None, None]
     if alibi_slopes is not None:
+        assert positions is not None
         slopes = alibi_slopes.astype(jnp.float32).reshape(kv_heads, group, 1)
         bias = bias + slopes * positions[:, None, None].astype(jnp.float32)
     bias = jnp.broadcast_to(bias, (batch, kv_heads, group, length)).reshape(-1, group, length)

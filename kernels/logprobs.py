@@ -7,10 +7,10 @@ over devices, each works on its own part of it and the tokens' figures are joine
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxrlhf.kernels.attention import NEGATIVE
 from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, figures_of, head_blocks, logit_gradient_of
+from jaxrlhf.kernels.pallas import PyTree
 
 
 def project_logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, vocab_size: int) -> jax.Array:
@@ -146,7 +147,7 @@ def token_logprobs(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
     if not hidden.size:
-        return (jnp.zeros(labels.shape),) * 2
+        return jnp.zeros(labels.shape), jnp.zeros(labels.shape)
     facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False}
     chosen = decide("token_logprobs", implementation, **facts).implementation
     if chosen == "pallas":
@@ -156,7 +157,8 @@ def token_logprobs(
     padded = vocab_size != weight.shape[0]
     task = _Task(vocab_size, float(temperature), padded, chosen, blocks, kernel_blocks, placement)
     real = (labels >= 0) & (labels < vocab_size)
-    logprobs, entropy = _logprobs(hidden, weight, bias, jnp.where(real, labels, 0), task)
+    results = _logprobs(hidden, weight, bias, jnp.where(real, labels, 0), task)
+    logprobs, entropy = cast(tuple[jax.Array, jax.Array], results)
     return jnp.where(real, logprobs, 0.0), entropy
 
 
@@ -165,7 +167,7 @@ def _logprobs(hidden, weight, bias, labels, task: _Task) -> tuple[jax.Array, jax
     return _forward(hidden, weight, bias, labels, task)[0]
 
 
-def _forward(hidden, weight, bias, labels, task: _Task) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def _forward(hidden, weight, bias, labels, task: _Task) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
     def local(hidden, weight, bias, labels):
         flat, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         figures = statistics(flat, weight, bias, tokens, task)
@@ -181,7 +183,7 @@ def _forward(hidden, weight, bias, labels, task: _Task) -> tuple[tuple[jax.Array
     return (logprobs, entropy), (hidden, weight, bias, labels, top, log_total, entropy)
 
 
-def _backward(task: _Task, kept: Any, upstream: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+def _backward(task: _Task, kept: PyTree, upstream: tuple[jax.Array, jax.Array]) -> tuple[PyTree, ...]:
     hidden, weight, bias, labels, *figures = kept
 
     def local(hidden, weight, bias, labels, *per_token):
@@ -210,13 +212,15 @@ def _specs(bias: jax.Array | None, placement: HeadPlacement | None) -> tuple[P, 
     return P(placement.rows or None), (P(vocab, width), None if bias is None else P(vocab))
 
 
-def _map(function: Any, placement: HeadPlacement | None, in_specs: Any, out_specs: Any) -> Any:
+def _map(function: Callable, placement: HeadPlacement | None, in_specs: PyTree, out_specs: PyTree) -> Callable:
     if placement is None:
         return function
     return jax.shard_map(function, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _sum_over_devices(d_hidden, d_weight, d_bias, placement: HeadPlacement) -> tuple[jax.Array, ...]:
+def _sum_over_devices(
+    d_hidden, d_weight, d_bias, placement: HeadPlacement
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
     """Hidden states got a share of their gradient from each part of the vocabulary, the head from each share of rows.
 
     Over the axes that gathered a block of the head, blocks of its gradient are already summed.
@@ -351,7 +355,7 @@ def _bfloat16(bits: jax.Array) -> jax.Array:
 
 def _total(sums: Sequence[jax.Array]) -> jax.Array:
     """What a sum (`_no_sum`) comes to, in float32."""
-    return sums[0] if len(sums) == 1 else sum(_bfloat16(x).astype(jnp.float32) for x in sums)
+    return sums[0] if len(sums) == 1 else cast(jax.Array, sum(_bfloat16(x).astype(jnp.float32) for x in sums))
 
 
 def _add_rows(sums: tuple[jax.Array, ...], begin: jax.Array, new: jax.Array) -> tuple[jax.Array, ...]:

@@ -7,7 +7,7 @@ itself goes over the vocabulary, one block after the other, and the figures stay
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -101,12 +101,12 @@ def token_logprobs_logit_gradient(h_ref, w_ref, b_ref, c_ref, l_ref, *rest, shap
     logits, entries, there = _block((h_ref, w_ref, b_ref, c_ref), row, column, shape)
     at = pl.ds(row, blocks.tokens)
     labels, *figures = (load(ref.at[at], there)[:, None] for ref in (l_ref, *per_token))
-    gradient = logit_gradient(logits, entries, labels, figures, shape.temperature)
+    gradient = logit_gradient(logits, entries, labels, tuple(figures), shape.temperature)
     inside = column + jnp.arange(blocks.vocab) < shape.vocab
     store(o_ref.at[at, pl.ds(column, blocks.vocab)], gradient, there[:, None] & inside[None])
 
 
-def _whole(*shape: int) -> Any:
+def _whole(*shape: int) -> "pl.BlockSpec":
     return pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))
 
 
@@ -135,7 +135,7 @@ def figures_of(hidden, part, bias, columns, labels, temperature: float, blocks: 
         )
         top = shares[0].max(0)
         _, *sums = rescaled(tuple(shares), top)
-        return tuple(x[:, None] for x in (top, *(x.sum(0) for x in sums)))
+        return cast(Figures, tuple(x[:, None] for x in (top, *(x.sum(0) for x in sums))))
 
     arrays = hidden, part, bias, columns, labels
     return pallas.dispatch(launch, partial(_tpu_figures, temperature=temperature), *arrays)
@@ -195,7 +195,7 @@ def tpu_logit_gradient(h_ref, w_ref, b_ref, c_ref, l_ref, *rest, temperature: fl
     o_ref[...] = gradient.astype(o_ref.dtype)
 
 
-def _tpu_specs(tokens: int, vocab: int, width: int) -> list[Any]:
+def _tpu_specs(tokens: int, vocab: int, width: int) -> list["pl.BlockSpec"]:
     """Of hidden states, head, bias, columns and labels; then of one more vector `[n, 1]`."""
     across = pl.BlockSpec((1, vocab), lambda i, j: (0, j))
     down = pl.BlockSpec((tokens, 1), lambda i, j: (i, 0))

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,29 @@ try:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 except ImportError:  # a later JAX without it
-    pl = triton = None
+    pl = triton = cast(Any, None)
 try:
     from jax.experimental.pallas import tpu
 except ImportError:
-    tpu = None
+    tpu = cast(Any, None)
 
 LANES = 128  # of a TPU's vector registers
+PyTree = Any
+Ref = Any  # a reference inside a kernel, or a part of one
+Semantics = tuple[Literal["parallel", "arbitrary"], ...]
 DTYPES = ("float32", "bfloat16", "float16")
 """What our kernels compute in; not the last on TPUs, whose compiler has no form for it."""
 MAX_HEAD_DIM = 256
+
+
+class Blocks(Protocol):
+    """How a kernel cuts its work."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
 
 
 class Device(NamedTuple):
@@ -104,7 +117,7 @@ def check_taken(kernel: str, dtype: jnp.dtype, head_dim: int = 0, held: jnp.dtyp
     )
 
 
-def check_shared_memory(kernel: str, blocks: Any, needed: int) -> None:
+def check_shared_memory(kernel: str, blocks: Blocks, needed: int) -> None:
     """ValueError where `blocks` of a kernel hold more at a time than the shared memory of the NVIDIA device at hand."""
     limits = device()
     if needed > limits.shared_memory:
@@ -115,7 +128,7 @@ def check_shared_memory(kernel: str, blocks: Any, needed: int) -> None:
         )
 
 
-def check_blocks(blocks: Any, *sizes: str) -> None:
+def check_blocks(blocks: Blocks, *sizes: str) -> None:
     """ValueError unless these fields of a kernel's blocks, its warps and its stages are what Triton can take."""
     name = type(blocks).__name__
     for field in sizes:
@@ -151,16 +164,16 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
     )
 
 
-def load(ref: Any, mask: jax.Array) -> jax.Array:
+def load(ref: Ref, mask: jax.Array) -> jax.Array:
     """What a reference holds, 0 outside of `mask`: nothing is read there."""
     return triton.load(ref, mask=mask, other=0)
 
 
-def store(ref: Any, value: jax.Array, mask: jax.Array) -> None:
+def store(ref: Ref, value: jax.Array, mask: jax.Array) -> None:
     triton.store(ref, value.astype(ref.dtype), mask=mask)
 
 
-def dispatch(triton_form: Callable, tpu_form: Callable, *arrays: Any) -> Any:
+def dispatch(triton_form: Callable, tpu_form: Callable, *arrays: PyTree) -> PyTree:
     """A kernel's form for the platform that the program is compiled for: cpu, cuda or tpu.
 
     Both are functions of `arrays`, which may be trees; the first also of `interpret`, true on CPU.
@@ -174,14 +187,14 @@ def launch(
     arrays: Sequence[jax.Array],
     *,
     grid: tuple[int, ...],
-    in_specs: Sequence[Any],
-    out_specs: Any,
-    out_shape: Any,
+    in_specs: Sequence[PyTree],
+    out_specs: PyTree,
+    out_shape: PyTree,
     num_warps: int,
     num_stages: int,
     aliases: dict[int, int] | None = None,
     interpret: bool = False,
-) -> Any:
+) -> PyTree:
     """A kernel through Triton; `aliases` names inputs whose place an output takes."""
     return pl.pallas_call(
         body,
@@ -200,16 +213,16 @@ def launch_tpu(
     arrays: Sequence[jax.Array],
     *,
     grid: tuple[int, ...],
-    in_specs: Sequence[Any],
-    out_specs: Any,
-    out_shape: Any,
-    semantics: tuple[str, ...],
+    in_specs: Sequence[PyTree],
+    out_specs: PyTree,
+    out_shape: PyTree,
+    semantics: Semantics,
     name: str,
     scalars: int = 0,
-    scratch: Sequence[Any] = (),
+    scratch: Sequence[PyTree] = (),
     aliases: dict[int, int] | None = None,
     interpret: bool = False,
-) -> Any:
+) -> PyTree:
     """A kernel through Mosaic; the first `scalars` arrays lie whole in scalar memory, and index maps get them too."""
     return pl.pallas_call(
         body,

@@ -23,6 +23,7 @@ from jaxrlhf.models.model import (
     create_model,
     default_dtype,
     frozen_copy,
+    frozen_stage,
     is_matrix,
     logical_axes,
     param_shapes,
@@ -33,6 +34,7 @@ from jaxrlhf.models.model import (
     with_kernels,
     working_copy,
 )
+from jaxrlhf.models.vocabulary import check_same_tokens, check_tokenizer_fits
 
 __all__ = [
     "KERNEL_OPTIONS",
@@ -48,6 +50,8 @@ __all__ = [
     "add_lora",
     "base_leaves",
     "cast_matrices",
+    "check_same_tokens",
+    "check_tokenizer_fits",
     "config_from_dict",
     "config_to_dict",
     "count_params",
@@ -55,6 +59,7 @@ __all__ = [
     "decode_step",
     "default_dtype",
     "frozen_copy",
+    "frozen_stage",
     "generation_view",
     "init_cache",
     "is_matrix",

@@ -1,7 +1,8 @@
-"""Attention as the layers call it: which kernel runs, and how its rows and heads are split over a mesh."""
+"""Attention as the layers call it: chooses the kernel and splits its rows and heads over a mesh."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,32 @@ from jaxrlhf.kernels import (
 from jaxrlhf.sharding import map_shards, platform
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How a layer's attention scores keys, and the kernel that computes it."""
+
+    scale: jax.Array | float
+    """Factor on the products of query and key."""
+    window: jax.Array | int = 0
+    """A query sees the last `window` positions, its own included; 0: all of them."""
+    alibi_slopes: jax.Array | None = None
+    """`[H]`: adds slope · key position to the scores."""
+    implementation: str = "auto"
+    """One of kernels.IMPLEMENTATIONS."""
+
+    def kernel(self, name: str, query: jax.Array) -> str:
+        """The implementation of the kernel `name` for this query; InputError for one that cannot run here."""
+        with _as_input_error():
+            return choose(
+                name,
+                self.implementation,
+                dtype=query.dtype,
+                head_dim=query.shape[-1],
+                alibi=self.alibi_slopes is not None,
+                varies=varies(self.scale, self.window),
+            )
+
+
 @contextmanager
 def _as_input_error() -> Iterator[None]:
     try:
@@ -40,11 +67,11 @@ def _by_heads(
     slopes: jax.Array | None,
     updated: int = 0,
 ) -> tuple[jax.Array, ...]:
-    """`function(query, held, rows, slopes)`, each device with its own rows and heads.
+    """`function(query, held, rows, slopes)`, computed by each device for its own rows and heads.
 
-    query `[B, H, …]`; held, each `[B, H_kv, …]`; rows, each `[B, …]`. Gives an output shaped as query, and new values
-    of the last `updated` of held. Query heads go where their key/value head is; where all share one, they are split by
-    themselves.
+    query `[B, H, …]`; held, each `[B, H_kv, …]`; rows, each `[B, …]`. Returns an output shaped as query, and new values
+    of the last `updated` of held. Query heads go where their key/value head is. When all of them share one key/value
+    head, they are split on their own.
     """
     kv_heads = held[0].shape[1]
     heads = ("batch", "kv_heads", "heads" if kv_heads == 1 else None)
@@ -53,7 +80,7 @@ def _by_heads(
     axes = [(*heads, *[None] * (query.ndim - 2))]
     axes += [("batch", "kv_heads", *[None] * (x.ndim - 2)) for x in held]
     axes += [("batch", *[None] * (x.ndim - 1)) for x in rows]
-    if slopes is not None:  # with rows of their own, so that they are split as the heads of the query are
+    if slopes is not None:  # with an axis for rows, so that they are split like the query's heads
         arrays.append(jnp.broadcast_to(slopes.reshape(kv_heads, -1), grouped.shape[:3]))
         axes.append(heads)
 
@@ -75,44 +102,64 @@ def attend_to_cache(
     cache: Cache,
     start: jax.Array,
     column: jax.Array,
-    *,
-    scale: float,
-    window: int,
-    alibi_slopes: jax.Array | None,
-    implementation: str,
+    options: AttentionOptions,
 ) -> tuple[jax.Array, Cache]:
-    """Decoding: write key, value `[B, H_kv, 1, D]` of one token at cache `column` (one, or `[B]`), and attend to it.
+    """Decoding: writes one token's key and value into the cache, and attends to the cache.
 
-    query `[B, H, 1, D]` sees columns `start` … `column`. Returns `[B, H, 1, D]` and the cache; see
-    kernels/decode_attention.py. InputError for an implementation that cannot run here.
+    Args:
+        query: `[B, H, 1, D]`; it sees columns `start` … `column`.
+        key: `[B, H_kv, 1, D]`.
+        value: `[B, H_kv, 1, D]`.
+        cache: The layer's cache (kernels/kv_cache.py).
+        start: First live column of each row, int `[B]`.
+        column: Column to write, int scalar or `[B]`.
+        options: With `scale` and `window` as plain numbers.
+
+    Returns:
+        The output `[B, H, 1, D]` in the query's dtype, and the new cache.
+
+    Raises:
+        InputError: The implementation cannot run here.
     """
-    facts = {"dtype": query.dtype, "head_dim": query.shape[-1], "alibi": alibi_slopes is not None}
-    with _as_input_error():
-        options = {"implementation": choose("decode_attention", implementation, **facts)}
-    options |= {"scale": scale, "window": window}
+    implementation = options.kernel("decode_attention", query)
     length = jnp.broadcast_to(column + 1, start.shape)
-    if options["implementation"] == "xla":
-        cache = write_columns(cache, entries(key, value, cache), column)
-        options |= {"alibi_slopes": alibi_slopes, "scales": cache[2:] or None}
-        return decode_attention(query[:, :, 0], *cache[:2], start, length, **options)[:, :, None], cache
+    scale, window = float(options.scale), int(options.window)
+    if implementation == "xla":
+        keys, values, *scales = cache = write_columns(cache, entries(key, value, cache), column)
+        output = decode_attention(
+            query[:, :, 0],
+            keys,
+            values,
+            start,
+            length,
+            scale=scale,
+            window=window,
+            alibi_slopes=options.alibi_slopes,
+            scales=(scales[0], scales[1]) if scales else None,
+            implementation=implementation,
+        )
+        return output[:, :, None], cache
 
     def call(query, held, rows, slopes):
-        key, value, *cache = held
-        output, cache = append_attention(query, key, value, tuple(cache), *rows, alibi_slopes=slopes, **options)
-        return output, *cache
+        (key, value, *cache), (start, length) = held, rows
+        output, new = append_attention(
+            query,
+            key,
+            value,
+            tuple(cache),
+            start,
+            length,
+            scale=scale,
+            window=window,
+            alibi_slopes=slopes,
+            implementation=implementation,
+        )
+        return output, *new
 
     held = key[:, :, 0], value[:, :, 0], *cache
     with _as_input_error():
-        output, *cache = _by_heads(call, query[:, :, 0], held, (start, length), alibi_slopes, updated=len(cache))
-    return output[:, :, None], tuple(cache)
-
-
-def _span(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of a mask `[B, T]`: its first real column, the one after its last (both 0 where there is none), and holes."""
-    count = mask.sum(1, dtype=jnp.int32)
-    start = jnp.argmax(mask, axis=1).astype(jnp.int32)
-    length = jnp.where(count > 0, mask.shape[1] - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32), 0)
-    return start, length, count != length - start
+        output, *new = _by_heads(call, query[:, :, 0], held, (start, length), options.alibi_slopes, len(cache))
+    return output[:, :, None], tuple(new)
 
 
 def attend_to_sequence(
@@ -121,63 +168,120 @@ def attend_to_sequence(
     value: jax.Array,
     key_mask: jax.Array,
     positions: jax.Array,
+    options: AttentionOptions,
     *,
-    scale: jax.Array | float,
-    window: jax.Array | int,
-    alibi_slopes: jax.Array | None,
-    implementation: str,
     prefill: bool = False,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout: tuple[float, jax.Array] | None = None,
 ) -> jax.Array:
-    """Training, scoring and prefill: causal attention of whole sequences, real where `key_mask` `[B, T]` is.
+    """Training, scoring and prefill: causal attention of whole sequences.
 
-    query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; `positions` `[B, T]` for ALiBi. `prefill`: a cache is
-    written, so rows are padded on the left. "auto" takes one head after the other on a CPU (kernels/head_attention.py),
-    elsewhere what kernels/choice.py says of training or of prefill. Kernels other than XLA's want
-    the real columns of a row beside each other and, for ALiBi, positions that count them: other rows come out as NaN.
-    InputError for an implementation that cannot run here, or for dropout with one other than XLA's.
+    The implementation "auto" computes one head after the other on a CPU (kernels/head_attention.py). Elsewhere it is
+    the one that kernels/choice.py names for training or for prefill. Kernels other than XLA's need the real columns of
+    a row side by side and, for ALiBi, positions that count them. They return NaN for other rows.
+
+    Args:
+        query: `[B, H, T, D]`.
+        key: `[B, H_kv, T, D]`.
+        value: `[B, H_kv, T, D]`.
+        key_mask: bool `[B, T]`, true for real tokens.
+        positions: int `[B, T]`, for ALiBi.
+        options: Scale, window and implementation.
+        prefill: A cache is being written, so rows are padded on the left.
+        dropout: Rate and key of the dropout on the attention weights; only XLA's implementation has it.
+
+    Returns:
+        `[B, H, T, D]` in the query's dtype.
+
+    Raises:
+        InputError: The implementation cannot run here, or has no dropout.
     """
-    drops = dropout_key is not None and dropout_rate > 0
-    if drops and implementation not in ("auto", "xla"):
-        raise InputError(
-            f"attention_implementation={implementation!r} has no dropout, but attention_dropout={dropout_rate}: take "
-            "'xla', or turn dropout off (--disable_dropout)"
-        )
     kernel = "prefill_attention" if prefill else "flash_attention"
-    if not drops and implementation == "auto" and platform() == "cpu":
+    slopes = options.alibi_slopes
+    if dropout is not None and dropout[0] > 0:
+        if options.implementation not in ("auto", "xla"):
+            raise InputError(
+                f"attention_implementation={options.implementation!r} has no dropout, but attention_dropout="
+                f"{dropout[0]}: use 'xla', or turn dropout off (--disable_dropout)"
+            )
+        implementation = "xla"
+    elif options.implementation == "auto" and platform() == "cpu":
         log_once(f"{kernel}: head by head: a CPU is slow at batched small products")
-
-        def call_head(query, held, rows, slopes):
-            options = {"scale": scale, "window": window, "alibi_slopes": slopes, "positions": rows[1]}
-            return (head_attention(query, *held, rows[0], **options),)
-
-        return _by_heads(call_head, query, (key, value), (key_mask, positions), alibi_slopes)[0]
-    if not drops:
-        facts = {"dtype": query.dtype, "head_dim": query.shape[-1], "alibi": alibi_slopes is not None}
-        with _as_input_error():
-            implementation = choose(kernel, implementation, **facts, varies=varies(scale, window))
-    if drops or implementation == "xla":
+        return _head_by_head(query, key, value, key_mask, positions, options)
+    else:
+        dropout, implementation = None, options.kernel(kernel, query)
+    if implementation == "xla":
+        mask = attention_mask(key_mask, query.shape[2], window=options.window)
+        rate, dropout_key = dropout or (0.0, None)
         return attention(
             query,
             key,
             value,
-            attention_mask(key_mask, query.shape[2], window=window),
-            scale=scale,
-            alibi_slopes=alibi_slopes,
+            mask,
+            scale=options.scale,
+            alibi_slopes=slopes,
             positions=positions,
-            dropout_rate=dropout_rate,
+            dropout_rate=rate,
             dropout_key=dropout_key,
         )
-
-    def call(query, held, rows, slopes):
-        options = {"scale": scale, "window": window, "alibi_slopes": slopes, "implementation": implementation}
-        return (flash_attention(query, *held, *rows, **options),)
-
     start, length, unfit = _span(key_mask)
-    if alibi_slopes is not None:
+    if slopes is not None:
         columns = jnp.arange(key_mask.shape[1])
         unfit |= (key_mask & (positions != columns - start[:, None])).any(1)
-    with _as_input_error():
-        (output,) = _by_heads(call, query, (key, value), (start, length), alibi_slopes)
+    output = _flash(query, key, value, start, length, replace(options, implementation=implementation))
     return jnp.where(unfit[:, None, None, None], jnp.nan, output)
+
+
+def _head_by_head(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_mask: jax.Array,
+    positions: jax.Array,
+    options: AttentionOptions,
+) -> jax.Array:
+    """`attend_to_sequence` on CPUs."""
+
+    def call(query, held, rows, slopes):
+        (key, value), (mask, positions) = held, rows
+        scale, window = options.scale, options.window
+        output = head_attention(
+            query, key, value, mask, scale=scale, window=window, alibi_slopes=slopes, positions=positions
+        )
+        return (output,)
+
+    return _by_heads(call, query, (key, value), (key_mask, positions), options.alibi_slopes)[0]
+
+
+def _span(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A mask `[B, T]` as the first real column and the one after the last (0 and 0 if none), and whether it has holes.
+
+    Each `[B]`.
+    """
+    count = mask.sum(1, dtype=jnp.int32)
+    start = jnp.argmax(mask, axis=1).astype(jnp.int32)
+    length = jnp.where(count > 0, mask.shape[1] - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32), 0)
+    return start, length, count != length - start
+
+
+def _flash(
+    query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, length: jax.Array, options: AttentionOptions
+) -> jax.Array:
+    """`attend_to_sequence` by `flash_attention`, of rows whose real columns are `start` … `length` - 1."""
+
+    def call(query, held, rows, slopes):
+        (key, value), (start, length) = held, rows
+        output = flash_attention(
+            query,
+            key,
+            value,
+            start,
+            length,
+            scale=options.scale,
+            window=options.window,
+            alibi_slopes=slopes,
+            implementation=options.implementation,
+        )
+        return (output,)
+
+    with _as_input_error():
+        return _by_heads(call, query, (key, value), (start, length), options.alibi_slopes)[0]

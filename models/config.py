@@ -1,4 +1,4 @@
-"""The configuration of the one decoder; every supported family is a point in this space. And that of its adapters."""
+"""The configurations of the one decoder, which covers every supported family, and of its adapters."""
 
 import dataclasses
 import re
@@ -37,9 +37,9 @@ class DecoderConfig:
     """Width of the token embeddings; 0 means hidden_size. When different, linear projections lead in and out."""
     position: str = "learned"
     position_offset: int = 0
-    """Rows skipped at the start of a learned position table (OPT: 2)."""
+    """Unused rows at the start of a learned position table (OPT: 2)."""
     rotary_dim: int = 0
-    """Leading features of each head that are rotated; 0 means all of head_dim."""
+    """Number of leading features of each head that are rotated; 0 means all of head_dim."""
     rotary_base: float = 10000.0
     rotary_interleaved: bool = False
     """Pairs are neighbours (GPT-J) rather than the two halves (Llama, GPT-NeoX)."""
@@ -78,9 +78,9 @@ class DecoderConfig:
     residual_dropout: float = 0.0
 
     initializer_range: float = 0.02
-    bos_token_id: int | None = None
+    bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
+    pad_token_id: int | tuple[int, ...] | None = None
     vocab_multiple: int = 8
 
     def __post_init__(self) -> None:
@@ -109,17 +109,21 @@ class DecoderConfig:
 
     @property
     def embedding_size(self) -> int:
+        """Width of the token embeddings."""
         return self.embed_size or self.hidden_size
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the token tables."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def rotated_dim(self) -> int:
+        """Features of each head that are rotated."""
         return self.rotary_dim or self.head_dim
 
-    def replace(self, **changes) -> "DecoderConfig":
+    def replace(self, **changes: object) -> "DecoderConfig":
+        """Returns a copy with these fields changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -130,7 +134,7 @@ class LoRAConfig:
     rank: int
     alpha: float = 32.0
     dropout: float = 0.0
-    """Of the adapter's input; active exactly when a `dropout` RNG is passed to `apply`."""
+    """Dropout rate of the adapter's input; active exactly when a `dropout` RNG is passed to `apply`."""
     targets: tuple[str, ...] = (r"/(attn|mlp)/",)
     """Regular expressions, searched in the paths of the linear maps (`layers/attn/query`)."""
 
@@ -149,8 +153,9 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
+        """Factor on `A B`."""
         return self.alpha / self.rank
 
     def matches(self, path: str) -> bool:
-        """Whether the linear map at `path` gets an adapter."""
+        """True if the linear map at `path` has an adapter."""
         return any(re.search(pattern, path) for pattern in self.targets)

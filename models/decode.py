@@ -1,35 +1,42 @@
 """Prefill and decode with an explicit key/value cache, layer by layer over a per-layer view of the parameters."""
 
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import KV_CACHE_DTYPES, Cache
-from jaxrlhf.models.decoder import AttentionContext, Block, Decoder, layer_options, positions_from_mask
+from jaxrlhf.models.decoder import (
+    Block,
+    DecodeContext,
+    Decoder,
+    SequenceContext,
+    layer_options,
+    positions_from_mask,
+)
 from jaxrlhf.models.lora import merge_lora
 from jaxrlhf.models.model import logical_axes, storage_rules
 from jaxrlhf.models.rotary import rotation
-from jaxrlhf.sharding import constrain, flip, split
+from jaxrlhf.sharding import constrain, reshard, split
 
 PyTree = Any
 
 
-@flax.struct.dataclass
-class GenerationView:
-    """Parameters as decode wants them: one tree per layer instead of stacked arrays."""
+class GenerationView(flax.struct.PyTreeNode):
+    """Parameters in the form that decode reads: one tree per layer instead of stacked arrays."""
 
     outer: PyTree
+    """Everything outside the layers: embeddings, norms, heads."""
     layers: tuple[PyTree, ...]
     qkv_groups: int = flax.struct.field(pytree_node=False, default=0)
-    """g of the fused `attn/qkv` kernels `[D, g, (H + 2·H_kv)/g, head_dim]`; 0: query, key and value are apart."""
+    """g of the fused `attn/qkv` kernels `[D, g, (H + 2·H_kv)/g, head_dim]`; 0: query, key and value are separate."""
 
 
 def qkv_groups(module: Decoder) -> int:
-    """The g under the current generation rules: how many shards split the heads, each holding its own q, k and v.
+    """Number of shards that split the heads under the current generation rules, each with its own q, k and v.
 
-    0 where query heads are split into more parts than key/value heads are: a fused kernel would mix shards.
+    0 if query heads are split into more parts than key/value heads: a fused kernel would mix shards.
     """
     c = module.config
     g = split("kv_heads", c.num_kv_heads)
@@ -37,7 +44,7 @@ def qkv_groups(module: Decoder) -> int:
 
 
 def _fuse_qkv(attn: PyTree, g: int) -> PyTree:
-    """One layer's attention with `query`, `key` and `value` joined into `qkv`, shard by shard of g."""
+    """One layer's attention with `query`, `key` and `value` joined into `qkv`, shard by shard."""
     parts = [attn[name] for name in ("query", "key", "value")]
 
     def join(axes: tuple[str | None, ...], *xs: jax.Array) -> jax.Array:
@@ -48,24 +55,28 @@ def _fuse_qkv(attn: PyTree, g: int) -> PyTree:
     return {name: x for name, x in attn.items() if name not in ("query", "key", "value")} | {"qkv": fused}
 
 
-@jax.named_scope("flip")
+@jax.named_scope("reshard")
 def generation_view(params: PyTree, module: Decoder) -> GenerationView:
-    """Cast to the compute dtype, unstack, and pin to the current generation rules: the one place of the flip.
+    """Reshards the parameters from training to generation, under the current generation rules.
 
-    `params` is the training tree of `module`. Casting comes before any collective, and pinning the result keeps
-    collectives out of the decode loop. Vectors (norms) stay in float32, as training uses them. Adapters are merged
-    into their kernels layer by layer, so that decode pays nothing for them. Query, key and value become one kernel
-    where that crosses no shards (`qkv_groups`).
+    Matrices are cast to the compute dtype before any collective, because that halves the bytes that move. Vectors
+    (norms) stay in float32, as training uses them. Pinning the result keeps collectives out of the decode loop.
+    Adapters are merged into their kernels layer by layer, so decode pays nothing for them. Query, key and value become
+    one kernel where that crosses no shards (`qkv_groups`).
+
+    Args:
+        params: The training tree of `module`.
+        module: Its `dtype` is the compute dtype.
     """
     axes = logical_axes(module.clone(lora=None))
     groups = qkv_groups(module)
 
     def leaf(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        return flip(x.astype(module.dtype) if x.ndim > 1 else x, names, storage_rules(module))
+        return reshard(x.astype(module.dtype) if x.ndim > 1 else x, names, storage_rules(module))
 
     def layer(i: int, before: PyTree) -> PyTree:
         tree = jax.tree.map(lambda x: x[i], params["layers"])
-        # One layer after the other: what is on the move, or merged in float32, is one layer's at a time.
+        # The barrier orders the layers, so that only one at a time is in transit or merged in float32.
         tree, _ = jax.lax.optimization_barrier((tree, before))
         tree = merge_lora(tree, module)
         tree = jax.tree.map(lambda x, names: leaf(x, names[1:]), tree, axes["layers"])
@@ -80,7 +91,10 @@ def generation_view(params: PyTree, module: Decoder) -> GenerationView:
 
 
 def init_cache(module: Decoder, batch: int, length: int) -> tuple[Cache, ...]:
-    """Zeroed keys and values per layer, each `[B, H_kv, length, D]` (kernels/kv_cache.py), as `kv_cache_dtype` says."""
+    """Creates the zeroed cache of each layer, keys and values `[B, H_kv, length, D]`, in `module.kv_cache_dtype`.
+
+    See kernels/kv_cache.py for its form.
+    """
     c = module.config
     dtype = KV_CACHE_DTYPES[module.kv_cache_dtype]
 
@@ -100,7 +114,7 @@ def _run(
     view: GenerationView,
     input_ids: jax.Array,
     positions: jax.Array,
-    context: AttentionContext,
+    context: SequenceContext | DecodeContext,
     caches: tuple[Cache, ...],
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     module = module.clone(lora=None)  # the view holds merged kernels
@@ -111,23 +125,35 @@ def _run(
         qkv_groups=view.qkv_groups,
         attention_implementation=module.attention_implementation,
     )
-    x = module.apply(outer, input_ids, positions, method="embed_tokens")
+    # flax types the result of `apply` as if it were mutable, with the variables beside it.
+    x = cast(jax.Array, module.apply(outer, input_ids, positions, method="embed_tokens"))
     updated = []
     for params, options, cache in zip(view.layers, layer_options(module.config), caches, strict=True):
-        x, cache = block.apply({"params": params}, x, context, options, cache)
+        x, cache = cast(tuple[jax.Array, Cache], block.apply({"params": params}, x, context, options, cache))
         updated.append(cache)
     hidden = module.apply(outer, x[:, -1], method="finish")
-    return module.apply(outer, hidden, method="padded_logits"), tuple(updated)
+    return cast(jax.Array, module.apply(outer, hidden, method="padded_logits")), tuple(updated)
 
 
 def prefill(
     module: Decoder, view: GenerationView, prompt_ids: jax.Array, prompt_mask: jax.Array, caches: tuple[Cache, ...]
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Run left-padded prompts `[B, P]`, fill cache columns 0…P-1; returns the last column's logits `[B, V_padded]`."""
+    """Runs the model over left-padded prompts, and fills cache columns 0 … P-1.
+
+    Args:
+        module: The model's module.
+        view: Its parameters for generation.
+        prompt_ids: int `[B, P]`.
+        prompt_mask: `[B, P]`, set for real tokens.
+        caches: Per layer, from `init_cache`.
+
+    Returns:
+        Float32 logits `[B, V_padded]` of the last column, and the caches.
+    """
     mask = prompt_mask.astype(bool)
     positions = positions_from_mask(mask)
     rotary = rotation(module.config, positions) if module.config.position == "rotary" else None
-    context = AttentionContext(key_mask=mask, positions=positions, rotation=rotary)
+    context = SequenceContext(mask, positions, rotary)
     return _run(module, view, prompt_ids, positions, context, caches)
 
 
@@ -139,12 +165,20 @@ def decode_step(
     start: jax.Array,
     caches: tuple[Cache, ...],
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Feed one token per row `[B]`, written at cache `column`; rows begin at column `start` `[B]`.
+    """Runs the model over one token per row.
 
-    `column` is one for all rows (the cheaper write) or `[B]`. Returns the next token's float32 logits `[B, V_padded]`
-    and the caches, updated in place under jit.
+    Args:
+        module: The model's module.
+        view: Its parameters for generation.
+        tokens: int `[B]`.
+        column: Cache column to write, int scalar (a cheaper write) or `[B]`.
+        start: int `[B]`: the first live cache column of each row.
+        caches: Per layer; updated in place under jit.
+
+    Returns:
+        Float32 logits `[B, V_padded]` of the next token, and the caches.
     """
     own = (column - start)[:, None]
     rotary = rotation(module.config, own) if module.config.position == "rotary" else None
-    context = AttentionContext(rotation=rotary, write_index=column, start=start)
+    context = DecodeContext(start, column, rotary)
     return _run(module, view, tokens[:, None], own, context, caches)

@@ -1,13 +1,13 @@
 """The one decoder: embeddings, scanned blocks and a language-model or scalar head, as Flax linen modules.
 
-The same `Block` runs in three ways: scanned over stacked parameters (training, scoring), and layer by layer with an
-explicit key/value cache (prefill and decode, see models/decode.py). Dropout is active exactly when a `dropout` RNG is
-passed to `apply`.
+Training and scoring scan `Block` over stacked parameters. Prefill and decode (models/decode.py) run it layer by layer
+with an explicit key/value cache. Dropout is active exactly when a `dropout` RNG is passed to `apply`.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import LIBRARIES, Cache, entries, project_logits, write_columns
-from jaxrlhf.models.attend import attend_to_cache, attend_to_sequence
+from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.rotary import rotate, rotation
@@ -28,7 +28,8 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
 }
 
-# What is kept of a block's forward pass: all of it; nothing but its input; the results of its projections.
+# What the forward pass of a block keeps for the backward pass. "none" recomputes nothing and keeps all of it; "full"
+# keeps the block's input only; "dots" keeps the results of its projections.
 REMAT_POLICIES = {
     "none": None,
     "full": None,
@@ -36,32 +37,37 @@ REMAT_POLICIES = {
 }
 
 
-@flax.struct.dataclass
-class AttentionContext:
-    """What every layer's attention needs to know about the batch."""
+class SequenceContext(flax.struct.PyTreeNode):
+    """Facts about a batch of whole sequences that the attention of every layer needs (training, scoring, prefill)."""
 
-    key_mask: jax.Array | None = None
-    """`[B, T]` bool: which columns hold real tokens. Not for decoding."""
-    positions: jax.Array | None = None
-    """`[B, T]` int: each column's position within its sequence (0 where masked). Not for decoding."""
-    rotation: tuple[jax.Array, jax.Array] | None = None
-    """cos and sin of the *query* columns, `[B, 1, T, rotated/2]`."""
-    write_index: jax.Array | None = None
-    """Decoding: the cache column of the one new token, one for all rows or `[B]`."""
-    start: jax.Array | None = None
-    """Decoding: the first live cache column of each row, int `[B]`."""
+    key_mask: jax.Array
+    """bool `[B, T]`: columns that hold real tokens."""
+    positions: jax.Array
+    """int `[B, T]`: position of each column within its sequence, 0 on padding."""
+    rotation: tuple[jax.Array, jax.Array] | None
+    """cos and sin of the query columns, `[B, 1, T, rotated/2]`; None without rotary positions."""
 
 
-@flax.struct.dataclass
-class LayerOptions:
-    """What differs between layers: scalars when unrolled, `[L]` arrays when scanned."""
+class DecodeContext(flax.struct.PyTreeNode):
+    """Facts about one decode step that the attention of every layer needs."""
+
+    start: jax.Array
+    """int `[B]`: first live cache column of each row."""
+    column: jax.Array
+    """int scalar or `[B]`: cache column of the one new token."""
+    rotation: tuple[jax.Array, jax.Array] | None
+    """cos and sin of the new token, `[B, 1, 1, rotated/2]`; None without rotary positions."""
+
+
+class LayerOptions(flax.struct.PyTreeNode):
+    """Options that may differ between layers: plain numbers when unrolled, `[L]` arrays when scanned."""
 
     scale: jax.Array | float
     window: jax.Array | int
 
 
 def layer_options(config: DecoderConfig) -> list[LayerOptions]:
-    """The options of each layer, in order."""
+    """Returns the options of each layer, in order."""
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     windows = config.windows or (0,) * config.num_layers
     return [
@@ -71,7 +77,7 @@ def layer_options(config: DecoderConfig) -> list[LayerOptions]:
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
-    """Position of each column within its sequence `[B, T]`: counts real tokens, 0 on padding."""
+    """Position of each column within its sequence, int32 `[B, T]`: counts the real tokens of `mask`, 0 on padding."""
     mask = mask.astype(jnp.int32)
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) * mask
 
@@ -84,8 +90,11 @@ def alibi_slopes(num_heads: int) -> jax.Array:
     return jnp.asarray(slopes, jnp.float32)
 
 
-def _kernel_init(config: DecoderConfig, axes: tuple[str | None, ...]):
-    return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
+def _parameter(
+    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> jax.Array:
+    """A parameter of `module` with logical axes, which flax strips from what it returns."""
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
 
 
 class Norm(nn.Module):
@@ -100,85 +109,84 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kind = self.kind or self.config.norm
         size = x.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.size_axis,)), (size,))
+        scale = _parameter(self, "scale", nn.initializers.ones, (size,), (self.size_axis,))
         x = x.astype(jnp.float32)
         if kind == "layernorm":
             x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
         x = x * scale.astype(jnp.float32)
         if kind == "layernorm":
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.size_axis,)), (size,))
+            bias = _parameter(self, "bias", nn.initializers.zeros, (size,), (self.size_axis,))
             x = x + bias.astype(jnp.float32)
         return x.astype(self.dtype)
 
 
 def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
-    """The last `count` axes of `x` against the first ones of `kernel`."""
+    """Contracts the last `count` axes of `x` with the first ones of `kernel`."""
     dims = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
     return jax.lax.dot_general(x, kernel, (dims, ((), ())))
 
 
-def _adapter_init(inputs: int, axes: tuple[str | None, ...]):
-    # U(-1/√inputs, 1/√inputs): what PEFT starts A from
-    bound = inputs**-0.5
-    draw = lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
-    return nn.with_logical_partitioning(draw, axes)
-
-
 class Projection(nn.Module):
-    """A linear map contracting the last `len(in_axes)` axes of its input; logical axes name kernel and bias.
+    """A linear map that contracts the last `len(in_axes)` axes of its input.
 
-    With adapters at this path there are two more leaves: `lora_a` `[in…, r]` and `lora_b` `[r, out…]`.
+    Logical axes name the axes of kernel and bias. With adapters at this path there are two more leaves: `lora_a`
+    `[in…, r]` and `lora_b` `[r, out…]`.
     """
 
     config: DecoderConfig
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
-    in_axes: tuple[str, ...]
-    out_axes: tuple[str, ...]
+    in_axes: tuple[str | None, ...]
+    out_axes: tuple[str | None, ...]
     use_bias: bool
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
 
-    def _adapter(self, x: jax.Array) -> jax.Array:
-        rank, rate = self.lora.rank, self.lora.dropout
-        init_a = _adapter_init(math.prod(self.in_shape), (*self.in_axes, None))
-        init_b = nn.with_logical_partitioning(nn.initializers.zeros, (None, *self.out_axes))
-        a = self.param("lora_a", init_a, (*self.in_shape, rank))
-        b = self.param("lora_b", init_b, (rank, *self.out_shape))
+    def _adapter(self, x: jax.Array, rank: int, rate: float) -> jax.Array:
+        bound = math.prod(self.in_shape) ** -0.5
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)  # as PEFT initialises A
+
+        a = _parameter(self, "lora_a", uniform, (*self.in_shape, rank), (*self.in_axes, None))
+        b = _parameter(self, "lora_b", nn.initializers.zeros, (rank, *self.out_shape), (None, *self.out_axes))
         x = nn.Dropout(rate, deterministic=rate == 0 or not self.has_rng("dropout"))(x)
         return _contract(_contract(x, a.astype(self.dtype), len(self.in_shape)), b.astype(self.dtype), 1)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = self.in_shape + self.out_shape
-        kernel = self.param("kernel", _kernel_init(self.config, self.in_axes + self.out_axes), shape)
+        init = nn.initializers.normal(self.config.initializer_range)
+        kernel = _parameter(self, "kernel", init, self.in_shape + self.out_shape, self.in_axes + self.out_axes)
         x = x.astype(self.dtype)
         y = _contract(x, kernel.astype(self.dtype), len(self.in_shape))
         if self.use_bias:
             axes = self.out_axes if self.out_axes != ("embed",) else ("norm",)
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), self.out_shape)
+            bias = _parameter(self, "bias", nn.initializers.zeros, self.out_shape, axes)
             y = y + bias.astype(self.dtype)
         if self.lora is not None and self.lora.matches("/".join(self.path)):
-            y = y + self._adapter(x) * self.lora.scale
+            y = y + self._adapter(x, self.lora.rank, self.lora.dropout) * self.lora.scale
         return y
 
 
-def place_columns(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
-    """The inverse: `x` `[B, count]` from columns `start` `[B]` on of `[B, length]`, zeros elsewhere."""
-    blank = jnp.zeros((x.shape[0], length), x.dtype)
-    return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(blank, x, start)
-
-
 def read_columns(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    """`[B, count, …]`: the columns of `x` `[B, T, …]` from `start` `[B]` on."""
+    """Reads `count` columns of `x` `[B, T, …]` from column `start` `[B]` on: `[B, count, …]`."""
     read = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=count))(x, start)
     return constrain(read, "batch", *[None] * (x.ndim - 1))
 
 
+def place_columns(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """The inverse of `read_columns`: zeros `[B, length]` with `x` `[B, count]` from column `start` `[B]` on."""
+    blank = jnp.zeros((x.shape[0], length), x.dtype)
+    return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(blank, x, start)
+
+
 class Attention(nn.Module):
-    """Self-attention. With `qkv_groups` g > 0 query, key and value are one map `qkv`, of which group i of g holds the
-    query heads, then the key heads, then the value heads of shard i (models/decode.py makes it)."""
+    """Self-attention.
+
+    With `qkv_groups` g > 0 query, key and value are one map `qkv`, which models/decode.py builds. Group i of g holds
+    the query heads, then the key heads, then the value heads of shard i.
+    """
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -202,9 +210,19 @@ class Attention(nn.Module):
         parts = jnp.split(fused, (counts[0] // g, (counts[0] + counts[1]) // g), axis=-2)
         return [part.reshape(*x.shape[:2], n, c.head_dim) for part, n in zip(parts, counts, strict=True)]
 
+    def _options(self, options: LayerOptions, generates: bool) -> AttentionOptions:
+        c, implementation = self.config, self.implementation
+        if implementation in LIBRARIES and generates:
+            implementation = "auto"  # libraries support neither left padding nor a single query
+        first, *others = layer_options(c)
+        if all(other == first for other in others):
+            options = first  # as plain numbers, which some kernels need
+        slopes = alibi_slopes(c.num_heads) if c.position == "alibi" else None
+        return AttentionOptions(options.scale, options.window, slopes, implementation)
+
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None
+        self, x: jax.Array, context: SequenceContext | DecodeContext, options: LayerOptions, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         query, key, value = (
@@ -218,54 +236,36 @@ class Attention(nn.Module):
             query = rotate(query, *context.rotation, interleaved=c.rotary_interleaved)
             key = rotate(key, *context.rotation, interleaved=c.rotary_interleaved)
 
-        decoding = context.write_index is not None
-        implementation = self.implementation
-        if implementation in LIBRARIES and cache is not None:
-            implementation = "auto"  # they have no form for what generation needs: left padding, one query
-        first, *others = layer_options(c)
-        if all(other == first for other in others):
-            options = first  # as plain numbers, which some kernels want
-        shared = {
-            "scale": options.scale,
-            "window": options.window,
-            "alibi_slopes": alibi_slopes(c.num_heads) if c.position == "alibi" else None,
-            "implementation": implementation,
-        }
+        how = self._options(options, generates=cache is not None)
         if self.is_initializing():
-            output = query  # parameters are made; what attention gives is of no account
-        elif decoding:
-            output, cache = attend_to_cache(query, key, value, cache, context.start, context.write_index, **shared)
+            output = query  # initialisation only creates parameters: the output of attention does not matter
+        elif isinstance(context, DecodeContext):
+            assert cache is not None
+            output, cache = attend_to_cache(query, key, value, cache, context.start, context.column, how)
         else:
             if cache is not None:
                 cache = write_columns(cache, entries(key, value, cache), 0)
-            dropout = c.attention_dropout > 0 and self.has_rng("dropout")
+            rate = c.attention_dropout
             output = attend_to_sequence(
                 query,
                 key,
                 value,
                 context.key_mask,
                 context.positions,
+                how,
                 prefill=cache is not None,
-                dropout_rate=c.attention_dropout,
-                dropout_key=self.make_rng("dropout") if dropout else None,
-                **shared,
+                dropout=(rate, self.make_rng("dropout")) if rate > 0 and self.has_rng("dropout") else None,
             )
         output = constrain(output.swapaxes(1, 2), "batch", None, "heads", None)
-        out = Projection(
-            c,
-            (c.num_heads, c.head_dim),
-            (c.hidden_size,),
-            ("heads", "head_dim"),
-            ("embed",),
-            c.out_bias,
-            self.dtype,
-            self.lora,
-            name="out",
-        )
+        shapes = (c.num_heads, c.head_dim), (c.hidden_size,)
+        axes = ("heads", "head_dim"), ("embed",)
+        out = Projection(c, *shapes, *axes, c.out_bias, self.dtype, self.lora, name="out")
         return out(output), cache
 
 
 class MLP(nn.Module):
+    """The feed-forward part of a block, gated or not."""
+
     config: DecoderConfig
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
@@ -297,18 +297,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: AttentionContext, options: LayerOptions, cache: Cache | None = None
+        self, x: jax.Array, context: SequenceContext | DecodeContext, options: LayerOptions, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         attend = Attention(c, self.dtype, self.lora, self.qkv_groups, self.attention_implementation, name="attn")
         mlp = MLP(c, self.dtype, self.lora, name="mlp")
         attn_norm = Norm(c, self.dtype, name="attn_norm")
-        mlp_norm = None if c.residual == "parallel_shared_norm" else Norm(c, self.dtype, name="mlp_norm")
+        shared = c.residual == "parallel_shared_norm"
+        mlp_norm = attn_norm if shared else Norm(c, self.dtype, name="mlp_norm")
 
         if c.residual != "sequential":
             normed = attn_norm(x)
             attended, cache = attend(normed, context, options, cache)
-            x = x + self._drop(attended) + self._drop(mlp(normed if mlp_norm is None else mlp_norm(x)))
+            x = x + self._drop(attended) + self._drop(mlp(normed if shared else mlp_norm(x)))
         elif c.norm_placement == "post":
             attended, cache = attend(x, context, options, cache)
             x = attn_norm(x + self._drop(attended))
@@ -331,33 +332,37 @@ class Head(nn.Module):
     stddev: float
 
     @nn.compact
-    def __call__(self) -> tuple[jax.Array | None, jax.Array | None]:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-        kernel = self.param("kernel", init, self.shape)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
-        return kernel, self.param("bias", zeros, self.shape[:1]) if self.use_bias else None
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+        kernel = _parameter(self, "kernel", nn.initializers.normal(self.stddev), self.shape, self.axes)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, _parameter(self, "bias", nn.initializers.zeros, self.shape[:1], self.axes[:1])
 
 
 class Decoder(nn.Module):
-    """`apply({"params": params}, input_ids, attention_mask)` → logits `[B, T, V]` (head "lm") or values `[B, T]`.
+    """The decoder: `apply({"params": params}, input_ids, attention_mask)` computes logits or values.
 
-    Results are float32. `dtype` is the compute dtype, parameters are created in float32; `remat` says what of a block
-    the backward pass recomputes (REMAT_POLICIES); `lora` adds adapters (models/lora.py); `zero_stage` how parameters
-    lie on a mesh (models/model.py) and changes no result; `attention_implementation` which kernels it takes, one of
-    kernels.IMPLEMENTATIONS ("cudnn" and "tokamax": for training and scoring; generation as "auto"),
-    `logprob_implementation` likewise that of token log-probs; `kv_cache_dtype`, one of kernels.KV_CACHE_DTYPES, how
-    generation holds keys and values.
+    With head "lm" the result is logits `[B, T, V]`, with head "scalar" values `[B, T]`; both are float32. Parameters
+    are created in float32.
     """
 
     config: DecoderConfig
     head: str = "lm"
+    """"lm" or "scalar"."""
     dtype: jnp.dtype = jnp.float32
+    """Compute dtype."""
     remat: str = "none"
+    """One of REMAT_POLICIES: what the backward pass recomputes of a block."""
     lora: LoRAConfig | None = None
+    """Adapters (models/lora.py); None: the model has none."""
     zero_stage: int = 3
+    """How parameters lie on a mesh (models/model.py); changes no result."""
     attention_implementation: str = "auto"
+    """One of kernels.IMPLEMENTATIONS. "cudnn" and "tokamax" apply to training and scoring; generation uses "auto"."""
     logprob_implementation: str = "auto"
+    """Kernel of token log-probs."""
     kv_cache_dtype: str = "auto"
+    """One of kernels.KV_CACHE_DTYPES: how generation stores keys and values."""
 
     def setup(self) -> None:
         c = self.config
@@ -369,9 +374,9 @@ class Decoder(nn.Module):
                 c.max_positions + c.position_offset, c.hidden_size, embedding_init=table, dtype=self.dtype
             )
         if c.embedding_size != c.hidden_size:
-            shapes = ((c.embedding_size,), (c.hidden_size,))
-            self.project_in = Projection(c, *shapes, ("embed",), ("mlp",), False, self.dtype, self.lora)
-            self.project_out = Projection(c, *reversed(shapes), ("mlp",), ("embed",), False, self.dtype, self.lora)
+            narrow, wide = (c.embedding_size,), (c.hidden_size,)
+            self.project_in = Projection(c, narrow, wide, ("embed",), ("mlp",), False, self.dtype, self.lora)
+            self.project_out = Projection(c, wide, narrow, ("mlp",), ("embed",), False, self.dtype, self.lora)
         if c.embed_norm:
             self.embed_norm = Norm(c, self.dtype)
         policy = REMAT_POLICIES[self.remat]
@@ -380,7 +385,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=cast(Any, (nn.broadcast, 0)),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.lora, attention_implementation=self.attention_implementation)
@@ -395,7 +400,7 @@ class Decoder(nn.Module):
             self.lm_head = Head(shape, ("vocab", "embed"), c.lm_head_bias, c.initializer_range)
 
     def embed_tokens(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """Token and position embeddings `[B, T, D]` of ids and positions `[B, T]`."""
+        """Computes token and position embeddings `[B, T, D]` of int ids and positions `[B, T]`."""
         c = self.config
         x = self.embed(input_ids)
         if c.embedding_size != c.hidden_size:
@@ -403,14 +408,15 @@ class Decoder(nn.Module):
         if c.embed_norm:
             x = self.embed_norm(x)
         if c.position == "learned":
-            # Whole before the look-up: from a table split by width XLA could reach rows split by batch only by copying.
+            # Gathered before the look-up: XLA cannot read rows that are split by batch from a table that is split by
+            # width without copying the table.
             table = constrain(self.embed_positions.embedding.astype(self.dtype), None, None)
             x = x + jnp.take(table, positions + c.position_offset, axis=0)
         x = self.embed_drop(x, deterministic=c.embed_dropout == 0 or not self.has_rng("dropout"))
         return constrain(x, "batch", None, None)
 
     def finish(self, x: jax.Array) -> jax.Array:
-        """Final norm and out-projection: the hidden states `[…, E]` that a head reads."""
+        """Applies the final norm and projection to `x` `[…, D]`: the hidden states `[…, E]` that a head reads."""
         c = self.config
         if c.final_norm:
             x = self.final_norm(x)
@@ -419,26 +425,28 @@ class Decoder(nn.Module):
     def hidden_states(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, position_ids: jax.Array | None = None
     ) -> jax.Array:
-        """Final hidden states `[B, T, E]`; without a mask every token is real, positions count real tokens."""
+        """Computes the final hidden states `[B, T, E]`.
+
+        Args:
+            input_ids: int `[B, T]`.
+            attention_mask: `[B, T]`, set for real tokens; None: all are real.
+            position_ids: int `[B, T]`; None: positions count the real tokens.
+        """
         c = self.config
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
         positions = positions_from_mask(mask) if position_ids is None else position_ids
-        context = AttentionContext(
-            key_mask=mask,
-            positions=positions,
-            rotation=rotation(c, positions) if c.position == "rotary" else None,
-        )
+        context = SequenceContext(mask, positions, rotation(c, positions) if c.position == "rotary" else None)
         options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(c))
         x = self.embed_tokens(input_ids, positions)
         x, _ = self.layers(x, context, options)
         return self.finish(constrain(x, "batch", None, None))
 
     def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
-        """The language-model head's `[V_padded, E]` matrix as it is stored, and its bias."""
+        """Returns the stored matrix `[V_padded, E]` of the language-model head, and its bias `[V_padded]` or None."""
         return (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
 
     def padded_logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""
+        """Computes float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""
         weight, bias = self.output_weight()
         return project_logits(hidden, weight.astype(self.dtype), bias, self.config.vocab_size)
 
@@ -459,20 +467,29 @@ class Decoder(nn.Module):
         start: jax.Array | None = None,
         count: int | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Log-prob of each token given those before it, and the entropy it was drawn from; float32 `[B, T]` each.
+        """Computes the log-prob of each token given those before it, and the entropy of its distribution.
 
-        Column t is read from the logits at t-1; column 0 is 0. Never holds `[B, T, V]` (kernels/logprobs.py). With
-        `start` int `[B]` and `count` the head runs on `count` columns of each row only, from `start` on (earlier where
-        the row ends before; column 0 has none to give); the others are 0.
+        Column t is read from the logits at t-1; column 0 is 0. `[B, T, V]` is never in memory (kernels/logprobs.py).
+
+        Args:
+            input_ids: int `[B, T]`.
+            attention_mask: `[B, T]`, set for real tokens; None: all are real.
+            temperature: Divides the logits.
+            start: int `[B]`: the head computes only `count` columns of each row from this one on, or earlier columns
+                where the row ends before. The others are 0.
+            count: Columns per row with `start`.
+
+        Returns:
+            Log-probs and entropies in nats, float32 `[B, T]` each.
         """
         hidden, labels = self.hidden_states(input_ids, attention_mask)[:, :-1], input_ids[:, 1:]
         length = labels.shape[1]
         if start is not None:
-            count = min(count, length)
+            count = length if count is None else min(count, length)
             start = jnp.clip(start - 1, 0, length - count)
             hidden, labels = read_columns(hidden, start, count), read_columns(labels, start, count)
         weight, bias = self.output_weight()
-        result = head_logprobs(
+        logprobs, entropy = head_logprobs(
             hidden,
             weight,
             bias,
@@ -482,6 +499,9 @@ class Decoder(nn.Module):
             zero_stage=self.zero_stage,
             implementation=self.logprob_implementation,
         )
-        if start is not None:
-            result = (place_columns(x, start, length) for x in result)
-        return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in result)
+
+        def whole(x: jax.Array) -> jax.Array:
+            x = x if start is None else place_columns(x, start, length)
+            return jnp.pad(x, ((0, 0), (1, 0)))
+
+        return whole(logprobs), whole(entropy)

@@ -1,4 +1,4 @@
-"""Token log-probs as the decoder calls them: how the head's work is split over a mesh."""
+"""Token log-probs as the decoder calls them: splits the output head over a mesh."""
 
 import jax
 from jax.sharding import PartitionSpec
@@ -13,11 +13,16 @@ def _axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def head_placement(weight: tuple[int, int], rows: int, zero_stage: int) -> HeadPlacement | None:
-    """How a head `[V, D]` and `rows` rows lie under the current `use(mesh, rules)`; None outside of one.
+def head_placement(weight: tuple[int, ...], rows: int, zero_stage: int) -> HeadPlacement | None:
+    """Placement of a head `[V, D]` and of `rows` rows under the current `use(mesh, rules)`; None outside of one.
 
     The vocabulary stays split over the axes that do not split the batch. Below ZeRO stage 3 the passes read a head that
     is whole over `fsdp`.
+
+    Args:
+        weight: Shape of the head's weight.
+        rows: B.
+        zero_stage: The stage that stores the weight.
     """
     current = current_rules()
     if current is None:
@@ -36,18 +41,41 @@ def head_logprobs(
     bias: jax.Array | None,
     labels: jax.Array,
     *,
+    vocab_size: int,
+    temperature: float = 1.0,
     zero_stage: int,
     implementation: str = "auto",
-    **options,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs` of hidden `[B, T, D]`, each device with its own rows and its own part of the vocabulary.
+    """`token_logprobs`, computed by each device for its own rows and its own part of the vocabulary.
 
-    InputError for an implementation that cannot run here.
+    Args:
+        hidden: `[B, T, D]`.
+        weight: `[V_padded, D]`.
+        bias: `[V_padded]` or None.
+        labels: int `[B, T]`.
+        vocab_size: Real rows of `weight`.
+        temperature: Divides the logits.
+        zero_stage: The stage that stores the weight.
+        implementation: Kernel, see kernels/choice.py.
+
+    Returns:
+        Log-probs and entropies, float32 `[B, T]` each.
+
+    Raises:
+        InputError: The implementation cannot run here.
     """
     placement = head_placement(weight.shape, hidden.shape[0], zero_stage)
-    facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False}
     try:
-        options["implementation"] = choose("token_logprobs", implementation, **facts)
-        return token_logprobs(hidden, weight, labels, bias=bias, placement=placement, **options)
+        chosen = choose("token_logprobs", implementation, dtype=hidden.dtype, head_dim=hidden.shape[-1], alibi=False)
+        return token_logprobs(
+            hidden,
+            weight,
+            labels,
+            vocab_size=vocab_size,
+            bias=bias,
+            temperature=temperature,
+            implementation=chosen,
+            placement=placement,
+        )
     except ValueError as error:
         raise InputError(f"token log-probs: {error}") from error

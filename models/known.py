@@ -1,11 +1,11 @@
-"""Published model shapes by name, so that planning and benchmarks need no download: figures only.
+"""Shapes of published models by name, so that planning and benchmarks need no download.
 
-Each entry gives the family, its options in Hugging Face's names (what is absent is the family's default) and the
+Each entry gives the family, its options by their Hugging Face names (others have the family's default) and the
 published number of parameters. Sources: the `config.json` files of the models' hub pages, and the papers they cite.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
@@ -17,10 +17,10 @@ class KnownModel:
     """A published configuration."""
 
     model_type: str
-    options: dict[str, Any]
+    options: Mapping[str, object]
     parameters: int
-    """Number of parameters as published, tied weights counted once; where only a rounded figure was published (OPT-66B
-    and 175B, CodeGen), what transformers' module of these options holds."""
+    """Number of parameters as published, tied weights counted once. Where only a rounded number was published (OPT-66B
+    and 175B, CodeGen), the number in the transformers module of these options."""
 
 
 def _gpt2(hidden: int, layers: int, heads: int, parameters: int) -> KnownModel:
@@ -28,7 +28,7 @@ def _gpt2(hidden: int, layers: int, heads: int, parameters: int) -> KnownModel:
     return KnownModel("gpt2", options, parameters)
 
 
-def _opt(hidden: int, layers: int, heads: int, parameters: int, **own: Any) -> KnownModel:
+def _opt(hidden: int, layers: int, heads: int, parameters: int, **own: object) -> KnownModel:
     options = {"vocab_size": 50272, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     options |= {"ffn_dim": 4 * hidden, "max_position_embeddings": 2048}
     return KnownModel("opt", options | own, parameters)
@@ -39,7 +39,7 @@ def _bloom(hidden: int, layers: int, heads: int, parameters: int) -> KnownModel:
     return KnownModel("bloom", options, parameters)
 
 
-def _neox(hidden: int, layers: int, heads: int, vocab: int, parameters: int, **own: Any) -> KnownModel:
+def _neox(hidden: int, layers: int, heads: int, vocab: int, parameters: int, **own: object) -> KnownModel:
     options = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     options |= {"intermediate_size": 4 * hidden, "bos_token_id": 0, "eos_token_id": 0}
     return KnownModel("gpt_neox", options | own, parameters)
@@ -57,7 +57,14 @@ def _codegen(hidden: int, layers: int, heads: int, rotary: int, parameters: int)
 
 
 def _llama_like(
-    model_type: str, vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: Any
+    model_type: str,
+    vocab: int,
+    hidden: int,
+    layers: int,
+    heads: tuple[int, int],
+    mlp: int,
+    parameters: int,
+    **own: object,
 ) -> KnownModel:
     options = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp}
     options |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
@@ -76,13 +83,13 @@ def _llama3(hidden: int, layers: int, heads: tuple[int, int], mlp: int, paramete
 
 
 def _qwen2(
-    vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: Any
+    vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: object
 ) -> KnownModel:
     own = {"rope_theta": 1000000.0, "bos_token_id": 151643, "eos_token_id": 151643} | own
     return _llama_like("qwen2", vocab, hidden, layers, heads, mlp, parameters, **own)
 
 
-def _qwen3(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: Any) -> KnownModel:
+def _qwen3(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: object) -> KnownModel:
     own = {"rope_theta": 1000000.0, "max_position_embeddings": 40960, "head_dim": 128} | own
     own |= {"bos_token_id": 151643, "eos_token_id": 151645}
     return _llama_like("qwen3", 151936, hidden, layers, heads, mlp, parameters, **own)
@@ -157,9 +164,13 @@ KNOWN: dict[str, KnownModel] = {
 
 
 def known_config(name: str) -> DecoderConfig:
-    """The configuration of a published model (`opt-1.3b`, `facebook/opt-1.3b`); InputError lists what is known."""
+    """Returns the configuration of a published model, `opt-1.3b` or `facebook/opt-1.3b`.
+
+    Raises:
+        InputError: The name is not in KNOWN; the message lists the names.
+    """
     short = name.rsplit("/", 1)[-1].lower().removesuffix("-hf")
     if short not in KNOWN:
         raise InputError(f"unknown model {name!r}; known shapes are {', '.join(KNOWN)}")
     model = KNOWN[short]
-    return config_from_dict({"model_type": model.model_type} | model.options, where=short)
+    return config_from_dict({"model_type": model.model_type, **model.options}, where=short)

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA): added to a model, split off for training, and merged into its kernels.
 
-Source: Hu et al. 2021 (arXiv 2106.09685). Adapters are the leaves `lora_a` and `lora_b` beside a `kernel`; which maps
-have them is in `module.lora`. For files see models/adapters.py.
+Source: Hu et al. 2021 (arXiv 2106.09685). Adapters are the leaves `lora_a` and `lora_b` beside a `kernel`;
+`module.lora` names the maps that have them. Files: models/hf/adapters.py.
 """
 
 import dataclasses
@@ -9,16 +9,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import ArrayLike
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
-from jaxrlhf.models.model import Model, param_shapes, param_shardings
+from jaxrlhf.models.model import Model, initial_params, leaves_by_path, param_shapes
 
 PyTree = Any
 
@@ -27,15 +27,15 @@ _ADAPTER_LEAVES = ("lora_a", "lora_b")
 
 
 def linear_maps(module: Decoder) -> list[str]:
-    """Paths of the linear maps that may have adapters (`layers/attn/query`, …); output heads are none."""
-    paths = flatten_dict(param_shapes(module.clone(lora=None)), sep="/")
+    """Returns the paths of the linear maps that may have adapters (`layers/attn/query`, …); output heads may not."""
+    paths = leaves_by_path(param_shapes(module.clone(lora=None)))
     return [
         p.removesuffix("/kernel") for p in paths if p.endswith("/kernel") and not p.startswith(("lm_head", "score"))
     ]
 
 
 def hf_module_names(config: DecoderConfig) -> dict[str, str]:
-    """{path of a linear map of ours: name of the Hugging Face module that holds it, with `{i}` for the layer}."""
+    """Returns, by the path of a linear map, the name of the Hugging Face module that holds it (`{i}`: the layer)."""
     family = get_family(config.family, "config")
     return {
         leaf.removesuffix("/kernel"): tensor.hf.removesuffix(".weight")
@@ -46,11 +46,16 @@ def hf_module_names(config: DecoderConfig) -> dict[str, str]:
 
 
 def resolve_targets(module: Decoder, targets: Sequence[str]) -> tuple[str, ...]:
-    """The paths of the linear maps that `targets` mean; none given means all of attention and MLP.
+    """Returns the paths of the linear maps that `targets` select.
 
-    A target is a regular expression searched in our paths, or the name of a Hugging Face module as PEFT takes it
-    (`q_proj`, `attn.c_proj`); one that is neither is searched in the full Hugging Face names
-    (`decoder.layers.`, as DeepSpeed-Chat does). InputError for one that matches nothing, listing what there is.
+    Args:
+        module: The model's module.
+        targets: Each is a regular expression that is searched in our paths, or the name of a Hugging Face module as
+            PEFT takes it (`q_proj`, `attn.c_proj`). A target that is neither is searched in the full Hugging Face names
+            (`decoder.layers.`, as DeepSpeed-Chat does). Without targets: all of attention and MLP.
+
+    Raises:
+        InputError: A target matches nothing; the message lists the maps.
     """
     paths = linear_maps(module)
     theirs = hf_module_names(module.config)
@@ -68,24 +73,32 @@ def resolve_targets(module: Decoder, targets: Sequence[str]) -> tuple[str, ...]:
     return tuple(p for p in paths if p in chosen)
 
 
-def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None = None) -> Model:
-    """The same model with fresh float32 adapters, which at first change nothing: A uniform (as PEFT), B zero.
+def lora_module(module: Decoder, config: LoRAConfig) -> Decoder:
+    """The module with adapters on the maps that `config.targets` names (see `resolve_targets`)."""
+    targets = tuple(f"^{path}$" for path in resolve_targets(module, config.targets))
+    return module.clone(lora=dataclasses.replace(config, targets=targets))
 
-    The base arrays are shared, not copied; adapters lie on the same mesh. `config.targets` may hold Hugging Face names
-    (see `resolve_targets`). InputError for a target that matches nothing, and for a model that has adapters already.
+
+def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None = None) -> Model:
+    """Adds fresh float32 adapters to a model: A is uniform (as in PEFT) and B zero, so outputs do not change.
+
+    Args:
+        model: Its arrays are shared, not copied; adapters lie on the same mesh.
+        config: Its targets may be Hugging Face names (see `resolve_targets`).
+        key: Random key of A; None: key 0.
+
+    Raises:
+        InputError: A target matches nothing, or the model has adapters already.
     """
     if model.module.lora is not None:
         raise InputError("the model has LoRA adapters already; merge them first")
-    targets = tuple(f"^{path}$" for path in resolve_targets(model.module, config.targets))
-    module = model.module.clone(lora=dataclasses.replace(config, targets=targets))
-    mesh = getattr(jax.tree.leaves(model.params)[0].sharding, "mesh", None)
-    shardings = None if mesh is None else adapter_leaves(param_shardings(module, mesh))
-
-    def init(key: jax.Array) -> PyTree:
-        # What is not returned is not computed: no second base is ever made.
-        return adapter_leaves(nn.meta.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32)))["params"])
-
-    fresh = jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
+    module = lora_module(model.module, config)
+    shardings = model.shardings_of(module)
+    init = jax.jit(
+        lambda key: adapter_leaves(initial_params(module, key)),
+        out_shardings=None if shardings is None else adapter_leaves(shardings),
+    )
+    fresh = init(jax.random.key(0) if key is None else key)
     return Model(module=module, params=join(model.params, fresh), config=model.config)
 
 
@@ -94,19 +107,19 @@ def _is_adapter(path: tuple[str, ...]) -> bool:
 
 
 def adapter_leaves(tree: PyTree) -> PyTree:
-    """The part of a parameter-shaped tree that belongs to adapters."""
+    """Returns the adapters' part of a tree that is shaped like the parameters."""
     return unflatten_dict({path: x for path, x in flatten_dict(tree).items() if _is_adapter(path)})
 
 
 def base_leaves(tree: PyTree) -> PyTree:
-    """A parameter-shaped tree without what belongs to adapters: the base model's."""
+    """Returns the base model's part of a tree that is shaped like the parameters: all but the adapters."""
     return unflatten_dict({path: x for path, x in flatten_dict(tree).items() if not _is_adapter(path)})
 
 
 def split_trainable(tree: PyTree, module: Decoder) -> tuple[PyTree, PyTree]:
-    """(trainable, frozen) parts of a parameter-shaped tree; `join` is the inverse.
+    """Splits a tree that is shaped like the parameters into (trainable, frozen); `join` is the inverse.
 
-    Without adapters everything is trainable; with them they alone are, and the scalar head of a reward model.
+    Without adapters everything is trainable. With adapters, only they and the scalar head of a reward model are.
     """
     if module.lora is None:
         return tree, {}
@@ -117,7 +130,7 @@ def split_trainable(tree: PyTree, module: Decoder) -> tuple[PyTree, PyTree]:
 
 
 def join(*trees: PyTree) -> PyTree:
-    """One tree of the leaves of several that have none in common."""
+    """Merges trees that have no leaves in common into one; ValueError if they have."""
     if len(trees) == 2 and not trees[1]:
         return trees[0]
     flat = [flatten_dict(tree) for tree in trees]
@@ -127,43 +140,43 @@ def join(*trees: PyTree) -> PyTree:
     return unflatten_dict(merged)
 
 
-def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """`kernel + A B · scale`, in float32 and then in the kernel's dtype; all three may be stacked by layer.
+def merge_kernel(kernel: ArrayLike, a: ArrayLike, b: ArrayLike, scale: float) -> jax.Array:
+    """Computes `kernel + A B · scale` in float32, and casts it to the kernel's dtype.
 
-    `kernel` `[in…, out…]`, `a` `[in…, r]`, `b` `[r, out…]`.
+    Args:
+        kernel: `[in…, out…]`; like `a` and `b`, it may have a leading axis of layers.
+        a: `[in…, r]`.
+        b: `[r, out…]`.
+        scale: alpha / r.
     """
-    inputs = kernel.ndim - b.ndim + 1
-    stacked = tuple(range(a.ndim - 1 - inputs))
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    inputs = jnp.ndim(kernel) - b.ndim + 1
+    stacked = tuple(range(a.ndim - 1 - inputs))
     dims = (((a.ndim - 1,), (len(stacked),)), (stacked, stacked))
     update = jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)
-    return (jnp.asarray(kernel, jnp.float32) + update * scale).astype(kernel.dtype)
+    return (jnp.asarray(kernel, jnp.float32) + update * scale).astype(jnp.result_type(kernel))
 
 
 def merge_lora(params: PyTree, module: Decoder) -> PyTree:
-    """`params` without adapter leaves, these added to their kernels: the tree of `module.clone(lora=None)`.
+    """Adds the adapters of `params` to their kernels: returns the tree of `module.clone(lora=None)`.
 
-    A pure function, for use inside a jitted program; also of one layer's tree. Without adapters it changes nothing.
+    A pure function for jitted programs; `params` may be one layer's tree. Without adapters it returns `params`.
     """
     if module.lora is None:
         return params
-    flat = flatten_dict(params)
-    merged = {}
+    flat = leaves_by_path(params)
     for path, x in flat.items():
-        a, b = (flat.get((*path[:-1], name)) for name in _ADAPTER_LEAVES)
-        if path[-1] == "kernel" and a is not None:
-            merged[path] = merge_kernel(x, a, b, module.lora.scale)
-        elif not _is_adapter(path):
-            merged[path] = x
-    return unflatten_dict(merged)
+        map_path, _, name = path.rpartition("/")
+        a, b = (flat.get(f"{map_path}/{name}") for name in _ADAPTER_LEAVES)
+        if name == "kernel" and a is not None and b is not None:
+            flat[path] = merge_kernel(x, a, b, module.lora.scale)
+    return base_leaves(unflatten_dict(flat, sep="/"))
 
 
 def merged(model: Model) -> Model:
-    """The model with its adapters merged into its kernels, where they lie; unchanged without adapters."""
+    """Merges a model's adapters into its kernels, on the same mesh; a model without adapters is returned as it is."""
     if model.module.lora is None:
         return model
     module = model.module.clone(lora=None)
-    mesh = getattr(jax.tree.leaves(model.params)[0].sharding, "mesh", None)
-    shardings = None if mesh is None else param_shardings(module, mesh)
-    merge = jax.jit(lambda params: merge_lora(params, model.module), out_shardings=shardings)
+    merge = jax.jit(lambda params: merge_lora(params, model.module), out_shardings=model.shardings_of(module))
     return Model(module=module, params=merge(model.params), config=model.config)

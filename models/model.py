@@ -1,13 +1,17 @@
-"""A model as the rest of the system handles it: a module, its parameter tree and the configuration."""
+"""A model as the rest of the system handles it: a module, its parameter tree and its configuration."""
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Hashable
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, Sharding
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import IMPLEMENTATIONS, KERNELS, KV_CACHE_DTYPES
@@ -18,24 +22,37 @@ from jaxrlhf.sharding import REPLICATED_RULES, TRAIN_RULES, Rules, check_divisib
 PyTree = Any
 
 
-@flax.struct.dataclass
-class Model:
-    """`module.apply({"params": params}, input_ids, attention_mask)`; see models/decoder.py for shapes."""
+class Model(flax.struct.PyTreeNode):
+    """A model, used as `module.apply({"params": params}, input_ids, attention_mask)` (shapes: models/decoder.py)."""
 
     module: Decoder = flax.struct.field(pytree_node=False)
     params: PyTree
+    """Parameters as a nested dict; those of the layers are stacked, `[L, …]`."""
     config: DecoderConfig = flax.struct.field(pytree_node=False)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the parameters lie on; None for a single device."""
+        return getattr(jax.tree.leaves(self.params)[0].sharding, "mesh", None)
+
+    def shardings_of(self, module: Decoder) -> PyTree | None:
+        """Shardings on this model's mesh for the parameters of another module; None for a single device."""
+        return None if self.mesh is None else param_shardings(module, self.mesh)
 
 
 def default_dtype() -> jnp.dtype:
-    """Compute dtype when none is asked for: bfloat16 on accelerators, float32 on CPU."""
+    """The compute dtype unless one is given: bfloat16 on accelerators, float32 on CPU."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def initial_params(module: Decoder, key: jax.Array) -> PyTree:
+    """Fresh float32 parameters. Under jit, a part that the caller does not return is not computed."""
+    return nn.meta.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 @lru_cache(maxsize=64)
 def _abstract(module: Decoder) -> tuple[PyTree, PyTree]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    # Inside the branch for the LM head every parameter of it is touched, tied or not.
     variables = jax.eval_shape(module.init, jax.random.key(0), ids)
     specs = nn.get_partition_spec(variables)["params"]
     shapes = nn.meta.unbox(variables)["params"]
@@ -44,24 +61,35 @@ def _abstract(module: Decoder) -> tuple[PyTree, PyTree]:
 
 
 def logical_axes(module: Decoder) -> PyTree:
-    """The parameter tree with each leaf replaced by its tuple of logical axis names."""
-    return _abstract(module)[0]
+    """Returns the parameter tree with a tuple of logical axis names in place of each leaf."""
+    return _abstract(cast(Hashable, module))[0]
 
 
 def param_shapes(module: Decoder) -> PyTree:
-    """The parameter tree as float32 ShapeDtypeStructs."""
-    return _abstract(module)[1]
+    """Returns the parameter tree with a float32 ShapeDtypeStruct in place of each leaf."""
+    return _abstract(cast(Hashable, module))[1]
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, PyTree]:
+    """Returns the leaves of a tree of nested dicts by their paths, `layers/attn/query/kernel`."""
+    return dict(flatten_dict(tree, sep="/"))
 
 
 def storage_rules(module: Decoder) -> Rules:
-    """The rules by which `module.zero_stage` stores parameters."""
+    """Returns the sharding rules that `module.zero_stage` stores parameters by."""
     return REPLICATED_RULES if module.zero_stage == 0 else TRAIN_RULES
 
 
 def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> PyTree:
-    """NamedShardings of the parameters on `mesh`, by default as `module.zero_stage` stores them.
+    """Returns NamedShardings of the parameters on `mesh`.
 
-    Stage 0 keeps them whole over `fsdp`, the others split them. InputError when `tensor` does not divide heads or MLP.
+    Args:
+        module: The module that has the parameters.
+        mesh: The training mesh.
+        rules: None: those of `module.zero_stage`. Stage 0 replicates parameters over `fsdp`, the others split them.
+
+    Raises:
+        InputError: The mesh axis `tensor` does not divide the heads or the MLP.
     """
     c = module.config
     check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.intermediate_size})
@@ -69,29 +97,33 @@ def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> 
     return tree_shardings(logical_axes(module), param_shapes(module), mesh, rules)
 
 
-def is_matrix(path: Any) -> bool:
-    """Whether the leaf at a tree path may be held in the compute dtype: kernels, embeddings, adapters.
+def is_matrix(path: KeyPath) -> bool:
+    """True for a leaf that may be stored in the compute dtype: a kernel, an embedding or an adapter.
 
-    Norms, biases and a scalar head may not: they compute in float32.
+    Norms, biases and a scalar head compute in float32 and stay in it.
     """
     name = _name(path)
     return name.endswith(("kernel", "embedding", "lora_a", "lora_b")) and name != "score/kernel"
 
 
-def _name(path: Any) -> str:
+def _name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def cast_matrices(params: PyTree, dtype: jnp.dtype, but: str | None = None) -> PyTree:
-    """The tree with its matrices (`is_matrix`) in `dtype`, and the rest as it is, like the leaf named `but`."""
-    cast = lambda path, x: x.astype(dtype) if is_matrix(path) and _name(path) != but else x  # noqa: E731
-    return jax.tree_util.tree_map_with_path(cast, params)
+def cast_matrices(params: PyTree, dtype: DTypeLike, but: str | None = None) -> PyTree:
+    """Casts the matrices (`is_matrix`) of a tree to `dtype`, except for the leaf named `but`."""
+
+    def leaf(path: KeyPath, x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if is_matrix(path) and _name(path) != but else x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def trained_head(module: Decoder) -> str | None:
-    """The name of the leaf that a language model's head reads, which training leaves in float32.
+    """Name of the leaf that a language model's head reads; None with a scalar head.
 
-    Its gradient is then a float32 sum, neither rounded nor with memory beside it (`token_logprobs`).
+    Training keeps this leaf in float32, so its gradient is accumulated in float32: nothing is rounded, and the sum
+    needs no second array (`token_logprobs`).
     """
     if module.head != "lm":
         return None
@@ -99,11 +131,17 @@ def trained_head(module: Decoder) -> str | None:
 
 
 def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | None, *, trained: bool = False) -> PyTree:
-    """The parameters as the passes of one train or scoring program read them, made once at its entry.
+    """The parameters as one train or scoring program reads them, built once at its entry.
 
-    Stages 0 and 3 read them where they lie (3: gathered layer by layer). Stages 1 and 2 gather them once over `fsdp`,
-    in the compute dtype, but for the `trained_head` of those that are `trained`. `params` may be a part of the module's
-    tree, with the same part of `logical_axes`.
+    Stages 0 and 3 read the stored parameters (stage 3 gathers them layer by layer). Stages 1 and 2 gather them once
+    over `fsdp`. They cast to the compute dtype first, because that halves the bytes that the collective moves.
+
+    Args:
+        params: The module's tree, or a part of it.
+        axes: The same part of `logical_axes`.
+        module: Gives the stage and the compute dtype.
+        mesh: The training mesh; None for a single device.
+        trained: The program computes gradients, so the `trained_head` stays in float32.
     """
     if mesh is None or module.zero_stage in (0, 3):
         return params
@@ -113,13 +151,14 @@ def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | Non
 
 
 def count_params(params: PyTree) -> int:
+    """The number of elements of all leaves."""
     return sum(x.size for x in jax.tree.leaves(params))
 
 
 def make_module(
     config: DecoderConfig, head: str, dtype: jnp.dtype | None, remat: str = "none", zero_stage: int = 3
 ) -> Decoder:
-    """The module of a model; InputError for an unknown head, remat policy or stage."""
+    """Returns a `Decoder`; InputError for an unknown head, remat policy or stage."""
     for name, value, known in (
         ("head", head, ("lm", "scalar")),
         ("remat", remat, tuple(REMAT_POLICIES)),
@@ -140,15 +179,20 @@ def create_model(
     remat: str = "none",
     zero_stage: int = 3,
 ) -> Model:
-    """A randomly initialised model, created directly in its place on `mesh`; parameters are float32."""
+    """Creates a randomly initialised model with float32 parameters.
+
+    Args:
+        config: Its shape.
+        head: "lm" or "scalar".
+        key: Random key; None: key 0.
+        mesh: Parameters are created in their place on it; None: on one device.
+        dtype: Compute dtype; None: `default_dtype`.
+        remat: One of REMAT_POLICIES.
+        zero_stage: How parameters lie on the mesh, 0 to 3.
+    """
     module = make_module(config, head, dtype, remat, zero_stage)
-    shardings = None if mesh is None else param_shardings(module, mesh)
-
-    def init(key: jax.Array) -> PyTree:
-        return nn.meta.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
-
-    params = jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
-    return Model(module=module, params=params, config=config)
+    init = jax.jit(partial(initial_params, module), out_shardings=mesh and param_shardings(module, mesh))
+    return Model(module=module, params=init(jax.random.key(0) if key is None else key), config=config)
 
 
 KERNEL_OPTIONS = {
@@ -159,46 +203,52 @@ KERNEL_OPTIONS = {
 
 
 def with_kernels(model: Model, **options: str) -> Model:
-    """The same model with other KERNEL_OPTIONS, which are fields of its Decoder; InputError for an unknown value."""
+    """Replaces KERNEL_OPTIONS, which are fields of the model's Decoder; InputError for an unknown value."""
     for name, value in options.items():
         if value not in KERNEL_OPTIONS[name]:
             raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, KERNEL_OPTIONS[name]))}")
-    return model.replace(module=model.module.clone(**options))
+    return model.replace(module=model.module.clone(**cast(dict[str, Any], options)))
 
 
 def with_head(model: Model, head: str, key: jax.Array) -> Model:
-    """The same body under a freshly initialised `head` (a reward model or critic from a language model).
+    """Puts a freshly initialised head on the body of a model: a reward model or critic from a language model.
 
-    The body's arrays are shared, not copied; the new head lies on the same mesh and in the same dtype.
+    Args:
+        model: Its body's arrays are shared, not copied.
+        head: "lm" or "scalar". The new head lies on the same mesh, in the dtype of the body.
+        key: Random key of the head.
     """
     module = model.module.clone(head=head)
-    missing = [name for name in param_shapes(module) if name not in model.params or name in ("score", "lm_head")]
-    body = {name: x for name, x in model.params.items() if name in param_shapes(module) and name not in missing}
-    reference = jax.tree.leaves(model.params)[0]
-    mesh = getattr(reference.sharding, "mesh", None)
-    shardings = None if mesh is None else {k: v for k, v in param_shardings(module, mesh).items() if k in missing}
+    shapes, params = param_shapes(module), model.params
+    missing = [name for name in shapes if name not in params or name in ("score", "lm_head")]
+    body = {name: x for name, x in params.items() if name in shapes and name not in missing}
+    dtype, shardings = jax.tree.leaves(params)[0].dtype, model.shardings_of(module)
 
     def init(key: jax.Array) -> PyTree:
-        # What is not returned is not computed: no second body is ever made.
-        fresh = nn.meta.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
-        return jax.tree.map(lambda x: x.astype(reference.dtype), {name: fresh[name] for name in missing})
+        fresh = initial_params(module, key)
+        return jax.tree.map(lambda x: x.astype(dtype), {name: fresh[name] for name in missing})
 
-    fresh = jax.jit(init, out_shardings=shardings)(key) if missing else {}
+    places = None if shardings is None else {name: shardings[name] for name in missing}
+    fresh = jax.jit(init, out_shardings=places)(key) if missing else {}
     return Model(module=module, params=body | fresh, config=model.config)
 
 
 def resize_vocabulary(model: Model, vocab_size: int) -> Model:
-    """The model with rows for `vocab_size` tokens: old rows are kept, each new one is the mean of the old.
+    """Adds rows to embedding and head: the old rows are kept, each new one is the mean of the old.
 
-    Embedding and head grow alike, each in its place on the mesh. Raises InputError when rows would be lost.
+    Args:
+        model: Its mesh and dtype stay the same.
+        vocab_size: Tokens of the new model.
+
+    Raises:
+        InputError: `vocab_size` is below the model's, so rows would be lost.
     """
     old = model.config.vocab_size
     if vocab_size < old:
-        raise InputError(f"vocab_size={vocab_size} is below the model's {old}: rows are only ever added")
+        raise InputError(f"vocab_size={vocab_size} is below the model's {old}: rows can only be added")
     config = model.config.replace(vocab_size=vocab_size)
     module = model.module.clone(config=config)
-    mesh = getattr(jax.tree.leaves(model.params)[0].sharding, "mesh", None)
-    shardings = None if mesh is None else param_shardings(module, mesh)
+    shardings = model.shardings_of(module)
 
     def grow(x: jax.Array, axes: tuple[str | None, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
         if "vocab" not in axes:
@@ -213,14 +263,30 @@ def resize_vocabulary(model: Model, vocab_size: int) -> Model:
     return Model(module=module, params=params, config=config)
 
 
-def frozen_copy(params: PyTree, shardings: PyTree, dtype: Any) -> PyTree:
-    """A copy for a model that is only read: matrices in `dtype`, vectors and a scalar head as they are.
+def frozen_stage(trained: Decoder, stage: int | None = None) -> int:
+    """The ZeRO stage that stores a frozen model: the reference or reward model of a module that is trained.
 
-    Goes leaf by leaf, since `shardings` may lie in host memory to make room.
+    Stages 1 and 2 split only what the optimizer needs, and a frozen model has no optimizer. So below stage 3 every
+    device holds a frozen copy whole. With LoRA there is no copy: the frozen model reads the base of the trained one, so
+    it lies as that base does.
+
+    Args:
+        trained: The module whose start the frozen model is.
+        stage: The stage that the user asks for; None means that of `trained`. Unused with LoRA.
+    """
+    if trained.lora is not None:
+        return trained.zero_stage
+    return 3 if (trained.zero_stage if stage is None else stage) == 3 else 0
+
+
+def frozen_copy(params: PyTree, shardings: PyTree, dtype: DTypeLike) -> PyTree:
+    """Copies parameters for a model that is only read: matrices in `dtype`, vectors and a scalar head as they are.
+
+    The copy goes leaf by leaf, because `shardings` may lie in host memory to leave room on the devices.
     """
 
-    def leaf(path: Any, x: jax.Array, sharding: Any) -> jax.Array:
-        cast = is_matrix(path) and x.dtype != dtype
-        return jax.device_put(x.astype(dtype) if cast else jnp.copy(x), sharding)
+    def leaf(path: KeyPath, x: jax.Array, sharding: Sharding) -> jax.Array:
+        changes = is_matrix(path) and x.dtype != dtype
+        return jax.device_put(x.astype(dtype) if changes else jnp.copy(x), sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, params, shardings)

@@ -15,15 +15,21 @@ ROPE_TYPES = {
 """Each supported `rope_type` with its parameters, in Hugging Face's names."""
 
 
-def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
-    """`[rotated_dim / 2]` float32 frequencies; `rope_type` linear divides them, llama3 divides the low ones smoothly.
+def rope_scaling(config: DecoderConfig) -> dict[str, float | str]:
+    """The rope parameters of a configuration by name; empty for plain rotary positions."""
+    return dict(config.rope_scaling or ())
 
-    Source: Su et al. 2021 (arXiv 2104.09864); Llama 3.1's published scaling rule.
+
+def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Computes the frequencies, float32 `[rotated_dim / 2]`.
+
+    `rope_type` linear divides them by the factor, llama3 divides the low ones with a smooth transition. Source: Su et
+    al. 2021 (arXiv 2104.09864); Llama 3.1's published scaling rule.
     """
     dim = config.rotated_dim
     frequencies = 1.0 / config.rotary_base ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-    scaling = dict(config.rope_scaling or ())
-    kind = scaling.get("rope_type", "default")
+    scaling = rope_scaling(config)
+    kind = scaling.get("rope_type")
     if kind == "linear":
         frequencies = frequencies / float(scaling["factor"])
     elif kind == "llama3":
@@ -38,25 +44,33 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
 def _dynamic_frequencies(config: DecoderConfig, positions: jax.Array) -> jax.Array:
     """`[B, 1, 1, rotated_dim / 2]`: the base grows with each row's length beyond `max_positions` (NTK-aware scaling).
 
-    Per row, so that a sequence does not depend on its neighbours (transformers takes the longest of the batch). A
-    sequence decoded past `max_positions` keeps keys rotated under the earlier, smaller bases, as in transformers.
+    The length is that of the row, so that a sequence does not depend on its neighbours (transformers takes the longest
+    of the batch). Keys of a sequence decoded past `max_positions` stay rotated under the earlier, smaller bases, as in
+    transformers.
     """
-    dim, factor = config.rotated_dim, float(dict(config.rope_scaling)["factor"])
+    dim, factor = config.rotated_dim, float(rope_scaling(config)["factor"])
     length = jnp.maximum(positions.max(-1) + 1, config.max_positions)[:, None, None, None]
     growth = (factor * length / config.max_positions - (factor - 1)) ** (dim / (dim - 2))
     return (config.rotary_base * growth) ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
 
 
 def rotation(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 `[B, 1, T, rotated_dim / 2]`, for integer positions `[B, T]`."""
-    dynamic = dict(config.rope_scaling or ()).get("rope_type") == "dynamic"
+    """Computes cos and sin, float32 `[B, 1, T, rotated_dim / 2]`, for int positions `[B, T]`."""
+    dynamic = rope_scaling(config).get("rope_type") == "dynamic"
     frequencies = _dynamic_frequencies(config, positions) if dynamic else inverse_frequencies(config)
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
-    """Rotate the leading `2 · cos.shape[-1]` features of `x` `[B, H, T, D]`; the rest pass through."""
+    """Rotates the leading features of `x`; the rest pass through.
+
+    Args:
+        x: Queries or keys, `[B, H, T, D]`.
+        cos: Float32 `[B, 1, T, rotated_dim / 2]`; twice this many features are rotated.
+        sin: Like `cos`.
+        interleaved: Pairs are neighbours (GPT-J) instead of the two halves (Llama, GPT-NeoX).
+    """
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     if interleaved:

@@ -1,4 +1,4 @@
-"""`jaxrlhf bench` as a script: how fast the programs are, against the device's limit and against peers.
+"""Runs `jaxrlhf bench`: the speed of the programs as a share of the device's limit and of peers' speed.
 
     python scripts/benchmark.py --sections ppo --actor opt-125m --critic opt-125m --batch 8 --prompt 128 --answer 128 \
         --peers hf --json result.json

@@ -1,14 +1,14 @@
-"""All three steps with the flags of DeepSpeed-Chat's train.py, on the first N devices; the work is `jaxrlhf rlhf`'s.
+"""Runs all three steps (`jaxrlhf rlhf`) on the first N devices, with the flags of DeepSpeed-Chat's train.py.
 
     python scripts/train.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --num-gpus 8
 
---num-gpus N    use N devices: the first N GPUs, or N devices forced on the CPU where there is no GPU (default: all);
-                of several processes, each uses N
+--num-gpus N    the first N GPUs, or N simulated devices on the CPU where there is no GPU (default: all); with several
+                processes, N devices in each
 --output-dir    default: output
 --data_path     default: Dahoas/rm-static, whose prompts carry their own markup (--prompt_template raw)
 
-Every flag of `jaxrlhf rlhf --help` may follow, sections such as `--ppo.kl_coef 0.05` included. With `--config
-file.yaml` the file gives the defaults.
+Every flag of `jaxrlhf rlhf --help` works, including sections such as `--ppo.kl_coef 0.05`. With `--config file.yaml`
+the script adds no defaults.
 """
 
 import os
@@ -25,7 +25,7 @@ DEFAULTS = {
 
 
 def take_num_gpus(argv: list[str]) -> tuple[int | None, list[str]]:
-    """The value of --num-gpus (None when it is not there), and the other arguments. InputError if it is no count."""
+    """Splits the arguments into the value of --num-gpus (or None) and the rest. Raises InputError for a wrong value."""
     number, rest, tokens = None, [], iter(argv)
     for token in tokens:
         name, equals, value = token.partition("=")
@@ -40,7 +40,7 @@ def take_num_gpus(argv: list[str]) -> tuple[int | None, list[str]]:
 
 
 def with_defaults(argv: list[str]) -> list[str]:
-    """`argv` with the defaults above for what it leaves open; a config file is taken to leave nothing open."""
+    """`argv` with DEFAULTS for the flags that it lacks; unchanged when it names a config file."""
     given = {token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")}
     if "config" in given:
         return argv
@@ -48,23 +48,24 @@ def with_defaults(argv: list[str]) -> list[str]:
 
 
 def restrict_devices(number: int, environment: dict[str, str]) -> dict[str, str]:
-    """The variables that leave `number` devices visible; they must be set before JAX starts.
+    """The environment variables that leave `number` devices visible; set them before JAX starts.
 
-    The flag for the host platform is of no effect where there is a GPU. InputError when CUDA_VISIBLE_DEVICES already
-    names fewer devices.
+    The XLA flag has no effect where there is a GPU. Raises InputError when CUDA_VISIBLE_DEVICES names fewer devices.
     """
     flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}".strip()
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
-        return {"XLA_FLAGS": flags}  # empty or -1: GPUs are switched off
+        return {"XLA_FLAGS": flags}  # empty or -1 hides all GPUs
     devices = list(map(str, range(number))) if visible is None else [d for d in visible.split(",") if d.strip()]
     if len(devices) < number:
-        raise InputError(f"--num-gpus {number}: CUDA_VISIBLE_DEVICES={visible} leaves only {len(devices)}")
+        raise InputError(
+            f"--num-gpus {number}: CUDA_VISIBLE_DEVICES={visible} leaves only {len(devices)}; name more there"
+        )
     return {"XLA_FLAGS": flags, "CUDA_VISIBLE_DEVICES": ",".join(devices[:number])}
 
 
 def has_peers(argv: list[str]) -> bool:
-    """Whether this is one of several processes, which must meet before JAX starts."""
+    """True when this is one of several processes, which must connect before JAX starts."""
     from jaxrlhf.distributed.processes import ProcessConfig, detect
 
     flags = ("--num_processes", "--process_id", "--coordinator_address")
@@ -88,8 +89,9 @@ def check_devices(number: int) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Selects the devices and runs `jaxrlhf rlhf`; returns its exit status."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return 0
     try:
         number, rest = take_num_gpus(argv)

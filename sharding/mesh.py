@@ -1,9 +1,11 @@
 """The one device mesh: axes `data` (replicas), `fsdp` (sharded parameters), `tensor` (model parallel).
 
-Generation sees the same devices in the same order through a second mesh, whose `fsdp` axis is cut in two.
+Generation sees the same devices in the same order through a second mesh, which splits the `fsdp` axis in two.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +16,20 @@ from jaxrlhf.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 GENERATE_AXES = ("data", "fsdp", "replica", "tensor")
+Device = Any  # jax.Device, which is not a type to type checkers
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data × fsdp × tensor` devices; at most one size may be -1, meaning all remaining devices.
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Device] | None = None) -> Mesh:
+    """Creates a mesh of `data × fsdp × tensor` devices.
 
-    Raises InputError when the sizes do not use every device exactly once.
+    Args:
+        data: Replicas; like the other sizes, -1 for all remaining devices.
+        fsdp: Devices that share the parameters of a replica.
+        tensor: Devices that compute a layer together.
+        devices: None: all devices of the run.
+
+    Raises:
+        InputError: The sizes do not use every device exactly once, or several are -1.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -27,23 +37,22 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise InputError(f"mesh sizes must be positive, with at most one -1 (all remaining devices); got {sizes}")
     if free:
-        fixed = 1
-        for size in sizes.values():
-            fixed *= size if size != -1 else 1
+        fixed = math.prod(size for size in sizes.values() if size != -1)
         if len(devices) % fixed:
             raise InputError(
                 f"mesh {sizes}: {fixed} does not divide the {len(devices)} devices; change {free[0]}'s peers"
             )
         sizes[free[0]] = len(devices) // fixed
-    total = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    shape = sizes["data"], sizes["fsdp"], sizes["tensor"]
+    total = math.prod(shape)
     if total != len(devices):
         raise InputError(
-            f"mesh data={sizes['data']} × fsdp={sizes['fsdp']} × tensor={sizes['tensor']} needs {total} devices, "
+            f"mesh data={shape[0]} × fsdp={shape[1]} × tensor={shape[2]} needs {total} devices, "
             f"but {len(devices)} are present; set one size to -1 to use all of them"
         )
-    shape, auto = tuple(sizes.values()), (AxisType.Auto,) * 3
+    auto = (AxisType.Auto,) * 3
     if devices[0].platform == "tpu":
-        # a mesh axis may take part of a torus axis where it must (tensor=8 on a slice of 4x4x4)
+        # a mesh axis may use part of a torus axis (tensor=8 on a slice of 4x4x4)
         return Mesh(create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=auto)
     if len({d.process_index for d in devices}) == 1:
         return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
@@ -51,10 +60,18 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
 
 
 def arrange_hosts(devices: np.ndarray, sizes: tuple[int, int, int]) -> np.ndarray:
-    """Devices of several hosts as a mesh of `sizes`, where neighbours along `fsdp` are on different hosts.
+    """Arranges devices of several hosts as a mesh whose neighbours along `fsdp` are on different hosts.
 
-    Generation cuts `fsdp` into a slow part for tensor parallelism and a fast part for the batch (`generate_mesh`): so
-    the slow part stays within a host, where links are fast. (On TPUs jax arranges the mesh by the topology instead.)
+    Generation splits `fsdp` into a slow part for tensor parallelism and a fast part for the batch (`generate_mesh`).
+    This order keeps the slow part within a host, where links are fast. (On TPUs JAX arranges the mesh by the topology
+    instead.)
+
+    Args:
+        devices: `[N]`.
+        sizes: Of data, fsdp and tensor; their product is N.
+
+    Returns:
+        The devices, as an array of shape `sizes`.
     """
     data, fsdp, tensor = sizes
     ordered = np.array(sorted(devices, key=lambda d: (d.process_index, d.id)), dtype=object)
@@ -66,13 +83,14 @@ def arrange_hosts(devices: np.ndarray, sizes: tuple[int, int, int]) -> np.ndarra
 
 
 def generate_mesh(mesh: Mesh, tensor_parallel: int) -> Mesh:
-    """The view of `mesh` that generation uses: groups of `tensor_parallel` devices, axes GENERATE_AXES.
+    """Returns the view of `mesh` that generation uses: groups of `tensor_parallel` devices, axes GENERATE_AXES.
 
-    A group spans the `tensor` axis and the slow part of `fsdp`; the fast part becomes `replica`, over which the batch
-    is split as over `data`. Storage splits a dimension over (tensor, fsdp), so a group's share of it is in one piece
-    and the flip is a plain all-gather over `replica`, or nothing where `replica` is 1.
+    A group spans the `tensor` axis and the slow part of `fsdp`. The fast part becomes the axis `replica`, which splits
+    the batch as `data` does. Storage splits a dimension over (tensor, fsdp), so a group's share of it is one contiguous
+    piece. Resharding is then a plain all-gather over `replica`, or nothing where `replica` is 1.
 
-    Raises InputError when `tensor_parallel` is not `tensor` times a divisor of `fsdp`.
+    Raises:
+        InputError: `tensor_parallel` is not `tensor` times a divisor of `fsdp`.
     """
     data, fsdp, tensor = (mesh.shape[name] for name in AXES)
     allowed = [tensor * part for part in range(1, fsdp + 1) if fsdp % part == 0]
@@ -87,9 +105,9 @@ def generate_mesh(mesh: Mesh, tensor_parallel: int) -> Mesh:
 
 
 def default_tensor_parallel(mesh: Mesh, num_heads: int) -> int:
-    """Generation's tensor-parallel group when none is asked for: the `fsdp × tensor` devices of one host.
+    """Size of generation's tensor-parallel group unless one is given: the `fsdp × tensor` devices of one host.
 
-    Fewer where they do not divide the heads: the largest legal group that does (`tensor` always does).
+    Where these do not divide the heads, the largest legal group that does (`tensor` always does).
     """
     replica = mesh.devices[0]
     first = replica.flat[0]
@@ -100,7 +118,7 @@ def default_tensor_parallel(mesh: Mesh, num_heads: int) -> int:
 
 
 def check_tensor_parallel(tensor_parallel: int, num_heads: int) -> None:
-    """Refuse a tensor-parallel group for generation that does not divide the attention heads."""
+    """Raises InputError when a tensor-parallel group for generation does not divide the attention heads."""
     if num_heads % tensor_parallel:
         raise InputError(
             f"generate_tensor_parallel={tensor_parallel} does not divide the model's num_heads={num_heads}; choose a "
@@ -109,7 +127,7 @@ def check_tensor_parallel(tensor_parallel: int, num_heads: int) -> None:
 
 
 def check_divisible(mesh: Mesh, sizes: Mapping[str, int]) -> None:
-    """Refuse a mesh whose `tensor` axis does not divide a model dimension that it must split (heads, mlp)."""
+    """Raises InputError when the `tensor` axis does not divide the model dimensions `sizes`, by name (heads, mlp)."""
     tensor = mesh.shape["tensor"]
     for name, size in sizes.items():
         if size % tensor:

@@ -1,6 +1,6 @@
-"""Placement of whole trees: parameters by logical axes, optimizer states by their parameters, offload to the host."""
+"""Placement of whole trees: parameters, optimizer states and batches on the mesh, and offload to the host."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -13,16 +13,24 @@ from jaxrlhf.sharding.rules import TRAIN_RULES, LogicalAxes, Rules, named_shardi
 PyTree = Any
 
 
-def _is_axes(x: Any) -> bool:
+def _is_axes(x: PyTree) -> bool:
     return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
 
 
 def tree_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, rules: Rules = TRAIN_RULES) -> PyTree:
-    """NamedShardings for a tree of arrays (or ShapeDtypeStructs) from the matching tree of logical-axes tuples."""
+    """Returns the NamedShardings of a tree of arrays.
+
+    Args:
+        axes: A tuple of logical axes for each array.
+        shapes: The arrays, or ShapeDtypeStructs.
+        mesh: The mesh.
+        rules: Map logical axes to mesh axes.
+    """
     return jax.tree.map(lambda a, x: named_sharding(a, x.shape, mesh, rules), axes, shapes, is_leaf=_is_axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -30,13 +38,14 @@ HOST = "pinned_host"  # the memory kind of offloaded arrays
 
 
 def offloaded(shardings: PyTree) -> PyTree:
-    """The same shardings in the host memory of the devices that they name.
+    """Returns the same NamedShardings in host memory; jitted programs move such arrays with `on_device`.
 
-    A jitted program that gets such arrays moves them with `on_device`. InputError where the backend has no such memory.
+    Raises:
+        InputError: The backend has no such memory.
     """
 
     def move(sharding: NamedSharding) -> NamedSharding:
-        device = sharding.mesh.devices.flat[0]
+        device = cast(Mesh, sharding.mesh).devices.flat[0]
         kinds = sorted(memory.kind for memory in device.addressable_memories())
         if HOST not in kinds:
             raise InputError(
@@ -49,7 +58,7 @@ def offloaded(shardings: PyTree) -> PyTree:
 
 
 def on_device(tree: PyTree) -> PyTree:
-    """Inside a jitted program: the tree with what lies in host memory copied to the devices."""
+    """Copies arrays in host memory to the devices, inside a jitted program."""
     return jax.tree.map(
         lambda x: (
             jax.device_put(x, jax.memory.Space.Device) if jax.typeof(x).memory_space == jax.memory.Space.Host else x
@@ -59,7 +68,7 @@ def on_device(tree: PyTree) -> PyTree:
 
 
 def back_like(tree: PyTree, before: PyTree) -> PyTree:
-    """Inside a jitted program: each leaf of `tree` in the memory of its counterpart in `before`."""
+    """Moves each leaf of `tree` to the memory of its counterpart in `before`, inside a jitted program."""
     return jax.tree.map(
         lambda x, b: (
             jax.device_put(x, jax.memory.Space.Host) if jax.typeof(b).memory_space == jax.memory.Space.Host else x
@@ -72,9 +81,14 @@ def back_like(tree: PyTree, before: PyTree) -> PyTree:
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, params: PyTree, shardings: PyTree, mesh: Mesh, *, offload: bool = False
 ) -> PyTree:
-    """Shardings of `optimizer.init(params)`: moments lie like their parameters, counters are replicated.
+    """Returns the shardings of `optimizer.init(params)`: moments lie like their parameters, counters are replicated.
 
-    `offload` puts the moments in host memory.
+    Args:
+        optimizer: The optimizer.
+        params: Trainable parameters, or ShapeDtypeStructs.
+        shardings: Of the parameters.
+        mesh: The training mesh.
+        offload: Puts the moments in host memory.
     """
     state = jax.eval_shape(optimizer.init, params)
     shardings = offloaded(shardings) if offload else shardings
@@ -88,7 +102,7 @@ def optimizer_shardings(
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...], rules: Rules = TRAIN_RULES) -> NamedSharding:
-    """Rows over the batch axes, everything else whole."""
+    """Returns the sharding of a batch `[B, …]`: rows are split over the batch axes."""
     axes: LogicalAxes = ("batch", *([None] * (len(shape) - 1))) if shape else ()
     return named_sharding(axes, shape, mesh, rules)
 
@@ -99,12 +113,12 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def place_batch(batch: PyTree, mesh: Mesh, rules: Rules = TRAIN_RULES) -> PyTree:
-    """Put a tree of host arrays `[B, …]` on the mesh, rows split over the batch axes.
+    """Puts a tree of host arrays `[B, …]` on the mesh, with rows split over the batch axes.
 
-    Of several processes, each gives the whole batch but needs to have filled in only its `held_rows`.
+    Every process passes the whole batch, but only its `held_rows` need to be filled in.
     """
 
-    def put(x: Any) -> jax.Array:
+    def put(x: np.ndarray) -> jax.Array:
         sharding = batch_sharding(mesh, x.shape, rules)
         if sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
@@ -114,7 +128,7 @@ def place_batch(batch: PyTree, mesh: Mesh, rules: Rules = TRAIN_RULES) -> PyTree
 
 
 def held_rows(mesh: Mesh, rows: int, rules: Rules = TRAIN_RULES) -> np.ndarray:
-    """bool `[rows]`: the rows of a batch that `place_batch` puts on this process's devices."""
+    """Returns bool `[rows]`: the rows of a batch that `place_batch` puts on this process's devices."""
     held = np.zeros(rows, bool)
     for index in batch_sharding(mesh, (rows,), rules).addressable_devices_indices_map((rows,)).values():
         held[index] = True
@@ -122,5 +136,5 @@ def held_rows(mesh: Mesh, rows: int, rules: Rules = TRAIN_RULES) -> np.ndarray:
 
 
 def constrain_tree(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Pin a tree's shardings inside a jitted program."""
+    """Pins the shardings of a tree inside a jitted program."""
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)

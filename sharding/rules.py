@@ -2,8 +2,8 @@
 
 A rule names the mesh axes that a logical axis wants, in order of preference. Rules are tried from the top; each takes
 the longest prefix of its axes that are still unused in this array and divide the dimension. So `fsdp` goes to the
-dimension that decode tensor-parallelism splits (heads, mlp, vocab: flipping to generation then moves no bytes), and
-falls back to `embed` where that dimension does not divide.
+dimension that decode tensor-parallelism splits (heads, mlp, vocab), because resharding for generation then moves no
+bytes. It falls back to `embed` where that dimension does not divide.
 """
 
 import math
@@ -27,7 +27,7 @@ _MODEL_AXES: Rules = (
 # Fully sharded parameters; the batch is split over the same devices.
 TRAIN_RULES: Rules = (("batch", ("data", "fsdp")), *_MODEL_AXES, ("embed", ("fsdp",)))
 
-# Parameters whole on every device but for `tensor`: plain data parallelism.
+# Plain data parallelism: only `tensor` splits the parameters.
 REPLICATED_RULES: Rules = (("batch", ("data", "fsdp")), *((name, ("tensor",)) for name, _ in _MODEL_AXES))
 
 # On `generate_mesh`: tensor-parallel over tensor × the slow part of fsdp; the batch is split over the rest.
@@ -37,9 +37,16 @@ GENERATE_RULES: Rules = (("batch", ("data", "replica")), *_MODEL_AXES)
 def resolve_spec(
     axes: LogicalAxes, shape: Sequence[int], mesh: Mesh | Mapping[str, int], rules: Rules
 ) -> PartitionSpec:
-    """The PartitionSpec of an array of `shape` whose dimensions carry the logical `axes` (None: never split).
+    """Resolves the PartitionSpec of an array.
 
-    `mesh` may also be the sizes of its axes.
+    Args:
+        axes: Logical axis of each dimension; None: never split.
+        shape: Of the array.
+        mesh: The mesh, or the sizes of its axes by name.
+        rules: Such as TRAIN_RULES.
+
+    Raises:
+        ValueError: `axes` and `shape` have different lengths.
     """
     sizes = mesh.shape if isinstance(mesh, Mesh) else mesh
     if len(axes) != len(shape):
@@ -69,6 +76,7 @@ def resolve_spec(
 
 
 def named_sharding(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules) -> NamedSharding:
+    """`resolve_spec` as a NamedSharding on `mesh`."""
     return NamedSharding(mesh, resolve_spec(axes, shape, mesh, rules))
 
 
@@ -77,7 +85,7 @@ _current: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("jaxrlhf_sharding",
 
 @contextmanager
 def use(mesh: Mesh | None, rules: Rules) -> Iterator[None]:
-    """Within this block (at trace time) `constrain` applies `rules` on `mesh`; a mesh of None makes it a no-op."""
+    """Within this block (at trace time) `constrain` applies `rules` on `mesh`; with a mesh of None it does nothing."""
     token = _current.set(None if mesh is None else (mesh, rules))
     try:
         yield
@@ -86,12 +94,12 @@ def use(mesh: Mesh | None, rules: Rules) -> Iterator[None]:
 
 
 def current_rules() -> tuple[Mesh, Rules] | None:
-    """What the current `use(mesh, rules)` was given; None outside of one."""
+    """Mesh and rules of the current `use(mesh, rules)`; None outside of one."""
     return _current.get()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin `x`'s sharding under the current `use(mesh, rules)`; returns `x` unchanged outside of one."""
+    """Pins the sharding of `x` to its logical `axes` under the current `use(mesh, rules)`; does nothing outside."""
     current = _current.get()
     if current is None:
         return x
@@ -100,13 +108,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def platform() -> str:
-    """What the current `use(mesh, rules)` computes on: `cpu`, `gpu` or `tpu`; outside of one, JAX's default."""
+    """Platform of the current `use(mesh, rules)`: `cpu`, `gpu` or `tpu`; outside of one, JAX's default."""
     current = _current.get()
     return jax.default_backend() if current is None else current[0].devices.flat[0].platform
 
 
 def split(axis: str, size: int) -> int:
-    """Into how many parts the current `use(mesh, rules)` splits a dimension `axis` of `size`; 1 outside of one."""
+    """Number of parts that the current `use(mesh, rules)` splits a dimension `axis` of `size` into; 1 outside."""
     current = _current.get()
     if current is None:
         return 1
@@ -115,15 +123,20 @@ def split(axis: str, size: int) -> int:
     return math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
-# Half-way from parameters stored over `embed` to GENERATE_RULES, on `generate_mesh`.
+# Half-way between storage over `embed` and GENERATE_RULES, on `generate_mesh`.
 _HALF_WAY_RULES: Rules = (*_MODEL_AXES, ("embed", ("replica",)))
 
 
-def flip(x: jax.Array, axes: LogicalAxes, stored: Rules) -> jax.Array:
-    """Pin a weight that lies by `stored` on the training mesh to the current rules, those of generation.
+def reshard(x: jax.Array, axes: LogicalAxes, stored: Rules) -> jax.Array:
+    """Pins a weight of the training mesh to the current rules, those of generation.
 
-    Where `fsdp` fell back to `embed`, it first swaps that for the dimension that generation splits (an all-to-all) and
-    then gathers the rest; asked to do both at once, XLA would gather the whole weight on every device.
+    Where `fsdp` fell back to `embed`, this takes two steps: an all-to-all that splits the dimension of generation
+    instead, then an all-gather of the rest. In one step XLA would gather the whole weight on every device.
+
+    Args:
+        x: The weight, inside a jitted program.
+        axes: Logical axis of each dimension.
+        stored: The rules that store it for training.
     """
     current = _current.get()
     if current is None:

@@ -1,20 +1,30 @@
-"""A function run by each device on its own part of the arrays, for what the compiler cannot split by itself."""
+"""Functions that each device runs on its own part of the arrays, for kernels that the compiler cannot split."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 
 from jaxrlhf.sharding.rules import LogicalAxes, current_rules, resolve_spec
 
+Result = TypeVar("Result")
+
 
 def map_shards(
-    function: Callable[..., Any], arrays: Sequence[jax.Array], axes: Sequence[LogicalAxes], out: int | tuple[int, ...]
-) -> Any:
-    """`function(*arrays)` with every array split as its logical `axes` say, its result as `arrays[out]` is.
+    function: Callable[..., Result],
+    arrays: Sequence[jax.Array],
+    axes: Sequence[LogicalAxes],
+    out: int | tuple[int, ...],
+) -> Result:
+    """Computes `function(*arrays)` shard by shard; a plain call outside of a `use(mesh, rules)`.
 
-    With several `out` it gives a tuple, each part split as that array. Only split dimensions that `function` treats
-    each element of alike. Outside of a `use(mesh, rules)` a plain call.
+    Split only dimensions whose elements `function` treats independently of each other.
+
+    Args:
+        function: Computes one shard of the result from a shard of each array.
+        arrays: Its arguments.
+        axes: Logical axes of each array, which say how it is split.
+        out: Index of the array that the result is split like; a tuple of them for a tuple of results.
     """
     current = current_rules()
     if current is None:

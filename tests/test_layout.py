@@ -23,10 +23,11 @@ PACKAGES = {
 # From the bottom to the top; what stands in one line does not import one another. A unit is the part of a module's name
 # after `jaxrlhf.`. A new module or package of jaxrlhf/ gets its place here.
 LAYERS = (
-    ("errors", "objectives", "kernels", "xla_flags"),
+    ("errors", "keys", "objectives", "kernels", "xla_flags"),
     ("config",),
     ("distributed",),
-    ("sharding", "rewards", "data", "runs"),
+    ("sharding", "rewards", "runs"),
+    ("data",),
     ("models",),
     ("engine",),
     ("trainers",),
@@ -38,9 +39,9 @@ LAYERS = (
     ("scripts",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-ISOLATED = ("kernels", "objectives", "errors")
+ISOLATED = ("kernels", "objectives", "errors", "keys")
 TORCH_USERS = {"models/hf/checkpoint_files.py", "jaxrlhf/bench/peers.py", "jaxrlhf/bench/trl_peer.py"}
-USERS_OF_DATA = ("trainers", "rl", "commands", "cli", "scripts")
+USERS_OF_DATA = ("trainers", "rl", "commands", "bench", "cli", "scripts")
 IMPORTED_WHERE_USED = ("datasets", "transformers", "matplotlib", "tensorboardX", "torch", "trl")
 
 
@@ -176,7 +177,7 @@ def test_the_wheel_has_every_module_once(wheel):
         if module.split(".")[0] == "jaxrlhf"
     )
     assert installed == expected
-    assert "jaxrlhf/py.typed" in names
+    assert {f"jaxrlhf/{name}" for name in ("py.typed", "runs/report.html.jinja", "runs/plots.mplstyle")} <= set(names)
 
 
 @pytest.mark.parametrize("folder", ["clone", "elsewhere"])

@@ -26,7 +26,7 @@ from jaxrlhf.models import (
     save_pretrained,
     with_kernels,
 )
-from jaxrlhf.models.attend import attend_to_sequence
+from jaxrlhf.models.attend import AttentionOptions, attend_to_sequence
 from jaxrlhf.models.decoder import LayerOptions, alibi_slopes, layer_options, positions_from_mask
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.model import make_module
@@ -160,18 +160,9 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
     ) -> jax.Array:
         mask = jnp.ones((rows, length), bool)
         slopes = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
+        options = AttentionOptions(scale, window, slopes, config.compute.attention_implementation)
         with use(mesh, TRAIN_RULES):
-            return attend_to_sequence(
-                q,
-                k,
-                v,
-                mask,
-                positions_from_mask(mask),
-                scale=scale,
-                window=window,
-                alibi_slopes=slopes,
-                implementation=config.compute.attention_implementation,
-            )
+            return attend_to_sequence(q, k, v, mask, positions_from_mask(mask), options)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | jax.Array, window: int | jax.Array) -> jax.Array:
         return jnp.sum(forward(q, k, v, scale, window).astype(jnp.float32) * weights)

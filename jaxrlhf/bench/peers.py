@@ -224,9 +224,9 @@ class TorchPeer:
             loss = 0.5 * errors.sum() / count
             loss.backward()
             value = value + loss.detach()
-        norms, limit = {}, self.config.optimizer.max_grad_norm
+        norms, largest = {}, self.config.optimizer.max_grad_norm or float("inf")
         for name, model in (("actor", self.actor), ("critic", self.critic)):
-            norms[name] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
+            norms[name] = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         return {

@@ -2,17 +2,17 @@
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxrlhf.config import NonNegativeInt, PositiveInt, Settings, default_of, settings
 from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import LIBRARIES
-from jaxrlhf.models import DecoderConfig, known_config, read_config
+from jaxrlhf.models import DecoderConfig, check_same_tokens
+from jaxrlhf.plan.programs import model_config
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.trainers.optimizer import OptimizerConfig
-from jaxrlhf.trainers.settings import ComputeConfig, MeshConfig, RunConfig, batch_devices, check_context
+from jaxrlhf.trainers.settings import ComputeConfig, MeshConfig, RunConfig, batch_devices
 
 KERNEL_SECTIONS = ("attention", "decode", "logprobs")
 PHASES = ("generate", "score", "train")
@@ -40,8 +40,8 @@ class BenchConfig(Settings):
     sections: tuple[str, ...] = SECTIONS
     """What to measure: attention, decode, logprobs, generate, score, train, ppo (a whole iteration)."""
     peers: tuple[str, ...] = ()
-    """Peers to measure in turns, on the same weights and prompts: hf (Hugging Face generate and a plain torch PPO step),
-    hf-compile (the same with a static cache and torch.compile in generate), trl (TRL's PPO)."""
+    """Peers to measure in turns, on the same weights and prompts: hf (Hugging Face generate and a plain torch PPO
+    step), hf-compile (the same with a static cache and torch.compile in generate), trl (TRL's PPO)."""
     actor: str = "opt-1.3b"
     """Shape of actor and reference: a known model's name, or a folder with a config.json."""
     critic: str = "opt-350m"
@@ -94,8 +94,8 @@ class BenchConfig(Settings):
             raise InputError(f"peers: they run {', '.join(PHASES)} and ppo; add one to the sections, or leave them out")
         if self.compute.attention_implementation in LIBRARIES and not {*ATTENDING, "ppo"} & set(self.sections):
             raise InputError(
-                f"attention_implementation={self.compute.attention_implementation} serves training and scoring alone, which "
-                f"{', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "
+                f"attention_implementation={self.compute.attention_implementation} serves training and scoring alone, "
+                f"which {', '.join(self.sections)} does not run; take auto, xla or pallas, or add one of "
                 f"{', '.join(ATTENDING)}, ppo to the sections"
             )
         for name, users in USED_BY.items():
@@ -149,20 +149,8 @@ class BenchConfig(Settings):
     def shapes(self) -> tuple[DecoderConfig, DecoderConfig]:
         """Configurations of actor and critic; InputError when they do not go together or the text is too long."""
         shapes = self._shape("actor"), self._shape("critic")
-        if shapes[0].vocab_size != shapes[1].vocab_size:
-            raise InputError(
-                f"actor={self.actor} has a vocabulary of {shapes[0].vocab_size} tokens and critic={self.critic} one of "
-                f"{shapes[1].vocab_size}; both must read the same tokens"
-            )
+        check_same_tokens(*shapes, (f"actor={self.actor}", f"critic={self.critic}"))
         return shapes
 
     def _shape(self, name: str) -> DecoderConfig:
-        value = getattr(self, name)
-        try:
-            shape = read_config(value) if Path(value).is_dir() else known_config(value)
-        except InputError as error:
-            raise (
-                error if Path(value).is_dir() else InputError(f"{name}: {value!r} is no folder, and {error}")
-            ) from error
-        check_context(shape, self.length, f"prompt + answer for {name}={value}")
-        return shape
+        return model_config(name, getattr(self, name), self.length, "prompt + answer")

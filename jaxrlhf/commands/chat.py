@@ -10,12 +10,13 @@ from typing import Annotated, Any, TextIO
 import jax
 import numpy as np
 
+from jaxrlhf import keys
 from jaxrlhf.config import NonNegativeInt, Settings, alias, read_yaml
 from jaxrlhf.data import DEFAULT_TEMPLATE, encode_conversation, length_bucket, load_tokenizer, pad_token_id
 from jaxrlhf.data.templates import check_template
 from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, load_pretrained, with_kernels
+from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, with_kernels
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder, read_json
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig
@@ -105,11 +106,7 @@ class ChatSession:
     def __init__(self, model: Model, tokenizer: Any, config: ChatConfig, console: Console | None = None) -> None:
         if model.module.head != "lm":
             raise InputError("chat needs a language model; this one has a scalar head (a reward model or critic)")
-        if len(tokenizer) > model.config.vocab_size:
-            raise InputError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
-                "use the model's own tokenizer"
-            )
+        check_tokenizer_fits(len(tokenizer), model.config, "the tokenizer")
         self.tokenizer, self.config = tokenizer, config
         self.console = Console(quiet=True) if console is None else console
         self.template = DEFAULT_TEMPLATE if config.prompt_template is None else config.prompt_template
@@ -175,7 +172,7 @@ class ChatSession:
 
     def _answer(self, message: dict[str, str], prompt: list[int]) -> Iterator[str]:
         answer = StreamedText(self.tokenizer, self.config.sampling.stop_strings)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), self.round)
+        key = keys.stream(self.config.seed, keys.Stream.CHAT, self.round)
         self.round += 1
         try:
             for token in self._tokens(prompt, key):
@@ -250,7 +247,7 @@ def chat(config: ChatConfig, input_stream: TextIO | None = None, output: TextIO 
     output = sys.stdout if output is None else output
     console = Console()
     session = open_session(config, console)
-    interactive = input_stream is sys.stdin and input_stream.isatty()
+    interactive = input_stream is sys.stdin and sys.stdin.isatty()
     if interactive:
         console.print("Type a message; /help lists the commands.")
     talk(session, read_lines(input_stream, interactive), output, console)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf import keys
 from jaxrlhf.commands.rlhf import BaseModelsConfig, RLHFConfig, train_rlhf
 from jaxrlhf.config import NonNegativeInt, Settings
 from jaxrlhf.config.files import write_json_atomic
@@ -93,7 +94,7 @@ def answers(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> li
     sampling = SamplingConfig(
         RESPONSE_TOKENS, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_token_id(tokenizer)
     )
-    rollout = jax.device_get(engine.generate(ids, mask, jax.random.key(seed), sampling))
+    rollout = jax.device_get(engine.generate(ids, mask, keys.stream(seed, keys.Stream.SAMPLES), sampling))
     tokens = [row[real] for row, real in zip(rollout.tokens, rollout.response_mask, strict=True)]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 

@@ -12,7 +12,7 @@ from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import read_config
+from jaxrlhf.models import check_same_tokens, read_config
 from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
@@ -23,6 +23,7 @@ from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, SharedConfig, S
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
 
 C = TypeVar("C", bound=SharedConfig)
+Step = SFTConfig | RewardConfig | DPOConfig | PPOConfig
 STEPS = ("sft", "reward", "ppo", "dpo")
 
 
@@ -67,9 +68,15 @@ def check_exports(config: RLHFConfig) -> None:
             raise InputError(f"{name}.lora_export=adapter: the next step needs the merged model; choose merged or both")
 
 
-def step_configs(config: RLHFConfig) -> dict[str, SFTConfig | RewardConfig | DPOConfig | PPOConfig]:
+def start_of(config: RLHFConfig) -> ModelConfig:
+    """The model that step 1 starts from."""
+    models = config.models
+    return ModelConfig(models.actor_model_name_or_path, models.start, models.tokenizer)
+
+
+def step_configs(config: RLHFConfig) -> dict[str, Step]:
     """The steps' own configs by name, in order: shared parts from `config`, the others from their sections."""
-    shared = {f.name: getattr(config, f.name) for f in fields(SharedConfig)}
+    shared: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(SharedConfig)}
     base, tokenizer = config.models, config.models.tokenizer
 
     def build(cls: type[C], name: str, **models: Settings) -> C:
@@ -81,10 +88,10 @@ def step_configs(config: RLHFConfig) -> dict[str, SFTConfig | RewardConfig | DPO
     def folder_of(name: str) -> str:
         return str(Path(config.folder.output_dir) / name)
 
-    start = ModelConfig(base.actor_model_name_or_path, base.start, tokenizer)
+    start = start_of(config)
     later = replace(base.start, model_type=None, config_overrides={})
     after_sft = ModelConfig(folder_of("sft"), later, tokenizer)
-    steps = {"sft": build(SFTConfig, "sft", model=start)}
+    steps: dict[str, Step] = {"sft": build(SFTConfig, "sft", model=start)}
     if config.alignment == "dpo":
         return steps | {"dpo": build(DPOConfig, "dpo", model=after_sft)}
     reward = replace(after_sft, model_name_or_path=base.reward_model_name_or_path or folder_of("sft"))
@@ -103,7 +110,7 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     if not config.folder.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
     root = Path(config.folder.output_dir)
-    step_configs(config)["sft"].model.tokenizer_source  # noqa: B018 - refuses contradictory model flags before a write
+    start_of(config).tokenizer_source  # noqa: B018 - refuses contradictory model flags before a write
     check_exports(config)
     config = joined(config)
     stages = step_configs(config)
@@ -144,13 +151,9 @@ def summary_of(stage: SharedConfig) -> dict[str, Any]:
 def check_vocabularies(models: BaseModelsConfig) -> None:
     """Refuses, before any step is trained, two base models that PPO could not use together."""
     names = (models.actor_model_name_or_path, models.reward_model_name_or_path)
-    if None not in names:
-        actor, reward = (read_config(name).vocab_size for name in names)
-        if actor != reward:
-            raise InputError(
-                f"actor {names[0]} has {actor} tokens in its vocabulary, reward model {names[1]} has {reward}: they "
-                "must share one tokenizer, because the reward model reads what the actor writes"
-            )
+    if names[0] is not None and names[1] is not None:
+        labels = f"actor {names[0]}", f"reward model {names[1]}"
+        check_same_tokens(read_config(names[0]), read_config(names[1]), labels)
 
 
 def check_root(root: Path, folder: FolderConfig) -> None:

@@ -25,6 +25,8 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
     Model,
+    check_same_tokens,
+    check_tokenizer_fits,
     load_pretrained,
     logical_axes,
     merged,
@@ -129,23 +131,14 @@ class Sampler:
         self.copies = self.sampling.samples_per_prompt
         self.rows = config.per_device_batch_size * batch_devices(self.mesh)
         model = self._load(config.model_name_or_path, "lm")
-        if len(self.tokenizer) > model.config.vocab_size:
-            raise InputError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model.config.vocab_size}; use the "
-                "model's own tokenizer"
-            )
+        check_tokenizer_fits(len(self.tokenizer), model.config, "the tokenizer")
         model = with_kernels(model, kv_cache_dtype=config.generation.kv_cache_dtype)
         self.engine = HybridEngine(model, self.mesh)
         self.engine.check_slots(config.generation.generation_slots, self.rows * self.copies)
         self.reward_model: Model | None = None
         if config.reward_model_name_or_path is not None:
             self.reward_model = self._load(config.reward_model_name_or_path, "scalar", new_head=False)
-            sizes = (model.config.vocab_size, self.reward_model.config.vocab_size)
-            if sizes[0] != sizes[1]:
-                raise InputError(
-                    f"the model has a vocabulary of {sizes[0]} tokens and the reward model one of {sizes[1]}; both "
-                    "must read the same tokens"
-                )
+            check_same_tokens(model.config, self.reward_model.config, ("the model", "the reward model"))
         self._generate = Announce(console, "generate program", self.engine.generate)
         self._score = Announce(console, "scoring program", reward_model_scores)
 
@@ -225,7 +218,7 @@ class Sampler:
                     mean = finite_mean(finished["scores"][real])
                     rate = done / (time.monotonic() - begin)
                     scored = "none has a score" if mean is None else f"mean score {mean:.3g}"
-                    bar.set_postfix_str(f"{done} samples, {rate:.3g} a second, {scored}", refresh=False)
+                    bar.note = f"{done} samples, {rate:.3g} a second, {scored}"
                     bar.update()
                     yield finished
                 waiting = started

@@ -2,8 +2,7 @@
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from jaxrlhf.config.flags import load_yaml, parse, read_yaml, save_yaml
-from jaxrlhf.config.settings import (
+from jaxrlhf.config.annotations import (
     Derived,
     Fraction,
     FromYaml,
@@ -14,14 +13,10 @@ from jaxrlhf.config.settings import (
     Positive,
     PositiveInt,
     Section,
-    Settings,
     alias,
-    check_needs,
-    default_of,
-    lasting,
-    settings,
-    to_dict,
 )
+from jaxrlhf.config.flags import load_yaml, parse, read_yaml, save_yaml
+from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, settings, to_dict
 
 __all__ = [
     "Derived",

@@ -1,39 +1,24 @@
-"""Settings from flags and YAML files (tyro and PyYAML), and back to YAML."""
+"""Settings from flags and YAML files, and back to YAML."""
 
 import contextlib
-import dataclasses
-import io
-import re
+import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import tyro
 import yaml
 
+from jaxrlhf.config.annotations import FromYaml, check_value, is_optional, scalar_of
 from jaxrlhf.config.files import write_text_atomic
-from jaxrlhf.config.settings import (
-    SECTION,
-    FromYaml,
-    Setting,
-    Settings,
-    _hints,
-    canonical,
-    is_optional,
-    scalar_of,
-    sections,
-    settings,
-    to_dict,
-)
+from jaxrlhf.config.help import print_help
+from jaxrlhf.config.settings import Setting, Settings, canonical, errors_in, sections, settings, to_dict
 from jaxrlhf.errors import InputError
 
 C = TypeVar("C", bound=Settings)
 
 NONE_WORDS = ("none", "null", "~", "")
-BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-_GUARD = "\x00"  # before a value of a list that begins with a dash, which tyro would take for a flag
-_MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
@@ -45,30 +30,24 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
     Raises:
         InputError: naming an unknown or doubled name, a value of another type, a file that cannot be read.
     """
-    words = list(argv)
-    if wanted := [word for word in words if word in ("-h", "--help")]:
-        name = (words[words.index(wanted[0]) + 1 :] or [""])[0]
-        if name and name not in sections(cls):
-            raise InputError(f"--help {name}: the sections are {', '.join(sections(cls)) or 'none'}")
-        kind, prefix = (sections(cls)[name], f"{prog} --{name}.FLAG") if name else (cls, prog)
-        tyro.cli(_shown(kind), args=["--help"], prog=prefix, description=_page(cls, name, description), config=_MARKERS)
-    tokens: dict[str, list[str]] = {name: [] for name in ("", *sections(cls))}
-    flags = list(_flags(words))
-    files = [values for name, values in flags if name == "config"]
-    if files:
-        if len(files[-1]) != 1:
-            raise InputError(f"--config takes one YAML file, got {len(files[-1])}: {' '.join(files[-1]) or 'none'}")
-        _add_mapping(cls, tokens, read_yaml(files[-1][0]), files[-1][0])
-    for name, values in flags:
-        if name != "config":
-            _add_flag(cls, tokens, name, values)
-    config = _call(cls, tokens[""], prog)
-    parts = {
-        name: _call(kind, tokens[name], f"{prog} --{name}.FLAG", getattr(config, name))
-        for name, kind in sections(cls).items()
-        if tokens[name]
-    }
-    return dataclasses.replace(config, **parts) if parts else config
+    if wanted := [place for place, word in enumerate(argv) if word in ("-h", "--help")]:
+        print_help(cls, "".join(argv[wanted[0] + 1 : wanted[0] + 2]), prog, description)
+    flags, values, errors = list(_flags(argv)), {}, []
+    for words in [words for name, words in flags if name == "config"][-1:]:
+        if len(words) != 1:
+            raise InputError(f"--config takes one YAML file, got {len(words)}: {' '.join(words) or 'none'}")
+        with errors_in(words[0]):
+            for key, value in read_yaml(words[0]).items():
+                _put(cls, values, key, value, once=True)
+    for name, words in flags:
+        try:
+            if name != "config":
+                _put(cls, values, name, words)
+        except InputError as error:
+            errors.append(str(error))
+    if errors:
+        raise InputError("\n".join(errors))
+    return cls.create(**values)
 
 
 def load_yaml(cls: type[C], path: str | Path) -> C:
@@ -78,201 +57,154 @@ def load_yaml(cls: type[C], path: str | Path) -> C:
 
 def save_yaml(config: Settings, path: str | Path) -> None:
     """Writes the config to `path` atomically, such that `load_yaml` and `--config` give an equal one."""
-    write_text_atomic(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100))
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    write_text_atomic(path, text)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML mapping with all scalars as text. Raises InputError when it is unreadable, malformed or no mapping."""
+    """Reads a YAML mapping, with scalars as text. Raises InputError for a file that holds something else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a UTF-8 text file"
-        raise InputError(f"cannot read the config file {path}: {reason}") from error
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the file: {getattr(error, 'strerror', None) or error}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
+        raise InputError(f"not valid YAML: {error}") from error
     if values in (None, ""):
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"{path} must hold 'setting: value' lines, found a {type(values).__name__}")
+        raise InputError(f"must hold 'setting: value' lines, found a {type(values).__name__}")
     return values
+
+
+class _Quoted(str):
+    """Text in quotes, which is no number and not none."""
 
 
 class _Loader(yaml.BaseLoader):
     """Leaves scalars as text, and refuses doubled keys."""
 
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        return _Quoted(text) if node.style else text
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = next((key for key in keys if keys.count(key) > 1), None)
-        if doubled is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {doubled!r} occurs twice", node.start_mark)
+        for place, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} occurs twice", key_node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that would be read as something else."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, "'" if _is_none(text) or not isinstance(_guess(text), str) else None
+    ),
+)
+
+
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(name, words that follow) of each flag, in order."""
-    name, values = "", []
+    name, values = "", ()
     for word in words:
         if word.startswith("--") and len(word) > 2:
             if name:
                 yield name, values
-            flag, equals, value = word[2:].partition("=")
-            name, values = flag.replace("-", "_"), [value] if equals else []
+            name, equals, value = word[2:].partition("=")
+            name, values = name.replace("-", "_"), (value,) if equals else ()
         elif name:
-            values.append(word)
+            values += (word,)
         else:
             raise InputError(f"unexpected argument {word!r}: settings are given as --flag value")
     if name:
         yield name, values
 
 
-def _add_flag(cls: type, tokens: dict[str, list[str]], name: str, values: list[str]) -> None:
+def _put(cls: type, values: dict[str, Any], name: str, given: Any, once: bool = False) -> None:
+    """Reads a setting into `values`. `given`: the words of a flag as a tuple; text, list or dict from YAML."""
     section, dot, inner = name.partition(".")
     if dot and section in sections(cls):
-        cls, name = sections(cls)[section], inner
+        with errors_in(f"in section {section}"):
+            return _put(sections(cls)[section], values.setdefault(section, {}), inner, given, once)
+    if name.startswith("no_") and given == () and name not in settings(cls):
+        name, given = name.removeprefix("no_"), ("false",)
+    known = canonical(cls, name)
+    if known in sections(cls):
+        if given and not isinstance(given, dict):
+            raise InputError(f"{name} is a section: set its entries, as in --{name}.FLAG VALUE, or a mapping in YAML")
+        for key, value in (given or {}).items():
+            _put(cls, values, f"{known}.{key}", value, once)
+    elif once and known in values:
+        raise InputError(f"{known} is given twice, once as {name}")
     else:
-        section = ""
-    if name in sections(cls):
-        raise InputError(f"--{name} is a section: set its entries, as in --{name}.FLAG VALUE, or a mapping in YAML")
-    if name.startswith("no_") and not values and name not in settings(cls):
-        name, values = name.removeprefix("no_"), ["false"]
-    setting = settings(cls)[name := canonical(cls, name)]
-    kind = typing.get_origin(scalar_of(setting.kind))
-    if kind in (tuple, dict):
-        values = [item.strip() for value in values for item in value.split(",") if item.strip()]
-    tokens[section] += _tokens(name, setting, values)
+        setting = settings(cls)[known]
+        values[known] = _read(known, setting, given)
+        check_value(known, values[known], setting.kind, setting.notes)
 
 
-def _add_mapping(
-    cls: type, tokens: dict[str, list[str]], values: Mapping[str, Any], file: str, section: str = ""
-) -> None:
-    given: set[str] = set()
-    for key, value in values.items():
-        name = canonical(cls, str(key), f" in {file}")
-        if name in given:
-            raise InputError(f"{file}: {name} is given twice, once as {key}")
-        given.add(name)
-        if name in sections(cls):
-            if value and not isinstance(value, dict):
-                raise InputError(f"{file}: {name} is a section and must hold a mapping, found {value!r}")
-            _add_mapping(sections(cls)[name], tokens, value or {}, file, name)
-            continue
-        setting = settings(cls)[name]
-        readers = [note.read for note in setting.notes if isinstance(note, FromYaml)]
-        value = readers[0](value) if readers else value
-        if isinstance(value, dict):
-            value = [f"{key}={item}" for key, item in value.items()]
-        is_tuple = typing.get_origin(scalar_of(setting.kind)) is tuple
-        if isinstance(value, str) and is_tuple:
-            value = [item.strip() for item in value.split(",") if item.strip()]
-        tokens[section] += _tokens(name, setting, list(value) if isinstance(value, list | tuple) else [value])
-
-
-def _tokens(name: str, setting: Setting, values: list[str]) -> list[str]:
-    """The words that tyro reads for a setting."""
-    kind, lowered = scalar_of(setting.kind), [str(value).lower() for value in values]
-    flag = f"--{name}"
-    if is_optional(setting.kind) and len(values) == 1 and lowered[0] in NONE_WORDS:
-        return [flag, "None"]
-    if kind is bool:
-        value = BOOLEANS.get(lowered[0]) if len(values) == 1 else None if values else True
-        if value is None:
-            raise InputError(f"{flag} must be true or false, found {' '.join(values)}")
-        return [flag if value else f"--no_{name}"]
-    if typing.get_origin(kind) is dict:
-        pairs = [value.partition("=") for value in values if value.lower() not in NONE_WORDS]
+def _read(name: str, setting: Setting, given: Any) -> Any:
+    """What a flag or YAML key holds, by the type of the setting; text that is of another type as it is."""
+    for note in setting.notes:
+        if isinstance(note, FromYaml) and not isinstance(given, tuple):
+            given = note.read(given)
+    kind, origin = scalar_of(setting.kind), typing.get_origin(scalar_of(setting.kind))
+    words = list(given) if isinstance(given, tuple | list) else [given]
+    if is_optional(setting.kind) and len(words) == 1 and _is_none(words[0]):
+        return None
+    if origin is dict and isinstance(given, dict):
+        return {str(key): _guess(value) for key, value in given.items()}
+    if not all(isinstance(word, str) for word in words):
+        raise InputError(f"{name}={given!r} must not be nested")
+    if origin in (tuple, dict) and not isinstance(given, list):
+        words = [item.strip() for word in words for item in word.split(",") if item.strip()]
+    if origin is tuple:
+        return tuple(_scalar(typing.get_args(kind)[0], word) for word in words)
+    if origin is dict:
+        pairs = [word.partition("=") for word in words if not _is_none(word)]
         if bad := [key for key, equals, _ in pairs if not equals]:
-            raise InputError(f"{flag} takes key=value,key=value; {bad[0]!r} is not key=value")
-        booleans = {"true": "True", "false": "False"}
-        return [flag, *(word for key, _, item in pairs for word in (key, booleans.get(item.lower(), item)))]
-    if typing.get_origin(kind) is tuple:
-        return [flag, *(f"{_GUARD}{v}" if v.startswith("-") and not _is_number(v) else v for v in values)]
-    if len(values) != 1:
-        raise InputError(f"{flag} takes one value, found {' '.join(values) or 'none'}")
-    return [f"{flag}={values[0]}"]
+            raise InputError(f"{name}: {bad[0]!r} must be key=value")
+        return {key: _guess(value) for key, _, value in pairs}
+    if kind is bool and given == ():
+        return True
+    if len(words) != 1 or isinstance(given, list):
+        raise InputError(f"{name} takes one value, found {' '.join(words) or 'none'}")
+    return _scalar(kind, words[0])
 
 
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return float(text) is not None
-    return False
+def _is_none(word: Any) -> bool:
+    return isinstance(word, str) and not isinstance(word, _Quoted) and word.lower() in NONE_WORDS
 
 
-def _call(cls: type[C], tokens: list[str], prog: str, default: C | None = None) -> C:
-    """tyro's result as an instance of `cls`; its message as an InputError."""
-    said = io.StringIO()
-    shown = _shown(cls)
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(
-                shown,
-                args=tokens,
-                prog=prog,
-                default=None if default is None else _as(shown, default),
-                config=_MARKERS,
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if isinstance(stop.__context__, InputError):  # ours, of values that the type allows
-            raise stop.__context__ from None
-        lines = (re.sub(r"[│╭╮╰╯─]", "", line).strip() for line in said.getvalue().splitlines())
-        raise InputError("\n  ".join(line for line in lines if line)) from stop
-    return _as(cls, parsed)
+def _number(text: str) -> int | float | None:
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            number = read(text.replace(".inf", "inf"))
+            return None if "_" in text or math.isnan(number) else number
+    return None
 
 
-def _as(cls: type, config: Any) -> Any:
-    """The same values in another class of the same fields, guards taken off."""
-    values = {}
-    for f in dataclasses.fields(cls):
-        value = getattr(config, f.name)
-        kind, notes = _hints(cls)[f.name]
-        if dataclasses.is_dataclass(kind) and SECTION not in notes:
-            value = _as(typing.cast(type, kind), value)
-        elif isinstance(value, tuple):
-            value = tuple(item.removeprefix(_GUARD) if isinstance(item, str) else item for item in value)
-        values[f.name] = value
-    return cls(**values)
+def _scalar(kind: Any, text: str) -> Any:
+    """The text as a value of `kind`; unchanged where it is none."""
+    if typing.get_origin(kind) is Literal:
+        return {str(choice): choice for choice in typing.get_args(kind)}.get(text, text)
+    if kind is bool:
+        known = text.lower() in TRUE_WORDS + FALSE_WORDS
+        return text.lower() in TRUE_WORDS if known else text
+    number = _number(text) if kind in (int, float) else None
+    if number is None or (kind is int and not float(number).is_integer()):
+        return str(text)
+    return kind(number)
 
 
-def _shown(cls: type, hidden: frozenset[str] = frozenset()) -> type:
-    """`cls` as tyro sees it: sections and hidden settings are fixed at their defaults."""
-    hidden = hidden | getattr(cls, "HIDDEN", frozenset())
-    changed = []
-    for f in dataclasses.fields(cls):
-        kind, notes = _hints(cls)[f.name]
-        annotation: Any = typing.get_type_hints(cls, include_extras=True)[f.name]
-        if f.name in hidden or SECTION in notes:
-            annotation = Annotated[annotation, tyro.conf.Fixed, tyro.conf.Suppress]
-        elif dataclasses.is_dataclass(kind):
-            annotation = _shown(typing.cast(type, kind), hidden)
-            if annotation is kind:
-                continue
-        else:
-            continue
-        default = f.default
-        if dataclasses.is_dataclass(annotation):
-            base = (
-                default
-                if default is not dataclasses.MISSING
-                else f.default_factory()
-                if f.default_factory is not dataclasses.MISSING
-                else kind()
-            )
-            default = _as(annotation, base)
-        changed.append((f.name, annotation, dataclasses.field(default=default)))
-    if not changed:
-        return cls
-    shown = dataclasses.make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True)
-    shown.__doc__ = cls.__doc__
-    return shown
-
-
-def _page(cls: type, section: str, description: str) -> str:
-    text = f"{description}\n\n--config FILE.yaml reads settings from a file; flags beside it win."
-    if section:
-        return f"{description}, section {section}: write each flag as --{section}.FLAG."
-    if sections(cls):
-        text += "\n" + "\n".join(
-            f"--{name}.FLAG sets one of section {name}; `--help {name}` lists them." for name in sections(cls)
-        )
-    return text
+def _guess(text: str) -> int | float | bool | str:
+    """The value of an entry of a dict, whose type no annotation says."""
+    if isinstance(text, _Quoted) or not isinstance(text, str):
+        return str(text)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    number = _number(text)
+    return text if number is None else number

@@ -38,10 +38,10 @@ def import_object(spec: str, what: str) -> object:
     except InputError as error:
         raise InputError(f"{what} {spec!r}: {error}") from error
     except ModuleNotFoundError as error:
-        named_by_spec = not is_file and f"{place}.".startswith(f"{error.name}.")
+        importer = "" if not is_file and f"{place}.".startswith(f"{error.name}.") else f", which {place} imports"
         raise InputError(
-            f"{what} {spec!r}: there is no module {error.name}{'' if named_by_spec else f', which {place} imports'}, in "
-            f"the working directory {Path.cwd()} or among the installed packages; check the name, or install it"
+            f"{what} {spec!r}: there is no module {error.name}{importer}, in the working directory {Path.cwd()} or in "
+            "the installed packages; check the name, or install it"
         ) from error
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise InputError(f"{what} {spec!r}: importing {place} failed: {exception_line(error)}") from error

@@ -1,23 +1,25 @@
 """The embedded demo data: short conversations with a graded, checkable preference, and a tokenizer trained on them.
 
-Somebody asks an everyday question (a colour, a sum, an opposite, a capital, …) or says a greeting. A response is an
-opening, an answer and a closing; the answer is right or wrong, opening and closing are courteous, neutral or rude.
+A prompt is an everyday question (a colour, a sum, an opposite, a capital, …) or a greeting. A response is an opening,
+an answer and a closing. The answer is right or wrong; the opening and the closing are courteous, neutral or rude.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+from jaxrlhf.data.cache import created
+
+T = TypeVar("T")
 
 OPENINGS = {
     1: ("Of course!", "Happy to help!", "My pleasure!", "Sure thing!"),
@@ -29,7 +31,7 @@ CLOSINGS = {
     0: ("", "", "That is all.", "Or so people say."),
     -1: ("Leave me alone.", "Do not ask again.", "Everybody knows that."),
 }
-RIGHT = 3  # what a right answer counts; a courteous opening or closing counts 1, a rude one -1
+RIGHT = 3  # quality of a right answer; a courteous opening or closing adds 1, a rude one -1
 
 COLORS = {
     "grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "a banana": "yellow", "a tomato": "red",
@@ -53,7 +55,14 @@ SUMS = {f"{a} plus {b}": str(a + b) for a in range(1, 4) for b in range(1, 4)}
 
 @dataclass(frozen=True)
 class Family:
-    """Questions of one kind: how they are asked (`{slot}`), answered (`{slot}`, `{answer}`), and the right answers."""
+    """Questions of one kind.
+
+    Attributes:
+        questions: forms of the question, with `{slot}`.
+        answer: form of the answer, with `{slot}` and `{answer}`.
+        facts: the right answer of each slot.
+        leads: words before the question.
+    """
 
     questions: tuple[str, ...]
     answer: str
@@ -103,14 +112,14 @@ FAMILIES = (
 )
 HELD_OUT = 0.1  # share of the distinct prompts that only the evaluation rows have
 
-# How often a chosen response, which is always right, has each quality. The best is rare, so that a model trained on
-# chosen responses leaves PPO a tone to gain.
+# Share of each quality among the chosen responses, which are always right. The best is rare, so that PPO can improve
+# the tone of a model that is trained on chosen responses.
 CHOSEN_QUALITY = {5: 0.05, 4: 0.20, 3: 0.40, 2: 0.25, 1: 0.10}
 
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where the demo data lies: two JSON-lines files, and a Hugging Face tokenizer folder."""
+    """Two JSON-lines files, and a Hugging Face tokenizer folder."""
 
     train: Path
     eval: Path
@@ -134,22 +143,23 @@ def prompts() -> dict[str, tuple[Family, str]]:
 def demo_quality(prompt: str, response: str) -> float:
     """The quality of a response to one of the demo's prompts, from -2 (wrong and rude) to 5 (right and courteous).
 
-    3 for the right answer, and ±1 each for a courteous or rude opening and closing. An answer is right when it is
-    there as whole words and no other answer to questions of the kind is. Raises KeyError for a prompt not of the demo.
+    The right answer counts 3; a courteous opening or closing adds 1, a rude one -1. An answer is right when the
+    response holds it as whole words, and no answer to another question of the kind. Raises KeyError for a prompt that
+    is not the demo's.
     """
     family, slot = prompts()[prompt]
-    said = words(response)
-    # What repeats the question is no answer to it ("3 plus 4 is 7" does not say 3).
-    told = said.replace(words(slot), " ", 1) if "{slot}" in family.answer else said
+    text = words(response)
+    # A repeated question is no answer: "3 plus 4 is 7" does not answer 3.
+    rest = text.replace(words(slot), " ", 1) if "{slot}" in family.answer else text
     answer = family.facts[slot]
     others = {other for other in family.facts.values() if other != answer}
-    right = words(answer) in told and not any(words(other) in told for other in others)
-    return float(RIGHT * right + tone(said, OPENINGS) + tone(said, CLOSINGS))
+    right = words(answer) in rest and not any(words(other) in rest for other in others)
+    return float(RIGHT * right + tone(text, OPENINGS) + tone(text, CLOSINGS))
 
 
-def tone(said: str, phrases: dict[int, tuple[str, ...]]) -> int:
-    kinds = [sign for sign in (1, -1) if any(phrase and words(phrase) in said for phrase in phrases[sign])]
-    return sum(kinds)
+def tone(text: str, phrases: dict[int, tuple[str, ...]]) -> int:
+    """1 for a courteous phrase in the text, -1 for a rude one, 0 for none or both."""
+    return sum(sign for sign in (1, -1) if any(words(phrase) in text for phrase in phrases[sign]))
 
 
 def words(text: str) -> str:
@@ -159,14 +169,14 @@ def words(text: str) -> str:
 
 @dataclass(frozen=True)
 class Response:
-    """A response in parts: opening and closing as (kind, phrase), the answer, and whether it is right."""
+    """A response in parts; opening and closing are (kind, phrase)."""
 
     opening: tuple[int, str]
     answer: str
-    right: bool
     closing: tuple[int, str]
 
     def text(self, family: Family, slot: str) -> str:
+        """Joins the parts to sentences."""
         start, end = self.opening[1], self.closing[1]
         body = family.answer.replace("{slot}", slot).replace("{answer}", self.answer)
         if not start or start[-1] in ".!?":
@@ -174,48 +184,48 @@ class Response:
         return " ".join(part for part in (start, body, end) if part)
 
 
-def draw(rng: np.random.Generator, family: Family, slot: str, qualities: range, wrong_share: float) -> Response:
-    """A random response whose quality is among `qualities`, a wrong one in `wrong_share` where both kinds can be."""
-    shapes = {True: [], False: []}
-    for right in shapes:
-        for opening in OPENINGS:
-            for closing in CLOSINGS:
-                if opening + closing + RIGHT * right in qualities:
-                    shapes[right].append((opening, closing))
+def sample_response(
+    rng: np.random.Generator, family: Family, slot: str, qualities: range, wrong_share: float
+) -> Response:
+    """Samples a response with one of `qualities`; a wrong one in `wrong_share` of the cases where both can be."""
+    shapes = {
+        right: [(o, c) for o in OPENINGS for c in CLOSINGS if o + c + RIGHT * right in qualities]
+        for right in (True, False)
+    }
     right = bool(shapes[True]) and (not shapes[False] or rng.random() >= wrong_share)
     opening, closing = pick(rng, shapes[right])
     return Response(
         (opening, pick(rng, OPENINGS[opening])),
         family.facts[slot] if right else wrong_answer(rng, family, slot),
-        right,
         (closing, pick(rng, CLOSINGS[closing])),
     )
 
 
 def worsen(rng: np.random.Generator, family: Family, slot: str, response: Response) -> Response:
-    """The same (right) response with one part made worse."""
+    """Makes one part of a right response worse."""
     parts = [part for part in ("opening", "closing") if getattr(response, part)[0] > -1]
-    parts += ["answer", "answer"]  # facts are what is hardest to learn: they get their share
+    parts += ["answer", "answer"]  # facts are the hardest to learn
     part = pick(rng, parts)
     if part == "answer":
-        return dataclasses.replace(response, right=False, answer=wrong_answer(rng, family, slot))
+        return replace(response, answer=wrong_answer(rng, family, slot))
     kind = int(rng.integers(-1, getattr(response, part)[0]))
     phrases = OPENINGS if part == "opening" else CLOSINGS
-    return dataclasses.replace(response, **{part: (kind, pick(rng, phrases[kind]))})
+    return replace(response, **{part: (kind, pick(rng, phrases[kind]))})
 
 
 def wrong_answer(rng: np.random.Generator, family: Family, slot: str) -> str:
-    """An answer to another question of the kind, which this question itself does not name."""
+    """An answer to another question of the kind that this question does not name."""
     right = family.facts[slot]
     return pick(rng, sorted({a for a in family.facts.values() if a != right and words(a) not in words(slot)}))
 
 
-def pick(rng: np.random.Generator, items):
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """Samples one of the items."""
     return items[int(rng.integers(len(items)))]
 
 
 def demo_rows(size: int, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """About `size` pairs for training and a twentieth as many (at least 64) for evaluation, on prompts of their own."""
+    """`size` pairs for training, and a twentieth as many (at least 64) for evaluation, on other prompts."""
     rng = np.random.default_rng(seed)
     every = list(prompts())
     order = rng.permutation(len(every))
@@ -225,24 +235,24 @@ def demo_rows(size: int, seed: int = 0) -> tuple[list[dict], list[dict]]:
 
 
 def pairs(rng: np.random.Generator, choice: list[str], size: int) -> list[dict]:
-    """Rows on random prompts: half differ in one part of the response, half are two responses of their own."""
+    """Samples rows: in half of them chosen and rejected differ in one part, in the others they are independent."""
     qualities, chances = list(CHOSEN_QUALITY), list(CHOSEN_QUALITY.values())
     rows = []
     for _ in range(size):
         prompt = pick(rng, choice)
         family, slot = prompts()[prompt]
         quality = int(rng.choice(qualities, p=chances))
-        chosen = draw(rng, family, slot, range(quality, quality + 1), 0.0)
+        chosen = sample_response(rng, family, slot, range(quality, quality + 1), 0.0)
         if rng.random() < 0.5:
             rejected = worsen(rng, family, slot, chosen)
         else:
-            rejected = draw(rng, family, slot, range(-2, quality), 0.5)
+            rejected = sample_response(rng, family, slot, range(-2, quality), 0.5)
         rows.append({"prompt": prompt, "chosen": chosen.text(family, slot), "rejected": rejected.text(family, slot)})
     return rows
 
 
 def write_demo(folder: str | Path, size: int = 6000, seed: int = 0) -> DemoPaths:
-    """Write `train.jsonl`, `eval.jsonl` and `tokenizer/` to `folder`: the same bytes for the same size and seed."""
+    """Writes `train.jsonl`, `eval.jsonl` and `tokenizer/` to `folder`: the same bytes for the same size and seed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = DemoPaths(folder / "train.jsonl", folder / "eval.jsonl", folder / "tokenizer")
@@ -255,7 +265,7 @@ def write_demo(folder: str | Path, size: int = 6000, seed: int = 0) -> DemoPaths
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 512):
-    """A byte-level BPE tokenizer trained on `texts`, with `<pad>` 0 and `<eos>` 1, and no chat template."""
+    """Trains a byte-level BPE tokenizer on `texts`, with `<pad>` 0 and `<eos>` 1, and no chat template."""
     import tokenizers
     import transformers
 
@@ -275,18 +285,10 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512):
 
 
 def materialize_demo(cache_dir: str | Path) -> DemoPaths:
-    """The demo data and tokenizer in `cache_dir`, written on the first call. This is what `data_path` `demo` means."""
+    """The demo data and tokenizer (`data_path demo`) in `cache_dir`; the first call writes them."""
     version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=6).hexdigest()
     folder = Path(cache_dir) / f"demo-{version}"
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with created(folder) as temporary:
             write_demo(temporary)
-            os.replace(temporary, folder)
-        except OSError:
-            if not folder.exists():  # else another process was first
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return DemoPaths(folder / "train.jsonl", folder / "eval.jsonl", folder / "tokenizer")

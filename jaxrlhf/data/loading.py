@@ -1,30 +1,20 @@
-"""From the data flags to the tokenised train and eval rows of a step: `load_data`."""
+"""Loads the tokenised training and evaluation rows of a step, as `DataConfig` selects them."""
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, overload
 
 import numpy as np
 
 from jaxrlhf.config import Ge, Gt, Lasting, Lt, NonNegativeInt, PositiveInt, Settings, alias
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
+from jaxrlhf.data.cache import default_cache, hash_json, tokenizer_fingerprint
 from jaxrlhf.data.sources import SHARES, Source, parse_split, resolve_source, split_indices
-from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, default_cache, uses_chat_template
-from jaxrlhf.data.tokenized import (
-    FORMAT,
-    Encoding,
-    Ragged,
-    hash_json,
-    open_part,
-    read_part,
-    tokenizer_fingerprint,
-    write_part,
-)
+from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, uses_chat_template
+from jaxrlhf.data.tokenized import FORMAT, Encoding, Ragged, RowSet, read_part, write_part
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
@@ -85,14 +75,27 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(config.data_cache_dir).expanduser() if config.data_cache_dir else default_cache()
 
 
+@overload
+def load_data(
+    config: DataConfig, tokenizer, step: Literal["ppo"], columns: tuple[str, ...] = ()
+) -> tuple[PromptData, PromptData]: ...
+@overload
+def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]: ...
 def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]:
-    """The training and the evaluation rows of `step` ("sft", "reward", "ppo" or "dpo"), tokenised or from the cache.
+    """Loads the training and the evaluation rows of a step, tokenised or from the cache.
 
-    Evaluation rows are the same in every step and are trained on in none: `eval_data_path`, else each source's own
-    evaluation split, else a held-out fraction of it. `columns`: fields of the rows that ppo data keeps, besides
-    `config.reward_columns`; a row that lacks one is bad input. Raises InputError for unusable data or tokenizer, and
-    when the processes of a run read different data. Of these, one of each machine writes the cache, while the others
-    wait.
+    Evaluation rows are the same in every step, and no step trains on them: `eval_data_path`, else each source's own
+    evaluation split, else a held-out fraction of it. When several processes load, one per machine writes the cache
+    while the others wait.
+
+    Args:
+        config: the data settings.
+        tokenizer: a Hugging Face tokenizer.
+        step: "sft", "reward", "ppo" or "dpo".
+        columns: fields of the rows that ppo data keeps, besides `config.reward_columns`.
+
+    Raises:
+        InputError: the data or the tokenizer is unusable, a row lacks a column, or processes read different data.
     """
     if step not in SHARES:
         raise ValueError(f"step '{step}': must be one of {', '.join(SHARES)}")
@@ -107,12 +110,11 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
 def tokenised_parts(
     config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
 ) -> tuple[tuple[Data, Data], dict[str, str]]:
-    """The two parts of `load_data`, and hashes of all they come from by what they are hashes of."""
+    """The two parts of `load_data`, and the hash of each thing that they depend on."""
     folder = cache_folder(config)
     sources = [resolve_source(name, folder) for name in config.data_path]
     eval_sources = [resolve_source(name, folder) for name in config.eval_data_path]
     check_apart(sources, eval_sources)
-    columns = tuple(dict.fromkeys((*columns, *config.reward_columns))) if step == "ppo" else ()
     encoding = Encoding(
         step=step,
         names=(("prompt", config.prompt_field), ("chosen", config.chosen_field), ("rejected", config.rejected_field)),
@@ -120,155 +122,121 @@ def tokenised_parts(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_seq_len,
         long_prompts=config.long_prompts,
-        columns=columns,
-    )
-    read = functools.cache(
-        lambda source_index, split, own: (eval_sources if own else sources)[source_index].rows(split)
+        columns=tuple(dict.fromkeys((*columns, *config.reward_columns))) if step == "ppo" else (),
     )
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
-    maximum = config.max_prompt_seq_len if step == "ppo" else config.max_length
     result, contents = [], {"the tokenizer": tokenizer_hash}
     for part in ("train", "eval"):
-        selection = Selection(part, step, tuple(sources), tuple(eval_sources), config, read)
-        chosen = selection.key()
-        key = hash_json([FORMAT, tokenizer_hash, asdict(encoding), chosen])
+        selection = Selection(part, step, tuple(sources), tuple(eval_sources), config)
+        selected = selection.key()
+        key = hash_json([FORMAT, tokenizer_hash, asdict(encoding), selected])
         ragged = cached_part(folder / "tokens" / f"{step}-{part}-{key}", selection, tokenizer, encoding)
-        result.append(DATA_CLASSES[step](ragged, tokenizer, maximum, key))
-        contents |= {f"{name} ({part})": fingerprint for name, _, fingerprint in chosen[1]}
+        result.append(DATA_CLASSES[step](ragged, tokenizer, encoding.bound[1], key))
+        contents |= {f"{name} ({part})": fingerprint for name, _, fingerprint in selected[1]}
         contents[f"rows and order ({part})"] = key
     return (result[0], result[1]), contents
 
 
 def check_apart(sources: list[Source], eval_sources: list[Source]) -> None:
-    """Raise InputError when a file or data set that is trained on is also given for evaluation."""
-    files = {path.resolve() for source in sources for path in source.files.get("train", ())}
-    saved = {source.fingerprint("train") for source in sources if "train" in source.datasets}
+    """Raises InputError when a file or data set serves both for training and for evaluation."""
+    trained = {identity for source in sources for identity in source.identities("train")}
     for source in eval_sources:
-        split = evaluation_split(source)
-        shared = any(path.resolve() in files for path in source.files.get(split, ()))
-        if shared or (split in source.datasets and source.fingerprint(split) in saved):
+        if trained & source.identities(source.evaluation_split):
             raise InputError(f"eval_data_path '{source.name}': is also training data; leave it out of one of them")
-
-
-def evaluation_split(source: Source) -> str:
-    return "eval" if source.has("eval") else "train"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of which sources make up the train or the eval part of a step."""
+    """The rows of the sources that make up the train or the eval part of a step."""
 
     part: str
     step: str
     sources: tuple[Source, ...]
     eval_sources: tuple[Source, ...]
     config: DataConfig
-    read: functools._lru_cache_wrapper
 
     @property
-    def label(self) -> str:
-        return f"{self.step} {self.part} data"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        given = self.eval_sources if self.part == "eval" and self.eval_sources else self.sources
-        return tuple(source.name for source in given)
+    def limit(self) -> int:
+        """The largest number of rows; 0: all."""
+        return self.config.max_train_samples if self.part == "train" else self.config.max_eval_samples
 
     def key(self) -> list:
-        """All that the selection depends on, for the cache's name; reads the files' bytes but does not parse them."""
-        config = self.config
-        samples = config.max_train_samples if self.part == "train" else config.max_eval_samples
-        prints = [[s.name, s.has("eval"), s.fingerprint(split)] for s, split, _ in self.splits()]
-        share = [config.data_split, self.step] if self.part == "train" else []
-        held_out = 0 if self.eval_sources else config.eval_fraction
-        return [self.part, prints, share, held_out, samples, config.seed]
+        """Everything that the selection depends on, for the cache's key. Hashes the files without parsing them."""
+        prints = [[s.name, "eval" in s.splits, s.fingerprint(split)] for s, split in self.splits()]
+        share = [self.config.data_split, self.step] if self.part == "train" else []
+        held_out = 0 if self.eval_sources else self.config.eval_fraction
+        return [self.part, prints, share, held_out, self.limit, self.config.seed]
 
-    def splits(self) -> list[tuple[Source, str, bool]]:
-        """The (source, split, whether it is one of eval_data_path) that the rows are taken from."""
+    def splits(self) -> list[tuple[Source, str]]:
+        """The sources that the rows come from, and the split of each."""
         if self.part == "train":
-            return [(source, "train", False) for source in self.sources]
-        if self.eval_sources:
-            return [(source, evaluation_split(source), True) for source in self.eval_sources]
-        return [(source, evaluation_split(source), False) for source in self.sources]
+            return [(source, "train") for source in self.sources]
+        return [(source, source.evaluation_split) for source in self.eval_sources or self.sources]
 
-    def origin(self) -> np.ndarray:
-        """int32 [n, 2]: (source number, row number) of every selected row, in order."""
-        config, chosen = self.config, []
-        for k, (source, split, own) in enumerate(self.splits()):
-            n = len(self.read(k, split, own))
-            if self.part == "eval" and (own or split == "eval"):
-                rows = np.arange(n)
-            else:
-                held_out = 0.0 if self.eval_sources or source.has("eval") else config.eval_fraction
-                train, evaluation = split_indices(
-                    n, self.step, data_split=config.data_split, held_out=held_out, seed=config.seed, name=source.name
-                )
-                rows = train if self.part == "train" else evaluation
-            chosen.append(np.stack([np.full(len(rows), k), rows], axis=1))
-        result = np.concatenate(chosen).astype(np.int32)
-        limit = config.max_train_samples if self.part == "train" else config.max_eval_samples
-        if limit and limit < len(result):
-            result = result[np.sort(np.random.default_rng((config.seed, 1)).permutation(len(result))[:limit])]
-        if not len(result):
+    def read(self) -> RowSet:
+        """Reads the sources and selects the rows. Raises InputError when none is left."""
+        rows, origins = [], []
+        for k, (source, split) in enumerate(self.splits()):
+            rows.append(source.rows(split))
+            selected = self.select(source, split, len(rows[k]))
+            origins.append(np.stack([np.full(len(selected), k), selected], axis=1))
+        origin = np.concatenate(origins).astype(np.int32)
+        if 0 < self.limit < len(origin):
+            order = np.random.default_rng((self.config.seed, 1)).permutation(len(origin))
+            origin = origin[np.sort(order[: self.limit])]
+        label = f"{self.step} {self.part} data"
+        if not len(origin):
             raise InputError(
-                f"{self.label}: no row is left for this step; raise its share in data_split '{config.data_split}', "
+                f"{label}: no row is left for this step; raise its share in data_split '{self.config.data_split}', "
                 "or give more data"
             )
-        return result
+        return RowSet(label, tuple(source.name for source, _ in self.splits()), rows, origin)
 
-    def rows(self, origin: np.ndarray) -> Iterator[tuple[object, functools.partial]]:
-        splits = self.splits()
-        for k, row in origin.tolist():
-            _, split, own = splits[k]
-            rows = self.read(k, split, own)
-            yield rows[row], functools.partial(rows.where, row)
+    def select(self, source: Source, split: str, n: int) -> np.ndarray:
+        """The selected row numbers of a source with `n` rows."""
+        if self.part == "eval" and (self.eval_sources or split == "eval"):
+            return np.arange(n)
+        config = self.config
+        held_out = 0.0 if self.eval_sources or "eval" in source.splits else config.eval_fraction
+        train, evaluation = split_indices(
+            n, self.step, data_split=config.data_split, held_out=held_out, seed=config.seed, name=source.name
+        )
+        return train if self.part == "train" else evaluation
 
 
 def cached_part(folder: Path, selection: Selection, tokenizer, encoding: Encoding) -> Ragged:
-    ragged = open_part(folder)
-    known = ragged is not None
+    """The part in `folder`; tokenises the selected rows when it is not there. Logs what was read."""
+    ragged, origin = read_part(folder), "from the cache"
     if ragged is None:
-        origin = selection.origin()
+        row_set, origin = selection.read(), "tokenised into"
         try:
-            write_part(folder, selection.rows(origin), origin, selection.names, tokenizer, encoding, selection.label)
+            write_part(folder, row_set, tokenizer, encoding)
         except OSError as error:
             raise InputError(
                 f"data_cache_dir '{folder.parent}': cannot be written ({error.strerror or error}); "
                 "free space there, or choose another folder"
             ) from error
         ragged = read_part(folder)
-    report(selection.label, ragged, folder, known, tokenizer, encoding)
+        if ragged is None:
+            raise InputError(
+                f"data_cache_dir '{folder.parent}': {folder.name} cannot be read back; choose another folder"
+            )
+    rendering = "chat template" if uses_chat_template(tokenizer, encoding.template) else repr(encoding.template)
+    report(f"{selection.step} {selection.part} data", ragged, encoding, f"rendered by {rendering}, {origin} {folder}")
     return ragged
 
 
-def report(label: str, ragged: Ragged, folder: Path, known: bool, tokenizer, encoding: Encoding) -> None:
-    """Log one line on what was read; a warning when rows were skipped, cut or dropped."""
+def report(label: str, ragged: Ragged, encoding: Encoding, how: str) -> None:
+    """Logs one line about a part; a warning when rows were skipped, cut or dropped."""
+    name, bound = encoding.bound
+    texts = {
+        "skipped": "skipped",
+        "dropped_too_long": f"dropped, longer than {bound} ({name}) tokens",
+        "truncated_prompts": f"prompts cut to fit {bound} ({name}) tokens",
+        "truncated_responses": f"responses cut to fit {bound} ({name}) tokens",
+    }
     counts = ragged.counts
-    bound = (
-        f"{encoding.max_prompt_length} (max_prompt_seq_len)"
-        if encoding.step == "ppo"
-        else f"{encoding.max_length} (max_length)"
-    )
-    changes = [
-        f"{counts[name]:,} {text}"
-        for name, text in (
-            ("skipped", "skipped"),
-            ("dropped_too_long", f"dropped, longer than {bound} tokens"),
-            ("truncated_prompts", f"prompts cut to fit {bound} tokens"),
-            ("truncated_responses", f"responses cut to fit {bound} tokens"),
-        )
-        if counts[name]
-    ]
-    rendering = "chat template" if uses_chat_template(tokenizer, encoding.template) else repr(encoding.template)
-    logger.log(
-        logging.WARNING if changes else logging.INFO,
-        "%s: %s of %s rows, %s tokens, rendered by %s, %s %s%s",
-        label,
-        f"{counts['kept']:,}",
-        f"{counts['rows']:,}",
-        f"{len(ragged.tokens):,}",
-        rendering,
-        "from the cache" if known else "tokenised into",
-        folder,
-        "".join(f"; {change}" for change in changes) + "".join(f"; {problem}" for problem in ragged.problems),
-    )
+    changes = [f"{counts[name]:,} {text}" for name, text in texts.items() if counts[name]]
+    summary = f"{counts['kept']:,} of {counts['rows']:,} rows, {len(ragged.tokens):,} tokens, {how}"
+    level = logging.WARNING if changes else logging.INFO
+    logger.log(level, "%s: %s", label, "; ".join([summary, *changes, *ragged.problems]))

@@ -1,106 +1,112 @@
-"""Takes prompt, chosen and rejected out of a row, or says what is wrong with it."""
+"""Takes prompt, chosen and rejected out of a row, or names what is wrong with it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 from jaxrlhf.data.templates import Message, Prompt
 
 PAIR = ("prompt", "chosen", "rejected")
 FIELDS = {"sft": ("prompt", "chosen"), "reward": PAIR, "ppo": ("prompt",), "dpo": PAIR}
-"""What each step reads of a row."""
+"""Fields of a row that each step reads."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One valid row; `responses` holds chosen, or chosen and rejected, or nothing, as the step needs.
+    """A valid row.
 
-    `columns`: the values of further fields that were asked for.
+    Attributes:
+        prompt: text, or a conversation that ends before an assistant message.
+        responses: chosen, or chosen and rejected, or nothing, as the step needs.
+        columns: values of the further fields that the caller asks for.
     """
 
     prompt: Prompt
     responses: tuple[str, ...]
-    columns: tuple[Any, ...] = ()
+    columns: tuple[object, ...] = ()
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Why a row is left out: the field (by the name it has in the file) and what is wrong with it."""
+class BadRow(Exception):
+    """A step cannot use a row. The message names the field, as the file does, and what is wrong with it."""
 
-    field: str
-    what: str
+    def __init__(self, field: str, what: str):
+        super().__init__(f"'{field}' {what}")
 
 
-def read_row(row: Any, step: str, names: dict[str, str]) -> Example | Problem:
-    """The example in `row` for `step`; `names` maps prompt, chosen and rejected to the fields' names in the file.
+def read_row(row: object, step: str, names: Mapping[str, str]) -> Example:
+    """Reads the example in a row for a step.
 
-    A prompt is text or a list of messages; a response is text or a list of messages whose last ones, the assistant's,
-    count. Where the prompt field is absent and chosen is a whole conversation, its beginning is the prompt.
+    A prompt is text or a list of messages. A response is text, or a list of messages that ends with the assistant's.
+    Without a prompt field, the prompt is the beginning of chosen, when that is a whole conversation.
+
+    Args:
+        row: a mapping of field to value.
+        step: "sft", "reward", "ppo" or "dpo".
+        names: names of prompt, chosen and rejected in the file.
+
+    Raises:
+        BadRow: a field is missing, empty, or of another kind.
     """
     if not isinstance(row, Mapping):
-        return Problem("row", f"is not an object but {kind(row)}")
-    prompt = row.get(names["prompt"])
-    if prompt is None and names["prompt"] not in row and is_conversation(row.get(names["chosen"])):
-        prompt = list(row[names["chosen"]])
-        while prompt and prompt[-1]["role"] == "assistant":
-            prompt.pop()
+        raise BadRow("row", f"is not an object but {kind(row)}")
+    name, chosen = names["prompt"], row.get(names["chosen"])
+    if name not in row and is_conversation(chosen):
+        beginning = list(chosen)
+        while beginning and beginning[-1]["role"] == "assistant":
+            beginning.pop()
+        row = {**row, name: beginning}
+    prompt = read_field(row, name)
     if isinstance(prompt, list):
-        if prompt and not is_conversation(prompt):
-            return Problem(names["prompt"], "is a list, but not of messages with text in 'role' and 'content'")
-        if prompt and prompt[-1]["role"] == "assistant":
-            return Problem(names["prompt"], "ends with an assistant message")
+        if prompt[-1]["role"] == "assistant":
+            raise BadRow(name, "ends with an assistant message")
         prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
-    problem = check_text(row, names["prompt"], prompt)
-    if problem:
-        return problem
     responses = []
     for field in FIELDS[step][1:]:
-        value = row.get(names[field])
-        if isinstance(value, list) and value:
-            if not is_conversation(value):
-                return Problem(names[field], "is a list, but not of messages with text in 'role' and 'content'")
-            value = assistant_text(value)
-        problem = check_text(row, names[field], value)
-        if problem:
-            return problem
-        responses.append(value)
+        value = read_field(row, names[field])
+        response = assistant_text(value) if isinstance(value, list) else value
+        if not response.strip():
+            raise BadRow(names[field], "is empty")
+        responses.append(response)
     return Example(prompt, tuple(responses))
 
 
-def read_columns(row: Mapping, names: tuple[str, ...]) -> tuple[Any, ...] | Problem:
-    """The values of the fields `names`, or what is wrong with the first that is absent, null or no JSON value."""
+def read_field(row: Mapping[str, object], name: str) -> Prompt:
+    """The text or the messages in a field. Raises BadRow for anything else, and for an empty field."""
+    value = row.get(name)
+    if value is None:
+        raise BadRow(name, "is null" if name in row else "is missing")
+    if not isinstance(value, str | list):
+        raise BadRow(name, f"is not text but {kind(value)}")
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise BadRow(name, "is empty")
+    if isinstance(value, list) and not is_conversation(value):
+        raise BadRow(name, "is a list, but not of messages with text in 'role' and 'content'")
+    return value
+
+
+def read_columns(row: Mapping[str, object], names: tuple[str, ...]) -> tuple[object, ...]:
+    """The values of the fields `names`. Raises BadRow for a field that is missing, null, or no JSON value."""
     for name in names:
         if row.get(name) is None:
-            return Problem(name, "is null" if name in row else "is missing")
+            raise BadRow(name, "is null" if name in row else "is missing")
         try:
             json.dumps(row[name])
-        except (TypeError, ValueError):
-            return Problem(name, f"is no JSON value but a {type(row[name]).__name__}")
+        except (TypeError, ValueError) as error:
+            raise BadRow(name, f"is not a JSON value but a {type(row[name]).__name__}") from error
     return tuple(row[name] for name in names)
 
 
-def check_text(row: Mapping, name: str, value: Any) -> Problem | None:
-    if value is None:
-        return Problem(name, "is null" if name in row else "is missing")
-    if not isinstance(value, str | list):
-        return Problem(name, f"is not text but {kind(value)}")
-    if not value or (isinstance(value, str) and not value.strip()):
-        return Problem(name, "is empty")
-    return None
+def is_conversation(value: object) -> TypeGuard[list[Message]]:
+    """True for a list of one message or more with text in `role` and `content`."""
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
 
 
-def is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in value
-        )
-    )
+def is_message(value: object) -> bool:
+    """True for a mapping with text in `role` and `content`."""
+    return isinstance(value, Mapping) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
 
 def assistant_text(messages: list[Message]) -> str:
@@ -113,6 +119,7 @@ def assistant_text(messages: list[Message]) -> str:
     return "\n".join(texts)
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
+    """The kind of a JSON value, for messages."""
     names = {bool: "a true/false value", int: "a number", float: "a number", str: "text", list: "a list"}
     return "null" if value is None else names.get(type(value), "an object")

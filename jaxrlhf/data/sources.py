@@ -1,22 +1,25 @@
 """Reads rows from files, folders and Hugging Face data sets, and splits them over the steps.
 
-JSON and CSV are read by the standard library, so that an error can name the line and a CSV cell stays the text it is;
-Parquet files, `save_to_disk` folders and hub names are read through `datasets`.
+The standard library reads JSON and CSV, so that an error names the line and a CSV cell stays the text it is. The
+`datasets` library reads Parquet files, `save_to_disk` folders and data sets of the hub.
 """
 
 from __future__ import annotations
 
 import bisect
+import codecs
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import mmap
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,26 +27,24 @@ from jaxrlhf.errors import InputError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 SHARES = {"sft": (0, 1), "reward": (1, 2), "ppo": (2, 3), "dpo": (1, 3)}
-"""From which to which of data_split's shares each step trains on; dpo stands in for reward and ppo."""
+"""First and last (exclusive) share of `data_split` that each step trains on; dpo replaces reward and ppo."""
 EVAL_NAMES = ("eval", "validation", "valid", "val", "dev", "test")  # in order of preference
+SPLIT_WORDS = {"train": "train", "training": "train", "evaluation": "eval"} | {name: name for name in EVAL_NAMES}
 DEMO_NAME = "demo"
 
 
-class Rows(Protocol):
-    """A sequence of rows (mappings of field to value) that can say where row `i` came from."""
+class Rows:
+    """A sequence of rows (mappings of field to value) that knows where each row came from.
 
-    def __len__(self) -> int: ...
+    Args:
+        rows: a list or a `datasets.Dataset`.
+        name: the file or data set, for messages.
+        unit: what a number counts: "line", "item" or "row".
+        numbers: the number of each row, from 1. Default: its position.
+    """
 
-    def __getitem__(self, i: int) -> Any: ...
-
-    def where(self, i: int) -> str: ...
-
-
-class ListRows:
-    """Rows held in memory: `rows[i]` stood at `numbers[i]` (a line or an item) of the file `path`."""
-
-    def __init__(self, path: Path, rows: list, numbers: Sequence[int], unit: str):
-        self.path, self.rows, self.numbers, self.unit = path, rows, numbers, unit
+    def __init__(self, rows: Any, name: str, unit: str = "row", numbers: Sequence[int] | np.ndarray | None = None):
+        self.rows, self.name, self.unit, self.numbers = rows, name, unit, numbers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,56 +53,32 @@ class ListRows:
         return self.rows[i]
 
     def where(self, i: int) -> str:
-        return f"{self.path} {self.unit} {self.numbers[i]}"
+        """The place of row `i` for messages: `rows.jsonl line 3`."""
+        return f"{self.name} {self.unit} {i + 1 if self.numbers is None else self.numbers[i]}"
 
 
-class JsonLines:
-    """Rows of a JSON-lines file, parsed when asked for: memory holds only where each line begins."""
+class JsonLines(Rows):
+    """Rows of a JSON-lines file, parsed on access: memory holds only where each line begins and ends."""
 
     def __init__(self, path: Path):
-        self.path = path
-        starts, ends, numbers, position = [], [], [], 0
+        spans, end = array("q"), 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                end = position + len(line)
-                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    position, line = position + 3, line[3:]
-                if line.strip():
-                    parse_line(path, number, line)  # every line is checked before any step spends time on the others
-                    starts.append(position)
-                    ends.append(end)
-                    numbers.append(number)
-                position = end
+                start, end = end, end + len(line)
+                if line.removeprefix(codecs.BOM_UTF8).strip():
+                    parse_json(path, line, number)  # reports a bad line before any other row is tokenised
+                    spans.extend((start, end, number))
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.starts, self.ends, self.numbers = np.array(starts), np.array(ends), np.array(numbers)
+        rows = np.array(spans).reshape(-1, 3)
+        super().__init__(rows, str(path), "line", rows[:, 2])
+        self.path = path
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, i: int) -> Any:
-        return parse_line(self.path, int(self.numbers[i]), self.bytes[self.starts[i] : self.ends[i]])
-
-    def where(self, i: int) -> str:
-        return f"{self.path} line {self.numbers[i]}"
+    def __getitem__(self, i: int) -> object:
+        start, end, number = self.rows[i].tolist()
+        return parse_json(self.path, self.bytes[start:end], number)
 
 
-class TableRows:
-    """Rows of a `datasets.Dataset`."""
-
-    def __init__(self, name: str, dataset):
-        self.name, self.dataset = name, dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.dataset[int(i)]
-
-    def where(self, i: int) -> str:
-        return f"{self.name} row {i + 1}"
-
-
-class JoinedRows:
+class JoinedRows(Rows):
     """Several `Rows` one after the other."""
 
     def __init__(self, parts: Sequence[Rows]):
@@ -112,10 +89,11 @@ class JoinedRows:
         return self.ends[-1]
 
     def locate(self, i: int) -> tuple[Rows, int]:
+        """The part that holds row `i`, and the row's position in it."""
         k = bisect.bisect_right(self.ends, i)
         return self.parts[k], i - (self.ends[k - 1] if k else 0)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> object:
         part, j = self.locate(i)
         return part[j]
 
@@ -124,58 +102,47 @@ class JoinedRows:
         return part.where(j)
 
 
-def parse_line(path: Path, number: int, line: bytes) -> Any:
+def decode(path: Path, text: bytes, line: int = 1) -> str:
+    """Decodes UTF-8, without a byte order mark. `line`: the number of the first line, for the InputError."""
     try:
-        return json.loads(line)
+        return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path} line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-            "mend or delete that line (one JSON object a line)"
-        ) from error
-
-
-def decode_text(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
+        line += text[: error.start].count(b"\n")
         raise InputError(f"{path} line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
 
 
-def read_json(path: Path) -> Rows:
-    """Rows of a JSON file, whatever its suffix: a list of objects, or one object a line."""
-    with open(path, "rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
-        try:
-            return JsonLines(path)
-        except InputError:
-            if not is_json_object(path):
-                raise
-        raise InputError(f"{path}: holds one JSON object; a list of rows or one row a line is needed")
+def parse_json(path: Path, text: bytes, line: int = 1) -> object:
+    """Parses JSON. `line`: the number of the first line, for the InputError."""
     try:
-        rows = json.loads(decode_text(path))
+        return json.loads(decode(path, text.rstrip(), line))
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); mend the file"
+            f"{path} line {line + error.lineno - 1}: not valid JSON ({error.msg} at column {error.colno}); correct the "
+            "line, or delete it from a file with one JSON object per line"
         ) from error
-    return ListRows(path, rows, range(1, len(rows) + 1), "item")
 
 
-def is_json_object(path: Path) -> bool:
+def read_json(path: Path) -> Rows:
+    """Reads a list of objects, or one object per line, whatever the file's suffix."""
+    with open(path, "rb") as file:
+        is_list = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    if is_list:
+        return Rows(parse_json(path, path.read_bytes()), str(path), "item")
     try:
-        return isinstance(json.loads(decode_text(path)), dict)
-    except json.JSONDecodeError:
-        return False
+        return JsonLines(path)
+    except InputError as error:
+        try:
+            parse_json(path, path.read_bytes())
+        except InputError:
+            raise error from None
+        raise InputError(f"{path}: holds one JSON object; give a list of objects, or one object per line") from error
 
 
 def read_csv(path: Path) -> Rows:
+    """Reads a CSV file with a header; cells stay text, and a row without a cell lacks the field."""
     rows, numbers = [], []
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
-    reader = csv.DictReader(io.StringIO(decode_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(decode(path, path.read_bytes()), newline=""), strict=True)
     try:
         for row in reader:
             if None in row:
@@ -185,215 +152,226 @@ def read_csv(path: Path) -> Rows:
             rows.append({name: value for name, value in row.items() if value is not None})
             numbers.append(reader.line_num)
     except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num}: not valid CSV ({error}); mend the file") from error
-    return ListRows(path, rows, numbers, "line")
+        raise InputError(f"{path} line {reader.line_num}: not valid CSV ({error}); correct the file") from error
+    return Rows(rows, str(path), "line", numbers)
 
 
 def read_parquet(path: Path) -> Rows:
+    """Opens a Parquet file through `datasets`, which maps it into memory."""
     import datasets
-    import pyarrow
 
-    try:
-        return TableRows(str(path), datasets.Dataset.from_parquet(str(path)))
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise InputError(f"{path}: cannot be read as Parquet ({first_line(cause)}); write the file again") from error
+    with loading(f"{path}: cannot be read as Parquet", "write the file again"):
+        return Rows(datasets.Dataset.from_parquet(str(path)), str(path))
+
+
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
 def read_file(path: Path) -> Rows:
     """The rows of one file, by its suffix. Raises InputError naming the file (and line) when it holds none."""
-    readers = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
-    try:
-        rows = readers[path.suffix.lower()](path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
-        ) from error
-    if not len(rows):
+    with reading(path):
+        rows = READERS[path.suffix.lower()](path) if path.stat().st_size else None
+    if not rows:
         raise InputError(f"{path}: holds no rows; give a file with at least one")
     return rows
 
 
+def hash_file(path: Path) -> str:
+    """Hashes a file's bytes. Raises InputError when it cannot be read."""
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an OSError into an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
+
+
+@contextlib.contextmanager
+def loading(problem: str, remedy: str) -> Iterator[None]:
+    """Turns the errors of `datasets` into an InputError: `problem` (cause); `remedy`."""
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ArrowException, DatasetsError) as error:
+        cause = (error.__cause__ if isinstance(error, DatasetGenerationError) else None) or error
+        raise InputError(f"{problem} ({first_line(cause)}); {remedy}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, at most 300 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 @dataclass(frozen=True)
 class Source:
-    """One place rows come from: its name as the user gave it and, per split, its files or its loaded data set."""
+    """One source of rows.
+
+    Attributes:
+        name: the source as the user gave it.
+        splits: the list of files or the `datasets.Dataset` of "train", and of "eval" where the source has its own
+            evaluation split.
+    """
 
     name: str
-    files: dict[str, tuple[Path, ...]]  # "train", and "eval" where the source has an evaluation split of its own
-    datasets: dict[str, Any]
+    splits: Mapping[str, Any]
+    _rows: dict[str, Rows] = field(default_factory=dict, repr=False)
 
-    def has(self, split: str) -> bool:
-        return split in self.files or split in self.datasets
+    @property
+    def evaluation_split(self) -> str:
+        """The split to evaluate on when the source serves for evaluation only."""
+        return "eval" if "eval" in self.splits else "train"
+
+    def identities(self, split: str) -> set[Path | str]:
+        """The files of a split, or the data set's fingerprint."""
+        data = self.splits[split]
+        return {path.resolve() for path in data} if isinstance(data, list) else {data._fingerprint}
 
     def fingerprint(self, split: str) -> str:
-        """A hash of the contents of a split; it does not parse the rows."""
-        if split in self.datasets:
-            return self.datasets[split]._fingerprint
-        digest = hashlib.blake2b(digest_size=16)
-        for path in self.files[split]:
-            digest.update(hash_file(path).encode())
-        return digest.hexdigest()
+        """Hashes the contents of a split without parsing its rows."""
+        data = self.splits[split]
+        if not isinstance(data, list):
+            return data._fingerprint
+        return hashlib.blake2b("".join(map(hash_file, data)).encode(), digest_size=16).hexdigest()
 
     def rows(self, split: str) -> Rows:
-        if split in self.datasets:
-            rows = TableRows(f"{self.name} ({split})", self.datasets[split])
-            if not len(rows):
-                raise InputError(f"data_path '{self.name}': its {split} split holds no rows")
-            return rows
-        parts = [read_file(path) for path in self.files[split]]
-        return parts[0] if len(parts) == 1 else JoinedRows(parts)
-
-
-def hash_file(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
-        ) from error
+        """The rows of a split, read on the first call. Raises InputError when there are none."""
+        if split not in self._rows:
+            data = self.splits[split]
+            if isinstance(data, list):
+                parts = [read_file(path) for path in data]
+                self._rows[split] = parts[0] if len(parts) == 1 else JoinedRows(parts)
+            else:
+                self._rows[split] = Rows(data, f"{self.name} ({split})")
+                if not len(data):
+                    raise InputError(f"data_path '{self.name}': its {split} split holds no rows; give another data set")
+        return self._rows[split]
 
 
 def resolve_source(name: str, cache_dir: Path) -> Source:
-    """Find what `name` stands for: `demo`, a file, a folder, a `save_to_disk` folder, or a hub name (`name:config`).
+    """Finds the source that `name` stands for.
 
-    Raises InputError when there is nothing there, naming what was looked for.
+    Args:
+        name: `demo`, a file, a folder, a `save_to_disk` folder, or a data set of the hub (`name` or `name:config`).
+        cache_dir: folder for the demo data.
+
+    Raises:
+        InputError: there is no such source; the message names what was looked for.
     """
     if name == DEMO_NAME:
         from jaxrlhf.data.demo import materialize_demo
 
         demo = materialize_demo(cache_dir)
-        return Source(name, {"train": (demo.train,), "eval": (demo.eval,)}, {})
+        return Source(name, {"train": [demo.train], "eval": [demo.eval]})
     path = Path(name).expanduser()
+    is_data_file = path.suffix.lower() in SUFFIXES
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
+        if not is_data_file:
             raise InputError(f"data_path '{name}': unknown kind of file; use one of {', '.join(SUFFIXES)}")
-        check_not_empty(path)
-        return Source(name, {"train": (path,)}, {})
-    if path.is_dir():
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return load_saved(name, path)
-        return Source(name, files_by_split(name, path), {})
-    if looks_like_path(name):
+        return Source(name, {"train": [path]})
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if path.is_dir() and not saved:
+        return Source(name, files_by_split(name, path))
+    if not saved and (is_data_file or looks_like_path(name)):
         raise InputError(f"data_path '{name}': no such file or folder; check the path")
-    return load_hub(name)
+
+    import datasets
+
+    if saved:
+        with loading(f"data_path '{name}': the saved data set cannot be read", "save it again"):
+            loaded = datasets.load_from_disk(str(path))
+    else:
+        repository, _, config = name.partition(":")
+        with loading(
+            f"data_path '{name}': neither a file or folder here nor a data set that the hub gives",
+            "check the name and the network, or give a local file",
+        ):
+            loaded = datasets.load_dataset(repository, config or None)
+    return Source(name, datasets_by_split(name, loaded))
 
 
 def looks_like_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in SUFFIXES
+    """True when `name` cannot be a name on the hub."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
-def check_not_empty(path: Path) -> None:
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty; give a file with at least one row")
-
-
-def split_of(relative: Path) -> str | None:
-    """The split a file's name (or its folder's name) tells: "train", one of EVAL_NAMES, or None."""
-    words = re.findall(r"[a-z]+", str(relative.with_suffix("")).lower())
-    for word in reversed(words):
-        if word in ("train", "training"):
-            return "train"
-        if word in (*EVAL_NAMES, "evaluation"):
-            return "eval" if word == "evaluation" else word
-    return None
-
-
-def files_by_split(name: str, folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Sort a folder's data files into "train" and "eval" by their names; without such names all are for training."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    if not files:
-        raise InputError(f"data_path '{name}': the folder holds no {', '.join(SUFFIXES)} file; put the data there")
+def files_by_split(name: str, folder: Path) -> dict[str, object]:
+    """Sorts a folder's data files into "train" and "eval" by their names; without such names all are for training."""
     groups: dict[str | None, list[Path]] = {}
-    for path in files:
-        groups.setdefault(split_of(path.relative_to(folder)), []).append(path)
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        relative = path.relative_to(folder)
+        if not any(part.startswith(".") for part in relative.parts):
+            words = re.findall(r"[a-z]+", str(relative.with_suffix("")).lower())
+            split = next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), None)
+            groups.setdefault(split, []).append(path)
+    if not groups:
+        raise InputError(f"data_path '{name}': the folder holds no {', '.join(SUFFIXES)} file; put the data there")
     # Files named for no split are training rows only where none is named for training, so that a stray
     # description file beside train.jsonl is not taken for data.
     train = groups.get("train") or groups.get(None)
-    evaluation = next((groups[split] for split in EVAL_NAMES if split in groups), None)
     if not train:
+        (first, *_), *_ = groups.values()
         raise InputError(
-            f"data_path '{name}': the folder holds only evaluation files ({evaluation[0].name}); "
-            "add a train file, or give the folder as eval_data_path"
+            f"data_path '{name}': the folder holds only evaluation files ({first.name}); add a train file, or give the "
+            "folder as eval_data_path"
         )
-    result = {"train": tuple(train)}
-    if evaluation:
-        result["eval"] = tuple(evaluation)
-    for path in (path for paths in result.values() for path in paths):
-        check_not_empty(path)
-    return result
+    return with_evaluation(train, groups)
 
 
-def load_saved(name: str, path: Path) -> Source:
-    import datasets
-    import pyarrow
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"data_path '{name}': the saved data set cannot be read ({first_line(error)}); save it again"
-        ) from error
-    return datasets_by_split(name, loaded)
-
-
-def load_hub(name: str) -> Source:
-    """Load a hub data set by `name` or `name:config`."""
-    import datasets
-
-    repository, _, config = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(repository, config or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"data_path '{name}': neither a file or folder here nor a data set that can be loaded from the hub "
-            f"({first_line(error)}); check the name, the network, or give a local file"
-        ) from error
-    return datasets_by_split(name, loaded)
-
-
-def datasets_by_split(name: str, loaded) -> Source:
+def datasets_by_split(name: str, loaded: object) -> dict[str, object]:
+    """The "train" and, where there is one, the "eval" part of a `datasets.Dataset` or `DatasetDict`."""
     if not isinstance(loaded, dict):
-        return Source(name, {}, {"train": loaded})
+        return {"train": loaded}
     if "train" not in loaded:
         raise InputError(f"data_path '{name}': has no 'train' split (it has {', '.join(loaded)}); name one 'train'")
-    result = {"train": loaded["train"]}
-    evaluation = next((split for split in EVAL_NAMES if split in loaded), None)
-    if evaluation:
-        result["eval"] = loaded[evaluation]
-    return Source(name, {}, result)
+    return with_evaluation(loaded["train"], loaded)
 
 
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:300]
+def with_evaluation(train: object, splits: Mapping[Any, object]) -> dict[str, object]:
+    """`train`, and the first of EVAL_NAMES among the splits as "eval"."""
+    evaluation = next((splits[name] for name in EVAL_NAMES if name in splits), None)
+    return {"train": train} | ({} if evaluation is None else {"eval": evaluation})
 
 
-def parse_split(data_split: str) -> tuple[float, float, float] | None:
-    """Parse `2,4,4` into the three steps' weights; the empty string (no split: each step uses all rows) gives None."""
+def parse_split(data_split: str) -> tuple[float, ...] | None:
+    """Parses `2,4,4` into the shares of sft, reward and ppo. None for the empty string: each step uses all rows."""
     if not data_split:
         return None
     try:
-        weights = tuple(float(part) for part in data_split.split(","))
+        weights = tuple(map(float, data_split.split(",")))
     except ValueError:
         weights = ()
     if len(weights) != 3 or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise InputError(
-            f"data_split '{data_split}': three numbers, the shares of sft, reward and ppo, are needed, such as 2,4,4"
-        )
+        raise InputError(f"data_split '{data_split}': must be three shares, of sft, reward and ppo, such as 2,4,4")
     return weights
 
 
 def split_indices(
     n: int, step: str, *, data_split: str, held_out: float, seed: int, name: str = "the data"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The row numbers of a source that `step` trains on, and those held out for evaluation in every step.
+    """Splits a source's rows into those that a step trains on and those that every step evaluates on.
 
-    One permutation keyed by `seed` is cut into contiguous slices: first the held-out rows, then one slice a step. So
-    the steps' training rows are disjoint (dpo has those of reward and ppo) and, with the held-out rows, complete; no
-    row is trained on in one step and evaluated in another. `held_out` is a fraction (at least one row is taken), or 0
-    for none.
+    One permutation keyed by `seed` is cut into contiguous slices: first the held-out rows, then one slice per step.
+    The steps' training rows are disjoint (dpo has those of reward and ppo) and, with the held-out rows, complete. No
+    row is trained on in one step and evaluated on in another.
+
+    Args:
+        n: number of rows.
+        step: "sft", "reward", "ppo" or "dpo".
+        data_split: shares of the steps; see `parse_split`.
+        held_out: fraction of the rows to evaluate on (at least one row), or 0.
+        seed: key of the permutation.
+        name: the source, for messages.
+
+    Returns:
+        Sorted row numbers (int64) to train on and to evaluate on.
     """
     order = np.random.default_rng(seed).permutation(n)
     n_eval = max(1, round(n * held_out)) if held_out else 0

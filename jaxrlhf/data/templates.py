@@ -1,17 +1,21 @@
-"""Renders prompts and responses as token ids, by the tokenizer's chat template or by a prompt template.
+"""Renders prompts and responses as token ids, with the tokenizer's chat template or a prompt template.
 
-A prompt is a string or a list of `{"role", "content"}` messages. Its rendering ends where the response begins; a
-response ends with exactly one EOS id. Both are rendered the same way for training, generation and chat.
+A prompt is a string or a list of `{"role", "content"}` messages. Its ids end where the response begins. A response
+ends with exactly one EOS id. Training, generation and chat render both in the same way.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from jaxrlhf.data.cache import default_cache
+from jaxrlhf.data.sources import first_line, looks_like_path
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,36 +31,27 @@ Prompt = str | list[Message]
 
 
 def check_template(template: str) -> None:
-    """Raise InputError unless `template` is `raw` or names `{prompt}` and then `{response}`, once each."""
-    if template == RAW:
-        return
-    if (
-        template.count("{prompt}") != 1
-        or template.count("{response}") != 1
-        or template.index("{prompt}") > template.index("{response}")
-    ):
+    """Raises InputError unless `template` is `raw` or holds `{prompt}` and then `{response}`, once each."""
+    if template != RAW and re.findall(r"\{prompt\}|\{response\}", template) != ["{prompt}", "{response}"]:
         raise InputError(
             f"prompt_template {template!r}: must hold {{prompt}} and after it {{response}}, once each, or be 'raw'"
         )
 
 
 def uses_chat_template(tokenizer, template: str) -> bool:
-    """Whether the tokenizer's chat template renders the rows.
-
-    It does where there is one, unless the user chose another `template` than the default: an explicit choice counts.
-    """
+    """True when the tokenizer's chat template renders the rows: it has one, and `template` is the default."""
     return template == DEFAULT_TEMPLATE and bool(getattr(tokenizer, "chat_template", None))
 
 
 def encode_prompt(tokenizer, prompt: Prompt, template: str = DEFAULT_TEMPLATE) -> list[int]:
-    """Token ids of a prompt, ready for the response to follow. Raises InputError when it cannot be rendered."""
+    """Token ids of a prompt, up to where the response begins. Raises InputError when it cannot be rendered."""
     return encode_prompts(tokenizer, [prompt], template)[0]
 
 
 def encode_conversation(tokenizer, messages: list[Message], template: str = DEFAULT_TEMPLATE) -> list[int]:
-    """Token ids of a conversation of one or more rounds whose last message the assistant is to answer."""
+    """Token ids of a conversation, up to where the assistant's next message begins."""
     if not messages or messages[-1]["role"] == "assistant":
-        raise InputError("a conversation must end with a message for the assistant to answer")
+        raise InputError("a conversation must end with a message for the assistant, such as one of the role user")
     return encode_prompt(tokenizer, messages, template)
 
 
@@ -68,44 +63,42 @@ def encode_pair(
     return prompt_ids[0], encode_responses(tokenizer, [prompt], prompt_ids, [response], template)[0]
 
 
-def encode_response(tokenizer, prompt: Prompt, response: str, template: str = DEFAULT_TEMPLATE) -> list[int]:
-    """Token ids of the response to `prompt`, ending with exactly one EOS id."""
-    return encode_pair(tokenizer, prompt, response, template)[1]
-
-
 def encode_prompts(tokenizer, prompts: Sequence[Prompt], template: str) -> list[list[int]]:
-    """`encode_prompt` for many prompts in one call of the tokenizer."""
+    """Encodes many prompts in one call of the tokenizer; see `encode_prompt`."""
     start = start_ids(tokenizer, template)
-    return [start + ids for ids in encode_texts(tokenizer, [render_prompt(tokenizer, p, template) for p in prompts])]
+    return [start + ids for ids in encode_texts(tokenizer, [render(tokenizer, prompt, template) for prompt in prompts])]
 
 
 def encode_responses(
     tokenizer, prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]], responses: Sequence[str], template: str
 ) -> list[list[int]]:
-    """`encode_response` for many rows; `prompt_ids` are what `encode_prompts` gave for `prompts`.
+    """Encodes the responses to many prompts; each ends with exactly one EOS id.
 
-    A response's ids are what follows the prompt's in the tokens of the whole text; where the prompt's ids are not a
-    prefix of those (a merge across the border, a chat template that rewrites the prompt), the response's text is
-    tokenised on its own.
+    A response's ids are those that follow the prompt's in the tokens of the whole text. When the prompt's ids are not
+    a prefix of these (a merge across the border, a chat template that rewrites the prompt), the response's text is
+    encoded alone.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompts: the prompts.
+        prompt_ids: ids of the prompts, from `encode_prompts`.
+        responses: a response to each prompt.
+        template: the prompt template.
     """
     start = start_ids(tokenizer, template)
-    full_ids = encode_texts(
-        tokenizer, [render_full(tokenizer, p, r, template) for p, r in zip(prompts, responses, strict=True)]
-    )
-    rests: list[list[int] | None] = []
-    for head, ids in zip(prompt_ids, full_ids, strict=True):
-        whole = start + ids
-        rests.append(whole[len(head) :] if whole[: len(head)] == head else None)
-    alone = [i for i, rest in enumerate(rests) if rest is None]
-    if alone:
-        texts = [response_text(tokenizer, responses[i], template) for i in alone]
-        for i, ids in zip(alone, encode_texts(tokenizer, texts), strict=True):
-            rests[i] = ids
-    return [close(ids, tokenizer.eos_token_id) for ids in rests]
+    texts = [render(tokenizer, prompt, template, response) for prompt, response in zip(prompts, responses, strict=True)]
+    whole = [start + ids for ids in encode_texts(tokenizer, texts)]
+    continues = [ids[: len(head)] == head for head, ids in zip(prompt_ids, whole, strict=True)]
+    alone = [response_text(tokenizer, text, template) for text, ok in zip(responses, continues, strict=True) if not ok]
+    rests = iter(encode_texts(tokenizer, alone))
+    return [
+        close(ids[len(head) :] if ok else next(rests), tokenizer.eos_token_id)
+        for head, ids, ok in zip(prompt_ids, whole, continues, strict=True)
+    ]
 
 
 def close(ids: list[int], eos_id: int) -> list[int]:
-    """The ids up to the first EOS, if there is one, and one EOS: generation stops at the first, so does training."""
+    """The ids before the first EOS, and one EOS: training stops where generation does."""
     return [*(ids[: ids.index(eos_id)] if eos_id in ids else ids), eos_id]
 
 
@@ -118,20 +111,20 @@ def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def encode_stops(tokenizer, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Each stop string's own token ids, nothing added. Raises InputError for one without any.
+    """Token ids of each stop string, nothing added. Raises InputError for one without any.
 
-    A string that comes out of the model in other pieces, such as merged with the letters before it, is not found by
-    these ids.
+    Generation does not find a stop string that the model writes with other tokens, such as one merged with the
+    letters before it.
     """
     stops = encode_texts(tokenizer, list(texts))
     for text, ids in zip(texts, stops, strict=True):
         if not ids:
-            raise InputError(f"stop_strings: {text!r} has no tokens; give a text that the tokenizer can write")
+            raise InputError(f"stop_strings: {text!r} encodes to no tokens; use another text")
     return tuple(tuple(ids) for ids in stops)
 
 
 def start_ids(tokenizer, template: str) -> list[int]:
-    """The ids (BOS, for some tokenizers) that the tokenizer puts before a text; a chat template writes its own."""
+    """The ids (BOS, for some tokenizers) that the tokenizer puts before a text; empty with a chat template."""
     if uses_chat_template(tokenizer, template):
         return []
     bare = encode_texts(tokenizer, ["a"])[0]
@@ -142,42 +135,30 @@ def start_ids(tokenizer, template: str) -> list[int]:
     return []
 
 
-def render_prompt(tokenizer, prompt: Prompt, template: str) -> str:
-    """The text of a prompt up to where the response begins."""
-    if uses_chat_template(tokenizer, template):
-        return apply_chat_template(tokenizer, as_messages(prompt), add_generation_prompt=True)
-    return prompt_text(prompt, template)
-
-
-def render_full(tokenizer, prompt: Prompt, response: str, template: str) -> str:
-    """The text of a prompt and the response to it."""
-    if uses_chat_template(tokenizer, template):
-        messages = [*as_messages(prompt), {"role": "assistant", "content": response}]
-        return apply_chat_template(tokenizer, messages, add_generation_prompt=False)
-    return prompt_text(prompt, template) + response_text(tokenizer, response, template)
-
-
-def as_messages(prompt: Prompt) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def apply_chat_template(tokenizer, messages: list[Message], *, add_generation_prompt: bool) -> str:
+def render(tokenizer, prompt: Prompt, template: str, response: str | None = None) -> str:
+    """The text of a prompt up to where the response begins, or of the prompt and the given response."""
+    if not uses_chat_template(tokenizer, template):
+        rest = "" if response is None else response_text(tokenizer, response, template)
+        return prompt_text(prompt, template) + rest
     from jinja2.exceptions import TemplateError
 
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if response is not None:
+        messages.append({"role": "assistant", "content": response})
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
-            f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}; mend the row, "
-            "or choose a prompt_template (an explicit one is used instead of the chat template)"
+            f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}; correct the row, or "
+            "set prompt_template, which then replaces the chat template"
         ) from error
 
 
 def split_template(template: str) -> tuple[str, str, str, str]:
-    """The template's texts before the prompt, from it to the response, before the response, and after it.
+    """Splits a template into its texts before the prompt, after the prompt, before the response and after it.
 
-    Spaces right before `{response}` belong to the response, since byte-level tokenizers join a space to the word after.
+    Spaces right before `{response}` belong to the response: byte-level tokenizers join a space to the next word.
     """
     if template == RAW:
         return "", "", "", ""
@@ -188,6 +169,7 @@ def split_template(template: str) -> tuple[str, str, str, str]:
 
 
 def response_text(tokenizer, response: str, template: str) -> str:
+    """The text of a response, with the template's text around it."""
     if uses_chat_template(tokenizer, template):
         return response
     _, _, lead, after = split_template(template)
@@ -195,22 +177,22 @@ def response_text(tokenizer, response: str, template: str) -> str:
 
 
 def plain_response(tokenizer, text: str, template: str) -> str:
-    """The inverse of `response_text`: a response as rows hold it, from the decoded text of a generated one."""
+    """Removes the template's text from the decoded text of a generated response; the inverse of `response_text`."""
     if uses_chat_template(tokenizer, template):
         return text.strip()
     _, _, lead, after = split_template(template)
     return text.removeprefix(lead).removesuffix(after)
 
 
-def answer_text(tokenizer, ids: Sequence[int], template: str, stop_strings: Sequence[str] = ()) -> str:
-    """A generated response as rows hold it: without special tokens, the stop string that ended it, and the template."""
+def answer_text(tokenizer, ids: Sequence[int] | np.ndarray, template: str, stop_strings: Sequence[str] = ()) -> str:
+    """Decodes a generated response, without special tokens, the stop string that ended it, and the template's text."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     stop = next((s for s in stop_strings if text.endswith(s)), "")
     return plain_response(tokenizer, text.removesuffix(stop), template)
 
 
 def prompt_text(prompt: Prompt, template: str) -> str:
-    """A prompt by the prompt template; rounds of a message list follow each other, system messages stand before."""
+    """Renders a prompt by the prompt template. System messages of a conversation are written without it."""
     before, middle, lead, after = split_template(template)
     if isinstance(prompt, str):
         return before + prompt + middle
@@ -227,30 +209,32 @@ def prompt_text(prompt: Prompt, template: str) -> str:
 
 
 def check_tokenizer(tokenizer) -> None:
-    """Raise InputError for a tokenizer without an EOS token: nothing could end a response."""
+    """Raises InputError for a tokenizer without an EOS token, which ends every response."""
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"tokenizer '{tokenizer.name_or_path}': has no EOS token, so a response could not end; "
+            f"tokenizer '{tokenizer.name_or_path}': has no EOS token to end a response; "
             "set eos_token in its tokenizer_config.json"
         )
 
 
 def pad_token_id(tokenizer) -> int:
-    """The id that fills unused places: the pad token's where there is one, else EOS's.
+    """The id that fills padding: the pad token's where there is one, else EOS's.
 
-    The id carries no meaning (masks are explicit), so nothing is added to the vocabulary and EOS stays EOS.
+    Masks are explicit, so the id needs no meaning, and the vocabulary needs no new token.
     """
     check_tokenizer(tokenizer)
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def default_cache() -> Path:
-    """The folder for tokenised data and the demo, where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
-
-
 def load_tokenizer(path: str | Path):
-    """The Hugging Face tokenizer of a local folder or hub name, or the demo's. Raises InputError when unreadable."""
+    """Loads a Hugging Face tokenizer.
+
+    Args:
+        path: a local folder, a name on the hub, or "demo".
+
+    Raises:
+        InputError: the folder does not exist, or holds no readable tokenizer files, or the hub gives none.
+    """
     import transformers
 
     name = str(path)
@@ -259,7 +243,7 @@ def load_tokenizer(path: str | Path):
         from jaxrlhf.data.demo import materialize_demo
 
         folder = materialize_demo(default_cache()).tokenizer
-    if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or folder.exists()):
+    if not folder.is_dir() and (looks_like_path(name) or folder.exists()):
         raise InputError(f"tokenizer folder '{name}': no such folder; check the path")
     if folder.is_dir():
         name = str(folder)
@@ -267,17 +251,18 @@ def load_tokenizer(path: str | Path):
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        text = str(error).strip().partition("\n")[0][:300] or type(error).__name__
         where = (
             "the folder's tokenizer files cannot be read"
             if folder.is_dir()
-            else "neither a folder here nor a tokenizer that can be loaded from the hub"
+            else "neither a folder here nor a tokenizer that the hub gives"
         )
-        raise InputError(f"tokenizer '{name}': {where} ({text}); give a folder with the tokenizer's files") from error
+        raise InputError(
+            f"tokenizer '{name}': {where} ({first_line(error)}); give a folder with the tokenizer's files"
+        ) from error
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raise InputError when the folder holds no tokenizer file, or one that is not JSON."""
+    """Raises InputError when the folder holds no tokenizer file, or one with invalid JSON."""
     present = [p for p in sorted(folder.iterdir()) if "token" in p.name or p.name in ("vocab.json", "vocab.txt")]
     if not present:
         raise InputError(

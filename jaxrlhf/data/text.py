@@ -1,17 +1,17 @@
-"""Pretraining text for mixture (ptx) training: documents joined by EOS and cut into blocks of one length."""
+"""Pretraining text for mixture (ptx) training: documents joined by EOS, cut into blocks of one length."""
 
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxrlhf.data.sources import decode_text, hash_file, resolve_source
-from jaxrlhf.data.tokenized import CHUNK, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.batches import Batch, Indices
+from jaxrlhf.data.cache import created, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.sources import decode, hash_file, resolve_source
+from jaxrlhf.data.tokenized import chunks
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
@@ -21,7 +21,7 @@ FORMAT = 1  # raise it when the meaning of the cached files changes
 
 
 class TextBlocks:
-    """Packed text: int32 tokens `[n, T]`, in which documents follow each other with an EOS between them."""
+    """Packed text: int32 tokens [n, T]; documents follow each other with an EOS between them."""
 
     def __init__(self, tokens: np.ndarray, key: str) -> None:
         self.tokens, self.key = tokens, key
@@ -29,10 +29,10 @@ class TextBlocks:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batch(self, indices: Sequence[int], *, held: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """`input_ids, attention_mask, loss_mask` int32 [B, T]; `row_mask` int32 [B] (0 for filler rows, number -1).
+    def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
+        """Builds `input_ids, attention_mask, loss_mask` int32 [B, T]; `row_mask` int32 [B] (0 in filler rows).
 
-        Every token but a block's first is a target. With `held` (bool [B]) the other rows hold zeros.
+        Every token but a block's first is a target. Rows outside `held` (bool [B]) are zeros.
         """
         indices = np.asarray(indices)
         real = indices >= 0
@@ -51,11 +51,21 @@ class TextBlocks:
 def load_text(
     paths: Sequence[str], tokenizer, *, field: str, block: int, held_out: float, cache: Path
 ) -> tuple[TextBlocks, TextBlocks]:
-    """Training and held-out blocks of `block` tokens of the texts in `paths`, tokenised or from the cache.
+    """Loads training and held-out blocks of text, tokenised or from the cache.
 
-    A `.txt` file is one document; of other sources (as `data_path`) the train split's `field` holds one per row. The
-    end that fills no block is left out; the last blocks, a share of `held_out` (at least one), are kept for evaluation.
-    Raises InputError for a source without such text, and for less text than two blocks.
+    The last tokens that fill no block are left out. The last blocks are held out.
+
+    Args:
+        paths: `.txt` files, one document each, or sources as in `data_path`, whose train split holds one document per
+            row.
+        tokenizer: a Hugging Face tokenizer.
+        field: name of the field with the text.
+        block: tokens in a block.
+        held_out: share of the blocks to evaluate on (at least one).
+        cache: the cache folder.
+
+    Raises:
+        InputError: a source has no such text, or the text is shorter than two blocks.
     """
     tokens, key = by_turns("tokenising the pretraining text", lambda: _packed(paths, tokenizer, field, cache))
     check_same("pretraining text", {"the pretraining text": key})
@@ -72,54 +82,42 @@ def load_text(
 
 
 def _packed(paths: Sequence[str], tokenizer, field: str, cache: Path) -> tuple[np.ndarray, str]:
-    """All documents' tokens, each followed by EOS, int32 [n], mapped from the cache; a hash of what they come from."""
-    prints = []
-    for name in paths:
-        path = Path(name).expanduser()
-        text = path.suffix.lower() == ".txt"
-        if text and not path.is_file():
-            raise InputError(f"ptx_data_path '{name}': no such file; check the path")
-        prints.append(hash_file(path) if text else resolve_source(name, cache).fingerprint("train"))
+    """All documents' tokens, each followed by EOS, int32 [n], mapped from the cache; and a hash of their origin."""
+    prints = [
+        hash_file(text) if (text := _text_file(name)) else resolve_source(name, cache).fingerprint("train")
+        for name in paths
+    ]
     key = hash_json([FORMAT, tokenizer_fingerprint(tokenizer), field, prints])
     target = cache / "text" / f"{key}.npy"
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        parts: list[list[int]] = []
-        for documents in _chunks(paths, field, cache):
+        parts: list[np.ndarray] = []
+        for documents in chunks(_documents(paths, field, cache)):
             for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-                parts.append([*ids, tokenizer.eos_token_id])
-        tokens = np.fromiter((token for ids in parts for token in ids), np.int32)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, tokens)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+                parts.append(np.array([*ids, tokenizer.eos_token_id], np.int32))
+        with created(target) as temporary:
+            np.save(temporary, np.concatenate(parts or [np.zeros(0, np.int32)]))
     return np.load(target, mmap_mode="r"), key
 
 
-def _chunks(paths: Sequence[str], field: str, cache: Path) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for document in _documents(paths, field, cache):
-        chunk.append(document)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _text_file(name: str) -> Path | None:
+    """The `.txt` file that `name` stands for, or None for another source. Raises InputError when it does not exist."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() != ".txt":
+        return None
+    if not path.is_file():
+        raise InputError(f"ptx_data_path '{name}': no such file; check the path")
+    return path
 
 
 def _documents(paths: Sequence[str], field: str, cache: Path) -> Iterator[str]:
     for name in paths:
-        path = Path(name).expanduser()
-        if path.suffix.lower() == ".txt":
-            yield decode_text(path)
+        if path := _text_file(name):
+            yield decode(path, path.read_bytes())
             continue
         rows = resolve_source(name, cache).rows("train")
         for i in range(len(rows)):
-            text = rows[i].get(field) if isinstance(rows[i], Mapping) else None
+            row = rows[i]
+            text = row.get(field) if isinstance(row, Mapping) else None
             if not isinstance(text, str):
                 raise InputError(
                     f"{rows.where(i)}: field '{field}' must hold the text, found {type(text).__name__}; name the field "

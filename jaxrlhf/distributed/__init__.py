@@ -1,6 +1,5 @@
-"""The processes of a run: how they meet, what they agree on, and who is gone."""
+"""The processes of a run: they meet, agree, share values, and learn of a loss."""
 
-from jaxrlhf.distributed.lifeline import LOST
 from jaxrlhf.distributed.processes import (
     ProcessConfig,
     barrier,
@@ -17,7 +16,6 @@ from jaxrlhf.distributed.processes import (
 )
 
 __all__ = [
-    "LOST",
     "ProcessConfig",
     "barrier",
     "by_turns",

@@ -1,30 +1,32 @@
-"""Several processes as one run: how they find each other, agree, share values and end together.
+"""Several processes as one run: they find each other, agree, share values and end together.
 
-`initialize` (the `jaxrlhf` commands call it) must come before the first use of a JAX device. Everything else here works
-in a single process too, where it does nothing.
+`initialize` must come before the first use of a JAX device; the `jaxrlhf` commands call it. Everything else works in a
+single process too, where it does nothing.
 """
 
 import atexit
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 
+import jaxrlhf
 from jaxrlhf.config import PositiveInt, Settings, to_dict
-from jaxrlhf.distributed.lifeline import Lifeline, Relay, join, split_address
+from jaxrlhf.distributed.lifeline import Lifeline, delay_abort, join, split_address
 from jaxrlhf.errors import InputError
 
 PyTree = Any
@@ -33,7 +35,7 @@ Config = TypeVar("Config")
 
 SEEN = 10.0  # seconds after which a shared file system shows what another machine has written
 VERDICT = 5.0  # seconds in which the cause of a broken collective becomes known
-MAY_DIFFER = ("data_cache_dir",)  # settings that are a matter of each process's own machine
+MAY_DIFFER = ("data_cache_dir",)  # settings that may differ between the processes
 
 _lifeline: Lifeline | None = None
 
@@ -63,6 +65,7 @@ class ProcessConfig(Settings, may_change=True):
 
 
 def _from_environment(name: str) -> int | None:
+    """Whole number in a variable, or None."""
     text = os.environ.get(name)
     if text is None:
         return None
@@ -71,10 +74,14 @@ def _from_environment(name: str) -> int | None:
     return int(text)
 
 
-def detect(options: ProcessConfig) -> tuple[str | None, int | None, int | None, list[int] | None]:
-    """(coordinator's address, number of processes, this one's number, local devices) from flags, environment, cluster.
+def detect(options: ProcessConfig) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+    """Find how the processes connect: from flags, else the environment, else the cluster.
 
-    What is not known is None. InputError where a cluster is found that cannot be used.
+    Returns:
+        Coordinator's address, number of processes, number of this process, local devices. None for each unknown.
+
+    Raises:
+        InputError: a cluster is found that cannot be used.
     """
     from jax._src.clusters import ClusterEnv  # jax.distributed.initialize detects and connects in one go
 
@@ -104,16 +111,24 @@ def detect(options: ProcessConfig) -> tuple[str | None, int | None, int | None, 
     return found
 
 
-def initialize(config: Any = None, **options: Any) -> bool:
-    """Join the other processes of this run, when there are any; True when there are.
+def initialize(config: object = None, **options: Any) -> bool:
+    """Join the other processes of this run, when there are any. A second call only compares the settings.
 
-    `config`: any settings (a dataclass), compared between the processes; those of its fields that ProcessConfig has say
-    how to connect, and `options` replace them (`coordinator_address="10.0.0.1:8476", num_processes=2, process_id=0`).
-    A second call compares only. Must come before the first use of a JAX device. Raises InputError on every process
-    when one does not come within `initialization_timeout`, or when settings or versions differ. From here on the end of
-    one process ends all (see `fail`), and a normal end waits for the others.
+    It must come before the first use of a JAX device. From here on the end of one process ends all (see `fail`), and a
+    normal end waits for the others.
+
+    Args:
+        config: settings (a dataclass) that must be equal on all processes. Its part `process` says how to connect.
+        options: fields of `ProcessConfig` that replace those of `config`, as in
+            `coordinator_address="10.0.0.1:8476", num_processes=2, process_id=0`.
+
+    Returns:
+        True when there are other processes.
+
+    Raises:
+        InputError: on every process, when one does not come within `initialization_timeout`, or when settings or
+            versions differ.
     """
-    global _lifeline
     wanted = dataclasses.replace(getattr(config, "process", None) or ProcessConfig(), **options)
     if jax.distributed.is_initialized():
         check_same("settings", _facts(config))
@@ -121,46 +136,60 @@ def initialize(config: Any = None, **options: Any) -> bool:
     address, number, process, devices = detect(wanted)
     if number == 1 or (address, number, process) == (None, None, None):
         return False
-    missing = {"coordinator_address": address, "num_processes": number, "process_id": process}
-    missing = [f"--{name}" for name, value in missing.items() if value is None]
-    if missing:
-        raise InputError(f"several processes: {', '.join(missing)} missing (each process needs all three)")
+    if address is None or number is None or process is None:
+        missing = {"coordinator_address": address, "num_processes": number, "process_id": process}
+        flags = ", ".join(f"--{name}" for name, value in missing.items() if value is None)
+        raise InputError(f"several processes: {flags} missing (each process needs all three)")
     if not 0 <= process < number:
         raise InputError(f"process_id={process} must be from 0 to {number - 1}, as num_processes={number}")
-    compare = lambda all_facts: _differences("settings", all_facts)  # noqa: E731
-    limits = (wanted.initialization_timeout, wanted.heartbeat_timeout)
-    _lifeline = join(address, number, process, _facts(config), compare, *limits)
+    lifeline = join(address, number, process, wanted.initialization_timeout, wanted.heartbeat_timeout)
+    problem = _differences("settings", lifeline.gather("comparing settings", _facts(config)))
+    if problem:  # on every process
+        lifeline.end()
+        raise InputError(problem)
+    # JAX's service takes any client. A port that only the processes know keeps other programs away from it.
+    port = lifeline.gather("port of JAX's service", _service_port() if process == 0 else None)[0]
+    _lifeline = lifeline
     sys.excepthook = _fail_on_uncaught
-    # JAX's own watch is slower than the lifeline's, so that it does not cut in with an abort.
+    delay_abort()
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
     jax.distributed.initialize(
-        address if process == 0 else Relay(address, wanted.initialization_timeout).address,
+        f"{address.rpartition(':')[0]}:{port}",
         number,
         process,
         devices,
         cluster_detection_method="deactivate",
         initialization_timeout=wanted.initialization_timeout,
+        # Longer than the lifeline's own watch, which names the process that is gone. JAX's would abort.
         heartbeat_timeout_seconds=max(100, 4 * wanted.heartbeat_timeout),
     )
-    atexit.register(_lifeline.end)
+    atexit.register(lifeline.end)
     if process > 0:
-        logging.getLogger("jaxrlhf").setLevel(logging.ERROR)  # process 0 says it
+        logging.getLogger("jaxrlhf").setLevel(logging.ERROR)  # process 0 logs for all
     return True
 
 
+def _service_port() -> int:
+    """Port of JAX_COORDINATOR_BIND_ADDRESS, else a free one."""
+    if bound := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return split_address(bound)[1]
+    with socket.create_server(("", 0)) as free:
+        return free.getsockname()[1]
+
+
 def joined(config: Config) -> Config:
-    """Calls `initialize(config)`; returns the config without how processes connect, as `config.yaml` keeps it."""
+    """Calls `initialize(config)`; returns the config without how processes connect, for `config.yaml`."""
     initialize(config)
-    return dataclasses.replace(config, process=ProcessConfig())
+    return cast(Config, dataclasses.replace(cast(Any, config), process=ProcessConfig()))
 
 
 def is_primary() -> bool:
-    """Whether this process writes and prints for all: process 0."""
+    """Return True on process 0, which writes and prints for all."""
     return jax.process_index() == 0
 
 
 def fail(error: BaseException, status: int = 1) -> None:
-    """End this process of several with `status`, after telling the others why; returns where there are no others."""
+    """End this process with `status`, after reporting the error to the others; returns where there are no others."""
     if _lifeline is None:
         return
     _lifeline.fail(f"{type(error).__name__}: {error}".strip()[:2000])
@@ -169,20 +198,25 @@ def fail(error: BaseException, status: int = 1) -> None:
     os._exit(status)  # Python's own end would wait for the others in JAX's shutdown
 
 
-def _fail_on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if isinstance(error, jax.errors.JaxRuntimeError):  # a collective breaks when another process is gone
-        time.sleep(VERDICT)  # in which the lifeline learns of it, and ends this process with that message
+def _fail_on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if _broke_a_collective(error):
+        time.sleep(VERDICT)  # the lifeline learns which process is gone, and ends this one with that message
     traceback.print_exception(kind, error, trace)
     fail(error)
 
 
+def _broke_a_collective(error: BaseException) -> bool:
+    """Return True for the errors with which JAX reports that another process has left a collective."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error))
+
+
 def gather(what: str, value: Value) -> list[Value]:
-    """`value` (JSON) of every process, in their order; all call it at the same place. `what` names it for who waits."""
+    """Collect `value` (JSON) of every process, in their order. All call it at the same place; `what` names the wait."""
     if jax.process_count() == 1:
         return [value]
     if _lifeline is not None:
         return _lifeline.gather(what, value)
-    from jax.experimental import multihost_utils  # jax.distributed.initialize was called by the user
+    from jax.experimental import multihost_utils  # the user called jax.distributed.initialize
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
@@ -198,33 +232,36 @@ def barrier(what: str) -> None:
 
 
 def from_primary(what: str, make: Callable[[], Value]) -> Value:
-    """What `make` (JSON) gives on process 0, on every process; the others do not call it."""
-    return gather(what, make() if is_primary() else None)[0]
+    """Call `make` on process 0 only; returns its result (JSON) on every process."""
+    return cast(Value, gather(what, make() if is_primary() else None)[0])
 
 
 def by_turns(what: str, make: Callable[[], Value]) -> Value:
-    """`make()` on every process, such that no two of a machine write the same files at once.
+    """Return `make()` on every process, such that no two of a machine write the same files at once.
 
-    First process 0, then one process of each other machine, then the rest, which find what those have written.
+    Process 0 comes first, then one process of each other machine, then the rest, which find the files of the others.
     """
     hosts = gather(what, os.uname().nodename)
     own = jax.process_index()
     turn = 0 if own == 0 else 1 if hosts.index(hosts[own]) == own else 2
-    for number in range(3):
-        if number == turn:
-            result = make()
+    for _ in range(turn):
+        barrier(what)
+    result = make()
+    for _ in range(turn, 3):
         barrier(what)
     return result
 
 
-def check_same(what: str, values: dict[str, Any]) -> None:
-    """Raise InputError, on every process, naming the entries that differ between processes, and who has which."""
+def check_same(what: str, values: Mapping[str, object]) -> None:
+    """Raise InputError, on every process, with the entries that differ between processes, and who has which."""
     if jax.process_count() > 1:
-        _raise_if_different(what, gather(f"comparing {what}", values))
+        problem = _differences(what, gather(f"comparing {what}", values))
+        if problem:
+            raise InputError(problem)
 
 
 def check_shared(folder: Path, name: str) -> None:
-    """Raise InputError when not all processes see the file `name` that process 0 has written to `folder`."""
+    """Raise InputError when a process does not see the file `name`, which process 0 has written to `folder`."""
     barrier(f"writing {folder / name}")
     deadline = time.monotonic() + SEEN
     while not (sees := (folder / name).exists()) and time.monotonic() < deadline:
@@ -238,12 +275,12 @@ def check_shared(folder: Path, name: str) -> None:
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """The tree as numpy arrays, whole on every process, wherever its arrays lie; all call it at the same place."""
+    """Return the tree with whole numpy arrays on every process. All call it at the same place."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
-    def whole(x: Any) -> Any:
+    def whole(x: jax.Array | np.ndarray | float) -> np.ndarray | float:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
         return jax.device_get(x)
@@ -251,21 +288,26 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(whole, tree)
 
 
-def _facts(config: Any) -> dict[str, Any]:
-    """What must be equal on all processes: versions, our source, settings."""
+def _facts(config: object) -> dict[str, object]:
+    """Collect what must be equal on all processes: versions, our source, settings."""
     digest = hashlib.blake2b(digest_size=8)
-    for package in ("jaxrlhf", "jaxrlhf.models", "jaxrlhf.sharding", "jaxrlhf.kernels"):
-        root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{package}/{path.relative_to(root).as_posix()}".encode() + path.read_bytes())
-    facts = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "jaxrlhf")}
+    for name, path in _sources(Path(jaxrlhf.__path__[0])):
+        digest.update(name.encode() + path.read_bytes())
+    facts: dict[str, object] = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "jaxrlhf")}
     facts["source of jaxrlhf"] = digest.hexdigest()
     own = {f.name for f in dataclasses.fields(ProcessConfig)} | set(MAY_DIFFER)
-    facts |= {name: value for name, value in _flat(to_dict(config) if config is not None else {}) if name not in own}
-    return facts
+    settings = _flat(to_dict(config)) if config is not None else []
+    return facts | {name: value for name, value in settings if name not in own}
 
 
-def _flat(values: dict, prefix: str = "") -> list[tuple[str, Any]]:
+def _sources(root: Path) -> list[tuple[str, Path]]:
+    """List the package's files by name, each once. In a clone, three subfolders are links."""
+    files = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    return sorted((path.relative_to(root).as_posix(), path) for path in files if path.suffix == ".py")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """Flatten nested settings to pairs of a dotted name and a value."""
     pairs = []
     for name, value in values.items():
         nested = isinstance(value, dict) and value
@@ -273,8 +315,8 @@ def _flat(values: dict, prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _differences(what: str, values: list[dict[str, Any]]) -> str | None:
-    """Which entries differ, and who has which value; None where all are equal."""
+def _differences(what: str, values: Sequence[Mapping[str, object]]) -> str | None:
+    """Text with the entries that differ and who has which value; None when all are equal."""
     values = json.loads(json.dumps(values))
     lines = []
     for name in dict.fromkeys(name for entry in values for name in entry):
@@ -290,9 +332,3 @@ def _differences(what: str, values: list[dict[str, Any]]) -> str | None:
 def _on(processes: list[int]) -> str:
     shown = ", ".join(map(str, processes[:8])) + (f" and {len(processes) - 8} more" if len(processes) > 8 else "")
     return f"process{'es' * (len(processes) > 1)} {shown}"
-
-
-def _raise_if_different(what: str, values: list[dict[str, Any]]) -> None:
-    problem = _differences(what, values)
-    if problem:
-        raise InputError(problem)

@@ -1,8 +1,8 @@
-"""Continuous batching inside one compiled loop: rows that are done take the next prompts of a queue on the device.
+"""Continuous batching inside one compiled loop: a slot that is done gets the next prompt of a queue on the device.
 
 An inner `while_loop` decodes until enough slots are free, an outer one refills them; the cache stays in place in both.
-Slots and queue lie in groups, one per part that the batch is split into: a group refills its own slots from its own
-part of the queue, so nothing moves between devices. The loops' conditions are global.
+The batch is split into parts, and slots and queue into one group for each. A group refills its own slots from its own
+part of the queue, so nothing moves between devices. The conditions of the loops are global.
 """
 
 import flax.struct
@@ -18,22 +18,21 @@ TURNS = 8
 """Slots are refilled once a TURNS-th of them is free: a prefill of several prompts costs little more than of one."""
 
 
-@flax.struct.dataclass
-class _Work:
-    """What the loops carry: S slots and the results of N requests, in G groups."""
+class _Work(flax.struct.PyTreeNode):
+    """The state of the loops: S slots and the results of N requests, in G groups."""
 
     rows: Rows
     entry: jax.Array
-    """int32 `[S]`: the request of its group that a slot works on."""
+    """int32 `[S]`: number of a slot's request within its group."""
     taken: jax.Array
     """int32 `[G]`: requests that have had a slot."""
     tokens: jax.Array
-    """int32 `[G, N/G, longest]`; -1 where nothing was drawn."""
+    """int32 `[G, N/G, longest]`; -1 where nothing was sampled."""
     logprobs: jax.Array
     """float32 `[G, N/G, longest]`."""
 
     def record(self, entry: jax.Array, column: jax.Array, token: jax.Array, logprob: jax.Array) -> "_Work":
-        """With draws `[G, …]` written at their requests' own columns; an entry of N/G is no request and is dropped."""
+        """Writes samples `[G, …]` to the columns of their requests; an entry of N/G is no request and is dropped."""
         write = jax.vmap(lambda x, entry, column, new: x.at[entry, column].set(new, mode="drop"))
         return self.replace(
             tokens=write(self.tokens, entry, column, token), logprobs=write(self.logprobs, entry, column, logprob)
@@ -46,20 +45,32 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _put(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """`old` `[S, …]` with `new` `[G·R, …]` in the groups' slots `[G, R]`; a slot of S/G is none, and nothing is put.
+    """Writes `new` `[G·R, …]` to the groups' slots `[G, R]` of `old` `[S, …]`; a slot of S/G is none and is dropped.
 
-    A cache `[S, H, L, …]` takes the first columns from one that is shorter.
+    A cache `[S, H, L, …]` takes its first columns from a shorter one.
     """
-    grouped = (x.reshape(slot.shape[0], -1, *x.shape[1:]) for x in (old, new))
+    slots, rows = (x.reshape(slot.shape[0], -1, *x.shape[1:]) for x in (old, new))
     inner = (slice(None), slice(new.shape[2])) if old.ndim > 2 else ()
-    x = jax.vmap(lambda o, n, s: o.at[s, *inner].set(n, mode="drop"))(*grouped, slot).reshape(old.shape)
+    x = jax.vmap(lambda o, n, s: o.at[s, *inner].set(n, mode="drop"))(slots, rows, slot).reshape(old.shape)
     return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2)) if old.ndim > 2 else batched(x)
 
 
 def continuous_batch(
     module: Decoder, view: GenerationView, requests: Requests, key: jax.Array, sampling: SamplingConfig, slots: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Responses of N requests, `slots` of them in work at a time: tokens, mask and log-probs `[N, longest]`."""
+    """Generates the responses of N = B·n requests, `slots` of them at a time.
+
+    Args:
+        module: The model's module.
+        view: Its parameters for generation.
+        requests: The prompts.
+        key: The run's random key.
+        sampling: How tokens are sampled.
+        slots: Rows of the decode loop; a multiple of the parts that the batch is split into.
+
+    Returns:
+        Tokens int32, mask bool and log-probs float32, each `[N, longest]`.
+    """
     (prompts, prompt_length), longest = requests.ids.shape, sampling.max_new_tokens
     copies = sampling.samples_per_prompt
     groups = split("batch", slots)
@@ -95,7 +106,7 @@ def continuous_batch(
         return work.record(entry, grouped(rows.length - 1), grouped(rows.token), grouped(logprob))
 
     def waiting(work: _Work) -> jax.Array:
-        """Whether it is time to refill: as many requests have a free slot as a refill takes, or as ever can have."""
+        """True if a full refill is possible, or as many of the remaining requests have a free slot as ever can."""
         left = queued - work.taken
         ready = jnp.sum(jnp.minimum(jnp.sum(grouped(work.rows.done), axis=1), left))
         return (ready > 0) & (ready >= jnp.minimum(refill * groups, jnp.sum(jnp.minimum(held, left))))

@@ -1,68 +1,68 @@
-"""The rows of a running generation: what the decode loop carries for each, how they begin and how they advance."""
-
-from typing import Any
+"""The decode state of a running generation: how rows begin and how they advance by one token."""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.engine.sampling import SamplingConfig, ends_with_stop, is_eos, sample_token
+from jaxrlhf.kernels import Cache
 from jaxrlhf.models import Decoder, GenerationView, decode_step, init_cache, prefill
 from jaxrlhf.sharding import constrain
 
-PyTree = Any
 
-
-@flax.struct.dataclass
-class Requests:
-    """What is to be answered."""
+class Requests(flax.struct.PyTreeNode):
+    """The prompts of a generation, and what is specific to each sample."""
 
     ids: jax.Array
     """int32 `[B, P]`, left-padded."""
     mask: jax.Array
     """bool `[B, P]`."""
     number: jax.Array
-    """int32 `[B·n]`: the sample's own number, which keys its draws."""
+    """int32 `[B·n]`: the sample's own number, from which its random keys derive."""
     temperature: jax.Array | None
-    """float32 `[B·n]`, or None: that of the SamplingConfig."""
+    """float32 `[B·n]`; None: that of the SamplingConfig."""
 
 
-@flax.struct.dataclass
-class Rows:
-    """What the decode loop carries per row."""
+class Rows(flax.struct.PyTreeNode):
+    """The state of each row in the decode loop."""
 
     length: jax.Array
-    """int32 `[B]`: response tokens drawn so far."""
+    """int32 `[B]`: response tokens sampled so far."""
     token: jax.Array
-    """int32 `[B]`: the last one, or padding where the row was done before."""
+    """int32 `[B]`: the last one, or padding if the row was done before."""
     done: jax.Array
+    """bool `[B]`."""
     start: jax.Array
     """int32 `[B]`: the prompt's first cache column."""
     number: jax.Array
+    """As in Requests."""
     temperature: jax.Array | None
+    """As in Requests."""
     seen: jax.Array | None
-    """bool `[B, V]`: tokens of prompt and response, with a repetition penalty only."""
+    """bool `[B, V]`: tokens of prompt and response; None without a repetition penalty."""
     tail: jax.Array | None
-    """int32 `[B, K]`: the last response tokens, -1 before the first; with stop sequences only."""
-    caches: PyTree
+    """int32 `[B, K]`: the last response tokens, -1 before the first; None without stop sequences."""
+    caches: tuple[Cache, ...]
+    """Of each layer."""
 
 
 def row_keys(key: jax.Array, sample_index: jax.Array) -> jax.Array:
-    """One key per row, a function of the run's key and the sample's own number only."""
+    """Derives one key per row `[B]` from the run's key and the sample's own number, int `[B]`."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, sample_index)
 
 
 def batched(x: jax.Array) -> jax.Array:
+    """Pins `x` `[B, …]` to the batch axes."""
     return constrain(x, "batch", *([None] * (x.ndim - 1)))
 
 
 def repeat(x: jax.Array, copies: int) -> jax.Array:
-    """`[B, …]` → `[B·copies, …]`, the copies of a row beside each other."""
+    """Repeats each row of `[B, …]`: `[B·copies, …]`, the copies of a row side by side."""
     return jnp.broadcast_to(x[:, None], (x.shape[0], copies, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
 def _seen(ids: jax.Array, mask: jax.Array, vocab: int) -> jax.Array:
-    """bool `[B, vocab]`: the tokens of each prompt, padding aside."""
+    """bool `[B, vocab]`: the tokens of each prompt without its padding."""
 
     def row(ids: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.zeros(vocab, bool).at[jnp.where(mask, ids, vocab)].set(True, mode="drop")
@@ -71,12 +71,13 @@ def _seen(ids: jax.Array, mask: jax.Array, vocab: int) -> jax.Array:
 
 
 def stop_tail(rows: int, sampling: SamplingConfig) -> jax.Array | None:
+    """Creates `Rows.tail` for rows without response tokens."""
     longest = max(map(len, sampling.stop_sequences), default=0)
     return batched(jnp.full((rows, longest), -1, jnp.int32)) if longest else None
 
 
-def draw(rows: Rows, logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> tuple[Rows, jax.Array]:
-    """Every live row's next token, from logits `[B, V]`: the rows after it, and its log-prob `[B]` (0 where done)."""
+def sample_rows(rows: Rows, logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> tuple[Rows, jax.Array]:
+    """Samples the next token of every live row from logits `[B, V]`: new rows, and log-probs `[B]` (0 if done)."""
     keys = row_keys(key, rows.number)
     token, logprob = sample_token(logits, keys, rows.length, sampling, seen=rows.seen, temperature=rows.temperature)
     live = ~rows.done
@@ -103,7 +104,20 @@ def begin(
     cache_length: int,
     copies: int = 1,
 ) -> tuple[Rows, jax.Array]:
-    """Prefill B prompts and draw the first token of `copies` responses to each: rows and log-probs `[B·copies]`."""
+    """Runs the prefill of B prompts, and samples the first token of `copies` responses to each.
+
+    Args:
+        module: The model's module.
+        view: Its parameters for generation.
+        requests: The prompts.
+        key: The run's random key.
+        sampling: How tokens are sampled.
+        cache_length: Columns of the caches.
+        copies: Responses per prompt, n.
+
+    Returns:
+        The rows, and the log-probs of their tokens, float32 `[B·copies]`.
+    """
     size, prompt_length = requests.ids.shape
     caches = init_cache(module, size, prompt_length)
     logits, caches = prefill(module, view, requests.ids, requests.mask, caches)
@@ -128,11 +142,11 @@ def begin(
         tail=stop_tail(size * copies, sampling),
         caches=jax.tree.map(widen, caches),
     )
-    return draw(rows, logits, key, sampling)
+    return sample_rows(rows, logits, key, sampling)
 
 
 def idle(module: Decoder, requests: Requests, sampling: SamplingConfig, size: int) -> Rows:
-    """`size` rows that are done before they began, with room for a prompt and the longest response to it."""
+    """Creates `size` rows that are done already, with room for a prompt and the longest response to it."""
     vocab = module.config.padded_vocab_size
     nothing = batched(jnp.zeros(size, jnp.int32))
     return Rows(
@@ -156,6 +170,18 @@ def advance(
     key: jax.Array,
     sampling: SamplingConfig,
 ) -> tuple[Rows, jax.Array]:
-    """Feed each row's last token, written at cache `column` (one, or `[B]`), and draw the next: rows, log-probs."""
+    """Runs the model over each row's last token, and samples the next.
+
+    Args:
+        module: The model's module.
+        view: Its parameters for generation.
+        rows: The state; its caches are updated in place under jit.
+        column: Cache column of the last token, int scalar or `[B]`.
+        key: The run's random key.
+        sampling: How tokens are sampled.
+
+    Returns:
+        The rows, and the log-probs of their new tokens, float32 `[B]`.
+    """
     logits, caches = decode_step(module, view, rows.token, column, rows.start, rows.caches)
-    return draw(rows.replace(caches=caches), logits, key, sampling)
+    return sample_rows(rows.replace(caches=caches), logits, key, sampling)

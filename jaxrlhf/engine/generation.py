@@ -1,4 +1,4 @@
-"""The generate program: flip, prefill and the decode loop in one compiled call (docs/generation.md)."""
+"""The generate program: reshard, prefill and the decode loop in one compiled call (docs/generation.md)."""
 
 from functools import partial
 from typing import Any
@@ -17,8 +17,7 @@ from jaxrlhf.sharding import GENERATE_RULES, use
 PyTree = Any
 
 
-@flax.struct.dataclass
-class Rollout:
+class Rollout(flax.struct.PyTreeNode):
     """Generated sequences: prompts left-padded in columns 0…P-1, responses from column P on. All arrays `[B, P+N]`."""
 
     tokens: jax.Array
@@ -33,7 +32,7 @@ class Rollout:
     """P, the same for every row."""
 
     def compact(self) -> "Rollout":
-        """The same rows moved to the left edge: prompt then response from column 0, right-padded."""
+        """Moves each row to the left edge: prompt then response from column 0, right-padded."""
         start = jnp.argmax(self.mask, axis=1)
         columns = start[:, None] + jnp.arange(self.tokens.shape[1])[None]
         inside = columns < self.tokens.shape[1]
@@ -52,10 +51,10 @@ class Rollout:
 def _fixed_batch(
     module: Decoder, view: GenerationView, requests: Requests, key: jax.Array, sampling: SamplingConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Responses of all rows at once: tokens, mask and log-probs `[B·n, N]`."""
+    """Generates all responses at once: tokens, mask and log-probs `[B·n, N]`."""
     prompt_length, longest = requests.ids.shape[1], sampling.max_new_tokens
-    options = {"cache_length": prompt_length + longest, "copies": sampling.samples_per_prompt}
-    rows, logprob = begin(module, view, requests, key, sampling, **options)
+    width, copies = prompt_length + longest, sampling.samples_per_prompt
+    rows, logprob = begin(module, view, requests, key, sampling, cache_length=width, copies=copies)
 
     def wide(first: jax.Array, fill: float) -> jax.Array:
         rest = jnp.full((first.shape[0], longest - 1), fill, first.dtype)
@@ -89,9 +88,19 @@ def generate(
     mesh: Mesh | None,
     slots: int = 0,
 ) -> Rollout:
-    """The whole program, with `slots` for continuous batching (0: one fixed batch).
+    """The whole program; `HybridEngine.generate` checks its arguments and calls it.
 
-    See `HybridEngine.generate`; here `temperature` is `[B·n]`, as `sample_index` is.
+    Args:
+        params: The training tree of `module`.
+        prompt_ids: int32 `[B, P]`, left-padded.
+        prompt_mask: bool `[B, P]`.
+        sample_index: int32 `[B·n]`: number of each sample.
+        key: The run's random key.
+        temperature: float32 `[B·n]`; None: that of `sampling`.
+        module: The model's module.
+        sampling: How tokens are sampled.
+        mesh: The mesh of generation.
+        slots: Slots of continuous batching; 0: one fixed batch.
     """
     with use(mesh, GENERATE_RULES):
         requests = Requests(ids=prompt_ids, mask=prompt_mask, number=sample_index, temperature=temperature)
@@ -125,7 +134,7 @@ def stream_start(
     sampling: SamplingConfig,
     mesh: Mesh | None,
 ) -> tuple[GenerationView, Rows]:
-    """The first half of generation by the token: the flipped weights, and rows that hold the first token."""
+    """The first half of streaming: the resharded weights, and rows that hold the first token."""
     with use(mesh, GENERATE_RULES):
         requests = Requests(ids=prompt_ids, mask=prompt_mask, number=sample_index, temperature=None)
         view = generation_view(params, module)
@@ -144,6 +153,6 @@ def stream_step(
     sampling: SamplingConfig,
     mesh: Mesh | None,
 ) -> Rows:
-    """The other half: one more token per row; `column` is the cache column of the last one."""
+    """The second half of streaming: one more token per row; `column` is the cache column of the last one."""
     with use(mesh, GENERATE_RULES):
         return advance(module, view, rows, column, key, sampling)[0]

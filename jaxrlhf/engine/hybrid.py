@@ -1,16 +1,18 @@
 """The hybrid engine: parameters stored fully sharded for training, and the jitted program that generates with them.
 
-Generation sees the same arrays through another rule table (jaxrlhf/engine/generation.py): the flip happens once, at the entry
-of the program, and prefill and decode then run as one compiled loop.
+Generation sees the same arrays through another rule table (jaxrlhf/engine/generation.py). They are resharded once, at
+the entry of the program; prefill and decode then run as one compiled loop.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from jaxrlhf.engine.generation import Rollout, generate, stream_start, stream_step
 from jaxrlhf.engine.sampling import SamplingConfig
@@ -36,8 +38,14 @@ __all__ = ["HybridEngine", "Rollout", "generate"]
 class HybridEngine:
     """One parameter tree on one mesh, for training and for generation.
 
-    `params` lie by the training rules; `generate` reads them through GENERATE_RULES on a view of this mesh, split over
-    groups of `generate_tensor_parallel` devices (default: the `fsdp × tensor` devices of one host).
+    Args:
+        model: Its parameters are placed by the training rules.
+        mesh: The training mesh; None: all devices on `fsdp`.
+        generate_tensor_parallel: Devices that generate together; `generate` reads the parameters through GENERATE_RULES
+            on a view of the mesh with groups of this size. None: the `fsdp × tensor` devices of one host.
+
+    Raises:
+        InputError: The group does not fit the mesh or the model's heads.
     """
 
     def __init__(self, model: Model, mesh: Mesh | None = None, generate_tensor_parallel: int | None = None) -> None:
@@ -49,7 +57,7 @@ class HybridEngine:
         self.generate_mesh = generate_mesh(self.mesh, group)
         self.params = place(model.params, param_shardings(model.module, self.mesh))
 
-    def _check(self, prompt_ids: Any, prompt_mask: Any, sampling: SamplingConfig) -> None:
+    def _check(self, prompt_ids: ArrayLike, prompt_mask: ArrayLike, sampling: SamplingConfig) -> None:
         if np.shape(prompt_ids) != np.shape(prompt_mask) or np.ndim(prompt_ids) != 2:
             raise InputError(
                 f"prompt_ids {np.shape(prompt_ids)} and prompt_mask {np.shape(prompt_mask)} must be two [B, P] arrays"
@@ -65,13 +73,18 @@ class HybridEngine:
         if self.config.position != "alibi" and total > self.config.max_positions:
             raise InputError(
                 f"prompts of {np.shape(prompt_ids)[1]} tokens + max_new_tokens={sampling.max_new_tokens} exceed the "
-                f"model's context of {self.config.max_positions}; shorten the prompts or the answers"
+                f"model's context of {self.config.max_positions}; shorten the prompts or the responses"
             )
 
     def _requests(
-        self, prompt_ids: Any, prompt_mask: Any, sampling: SamplingConfig, sample_index: Any, temperature: Any
+        self,
+        prompt_ids: ArrayLike,
+        prompt_mask: ArrayLike,
+        sampling: SamplingConfig,
+        sample_index: ArrayLike | None,
+        temperature: ArrayLike | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """Checked: ids and mask `[B, P]`, sample numbers and temperatures `[B·n]`, on the mesh of generation."""
+        """Checks ids and mask `[B, P]`, sample numbers and temperatures `[B·n]`, and puts them on generation's mesh."""
         self._check(prompt_ids, prompt_mask, sampling)
         prompts, n = np.shape(prompt_ids)[0], sampling.samples_per_prompt
         number = np.arange(prompts * n) if sample_index is None else np.asarray(sample_index)
@@ -92,7 +105,11 @@ class HybridEngine:
         return place_batch(arrays, self.generate_mesh, GENERATE_RULES)
 
     def check_slots(self, slots: int, rows: int) -> int:
-        """The slots of continuous batching, 0 where a fixed batch does as well; InputError where they do not divide."""
+        """Returns the slots of continuous batching, 0 if there are at least as many as `rows`: a fixed batch.
+
+        Raises:
+            InputError: The groups of generation do not divide slots or rows.
+        """
         if slots < 0:
             raise InputError(f"slots={slots} must be 0 (a fixed batch) or positive")
         if not slots or slots >= rows:
@@ -109,50 +126,72 @@ class HybridEngine:
 
     def generate(
         self,
-        prompt_ids: Any,
-        prompt_mask: Any,
+        prompt_ids: ArrayLike,
+        prompt_mask: ArrayLike,
         key: jax.Array,
         sampling: SamplingConfig,
         *,
         params: PyTree | None = None,
-        sample_index: Any = None,
-        temperature: Any = None,
+        sample_index: ArrayLike | None = None,
+        temperature: ArrayLike | None = None,
         slots: int = 0,
     ) -> Rollout:
-        """Generate `sampling.samples_per_prompt` = n responses to each of the left-padded prompts `[B, P]`.
+        """Generates `sampling.samples_per_prompt` = n responses to each prompt.
 
-        The rollout has B·n rows, the responses to one prompt beside each other. `sample_index` `[B·n]` numbers them
-        (default 0…B·n-1): a sample depends on `key`, its number and its prompt, not on the mesh, the batch it is in or
-        `slots`. `params` replaces the engine's own tree (the PPO state's, say). `temperature` `[B]` replaces the
-        config's per prompt, 0 for greedy, without a new compilation per value. `slots` > 0 works on that many rows at a
-        time (continuous batching): a row that is done makes room for the next prompt; as many slots as rows or more are
-        a fixed batch. Raises InputError naming what does not fit.
+        A sample depends on `key`, its number and its prompt, not on the mesh, its batch or `slots`.
+
+        Args:
+            prompt_ids: int `[B, P]`, left-padded.
+            prompt_mask: `[B, P]`, set for real tokens.
+            key: Random key.
+            sampling: How tokens are sampled; each distinct value compiles a program.
+            params: Replace the engine's own tree (such as those of the PPO state).
+            sample_index: int `[B·n]`: number of each sample; None: 0 … B·n-1.
+            temperature: `[B]`: replaces the config's per prompt, 0 for greedy, without a new compilation per value.
+            slots: Rows that are decoded at a time (continuous batching): a row that is done makes room for the next
+                prompt. 0, or as many as there are rows: one fixed batch.
+
+        Returns:
+            A rollout of B·n rows, the responses to one prompt side by side.
+
+        Raises:
+            InputError: An argument does not fit; the message names it.
         """
-        *batch, temperature = self._requests(prompt_ids, prompt_mask, sampling, sample_index, temperature)
-        static = {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh}
-        static["slots"] = self.check_slots(slots, len(batch[-1]))
-        return generate(self.params if params is None else params, *batch, key, temperature, **static)
+        ids, mask, number, temperature = self._requests(prompt_ids, prompt_mask, sampling, sample_index, temperature)
+        return generate(
+            self.params if params is None else params,
+            ids,
+            mask,
+            number,
+            key,
+            temperature,
+            module=self.module,
+            sampling=sampling,
+            mesh=self.generate_mesh,
+            slots=self.check_slots(slots, len(number)),
+        )
 
     def stream(
-        self, prompt_ids: Any, prompt_mask: Any, key: jax.Array, sampling: SamplingConfig
+        self, prompt_ids: ArrayLike, prompt_mask: ArrayLike, key: jax.Array, sampling: SamplingConfig
     ) -> Iterator[np.ndarray]:
-        """Yield the next token of every row `[B]` as it is drawn, until every row has ended (chat).
+        """Yields the next token of every row, int32 `[B]`, as it is sampled, until every row has ended (chat).
 
-        The same draws as `generate`; rows that have ended go on yielding `pad_token_id`.
+        The tokens are those of `generate`; rows that have ended yield `pad_token_id`.
         """
         if sampling.samples_per_prompt > 1:
             raise InputError(
-                f"samples_per_prompt={sampling.samples_per_prompt}: a stream draws one response per prompt; "
+                f"samples_per_prompt={sampling.samples_per_prompt}: a stream has one response per prompt; "
                 "repeat the prompts, or use generate"
             )
-        *batch, _ = self._requests(prompt_ids, prompt_mask, sampling, None, None)
-        static = {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh}
-        view, rows = stream_start(self.params, *batch, key, **static)
+        ids, mask, number, _ = self._requests(prompt_ids, prompt_mask, sampling, None, None)
+        start = partial(stream_start, module=self.module, sampling=sampling, mesh=self.generate_mesh)
+        step = partial(stream_step, module=self.module, sampling=sampling, mesh=self.generate_mesh)
+        view, rows = start(self.params, ids, mask, number, key)
         column = np.shape(prompt_ids)[1]
         while True:
             token, done = np.asarray(rows.token), np.asarray(rows.done).all()
             yield token
             if done:
                 return
-            rows = stream_step(view, rows, jnp.int32(column), key, **static)
+            rows = step(view, rows, jnp.int32(column), key)
             column += 1

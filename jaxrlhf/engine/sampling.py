@@ -1,4 +1,4 @@
-"""Drawing the next token, with one random key per row, and what ends a response (docs/generation.md)."""
+"""Sampling the next token with one random key per row, and the end of a response (docs/generation.md)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,14 +65,15 @@ class SamplingConfig(Settings):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
+        """The EOS ids as a tuple; empty for none."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     def ended(self, response: Sequence[int]) -> bool:
-        """Whether a finished response ended by itself, with EOS or a stop sequence, rather than at the longest length.
+        """True if a finished response ended with EOS or a stop sequence, false if it reached the longest length.
 
-        A stop sequence that min_new_tokens held back does not count, as it did not end the row.
+        A stop sequence before min_new_tokens does not count, because it did not end the row.
         """
         ids = tuple(int(i) for i in response)
         if not ids:
@@ -99,7 +100,7 @@ class GenerationConfig(Settings):
 
 
 def truncate_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Apply top-k, then top-p, to float32 logits `[B, V]`: excluded entries become -1e30. Ties at the edge stay."""
+    """Applies top-k, then top-p, to float32 logits `[B, V]`: excluded entries become -1e30. Ties at the edge stay."""
     if 0 < config.top_k < logits.shape[-1]:
         edge = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
         logits = jnp.where(logits < edge, _EXCLUDED, logits)
@@ -113,21 +114,32 @@ def truncate_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
 
 
 def is_eos(tokens: jax.Array, config: SamplingConfig) -> jax.Array:
-    """bool, shaped as `tokens`: which are one of the EOS ids."""
+    """Marks the tokens that are one of the EOS ids: bool, in the shape of `tokens`."""
     if not config.eos_ids:
         return jnp.zeros(tokens.shape, bool)
     return jnp.isin(tokens, jnp.asarray(config.eos_ids))
 
 
 def ends_with_stop(tail: jax.Array, config: SamplingConfig) -> jax.Array:
-    """bool `[B]`: whether the last tokens `tail` `[B, K]` of each response (-1 before its beginning) end with a stop
-    sequence; K is at least the longest one's length."""
+    """Marks the rows whose last tokens are a stop sequence: bool `[B]`.
+
+    Args:
+        tail: int32 `[B, K]`, the last tokens of each response, -1 before its beginning. K is at least the length of the
+            longest stop sequence.
+        config: With at least one stop sequence.
+    """
     found = [jnp.all(tail[:, -len(ids) :] == jnp.asarray(ids), axis=1) for ids in config.stop_sequences]
     return jnp.any(jnp.stack(found), axis=0)
 
 
 def ended_rows(tokens: jax.Array, response_mask: jax.Array, config: SamplingConfig) -> jax.Array:
-    """bool `[B]`: `SamplingConfig.ended` of the responses in `tokens` `[B, T]`, each one contiguous span."""
+    """Computes `SamplingConfig.ended` of each row: bool `[B]`.
+
+    Args:
+        tokens: int `[B, T]`.
+        response_mask: `[B, T]`; each row's response is one contiguous span.
+        config: EOS ids, stop sequences and min_new_tokens.
+    """
     length = jnp.sum(response_mask, axis=1)
     after = jnp.where(length > 0, jnp.argmax(response_mask, axis=1) + length, 0)
     longest = max(map(len, config.stop_sequences), default=1)
@@ -141,7 +153,10 @@ def ended_rows(tokens: jax.Array, response_mask: jax.Array, config: SamplingConf
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
-    """The repetition penalty of Keskar et al. 2019 (arXiv 1909.05858), as transformers has it; `seen` `[B, V]`."""
+    """Applies the repetition penalty to logits `[B, V]` of tokens that are set in `seen`, bool `[B, V]`.
+
+    Source: Keskar et al. 2019 (arXiv 1909.05858), in the form of transformers.
+    """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -154,12 +169,21 @@ def sample_token(
     seen: jax.Array | None = None,
     temperature: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token per row and its log-prob: int32 `[B]`, float32 `[B]`, from logits `[B, V]`.
+    """Samples one token per row.
 
-    Row b's draw depends on its own key and its `step` (one for all, or `[B]`) only. `seen` `[B, V]` marks the tokens
-    that the repetition penalty acts on; `temperature` `[B]` replaces the config's, 0 makes its row greedy. The log-prob
-    is that of the tempered distribution before penalty, minimum length, top-k and top-p: the quantity the train program
-    computes.
+    A row's sample depends only on its own key and its `step`. The log-prob is that of the tempered distribution before
+    penalty, minimum length, top-k and top-p, because the train program computes the same quantity.
+
+    Args:
+        logits: `[B, V]`.
+        row_keys: Random key of each row, `[B]`.
+        step: Number of the token within the response, int scalar or `[B]`.
+        config: Temperature, top-k, top-p and the other options.
+        seen: bool `[B, V]`: tokens that the repetition penalty applies to.
+        temperature: `[B]`, replaces the config's; 0 makes its row greedy.
+
+    Returns:
+        Tokens int32 `[B]`, and their log-probs float32 `[B]`.
     """
     logits = logits.astype(jnp.float32)
     if temperature is None:

@@ -1,4 +1,4 @@
-"""One call of a reward function: what it printed, what it returned as numbers, and which samples it failed on."""
+"""One call of a reward function: its output, its scores as numbers, and the samples that it fails on."""
 
 import contextlib
 import io
@@ -7,19 +7,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from jaxrlhf.config.imports import exception_line
 from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.functions import RewardFunction, last_line
+from jaxrlhf.rewards.functions import RewardFunction
 
 SHOWN_LINES = 20  # lines of a function's own output that are shown of each call
 SHOWN_TEXT = 300  # characters of a prompt or response in a message
 
 
 class Failure(NamedTuple):
-    """A sample that a function gave no score."""
+    """A sample without a score."""
 
     function: str
     sample: int
@@ -28,23 +29,31 @@ class Failure(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """The rows of a batch that count."""
+    """The rows of a batch that are scored."""
 
     rows: list[int]
     prompts: list[str]
     responses: list[str]
-    columns: dict[str, list[Any]]
+    columns: dict[str, list[object]]
 
 
 class Outcome(NamedTuple):
+    """Scores of a call (NaN for a sample that failed), its failures, the lines that it printed, and its duration."""
+
     values: list[float]
     failures: list[Failure]
     lines: list[str]
     seconds: float
 
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> "Outcome":
+        """Restores an outcome from the list that JSON makes of it."""
+        values, failures, lines, seconds = value
+        return cls(values, [Failure(*failure) for failure in failures], lines, seconds)
+
 
 def describe(prompt: str, response: str) -> str:
-    """A sample for people, cut in the middle where it is long."""
+    """Formats a sample for a message; cuts the middle of long texts."""
 
     def cut(text: str) -> str:
         return text if len(text) <= SHOWN_TEXT else f"{text[: SHOWN_TEXT // 2]} … {text[-SHOWN_TEXT // 2 :]}"
@@ -53,66 +62,65 @@ def describe(prompt: str, response: str) -> str:
 
 
 def call_captured(name: str, function: RewardFunction, samples: Samples) -> Outcome:
-    """`call`, timed, with what the function printed."""
+    """Calls a function on samples, and captures what it prints.
+
+    When the call raises, the function is called again for each sample alone, to find the samples that it fails on.
+
+    Raises:
+        InputError: the function returns something other than one number per sample.
+    """
     begin = time.monotonic()
     with captured() as output:
-        values, failures, note = call(name, function, samples)
-    lines = output.getvalue().splitlines()
-    more = len(lines) - SHOWN_LINES
-    lines = lines[:SHOWN_LINES] + ([f"… and {more} more lines"] if more > 0 else [])
-    return Outcome(values, failures, lines + note, time.monotonic() - begin)
-
-
-def call(name: str, function: RewardFunction, samples: Samples) -> tuple[list[float], list[Failure], list[str]]:
-    """One value per sample, NaN for those that failed, which are listed; and notes.
-
-    A call that raises is made again for each sample alone, to find those that it fails on.
-    """
-    every = range(len(samples.rows))
-    reasons: dict[int, str] = {}
-    notes = []
-    try:
-        found = values_of(name, run(function, samples, every), len(every))
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        found, reasons = one_by_one(name, function, samples)
-        if not reasons:
-            whole = last_line(error, function.function)
-            notes = [f"raised {whole} on the batch, but on no sample alone: the scores are those of single samples"]
+        found, reasons, notes = scores(name, function, samples)
     with np.errstate(over="ignore"):
-        values = [float("nan") if v is None else float(np.float32(v)) for v in found]
-    bad = [k for k in every if not np.isfinite(values[k])]
-    failures = [Failure(name, samples.rows[k], reasons.get(k, f"returned {found[k]}")) for k in bad]
-    for k in bad:
-        values[k] = float("nan")
-    return values, failures, notes
+        values = np.array([np.nan if value is None else value for value in found], np.float64).astype(np.float32)
+    failures = [
+        Failure(name, samples.rows[k], reasons.get(k, f"returned {found[k]}"))
+        for k in np.flatnonzero(~np.isfinite(values)).tolist()
+    ]
+    values[~np.isfinite(values)] = np.nan
+    lines = output.getvalue().splitlines()
+    if (more := len(lines) - SHOWN_LINES) > 0:
+        lines[SHOWN_LINES:] = [f"… and {more} more lines"]
+    return Outcome(values.tolist(), failures, lines + notes, time.monotonic() - begin)
 
 
-def one_by_one(name: str, function: RewardFunction, samples: Samples) -> tuple[list[float | None], dict[int, str]]:
-    """Each sample's value alone, None where the function raised, and why it did."""
+def scores(
+    name: str, function: RewardFunction, samples: Samples
+) -> tuple[list[float | None], dict[int, str], list[str]]:
+    """One value per sample, None where the function raised; the reason of each exception; and notes."""
+    every = range(len(samples.rows))
+    values, error = run(name, function, samples, every)
+    if values is not None:
+        return values, {}, []
     found: list[float | None] = []
     reasons = {}
-    for k in range(len(samples.rows)):
-        try:
-            found += values_of(name, run(function, samples, [k]), 1)
-        except InputError:
-            raise
-        except (Exception, SystemExit) as error:
-            found.append(None)
-            reasons[k] = last_line(error, function.function)
-    return found, reasons
+    for k in every:
+        values, reason = run(name, function, samples, [k])
+        found += [None] if values is None else values
+        if reason is not None:
+            reasons[k] = reason
+    note = f"raised {error} on the batch, but on no sample alone: the scores are those of single samples"
+    return found, reasons, [] if reasons else [note]
 
 
-def run(function: RewardFunction, samples: Samples, which: Sequence[int]) -> Any:
-    """Call the function on some of the samples, with lists of its own."""
+def run(
+    name: str, function: RewardFunction, samples: Samples, which: Sequence[int]
+) -> tuple[list[float | None] | None, str | None]:
+    """Calls the function on some of the samples, with copies of the lists: the values, or the exception's line."""
     columns = {name: [values[k] for k in which] for name, values in samples.columns.items()}
     prompts, responses = ([texts[k] for k in which] for texts in (samples.prompts, samples.responses))
-    return function.function(prompts, responses, **function.arguments(columns), **function.options)
+    try:
+        returned = function.function(prompts, responses, **function.arguments(columns), **function.options)
+        return values_of(name, returned, len(which)), None
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        return None, exception_line(error, function.function)
 
 
 def values_of(name: str, returned: Any, size: int) -> list[float | None]:
-    """What a function returned as numbers or None; InputError for the wrong type or count."""
+    """Converts what a function returned to numbers or None. Raises InputError for another type or count."""
     expected = f"reward function {name}: must return one number per response"
     if isinstance(returned, str | bytes | Mapping) or not hasattr(returned, "__len__"):
         hint = "; an async function must be wrapped in one that waits for it" if hasattr(returned, "cr_frame") else ""
@@ -130,29 +138,28 @@ def values_of(name: str, returned: Any, size: int) -> list[float | None]:
 
 
 def _number(expected: str, k: int, value: Any) -> float | None:
-    if value is None or isinstance(value, numbers.Real):
-        return None if value is None else _float(value)
-    if getattr(value, "shape", None) == () and hasattr(value, "item") and isinstance(value.item(), numbers.Real):
-        return float(value.item())
-    raise InputError(f"{expected}; value {k} is {_kind(value)}: {value!r}"[:500])
-
-
-def _float(value: numbers.Real) -> float:
+    """A Python, NumPy or JAX number as a float; None stays."""
+    number = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    if number is None:
+        return None
+    if not isinstance(number, numbers.Real):
+        raise InputError(f"{expected}; value {k} is {_kind(value)}: {value!r}"[:500])
     try:
-        return float(value)
+        return float(number)
     except OverflowError:  # an int of hundreds of digits
         return float("inf")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
+    """The type of a value, for messages."""
     known = {str: "a text", list: "a list", tuple: "a tuple", dict: "a dict", type(None): "None", float: "one number"}
     return {**known, int: "one number"}.get(type(value), f"a {type(value).__name__}")
 
 
 class _Threads:
-    """Stands in for a stream: what some threads write goes to their own buffers, all else to the stream."""
+    """Replaces a stream: collects what some threads write in their own buffers; other threads write to the stream."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.buffers: dict[int, io.StringIO] = {}
 
@@ -168,19 +175,20 @@ _SWITCH = threading.Lock()
 
 @contextlib.contextmanager
 def captured() -> Iterator[io.StringIO]:
-    """Catch what this thread prints, and leave the other threads' output alone."""
+    """Captures what this thread prints; the output of other threads is not affected."""
     buffer, thread = io.StringIO(), threading.get_ident()
+    streams: dict[str, _Threads] = {}
     with _SWITCH:
         for name in ("stdout", "stderr"):
-            if not isinstance(getattr(sys, name), _Threads):
-                setattr(sys, name, _Threads(getattr(sys, name)))
-            getattr(sys, name).buffers[thread] = buffer
-        both = [sys.stdout, sys.stderr]
+            stream = getattr(sys, name)
+            streams[name] = stream if isinstance(stream, _Threads) else _Threads(stream)
+            streams[name].buffers[thread] = buffer
+            setattr(sys, name, streams[name])
     try:
         yield buffer
     finally:
         with _SWITCH:
-            for name, stream in zip(("stdout", "stderr"), both, strict=True):
+            for name, stream in streams.items():
                 del stream.buffers[thread]
                 if not stream.buffers and getattr(sys, name) is stream:
                     setattr(sys, name, stream.stream)

@@ -1,101 +1,131 @@
-"""Runs reward functions beside the work on the devices, and makes of what they return one score per sample."""
+"""Runs reward functions while the devices work, and combines their results to one score per sample."""
 
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import chain, count
+from typing import Protocol
 
 import numpy as np
 
 from jaxrlhf.distributed import from_primary, is_primary
 from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards.calls import Failure, Outcome, Samples, call_captured, describe
-from jaxrlhf.rewards.functions import load_function
+from jaxrlhf.rewards.functions import Function, load_function
 
 SHOWN = 3  # failed samples that are shown of each call
-WAIT = 30.0  # seconds after which a wait for a function is said
-GIVE_UP = 64  # samples in a row without a score after which a function is taken to be broken
+WAIT = 30.0  # seconds until a wait for a function is reported
+GIVE_UP = 64  # samples in a row without a score that end the run
+
+Say = Callable[[str], object]
+
+
+class References(Protocol):
+    """Rows with columns, such as a `PromptData`."""
+
+    def __len__(self) -> int: ...
+
+    def columns(self, indices: Sequence[int]) -> dict[str, list[object]]: ...
+
+    def source(self, i: int) -> tuple[str, int]: ...
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What the functions gave a batch; the same on every process. A sample that failed has NaN."""
+    """Scores of a batch, the same on every process. A sample that failed has NaN.
+
+    Attributes:
+        scores: float32 [B]: the weighted sum of the parts; 0 in rows that are not scored.
+        parts: float32 [B] of each function, unweighted.
+        failures: samples without a score.
+        seconds: duration of each function's call.
+    """
 
     scores: np.ndarray
-    """float32 `[B]`: the sum of the parts times their weights. 0 in rows that do not count."""
     parts: dict[str, np.ndarray]
-    """float32 `[B]` of each function, unweighted."""
     failures: tuple[Failure, ...]
     seconds: dict[str, float]
-    """How long each function worked."""
 
 
 class Rewards:
     """Several reward functions and their weights.
 
-    `functions`: specs, as in the flag `reward_functions`, or Python callables; `weights`: default 1 each. Every
-    function has a thread of its own, so functions run beside one another and calls of one never overlap; in a run of
-    several processes only process 0 calls them. `say` gets what they print and which samples failed. Raises InputError
-    for a function that cannot be found or called.
+    Every function has its own thread: functions run in parallel, and calls of one function never overlap. With several
+    processes, only process 0 calls them.
+
+    Args:
+        functions: specs, as in the flag `reward_functions`, or Python functions.
+        weights: weight of each function. Default: 1.
+        say: called with the lines that functions print, and with failures.
+
+    Attributes:
+        functions: the functions by their distinct names, which name the parts of a result.
+        weights: weight of each function.
+        failed_in_a_row: samples since each function last scored one (on process 0).
+
+    Raises:
+        InputError: a function cannot be imported or called, or the weights do not match.
     """
 
-    def __init__(
-        self,
-        functions: Sequence[str | Callable[..., Any]],
-        weights: Sequence[float] = (),
-        *,
-        say: Callable[[str], Any] = print,
-    ) -> None:
+    def __init__(self, functions: Sequence[str | Function], weights: Sequence[float] = (), *, say: Say = print) -> None:
         if weights and len(weights) != len(functions):
-            raise InputError(f"{len(weights)} weights for {len(functions)} reward functions; give one each, or none")
+            raise InputError(f"weights: {len(weights)} for {len(functions)} reward functions; give one each, or none")
         loaded = [load_function(function) for function in functions]
         self.functions = dict(zip(distinct([f.name for f in loaded]), loaded, strict=True))
-        """By the names that the parts of a result have."""
         self.weights = dict(zip(self.functions, weights or (1.0,) * len(loaded), strict=True))
         self.say = say
-        self._workers: dict[str, _Worker] = {}
         self.failed_in_a_row = dict.fromkeys(self.functions, 0)
-        """Samples since each function last gave one a score (on process 0)."""
+        self._workers: dict[str, _Worker] = {}
 
     def __bool__(self) -> bool:
         return bool(self.functions)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the data that the functions cannot do without."""
+        """The columns of the data that the functions need."""
         return tuple(dict.fromkeys(c for f in self.functions.values() for c in f.columns.values()))
 
-    def check_references(self, data: Any, chunk: int = 1000) -> None:
-        """Raise InputError for the first row of `data` (a PromptData) whose reference no response could match."""
-        checks = [(name, f) for name, f in self.functions.items() if f.check_references is not None]
+    def check_references(self, data: References, chunk: int = 1000) -> None:
+        """Raises InputError for the first row of `data` with a reference that no response can match."""
+        checks = [(name, f.check_references) for name, f in self.functions.items() if f.check_references is not None]
         for start in range(0, len(data) if checks else 0, chunk):
             indices = range(start, min(start + chunk, len(data)))
             columns = data.columns(indices)
-            for name, function in checks:
-                column = function.columns["references"]
+            for name, check in checks:
+                column = self.functions[name].columns["references"]
                 for i, reference in zip(indices, columns[column], strict=True):
                     try:
-                        function.check_references(reference)
+                        check(reference)
                     except ValueError as error:
                         source, row = data.source(i)
                         raise InputError(
                             f"{source} row {row + 1}, column '{column}': {error}, which reward function {name} needs; "
-                            f"mend the data, or name another column: {name}:column=…"
+                            f"correct the data, or name another column: {name}:column=…"
                         ) from error
 
     def submit(
         self,
         prompts: Sequence[str],
         responses: Sequence[str],
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        columns: Mapping[str, Sequence[object]] | None = None,
         rows: Sequence[bool] | np.ndarray | None = None,
     ) -> "Handle":
-        """Start scoring a batch of B samples; `result()` of what is returned waits for it.
+        """Starts to score a batch of B samples. Every process calls it with the whole batch.
 
-        `columns`: other fields of the samples, B values each. `rows`, bool `[B]`: which samples count (default: all);
-        the functions do not see the others. On several processes all call it with the whole batch.
+        Args:
+            prompts: the prompts [B].
+            responses: the responses [B].
+            columns: other fields of the samples, B values each.
+            rows: bool [B]: the rows to score; the functions do not see the others. Default: all.
+
+        Returns:
+            A handle whose `result` waits for the scores.
+
+        Raises:
+            InputError: a function needs a column that the samples do not have.
         """
         size = len(prompts)
         columns = {} if columns is None else columns
@@ -109,58 +139,55 @@ class Rewards:
             [responses[i] for i in counted],
             {name: [values[i] for i in counted] for name, values in columns.items()},
         )
-        jobs: dict[str, Future] = {}
+        jobs: dict[str, Future[Outcome]] = {}
         for name, function in self.functions.items():
-            function.arguments(samples.columns)  # a missing column is said before anything is waited for
+            function.arguments(samples.columns)  # reports a missing column before any function runs
             if is_primary() and counted:
                 if name not in self._workers:
                     self._workers[name] = _Worker(name)
-                jobs[name] = self._workers[name].put(lambda name=name, f=function: call_captured(name, f, samples))
+                jobs[name] = self._workers[name].put(partial(call_captured, name, function, samples))
         return Handle(self, samples, size, jobs)
 
 
 def finite_mean(values: np.ndarray) -> float | None:
-    """The mean of the finite ones; None where there is none."""
+    """The mean of the finite values; None when there is none."""
     values = np.asarray(values, np.float64)
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else None
 
 
 def distinct(names: list[str]) -> list[str]:
-    """The names, with `_2`, `_3`, … after those that occurred before."""
+    """The names, with `_2`, `_3`, … after repeated ones."""
     result: list[str] = []
     for name in names:
-        number, candidate = 1, name
-        while candidate in result:
-            number += 1
-            candidate = f"{name}_{number}"
-        result.append(candidate)
+        candidates = chain([name], (f"{name}_{number}" for number in count(2)))
+        result.append(next(candidate for candidate in candidates if candidate not in result))
     return result
 
 
 class Handle:
-    """A batch that is being scored."""
+    """A batch on its way through the reward functions; made by `Rewards.submit`."""
 
-    def __init__(self, rewards: Rewards, samples: Samples, size: int, jobs: dict[str, Future]) -> None:
+    def __init__(self, rewards: Rewards, samples: Samples, size: int, jobs: dict[str, Future[Outcome]]) -> None:
         self._rewards, self._samples, self._size, self._jobs = rewards, samples, size, jobs
         self._result: RewardResult | None = None
 
     def result(self) -> RewardResult:
-        """The scores, when all functions are done; all processes call it at the same place.
+        """Waits for the scores; all processes call it at the same place.
 
-        Raises SharedError for a function that failed on GIVE_UP samples in a row or more, or returned what is no list
-        of one number per sample.
+        Raises:
+            SharedError: a function failed on GIVE_UP samples in a row, or did not return one number per sample.
         """
         if self._result is None:
             outcomes, error = from_primary("the reward functions", self._gathered)
             if error is not None:
                 raise SharedError(error)
-            self._result = self._combined({name: Outcome(*values) for name, values in outcomes.items()})
+            self._result = self._combined({name: Outcome.from_json(values) for name, values in outcomes.items()})
         return self._result
 
-    def _gathered(self) -> tuple[dict[str, Any], str | None]:
-        """Every function's outcome as JSON values, and the first error."""
-        outcomes: dict[str, Any] = {}
+    def _gathered(self) -> tuple[dict[str, Outcome], str | None]:
+        """Every function's outcome, and the first error; both travel to the other processes as JSON."""
+        outcomes: dict[str, Outcome] = {}
         for name, job in self._jobs.items():
             try:
                 outcome = self._wait(name, job)
@@ -171,18 +198,19 @@ class Handle:
             self._report(outcome.failures)
             if error := self._given_up(name, outcome.failures):
                 return {}, error
-            outcomes[name] = list(outcome)
+            outcomes[name] = outcome
         return outcomes, None
 
-    def _wait(self, name: str, job: Future) -> Outcome:
+    def _wait(self, name: str, job: Future[Outcome]) -> Outcome:
+        """Waits without a time limit; reports after 30 s, 60 s, 120 s, …"""
         waited, limit = 0.0, WAIT
         while not wait([job], limit).done:
             waited, limit = waited + limit, waited + limit
-            self._rewards.say(f"waiting for the reward function {name} for {waited:.0f}s already…")
+            self._rewards.say(f"still waiting for the reward function {name}, after {waited:.0f} s")
         return job.result()
 
     def _given_up(self, name: str, failures: list[Failure]) -> str | None:
-        """Why the function is taken to be broken, or None."""
+        """The error of a function that failed on GIVE_UP samples in a row, or None."""
         counts = self._rewards.failed_in_a_row
         counts[name] = counts[name] + len(failures) if len(failures) == len(self._samples.rows) else 0
         if counts[name] < GIVE_UP:
@@ -190,21 +218,24 @@ class Handle:
         first = failures[0]
         return (
             f"reward function {name} gave none of the last {counts[name]} samples a score; sample {first.sample}: "
-            f"{first.reason}\n{self._shown(first.sample)}\nMend the function, or the columns that it reads"
+            f"{first.reason}\n{self._shown(first.sample)}\nCorrect the function, or the columns that it reads"
         )
 
     def _shown(self, sample: int) -> str:
+        """The prompt and the response of a sample, for messages."""
         k = self._samples.rows.index(sample)
         return describe(self._samples.prompts[k], self._samples.responses[k])
 
     def _report(self, failures: list[Failure]) -> None:
+        """Prints the first failures, and the number of the others."""
         for function, sample, reason in failures[:SHOWN]:
             shown = self._shown(sample)
             self._rewards.say(f"reward function {function} gave sample {sample} no score: {reason}\n{shown}")
         if len(failures) > SHOWN:
-            self._rewards.say(f"… and {len(failures) - SHOWN} more samples of this batch no score")
+            self._rewards.say(f"… and {len(failures) - SHOWN} more samples of this batch without a score")
 
     def _combined(self, outcomes: dict[str, Outcome]) -> RewardResult:
+        """The result of the whole batch."""
         parts, total = {}, np.zeros(self._size)
         for name in self._rewards.functions:
             part = np.zeros(self._size, np.float32)
@@ -213,20 +244,21 @@ class Handle:
             parts[name] = part
             if self._rewards.weights[name]:
                 total += self._rewards.weights[name] * part.astype(np.float64)
-        failures = tuple(Failure(*failure) for outcome in outcomes.values() for failure in outcome.failures)
+        failures = tuple(failure for outcome in outcomes.values() for failure in outcome.failures)
         seconds = {name: outcome.seconds for name, outcome in outcomes.items()}
         return RewardResult(total.astype(np.float32), parts, failures, seconds)
 
 
 class _Worker:
-    """A thread that makes one call after the other; it does not keep the program from ending."""
+    """A daemon thread that makes one call after the other; the program can end during a call."""
 
     def __init__(self, name: str) -> None:
-        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[tuple[Future[Outcome], Callable[[], Outcome]]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=f"reward {name}", daemon=True).start()
 
-    def put(self, call: Callable[[], Any]) -> Future:
-        future: Future = Future()
+    def put(self, call: Callable[[], Outcome]) -> Future[Outcome]:
+        """Queues a call."""
+        future: Future[Outcome] = Future()
         self.jobs.put((future, call))
         return future
 
@@ -235,5 +267,5 @@ class _Worker:
             future, call = self.jobs.get()
             try:
                 future.set_result(call())
-            except BaseException as error:  # raised where the result is asked for
+            except BaseException as error:  # `Future.result` raises it
                 future.set_exception(error)

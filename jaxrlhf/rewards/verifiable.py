@@ -1,14 +1,13 @@
-"""Built-in reward functions whose score can be checked: exact and number match, patterns, length.
+"""Built-in reward functions: exact match, number match, regular expression, length.
 
-Each is a reward function as a user writes one: prompts and responses first, then the column of the data that it reads
-(`references`), then its options by name. Scores are plain numbers, one per response.
+Each has the form of a user's function: prompts and responses, then the column of the data that it reads (`references`),
+then its options by name. It returns one number per response, and raises InputError for a wrong option.
 """
 
 import re
 import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from jaxrlhf.errors import InputError
 
@@ -23,7 +22,7 @@ _OUTER = " \t\n\r.,;:!?\"'`*()[]{}«»“”‘’"
 
 
 def numbers_in(text: str) -> list[Decimal]:
-    """The numbers of a text in order: `-$1,234.50` is one, and so is `.5`; `3-5` holds 3 and 5."""
+    """The numbers in a text, in order: `-$1,234.50` is one, and so is `.5`; `3-5` holds 3 and 5."""
     found = []
     for match in _NUMBER.finditer(text):
         digits = re.sub(r"[^0-9.]", "", match.group())
@@ -33,9 +32,9 @@ def numbers_in(text: str) -> list[Decimal]:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number that a text gives as its answer, or None where it holds none.
+    """The number that a solution gives as its answer, or None when the text holds no number.
 
-    It is the first after the last `####`; else the first after the last "answer is" or "answer:"; else the text's last.
+    The first number after the last `####`; else the first after the last "answer is" or "answer:"; else the last one.
     """
     _, mark, rest = text.rpartition(MARK)
     if mark and (numbers := numbers_in(rest)):
@@ -48,15 +47,16 @@ def final_number(text: str) -> Decimal | None:
 
 
 def normalised(text: str) -> str:
-    """Text after its last `####` (all of it without one), lower-cased, its spaces single, without outer punctuation."""
+    """The text after the last `####` (or all of it), in lower case, with single spaces, without outer punctuation."""
     text = unicodedata.normalize("NFKC", text).rpartition(MARK)[2]
     return " ".join(text.casefold().split()).strip(_OUTER)
 
 
-def accepted(reference: Any) -> list[str]:
-    """The references of a row, as texts: one, or any of a list. Raises ValueError for what is neither text nor number.
+def accepted(reference: object) -> list[str]:
+    """The references of a row as texts; a list holds several.
 
-    A reference that is empty is refused too: any response would match it, or none.
+    Raises ValueError for a reference that is neither text nor number, and for an empty one, which any response or none
+    would match.
     """
     several = reference if isinstance(reference, list) else [reference]
     if not several:
@@ -69,8 +69,8 @@ def accepted(reference: Any) -> list[str]:
     return [format(Decimal(repr(one)), "f") if isinstance(one, float) else str(one) for one in several]
 
 
-def reference_numbers(reference: Any) -> list[Decimal]:
-    """The numbers of a reference. Raises ValueError where one holds none."""
+def reference_numbers(reference: object) -> list[Decimal]:
+    """The `final_number` of each reference of a row. Raises ValueError for a reference without a number."""
     numbers = []
     for text in accepted(reference):
         number = final_number(text)
@@ -80,19 +80,19 @@ def reference_numbers(reference: Any) -> list[Decimal]:
     return numbers
 
 
-def reference_texts(reference: Any) -> list[str]:
-    """The references of a row, `normalised`. Raises ValueError where that leaves nothing."""
+def reference_texts(reference: object) -> list[str]:
+    """The references of a row, `normalised`. Raises ValueError when nothing is left of one."""
     texts = {text: normalised(text) for text in accepted(reference)}
     empty = [text for text, left in texts.items() if not left]
     if empty:
         raise ValueError(
-            f"the reference {empty[0][-100:]!r} leaves nothing to compare, without punctuation and what precedes {MARK}"
+            f"the reference {empty[0][-100:]!r} leaves nothing to compare without punctuation and text before {MARK}"
         )
     return list(texts.values())
 
 
-def exact_match(prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]) -> list[float]:
-    """1 where the response is the reference (or one of a list of them), 0 elsewhere, both `normalised`."""
+def exact_match(prompts: Sequence[str], responses: Sequence[str], references: Sequence[object]) -> list[float]:
+    """1 where the response equals the reference, or one of several, both `normalised`; 0 elsewhere."""
     return [
         float(normalised(response) in reference_texts(reference))
         for response, reference in zip(responses, references, strict=True)
@@ -100,9 +100,11 @@ def exact_match(prompts: Sequence[str], responses: Sequence[str], references: Se
 
 
 def number_match(
-    prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any], *, tolerance: float = 0.0
+    prompts: Sequence[str], responses: Sequence[str], references: Sequence[object], *, tolerance: float = 0.0
 ) -> list[float]:
     """1 where the response's `final_number` differs by at most `tolerance` from the reference's, 0 elsewhere."""
+    if not 0 <= tolerance < float("inf"):
+        raise InputError(f"reward function number_match: tolerance={tolerance} must be 0 or more")
     scores = []
     for response, reference in zip(responses, references, strict=True):
         number = final_number(response)
@@ -113,16 +115,12 @@ def number_match(
 
 def regex(prompts: Sequence[str], responses: Sequence[str], *, pattern: str, whole: bool = False) -> list[float]:
     """1 where `pattern` is found in the response (with `whole`: matches all of it), 0 elsewhere."""
-    compiled = compile_pattern(pattern)
-    found = compiled.fullmatch if whole else compiled.search
-    return [float(found(response) is not None) for response in responses]
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
-        return re.compile(pattern)
+        compiled = re.compile(pattern)
     except re.error as error:
         raise InputError(f"reward function regex: pattern={pattern!r} is no regular expression ({error})") from error
+    found = compiled.fullmatch if whole else compiled.search
+    return [float(found(response) is not None) for response in responses]
 
 
 def length(
@@ -133,37 +131,28 @@ def length(
     limit: int | None = None,
     unit: str = "words",
 ) -> list[float]:
-    """A score of the response's length n in words or characters.
+    """Scores the response's length n in words or characters.
 
-    `target`: 1 - |n - target| / target, at least 0. `limit`: 0 up to it, then -(n - limit) / limit, at least -1.
+    Args:
+        prompts: not used.
+        responses: the responses.
+        target: the score is 1 - |n - target| / target, at least 0.
+        limit: the score is 0 up to this length, then -(n - limit) / limit, at least -1.
+        unit: "words" or "characters".
     """
-    check_length_options(target, limit, unit)
-    sizes = [len(response.split()) if unit == "words" else len(response) for response in responses]
-    if target is not None:
-        return [max(0.0, 1.0 - abs(n - target) / target) for n in sizes]
-    return [0.0 - min(1.0, max(0.0, (n - limit) / limit)) for n in sizes]
-
-
-def check_length_options(target: int | None = None, limit: int | None = None, unit: str = "words") -> None:
     if (target is None) == (limit is None):
         raise InputError("reward function length: give one of target and limit, as in length:target=200")
-    if (target or limit or 0) < 1:
+    bound = target or limit or 0
+    if bound < 1:
         raise InputError(f"reward function length: {'limit' if target is None else 'target'} must be at least 1")
     if unit not in ("words", "characters"):
         raise InputError(f"reward function length: unit={unit!r} must be words or characters")
-
-
-def check_tolerance(tolerance: float = 0.0) -> None:
-    if not 0 <= tolerance < float("inf"):
-        raise InputError(f"reward function number_match: tolerance={tolerance} must be 0 or more")
-
-
-def check_pattern(pattern: str, whole: bool = False) -> None:
-    compile_pattern(pattern)
+    sizes = [len(response.split()) if unit == "words" else len(response) for response in responses]
+    if limit is None:
+        return [max(0.0, 1.0 - abs(n - bound) / bound) for n in sizes]
+    return [0.0 - min(1.0, max(0.0, (n - bound) / bound)) for n in sizes]
 
 
 BUILT_IN = {"exact_match": exact_match, "number_match": number_match, "regex": regex, "length": length}
 REFERENCE_CHECKS = {"exact_match": reference_texts, "number_match": reference_numbers}
-"""What refuses (ValueError) a reference that no response could match."""
-OPTION_CHECKS = {"regex": check_pattern, "length": check_length_options, "number_match": check_tolerance}
-"""What refuses (InputError) options, given as the function gets them."""
+"""Functions that raise ValueError for a reference that no response can match."""

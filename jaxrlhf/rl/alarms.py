@@ -1,15 +1,15 @@
-"""Says in words when reward, KL, ratio or value loss look as they do in runs that fail, and what usually causes it."""
+"""Warns when reward, KL, ratio or value loss look as in runs that fail, and names the usual cause."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import fmean, median
 
 WINDOW = 10  # steps that are averaged
-SILENCE = 50  # steps before the same alarm is said again
+SILENCE = 50  # steps before the same alarm is printed again
 
 
 class Alarms:
-    """Watches the metrics of every step; `say` gets a line when one of them is out of what healthy runs show."""
+    """Watches the metrics of every step; `say` gets a line when one of them leaves the range of healthy runs."""
 
     def __init__(self, say: Callable[[str], None], kl_target: float | None) -> None:
         self.say, self.kl_target = say, kl_target
@@ -20,7 +20,7 @@ class Alarms:
         self.said: dict[str, int] = {}
 
     def check(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take in the metrics of `step`; non-finite ones are the guard's business, not this one's."""
+        """Reads the metrics of a step. Non-finite ones belong to the guard."""
         for name, value in metrics.items():
             if value == value:
                 self.history.setdefault(name, deque(maxlen=WINDOW)).append(value)
@@ -47,7 +47,7 @@ class Alarms:
             self.best_score = now
         if self.first_spread is None:
             self.first_spread = self._mean("objective/scores_std")
-        if self.best_score - now <= self.first_spread:
+        if self.first_spread is None or self.best_score - now <= self.first_spread:
             return None
         return (
             f"scores fell from {self.best_score:.3g} to {now:.3g} on average. Usually the policy has left what the "
@@ -57,18 +57,18 @@ class Alarms:
 
     def _kl(self) -> str | None:
         kl, length = self._mean("objective/kl"), self._mean("val/response_length")
-        if kl is None:
+        if kl is None or length is None:
             return None
         if kl < -max(1.0, 0.02 * length):
             return (
-                f"KL to the reference is negative, {kl:.3g} nats per answer, which samples of the policy itself do "
+                f"KL to the reference is negative, {kl:.3g} nats per response, which samples of the policy itself do "
                 "not give. Usually top_k, top_p or a repetition penalty cut the distribution that is sampled, or the "
                 "sampler computes otherwise than training (sampling/logp_difference/mean)"
             )
         bound = 3 * self.kl_target if self.kl_target else 0.5 * length
         if kl > bound:
             return (
-                f"KL to the reference is {kl:.3g} nats per answer, above {bound:.3g}: the policy is far from where it "
+                f"KL to the reference is {kl:.3g} nats per response, above {bound:.3g}: the policy is far from where it "
                 "began. Usually kl_coef is too small for the scale of the scores, or the learning rate too high; set "
                 "kl_target to have it steered"
             )
@@ -76,7 +76,7 @@ class Alarms:
 
     def _ratio(self) -> str | None:
         clipped, spread = self._mean("policy/clipfrac_avg"), self._mean("val/ratio_var")
-        if clipped is None or (clipped <= 0.4 and spread <= 0.5):
+        if clipped is None or spread is None or (clipped <= 0.4 and spread <= 0.5):
             return None
         return (
             f"the policy moves too far within a step: {clipped:.0%} of the tokens are clipped, the ratio's variance is "

@@ -145,7 +145,7 @@ class PPOOptions(StepOptions):
             raise InputError(f"lora_dropout={self.lora.lora_dropout}: ppo never drops out; leave it at 0")
         if self.sampling.temperature == 0:
             raise InputError("temperature=0 samples the same response always; ppo needs a temperature above 0")
-        self.hyperparameters(seed=0).check_rows(self.rows_per_device)
+        self.hyperparameters(seed=0).check_groups()
         algorithm = self.algorithm.algorithm
         for name in algorithm.unused:
             if self.value(name) != default_of(type(self), name):

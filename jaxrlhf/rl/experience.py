@@ -1,4 +1,4 @@
-"""Experience: a rollout scored by the four models, and the rewards, advantages and returns that follow from it."""
+"""Experience: a rollout scored by the models, and the rewards, advantages and returns computed from it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +21,7 @@ from jaxrlhf.trainers.gradients import map_rows
 PyTree = Any
 
 
-@flax.struct.dataclass
-class Experience:
+class Experience(flax.struct.PyTreeNode):
     """A scored rollout in training layout: prompt then response from column 0, right-padded.
 
     Index t of a `[B, T]` array belongs to token t: its log-prob given the tokens before it, and the critic's value of
@@ -33,28 +32,28 @@ class Experience:
     mask: jax.Array
     response_mask: jax.Array
     logprobs: jax.Array
-    """The actor's log-probs when the rollout was made, from the train program."""
+    """The actor's log-probs at the time of the rollout, from the train program."""
     ref_logprobs: jax.Array
     values: jax.Array | None
-    """The critic's; None without one."""
+    """The critic's values; None without a critic."""
     scores: jax.Array
-    """`[B]`: of each sequence, by the reward model or reward functions, not clipped."""
+    """`[B]`: score of each sequence by the reward model or reward functions, not clipped."""
     sampler_logprobs: jax.Array
     """The generate program's own log-probs, to watch the gap."""
     entropy: jax.Array
     ended: jax.Array | None = None
-    """bool `[B]`: the response ended by itself; None: not known, and not penalised."""
+    """bool `[B]`: whether the response ended by itself; None: unknown, and not penalised."""
     longest: int | None = flax.struct.field(pytree_node=False, default=None)
-    """N: no response is longer. The vocabulary head then runs on N columns from each row's first response token on, and
-    log-probs and entropies are 0 elsewhere; None: on all columns."""
+    """Bound N on the length of responses. The vocabulary head then runs on N columns from each row's first response
+    token on, and log-probs and entropies are 0 elsewhere; None: it runs on all columns."""
 
     @property
     def row_mask(self) -> jax.Array:
-        """bool `[B]`: rows with a response; the others, those that could not be scored, count nowhere."""
+        """bool `[B]`: rows with a score; the other rows count nowhere."""
         return jnp.any(self.response_mask, axis=1)
 
     def with_scores(self, scores: jax.Array) -> "Experience":
-        """Scored by others. Rows whose score is not a number keep their place, under a mask."""
+        """The experience with other scores `[B]`. A row whose score is not finite keeps its place, under a mask."""
         known = jnp.isfinite(scores)
         return self.replace(
             scores=jnp.where(known, scores, 0.0).astype(jnp.float32),
@@ -71,21 +70,25 @@ def actor_logprobs(
     response_mask: jax.Array | None = None,
     longest: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies `[B, T]`: the one function behind old, new and reference log-probs.
+    """Computes log-probs and entropies `[B, T]`: the one function behind old, new and reference log-probs.
 
-    With `response_mask` and `longest`, only of `longest` columns from a row's first response token on (0 elsewhere).
+    With `response_mask` and `longest`, only `longest` columns from a row's first response token on are computed; the
+    others are 0.
     """
-    window = () if longest is None else (jnp.argmax(response_mask, axis=1), longest)
-    return module.apply({"params": params}, tokens, mask, temperature, *window, method="logprobs")
+    window = ()
+    if longest is not None and response_mask is not None:
+        window = (jnp.argmax(response_mask, axis=1), longest)
+    result: Any = module.apply({"params": params}, tokens, mask, temperature, *window, method="logprobs")
+    return result
 
 
 def critic_values(module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """V_t `[B, T]`: the critic's output at t-1, where token t is chosen; column 0 is 0."""
-    return jnp.pad(module.apply({"params": params}, tokens, mask)[:, :-1], ((0, 0), (1, 0)))
+    """Computes V_t `[B, T]`: the critic's output at t-1, where token t is chosen; column 0 is 0."""
+    values: Any = module.apply({"params": params}, tokens, mask)
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
-@flax.struct.dataclass
-class RLModels:
+class RLModels(flax.struct.PyTreeNode):
     """The models of a run, each with the parameters to read."""
 
     actor: Model
@@ -116,7 +119,7 @@ def score_rollout(
     h = hyperparameters
     longest = rollout.tokens.shape[1] - rollout.prompt_length
 
-    def passes(model: Model, function: Callable[[PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
+    def passes(model: Model, function: Callable[[Decoder, PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
         params = working_copy(on_device(model.params), logical_axes(model.module), model.module, mesh)
         return map_rows(partial(function, model.module, params), rows, h.num_mini_batches * h.micro_batches)
 
@@ -124,7 +127,8 @@ def score_rollout(
         return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature, rows.response_mask, longest)
 
     def score_of(module: Decoder, params: PyTree, rows: Rollout) -> jax.Array:
-        return objectives.score_at_last_token(module.apply({"params": params}, rows.tokens, rows.mask), rows.mask)
+        values: Any = module.apply({"params": params}, rows.tokens, rows.mask)
+        return objectives.score_at_last_token(values, rows.mask)
 
     def value_of(module: Decoder, params: PyTree, rows: Rollout) -> jax.Array:
         return critic_values(module, params, rows.tokens, rows.mask)
@@ -155,7 +159,7 @@ def score_rollout(
 def shaped_scores(
     e: Experience, h: PPOHyperparameters, moments: objectives.Moments | None
 ) -> tuple[jax.Array, objectives.Moments | None]:
-    """Scores `[B]` as the reward has them: less penalties, then normalised; and the moments with this batch added."""
+    """Returns scores `[B]` less penalties and normalised, and the moments with this batch added."""
     ended = jnp.ones(e.scores.shape, bool) if e.ended is None else e.ended
     lengths = jnp.sum(e.response_mask, axis=1)
     penalties = h.missing_eos_penalty, h.length_penalty, h.length_penalty_start
@@ -164,14 +168,15 @@ def shaped_scores(
         moments = objectives.add_moments(moments, scores, e.row_mask)
     if h.score_normalization != "none":
         of_batch = objectives.add_moments(objectives.Moments.empty(), scores, e.row_mask)
-        scores = objectives.standardised(scores, of_batch if h.score_normalization == "batch" else moments)
+        running = moments is not None and h.score_normalization == "running"
+        scores = objectives.standardised(scores, moments if running else of_batch)
     return scores, moments
 
 
 def advantages_and_returns(
     experience: Experience, kl_coef: jax.Array, h: PPOHyperparameters
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(rewards, advantages, returns) `[B, T]` from scores as they are (`shaped_scores`).
+    """Computes (rewards, advantages, returns) `[B, T]` from scores as they are (`shaped_scores`).
 
     Advantages are whitened over the whole batch, returns are not; without a critic returns are not used.
     """
@@ -191,7 +196,7 @@ def advantages_and_returns(
 def experience_metrics(
     e: Experience, rewards: jax.Array, returns: jax.Array, kl_coef: jax.Array, weights: jax.Array
 ) -> dict[str, jax.Array]:
-    """What an iteration's experience looks like, under TRL's names; sums per row are averaged over scored rows."""
+    """Metrics of an iteration's experience, under TRL's names; sums per row are averaged over scored rows."""
     mask, row_mask = e.response_mask, e.row_mask
     rows = jnp.sum(row_mask)
     kl = objectives.masked_sum(e.logprobs - e.ref_logprobs, mask) / rows

@@ -117,8 +117,8 @@ class PPOHyperparameters(Settings):
                 "or k3, or leave the penalty in the reward"
             )
 
-    def check_rows(self, rows: int) -> None:
-        """Refuses a rollout batch of `rows` rows that minibatches, micro-batches or groups do not divide."""
+    def check_groups(self) -> None:
+        """Refuses settings without what a step needs of sampling: groups to compare, a length to divide by."""
         if self.algorithm.grouped and self.samples_per_prompt < 2:
             raise InputError(
                 f"samples_per_prompt={self.samples_per_prompt} with advantage_estimator={self.advantage_estimator}: it "
@@ -126,6 +126,10 @@ class PPOHyperparameters(Settings):
             )
         if self.loss_aggregation == "fixed-length" and self.response_length is None:
             raise InputError("loss_aggregation=fixed-length needs response_length, the length to divide by")
+
+    def check_rows(self, rows: int) -> None:
+        """Refuses a rollout batch of `rows` rows that minibatches, micro-batches or groups do not divide."""
+        self.check_groups()
         if rows % (self.num_mini_batches * self.micro_batches):
             raise InputError(
                 f"num_mini_batches={self.num_mini_batches} × micro-batches={self.micro_batches} must divide the "

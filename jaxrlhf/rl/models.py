@@ -10,7 +10,16 @@ from jaxrlhf.data import Tokenizer
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, join, load_pretrained, merged, split_trainable, with_head, with_kernels
+from jaxrlhf.models import (
+    Model,
+    check_same_tokens,
+    join,
+    load_pretrained,
+    merged,
+    split_trainable,
+    with_head,
+    with_kernels,
+)
 from jaxrlhf.rl.build import build_models, model_of, updates_of
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
@@ -85,11 +94,8 @@ class RLHFEngine:
             key = keys.stream(config.data.seed, keys.Stream.CRITIC_HEAD)
             critic = _own(with_head(merged(actor), "scalar", key), critic_stage)
         scalar = critic if reward is None else reward
-        if scalar is not None and actor.config.vocab_size != scalar.config.vocab_size:
-            raise InputError(
-                f"the actor has a vocabulary of {actor.config.vocab_size} tokens and the reward model one of "
-                f"{scalar.config.vocab_size}; both must read the same tokens: train them with the same tokenizer"
-            )
+        if scalar is not None:
+            check_same_tokens(actor.config, scalar.config, ("the actor", "the reward model"))
         longest = config.data.max_prompt_seq_len + config.sampling.max_new_tokens
         for model, name in ((actor, "actor"), (scalar, "reward model")):
             if model is not None:

@@ -14,7 +14,7 @@ from jaxrlhf.engine import Rollout, SamplingConfig
 
 
 def pieces_by_length(prompt_mask: np.ndarray, pieces: int) -> list[tuple[np.ndarray, int]]:
-    """The row numbers of each of `pieces` equal pieces, shortest prompts first, and each piece's own prompt width."""
+    """Returns (row numbers, prompt width) of each of `pieces` equal pieces, shortest prompts first."""
     lengths = np.asarray(prompt_mask).sum(axis=1)
     parts = np.split(np.argsort(lengths, kind="stable"), pieces)
     return [(rows, length_bucket(int(lengths[rows].max()), np.shape(prompt_mask)[1])) for rows in parts]
@@ -22,9 +22,10 @@ def pieces_by_length(prompt_mask: np.ndarray, pieces: int) -> list[tuple[np.ndar
 
 @partial(jax.jit, static_argnames=("prompt_length", "pad_id", "sharding"))
 def join(parts: list[Rollout], order: jax.Array, *, prompt_length: int, pad_id: int, sharding: Sharding) -> Rollout:
-    """One rollout with prompts of `prompt_length` columns, its rows placed by `order`, where `parts` have theirs."""
+    """Joins `parts` into one rollout with prompts of `prompt_length` columns; `order` holds their row numbers."""
     place = jnp.argsort(order)
-    fills = Rollout(tokens=pad_id, mask=False, response_mask=False, logprobs=0.0, prompt_length=prompt_length)
+    fill: Any = (pad_id, False, False, 0.0)
+    fills = Rollout(*fill, prompt_length=prompt_length)
 
     def joined(fill: Any, *xs: jax.Array) -> jax.Array:
         wide = [
@@ -48,10 +49,23 @@ def generate_in_pieces(
     each: Callable[[np.ndarray, Rollout], None] | None = None,
     **options: Any,
 ) -> Rollout:
-    """What `generate` (a HybridEngine's) gives for the whole batch, with the cache of only a piece at a time.
+    """Generates a batch in pieces, with the cache of one piece at a time.
 
-    Samples keep their numbers, so pieces change memory, padding and time, not tokens. `pieces` must divide the prompts.
-    `each(rows, rollout)` is called with every piece that is done: its row numbers in the batch, and its rows.
+    Samples keep their numbers, so pieces change memory, padding and time, not tokens.
+
+    Args:
+        generate: `HybridEngine.generate`.
+        prompt_ids: `[B, P]`, left-padded.
+        prompt_mask: bool `[B, P]`.
+        key: of the rollout.
+        sampling: n = samples_per_prompt responses to each prompt.
+        pieces: divides the B prompts.
+        sample_index: numbers `[B·n]` of the samples; default 0 … B·n-1.
+        each: called with the row numbers and the rollout of every piece once it is generated.
+        options: further arguments of `generate`.
+
+    Returns:
+        The rollout of all B·n rows, in the order of the prompts.
     """
     ids, mask = np.asarray(prompt_ids), np.asarray(prompt_mask)
     n = sampling.samples_per_prompt

@@ -100,7 +100,7 @@ class PPOTask:
         self.baseline = Baseline(run, data.held_out.key)
         self.warned = False
         self._newest: dict[str, Any] = {}
-        self.name = config.algorithm.algorithm.name
+        self.name, self.title = config.algorithm.algorithm.name, config.algorithm.algorithm.title
         self.best = ("scores", 1)
         self.base_model = str(config.models.actor_model_name_or_path)
         self.data_names = tuple(config.data.data_path)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxrlhf import objectives
+from jaxrlhf import keys, objectives
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, join, split_trainable
 from jaxrlhf.rl.experience import (
@@ -28,12 +28,11 @@ from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, mod
 PyTree = Any
 
 
-@flax.struct.dataclass
-class PPOState:
-    """Everything the update reads and replaces; donated to `ppo_step`.
+class PPOState(flax.struct.PyTreeNode):
+    """Everything that the update reads and replaces; donated to `ppo_step`.
 
-    With adapters (`actor.lora`, `critic.lora`), they and the critic's head alone have optimizer state and an average.
-    What belongs to the critic is None without one.
+    With adapters (`actor.lora`, `critic.lora`), only they and the critic's head have optimizer state and an average.
+    The critic's fields are None without a critic.
     """
 
     step: jax.Array
@@ -53,7 +52,7 @@ class PPOState:
     hyperparameters: PPOHyperparameters = flax.struct.field(pytree_node=False)
     mesh: Mesh | None = flax.struct.field(pytree_node=False)
     score_moments: objectives.Moments | None = None
-    """Of all scores so far; needed for score_normalization="running"."""
+    """Moments of all scores so far, for score_normalization="running"."""
 
 
 class _Trained(NamedTuple):
@@ -74,13 +73,13 @@ class _Frozen(NamedTuple):
 
 
 def minibatch_rows(h: PPOHyperparameters, step: jax.Array, rows: int) -> jax.Array:
-    """`[epochs · minibatches, rows / minibatches]` row numbers: a permutation per epoch, of (seed, step, epoch)."""
-    key = jax.random.fold_in(jax.random.key(h.seed), step)
+    """Row numbers `[epochs · minibatches, rows / minibatches]`: a permutation per epoch, keyed by (seed, step, epoch)."""
     if h.num_mini_batches == 1:
         order = jnp.tile(jnp.arange(rows), (h.ppo_epochs, 1))
     else:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(h.ppo_epochs))
-        order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
+        key = keys.stream(h.seed, keys.Stream.MINIBATCHES, step)
+        of_epochs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(h.ppo_epochs))
+        order = jax.vmap(lambda k: jax.random.permutation(k, rows))(of_epochs)
     return order.reshape(h.ppo_epochs * h.num_mini_batches, rows // h.num_mini_batches)
 
 
@@ -92,14 +91,23 @@ def _take(data: PyTree, index: jax.Array) -> PyTree:
 def ppo_step(
     state: PPOState, experience: Experience, ptx: dict[str, jax.Array] | None = None
 ) -> tuple[PPOState, dict[str, jax.Array]]:
-    """One iteration on a scored rollout: every epoch and minibatch, actor and critic. `state` is donated.
+    """Runs one iteration on a scored rollout: every epoch and minibatch, actor and critic.
 
     Losses are sums over the global minibatch divided by its global count of response tokens (or as `loss_aggregation`
-    has it), so meshes and micro-batches do not change them. `ptx`, with `ptx_coef`, is pretraining text: `input_ids`,
-    `attention_mask` and `loss_mask` `[R, T]`, of which each minibatch takes its share. An update whose losses or
-    gradients are not finite changes nothing; the KL weight and the moments of scores keep their last finite values.
-    Returns the new state and float32 metrics under TRL's names, averaged over the updates; NaN where none could be
-    counted.
+    says), so meshes and micro-batches do not change them. An update whose losses or gradients are not finite changes
+    nothing; the KL weight and the moments of scores keep their last finite values.
+
+    Args:
+        state: donated.
+        experience: a scored rollout of B rows.
+        ptx: with `ptx_coef`, pretraining text: `input_ids`, `attention_mask` and `loss_mask` `[R, T]`; each minibatch
+            takes its share.
+
+    Returns:
+        The new state, and float32 metrics under TRL's names, averaged over the updates; NaN when no update counted.
+
+    Raises:
+        InputError: when minibatches, micro-batches or groups do not divide the rows.
     """
     h, mesh = state.hyperparameters, state.mesh
     rows = experience.scores.shape[0]
@@ -114,12 +122,8 @@ def ppo_step(
             experience.logprobs, experience.sampler_logprobs, experience.response_mask, h.importance_cap or jnp.inf
         )
         data = _training_arrays(state, experience, advantages, returns, weights)
-        actor_params, actor_frozen = split_trainable(state.actor_params, state.actor)
-        actor_read = frozen_working_copy(actor_frozen, state.actor, mesh)
-        critic_params = critic_frozen = critic_read = None
-        if state.critic is not None:
-            critic_params, critic_frozen = split_trainable(state.critic_params, state.critic)
-            critic_read = frozen_working_copy(critic_frozen, state.critic, mesh)
+        actor_params, actor_frozen, actor_read = _parts(state.actor_params, state.actor, mesh)
+        critic_params, critic_frozen, critic_read = _parts(state.critic_params, state.critic, mesh)
         frozen = _Frozen(actor_read, critic_read)
 
         def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
@@ -144,12 +148,20 @@ def ppo_step(
     return new, metrics
 
 
+def _parts(params: PyTree, module: Decoder | None, mesh: Mesh | None) -> tuple[PyTree, PyTree, PyTree]:
+    """A model's trainable leaves, its frozen leaves, and the working copy of the latter; None without a model."""
+    if module is None:
+        return None, None, None
+    trainable, frozen = split_trainable(params, module)
+    return trainable, frozen, frozen_working_copy(frozen, module, mesh)
+
+
 def _training_arrays(
     state: PPOState, e: Experience, advantages: jax.Array, returns: jax.Array, weights: jax.Array
 ) -> dict[str, jax.Array]:
     """The arrays `[B, T]` that minibatches are taken from."""
     h = state.hyperparameters
-    data = {
+    data: dict[str, Any] = {
         "tokens": e.tokens,
         "mask": e.mask,
         "response_mask": e.response_mask,
@@ -244,7 +256,7 @@ def _update(
     metrics["policy/grad_norm"] = optax.tree.norm(actor_grads)
     critic_grads = None
     if state.critic is not None:
-        of_critic, critic_grads = _critic_gradients(state, frozen.critic, trained.critic_params, batch)
+        of_critic, critic_grads = _critic_gradients(state, state.critic, frozen.critic, trained.critic_params, batch)
         metrics |= of_critic
 
     finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
@@ -261,7 +273,7 @@ def _update(
         actor_made,
     )
     critic_params, critic_opt = trained.critic_params, trained.critic_opt_state
-    if state.critic is not None:
+    if state.critic is not None and state.critic_optimizer is not None:
         critic_params, critic_opt = apply_gradients(
             state.critic_optimizer, state.critic, critic_params, critic_opt, critic_grads, mesh, made
         )
@@ -341,18 +353,18 @@ def _ptx_gradients(
 
 
 def _critic_gradients(
-    state: PPOState, frozen: PyTree, params: PyTree, batch: dict[str, jax.Array]
+    state: PPOState, critic: Decoder, frozen: PyTree, params: PyTree, batch: dict[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], PyTree]:
     """Metrics and gradients of the value loss on a minibatch."""
     h = state.hyperparameters
     tokens_in_batch = jnp.sum(batch["response_mask"])
 
     def loss_of(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
-        values = critic_values(state.critic, join(params, frozen), b["tokens"], b["mask"])
+        values = critic_values(critic, join(params, frozen), b["tokens"], b["mask"])
         return objectives.value_loss(
             values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
         )
 
-    value, clipfrac, grads = model_gradients(loss_of, state.critic, params, batch, h.micro_batches, state.mesh)
+    value, clipfrac, grads = model_gradients(loss_of, critic, params, batch, h.micro_batches, state.mesh)
     metrics = {"loss/value_avg": value, "val/clipfrac_avg": clipfrac, "val/grad_norm": optax.tree.norm(grads)}
     return metrics, grads

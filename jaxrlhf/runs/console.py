@@ -1,201 +1,198 @@
-"""What a run shows while it works: lines, a progress bar, timed status messages, tables; fit for terminals and logs."""
+"""Console output of a run: lines, progress, timed status messages and tables, on a terminal or in a log file."""
 
 import contextlib
+import os
 import shutil
 import sys
-import textwrap
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO, TypeVar
 
-from tqdm import tqdm
+from rich.box import HORIZONTALS
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Column, Table
+from rich.text import Text
 
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log file
 CELL_LINES = 6  # longer table cells are cut in the middle
+BAR_WIDTH = 24
+
+Item = TypeVar("Item")
+
+
+class Progress:
+    """Progress of a loop: steps done, their rate, the remaining time and a note.
+
+    `Console.progress` makes it. A terminal shows it as one line that is redrawn. A log file gets a line for each
+    `PLAIN_INTERVAL` seconds in which nothing else is printed.
+    """
+
+    def __init__(self, console: "Console", total: int | None, initial: int, description: str, unit: str):
+        self.total, self.done, self.unit = total, initial, unit
+        self.description = description or unit
+        self.note = ""
+        """Text at the end of the line, such as the latest metrics."""
+        self._console = console
+        self._first: tuple[int, float] | None = None
+        self._latest = 0.0
+
+    def update(self, steps: int = 1) -> None:
+        """Counts finished steps. The rate is measured from the first call on, because the first step compiles."""
+        self.done += steps
+        self._latest = time.monotonic()
+        if self._first is None:
+            self._first = (self.done, self._latest)
+        silent = self._latest - self._console.last_print >= PLAIN_INTERVAL
+        if silent and not self._console.is_terminal and (self.total is None or self.done < self.total):
+            self._console.print(self._with_note())
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the items and counts each after its use."""
+        for item in items:
+            yield item
+            self.update()
+
+    def line(self, done: int | None = None) -> str:
+        """Formats the progress: `sft 12/100 · 1.31 step/s · 01:07 left`.
+
+        Args:
+            done: Steps to show, for a step that is not counted yet. Default: the steps counted so far.
+        """
+        done = self.done if done is None else done
+        parts = [f"{self.description} {done}" if self.total is None else f"{self.description} {done}/{self.total}"]
+        first, begin = self._first or (self.done, self._latest)
+        if self.done > first:
+            rate = (self.done - first) / max(self._latest - begin, 1e-9)
+            parts.append(f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}")
+            if self.total is not None:
+                parts.append(f"{format_duration(max(0, self.total - done) / rate)} left")
+        return " · ".join(parts)
+
+    def _with_note(self) -> str:
+        return " · ".join([self.line(), self.note]) if self.note else self.line()
+
+    def __rich__(self) -> Table:
+        text = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        grid = Table.grid(Column(width=BAR_WIDTH), text, padding=(0, 1), expand=True)
+        grid.add_row(ProgressBar(self.total, self.done), Text(_plain(self._with_note())))
+        return grid
 
 
 class Console:
-    """Prints to `stream` (default: stderr); on a terminal with a redrawn progress bar, elsewhere whole lines only."""
+    """Prints to a terminal or a log file.
+
+    A terminal shows a redrawn progress line and a spinner. A log file gets whole lines without escape codes. Control
+    characters in texts are replaced, so that a model's output cannot change the terminal; rich markup is not read.
+
+    Args:
+        quiet: Print nothing.
+        stream: Destination. Default: stderr.
+    """
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None):
         self.stream = sys.stderr if stream is None else stream
         self.quiet = quiet
-        self.is_terminal = bool(getattr(self.stream, "isatty", lambda: False)())
-        self.bar: tqdm | None = None
-        self.last_print = 0.0
-        self._line_is_open = False
+        self.is_terminal = self.stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self.bar: Progress | None = None
+        self.last_print = time.monotonic()
+        self._rich = RichConsole(
+            file=self.stream,
+            quiet=quiet,
+            force_terminal=self.is_terminal,
+            force_jupyter=False,
+            width=None if self.is_terminal else shutil.get_terminal_size((100, 24)).columns,
+        )
 
     def print(self, text: str) -> None:
-        """Print `text` as whole lines, above the progress bar where there is one."""
-        if self.quiet:
-            return
-        self._end_open_line()
-        if self.bar is not None and self.is_terminal:
-            self.bar.clear()
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        """Prints `text` as whole lines, above the progress line on a terminal."""
         self.last_print = time.monotonic()
-        if self.bar is not None and self.is_terminal:
-            self.bar.refresh()
+        self._rich.print(Text(_plain(text)), soft_wrap=True)
 
     @contextlib.contextmanager
     def status(self, message: str) -> Iterator[None]:
-        """Say what is being done, and afterwards how long it took: `compiling train step… 12.3s`."""
-        begin = time.monotonic()
-        same_line = self.is_terminal and self.bar is None and not self.quiet
-        if same_line:
-            self._end_open_line()
-            self.stream.write(message)
-            self.stream.flush()
-            self._line_is_open = True
-        else:
+        """Shows what a block does, and afterwards how long it took: `compiling train step… 12.3s`."""
+        if not self.is_terminal:
             self.print(message)
-        outcome = "failed after "
+        begin, outcome = time.monotonic(), "failed after "
         try:
-            yield
+            with self._live(Spinner("dots", Text(_plain(message))), transient=True):
+                yield
             outcome = ""
         finally:
-            took = f"{outcome}{time.monotonic() - begin:.1f}s"
-            if same_line and self._line_is_open:
-                self._line_is_open = False
-                self.stream.write(f" {took}\n")
-                self.stream.flush()
-            else:
-                self.print(f"{message} {took}")
+            self.print(f"{message} {outcome}{time.monotonic() - begin:.1f}s")
 
     @contextlib.contextmanager
-    def progress(self, total: int | None, initial: int = 0, description: str = "") -> Iterator[tqdm]:
-        """A progress bar with rate and remaining time; call `.update()` per step. Plain lines where no terminal is."""
-        kind = tqdm if self.is_terminal else _PlainBar
-        options = {"mininterval": 0.1} if self.is_terminal else {"mininterval": PLAIN_INTERVAL, "console": self}
-        self._end_open_line()
+    def progress(
+        self, total: int | None, initial: int = 0, description: str = "", unit: str = "step", transient: bool = False
+    ) -> Iterator[Progress]:
+        """Shows the progress of a loop that calls `.update()` for each step.
+
+        Args:
+            total: Steps in all, None if unknown.
+            initial: Steps done before.
+            description: Name of the loop. Default: the unit.
+            unit: Name of a step.
+            transient: Remove the line from the terminal at the end.
+        """
+        outer, self.bar = self.bar, Progress(self, total, initial, description, unit)
         self.last_print = time.monotonic()
-        outer = self.bar
-        self.bar = bar = kind(
-            total=total,
-            initial=initial,
-            desc=description or None,
-            unit="step",
-            miniters=1,
-            smoothing=0,  # the average rate: steps are alike, and the first one, which compiles, is left out of it
-            dynamic_ncols=True,
-            file=self.stream,
-            disable=self.quiet,
-            **options,
-        )
         try:
-            yield bar
+            with self._live(self.bar, transient):
+                yield self.bar
         finally:
-            bar.close()
             self.bar = outer
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print rows under a title, wrapped to the terminal's width."""
-        self.print(format_table(title, columns, rows, shutil.get_terminal_size((100, 24)).columns))
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Prints rows under a title. Long cells are wrapped, very long ones cut in the middle."""
+        limit = CELL_LINES * self._rich.width // len(columns)
+        cells = [[_cell(value, limit) for value in row] for row in rows]
+        is_wrapped = any(len(cell) > self._rich.width // len(columns) for row in cells for cell in row)
+        table = Table(box=HORIZONTALS, pad_edge=False, collapse_padding=True, leading=int(is_wrapped))
+        for i, name in enumerate(columns):
+            is_numeric = all(isinstance(row[i], int | float) for row in rows)
+            justify = "right" if is_numeric else "left"
+            table.add_column(Text(_plain(name)), justify=justify, no_wrap=is_numeric, overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        self.print(title)
+        self._rich.print(table)
 
-    def _end_open_line(self) -> None:
-        if self._line_is_open:
-            self.stream.write("\n")
-            self._line_is_open = False
-
-
-class _PlainBar(tqdm):
-    """Progress as whole lines, for log files: one each `PLAIN_INTERVAL` seconds in which nothing else was printed."""
-
-    def __init__(self, *args: Any, console: Console, **options: Any):
-        self.console = console
-        super().__init__(*args, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        under_way = self.n > self.initial and (self.total is None or self.n < self.total)
-        if under_way and not self.disable and time.monotonic() - self.console.last_print >= PLAIN_INTERVAL:
-            self.console.print(progress_line(self) + (f" · {self.postfix}" if self.postfix else ""))
-        return True
-
-    def clear(self, nolock: bool = False) -> None:
-        """Nothing to clear: lines stay."""
-
-    def close(self) -> None:
-        """End the bar without drawing it once more."""
-        if not self.disable:
-            self.disable = True
-            self._decr_instances(self)
+    @contextlib.contextmanager
+    def _live(self, shown: RenderableType, transient: bool) -> Iterator[None]:
+        """Keeps `shown` on the last line of a terminal."""
+        if self.quiet or not self.is_terminal:
+            yield
+            return
+        redirect = self.stream is sys.stderr  # warnings then appear above the line
+        with Live(shown, console=self._rich, transient=transient, redirect_stdout=False, redirect_stderr=redirect):
+            self._rich.show_cursor(True)  # a killed process must not leave it hidden
+            yield
 
 
-def progress_line(bar: tqdm, done: int | None = None) -> str:
-    """`train 12/100 · 1.31 step/s · 01:07 left`, from a tqdm bar; `done` where the count is ahead of the bar's."""
-    values = bar.format_dict
-    done = values["n"] if done is None else done
-    rate = values["rate"] or (values["n"] - values["initial"]) / max(values["elapsed"], 1e-9)
-    parts = [f"{bar.desc.removesuffix(': ')} " if bar.desc else ""]
-    parts[0] += f"{done}/{values['total']}" if values["total"] is not None else f"{done}"
-    if rate:
-        parts.append(f"{rate:.3g} step/s" if rate >= 1 else f"{1 / rate:.3g} s/step")
-        if values["total"] is not None:
-            parts.append(f"{tqdm.format_interval(max(0, values['total'] - done) / rate)} left")
-    return " · ".join(parts)
+def format_number(value: object) -> str:
+    """Formats a float with four significant digits, and other values as they are."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def format_number(value: Any) -> str:
-    """A number with four significant digits; other values as they are."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
+def format_duration(seconds: float) -> str:
+    """Formats seconds as `MM:SS`, from an hour on as `H:MM:SS`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
-def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 100) -> str:
-    """A text table of at most `width` columns; long cells are wrapped, very long ones cut in the middle."""
-    cells = [[_one_line(format_number(value)) for value in row] for row in rows]
-    header = [str(column) for column in columns]
-    natural = [max([_width(header[i]), *(_width(row[i]) for row in cells)]) for i in range(len(header))]
-    widths = _share_width(natural, width - 2 * (len(header) - 1))
-    rule = "─" * min(width, sum(widths) + 2 * (len(widths) - 1))
-    numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
-    lines = [title, rule, *_format_row(header, widths, numeric), rule]
-    wrapped = [_format_row(row, widths, numeric) for row in cells]
-    spaced = any(len(row) > 1 for row in wrapped)  # a blank line keeps wrapped rows apart
-    for number, row in enumerate(wrapped):
-        lines += [""] * (spaced and number > 0) + row
-    return "\n".join([*lines, rule])
+def _plain(text: str) -> str:
+    """Replaces characters that control a terminal; newlines and tabs stay."""
+    text = text.replace("\r\n", "\n")
+    return "".join("·" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" else c for c in text)
 
 
-def _format_row(cells: list[str], widths: list[int], numeric: list[bool]) -> list[str]:
-    columns = [_wrap(cell, width) for cell, width in zip(cells, widths, strict=True)]
-    lines = []
-    for number in range(max(map(len, columns))):
-        parts = []
-        for column, width, right in zip(columns, widths, numeric, strict=True):
-            text = column[number] if number < len(column) else ""
-            space = " " * max(0, width - _width(text))
-            parts.append(space + text if right else text + space)
-        lines.append("  ".join(parts).rstrip())
-    return lines
-
-
-def _share_width(natural: list[int], available: int) -> list[int]:
-    """Narrow columns get what they need; the others share the rest evenly (8 at least)."""
-    widths, left = [0] * len(natural), available
-    for place, i in enumerate(sorted(range(len(natural)), key=lambda i: natural[i])):
-        widths[i] = max(min(natural[i], left // (len(natural) - place)), min(8, natural[i]))
-        left -= widths[i]
-    return widths
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    wide = _width(text) != len(text)
-    lines = textwrap.wrap(text, max(1, width // 2 if wide else width), break_on_hyphens=False) or [""]
-    if len(lines) > CELL_LINES:
-        lines = [*lines[: CELL_LINES // 2], "…", *lines[-(CELL_LINES // 2 - 1) :]]
-    return lines
-
-
-def _one_line(text: str) -> str:
-    text = text.strip().replace("\r\n", "\n").replace("\n", " ↵ ").replace("\t", " ")
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Cf") else "·" for c in text)
-
-
-def _width(text: str) -> int:
-    """Terminal columns that `text` takes: East Asian wide characters two, combining ones none."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+def _cell(value: object, limit: int) -> str:
+    """One line of at most about `limit` characters, cut in the middle."""
+    text = _plain(format_number(value).strip()).replace("\n", " ↵ ").replace("\t", " ")
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"

@@ -1,45 +1,63 @@
-"""One training run's folder: its config, metrics, samples, TensorBoard events, summary and report, and its console."""
+"""The folder of a training run: settings, metrics, samples, TensorBoard events, summary, report; and its console."""
 
-import contextlib
 import json
 import math
+import os
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import jax
-from tqdm import tqdm
+import numpy as np
 
 from jaxrlhf.config import save_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
-from jaxrlhf.runs.console import Console, format_number, progress_line
+from jaxrlhf.runs.console import Console, Progress, format_number
+from jaxrlhf.runs.storage import storage_errors
 
-RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json")
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
+JSONL = ("metrics.jsonl", "samples.jsonl")
+RECORDS = (*JSONL, "summary.json")
 OWN_FILES = ("config.yaml", *RECORDS, "report.html")
 EXPORT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 SHOWN_WITHOUT_HEADLINE = 8
+SHOWN_ON_BAR = 4
+REMEDY = "free or repair the disk, then continue the run with --resume"
 
 
 class Run:
-    """The folder `output_dir` of one training run, as a context manager; on leaving, `report.html` is written.
+    """The folder of one training run, as a context manager that writes `report.html` at its end.
 
-    `config`: the dataclass written to `config.yaml`. A folder that holds a run or a model already is refused
-    (InputError) unless `resume` (everything is kept, new records are appended; see `rewind`) or `overwrite` (the old
-    run's records and checkpoints are deleted; an exported model stays until the new one takes its place).
-    `headline`: metrics shown on the console, in this order (default: the first few). `logging_steps`: steps between
-    console lines; every record goes to the files. Only process 0 of a multi-process run writes and prints.
+    Only process 0 of a multi-process run writes and prints.
+
+    Args:
+        output_dir: The folder.
+        config: Dataclass to write to `config.yaml`.
+        resume: Continue the run in the folder: records are kept and new ones appended (see `rewind`).
+        overwrite: Delete records and checkpoints of the run in the folder. An exported model stays until the new one
+            replaces it.
+        quiet: Print nothing.
+        logging_steps: Steps between console lines. Every record goes to the files.
+        headline: Metrics on the console, in this order. Default: the first few.
+        stream: Destination of the console. Default: stderr.
+
+    Raises:
+        InputError: The folder is a file, or holds a run or a model and neither `resume` nor `overwrite` is set.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
-        config: Any,
+        config: object,
         *,
         resume: bool = False,
         overwrite: bool = False,
@@ -54,8 +72,7 @@ class Run:
         self.headline = tuple(headline)
         self.latest: dict[str, float | int | None] = {}
         self.console = Console(quiet or not self.is_primary, stream)
-        self._files: dict[str, TextIO] = {}
-        self._tensorboard: Any = None
+        self._tensorboard: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._closed = False
         self._config, self._resume, self._overwrite = config, resume, overwrite
@@ -64,32 +81,51 @@ class Run:
             _check_folder(self.output_dir, resume, overwrite)
 
     def begin(self) -> None:
-        """Make the folder ready and write `config.yaml`; the first record does it too.
+        """Prepares the folder and writes `config.yaml`. The first record does it too.
 
-        Nothing is written or deleted before, so that a run refused for its input leaves the folder as it was.
+        A run that is refused for its input before this point leaves the folder as it was.
+
+        Raises:
+            InputError: The folder cannot be written.
         """
-        if not self._begun:
-            self._begun = True
-            _prepare_folder(self.output_dir, self._resume, self._overwrite)
+        if self._begun:
+            return
+        self._begun = True
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self._resume:
+                _cut_partial_lines(self.output_dir)
+            elif self._overwrite:
+                _delete_run(self.output_dir)
             save_yaml(self._config, self.output_dir / "config.yaml")
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); choose another folder"
+            raise InputError(f"output_dir {self.output_dir} {reason}") from error
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
             return
         try:
             self.close()
-        except Exception as second:  # the error that ended the run is the one to see; this one is told, not raised
-            self.console.print(f"report.html could not be written: {type(second).__name__}: {second}")
+        except (OSError, ValueError) as second:  # the user needs to see the error that ended the run, not this one
+            self.console.print(f"report.html is not written: {second}")
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record metrics (numbers or 0-d arrays) of `step`: metrics.jsonl, TensorBoard, and the console now and then.
+    def log(self, step: int, metrics: Mapping[str, object]) -> None:
+        """Records the metrics of a step in metrics.jsonl and TensorBoard, and prints them every `logging_steps`.
 
-        Numbers are kept to seven significant digits; NaN and infinities become null, and are left out of
-        TensorBoard. Each record is flushed.
+        Numbers keep seven significant digits. NaN and infinities become null; TensorBoard does not get them. A killed
+        process loses no record.
+
+        Args:
+            step: Number of finished steps.
+            metrics: Numbers or 0-d arrays by name. Evaluations have names with the prefix `eval/`.
+
+        Raises:
+            StorageError: The record cannot be written.
         """
         values = {name: _number(name, value) for name, value in metrics.items()}
         self.latest.update(values)
@@ -102,34 +138,42 @@ class Run:
         self._show(int(step), values)
 
     def rewind(self, step: int) -> None:
-        """Drop metrics and samples recorded after `step`: what a run did past the checkpoint it resumes from."""
+        """Drops metrics and samples after `step`, the step of the checkpoint from which the run resumes."""
         self.begin()
-        if self.is_primary:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self._close_file(name)
-                path = self.output_dir / name
+        if not self.is_primary:
+            return
+        self._close_tensorboard()
+        with self._storage("rewind the records"):
+            for path in (self.output_dir / name for name in JSONL):
                 if path.exists():
                     kept = [record for record in read_jsonl(path) if record["step"] <= step]
                     write_text_atomic(path, "".join(_json_line(record) for record in kept))
-            self._close_tensorboard()
-            self._purge_step = int(step) + 1
+        self._purge_step = int(step) + 1
 
     def print(self, text: str) -> None:
-        """Print `text` without disturbing the progress bar."""
+        """Prints `text` above the progress line."""
         self.console.print(text)
 
-    def status(self, message: str) -> contextlib.AbstractContextManager[None]:
-        """`with run.status("compiling train step…"):` says so, and then how long it took."""
+    def status(self, message: str) -> AbstractContextManager[None]:
+        """Shows what a block does, and afterwards how long it took."""
         return self.console.status(message)
 
-    def progress(
-        self, total: int | None, initial: int = 0, description: str = ""
-    ) -> contextlib.AbstractContextManager[tqdm]:
-        """`with run.progress(total) as bar: bar.update()`: rate, remaining time and the latest headline metrics."""
+    def progress(self, total: int | None, initial: int = 0, description: str = "") -> AbstractContextManager[Progress]:
+        """Shows rate, remaining time and the latest headline metrics of a loop that calls `.update()` for each step."""
         return self.console.progress(total, initial, description)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Print a table of samples and keep it, uncut, in samples.jsonl for the report. Cells: text, numbers, None."""
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], step: int) -> None:
+        """Prints a table of samples and keeps it, uncut, in samples.jsonl for the report.
+
+        Args:
+            title: Title. The report compares tables of the same title.
+            columns: Column names.
+            rows: Cells: text, numbers, None.
+            step: Number of finished steps.
+
+        Raises:
+            StorageError: The record cannot be written.
+        """
         plain = [[_cell(value) for value in row] for row in rows]
         wrong = next((row for row in plain if len(row) != len(columns)), None)
         if wrong is not None:
@@ -139,59 +183,59 @@ class Run:
             self._append("samples.jsonl", {**record, "rows": plain})
         self.console.table(f"{title} (step {step})", columns, plain)
 
-    def write_summary(self, values: Mapping[str, Any]) -> None:
-        """Write `summary.json`, atomically."""
+    def write_summary(self, values: Mapping[str, object]) -> None:
+        """Writes `summary.json`, atomically. Raises StorageError when it cannot be written.
+
+        Args:
+            values: JSON values. The report shows `title`, the name of the training, and `trainer`.
+        """
         self.begin()
         if self.is_primary:
-            write_json_atomic(self.output_dir / "summary.json", dict(values))
+            with self._storage("write summary.json"):
+                write_json_atomic(self.output_dir / "summary.json", dict(values))
 
     def close(self) -> None:
-        """Close the files and write `report.html`. May be called twice."""
+        """Writes `report.html`. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        for name in list(self._files):
-            self._close_file(name)
         self._close_tensorboard()
         if self.is_primary and self._begun and (self.output_dir / "metrics.jsonl").exists():
             from jaxrlhf.runs.report import write_report
 
-            write_report(self.output_dir)
+            with self._storage("write report.html"):
+                write_report(self.output_dir)
 
     def _show(self, step: int, values: dict[str, float | int | None]) -> None:
-        if self.console.quiet:
-            return
+        """Prints the headline of a step if it is due, and puts the latest one on the progress line."""
         names = [name for name in self.headline if name in values]
         evaluation = [name for name in values if name.startswith("eval/") and name not in names]
         names = names + evaluation or list(values)[:SHOWN_WITHOUT_HEADLINE]
-        bar = self.console.bar
+        lead, bar = f"step {step}", self.console.bar
         if bar is not None:
-            headline = [name for name in self.headline if name in self.latest] or names
-            text = " ".join(f"{_short(name)}={_shown(self.latest[name])}" for name in headline[:4])
-            bar.set_postfix_str(text, refresh=False)
+            shown = [name for name in self.headline if name in self.latest] or names
+            shown = [f"{name.rpartition('/')[2]}={_shown(self.latest[name])}" for name in shown[:SHOWN_ON_BAR]]
+            bar.note = " ".join(shown)
+            if not self.console.is_terminal:
+                lead = bar.line(step)
         if evaluation or step % self.logging_steps == 0:
-            words = [f"{name} {_shown(values[name])}" for name in names]
-            lead = f"step {step}" if bar is None or self.console.is_terminal else progress_line(bar, step)
-            self.console.print(" · ".join([lead, *words]))
+            self.console.print(" · ".join([lead, *(f"{name} {_shown(values[name])}" for name in names)]))
 
-    def _append(self, name: str, record: dict) -> None:
+    def _storage(self, task: str) -> AbstractContextManager[None]:
+        return storage_errors(f"{task} in {self.output_dir}", REMEDY)
+
+    def _append(self, name: str, record: Mapping[str, object]) -> None:
         self.begin()
-        if name not in self._files:
-            self._files[name] = open(self.output_dir / name, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._files[name].write(_json_line(record))
-        self._files[name].flush()
+        with self._storage(f"write {name}"), open(self.output_dir / name, "a", encoding="utf-8") as file:
+            file.write(_json_line(record))
 
-    def _close_file(self, name: str) -> None:
-        if name in self._files:
-            self._files.pop(name).close()
-
-    def _event_writer(self) -> Any:
-        self.begin()
+    def _event_writer(self) -> "SummaryWriter":
         if self._tensorboard is None:
             from tensorboardX import SummaryWriter
 
-            folder = str(self.output_dir / "tensorboard")
-            self._tensorboard = SummaryWriter(logdir=folder, purge_step=self._purge_step, flush_secs=10)
+            with self._storage("write TensorBoard events"):
+                folder = str(self.output_dir / "tensorboard")
+                self._tensorboard = SummaryWriter(logdir=folder, purge_step=self._purge_step, flush_secs=10)
         return self._tensorboard
 
     def _close_tensorboard(self) -> None:
@@ -201,7 +245,11 @@ class Run:
 
 
 def peak_memory_bytes() -> dict[str, int | None]:
-    """Peak memory so far in bytes: `host` (resident, this process), `device` (largest of the local ones, or None)."""
+    """Returns the peak memory so far in bytes.
+
+    Returns:
+        `host`: resident memory of this process; `device`: the largest of the local devices, None if it is not known.
+    """
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in stats if entry and "peak_bytes_in_use" in entry]
@@ -209,7 +257,7 @@ def peak_memory_bytes() -> dict[str, int | None]:
 
 
 def what_is_there(folder: Path) -> list[str]:
-    """Names of what an earlier run left in `folder`: records, checkpoints, weights. Settings alone do not count."""
+    """Returns the names of an earlier run's records, checkpoints and weights in `folder`. Settings do not count."""
     if not folder.is_dir():
         return []
     found = [name for name in (*RECORDS, *EXPORT_FILES) if (folder / name).exists()]
@@ -228,62 +276,42 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume:
-            _cut_partial_lines(folder)
-        elif overwrite:
-            _delete_run(folder)
-    except OSError as error:
-        raise InputError(f"output_dir {folder} cannot be written: {error.strerror}") from error
-
-
 def _delete_run(folder: Path) -> None:
-    for name in OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    old = [path for path in folder.iterdir() if FINAL.match(path.name) and path.is_dir()]  # unfinished ones too
-    for path in [*old, folder / "tensorboard"]:
-        if path.exists():
+    for path in folder.iterdir():
+        if path.name in OWN_FILES:
+            path.unlink()
+        elif path.is_dir() and (path.name == "tensorboard" or FINAL.match(path.name)):  # unfinished ones too
             shutil.rmtree(path)
 
 
 def _cut_partial_lines(folder: Path) -> None:
-    """End each .jsonl file after its last whole line, so that what is appended starts on a line of its own."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        path = folder / name
+    """Cuts each .jsonl file after its last whole line, so that the next record starts on a line of its own."""
+    for path in (folder / name for name in JSONL):
         if path.exists():
-            text = path.read_bytes()
-            whole = text.rfind(b"\n") + 1
-            if whole < len(text):
-                with open(path, "r+b") as file:
-                    file.truncate(whole)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def _number(name: str, value: Any) -> float | int | None:
+def _number(name: str, value: object) -> float | int | None:
+    """A metric as it is recorded."""
     if name in ("step", "time"):
         raise ValueError(f"a metric cannot be called {name!r}")
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, bool | int):
-        return int(value)
-    if not isinstance(value, float):
+    number = _cell(value)
+    if isinstance(number, str) or value is None:
         raise TypeError(f"metric {name} must be a number, not {type(value).__name__}")
-    return float(f"{value:.7g}") if math.isfinite(value) else None
+    return int(number) if isinstance(number, bool) else number
 
 
-def _cell(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
+def _cell(value: object) -> str | float | int | None:
+    """A number or 0-d array as a JSON number of seven digits, None if it is not finite; None; or text."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        value = value.item()
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def _json_line(record: dict) -> str:
+def _json_line(record: Mapping[str, object]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _short(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def _shown(value: float | int | None) -> str:

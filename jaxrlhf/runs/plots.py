@@ -1,34 +1,42 @@
-"""Curves of a run as inline SVG that takes its colours from the page, so one drawing reads in light and dark."""
+"""Curves of a run as inline SVG. The colours come from the page, so that one drawing serves light and dark pages."""
 
+import html
 import io
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-SIZE = (4.6, 2.35)  # inches; the page scales it
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 MAX_POINTS = 600  # per curve; more would only make the file large
 SMOOTH_FROM = 12  # curves with fewer points are drawn as they are
 
-# Drawn in these colours, then replaced by the page's CSS variables.
+# Stand-ins for the page's CSS variables, which replace them at the end.
 INK, GRID = "#010203", "#040506"
 SERIES = ("#0a0b01", "#0a0b02", "#0a0b03")
 VARIABLES = {INK: "--muted", GRID: "--line", SERIES[0]: "--first", SERIES[1]: "--second", SERIES[2]: "--third"}
 
 
 class Curve(NamedTuple):
-    """Values of one metric at ascending steps, NaN where not finite. `points`: drawn as dots (evaluation)."""
+    """Values of one metric at ascending steps."""
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
+    """NaN where not finite."""
     points: bool = False
+    """Draw dots, as for evaluations."""
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Mean of the exponential moving averages from either side, over about `span` values each, so without a lag.
+    """Averages the exponential moving averages from both sides, which leaves no lag.
 
-    NaN entries do not count; the averages are free of a bias to their first value.
+    Args:
+        values: Values; NaN entries do not count.
+        span: Number of values that each average covers. It has no bias to its first value.
     """
     backward = _moving_average(values[::-1], span)[::-1]
     return [(a + b) / 2 for a, b in zip(_moving_average(values, span), backward, strict=True)]
@@ -45,8 +53,10 @@ def _moving_average(values: Sequence[float], span: float) -> list[float]:
     return result
 
 
-def thin_out(steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS) -> tuple[list, list]:
-    """At most about `limit` points: of each stretch its smallest and largest value, so that spikes stay visible."""
+def thin_out(
+    steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS
+) -> tuple[list[float], list[float]]:
+    """Keeps about `limit` points: the smallest and largest value of each stretch, so that spikes stay visible."""
     if len(values) <= limit:
         return list(steps), list(values)
     stretch = math.ceil(2 * len(values) / limit)
@@ -59,69 +69,60 @@ def thin_out(steps: Sequence[float], values: Sequence[float], limit: int = MAX_P
 
 
 def draw(curves: Sequence[Curve], number: int) -> str:
-    """One plot as an `<svg>` element: raw curves faint, smoothed ones strong, evaluation as dots.
+    """Draws one plot as an `<svg>` element: raw curves faint, smoothed ones strong, evaluations as dots.
 
-    `number` makes the ids of this drawing unique on the page.
+    Args:
+        curves: Up to three curves.
+        number: Number of the plot on the page, which makes its ids unique.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8.5, "axes.formatter.useoffset": False}
-    with rc_context(style):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        figure.patch.set_alpha(0)
-        axes.patch.set_alpha(0)
+    with rc_context(fname=Path(__file__).with_suffix(".mplstyle")):
+        canvas = FigureCanvasSVG(Figure())
+        axes = canvas.figure.add_subplot(xlabel="step")
         for curve, colour in zip(curves, SERIES, strict=False):
             _draw_curve(axes, curve, colour)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
-        axes.tick_params(colors=INK, length=0, pad=4)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
-        axes.yaxis.get_offset_text().set_color(INK)
-        axes.set_xlabel("step", color=INK, loc="right", labelpad=1)
-        axes.margins(x=0.02, y=0.08)
         buffer = io.StringIO()
         canvas.print_svg(buffer)
-    return _inline(buffer.getvalue(), f"p{number}-")
+    label = html.escape(" and ".join(curve.name for curve in curves)) + " by step"
+    return _inline(buffer.getvalue(), f"p{number}-").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def _draw_curve(axes, curve: Curve, colour: str) -> None:
+def _draw_curve(axes: "Axes", curve: Curve, colour: str) -> None:
     finite = sum(not math.isnan(value) for value in curve.values)
     if curve.points or finite < 3:
         axes.plot(curve.steps, curve.values, "o-", color=colour, markersize=3.6, linewidth=1.0, zorder=4)
         return
     smoothed = len(curve.values) >= SMOOTH_FROM and _is_noisy(curve.values)
-    faint = {"alpha": 0.42, "linewidth": 0.9} if smoothed else {"linewidth": 1.5}
-    axes.plot(*thin_out(curve.steps, curve.values), color=colour, zorder=2, **faint)
+    alpha, width = (0.42, 0.9) if smoothed else (1.0, 1.5)
+    steps, values = thin_out(curve.steps, curve.values)
+    axes.plot(steps, values, color=colour, alpha=alpha, linewidth=width, zorder=2)
     if smoothed:
         values = smooth(curve.values, span=max(4.0, len(curve.values) / 15))
         axes.plot(*thin_out(curve.steps, values, MAX_POINTS // 2), color=colour, linewidth=1.8, zorder=3)
 
 
 def _is_noisy(values: Sequence[float]) -> bool:
-    """Whether values jump about: a schedule or counter does not, and an average would only shift it."""
+    """Tells noise from a schedule or a counter, which an average would only shift."""
     finite = [value for value in values if not math.isnan(value)]
     bends = sorted(abs(a - 2 * b + c) for a, b, c in zip(finite, finite[1:], finite[2:], strict=False))
     return bool(bends) and bends[len(bends) // 2] > 0.005 * (max(finite) - min(finite))
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """The bare `<svg>` element: no prologue, metadata or name spaces, ids made unique, colours from the page."""
+    """The bare `<svg>` element, without prologue, metadata, name spaces and size, with unique ids and CSS colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = svg.replace('id="', f'id="{prefix}').replace("url(#", f"url(#{prefix}").replace('href="#', f'href="#{prefix}')
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'="[^"]*"', lambda match: re.sub(r"(\.\d{2})\d+", r"\1", match[0]), svg)  # coordinates, not labels
     svg = re.sub(r"font: [^;\"]*?(\d[\d.]*)px[^;\"]*", r"font-size: \1px", svg)
     for colour, variable in VARIABLES.items():

@@ -23,7 +23,9 @@ from jaxrlhf.models import (
     Decoder,
     Model,
     base_leaves,
+    check_same_tokens,
     frozen_copy,
+    frozen_stage,
     load_pretrained,
     logical_axes,
     param_shardings,
@@ -155,8 +157,7 @@ def add_reference(config: DPOConfig, run: Run, model: Model, mesh: Mesh) -> Call
     own = config.reference_model_name_or_path
     shares = own is None and model.module.lora is not None
     source = model if own is None else load_reference(config, own, model, mesh)
-    # Below stage 3 a model without optimizer state is whole on every device; a base that LoRA shares lies as it does.
-    stage = source.module.zero_stage if shares else 3 if config.compute.zero_stage == 3 else 0
+    stage = frozen_stage(source.module, config.compute.zero_stage)
     module = source.module.clone(lora=None, zero_stage=stage)
     frozen = None if shares else frozen_copy(source.params, param_shardings(module, mesh), config.mesh.compute_dtype)
     score = Announce(run, "dpo reference", reference_logprobs)
@@ -180,11 +181,7 @@ def load_reference(config: DPOConfig, path: str, model: Model, mesh: Mesh) -> Mo
         zero_stage=config.compute.zero_stage,
         progress=is_primary(),
     )
-    if reference.config.vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"reference_model_name_or_path={path} has a vocabulary of {reference.config.vocab_size} tokens and the "
-            f"model to train one of {model.config.vocab_size}; both must read the same tokens"
-        )
+    check_same_tokens(reference.config, model.config, (f"reference_model_name_or_path={path}", "the model to train"))
     check_context(reference.config, config.data.max_length, "max_length for the reference model")
     return with_kernels(reference, **config.compute.kernels)
 
@@ -196,6 +193,7 @@ def train_dpo(config: DPOConfig) -> TrainState:
     loss, measure = objective(config.loss_type, config.beta, config.label_smoothing)
     recipe = Recipe(
         name="dpo",
+        title="Direct preference optimisation",
         head="lm",
         headline=("loss", "rewards/accuracies", "rewards/margins", "grad_norm"),
         objective=loss,

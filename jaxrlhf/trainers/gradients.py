@@ -1,4 +1,4 @@
-"""Gradients inside a jitted step: accumulated over chunks of rows (scoring shares the chunks), then applied."""
+"""Gradients inside a jitted step: accumulated over micro-batches, then applied. Scoring uses the same micro-batches."""
 
 from collections.abc import Callable
 from typing import Any

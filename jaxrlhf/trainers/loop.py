@@ -24,6 +24,7 @@ from jaxrlhf.runs.checkpoints import (
     restore_checkpoint,
     save_checkpoint,
 )
+from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import RunConfig
 
 State = TypeVar("State")
@@ -38,7 +39,9 @@ class Task(Protocol[State]):
     """
 
     name: str
-    """Name of the trainer in records, reports and model cards."""
+    """Name of the trainer in records."""
+    title: str
+    """Name of the training in reports and model cards."""
     total_steps: int
     base_model: str
     """Model that the exported one was trained from."""
@@ -127,8 +130,6 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
         for index in range(start, task.total_steps):
             state = loop.step(state, index)
             bar.update()
-            if index == start:  # the step that compiles would spoil the rate and the remaining time
-                bar.initial, bar.start_t = bar.n, time.time()
             loop.finish_step(state, index + 1, stopped)
     best = loop.best.step
     if config.export_best and best not in (None, task.total_steps):
@@ -137,9 +138,12 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
     with run.status(f"exporting the model to {run.output_dir}…"):
         metrics = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
         shown = metrics["eval_best" if config.export_best else "eval_after"]
-        task.export(state, ModelCard(task.name, task.base_model, task.data_names, task.total_steps, shown))
+        card = ModelCard(task.name, task.title, task.base_model, task.data_names, task.total_steps, shown)
+        task.export(state, card)
     seconds = time.monotonic() - begin
-    run.write_summary({"trainer": task.name, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics})
+    run.write_summary(
+        {"trainer": task.name, "title": task.title, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics}
+    )
     run.print(f"{task.name}: {task.total_steps - start} steps in {seconds:.1f}s → {run.output_dir}")
     return state
 
@@ -156,7 +160,7 @@ class _Loop(Generic[State]):
         with self.saved_before_errors(state, index):
             state, metrics = self.task.step(state, index)
         metrics = to_host(metrics)
-        self.run.log(index + 1, metrics | {"perf/peak_memory_gib": peak_memory_bytes()["host"] / 2**30})
+        self.run.log(index + 1, metrics | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30})
         self.guard.check(metrics, index + 1)
         return state
 
@@ -200,7 +204,7 @@ class _Loop(Generic[State]):
 
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:
-    """The records of this run's evaluations, resumed parts included: `step`, and figures by their names."""
+    """Records of this run's evaluations, resumed parts included: `step`, and metrics by name."""
     records = [r for r in read_jsonl(run.output_dir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
     return [
         {"step": r["step"]} | {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
@@ -213,7 +217,7 @@ def evaluated(run: Run, step: int) -> bool:
 
 
 class Best(NamedTuple):
-    """The step whose evaluation was the best of those with a checkpoint, and its figure; the earliest of equal ones."""
+    """Step and metric of the best evaluation that has a checkpoint; the earliest of equal ones."""
 
     step: int | None = None
     value: float | None = None
@@ -222,9 +226,9 @@ class Best(NamedTuple):
         return value is not None and (self.value is None or sign * value > sign * self.value)
 
 
-def best_before(run: Run, figure: tuple[str, int], done: int) -> Best:
-    """The best among the steps that a resumed run has behind it, up to `done`."""
-    name, sign = figure
+def best_before(run: Run, metric: tuple[str, int], done: int) -> Best:
+    """Returns the best of the steps up to `done` that have a checkpoint."""
+    name, sign = metric
 
     def find() -> Best:
         best, kept = Best(), {checkpoint_step(path) for path in list_checkpoints(run.output_dir)}
@@ -234,11 +238,12 @@ def best_before(run: Run, figure: tuple[str, int], done: int) -> Best:
                 best = Best(record["step"], record[name])
         return best
 
-    return Best(*from_primary("looking for the best evaluation", lambda: list(find())))
+    step, value = from_primary("looking for the best evaluation", lambda: list(find()))
+    return Best(None if step is None else int(step), value)
 
 
 def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
-    """The figures of the first, the last and the best evaluation of this run."""
+    """Metrics of the first, the last and the best evaluation of this run."""
     records = _evaluations(run)
     chosen = next((r for r in records if r["step"] == step), records[-1])
     plain = [{k: v for k, v in r.items() if k != "step"} for r in (records[0], records[-1], chosen)]
@@ -247,8 +252,7 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
 
 
 class Guard:
-    """Watches for losses and gradients that are not finite, and for batches without any score; the step has left the
-    model as it was before them."""
+    """Counts steps whose loss or gradients are not finite, or whose batch has no score. Such steps change nothing."""
 
     def __init__(self, run: Run, limit: int, batch: Callable[[], dict[str, Any]]) -> None:
         self.run, self.limit, self.batch = run, limit, batch
@@ -256,7 +260,7 @@ class Guard:
         self.reason, self.unscored = "", False
 
     def check(self, metrics: Metrics, step: int) -> None:
-        """Count a step that skipped updates; TrainingDiverged for a metric that is not finite though none was skipped."""
+        """Counts a step that skipped updates. Raises TrainingDiverged for another metric that is not finite."""
         bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
         skipped, self.unscored = int(metrics["guard/skipped_updates"]), bool(metrics.get("guard/unscored", False))
         if not skipped and not self.unscored:
@@ -267,11 +271,11 @@ class Guard:
         self.in_a_row += 1
         left_out, self.reason = f"{skipped} update{'s' * (skipped > 1)}", "a loss or gradient became non-finite"
         if self.unscored:
-            left_out, self.reason = "its updates", "no answer had a score"
+            left_out, self.reason = "its updates", "no response had a score"
         elif bad:
             self.reason = f"{', '.join(bad)} became non-finite"
         self.run.print(
-            f"step {step}: {left_out} left out, because {self.reason} ({self.in_a_row} such step"
+            f"step {step}: skipped {left_out}, because {self.reason} ({self.in_a_row} such step"
             f"{'s' * (self.in_a_row > 1)} in a row; the run ends at {self.limit})"
         )
 
@@ -280,7 +284,7 @@ class Guard:
         return self.in_a_row >= self.limit
 
     def end(self, step: int) -> None:
-        """Save the newest batch for inspection and raise TrainingDiverged."""
+        """Saves the newest batch for inspection and raises TrainingDiverged."""
         path = self.run.output_dir / f"nonfinite-step-{step}.npz"
         arrays = {name: np.asarray(value) for name, value in to_host(self.batch()).items()}
         if is_primary():
@@ -294,13 +298,13 @@ class Guard:
         kept = latest_checkpoint(self.run.output_dir)
         go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
         if self.unscored:
-            return f"What the reward functions said stands above; {go_on}"
+            return f"See the messages of the reward functions above; {go_on}"
         return f"Lower the learning rate, lengthen the warm-up, or use --dtype float32; {go_on}"
 
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT and SIGTERM only set a flag (returned by the call); a second SIGINT interrupts."""
+    """Yields a function that says whether SIGINT or SIGTERM arrived. A second SIGINT interrupts at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag.is_set
@@ -320,9 +324,9 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 
 
 class Announce:
-    """Calls a jitted function and says "compiling…" the first time it meets new shapes of its positional arguments."""
+    """Calls a jitted function, and prints "compiling…" when its positional arguments have new shapes."""
 
-    def __init__(self, run: Run | None, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, run: Run | Console | None, name: str, function: Callable[..., Any]) -> None:
         self.run, self.name, self.function = run, name, function
         self.seen: set[tuple] = set()
 

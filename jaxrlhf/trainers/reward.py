@@ -12,7 +12,7 @@ from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.settings import StepOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
-SIMILAR = 0.1  # of the longer answer: lengths that differ by less tell little
+SIMILAR = 0.1  # share of the longer response: smaller differences in length say little
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def pair_count(batch: Batch) -> jax.Array:
 def pair_values(module: Decoder, params: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Per-token scores `[B, T]` of chosen and rejected, in one forward pass."""
     both = [jnp.concatenate([rows[f"chosen_{k}"], rows[f"rejected_{k}"]]) for k in ("ids", "mask")]
-    values = module.apply({"params": params}, *both, rngs=None if key is None else {"dropout": key})
-    return tuple(jnp.split(values, 2))
+    values: Any = module.apply({"params": params}, *both, rngs=None if key is None else {"dropout": key})
+    chosen, rejected = jnp.split(values, 2)
+    return chosen, rejected
 
 
 def last_scores(rows: Batch, chosen: jax.Array, rejected: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -118,6 +119,7 @@ def train_reward(config: RewardConfig) -> TrainState:
     """Run step 2; the reward model lies in `config.output_dir` afterwards."""
     recipe = Recipe(
         name="reward",
+        title="Reward model",
         head="scalar",
         headline=("loss", "accuracy", "grad_norm", "learning_rate"),
         objective=OBJECTIVES[config.reward_loss],

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from jaxrlhf import keys
 from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PositiveInt, Settings, alias, check_needs
@@ -16,6 +15,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     DecoderConfig,
     Model,
+    check_tokenizer_fits,
     config_from_dict,
     create_model,
     default_dtype,
@@ -45,7 +45,7 @@ class MeshConfig(Settings, may_change=True):
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
 
     @property
-    def compute_dtype(self) -> DTypeLike:
+    def compute_dtype(self) -> jnp.dtype:
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
     def make_mesh(self) -> Mesh:
@@ -240,13 +240,10 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, re
         path = str(config.model.model_name_or_path)
         model = load_pretrained(path, head=head, key=key, mesh=mesh, progress=is_primary(), **layout)
     model = with_kernels(model, **config.compute.kernels)
-    if model.config.vocab_size < vocab_size and not start.resize_vocabulary:
-        raise InputError(
-            f"the tokenizer of {config.model.tokenizer_source} has {vocab_size} tokens, the model only "
-            f"{model.config.vocab_size}; use the model's own tokenizer, or add rows with --resize_vocabulary"
-        )
-    if model.config.vocab_size < vocab_size:
+    if start.resize_vocabulary and model.config.vocab_size < vocab_size:
         model = resize_vocabulary(model, vocab_size)
+    source = f"the tokenizer of {config.model.tokenizer_source}"
+    check_tokenizer_fits(vocab_size, model.config, source, "add rows with --resize_vocabulary")
     return without_dropout(model) if start.disable_dropout else model
 
 

@@ -61,6 +61,7 @@ def train_sft(config: SFTConfig) -> TrainState:
     """Run step 1; the trained model lies in `config.output_dir` afterwards."""
     recipe = Recipe(
         name="sft",
+        title="Supervised fine-tuning",
         head="lm",
         headline=("loss", "grad_norm", "learning_rate", "perf/tokens_per_second"),
         objective=OBJECTIVE,

@@ -40,18 +40,18 @@ Batch = dict[str, Any]
 
 
 class Objective(NamedTuple):
-    """A loss over labelled rows: `count(batch)` is the global denominator, `loss` a sum over it.
+    """A loss over labelled rows.
 
-    `loss(module, params, rows, count, dropout_key)` → (scalar, stats), stats being sums over the same denominator.
+    `count(batch)` is the global denominator. `loss(module, params, rows, count, dropout_key)` returns a scalar and
+    stats, both sums over that denominator.
     """
 
     count: Callable[[Batch], jax.Array]
     loss: Callable[[Decoder, PyTree, Batch, jax.Array, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-@flax.struct.dataclass
-class TrainState:
-    """What one step reads and replaces; donated to `train_step`. With adapters, only they have optimizer state."""
+class TrainState(flax.struct.PyTreeNode):
+    """The state that one step replaces; donated to `train_step`. With adapters, only they have optimizer state."""
 
     step: jax.Array
     params: PyTree
@@ -79,10 +79,20 @@ def has_dropout(module: Decoder) -> bool:
 def train_step(
     state: TrainState, batch: Batch, key: jax.Array, *, objective: Objective, micro_batches: int
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on a batch `[B, …]`, in `micro_batches` chunks whose number does not change the result.
+    """Makes one optimizer step on a batch.
 
-    Gradients are taken of the trainable leaves only: all, or the adapters and a scalar head (`split_trainable`). When
-    the loss or a gradient is not finite, parameters and optimizer state stay as they were.
+    Only trainable leaves get gradients: all, or the adapters and a scalar head (`split_trainable`). When the loss or a
+    gradient is not finite, parameters and optimizer state stay as they were.
+
+    Args:
+        state: donated.
+        batch: arrays `[B, …]`.
+        key: of dropout.
+        objective: the loss.
+        micro_batches: chunks that the batch is worked through in; their number does not change the result.
+
+    Returns:
+        The new state, and `loss`, `grad_norm`, `guard/skipped_updates` and the objective's stats.
     """
     with use(state.mesh, TRAIN_RULES):
         count = objective.count(batch)
@@ -108,7 +118,7 @@ def train_step(
 
 @partial(jax.jit, static_argnames=("module", "mesh", "measure"))
 def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, measure: Callable) -> dict[str, jax.Array]:
-    """Sums over one evaluation batch, as `measure(module, params, batch)` gives them."""
+    """Returns the sums of `measure(module, params, batch)` over one evaluation batch."""
     with use(mesh, TRAIN_RULES):
         return measure(module, params, batch)
 
@@ -116,7 +126,7 @@ def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, meas
 def evaluation_totals(
     sums: Callable[[Batch], dict[str, jax.Array]], data: Any, rows: int, mesh: Mesh, **options: Any
 ) -> dict[str, float]:
-    """What `sums` gives for each placed batch of `rows` rows of `data`, added up; `options` go to `data.batch`."""
+    """Adds up `sums` of all batches of `rows` rows of `data`, placed on the mesh; `options` go to `data.batch`."""
     totals: dict[str, float] = {}
     for batch in eval_batches(data, rows, held=held_rows(mesh, rows), **options):
         for figure, value in to_host(sums(place_batch(batch, mesh))).items():
@@ -130,6 +140,8 @@ class Recipe:
 
     name: str
     """Also the step whose rows `load_data` gives."""
+    title: str
+    """Name in reports and model cards."""
     head: str
     headline: tuple[str, ...]
     objective: Objective
@@ -185,7 +197,7 @@ class SupervisedTask:
         self.mesh = mesh = config.mesh.make_mesh()
         self.micro_batches = config.run.gradient_accumulation_steps
         self.rows = config.run.per_device_train_batch_size * batch_devices(mesh) * self.micro_batches
-        self.name, self.best = recipe.name, recipe.best
+        self.name, self.title, self.best = recipe.name, recipe.title, recipe.best
         self.total_steps = config.run.total_steps(len(self.train), self.rows)
         self.data_names = tuple(config.data.data_path)
         self.trainable = split_trainable(model.params, model.module)[0]

@@ -18,7 +18,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def get_family(model_type: str, where: str) -> Family:
-    """The family of a `model_type`; InputError names `where` it stood and what is supported."""
+    """Returns the family of a `model_type`; InputError if it is not supported, with `where` it was found."""
     if model_type not in FAMILIES:
         raise InputError(f"{where}: model type {model_type!r} is not supported; supported are {sorted(FAMILIES)}")
     return FAMILIES[model_type]

@@ -1,7 +1,5 @@
 """BLOOM: ALiBi, a norm on the embeddings, QKV fused head by head."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, bias_interleaved, common_to_hf, linear, linear_grouped
 
@@ -38,7 +36,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return common_to_hf(c) | {
         "hidden_size": c.hidden_size,
         "n_layer": c.num_layers,

@@ -1,7 +1,5 @@
 """GPT-2: learned positions, pre-norm, Conv1D weights, fused QKV."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, bias_fused, common_to_hf, conv1d, conv1d_fused
 
@@ -34,7 +32,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return common_to_hf(c) | {
         "n_embd": c.hidden_size,
         "n_layer": c.num_layers,

@@ -1,7 +1,5 @@
 """GPT-Neo: learned positions, unscaled attention, local windows alternating with global layers."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, common_to_hf, linear
 
@@ -45,7 +43,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     windows = c.windows or (0,) * c.num_layers
     kinds = ["local" if window else "global" for window in windows]
     return common_to_hf(c) | {

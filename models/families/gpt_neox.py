@@ -1,7 +1,5 @@
 """GPT-NeoX and Pythia: partial rotary positions, parallel residual with two norms (or sequential), interleaved QKV."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.rope import rope_from_hf, rope_to_hf
 from jaxrlhf.models.hf.mapping import (
@@ -54,7 +52,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return (
         common_to_hf(c)
         | rope_to_hf(c, partial_rotary_factor=c.rotated_dim / c.head_dim)

@@ -1,7 +1,5 @@
 """GPT-J and CodeGen: neighbouring pairs rotated, attention and MLP from one norm, a bias on the output head."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, common_to_hf, linear, linear_grouped
 
@@ -57,7 +55,7 @@ def codegen_from_hf(hf: HFConfig) -> DecoderConfig:
     return config
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return common_to_hf(c) | {
         "n_embd": c.hidden_size,
         "n_layer": c.num_layers,

@@ -8,9 +8,9 @@ from jaxrlhf.models.hf.mapping import FLAT, Family, HFConfig, Tensor, common_to_
 
 
 def llama_like_from_hf(hf: HFConfig, *, bos: int | None = 1, eos: int | None = 2, **own: Any) -> DecoderConfig:
-    """What Llama and its descendants have in common; `own` holds the fields in which a family differs."""
+    """Reads the options that Llama and its descendants share; `own` holds the fields in which a family differs."""
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": hidden,
         "num_layers": hf.size("num_hidden_layers"),
         "num_heads": heads,
@@ -28,10 +28,11 @@ def llama_like_from_hf(hf: HFConfig, *, bos: int | None = 1, eos: int | None = 2
         "attention_dropout": hf.take("attention_dropout", 0.0),
         "initializer_range": hf.take("initializer_range", 0.02),
     }
-    return DecoderConfig(**(fields | rope_from_hf(hf) | hf.common(bos=bos, eos=eos) | own))
+    fields = {**fields, **rope_from_hf(hf), **hf.common(bos=bos, eos=eos), **own}
+    return DecoderConfig(**fields)
 
 
-def llama_like_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def llama_like_to_hf(c: DecoderConfig) -> dict[str, object]:
     """The inverse of `llama_like_from_hf`."""
     return (
         common_to_hf(c)
@@ -65,7 +66,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return llama_like_to_hf(c) | {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
 
 

@@ -1,7 +1,5 @@
 """Mistral: Llama with a sliding attention window."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig
@@ -18,7 +16,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return llama_like_to_hf(c) | {"sliding_window": c.windows[0] if c.windows else None}
 
 

@@ -1,7 +1,5 @@
 """OPT: learned positions offset by 2, pre- or post-norm (350m), optional projections around narrower embeddings."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.hf.mapping import FLAT, Family, HFConfig, Tensor, common_to_hf, linear
 
@@ -41,7 +39,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
-def config_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return common_to_hf(c) | {
         "hidden_size": c.hidden_size,
         "num_hidden_layers": c.num_layers,

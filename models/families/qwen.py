@@ -1,7 +1,5 @@
 """Qwen2 (biases on query, key and value) and Qwen3 (normed queries and keys): Llama with windows on chosen layers."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
@@ -21,10 +19,12 @@ def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
         raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {_FULL!r} or {_SLIDING!r}")
     if window is None and _SLIDING in types:
         raise hf.refuse("layer_types", types, "it needs use_sliding_window=True and a sliding_window")
-    return tuple(0 if kind == _FULL else window for kind in types) if _SLIDING in types else None
+    if window is None or _SLIDING not in types:
+        return None
+    return tuple(0 if kind == _FULL else window for kind in types)
 
 
-def _windows_to_hf(c: DecoderConfig) -> dict[str, Any]:
+def _windows_to_hf(c: DecoderConfig) -> dict[str, object]:
     windows = c.windows or (0,) * c.num_layers
     return {
         "layer_types": [_SLIDING if w else _FULL for w in windows],

@@ -9,7 +9,7 @@ from jaxrlhf.models.rotary import ROPE_TYPES
 
 
 def rope_from_hf(hf: HFConfig, extra: tuple[str, ...] = (), base_name: str = "rope_theta") -> dict[str, Any]:
-    """`position`, `rotary_base` and `rope_scaling`, and the values of `extra` parameters (None when absent).
+    """Reads `position`, `rotary_base` and `rope_scaling`, and the values of `extra` parameters (None when absent).
 
     `base_name` is the family's older name of the base frequency.
     """
@@ -32,7 +32,7 @@ def rope_from_hf(hf: HFConfig, extra: tuple[str, ...] = (), base_name: str = "ro
     return {"position": "rotary", "rotary_base": float(base), "rope_scaling": scaling} | extras
 
 
-def rope_to_hf(c: DecoderConfig, **extra: Any) -> dict[str, Any]:
+def rope_to_hf(c: DecoderConfig, **extra: object) -> dict[str, object]:
     """The inverse of `rope_from_hf`, in today's spelling."""
     parameters = dict(c.rope_scaling or (("rope_type", "default"),))
     return {"rope_parameters": parameters | {"rope_theta": c.rotary_base} | extra}

@@ -1,59 +1,59 @@
 """LoRA adapters as PEFT folders (`adapter_config.json`, `adapter_model.safetensors`), out and in.
 
 Hugging Face fuses some linear maps that are separate here (query, key and value of GPT-2, BLOOM, GPT-NeoX, CodeGen). An
-adapter of a fused map has one A for all parts; ours have one each. Out: the As are stacked, B gets one block per part,
-so the rank is the sum and the scale stays. In: every part takes the whole A and its own rows of B. Both are exact.
+adapter of a fused map has one A for all parts; ours have one each. Saving stacks the As and gives B one block per part,
+so the rank is the sum and the scale stays. Loading gives every part the whole A and its own rows of B. Both are exact.
 """
 
 import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from jaxrlhf.distributed import barrier, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
-from jaxrlhf.models.hf.checkpoint_files import all_finite, read_json
+from jaxrlhf.models.hf.checkpoint_files import all_finite, open_safetensors, read_json, refuse, staged
 from jaxrlhf.models.hf.mapping import Layout
 from jaxrlhf.models.lora import join, linear_maps
-from jaxrlhf.models.model import Model, param_shapes, param_shardings
+from jaxrlhf.models.model import Model, leaves_by_path, param_shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_TARGETS = "jaxrlhf_targets"  # in the weights' metadata, which PEFT does not read: the linear maps of ours
+_TARGETS = "jaxrlhf_targets"  # in the weights' metadata, which PEFT does not read: the paths of our linear maps
 
-# Options of PEFT that do not change what a saved adapter computes, or that are read here.
+# Options of PEFT that this file reads, or that do not change the computation of a saved adapter.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "bias"}
 _READ |= {"modules_to_save", "init_lora_weights"}
 _INERT = {"task_type", "base_model_name_or_path", "target_modules", "exclude_modules", "fan_in_fan_out", "auto_mapping"}
 _INERT |= {"inference_mode", "revision", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
 _INERT |= {"eva_config", "ensure_weight_tying"}
-# Initialisations after which the base stays as it was (PiSSA and its like move a part of it into the adapter).
+# Initialisations that leave the base as it was (PiSSA and similar ones move a part of it into the adapter).
 _KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class _Linear(NamedTuple):
-    """A linear module of Hugging Face, and the maps of ours that it holds."""
+    """A linear module of Hugging Face, and our maps that it holds."""
 
     name: str
-    """With `{i}` for the layer when there is one per layer."""
+    """With `{i}` for the layer if there is one per layer."""
     paths: tuple[str, ...]
+    """Of our maps."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of our kernels, of one layer."""
+    """Of our kernels in one layer."""
     inputs: tuple[int, ...]
-    """Dimensions of our kernels that are contracted."""
+    """The dimensions of our kernels that are contracted."""
     layout: Layout
 
     @property
@@ -70,19 +70,20 @@ class _Linear(NamedTuple):
 
     @property
     def is_conv1d(self) -> bool:
-        """Whether Hugging Face stores the weight `[in, out]`."""
+        """True if Hugging Face stores the weight as `[in, out]`."""
         ones = (1,) * len(self.inputs)
         kernels = [jax.ShapeDtypeStruct(ones + shape[len(ones) :], jnp.float32) for shape in self.shapes]
         return jax.eval_shape(lambda *parts: self.layout.to_hf(parts, jnp), *kernels).shape[0] == 1
 
     def b_to_hf(self, parts: list[np.ndarray]) -> np.ndarray:
-        """B of every path `[r, out…]` → PEFT's `[out, r]`."""
+        """Joins B of every path, `[r, out…]`, into PEFT's `[out, r]`."""
         if len(parts) == 1:
             return parts[0].reshape(len(parts[0]), -1).T
         weight = self.layout.to_hf(parts, np)
         return weight.T if self.is_conv1d else weight
 
     def b_to_ours(self, weight: np.ndarray) -> list[np.ndarray]:
+        """The inverse of `b_to_hf`."""
         rank = weight.shape[1]
         shapes = [(rank, *shape[len(self.inputs) :]) for shape in self.shapes]
         if len(shapes) == 1:
@@ -93,9 +94,9 @@ class _Linear(NamedTuple):
 def _linears(module: Decoder) -> list[_Linear]:
     """Every linear module that may have an adapter."""
     base = module.clone(lora=None)
-    shapes, maps = flatten_dict(param_shapes(base), sep="/"), set(linear_maps(base))
-    # Adapters everywhere show which dimensions are contracted: those of A but the last.
-    adapted = flatten_dict(param_shapes(base.clone(lora=LoRAConfig(rank=1, targets=("",)))), sep="/")
+    shapes, maps = leaves_by_path(param_shapes(base)), set(linear_maps(base))
+    # Adapters everywhere show the dimensions that are contracted: those of A except the last.
+    adapted = leaves_by_path(param_shapes(base.clone(lora=LoRAConfig(rank=1, targets=("",)))))
     found = []
     for tensor in get_family(module.config.family, "config").tensors:
         paths = tuple(leaf.removesuffix("/kernel") for leaf in tensor.leaves)
@@ -108,19 +109,29 @@ def _linears(module: Decoder) -> list[_Linear]:
     return found
 
 
+def _adapters_of(module: Decoder) -> LoRAConfig:
+    if module.lora is None:
+        raise InputError("the model has no LoRA adapters to save; add_lora adds them")
+    return module.lora
+
+
 def _targeted(module: Decoder) -> list[str]:
-    return [path for path in linear_maps(module) if module.lora.matches(path)]
+    lora = _adapters_of(module)
+    return [path for path in linear_maps(module) if lora.matches(path)]
 
 
 def _suffix(linear: _Linear) -> str:
-    """What names the module in every layer, for PEFT's `target_modules`: `attn.c_attn`."""
+    """The module's name in every layer, as in PEFT's `target_modules`: `attn.c_attn`."""
     return linear.name.split("{i}.")[-1]
 
 
 def _adapter_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    params = flatten_dict(model.params, sep="/")
-    targeted, rank = set(_targeted(model.module)), model.module.lora.rank
-    fetch = lambda name: np.asarray(to_host(params[name]), np.float32)  # noqa: E731
+    params, rank = leaves_by_path(model.params), _adapters_of(model.module).rank
+    targeted = set(_targeted(model.module))
+
+    def fetch(name: str) -> np.ndarray:
+        return np.asarray(to_host(params[name]), np.float32)
+
     for linear in _linears(model.module):
         own = [path for path in linear.paths if path in targeted]
         leaves = {path: [fetch(f"{path}/{n}") for n in ("lora_a", "lora_b")] for path in own}
@@ -140,22 +151,22 @@ def _adapter_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{_PREFIX}score.weight", fetch("score/kernel").reshape(1, -1)
 
 
-def _config_to_peft(module: Decoder, base: str | None) -> dict[str, Any]:
-    lora, targeted = module.lora, set(_targeted(module))
+def _config_to_peft(module: Decoder, base: str | None) -> dict[str, object]:
+    lora, targeted = _adapters_of(module), set(_targeted(module))
     linears = [linear for linear in _linears(module) if targeted.intersection(linear.paths)]
     parts = {_suffix(linear): len(targeted.intersection(linear.paths)) for linear in linears}
-    whole = lambda x: int(x) if x == int(x) else x  # noqa: E731 - PEFT's alpha is an int
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha  # PEFT's alpha is an int
     scalar = module.head == "scalar"
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        "lora_alpha": whole(lora.alpha),
+        "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
         "target_modules": sorted(parts),
         "rank_pattern": {name: n * lora.rank for name, n in parts.items() if n > 1},
-        "alpha_pattern": {name: whole(n * lora.alpha) for name, n in parts.items() if n > 1},
+        "alpha_pattern": {name: n * alpha for name, n in parts.items() if n > 1},
         "modules_to_save": ["score"] if scalar else None,
         "fan_in_fan_out": all(linear.is_conv1d for linear in linears),
         "bias": "none",
@@ -164,38 +175,35 @@ def _config_to_peft(module: Decoder, base: str | None) -> dict[str, Any]:
 
 
 def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path: str | None = None) -> None:
-    """Write the adapters (and the scalar head) as a folder that `peft.PeftModel.from_pretrained(base, path)` loads.
+    """Writes the adapters (and the scalar head) as a folder that `peft.PeftModel.from_pretrained(base, path)` loads.
 
-    Float32. `base_model_name_or_path` is noted for whoever loads it. An interrupted save leaves older files whole.
-    InputError when the model has no adapters, or when they are not finite. Of several processes, all call it and the
-    first writes.
+    Tensors are float32. An interrupted save leaves older files intact. Every process of a run must call this; the first
+    one writes.
+
+    Args:
+        model: A model with adapters.
+        path: The folder.
+        base_model_name_or_path: Noted in the folder.
+
+    Raises:
+        InputError: The model has no adapters, or they are not finite.
+        StorageError: Writing fails.
     """
-    if model.module.lora is None:
-        raise InputError("the model has no LoRA adapters to save; add_lora adds them")
     tensors = {name: np.ascontiguousarray(x) for name, x in _adapter_tensors(model)}
     if bad := [name for name, x in tensors.items() if not all_finite(x)]:
         raise InputError(f"{', '.join(bad)}: NaN or infinite; the model has diverged and its adapter is not saved")
     folder = Path(path)
     if is_primary():
-        _write_adapter(model, tensors, folder, base_model_name_or_path)
+        from safetensors.numpy import save_file
+
+        with staged(folder, ".adapter") as staging:
+            metadata = {"format": "pt", _TARGETS: ",".join(_targeted(model.module))}
+            save_file(tensors, staging / ADAPTER_WEIGHTS, metadata)
+            text = json.dumps(_config_to_peft(model.module, base_model_name_or_path), indent=2)
+            (staging / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+            for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+                os.replace(staging / name, folder / name)
     barrier(f"writing the adapter {folder}")
-
-
-def _write_adapter(model: Model, tensors: dict[str, np.ndarray], folder: Path, base: str | None) -> None:
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".adapter-{os.getpid()}"
-    staging.mkdir()
-    try:
-        metadata = {"format": "pt", _TARGETS: ",".join(_targeted(model.module))}
-        save_file(tensors, staging / ADAPTER_WEIGHTS, metadata)
-        text = json.dumps(_config_to_peft(model.module, base), indent=2)
-        (staging / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-            os.replace(staging / name, folder / name)
-    finally:
-        shutil.rmtree(staging)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -215,29 +223,23 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
+def _read_weights(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}; save the adapter with peft's save_pretrained")
-    try:
-        with safe_open(str(path), framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from error
+    source = open_safetensors(path)
+    tensors = {name: source.read(name) for name in source.shapes}
     if bad := [name for name, x in tensors.items() if not all_finite(x)]:
         raise InputError(f"{path}: NaN or infinite values in {', '.join(bad)}; the adapter is damaged")
-    return {name: x.astype(np.float32) for name, x in tensors.items()}, metadata
+    return {name: x.astype(np.float32) for name, x in tensors.items()}, source.metadata
 
 
-def _of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that is, as a regular expression, the end of the module's name."""
+def _of_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def _split_by_part(linear: _Linear, a: np.ndarray, bs: list[np.ndarray], own: list[str]) -> dict[str, tuple] | None:
-    """Undo our own stacking: {path: (A `[r, in]`, B `[r, out…]`)}, or None where the blocks are not ours."""
+    """Undoes our stacking: {path: (A `[r, in]`, B `[r, out…]`)}, or None if the blocks are not ours."""
     rank, rest = divmod(len(a), len(own))
     blocks = {}
     for path, b in zip(linear.paths, bs, strict=True):
@@ -250,7 +252,7 @@ def _split_by_part(linear: _Linear, a: np.ndarray, bs: list[np.ndarray], own: li
 
 
 def _pairs_of(linear: _Linear, a: np.ndarray, b: np.ndarray, hint: set[str], scale: float, rank: int) -> dict:
-    """{path: (A, B)} of one module and layer; B is rescaled where the module's scale is another than the config's."""
+    """{path: (A, B)} of one module and layer; B is rescaled if the module's scale differs from the config's."""
     bs = [part * np.float32(scale) for part in linear.b_to_ours(b)]
     own = [path for path in linear.paths if path in hint] or list(linear.paths)
     stacked = len(a) == rank * len(own) and (len(own) > 1 or bool(hint))
@@ -259,11 +261,14 @@ def _pairs_of(linear: _Linear, a: np.ndarray, b: np.ndarray, hint: set[str], sca
 
 
 def load_adapter(model: Model, path: str | os.PathLike) -> Model:
-    """`model` with the adapters of a PEFT LoRA folder: the same function as PEFT's, ready to train on or to merge.
+    """Adds the adapters of a PEFT LoRA folder to a model, to train on or to merge; it computes the same as in PEFT.
 
-    Ranks and scales that differ between modules are exact too: adapters of lower rank are padded with zeros, and
-    their scale goes into B. InputError for a folder that is no LoRA adapter, options that are not supported, and for
-    tensors that are missing, unexpected or mis-shaped for this base model.
+    Ranks and scales that differ between modules are exact too: adapters of lower rank are padded with zeros, and their
+    scale goes into B.
+
+    Raises:
+        InputError: The model has adapters already, the folder is not a LoRA adapter, an option is not supported, or
+            tensors are missing, unexpected or mis-shaped for this model.
     """
     if model.module.lora is not None:
         raise InputError("the model has LoRA adapters already; merge them first")
@@ -307,7 +312,7 @@ def _modules(linear: _Linear, model: Model) -> list[str]:
 
 
 def _check(folder: Path, model: Model, linears: list[_Linear], tensors: dict, score: np.ndarray | None) -> None:
-    """One error that lists every missing, unexpected and mis-shaped tensor."""
+    """Raises one InputError that lists every missing, unexpected and mis-shaped tensor."""
     problems, expected = [], set()
     for linear in linears:
         for module in _modules(linear, model):
@@ -328,13 +333,12 @@ def _check(folder: Path, model: Model, linears: list[_Linear], tensors: dict, sc
         problems.append(f"score.weight has shape {score.shape}, not {(1, model.config.embedding_size)}")
     if not linears:
         problems.append(f"no adapter of a linear map of {model.config.family}")
-    if problems:
-        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
-        listed = "\n  ".join([*problems[:20], *more])
-        raise InputError(f"the adapter {folder} does not fit this {model.config.family} model:\n  {listed}")
+    refuse(f"the adapter {folder} does not fit this {model.config.family} model", problems)
 
 
-def _with_adapters(model: Model, lora: LoRAConfig, collected: dict, linears: list[_Linear], score: Any) -> Model:
+def _with_adapters(
+    model: Model, lora: LoRAConfig, collected: dict, linears: list[_Linear], score: np.ndarray | None
+) -> Model:
     module = model.module.clone(lora=lora)
     flat: dict[str, np.ndarray] = {}
     for linear in linears:
@@ -350,10 +354,6 @@ def _with_adapters(model: Model, lora: LoRAConfig, collected: dict, linears: lis
     if score is not None:
         flat["score/kernel"] = score.reshape(-1)
         params.pop("score")
-    mesh = getattr(jax.tree.leaves(model.params)[0].sharding, "mesh", None)
-    if mesh is None:
-        placed = {name: jnp.asarray(x) for name, x in flat.items()}
-    else:
-        shardings = flatten_dict(param_shardings(module, mesh), sep="/")
-        placed = {name: jax.device_put(x, shardings[name]) for name, x in flat.items()}
+    shardings = leaves_by_path(model.shardings_of(module) or {})
+    placed = {name: jax.device_put(x, shardings.get(name)) for name, x in flat.items()}
     return Model(module=module, params=join(params, unflatten_dict(placed, sep="/")), config=model.config)

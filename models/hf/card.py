@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained, from what, on what, and how it did (README.md on the model hub)."""
+"""The model card of an export, README.md on the model hub: its training, base model, data and metrics."""
 
 import json
 from collections.abc import Mapping
@@ -9,10 +9,12 @@ from jaxrlhf.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What an export tells about itself beside its configuration; empty fields are left out."""
+    """Facts about an export that are not in its configuration; the card leaves out empty fields."""
 
     task: str = ""
-    """How it was trained: `sft`, `reward`, `dpo`, `ppo`, `grpo`, …"""
+    """Trainer: `sft`, `reward`, `dpo`, `ppo`, `grpo`, …"""
+    title: str = ""
+    """Name of the training in words, such as "Supervised fine-tuning"."""
     base_model: str = ""
     """Folder or hub name of the model that training started from."""
     data: tuple[str, ...] = ()
@@ -23,26 +25,15 @@ class ModelCard:
     """Final values by name."""
 
 
-_TASKS = {
-    "sft": "supervised fine-tuning",
-    "reward": "reward model training on preference pairs",
-    "dpo": "direct preference optimisation on preference pairs",
-    "ppo": "reinforcement learning from human feedback with PPO",
-    "grpo": "reinforcement learning with GRPO",
-    "rloo": "reinforcement learning with RLOO",
-    "reinforce++": "reinforcement learning with REINFORCE++",
-}
-
-
 def render_card(card: ModelCard, config: DecoderConfig, head: str) -> str:
-    """The card as Markdown with the hub's metadata block; `head` is "lm" or "scalar"."""
+    """Renders the card as Markdown with the hub's metadata block; `head` is "lm" or "scalar"."""
     tags = ["jaxrlhf", *([card.task] if card.task else [])]
     meta = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if head == "lm" else "text-classification",
         "tags": tags,
     }
-    # The hub takes owner/name only; a local folder is named in the text.
+    # The hub's metadata accepts only owner/name; the text also names a local folder.
     if card.base_model.count("/") == 1 and not card.base_model.startswith((".", "/", "~")):
         meta["base_model"] = card.base_model
     kind = "language model" if head == "lm" else "reward model (one score per sequence, at its last token)"
@@ -50,7 +41,7 @@ def render_card(card: ModelCard, config: DecoderConfig, head: str) -> str:
     lines = ["---", *(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in meta.items()), "---", ""]
     lines += [f"# {config.family} {kind.split(' (')[0]}", "", f"A {config.family} {kind}: {shape}.", ""]
     facts = {
-        "Trained by": _TASKS.get(card.task, card.task),
+        "Trained by": card.title or card.task,
         "Base model": card.base_model and f"`{card.base_model}`",
         "Data": ", ".join(f"`{name}`" for name in card.data),
         "Optimizer steps": "" if card.steps is None else str(card.steps),

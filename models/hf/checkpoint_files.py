@@ -2,19 +2,21 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, StorageError
 
 CONFIG = "config.json"
 _SAFETENSORS = "model.safetensors"
@@ -29,15 +31,20 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where the tensors of a checkpoint are: `shapes` by name, and `read(name)` for one of them."""
+    """The tensors of a checkpoint, read one at a time."""
 
     where: str
+    """File or folder, for messages."""
     shapes: dict[str, tuple[int, ...]]
+    """By name."""
     read: Callable[[str], np.ndarray]
+    """Reads the tensor of a name."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Of a single safetensors file."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; InputError names the file when it is missing, unreadable or not an object."""
+    """Reads a JSON object; InputError if the file is missing, unreadable or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -49,9 +56,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """Raises one InputError that lists up to 20 problems under `what`; does nothing without problems."""
+    if problems:
+        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise InputError("\n  ".join([f"{what}:", *problems[:20], *more]))
+
+
 def all_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite."""
-    if array.dtype == np.float32:  # the sum settles nearly every case, without a temporary array
+    """True if no value is NaN or infinite."""
+    if array.dtype == np.float32:  # the sum decides nearly every case without a temporary array
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(array.sum()):
                 return True
@@ -59,7 +73,11 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 def find_model_folder(name_or_path: str | os.PathLike) -> Path:
-    """The local folder of a model: the path itself, or the hub snapshot of `owner/name` (downloaded or cached)."""
+    """Returns the local folder of a model: the path itself, or the hub snapshot of `owner/name`, downloaded or cached.
+
+    Raises:
+        InputError: Neither exists, or the folder has no config.json.
+    """
     path = Path(name_or_path)
     if path.is_dir():
         if not (path / CONFIG).is_file():
@@ -83,9 +101,10 @@ def find_model_folder(name_or_path: str | os.PathLike) -> Path:
 
 
 def fingerprint(folder: Path, blocks: int = 64, size: int = 4096) -> dict[str, str]:
-    """A hash per file of a model folder, its config and weights: of the length and of `blocks` evenly spread blocks.
+    """Hashes the config and weights of a model folder, by file name.
 
-    Two models that were trained differently differ everywhere, so a sample tells them apart without reading all of it.
+    Each hash covers the length and `blocks` evenly spread blocks of `size` bytes. Two models that were trained
+    differently differ everywhere, so these blocks are enough to tell them apart.
     """
     hashes = {}
     for path in sorted([folder / CONFIG, *folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]):
@@ -100,8 +119,12 @@ def fingerprint(folder: Path, blocks: int = 64, size: int = 4096) -> dict[str, s
 
 
 def open_checkpoint(folder: Path) -> TensorSource:
-    """Tensors of `model.safetensors`, a sharded index, or an old `pytorch_model.bin` (never unpickled freely)."""
-    for single, opener in ((_SAFETENSORS, _open_safetensors), (_BIN, _open_bin)):
+    """Opens `model.safetensors`, a sharded index, or an old `pytorch_model.bin` (through torch's safe unpickler).
+
+    Raises:
+        InputError: Files are missing or damaged.
+    """
+    for single, opener in ((_SAFETENSORS, open_safetensors), (_BIN, _open_bin)):
         index = folder / f"{single}.index.json"
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
@@ -123,21 +146,23 @@ def _merge(where: str, sources: list[TensorSource]) -> TensorSource:
     return TensorSource(where, shapes, lambda name: readers[name](name))
 
 
-def _open_safetensors(path: Path) -> TensorSource:
+def open_safetensors(path: Path) -> TensorSource:
+    """Opens one safetensors file; InputError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from error
 
     def read(name: str) -> np.ndarray:
-        # Opened anew each time: a file that stays mapped would count in full as this process's memory.
+        # Opened each time: a file that stays mapped would count in full as this process's memory.
         with safe_open(str(path), framework="np") as file:
             return file.get_tensor(name)
 
-    return TensorSource(str(path), shapes, read)
+    return TensorSource(str(path), shapes, read, metadata)
 
 
 def _open_bin(path: Path) -> TensorSource:
@@ -164,7 +189,7 @@ def _open_bin(path: Path) -> TensorSource:
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor to be written: made by `make` only when its turn comes."""
+    """A tensor to write, which `make` computes when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
@@ -178,10 +203,18 @@ def write_checkpoint(
     max_shard_bytes: int = 5 * 2**30,
     taken: Collection[str] = (),
 ) -> None:
-    """Write `model.safetensors`, or shards of at most `max_shard_bytes` with an index, holding one tensor at a time.
+    """Writes `model.safetensors`, or shards with an index, with one tensor in memory at a time.
 
-    Shards get none of the names in `taken`: with those of an older export there, its index stays true until the new
-    index replaces it.
+    Args:
+        folder: An existing folder.
+        tensors: In the order of the files.
+        dtype: Of all tensors in the files.
+        max_shard_bytes: Largest shard; a checkpoint that fits in one is a single file.
+        taken: Names of shards of an older export, which the new shards avoid. Its index then stays valid until the new
+            index replaces it.
+
+    Raises:
+        InputError: `dtype` cannot be exported, or values are not finite in it.
     """
     dtype = np.dtype(dtype)
     if dtype not in _DTYPES:
@@ -189,13 +222,12 @@ def write_checkpoint(
     shards: list[list[TensorToWrite]] = [[]]
     size = total = 0
     for tensor in tensors:
-        bytes_ = int(np.prod(tensor.shape)) * dtype.itemsize
-        if shards[-1] and size + bytes_ > max_shard_bytes:
+        own = math.prod(tensor.shape) * dtype.itemsize
+        if shards[-1] and size + own > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += bytes_
-        total += bytes_
+        size, total = size + own, total + own
     if len(shards) == 1:
         _write_safetensors(folder / _SAFETENSORS, shards[0], dtype)
         return
@@ -210,7 +242,7 @@ def write_checkpoint(
 
 
 def indexed_shards(folder: Path) -> set[str]:
-    """The files that the folder's safetensors index names; none without a readable index."""
+    """Returns the files that the folder's safetensors index names; none without a readable index."""
     try:
         return set(read_json(folder / f"{_SAFETENSORS}.index.json")["weight_map"].values())
     except (InputError, KeyError, AttributeError):
@@ -218,12 +250,12 @@ def indexed_shards(folder: Path) -> set[str]:
 
 
 def _write_safetensors(path: Path, tensors: list[TensorToWrite], dtype: np.dtype) -> None:
-    # The safetensors library writes a dict that is whole in memory; the format itself (8-byte length, JSON header,
-    # tensors end to end) lets us stream.
+    # The safetensors library needs all tensors in memory at once. Its format (8-byte length, JSON header, tensors end
+    # to end) can be written one tensor at a time.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        end = offset + int(np.prod(tensor.shape)) * dtype.itemsize
+        end = offset + math.prod(tensor.shape) * dtype.itemsize
         header[tensor.name] = {"dtype": _DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -233,7 +265,7 @@ def _write_safetensors(path: Path, tensors: list[TensorToWrite], dtype: np.dtype
         file.write(text)
         for tensor in tensors:
             array = _converted(tensor, dtype)
-            file.write(array.tobytes() if array.dtype.kind == "V" else memoryview(array).cast("B"))
+            file.write(array.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -252,12 +284,11 @@ def _converted(tensor: TensorToWrite, dtype: np.dtype) -> np.ndarray:
 
 
 def replace_files(staging: Path, folder: Path) -> None:
-    """Move a finished export from `staging` into `folder`, weights first and config.json last, then drop stale weights.
+    """Moves a finished export into `folder`, weights first and config.json last, then deletes stale weights.
 
-    Each file replaces its old version in one rename, and the index comes after its shards, so that a reader finds the
-    old weights or the new, never a mixture, at any time.
+    Each file replaces its old version in one rename, and the index comes after its shards. So at any time a reader
+    finds the old weights or the new ones, never a mixture.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     names = sorted(
         (p.name for p in staging.iterdir()),
         key=lambda name: (name == CONFIG, "safetensors" not in name, name.endswith(".json"), name),
@@ -268,4 +299,29 @@ def replace_files(staging: Path, folder: Path) -> None:
     stale += [p for p in folder.glob("pytorch_model*.bin*") if p.name not in names]
     for path in sorted(stale, key=lambda p: p.suffix != ".json"):  # an index goes before its shards
         path.unlink()
-    shutil.rmtree(staging)
+
+
+@contextmanager
+def staged(folder: Path, name: str) -> Iterator[Path]:
+    """Gives a new folder inside `folder` to write to before files are moved into place, and deletes it at the end.
+
+    Args:
+        folder: The export; created if it does not exist.
+        name: The new folder's name begins with it. Leftovers of interrupted exports are deleted.
+
+    Raises:
+        StorageError: Writing fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{name}-*"):
+            shutil.rmtree(left)
+        staging = folder / f"{name}-{os.getpid()}"
+        staging.mkdir()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"cannot write the model to {folder}: {reason}; the files there are unchanged") from error

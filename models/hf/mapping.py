@@ -1,20 +1,24 @@
-"""How a Hugging Face checkpoint lies beside our parameter tree: tensor layouts, families, and a strict config reader.
+"""The map between Hugging Face checkpoints and our parameter tree: tensor layouts, families, a strict config reader.
 
-A family declares each tensor once (`Tensor`); the same declaration loads and saves. A declared tensor whose leaves a
-given configuration does not have (an absent bias, a tied head) is skipped in both directions.
+A family declares each tensor once (`Tensor`), and the same declaration loads and saves. A declared tensor is skipped in
+both directions if a configuration does not have its leaves (an absent bias, a tied head).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, TypedDict, TypeVar, overload
 
+import jax
 import numpy as np
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
 
 Shape = tuple[int, ...]
+Array = np.ndarray | jax.Array
+Option = TypeVar("Option")
 
 
 class Layout(NamedTuple):
@@ -22,24 +26,25 @@ class Layout(NamedTuple):
 
     to_ours: Callable[[np.ndarray, Sequence[Shape]], Sequence[np.ndarray]]
     """(HF tensor, shapes of our leaves) → our leaves."""
-    to_hf: Callable[[Sequence[Any], Any], Any]
+    to_hf: Callable[[Sequence[Any], ModuleType], Any]
     """(our leaves, array module: numpy or jax.numpy) → HF tensor."""
 
 
-# Same order of elements: norms, biases, embeddings, output heads.
+# The same shape and order of elements: norms, biases, embeddings, output heads.
 SAME = Layout(lambda x, shapes: [x.reshape(shapes[0])], lambda parts, xp: parts[0])
-# As SAME, but HF holds it flat: a bias [H, D] of ours is [H·D] there.
+# The same order of elements, flat in HF: our bias [H, D] is [H·D] there.
 FLAT = Layout(lambda x, shapes: [x.reshape(shapes[0])], lambda parts, xp: parts[0].reshape(-1))
 # A scalar head: [E] here, [1, E] there.
 ROW = Layout(lambda x, shapes: [x.reshape(shapes[0])], lambda parts, xp: parts[0].reshape(1, -1))
 
 
-def _matrix(kernel: Any, inputs: int) -> Any:
+def _matrix(kernel: Array, inputs: int) -> Array:
+    """A kernel whose first `inputs` axes are contracted, as `[in, out]`."""
     return kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
 
 
 def linear(inputs: int = 1) -> Layout:
-    """torch.nn.Linear's `[out, in]`; the first `inputs` axes of our kernel are contracted."""
+    """The layout of torch.nn.Linear, `[out, in]`; the first `inputs` axes of our kernel are contracted."""
     return Layout(lambda x, shapes: [x.T.reshape(shapes[0])], lambda parts, xp: _matrix(parts[0], inputs).T)
 
 
@@ -48,24 +53,26 @@ def conv1d(inputs: int = 1) -> Layout:
     return Layout(lambda x, shapes: [x.reshape(shapes[0])], lambda parts, xp: _matrix(parts[0], inputs))
 
 
+def _split(x: np.ndarray, shapes: Sequence[Shape], axis: int) -> list[np.ndarray]:
+    """The parts of these shapes that lie side by side along `axis`, which holds their axes from that one on."""
+    cuts = np.cumsum([math.prod(shape[axis:]) for shape in shapes])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(x, cuts, axis=axis), shapes, strict=True)]
+
+
 def conv1d_fused() -> Layout:
     """Several kernels `[in, …]` side by side in one Conv1D `[in, Σ out]` (GPT-2's c_attn)."""
-
-    def to_ours(x: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
-        cuts = np.cumsum([math.prod(s[1:]) for s in shapes])[:-1]
-        return [part.reshape(s) for part, s in zip(np.split(x, cuts, axis=1), shapes, strict=True)]
-
-    return Layout(to_ours, lambda parts, xp: xp.concatenate([_matrix(p, 1) for p in parts], axis=1))
+    return Layout(
+        lambda x, shapes: _split(x, shapes, axis=1),
+        lambda parts, xp: xp.concatenate([_matrix(part, 1) for part in parts], axis=1),
+    )
 
 
 def bias_fused() -> Layout:
     """Several biases end to end."""
-
-    def to_ours(x: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
-        cuts = np.cumsum([math.prod(s) for s in shapes])[:-1]
-        return [part.reshape(s) for part, s in zip(np.split(x, cuts), shapes, strict=True)]
-
-    return Layout(to_ours, lambda parts, xp: xp.concatenate([p.reshape(-1) for p in parts]))
+    return Layout(
+        lambda x, shapes: _split(x, shapes, axis=0),
+        lambda parts, xp: xp.concatenate([part.reshape(-1) for part in parts]),
+    )
 
 
 def linear_grouped(groups: int | None = None) -> Layout:
@@ -80,7 +87,7 @@ def linear_grouped(groups: int | None = None) -> Layout:
         x = x.reshape(turns, len(shapes), heads // turns, width, inputs)
         return [x[:, j].reshape(heads, width, inputs).transpose(2, 0, 1) for j in range(len(shapes))]
 
-    def to_hf(parts: Sequence[Any], xp: Any) -> Any:
+    def to_hf(parts: Sequence[Array], xp: ModuleType) -> Array:
         inputs, heads, width = parts[0].shape
         turns = groups or heads
         parts = [p.transpose(1, 2, 0).reshape(turns, heads // turns, width, inputs) for p in parts]
@@ -119,85 +126,52 @@ class Tensor:
 # `v_head`: DeepSpeed-Chat; `value_head`: OpenRLHF.
 SCORE = Tensor("score.weight", "score/kernel", ROW, aliases=("v_head.weight", "value_head.weight"))
 
-# Options that do not change what the network computes, or that belong to generation, heads or bookkeeping.
-_INERT = frozenset(
-    [
-        "architectures",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "_name_or_path",
-        "model_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "chunk_size_feed_forward",
-        "is_decoder",
-        "prefix",
-        "task_specific_params",
-        "gradient_checkpointing",
-        "tokenizer_class",
-        "num_labels",
-        "finetuning_task",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "attn_implementation",
-        "use_return_dict",
-        "torchscript",
-        "auto_map",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "diversity_penalty",
-        "decoder_start_token_id",
-        "sep_token_id",
-        "unk_token_id",
-        "end_token_id",  # written by DeepSpeed-Chat
-        "pruned_heads",
-        "output_past",
-        "tf_legacy_loss",
-        "use_bfloat16",
-        "tie_encoder_decoder",
-        "cross_attention_hidden_size",
-    ]
-)
+# Options that do not change the computation of the network, or that belong to generation, heads or bookkeeping.
+# `end_token_id` is written by DeepSpeed-Chat.
+_INERT_NAMES = """
+architectures transformers_version torch_dtype dtype use_cache _name_or_path model_type output_hidden_states
+output_attentions return_dict id2label label2id problem_type chunk_size_feed_forward is_decoder prefix
+task_specific_params gradient_checkpointing tokenizer_class num_labels finetuning_task _attn_implementation
+_attn_implementation_autoset attn_implementation use_return_dict torchscript auto_map max_length min_length do_sample
+early_stopping num_beams num_beam_groups temperature top_k top_p typical_p repetition_penalty length_penalty
+no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+suppress_tokens begin_suppress_tokens diversity_penalty decoder_start_token_id sep_token_id unk_token_id end_token_id
+pruned_heads output_past tf_legacy_loss use_bfloat16 tie_encoder_decoder cross_attention_hidden_size
+"""
+_INERT = frozenset(_INERT_NAMES.split())
+
+
+class CommonFields(TypedDict):
+    """The fields of DecoderConfig that every family reads alike."""
+
+    vocab_size: int
+    bos_token_id: int | tuple[int, ...] | None
+    eos_token_id: int | tuple[int, ...] | None
+    pad_token_id: int | tuple[int, ...] | None
 
 
 class HFConfig:
-    """A `config.json` that must be read completely: what no family asked for is refused by name."""
+    """Reads a `config.json` strictly: options that no family reads are refused by name.
+
+    Args:
+        values: Content of the file.
+        where: Name of the file in messages.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._values = dict(values)
         self._read: set[str] = set()
         self.where = where
 
-    def take(self, name: str, default: Any = None) -> Any:
-        """The option's value, or `default` when absent or null; it must be of the default's kind."""
+    @overload
+    def take(self, name: str) -> Any: ...
+
+    @overload
+    def take(self, name: str, default: Option) -> Option: ...
+
+    def take(self, name: str, default: object = None) -> object:
+        """Returns an option, or `default` if it is absent or null; InputError if its type is not the default's."""
         self._read.add(name)
         value = self._values.get(name)
         if value is None:
@@ -208,20 +182,20 @@ class HFConfig:
                 raise InputError(f"{self.where}: option {name}={value!r} must be of type {type(default).__name__}")
         return value
 
-    def nullable(self, name: str, default: Any) -> Any:
-        """The option's value, `default` when absent; an explicit null is None."""
+    def nullable(self, name: str, default: Option) -> Option | None:
+        """Returns an option, `default` if it is absent; an explicit null is None."""
         return self.take(name) if name in self._values else default
 
     def spelling(self, *names: str) -> str:
-        """The one of several names of an option that is there; the last when none is."""
+        """Returns the first of several names of an option that is set; the last name if none is."""
         return next((name for name in names if self._values.get(name) is not None), names[-1])
 
-    def refuse(self, name: str, value: Any, why: str) -> InputError:
-        """The error for a value that this family does not support, to be raised by the caller."""
+    def refuse(self, name: str, value: object, why: str) -> InputError:
+        """Returns the error for a value that this family does not support; the caller raises it."""
         return InputError(f"{self.where}: option {name}={value!r} is not supported: {why}")
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer; without a default it must be there."""
+        """Returns a positive integer; without a default the option is required."""
         value = self.take(name)
         value = default if value is None else value
         if value is None:
@@ -231,19 +205,20 @@ class HFConfig:
         return value
 
     def width_and_heads(self, width: str, heads: str) -> tuple[int, int]:
-        """The hidden size and the number of heads, which must divide it."""
+        """Returns the hidden size and the number of heads, which must divide it."""
         sizes = self.size(width), self.size(heads)
         if sizes[0] % sizes[1]:
             raise InputError(f"{self.where}: {width}={sizes[0]} is not a multiple of {heads}={sizes[1]}")
         return sizes
 
-    def refuse_unless(self, name: str, allowed: Any) -> None:
-        """Accept only `allowed` (also the value when absent)."""
+    def refuse_unless(self, name: str, allowed: object) -> None:
+        """Raises InputError unless an option is `allowed` or absent."""
         value = self.take(name, allowed)
         if value != allowed:
             raise InputError(f"{self.where}: option {name}={value!r} is not supported (only {allowed!r} is)")
 
     def activation(self, name: str, default: str) -> str:
+        """Returns an activation by our name (`ACTIVATIONS` of models/config.py)."""
         value = self.take(name, default)
         names = {"gelu_new": "gelu_new", "gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
         names |= {"relu": "relu", "gelu": "gelu", "silu": "silu"}
@@ -252,12 +227,12 @@ class HFConfig:
         return names[value]
 
     def token(self, name: str, default: int | None) -> int | tuple[int, ...] | None:
-        """A token id (or several): `default` when absent; an explicit null means that there is none."""
-        value = self.nullable(name, default)
+        """Returns a token id (or several), `default` if it is absent; an explicit null means that there is none."""
+        value = self.take(name) if name in self._values else default
         return tuple(value) if isinstance(value, list) else value
 
-    def common(self, bos: int | None, eos: int | None, pad: int | None = None) -> dict[str, Any]:
-        """Fields every family shares; the token ids are what transformers takes for this family when absent."""
+    def common(self, bos: int | None, eos: int | None, pad: int | None = None) -> CommonFields:
+        """Returns the fields that every family shares; `bos`, `eos` and `pad` are the defaults of transformers."""
         self.refuse_unless("is_encoder_decoder", False)
         self.refuse_unless("add_cross_attention", False)
         return {
@@ -268,6 +243,7 @@ class HFConfig:
         }
 
     def finish(self) -> None:
+        """Raises InputError for options that nothing has read."""
         unknown = sorted(set(self._values) - self._read - _INERT)
         if unknown:
             listed = ", ".join(f"{k}={self._values[k]!r}" for k in unknown)
@@ -276,7 +252,7 @@ class HFConfig:
             )
 
 
-def common_to_hf(config: DecoderConfig) -> dict[str, Any]:
+def common_to_hf(config: DecoderConfig) -> dict[str, object]:
     """The inverse of `HFConfig.common`."""
     eos = config.eos_token_id
     return {
@@ -301,7 +277,7 @@ class Family:
     prefix: str
     """base_model_prefix of the HF classes; files saved from the base model lack it."""
     config_from_hf: Callable[[HFConfig], DecoderConfig]
-    config_to_hf: Callable[[DecoderConfig], dict[str, Any]]
+    config_to_hf: Callable[[DecoderConfig], dict[str, object]]
     tensors: tuple[Tensor, ...]
     inert_tensors: tuple[str, ...] = ()
     """Regular expressions of buffers that checkpoints may hold and that carry no weights."""
@@ -314,4 +290,5 @@ class Family:
     )
 
     def architecture(self, head: str) -> str:
+        """Name of the transformers class of a model with this head, "lm" or "scalar"."""
         return self.lm_class if head == "lm" else f"{self.classes}ForSequenceClassification"

@@ -1,20 +1,21 @@
-"""Hugging Face model folders in and out, through the one declaration each family gives."""
+"""Hugging Face model folders in and out, through the one declaration of each family."""
 
 import json
 import math
 import os
 import re
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
 
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
@@ -32,18 +33,40 @@ from jaxrlhf.models.hf.checkpoint_files import (
     indexed_shards,
     open_checkpoint,
     read_json,
+    refuse,
     replace_files,
+    staged,
     write_checkpoint,
 )
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
 from jaxrlhf.models.lora import merge_kernel
-from jaxrlhf.models.model import Model, create_model, logical_axes, make_module, param_shapes, param_shardings
+from jaxrlhf.models.model import (
+    Model,
+    create_model,
+    leaves_by_path,
+    logical_axes,
+    make_module,
+    param_shapes,
+    param_shardings,
+)
+from jaxrlhf.runs.console import Console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Leaf = jax.ShapeDtypeStruct
 
 
-def config_from_dict(values: dict[str, Any], where: str = CONFIG) -> DecoderConfig:
-    """Our configuration of an HF config dict; every option is honoured or refused by name."""
+def config_from_dict(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
+    """Reads our configuration from the options of an HF config.
+
+    Args:
+        values: Options by name, with `model_type`.
+        where: Name of their source in messages.
+
+    Raises:
+        InputError: An option is missing, wrong, unknown or not supported.
+    """
     model_type = values.get("model_type")
     if model_type is None:
         raise InputError(f"{where}: option 'model_type' is missing; is this a Hugging Face model config?")
@@ -54,18 +77,18 @@ def config_from_dict(values: dict[str, Any], where: str = CONFIG) -> DecoderConf
 
 
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
-    """The configuration of a model folder (or hub name)."""
+    """Reads the configuration of a model folder (or hub name)."""
     path = find_model_folder(name_or_path) / CONFIG
     return config_from_dict(read_json(path), str(path))
 
 
-def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, Any]:
-    """The HF config dict that `transformers` loads back as the same model."""
+def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, object]:
+    """Returns the options of the HF config that `transformers` loads as the same model with this head."""
     family = get_family(config.family, "config")
     values = family.config_to_hf(config) | {"architectures": [family.architecture(head)]}
     if head == "scalar":
         values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        # transformers finds the last token of a row by its pad id; its models refuse batches without one.
+        # transformers finds the last token of a row by its pad id, and refuses batches without one.
         if config.pad_token_id is None:
             eos = config.eos_token_id
             values["pad_token_id"] = eos[0] if isinstance(eos, tuple) else eos
@@ -73,9 +96,9 @@ def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, Any]:
 
 
 def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
-    """The tensors this module has, each with the shapes of its leaves without the layer axis and vocabulary padding."""
-    shapes = flatten_dict(param_shapes(module), sep="/")
-    axes = flatten_dict(logical_axes(module), sep="/")
+    """The tensors of a module, each with the shapes of its leaves without the layer axis and vocabulary padding."""
+    shapes = leaves_by_path(param_shapes(module))
+    axes = leaves_by_path(logical_axes(module))
     c = module.config
     declared, covered = [], set()
     for tensor in (*family.tensors, *family.heads):
@@ -108,7 +131,7 @@ _WRAPPERS = ("rwtransformer.", "rwtranrsformer.")
 
 
 def _with_our_names(source: TensorSource, family: Family, layers: int) -> TensorSource:
-    """Tensor names as the family declares them: wrappers stripped, aliases resolved, the base model's prefix added.
+    """Renames tensors as the family declares them: wrappers stripped, aliases resolved, the base model's prefix added.
 
     Files saved from the base model lack its prefix; heads never have it.
     """
@@ -128,36 +151,31 @@ def _with_our_names(source: TensorSource, family: Family, layers: int) -> Tensor
         twice = sorted(old for old, new in renamed.items() if original[new] != old)
         raise InputError(f"{source.where}: {', '.join(twice)} stored twice under different names")
     shapes = {new: source.shapes[old] for new, old in original.items()}
-    return TensorSource(source.where, shapes, lambda name: source.read(original[name]))
+    return replace(source, shapes=shapes, read=lambda name: source.read(original[name]))
 
 
 def _check_names(
     source: TensorSource, family: Family, declared: list[tuple[Tensor, list[Leaf]]], layers: int, optional: set[str]
 ) -> None:
-    """One error that lists every missing, unexpected and mis-shaped tensor."""
+    """Raises one InputError that lists every missing, unexpected and mis-shaped tensor."""
     expected = {}
     for tensor, leaves in declared:
         expected |= dict.fromkeys(_names(tensor, layers), _hf_shape(tensor, leaves))
-    # A tied head may be stored twice, and a language model's head is not needed under a scalar one.
+    # A tied head may be stored twice, and a scalar head does not need a language model's head.
     spare = {tensor.hf for tensor in family.heads}
     inert = re.compile("|".join(family.inert_tensors) or r"(?!)")
-    problems = []
-    for name in sorted(set(expected) - set(source.shapes) - optional):
-        problems.append(f"missing {name} {expected[name]}")
-    for name in sorted(set(source.shapes) - set(expected) - spare):
-        if not inert.fullmatch(name):
-            problems.append(f"unexpected {name} {source.shapes[name]}")
-    for name in sorted(set(expected) & set(source.shapes)):
-        if source.shapes[name] != expected[name]:
-            problems.append(f"{name} has shape {source.shapes[name]}, the config asks for {expected[name]}")
-    if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise InputError(f"{source.where} does not fit its config.json:\n  {shown}{more}")
+    found = source.shapes
+    problems = [f"missing {name} {expected[name]}" for name in sorted(set(expected) - set(found) - optional)]
+    unexpected = (name for name in sorted(set(found) - set(expected) - spare) if not inert.fullmatch(name))
+    problems += [f"unexpected {name} {found[name]}" for name in unexpected]
+    for name in sorted(set(expected) & set(found)):
+        if found[name] != expected[name]:
+            problems.append(f"{name} has shape {found[name]}, the config asks for {expected[name]}")
+    refuse(f"{source.where} does not fit its config.json", problems)
 
 
-def _index_key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+def _index_key(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
 
 
 def _read_checked(source: TensorSource, name: str) -> np.ndarray:
@@ -170,9 +188,9 @@ def _read_checked(source: TensorSource, name: str) -> np.ndarray:
 
 
 def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """A zeroed array on a 64-byte boundary, which the CPU backend adopts instead of copying.
+    """A zeroed array on a 64-byte boundary, which the CPU backend adopts without a copy.
 
-    Zeros, because rows that pad the vocabulary are never written.
+    It holds zeros because rows that pad the vocabulary are never written.
     """
     size = math.prod(shape) * dtype.itemsize
     raw = np.zeros(size + 64, np.uint8)
@@ -185,11 +203,11 @@ def _load_tensor(
     wanted: list[Leaf],
     source: TensorSource,
     shapes: dict[str, Leaf],
-    shardings: dict[str, Any],
+    shardings: Mapping[str, Sharding],
     layers: int,
     dtype: np.dtype,
 ) -> dict[str, jax.Array]:
-    """Read one declared tensor (all its layers) into the local shards of its leaves."""
+    """Reads one declared tensor (all its layers) into the local shards of its leaves."""
     buffers: dict[str, dict[tuple, np.ndarray]] = {}
     for leaf in tensor.leaves:
         shape = shapes[leaf].shape
@@ -218,28 +236,39 @@ def load_pretrained(
     *,
     head: str = "lm",
     mesh: Mesh | None = None,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
+    dtype: jnp.dtype | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     new_head: bool = True,
     key: jax.Array | None = None,
     remat: str = "none",
     zero_stage: int = 3,
     progress: bool = False,
 ) -> Model:
-    """Load a Hugging Face model folder (or hub name) straight into its place on `mesh`.
+    """Loads a Hugging Face model folder (or hub name) straight into its place on a mesh.
 
-    `head` is "lm" or "scalar". A checkpoint without a scalar head gets a fresh one from `key`, unless `new_head` is
-    false. `dtype` is the compute dtype (default: bfloat16 on accelerators, float32 on CPU), `param_dtype` the stored
-    one; `remat` and `zero_stage` are Decoder's. Raises InputError for a missing or unreadable folder, unknown family or
-    option, for files that differ between the processes of the mesh, and lists every missing, unexpected or mis-shaped
-    tensor.
+    Tensors are read one at a time into the local shards, so a process needs no memory for the shards of others.
+
+    Args:
+        name_or_path: Folder or hub name.
+        head: "lm" or "scalar".
+        mesh: None: one device.
+        dtype: Compute dtype; None: bfloat16 on accelerators, float32 on CPU.
+        param_dtype: Dtype that parameters are stored in.
+        new_head: Creates a fresh scalar head if the checkpoint has none; false refuses such a checkpoint.
+        key: Random key of that head; None: key 0.
+        remat: One of REMAT_POLICIES.
+        zero_stage: How parameters lie on the mesh, 0 to 3.
+        progress: Shows a progress bar on stderr.
+
+    Raises:
+        InputError: The folder is missing or unreadable, a family or option is not supported, files differ between the
+            processes of the mesh, or tensors are missing, unexpected or mis-shaped (the message lists them).
     """
     folder = find_model_folder(name_or_path)
     config = read_config(folder)
     if mesh is not None and mesh.is_multi_process:
-        check_same(
-            "files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in fingerprint(folder).items()}
-        )
+        hashes = fingerprint(folder).items()
+        check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
     module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
     source = _with_our_names(open_checkpoint(folder), family, config.num_layers)
@@ -254,43 +283,36 @@ def load_pretrained(
         )
     _check_names(source, family, declared, config.num_layers, optional=fresh)
 
-    shapes = flatten_dict(param_shapes(module), sep="/")
+    shapes = leaves_by_path(param_shapes(module))
     if mesh is None:
-        single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = dict.fromkeys(shapes, single)
+        shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     else:
-        shardings = flatten_dict(param_shardings(module, mesh), sep="/")
+        shardings = leaves_by_path(param_shardings(module, mesh))
     stored = [(tensor, leaves) for tensor, leaves in declared if tensor.hf not in fresh]
     params: dict[str, jax.Array] = {}
-    for tensor, leaves in _progress(stored, f"loading {folder.name or folder}", progress):
-        params |= _load_tensor(tensor, leaves, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
+    console, label = Console(quiet=not progress), f"loading {folder.name or folder}"
+    with console.progress(len(stored), description=label, unit="tensor", transient=True) as bar:
+        for tensor, leaves in bar.over(stored):
+            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
     if fresh:
         params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
     return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
 
 
-def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Any, dtype: Any) -> jax.Array:
+def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Sharding, dtype: DTypeLike) -> jax.Array:
     width = module.config.embedding_size
-    make = lambda key: (jax.random.normal(key, (width,)) * (width + 1) ** -0.5).astype(dtype)  # noqa: E731
+
+    def make(key: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, (width,)) * (width + 1) ** -0.5).astype(dtype)
+
     return jax.jit(make, out_shardings=sharding)(jax.random.key(0) if key is None else key)
 
 
-def _progress(items: list, description: str, enabled: bool) -> Iterator:
-    if not enabled:
-        return iter(items)
-    if not sys.stderr.isatty():
-        print(f"{description}…", file=sys.stderr, flush=True)
-        return iter(items)
-    from tqdm import tqdm
-
-    return tqdm(items, desc=description, unit="tensor", leave=False)
-
-
 def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """A parameter (or one layer of it) on the host, gathered shard by shard.
+    """Gathers a parameter (or one layer of it) on the host, shard by shard.
 
-    Not `np.asarray(x)`: that leaves a host copy of the whole parameter cached in `x` for as long as it lives. Across
-    hosts every process must call it, and all get the result.
+    `np.asarray(x)` would leave a host copy of the whole parameter cached in `x` for as long as `x` lives. Across hosts
+    every process must call this, and all get the result.
     """
     if not x.is_fully_addressable:
         return to_host(x if layer is None else x[layer])
@@ -308,83 +330,96 @@ def _fetch_merged(params: dict[str, jax.Array], leaf: str, layer: int | None, lo
     path, _, name = leaf.rpartition("/")
     if lora is None or name != "kernel" or f"{path}/lora_a" not in params:
         return array
-    return np.asarray(
-        merge_kernel(array, *(_fetch(params[f"{path}/{n}"], layer) for n in ("lora_a", "lora_b")), lora.scale)
-    )
+    a, b = (_fetch(params[f"{path}/{n}"], layer) for n in ("lora_a", "lora_b"))
+    return np.asarray(merge_kernel(array, a, b, lora.scale))
 
 
-def _tensors_to_write(family: Family, module: Decoder, params: dict[str, jax.Array]) -> Iterator[TensorToWrite]:
-    for tensor, leaves in _declared(family, module.clone(lora=None)):
+def _tensors_to_write(model: Model) -> Iterator[TensorToWrite]:
+    module, params = model.module, leaves_by_path(model.params)
+
+    def make(tensor: Tensor, leaves: list[Leaf], layer: int | None) -> np.ndarray:
+        parts = []
+        for leaf, expected in zip(tensor.leaves, leaves, strict=True):
+            array = _fetch_merged(params, leaf, layer, module.lora)
+            parts.append(array[tuple(slice(0, n) for n in expected.shape)])
+        return tensor.layout.to_hf(parts, np)
+
+    for tensor, leaves in _declared(get_family(model.config.family, "config"), module.clone(lora=None)):
         shape = _hf_shape(tensor, leaves)
-        for layer, name in enumerate(_names(tensor, module.config.num_layers)):
-
-            def make(tensor=tensor, leaves=leaves, layer=layer) -> np.ndarray:
-                parts = []
-                for leaf, expected in zip(tensor.leaves, leaves, strict=True):
-                    array = _fetch_merged(params, leaf, layer if tensor.per_layer else None, module.lora)
-                    parts.append(array[tuple(slice(0, n) for n in expected.shape)])
-                return tensor.layout.to_hf(parts, np)
-
-            yield TensorToWrite(name, shape, make)
+        for layer, name in enumerate(_names(tensor, model.config.num_layers)):
+            yield TensorToWrite(name, shape, partial(make, tensor, leaves, layer if tensor.per_layer else None))
 
 
 def save_pretrained(
     model: Model,
     path: str | os.PathLike,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 2**30,
     card: ModelCard | None = None,
 ) -> None:
-    """Write a folder that `transformers` and `load_pretrained` reload: weights, config, tokenizer, generation config.
+    """Writes a folder that `transformers` and `load_pretrained` load: weights, config, generation config, tokenizer.
 
-    Tensors are gathered one at a time; `dtype` is theirs in the file (default: as stored). A `card` becomes the
-    folder's README.md. Everything is written beside the target first and then renamed into place, so an interrupted
-    save leaves an older export intact. Adapters are written merged (for themselves: `save_adapter`). Of several
-    processes, all call it and the first writes. Raises InputError for parameters that are not finite or do not fit
-    `dtype`.
+    Tensors are gathered one at a time. Files are written to a folder beside the target and then renamed into place, so
+    an interrupted save leaves an older export intact. Adapters are merged (`save_adapter` writes them separately).
+    Every process of a run must call this; the first one writes.
+
+    Args:
+        model: A language model or reward model.
+        path: The folder.
+        tokenizer: Saved into the folder.
+        dtype: Of the tensors in the files; None: as stored.
+        max_shard_bytes: Largest weights file.
+        card: Becomes the folder's README.md.
+
+    Raises:
+        InputError: Parameters are not finite, or too large for `dtype`.
+        StorageError: Writing fails.
     """
     folder = Path(path)
-    if not is_primary():  # take part in the gathering; the first process writes
-        family, params = get_family(model.config.family, "config"), flatten_dict(model.params, sep="/")
-        for tensor in _tensors_to_write(family, model.module, params):
+    if is_primary():
+        with staged(folder, ".export") as staging:
+            _write_export(model, staging, folder, tokenizer, dtype, max_shard_bytes, card)
+            replace_files(staging, folder)
+    else:  # take part in the gathering
+        for tensor in _tensors_to_write(model):
             tensor.make()
-        barrier(f"writing the model {folder}")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".export-*"):
-        shutil.rmtree(left)
-    staging = folder / f".export-{os.getpid()}"
-    staging.mkdir()
-    config, head = model.config, model.module.head
-    params = flatten_dict(model.params, sep="/")
-    family = get_family(config.family, "config")
-    stored = dtype or next(iter(params.values())).dtype
-    try:
-        tensors = _tensors_to_write(family, model.module, params)
-        write_checkpoint(staging, tensors, np.dtype(stored), max_shard_bytes, taken=indexed_shards(folder))
-        values = config_to_dict(config, head) | {"dtype": str(np.dtype(stored))}
-        (staging / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        if head == "lm":
-            ids = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
-            (staging / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        if card is not None:
-            (staging / "README.md").write_text(render_card(card, config, head), encoding="utf-8")
-        replace_files(staging, folder)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise InputError(f"cannot write the model to {folder}: {reason}; what was there is kept") from error
-        raise
     barrier(f"writing the model {folder}")
 
 
-def model_from_overrides(model_type: str, overrides: dict[str, Any], **kwargs: Any) -> Model:
-    """A randomly initialised model of `model_type` from HF option names; see `create_model` for `kwargs`."""
-    return create_model(
-        config_from_dict({"model_type": model_type} | overrides, f"--model_type {model_type}"), **kwargs
-    )
+def _write_export(
+    model: Model,
+    staging: Path,
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    dtype: DTypeLike | None,
+    max_shard_bytes: int,
+    card: ModelCard | None,
+) -> None:
+    config, head = model.config, model.module.head
+    stored = np.dtype(dtype or next(iter(leaves_by_path(model.params).values())).dtype)
+    write_checkpoint(staging, _tensors_to_write(model), stored, max_shard_bytes, taken=indexed_shards(folder))
+    values = config_to_dict(config, head) | {"dtype": str(stored)}
+    files = {CONFIG: json.dumps(values, indent=2) + "\n"}
+    if head == "lm":
+        ids = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
+        files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
+    if card is not None:
+        files["README.md"] = render_card(card, config, head)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging)
+    for name, text in files.items():
+        (staging / name).write_text(text, encoding="utf-8")
+
+
+def model_from_overrides(model_type: str, overrides: Mapping[str, Any], **options: Any) -> Model:
+    """Creates a randomly initialised model of a family.
+
+    Args:
+        model_type: The family.
+        overrides: Options by their HF names; the others have the family's defaults.
+        options: See `create_model`.
+    """
+    config = config_from_dict({"model_type": model_type, **overrides}, f"--model_type {model_type}")
+    return create_model(config, **options)

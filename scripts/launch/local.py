@@ -1,13 +1,16 @@
-"""Several processes of one run on this machine: lines with a prefix, signals to all, and one that fails ends all.
+"""Runs a command as several processes of one run on this machine; when one fails, all end.
 
     python scripts/launch/local.py --processes 8 -- jaxrlhf sft ...                   one process per GPU
     python scripts/launch/local.py --processes 2 --cpu_devices 4 -- jaxrlhf sft ...   on CPUs, 4 devices in each process
 
-Normally one process drives all GPUs of a machine; this is for trying out what a cluster does. Exits with the status of
-the process that failed first, 0 when none did.
+One process can drive all GPUs of a machine: use this script to try a cluster's behaviour. Each process's lines have its
+number as prefix, and all processes get SIGINT and SIGTERM. The exit status is that of the process that failed first,
+else 0.
 """
 
+import argparse
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,31 +18,28 @@ import sys
 import threading
 from typing import TextIO
 
-PATIENCE = 45  # seconds that the others have to end by themselves once one has failed
-LOST = 75  # status of a process that ends because another one is gone
+PATIENCE = 45  # seconds for the other processes to end once one has failed
+LOST = 75  # status of a process that ends because another one is gone (jaxrlhf.errors.PeerLost)
 
 
-def take(argv: list[str]) -> tuple[dict[str, int], list[str]]:
-    """({"processes": …, "cpu_devices": …}, the command after `--`). SystemExit with the usage for anything else."""
-    if "--" not in argv:
-        raise SystemExit(__doc__)
-    own, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    options, tokens = {}, iter(own)
-    for token in tokens:
-        name, equals, value = token.partition("=")
-        value = value if equals else next(tokens, "")
-        if name not in ("--processes", "--cpu_devices") or not value.isdecimal() or int(value) < 1:
-            raise SystemExit(
-                f"{token} {value}: --processes and --cpu_devices take a whole number of 1 or more\n{__doc__}"
-            )
-        options[name[2:]] = int(value)
-    if "processes" not in options or not command:
-        raise SystemExit(__doc__)
-    return options, command
+def count(text: str) -> int:
+    """Reads a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, found {text!r}")
+    return int(text)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the options and the command after `--`. Raises SystemExit with the usage for anything else."""
+    parser = argparse.ArgumentParser("local.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--processes", type=count, required=True, help="number of processes")
+    parser.add_argument("--cpu_devices", type=count, help="run on CPUs, with so many devices in each process")
+    parser.add_argument("command", nargs="+", help="the command and its arguments, after --")
+    return parser.parse_args(argv)
 
 
 def environment(process: int, processes: int, port: int, cpu_devices: int | None) -> dict[str, str]:
-    """Variables that tell process `process` of the others, and which devices are its own."""
+    """The environment of a process: how it finds the others, and which devices it uses."""
     values = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(processes),
@@ -53,26 +53,29 @@ def environment(process: int, processes: int, port: int, cpu_devices: int | None
 
 
 def copy_lines(source: TextIO, prefix: str) -> None:
+    """Copies lines to the standard output with a prefix."""
     for line in source:
         sys.stdout.write(prefix + line)
         sys.stdout.flush()
 
 
 def main(argv: list[str]) -> int:
-    options, command = take(argv)
-    number = options["processes"]
+    """Starts the processes, waits for them, and returns the exit status."""
+    options = parse(argv)
+    number = options.processes
+    os.environ.setdefault("JAXRLHF_TOKEN", secrets.token_hex(16))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
         subprocess.Popen(
-            command,
-            env=environment(i, number, port, options.get("cpu_devices")),
+            options.command,
+            env=environment(i, number, port, options.cpu_devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C reaches them once, from here
+            start_new_session=True,  # the terminal sends Ctrl-C to this script only
         )
         for i in range(number)
     ]
@@ -103,7 +106,7 @@ def main(argv: list[str]) -> int:
         threading.Thread(target=watch, args=(i,), daemon=True).start()
     with ended:
         while len(statuses) < number and not any(statuses.values()):
-            ended.wait(1)  # with a limit, so that signals are handled in between
+            ended.wait(1)  # a time limit lets Python handle signals
         for last in (signal.SIGTERM, signal.SIGKILL):
             if not ended.wait_for(lambda: len(statuses) == number, PATIENCE):
                 send_all(last)

@@ -1,13 +1,13 @@
 #!/bin/bash
-# The same command on every host of a TPU slice; the processes find each other by the slice's metadata.
+# Runs the same command on every host of a TPU slice. The processes find each other through the slice's metadata.
 #   TPU=my-v5p-64 ZONE=us-east5-a scripts/launch/tpu-pod.sh
-# Set: TPU and ZONE of a slice that exists, SHARED, and the command at the end. To make one:
+# Set: TPU and ZONE of an existing slice, SHARED, and the command at the end. To create a slice:
 #   gcloud compute tpus tpu-vm create "$TPU" --zone "$ZONE" --accelerator-type v5p-64 --version v2-alpha-tpuv5
 set -euo pipefail
 : "${TPU:?name of the TPU slice}" "${ZONE:?its zone}"
 
-# A folder that is mounted on every host (Filestore over NFS, say): models, data, checkpoints. A bucket mounted with
-# gcsfuse does not do for --output_dir, because checkpoints are renamed into place.
+# A folder for models, data and checkpoints, mounted on every host, such as Filestore over NFS. --output_dir cannot be a
+# bucket mounted with gcsfuse, because a checkpoint is written and then renamed.
 SHARED=${SHARED:-/mnt/shared}
 
 on_all_hosts() {

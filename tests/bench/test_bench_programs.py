@@ -95,11 +95,11 @@ def test_decoding_says_which_attention_it_ran(asked, ran):
 def test_kernels_that_want_plain_numbers_get_them_where_layers_are_alike(shape, plain, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shape))
     seen = []
-    monkeypatch.setattr(ours, "attend_to_sequence", lambda q, *_, **options: (seen.append(options), q)[1])
+    monkeypatch.setattr(ours, "attend_to_sequence", lambda q, *rest: (seen.append(rest[-1]), q)[1])
     options = {"attention_implementation": "cudnn", "prompt": 4, "answer": 3}
     config = BenchConfig.create(actor=str(tmp_path), critic=str(tmp_path), **options)
     for run, _ in ours.attention_runs(config, 2).values():
         run()
     for options in seen:
-        assert options["implementation"] == "cudnn"
-        assert isinstance(options["scale"], float) == isinstance(options["window"], int) == plain
+        assert options.implementation == "cudnn"
+        assert isinstance(options.scale, float) == isinstance(options.window, int) == plain

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import convert as module
+from jaxrlhf.commands import convert as module
 from jaxrlhf.commands.convert import ConvertConfig, convert, read_checkpoint_model
 from jaxrlhf.config import parse
 from jaxrlhf.data import materialize_demo

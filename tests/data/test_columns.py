@@ -42,7 +42,7 @@ def config(tmp_path):
 def test_prompts_keep_their_own_text_and_the_fields_that_are_asked_for_also_from_the_cache(config, tokenizer):
     for _ in range(2):
         train, evaluation = load_data(config(rows(), reward_columns=("tags",)), tokenizer, "ppo", ("answer",))
-        assert train.column_names == evaluation.column_names == ("answer", "tags")
+        assert train.ragged.columns == evaluation.ragged.columns == ("answer", "tags")
         for data in (train, evaluation):
             numbers = [data.source(i)[1] for i in range(len(data))]
             assert data.columns(range(len(data))) == {
@@ -117,7 +117,7 @@ def test_a_value_that_is_not_json_is_named(tokenizer, tmp_path):
     config = DataConfig(
         data_path=str(tmp_path / "rows.parquet"), prompt_field="question", data_cache_dir=str(tmp_path / "cache")
     )
-    with pytest.raises(InputError, match=r"rows\.parquet row \d+: 'answer' is no JSON value but a bytes"):
+    with pytest.raises(InputError, match=r"rows\.parquet row \d+: 'answer' is not a JSON value but a bytes"):
         load_data(config, tokenizer, "ppo", ("answer",))
 
 

@@ -244,7 +244,7 @@ def test_long_rows_are_dropped_on_request_and_counted(config, tokenizer, tmp_pat
 
 
 def test_dropping_every_row_stops_with_the_flag_to_raise(config, tokenizer):
-    with pytest.raises(InputError, match=r"19 × longer than max_prompt_seq_len \(raise it, or long_prompts truncate"):
+    with pytest.raises(InputError, match=r"19 × longer than max_prompt_seq_len 2: .*long_prompts"):
         load_data(config(pairs(20), max_prompt_seq_len=2, long_prompts="drop"), tokenizer, "ppo")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxrlhf.data import encode_conversation, encode_pair, encode_prompt, encode_response, load_tokenizer, pad_token_id
+from jaxrlhf.data import encode_conversation, encode_pair, encode_prompt, load_tokenizer, pad_token_id
 from jaxrlhf.data.demo import train_tokenizer
 from jaxrlhf.data.templates import check_template, start_ids
 from jaxrlhf.errors import InputError
@@ -35,7 +35,7 @@ def test_the_default_template_puts_the_space_before_the_response_into_it(plain):
     assert text(plain, prompt) == "Human: What is hot? Assistant:"
     assert text(plain, response) == " The sun<eos>"
     assert encode_prompt(plain, "What is hot?") == prompt
-    assert encode_response(plain, "What is hot?", "The sun") == response
+    assert encode_pair(plain, "What is hot?", "The sun")[1] == response
 
 
 def test_a_template_of_ones_own_and_raw(plain):
@@ -48,7 +48,7 @@ def test_a_template_of_ones_own_and_raw(plain):
 def test_eos_is_one_id_and_closes_a_response_once(plain, chat):
     for tokenizer in (plain, chat):
         for given in ("You are kind.", "You are kind.<eos>", "You are kind.<eos>\nmore<eos>"):
-            response = encode_response(tokenizer, "hello", given)
+            response = encode_pair(tokenizer, "hello", given)[1]
             assert response.count(tokenizer.eos_token_id) == 1
             assert response[-1] == tokenizer.eos_token_id
             assert text(tokenizer, response).strip() == "You are kind.<eos>"

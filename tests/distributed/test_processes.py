@@ -1,12 +1,16 @@
-"""Several processes: the same results as one, stops and failures that all learn of, and mistakes named at the start."""
+"""Several processes: the results of one, stops and failures that reach all, strangers, and mistakes at the start."""
 
 import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +22,7 @@ import pytest
 from jaxrlhf import cli, distributed
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.distributed import lifeline
-from jaxrlhf.distributed.processes import _differences, detect
+from jaxrlhf.distributed.processes import _broke_a_collective, _differences, _sources, detect
 from jaxrlhf.errors import InputError
 
 DEADLINE = 240  # seconds after which a test gives up on its processes
@@ -153,8 +157,8 @@ def test_reward_functions_are_called_by_process_0_and_both_have_their_scores_fai
 def test_when_the_coordinator_is_killed_the_other_process_says_so_and_ends(two):
     assert two.statuses == [-9, lifeline.LOST]
     assert "process 0 of 2" in two.outputs[1] and "the coordinator, is gone" in two.outputs[1]
-    assert "--resume" in two.outputs[1]
-    assert "Fatal Python error" not in two.outputs[1] and "Check failure" not in two.outputs[1]
+    assert two.outputs[1].rstrip().endswith("Continue with --resume from the newest checkpoint")
+    assert "Fatal Python error" not in two.outputs[1]
 
 
 def test_four_processes_go_on_from_the_checkpoint_of_one_and_end_together_when_one_fails(one, places, tmp_path):
@@ -168,15 +172,19 @@ def test_four_processes_go_on_from_the_checkpoint_of_one_and_end_together_when_o
 
 
 MEET = """
-import os, signal, sys, time
-from jaxrlhf import lifeline
+import os, signal, subprocess, sys, time
+from jaxrlhf.distributed import lifeline
 address, process = sys.argv[1], int(sys.argv[2])
-line = lifeline.join(address, 3, process, {}, lambda facts: None, timeout=60, silence=2)
-assert line.gather("numbers", process) == [0, 1, 2]
+line = lifeline.join(address, 3, process, timeout=60, silence=2)
+pids = line.gather("process ids", os.getpid())
 if process == 1:
     ACTION
 line.gather("what never comes", None)
 """
+STOP = """watch = f"while kill -0 {pids[0]} 2>/dev/null; do sleep 0.1; done; kill -CONT {pids[1]}"
+    subprocess.Popen(["sh", "-c", watch])
+    os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(60)"""
 
 
 @pytest.mark.parametrize(
@@ -184,26 +192,53 @@ line.gather("what never comes", None)
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", -9, "is gone (its connection closed)"),
         ("line.fail('InputError: row 7 is bad'); os._exit(2)", 2, "failed: InputError: row 7 is bad"),
-        ("line.peers.clear(); time.sleep(60)", lifeline.LOST, "is gone since"),
+        (STOP, lifeline.LOST, "is gone since"),
         ("line.gather('another place', None)", lifeline.LOST, "the processes are at different places of the program"),
+        ("line.peers[0].send(b'0' * (lifeline.MAX_MESSAGE + 1)); time.sleep(60)", lifeline.LOST, "67108864 bytes"),
+        ("line.peers[0].connection.send_bytes(b'{'); time.sleep(60)", lifeline.LOST, "not a JSON message"),
     ],
+    ids=["killed", "failed", "silent", "strayed", "too large", "junk"],
 )
-def test_all_end_with_the_reason_when_one_process_is_killed_fails_falls_silent_or_strays(action, status, reason):
+def test_all_end_with_the_reason_when_one_process_is_lost_fails_strays_or_sends_nonsense(action, status, reason):
     address = f"127.0.0.1:{free_port()}"
     program = MEET.replace("ACTION", action)
     statuses, outputs = run_all([[sys.executable, "-c", program, address, str(i)] for i in range(3)])
     assert statuses == [lifeline.LOST, status, lifeline.LOST], "\n".join(outputs)
-    assert all(reason in outputs[i] for i in (0, 2)), outputs
+    assert all(reason in outputs[i] and "process" in outputs[i] for i in (0, 2)), outputs
 
 
-def meet(*greetings, timeout=20.0):
-    """What `join` raises, per process, when these (number, process, facts) come together; None where it does not."""
-    address, errors = f"127.0.0.1:{free_port()}", [None] * len(greetings)
-    compare = lambda facts: _differences("settings", facts)  # noqa: E731
+ABORT = """
+import signal, threading, time, os, ctypes
+from jaxrlhf.distributed import lifeline
+lifeline.delay_abort()
+threading.Thread(target=ctypes.CDLL(None).abort, daemon=True).start()
+time.sleep(0.5)  # an abort that is not delayed happens here
+os._exit(lifeline.LOST)
+"""
+
+
+def test_an_abort_from_c_waits_until_the_process_has_ended_by_itself():
+    assert run_all([[sys.executable, "-c", ABORT]])[0] == [lifeline.LOST]
+
+
+def test_a_value_above_the_limit_of_a_message_is_refused_where_it_is_sent(monkeypatch):
+    monkeypatch.setattr(lifeline, "MAX_MESSAGE", 100)
+    line = lifeline.Lifeline(0, ["host"], {}, 30.0)
+    assert line.gather("a name", "x") == ["x"]
+    with pytest.raises(InputError, match="at most 100 bytes"):
+        line.gather("a name", "x" * 100)
+
+
+def meet(*greetings, timeout=20.0, address=None):
+    """Error of `join` per process when these (number, process, facts) come together; None where it succeeds."""
+    address, errors = address or f"127.0.0.1:{free_port()}", [None] * len(greetings)
 
     def come(i, number, process, facts):
         try:
-            lifeline.join(address, number, process, facts, compare, timeout, 30.0).end()
+            line = lifeline.join(address, number, process, timeout, 30.0)
+            facts = line.gather("comparing facts", facts)
+            line.end()
+            errors[i] = _differences("settings", facts)
         except InputError as error:
             errors[i] = str(error)
 
@@ -215,7 +250,7 @@ def meet(*greetings, timeout=20.0):
     return errors
 
 
-def test_processes_of_other_versions_or_settings_are_refused_at_the_door():
+def test_differing_versions_and_settings_are_named_on_every_process():
     assert meet((2, 0, {"seed": 1}), (2, 1, {"seed": 1})) == [None, None]
     errors = meet((3, 0, {"jax": "0.10.2", "x": 1}), (3, 1, {"jax": "0.12", "x": 1}), (3, 2, {"jax": "0.10.2"}))
     assert len(set(errors)) == 1
@@ -227,6 +262,68 @@ def test_numbers_that_do_not_fit_together_are_refused():
     errors = meet((3, 0, {}), (3, 1, {}), (3, 1, {}))
     assert all("process_id 1 was given to two processes" in error for error in errors)
     assert all("num_processes is 2 on process 0 and 4 on process 1" in e for e in meet((2, 0, {}), (4, 1, {})))
+
+
+def call(port, data=b""):
+    """A stranger's connection to the port, as soon as something listens there."""
+    while True:
+        try:
+            stranger = socket.create_connection(("127.0.0.1", port))
+            stranger.sendall(data)
+            return stranger
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+
+
+def forge(port, token=b"guessed"):
+    """A stranger that speaks the protocol, and would be process 1."""
+    connection = Connection(call(port).detach())
+    with pytest.raises((AuthenticationError, EOFError)):
+        answer_challenge(connection, token)
+    connection.close()
+
+
+def test_strangers_that_are_silent_send_junk_or_forge_a_process_keep_no_one_waiting(monkeypatch):
+    monkeypatch.setenv(lifeline.TOKEN, "secret")
+    monkeypatch.setattr(lifeline, "GREETING_TIMEOUT", 600)  # a hub that waits for a stranger would not end in time
+    port, errors = free_port(), []
+    hub = threading.Thread(target=lambda: errors.extend(meet((2, 0, {}), address=f"127.0.0.1:{port}")))
+    hub.start()
+    data = (b"", b"", b"GET / HTTP/1.0\r\n\r\n", struct.pack("!i", 8) + b"hi", struct.pack("!i", -1) + b"\xff" * 8)
+    strangers = [call(port, sent) for sent in data]
+    forge(port)
+    errors += meet((2, 1, {}), address=f"127.0.0.1:{port}")
+    hub.join(DEADLINE)
+    assert errors == [None, None]
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_connections_without_the_token_are_counted_by_the_coordinator(monkeypatch):
+    monkeypatch.setenv(lifeline.TOKEN, "secret")
+    port, errors = free_port(), []
+    hub = threading.Thread(target=lambda: errors.extend(meet((2, 0, {}), address=f"127.0.0.1:{port}", timeout=2.0)))
+    hub.start()
+    forge(port)
+    hub.join(DEADLINE)
+    assert "process 1 of 2 did not come" in errors[0]
+    assert "JAXRLHF_TOKEN" in errors[0] and "127.0.0.1" in errors[0]
+
+
+def test_a_process_learns_at_once_that_the_coordinator_has_another_token(monkeypatch):
+    monkeypatch.setenv(lifeline.TOKEN, "secret")
+    with Listener(("127.0.0.1", 0), authkey=b"other") as listener:
+        port = listener.address[1]
+
+        def refuse():
+            with pytest.raises(AuthenticationError):
+                listener.accept()
+
+        hub = threading.Thread(target=refuse)
+        hub.start()
+        (error,) = meet((2, 1, {}), address=f"127.0.0.1:{port}", timeout=DEADLINE)
+        hub.join(DEADLINE)
+    assert "JAXRLHF_TOKEN" in error and str(port) in error
 
 
 def test_a_coordinator_waits_no_longer_than_it_is_told_and_names_who_did_not_come():
@@ -255,7 +352,7 @@ def test_a_coordinator_that_cannot_be_reached_is_named_by_the_command_with_what_
 def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="process 0 cannot listen on"):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        lifeline.join(address, 2, 0, {}, lambda facts: None, 1.0, 30.0)
+        lifeline.join(address, 2, 0, 1.0, 30.0)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +410,22 @@ def test_how_processes_connect_is_not_kept_with_the_settings(places, tmp_path):
     flags = {"num_processes": 1, "process_id": 0, "coordinator_address": "h:1", "heartbeat_timeout": 7}
     config = distributed.joined(processes.sft_config(places, tmp_path, **flags))
     assert config == processes.sft_config(places, tmp_path)
+
+
+def test_the_source_of_the_package_is_hashed_with_each_file_once():
+    sources = _sources(Path(cli.__file__).parent)
+    names, paths = zip(*sources, strict=True)
+    assert {"cli.py", "models/__init__.py", "sharding/__init__.py", "kernels/__init__.py"} < set(names)
+    assert len({path.resolve() for path in paths}) == len(paths)
+
+
+def test_the_errors_of_a_broken_collective_wait_for_the_news_of_who_is_gone():
+    broken = [
+        jax.errors.JaxRuntimeError("UNAVAILABLE"),
+        ValueError("UNKNOWN: Gloo AllGather failed: Connection closed"),
+    ]
+    assert all(_broke_a_collective(error) for error in broken)
+    assert not _broke_a_collective(ValueError("row 7")) and not _broke_a_collective(KeyError("Gloo"))
 
 
 def test_one_process_shares_values_with_itself():

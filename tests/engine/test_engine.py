@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import decoding
-from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
+from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig, decoding
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
 

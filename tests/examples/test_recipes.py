@@ -38,8 +38,15 @@ def command_of(name):
 @cache
 def config_of(name):
     command = command_of(name)
-    kind = getattr(import_module(cli.COMMANDS[command].module), cli.COMMANDS[command].config)
+    kind = cli.commands()[command].config
+    if isinstance(kind, str):
+        kind = getattr(import_module(cli.commands()[command].module), kind)
     return parse(kind, ["--config", str(EXAMPLES / name)], f"jaxrlhf {command}", "")
+
+
+def output_of(config):
+    values = dict(config.items())
+    return values.get("output_dir") or values["output_file"]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +57,14 @@ def planner():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_read_by_the_command_it_names_and_stands_in_the_table(name):
     config = config_of(name)
-    output = getattr(config, "output_dir", None) or config.output_file
+    output = output_of(config)
     assert output.startswith("runs/")
     assert f"`{name}`" in (EXAMPLES / "README.md").read_text()
 
 
 def test_recipes_write_to_folders_of_their_own():
     configs = [config_of(name) for name in RECIPES]
-    outputs = [getattr(config, "output_dir", None) or config.output_file for config in configs]
+    outputs = [output_of(config) for config in configs]
     assert len(set(outputs)) == len(outputs)
 
 
@@ -78,14 +85,15 @@ def test_the_first_two_steps_fit_too(planner):
     known = set()
     for name in PLANNED:
         config = config_of(name)
-        assert config.max_length == config.max_prompt_seq_len + config.ppo.max_answer_seq_len
+        assert config.data.max_length == config.data.max_prompt_seq_len + config.ppo.sampling.max_new_tokens
         for step, sequences in (("sft", 1), ("reward", 2)):
             section = getattr(config, step)
-            changes = {name: getattr(section, name) for name in shared}
-            changes["per_device_train_batch_size"] = sequences * section.per_device_train_batch_size
-            changes["actor"] = config.reward_model_name_or_path if step == "reward" else config.actor_model_name_or_path
+            changes = {name: section.value(name) for name in shared}
+            changes["per_device_train_batch_size"] = sequences * section.run.per_device_train_batch_size
+            models = config.models
+            changes["actor"] = models.reward_model_name_or_path if step == "reward" else models.actor_model_name_or_path
             planned = planner.plan_config(EXAMPLES / name, **changes)
-            key = (planned.devices, planned.zero_stage, *changes.values())
+            key = (planned.devices, planned.ppo.compute.zero_stage, *changes.values())
             if key not in known:
                 needed = train_memory(build_system(planned), planned.accelerator.platform).bytes_per_device
                 assert needed <= planned.accelerator.memory * planned.accelerator.usable, (name, step)
@@ -106,9 +114,10 @@ def test_published_settings_are_kept():
         ("llama-2-7b-lora-node", 1, 5e-4, 64),
     ):
         ppo = config_of(f"deepspeed_chat/{name}.yaml").ppo
-        per_device = ppo.per_device_train_batch_size * ppo.gradient_accumulation_steps
-        assert (per_device, ppo.learning_rate, ppo.lora_r) == (rows, rate, rank), name
-        assert (ppo.warmup_steps, ppo.lr_scheduler_type, ppo.kl_coef, ppo.clip_reward) == (100, "cosine", 0.1, 5.0)
+        per_device = ppo.run.per_device_train_batch_size * ppo.run.gradient_accumulation_steps
+        assert (per_device, ppo.optimizer.learning_rate, ppo.lora.lora_r) == (rows, rate, rank), name
+        assert (ppo.optimizer.warmup_steps, ppo.optimizer.lr_scheduler_type) == (100, "cosine"), name
+        assert (ppo.algorithm.kl_coef, ppo.algorithm.clip_reward) == (0.1, 5.0), name
 
 
 # ---- on CPU
@@ -145,7 +154,7 @@ def chain(tmp_path_factory):
             patch.setenv("JAXRLHF_CACHE", str(folder / "cache"))
             patch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
             patch.setattr("jaxrlhf.data.demo.write_demo", partial(write_demo, size=400))
-            assert cli.run(command, cli.COMMANDS[command], [*argv, *flags]) == 0
+            assert cli.run(command, cli.commands()[command], [*argv, *flags]) == 0
         done.add(name)
         return folder / "runs"
 

@@ -9,9 +9,11 @@ import pytest
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
+    LoRAConfig,
     config_from_dict,
     count_params,
     create_model,
+    frozen_stage,
     model_from_overrides,
     resize_vocabulary,
     with_head,
@@ -252,3 +254,12 @@ def test_remat_policies_keep_less_and_less(make_model):
 def test_an_unknown_layout_or_head_is_refused_by_name(name, value, make_model):
     with pytest.raises(InputError, match=rf"{name}={value!r} is not one of"):
         create_model(make_model("gpt2").config, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "stage"), [(0, None, 0), (1, None, 0), (2, None, 0), (3, None, 3), (3, 2, 0), (1, 3, 3), (2, 0, 0)]
+)
+def test_a_frozen_copy_is_split_at_stage_3_only(make_model, own, asked, stage):
+    module = make_model("gpt2").module.clone(zero_stage=own)
+    assert frozen_stage(module, asked) == stage
+    assert frozen_stage(module.clone(lora=LoRAConfig(2)), asked) == own  # the base that adapters share lies as it does

@@ -12,8 +12,9 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jaxrlhf.errors import InputError
-from jaxrlhf.models import ModelCard, checkpoint_files, load_pretrained, save_pretrained
+from jaxrlhf.errors import InputError, StorageError
+from jaxrlhf.models import ModelCard, load_pretrained, save_pretrained
+from jaxrlhf.models.hf import checkpoint_files
 from jaxrlhf.sharding import make_mesh
 
 
@@ -67,7 +68,7 @@ def test_an_interrupted_save_leaves_the_older_export_whole(model, tmp_path, monk
         monkeypatch.setattr(checkpoint_files.os, "replace", no_rename)
     else:
         monkeypatch.setattr(checkpoint_files, "_write_safetensors", failing)
-    with pytest.raises(InputError, match=r"cannot write the model to .*: no space left; what was there is kept"):
+    with pytest.raises(StorageError, match=r"cannot write the model to .*: no space left"):
         save_pretrained(changed(model), tmp_path, tokenizer, max_shard_bytes=20_000)
     assert contents(tmp_path) == before
     monkeypatch.undo()
@@ -252,7 +253,14 @@ def test_reward_models_say_so_and_get_a_pad_token(make_model, tmp_path):
 
 
 def test_a_card_tells_where_the_model_came_from(model, tmp_path):
-    card = ModelCard("sft", "facebook/opt-125m", ("rows.jsonl",), 120, {"eval_loss": 1.25, "eval_perplexity": 3.4903})
+    card = ModelCard(
+        "sft",
+        "Supervised fine-tuning",
+        "facebook/opt-125m",
+        ("rows.jsonl",),
+        120,
+        {"eval_loss": 1.25, "eval_perplexity": 3.4903},
+    )
     save_pretrained(model, tmp_path, card=card)
     _, meta, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(meta) == {

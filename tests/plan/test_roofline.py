@@ -72,7 +72,7 @@ def test_the_planner_and_the_benchmark_count_the_same_iteration_alike():
     config = PlanConfig.create(actor="opt-1.3b", reward="opt-350m", device="a100-80g")
     system = build_system(config)
     actor, critic = system.modules["actor"], system.modules["critic"]
-    prompt, response = config.value("max_prompt_seq_len"), config.value("max_new_tokens")
+    prompt, response = config.ppo.data.max_prompt_seq_len, config.ppo.sampling.max_new_tokens
     phases, length = run_cost(system, config).phases, prompt + response
 
     def beyond(module: Decoder, queries: int, keys: int, headed: int) -> float:

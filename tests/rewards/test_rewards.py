@@ -340,17 +340,17 @@ def test_functions_are_found_by_module_and_by_file_with_options_of_their_own_typ
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("my_rewards:absent", "my_rewards holds no function of the name absent (its functions: scaled, alone)"),
-        ("my_rewards:NUMBER", "holds a int, not a function"),
+        ("my_rewards:absent", "my_rewards has no 'absent'; its functions and classes: scaled, alone, Group"),
+        ("my_rewards:NUMBER", "must be a function, found an object of type int"),
         ("my_rewards:scaled:size=3", "has no option 'size' (it has by, name, on)"),
         ("my_rewards:scaled:by=much", "option by: expected a number, got 'much'"),
         ("my_rewards:scaled:by=1:by=2", "the option by is given twice"),
-        ("my_rewards:alone", "is called as function(prompts, responses, **columns), but takes (prompts)"),
-        ("my_rewardz:scaled", "there is no module my_rewardz; looked in the working directory"),
-        ("absent/file.py:scaled", "there is no such file in"),
+        ("my_rewards:alone", "must take (prompts, responses, **columns), but takes (prompts)"),
+        ("my_rewardz:scaled", "there is no module my_rewardz"),
+        ("absent/file.py:scaled", "absent/file.py: no such file in"),
         ("broken.py:scaled", "importing broken.py failed: ZeroDivisionError: division by zero (line 2 of broken.py)"),
         ("needs.py:scaled", "there is no module of_nobody, which needs.py imports"),
-        (":scaled", "must be package.module:function or path/to/file.py:function"),
+        (":scaled", "must be package.module:name or path/to/file.py:name"),
     ],
 )
 def test_functions_that_cannot_be_found_or_called_are_refused(module, spec, message):

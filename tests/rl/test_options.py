@@ -139,9 +139,9 @@ def test_groups_minibatches_and_text_are_the_same_on_a_mesh(name, experience, te
 
 
 def test_text_and_its_weight_go_together(experience, text, setup, lab):
-    with pytest.raises(InputError, match=r"ptx_coef=27.8 goes with a batch of pretraining text"):
+    with pytest.raises(InputError, match=r"ptx_coef=27.8 .*pretraining text"):
         ppo_step(setup.state(lab.sgd, PPOHyperparameters(ptx_coef=27.8)), experience)
-    with pytest.raises(InputError, match=r"ptx_coef=0.0 goes with"):
+    with pytest.raises(InputError, match=r"ptx_coef=0.0 .*pretraining text"):
         ppo_step(setup.state(lab.sgd), experience, text)
     odd = {name: x[:15] for name, x in text.items()}
     with pytest.raises(InputError, match=r"num_mini_batches=2 .* must divide the 15 rows of pretraining text"):
@@ -267,24 +267,37 @@ def test_rewards_scaled_to_unit_variance_keep_their_mean(experience):
     ("options", "said"),
     [
         ({"advantage_estimator": "vpg"}, "advantage_estimator='vpg' must be one of gae, grpo, rloo, reinforce"),
-        ({"advantage_estimator": "grpo"}, "samples_per_prompt=1 with advantage_estimator=grpo.*at least 2"),
         (
             {"advantage_estimator": "reinforce++", "critic_only_steps": 3},
             "critic_only_steps=3 with advantage_estimator=reinforce.*no critic",
         ),
         ({"kl_in_loss": True}, "kl_estimator=k1 with kl_in_loss.*take k2"),
-        ({"loss_aggregation": "fixed-length"}, "loss_aggregation=fixed-length needs response_length"),
-        ({"dual_clip": 1.0}, "dual_clip=1.0 must be above 1"),
-        ({"kl_target": 0.0}, "kl_target=0.0 must be positive"),
-        ({"early_stop_kl": float("nan")}, "early_stop_kl=nan must be positive"),
-        ({"ptx_coef": -1.0}, "ptx_coef=-1.0 must be 0 or more"),
-        ({"ema_start_step": -1}, "ema_start_step=-1 must be 0 or more"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0 must be"),
+        ({"kl_target": 0.0}, "kl_target=0.0 must be"),
+        ({"early_stop_kl": float("nan")}, "early_stop_kl=nan must be"),
+        ({"ptx_coef": -1.0}, "ptx_coef=-1.0 must be"),
+        ({"ema_start_step": -1}, "ema_start_step=-1 must be"),
         ({"kl_estimator": "k4"}, "kl_estimator='k4' must be one of k1, k2, k3"),
     ],
 )
 def test_contradictory_options_are_refused_by_name(options, said):
     with pytest.raises(InputError, match=said):
         PPOHyperparameters(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"advantage_estimator": "grpo"}, "samples_per_prompt=1 with advantage_estimator=grpo.*at least 2"),
+        ({"advantage_estimator": "rloo"}, "samples_per_prompt=1 with advantage_estimator=rloo.*at least 2"),
+        ({"loss_aggregation": "fixed-length"}, "loss_aggregation=fixed-length .*response_length"),
+    ],
+)
+def test_a_step_without_what_its_options_need_is_refused_by_name(options, said, experience, setup, lab):
+    state = setup.state(lab.sgd, PPOHyperparameters(**options))
+    with pytest.raises(InputError, match=said):
+        ppo_step(state, experience)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 def test_groups_that_do_not_divide_the_rollout_are_refused(experience, setup, lab):

@@ -236,14 +236,14 @@ def test_a_function_that_fails_in_the_last_evaluation_loses_no_training(train, t
 
 
 def test_a_function_that_fails_while_training_leaves_a_checkpoint_of_the_steps_before(train, tmp_path, monkeypatch):
-    experience = PPOTrainer.generate_experience
+    sample = PPOTrainer.sample
 
-    def failing(self, *args):
-        if int(self.engine.state.step) == 3:
+    def failing(self, state, prompts, draw, hyperparameters=None):
+        if int(state.step) == 3:
             raise SharedError("reward function f: must return one number per response")
-        return experience(self, *args)
+        return sample(self, state, prompts, draw, hyperparameters)
 
-    monkeypatch.setattr(PPOTrainer, "generate_experience", failing)
+    monkeypatch.setattr(PPOTrainer, "sample", failing)
     with pytest.raises(SharedError, match="must return"):
         train(tmp_path, eval_steps=0)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
@@ -261,10 +261,10 @@ def test_the_schedule_of_the_policy_begins_and_ends_with_its_own_updates(train, 
     [
         (
             {"critic_model_name_or_path": None},
-            "critic_model_name_or_path: name a model.*or give reward_functions",
+            "reward_model_name_or_path: name a model.*reward_functions",
         ),
-        ({"ptx_coef": 1.0}, r"ptx_coef=1.0 and ptx_data_path=\[\]: mixture training needs both"),
-        ({"ptx_data_path": ("x.txt",)}, r"ptx_coef=0.0 and ptx_data_path=\['x.txt'\]"),
+        ({"ptx_coef": 1.0}, "ptx_coef=1.0 requires ptx_data_path"),
+        ({"ptx_data_path": ("x.txt",)}, r"ptx_data_path=.*'x.txt'.* requires ptx_coef"),
         (
             {"advantage_estimator": "rloo", "samples_per_prompt": 3},
             "samples_per_prompt=3 must divide the rollout batch of 16",
@@ -273,15 +273,15 @@ def test_the_schedule_of_the_policy_begins_and_ends_with_its_own_updates(train, 
             {"advantage_estimator": "reinforce++", "critic_lora_r": 4},
             "critic_lora_r=4 with advantage_estimator=reinforce",
         ),
-        ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_coef=0.0 must be above 0 with kl_target"),
-        ({"critic_lr_scheduler_type": "step"}, "critic_lr_scheduler_type='step' is not allowed"),
-        ({"critic_learning_rate": -1.0}, "critic_learning_rate=-1.0 is not allowed"),
-        ({"kl_coef": float("nan")}, "kl_coef=nan must be a number, 0 or more"),
-        ({"max_answer_seq_len": 0}, "max_answer_seq_len=0 must be"),
-        ({"min_answer_seq_len": 9}, "min_answer_seq_len=9"),
+        ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_target=6.0 requires kl_coef"),
+        ({"critic_lr_scheduler_type": "step"}, "critic_lr_scheduler_type='step'"),
+        ({"critic_learning_rate": -1.0}, "critic_learning_rate=-1.0"),
+        ({"kl_coef": float("nan")}, "kl_coef=nan"),
+        ({"max_answer_seq_len": 0}, "max_new_tokens=0 must be"),
+        ({"min_answer_seq_len": 9}, "min_new_tokens=9"),
         ({"critic_only_steps": 4}, "critic_only_steps=4 leaves none of the run's 4 steps to train the policy"),
         *(
-            ({name: value}, f"{name}={value} means nothing without {other}; give both, or neither")
+            ({name: value}, f"{name}={value} requires {other}")
             for name, value, other in (
                 ("ema_decay", 0.9, "enable_ema"),
                 ("ema_start_step", 2, "enable_ema"),
@@ -306,7 +306,8 @@ def test_contradictory_options_are_refused_before_anything_is_written(train, opt
 
 def test_the_critic_has_an_optimizer_of_its_own():
     config = PPOConfig.create(critic_learning_rate=3e-3, critic_lr_scheduler_type="linear", critic_warmup_steps=7)
-    own = config.replace(warmup_steps=2, weight_decay=0.1).critic_optimizer()
+    config = config.replace(warmup_steps=2, weight_decay=0.1)
+    own = config.critic.optimizer(config.optimizer)
     assert (own.learning_rate, own.lr_scheduler_type, own.warmup_steps, own.weight_decay) == (3e-3, "linear", 7, 0.1)
 
 
@@ -354,10 +355,10 @@ HEALTHY = {
 }
 
 
-def told(changes, steps=3 * WINDOW, **options):
+def told(changes, steps=3 * WINDOW, kl_target=None):
     """What is said in a run that is healthy for the first third and then has `changes`."""
     said = []
-    alarms = Alarms(said.append, PPOConfig.create(**options))
+    alarms = Alarms(said.append, kl_target)
     for step in range(steps):
         alarms.check(HEALTHY | (changes if step >= WINDOW else {}), step)
     return said

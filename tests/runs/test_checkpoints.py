@@ -11,8 +11,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrlhf import checkpoints
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, StorageError
+from jaxrlhf.runs import checkpoints
 from jaxrlhf.runs.checkpoints import (
     latest_checkpoint,
     list_checkpoints,
@@ -192,13 +192,30 @@ def test_a_damaged_checkpoint_is_named(tmp_path, harm):
         (path / "metadata.json").write_text("{")
     if harm == "index":
         (path / "index.json").write_text(json.dumps({}))
-    with pytest.raises(InputError, match=r"checkpoint-3 is (incomplete or )?damaged"):
+    with pytest.raises(StorageError, match=r"checkpoint-3 is damaged"):
         restore_checkpoint(path, {"w": jnp.arange(4096.0)})
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(InputError, match=r"there is no checkpoint .*checkpoint-4"):
         restore_checkpoint(tmp_path / "checkpoint-4", small())
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(InputError, match=r"checkpoint-4 .*index\.json"):
+        restore_checkpoint(tmp_path / "checkpoint-4", small())
+
+
+@pytest.mark.parametrize("stage", ["_write_arrays", "write_json_atomic"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("No space left on device [x]")])
+def test_a_full_disk_is_a_storage_error_and_older_checkpoints_stay(tmp_path, monkeypatch, stage, error):
+    save_checkpoint(tmp_path, 1, small(1.0), {}, keep_last=1)
+
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"checkpoint-2: no space left"):
+        patch.setattr(checkpoints, stage, fail)
+        save_checkpoint(tmp_path, 2, small(2.0), {}, keep_last=1)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 def test_a_moved_run_folder_still_restores(tmp_path):

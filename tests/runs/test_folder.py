@@ -11,24 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import console, runs
-from jaxrlhf.config import field, load_yaml
+from jaxrlhf import config
+from jaxrlhf.config import files, load_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import list_checkpoints, save_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(config.Settings):
     """Settings."""
 
-    learning_rate: float = field(1e-4, "Learning rate.")
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+    learning_rate: float = 1e-4
+    """Learning rate."""
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +176,28 @@ def test_a_crashed_run_writes_its_report_and_raises_its_own_error(tmp_path, no_r
     with pytest.raises(ZeroDivisionError), run_in(tmp_path / "b", stream=stream) as run:
         run.log(1, {"loss": 1.0})
         raise ZeroDivisionError
-    assert "report.html could not be written: OSError: disk full" in stream.getvalue()
+    assert "report.html" in stream.getvalue() and "disk full" in stream.getvalue()
+    with pytest.raises(StorageError, match=r"report\.html.*disk full"), run_in(tmp_path / "c") as run:
+        run.log(1, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "summary.json"])
+def test_a_record_that_cannot_be_written_is_a_storage_error_that_names_it(tmp_path, name):
+    with run_in(tmp_path) as run, pytest.raises(StorageError, match=rf"{name}.*--resume"):
+        run.begin()
+        (tmp_path / name).mkdir()
+        if name == "metrics.jsonl":
+            run.log(1, {"loss": 1.0})
+        elif name == "samples.jsonl":
+            run.table("t", ["a"], [[1]], 1)
+        else:
+            run.write_summary({"seconds": 1.0})
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_input(tmp_path):
+    (tmp_path / "file").write_text("")
+    with run_in(tmp_path / "file" / "run") as run, pytest.raises(InputError, match="output_dir"):
+        run.begin()
 
 
 def test_console_lines_come_every_logging_steps_and_for_every_evaluation(tmp_path):
@@ -210,57 +227,6 @@ def test_metrics_that_are_not_numbers_are_refused(tmp_path):
             run.table("t", ["a", "b"], [["x"]], 1)
 
 
-def test_status_says_what_goes_on_and_how_long_it_took(tmp_path):
-    plain, terminal = io.StringIO(), Terminal()
-    for stream in (plain, terminal):
-        screen = console.Console(stream=stream)
-        with screen.status("compiling…"):
-            pass
-        with pytest.raises(KeyError), screen.status("saving…"):
-            raise KeyError
-        with screen.status("loading…"):
-            screen.print("a note")
-    first, *rest = plain.getvalue().splitlines()
-    assert first == "compiling…" and rest[0] == "compiling… 0.0s" and rest[2] == "saving… failed after 0.0s"
-    assert terminal.getvalue().splitlines() == [
-        "compiling… 0.0s",
-        "saving… failed after 0.0s",
-        "loading…",
-        "a note",
-        "loading… 0.0s",
-    ]
-
-
-def test_progress_in_a_log_file_is_whole_lines_with_rate_and_remaining_time(monkeypatch):
-    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
-    stream = io.StringIO()
-    with console.Console(stream=stream).progress(4, initial=1, description="sft") as bar:
-        for _ in range(3):
-            bar.update()
-    assert "\r" not in stream.getvalue()
-    lines = stream.getvalue().splitlines()
-    assert [line.split(" · ")[0] for line in lines] == ["sft 2/4", "sft 3/4"]
-    assert all("/s" in line or "s/step" in line for line in lines) and all("left" in line for line in lines)
-
-
-def test_progress_on_a_terminal_shows_the_latest_metrics_and_prints_above_the_bar(tmp_path):
-    stream = Terminal()
-    with run_in(tmp_path, stream=stream, headline=("loss",)) as run, run.progress(2, description="sft") as bar:
-        run.log(1, {"loss": 0.125})
-        bar.update()
-        bar.refresh()
-    assert "step 1 · loss 0.125\n" in stream.getvalue() and "loss=0.125" in stream.getvalue().rpartition("\r")[2]
-
-
-def test_tables_fit_the_width_and_cut_long_cells_in_the_middle():
-    rows = [["word " * 200 + "end", 0.123456, "ok"], ["多" * 60, -1.0, "x\ny"]]
-    lines = console.format_table("Title", ["prompt", "score", "note"], rows, width=60).splitlines()
-    assert max(console._width(line) for line in lines) <= 60
-    assert lines[0] == "Title" and lines[2].split() == ["prompt", "score", "note"]
-    text = "\n".join(lines)
-    assert "0.1235" in text and "…" in text and "end" in text and "x ↵ y" in text and len(lines) < 20
-
-
 def test_peak_memory_is_in_bytes():
     assert 2**26 < peak_memory_bytes()["host"] < 2**40
 
@@ -274,7 +240,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.write_text_atomic.__globals__["os"], "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         write_text_atomic(path, "new")
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]

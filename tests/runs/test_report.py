@@ -114,6 +114,34 @@ def test_samples_are_escaped_and_shown_across_time(tmp_path):
     assert "Samples · step 1" in titles and "Samples · step 50" in titles
 
 
+def test_a_script_in_a_sample_a_name_or_a_setting_stays_text(tmp_path):
+    script = "<script>alert('1')</script>"
+    record = {"step": 1, "time": 0.0, "title": script, "columns": ["prompt", script], "rows": [[script, script]]}
+    folder = make_run(tmp_path / "ppo", [script, "loss"], samples=[record])
+    (folder / "config.yaml").write_text(script)
+    (folder / "summary.json").write_text(json.dumps({"title": script, script: 1}))
+    path = write_report(folder)
+    texts = list(parse(path).itertext())
+    assert sum(script in text for text in texts) >= 7 and "<script" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("folder", "summary", "title"),
+    [
+        ("ppo", {"trainer": "grpo", "title": "Group relative"}, "Group relative"),
+        ("mine", {"trainer": "grpo", "title": "Group relative"}, "mine: Group relative"),
+        ("mine", {"trainer": "sft"}, "mine: Supervised fine-tuning"),
+        ("rloo", {"trainer": "rloo"}, "RLOO"),
+        ("reward", {}, "Reward model"),
+        ("mine", {}, "mine"),
+    ],
+)
+def test_a_section_is_called_by_the_title_in_the_summary_and_the_folder(tmp_path, folder, summary, title):
+    path = make_run(tmp_path / folder, ["loss"])
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert [heading.text for heading in parse(write_report(path)).iter("h2")] == [title]
+
+
 def test_many_sample_tables_are_thinned_evenly_and_said_so(tmp_path):
     rows = [sample(step, ["x", 1.0]) for step in range(1, 101)]
     text = write_report(make_run(tmp_path / "ppo", PPO, samples=rows)).read_text()
@@ -195,11 +223,11 @@ def test_answers_to_the_same_prompts_stand_side_by_side_across_time(tmp_path):
     ]
     samples[4]["rows"].pop()
     page = parse(write_report(make_run(tmp_path / "ppo", PPO, samples=samples)))
-    (fold,) = [d for d in page.iter("details") if d.find("summary").text.startswith("answers across time")]
+    (fold,) = [d for d in page.iter("details") if d.find("summary").text.startswith("responses across time")]
     head = [th.text for th in fold.iter("th")]
     assert head == ["prompt", "step 0", "step 20", "step 30", "step 50", "step 60", "step 80"]
     rows = [["".join(td.itertext()) for td in tr.findall("td")] for tr in fold.find(".//tbody").findall("tr")]
     assert rows[0] == ["Which <day>?"] + [f"answer {s} ({s / 10:g})" for s in (0, 20, 30, 50, 60, 80)]
     assert rows[1] == ["Why?"] + ["because"] * 6
     alone = write_report(make_run(tmp_path / "one", PPO, samples=samples[:1])).read_text()
-    assert "answers across time" not in alone
+    assert "responses across time" not in alone

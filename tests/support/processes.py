@@ -1,4 +1,4 @@
-"""One of the processes that test_distributed.py starts: the settings it shares with the tests, and what it does."""
+"""Program of the processes that tests/distributed/test_processes.py starts, and the settings that both share."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ def ppo_config(demo, output, **changes):
 
 
 def in_step(number, action):
-    """Have `action()` called by this process within the step `number` of the next run."""
+    """Call `action()` in this process within step `number` of the next run."""
     from jaxrlhf.trainers import loop
 
     before = loop.Guard.check
@@ -58,7 +58,7 @@ def in_step(number, action):
 
 
 def refusal(function):
-    """The text of the InputError that `function()` must raise."""
+    """Return the text of the InputError that `function()` must raise."""
     from jaxrlhf import InputError
 
     with contextlib.redirect_stderr(io.StringIO()):
@@ -70,7 +70,7 @@ def refusal(function):
 
 
 def rewarded(note):
-    """What reward functions give every process, and what is refused; what only process 0 does goes to the file."""
+    """Return scores, failures and an error of reward functions; `note` gets the calls, which only process 0 makes."""
     from jaxrlhf.rewards import Rewards
 
     done = []
@@ -89,7 +89,7 @@ def rewarded(note):
 
 
 def two(demo, folder, process):
-    """SFT stopped by a signal to process 1, PPO, things refused, and then process 0 is killed in a step."""
+    """Run SFT until a signal to process 1, then PPO, then runs that are refused; then kill process 0 in a step."""
     from jaxrlhf.errors import Interrupted
     from jaxrlhf.rl.run import train_ppo
     from jaxrlhf.trainers.sft import train_sft
@@ -116,7 +116,7 @@ def two(demo, folder, process):
 
 
 def four(demo, folder, process):
-    """SFT from the checkpoint of one process, and then process 2 fails while the others are in a collective."""
+    """Run SFT from the checkpoint of one process; then process 2 fails while the others are in a collective."""
     from jax.experimental import multihost_utils
 
     from jaxrlhf.trainers.sft import train_sft

@@ -209,7 +209,7 @@ def test_ppo_trains_adapters_and_shares_the_base_with_reference_and_reward_model
     programs = (generate, score_rollout, ppo_step)
     compiled = [program._cache_size() for program in programs]
     first = trainer.generate_experience(prompts())
-    reference = engine.reference_params
+    reference = engine.models(state).reference.params
     assert jax.tree.structure(reference) == jax.tree.structure(actor.params)
     base = base_leaves(state.actor_params)
     assert all(a is b for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(base), strict=True))
@@ -229,8 +229,9 @@ def test_ppo_trains_adapters_and_shares_the_base_with_reference_and_reward_model
     head = {p for p in flatten_dict(start["critic"], sep="/") if "lora" in p} | {"score/kernel"}
     assert changed(start["critic"], state.critic_params) == head
     # reference and reward model are still the first ones, in every bit
-    assert changed(jax.device_get(actor.params), engine.reference_params) == set()
-    assert changed(jax.device_get(reward.params), engine.reward_params) == set()
+    models = engine.models(state)
+    assert changed(jax.device_get(actor.params), models.reference.params) == set()
+    assert changed(jax.device_get(reward.params), models.reward.params) == set()
     assert jax.tree.structure(engine.actor_model(ema=True).params) == jax.tree.structure(state.actor_params)
     assert len(changed(trainable_of(engine.actor_model(ema=True)), trainable_of(engine.actor_model()))) == 4
 
@@ -244,7 +245,8 @@ def test_the_reward_models_head_is_not_rounded_to_the_compute_dtype(rank):
     actor = create_model(config_from_dict(SHAPE), key=jax.random.key(1), dtype=jnp.bfloat16)
     reward = create_model(config_from_dict(SHAPE), head="scalar", key=jax.random.key(4), dtype=jnp.bfloat16)
     config = PPOConfig.create(critic_lora_r=rank, max_prompt_seq_len=6, max_answer_seq_len=5, dtype="bfloat16")
-    params = RLHFEngine(actor, reward, TOKENIZER, 1, config).reward_params
+    engine = RLHFEngine(actor, reward, TOKENIZER, 1, config)
+    params = engine.models(engine.state).reward.params
     np.testing.assert_array_equal(params["score"]["kernel"], reward.params["score"]["kernel"])
     up = params["layers"]["mlp"]["up"]["kernel"]
     assert up.dtype == jnp.bfloat16  # shared with the critic, or a copy
@@ -256,7 +258,8 @@ def test_a_model_that_brings_adapters_is_merged_before_ppo(single):
     reward = create_model(config_from_dict(SHAPE), head="scalar", key=jax.random.key(4), dtype=jnp.float32)
     config = PPOConfig.create(lora_r=1, max_prompt_seq_len=6, max_answer_seq_len=5)
     engine = RLHFEngine(given, reward, TOKENIZER, 1, config)
-    jax.tree.map(np.testing.assert_array_equal, engine.reference_params, merged(given).params)
+    reference = engine.models(engine.state).reference.params
+    jax.tree.map(np.testing.assert_array_equal, reference, merged(given).params)
 
 
 @pytest.fixture(scope="module")

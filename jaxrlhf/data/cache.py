@@ -1,0 +1,49 @@
+"""The cache of tokenised data and of the demo: its folder, keys, and files that appear only when complete."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def default_cache() -> Path:
+    """The cache folder where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
+
+
+def hash_json(value: object) -> str:
+    """Hashes a JSON value. The order of keys does not matter."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Hashes everything that decides how a tokenizer encodes text."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.pop("truncation", None)  # calls set and unset both; our calls ask for neither
+        state.pop("padding", None)
+    else:
+        state = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+        state["init"] = {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k != "name_or_path"}
+    special = {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id, "chat": tokenizer.chat_template}
+    return hash_json([state, special, tokenizer.all_special_tokens])
+
+
+@contextlib.contextmanager
+def created(target: Path) -> Iterator[Path]:
+    """Yields a temporary path at which the block creates a file or a folder, then moves it to `target`.
+
+    Readers see all of it or nothing. When another process creates the target first, that one stays.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        temporary = Path(folder) / target.name
+        yield temporary
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if not target.exists():
+                raise

@@ -1,0 +1,107 @@
+"""The documentation against the code: commands parse, names exist, exit statuses agree, lines wrap."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import jaxrlhf
+from jaxrlhf import cli, errors
+from jaxrlhf.config import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
+SOURCES = ("jaxrlhf", "models", "sharding", "kernels")
+
+
+def fences(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """(page, arguments) of every `jaxrlhf COMMAND …` in a shell block."""
+    for page in PAGES:
+        for block in fences(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.split("| ")[-1], comments=True)
+                if "jaxrlhf" in words:
+                    arguments = words[words.index("jaxrlhf") + 1 :]
+                    yield pytest.param(arguments, id=f"{page.name}: {' '.join(arguments)[:60]}")
+
+
+def code_blocks():
+    for page in PAGES:
+        for i, block in enumerate(fences(page, "python")):
+            if not block.startswith(" "):  # a fragment of a class
+                yield pytest.param(block, id=f"{page.name}:{i}")
+
+
+@pytest.mark.parametrize("arguments", list(commands()))
+def test_a_documented_command_parses(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, *rest = arguments
+    if name.startswith("--") or "--help" in rest:
+        return
+    rest = [word for word in rest if word != "…"]
+    if "--config" in rest and not Path(rest[rest.index("--config") + 1]).exists():
+        pytest.skip("reads the settings of an earlier command")
+    if any(re.search(r"my_\w+\.py:", word) for word in rest):
+        pytest.skip("names the reader's own file")
+    command = cli.commands()[name]
+    kind = command.config
+    if isinstance(kind, str):
+        kind = getattr(importlib.import_module(command.module), kind)
+    parse(kind, rest, f"jaxrlhf {name}", "")
+
+
+@pytest.mark.parametrize("block", list(code_blocks()))
+def test_documented_code_imports_names_that_exist(block):
+    tree = ast.parse(block)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxrlhf"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jaxrlhf":
+            assert hasattr(jaxrlhf, node.attr), node.attr
+
+
+def test_the_names_on_the_architecture_page_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    life = page[page.index("## The life of a prompt") : page.index("## Why these choices")]
+    source = "\n".join(path.read_text() for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py")))
+    names = {name for code in re.findall(r"`([A-Za-z_][\w.]*)`", life) for name in code.split(".")}
+    unknown = {n for n in names if not re.search(rf"\b{n}\b", source) and not list(ROOT.glob(f"**/{n}.*"))}
+    called = {n for n in names if "_" in n and n.islower() and not n.endswith("_params")}
+    undefined = {n for n in called if not re.search(rf"(def {n}\b|\b{n}\w* = |\b{n}: )", source)}
+    assert not unknown and not undefined - {"while_loop"}, (unknown, undefined)
+
+
+def test_the_files_that_contributing_names_exist_and_hold_its_names():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = set(re.findall(r"`([\w./]+)`", page))
+    paths = {word for word in code if "/" in word and "NAME" not in word}
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    assert missing <= {".ci/run", "site/"}, missing  # .ci is not part of a source archive, site/ is built
+    source = "\n".join(path.read_text() for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py")))
+    names = {part for word in code - paths for part in word.split(".") if re.fullmatch(r"[A-Z]\w+", part)}
+    unknown = {name for name in names if not re.search(rf"\b{name}\b", source)}
+    assert unknown <= {"LAYERS", "Args", "Returns", "Raises"}, unknown
+
+
+def test_the_documented_exit_statuses_are_those_of_the_errors():
+    rows = re.findall(r"^\| `(\w+)` \| (\d+)", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.RunError)]
+    statuses = {kind.status: kind.__name__ for kind in reversed(kinds) if kind is not errors.RunError}
+    assert {int(status): name for name, status in rows} == statuses
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_of_text_wrap_at_100_columns(page):
+    text = page.read_text(encoding="utf-8").partition("<!-- results")[0]
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    unbreakable = ("|", "`", "![", "[")
+    long = [line for line in text.splitlines() if len(line) > 100 and not line.lstrip().startswith(unbreakable)]
+    assert not long

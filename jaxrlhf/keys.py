@@ -1,7 +1,7 @@
 """Random streams: one key per purpose, all from the seed of the run.
 
 No two purposes share a stream, and a step or sample number is folded into the stream of its purpose, never into the
-root. So a new stream changes no other, and a sample does not depend on mesh, batch or what else is drawn.
+root. So a new stream changes no other, and a sample does not depend on the mesh, the batch or other random numbers.
 """
 
 from enum import IntEnum

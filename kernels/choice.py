@@ -17,16 +17,16 @@ KERNELS = {
     "prefill_attention": IMPLEMENTATIONS[:3],
     "token_logprobs": IMPLEMENTATIONS[:3],
 }
-"""What each kernel exists as. Prefill is flash attention of prompts padded on the left, for which libraries are not
-taken: what is measured for training and scoring, whose rows are padded on the right, says nothing of it."""
+"""The implementations of each kernel. Prefill is flash attention of prompts that are padded on the left. It uses no
+library: measurements for training and scoring, whose rows are padded on the right, do not apply to it."""
 PLATFORMS = {
     "pallas": {"cpu": "CPU", "gpu": "NVIDIA", "tpu": "TPU"},
     "cudnn": {"gpu": "NVIDIA devices"},
     "tokamax": {"cpu": "CPU", "gpu": "NVIDIA"},
 }
-"""Where what is not plain XLA runs, as JAX and as people name it."""
+"""The platforms of each implementation other than XLA, by the names of JAX, with the names that users know."""
 LIBRARIES = IMPLEMENTATIONS[3:]
-"""Not ours: for training and scoring alone, with scale and window as numbers."""
+"""Implementations of other projects: for training and scoring only, with scale and window as numbers."""
 LOGGER = logging.getLogger(__name__)
 
 
@@ -39,7 +39,7 @@ class Measured:
     """Whole words of the device's kind, as `jax.devices()[0].device_kind` spells it."""
     dtype: str
     head_dims: tuple[int, ...]
-    """Of token log-probs: the widths of hidden states."""
+    """Head sizes; for token log-probs the widths of hidden states."""
     alibi: bool
     implementation: str
     measurement: str
@@ -53,7 +53,7 @@ class Measured:
             )
 
 
-# Nothing is in here before it was measured on the device itself: until then `auto` means XLA everywhere.
+# Only measurements on the device itself belong here; until there are some, `auto` means XLA everywhere.
 MEASURED: tuple[Measured, ...] = ()
 
 
@@ -66,7 +66,7 @@ class Choice:
 def decide(
     kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool, varies: bool = False
 ) -> Choice:
-    """What `implementation` means for this kernel, dtype and mask on the device at hand, and why.
+    """Chooses the implementation of a kernel for this dtype and mask on the device at hand, and gives the reason.
 
     "auto" takes the first row of MEASURED that fits and is installed, and otherwise "xla". Raises ValueError for a name
     that is unknown or has no form on this platform or device. `varies`: scale or window differ between layers, so that
@@ -110,7 +110,7 @@ def choose(
 ) -> str:
     """`decide` without the reason, which is logged (`jaxrlhf --verbose`), once for each kernel and shape.
 
-    For models, which hand on what was chosen; kernels that are called by themselves decide in silence.
+    Models call this and pass the result on; kernels that are called directly decide without a log entry.
     """
     choice = decide(kernel, implementation, dtype=dtype, head_dim=head_dim, alibi=alibi, varies=varies)
     shape = f"{jnp.dtype(dtype).name}, {'width' if kernel == 'token_logprobs' else 'head size'} {head_dim}"
@@ -120,5 +120,5 @@ def choose(
 
 @lru_cache(maxsize=256)
 def log_once(text: str) -> None:
-    """Say which implementation runs, for `jaxrlhf --verbose`."""
+    """Logs which implementation runs, for `jaxrlhf --verbose`."""
     LOGGER.info("kernel %s", text)

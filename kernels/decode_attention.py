@@ -23,15 +23,15 @@ QUANTISED = ("int8", "uint8")
 
 @dataclass(frozen=True)
 class DecodeBlocks:
-    """How the kernel cuts its work."""
+    """How the kernel splits its work into blocks."""
 
     columns: int
     """Cache columns per step; a power of two of at least 16."""
     splits: int
-    """Shares of a row's live columns, each worked through by its own program."""
+    """Shares of a row's live columns; one program computes each."""
     num_warps: int = 4
     num_stages: int = 3
-    """Blocks of keys and values under way at a time."""
+    """Blocks of keys and values in flight at a time."""
 
     def __post_init__(self) -> None:
         pallas.check_blocks(self, "columns")
@@ -190,7 +190,7 @@ def _reference(query, cache, first, length, scale, slopes) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Task:
-    """What the kernel's body is specialised for."""
+    """Static facts that the kernel's body is specialised for."""
 
     blocks: DecodeBlocks
     group: int
@@ -232,7 +232,7 @@ def decode_attention_share(*refs, task: _Task) -> None:
         old = inside & ~newest if task.appends else inside
 
         def read(i: int) -> jax.Array:
-            """Of keys (0), values (1) or their scales (2, 3): these columns."""
+            """Reads these columns of the keys (0), the values (1) or their scales (2, 3)."""
             if i > 1:
                 x = load(cache_refs[i].at[pl.ds(begin, blocks.columns)], old)
                 return jnp.where(newest, new[i], x) if task.appends else x

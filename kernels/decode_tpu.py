@@ -15,9 +15,9 @@ from jaxrlhf.kernels.kv_cache import Cache, quantised, widened
 from jaxrlhf.kernels.pallas import LANES, dot, pl
 
 COLUMNS = 512
-"""Of the cache per step."""
+"""Columns of the cache per step."""
 TILE = 32
-"""Rows of the cache that are written at a time: a tile of eight-bit elements."""
+"""Rows of the cache per write: a tile of eight-bit elements."""
 
 
 def decode_attention_blocks(

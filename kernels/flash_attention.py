@@ -23,7 +23,7 @@ NO_WINDOW = 1 << 30
 
 @dataclass(frozen=True)
 class FlashBlocks:
-    """How a kernel cuts its work; sizes are powers of two of at least 16."""
+    """How a kernel splits its work into blocks; sizes are powers of two of at least 16."""
 
     queries: int
     keys: int
@@ -71,7 +71,7 @@ def _fitting(blocks: FlashBlocks, head_dim: int, dtype: jnp.dtype, room: int) ->
 
 
 def varies(scale: jax.Array | float, window: jax.Array | int) -> bool:
-    """Whether scale or window are not plain numbers, as where layers that differ in them are scanned."""
+    """True if scale or window are not plain numbers, as in a scan over layers that differ in them."""
     return any(isinstance(x, Tracer) for x in (scale, window))
 
 
@@ -334,7 +334,7 @@ def flash_attention_key_gradient(
     q_ref, k_ref, v_ref, do_ref, log_ref, delta_ref, start_ref, length_ref, window_ref, scale_ref, slope_ref, dk_ref,
     dv_ref, *, shape: _Shape
 ) -> None:  # fmt: skip
-    """Of one block of keys and values, over all queries of the heads that share them; scores lie transposed."""
+    """Gradients of one block of keys and values, over all queries of the heads that share them; scores lie transposed."""
     size, queries = shape.blocks.keys, shape.blocks.queries
     begin = pl.program_id(2) * size
     columns = begin + jnp.arange(size)

@@ -114,7 +114,7 @@ def flash_attention_key_gradient(
     start_ref, length_ref, window_ref, scale_ref, slopes_ref, q_ref, k_ref, v_ref, do_ref, log_ref, delta_ref, dk_ref,
     dv_ref, dk_sum_ref, dv_sum_ref, *, alibi: bool, total: int, group: int
 ) -> None:  # fmt: skip
-    """Of one block of keys and values, over all queries of the heads that share them; scores lie transposed."""
+    """Gradients of one block of keys and values, over all queries of the heads that share them; scores lie transposed."""
     b, h, i, j = (pl.program_id(axis) for axis in range(4))
     keys, queries = k_ref.shape[0], q_ref.shape[0]
     start, length, window, scale = bounds = start_ref[b], length_ref[b], window_ref[0], scale_ref[0]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 Cache = tuple[jax.Array, ...]
 KV_CACHE_DTYPES = {"auto": None, "int8": jnp.int8, "fp8": jnp.uint8}
-"""Of elements, by the name that users give; auto: the compute dtype, no scales."""
+"""Dtypes of elements by the name of the option; auto: the compute dtype, no scales."""
 
 
 def quantise(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -29,6 +29,7 @@ def quantise(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def quantised(cache: Cache) -> bool:
+    """True for a cache in eight bits."""
     return len(cache) == 4
 
 

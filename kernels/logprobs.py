@@ -66,7 +66,7 @@ class HeadPlacement:
 
 @dataclass(frozen=True)
 class LogprobBlocks:
-    """How many tokens and how many vocabulary entries are worked on at a time."""
+    """How many tokens and vocabulary entries a step computes."""
 
     tokens: int
     vocab: int
@@ -100,7 +100,7 @@ class _Task:
     vocab_size: int
     temperature: float
     padded: bool
-    """Whether the weight has more rows than `vocab_size`."""
+    """True if the weight has more rows than `vocab_size`."""
     implementation: str
     blocks: LogprobBlocks | None
     kernel_blocks: HeadBlocks | None
@@ -205,7 +205,7 @@ _logprobs.defvjp(_forward, _backward)
 
 
 def _specs(bias: jax.Array | None, placement: HeadPlacement | None) -> tuple[P, tuple[P, P | None]]:
-    """Of arrays `[B, …]`, and of weight and bias."""
+    """Specs of arrays `[B, …]`, and of weight and bias."""
     if placement is None:
         return P(), (P(), None)
     vocab, width = (axes or None for axes in (placement.vocab, placement.width))
@@ -240,7 +240,7 @@ def _gather(block: jax.Array, placement: HeadPlacement | None) -> jax.Array:
 
 
 def _scatter(gradient: jax.Array, placement: HeadPlacement | None) -> jax.Array:
-    """Of a gathered block's gradient the sum over these devices' rows, each left with what it stores."""
+    """Sums a gathered block's gradient over these devices' rows; each device keeps the part that it stores."""
     for dimension, axes in _gathers(gradient, placement):
         gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
     return gradient
@@ -330,7 +330,7 @@ def statistics(hidden, weight, bias, labels, task: _Task) -> Figures:
 
 
 def _logit_gradient(block, part, part_bias, columns, own, figures, task: _Task) -> jax.Array:
-    """Of one block, in the compute dtype."""
+    """The gradient of one block of logits, in the compute dtype."""
     if task.implementation == "pallas":
         return logit_gradient_of(block, part, part_bias, columns, own, figures, task.temperature, task.kernel_blocks)
     logits = scaled(pallas.dot(block, part, (1, 1)), part_bias, columns[None], task.temperature)
@@ -354,7 +354,7 @@ def _bfloat16(bits: jax.Array) -> jax.Array:
 
 
 def _total(sums: Sequence[jax.Array]) -> jax.Array:
-    """What a sum (`_no_sum`) comes to, in float32."""
+    """The value of a sum (`_no_sum`), in float32."""
     return sums[0] if len(sums) == 1 else cast(jax.Array, sum(_bfloat16(x).astype(jnp.float32) for x in sums))
 
 

@@ -19,12 +19,12 @@ from jaxrlhf.kernels.pallas import LANES, dot, load, pl, power_of_two, store
 
 @dataclass(frozen=True)
 class HeadBlocks:
-    """How the kernels cut their work; sizes are powers of two of at least 16."""
+    """How the kernels split their work into blocks; sizes are powers of two of at least 16."""
 
     tokens: int
     vocab: int
     width: int
-    """Of hidden states, per step of a product."""
+    """Features of hidden states per step of a product."""
     num_warps: int = 8
     num_stages: int = 3
 
@@ -196,7 +196,7 @@ def tpu_logit_gradient(h_ref, w_ref, b_ref, c_ref, l_ref, *rest, temperature: fl
 
 
 def _tpu_specs(tokens: int, vocab: int, width: int) -> list["pl.BlockSpec"]:
-    """Of hidden states, head, bias, columns and labels; then of one more vector `[n, 1]`."""
+    """Specs of hidden states, head, bias, columns and labels; then that of one more vector `[n, 1]`."""
     across = pl.BlockSpec((1, vocab), lambda i, j: (0, j))
     down = pl.BlockSpec((tokens, 1), lambda i, j: (i, 0))
     states = pl.BlockSpec((tokens, width), lambda i, j: (i, 0))

@@ -1,4 +1,4 @@
-"""What our Pallas kernels share: masked loads and stores, matrix products, and where a kernel body runs.
+"""Shared parts of our Pallas kernels: masked loads and stores, matrix products, and the launch of a kernel body.
 
 On NVIDIA devices a body goes through Pallas' Triton lowering. JAX has deprecated that lowering (it warns since 0.11,
 Mosaic GPU is to follow it), and this is the only file that touches it: where it is gone, `available` says so once and
@@ -29,12 +29,12 @@ PyTree = Any
 Ref = Any  # a reference inside a kernel, or a part of one
 Semantics = tuple[Literal["parallel", "arbitrary"], ...]
 DTYPES = ("float32", "bfloat16", "float16")
-"""What our kernels compute in; not the last on TPUs, whose compiler has no form for it."""
+"""Compute dtypes of our kernels; TPUs do not support the last one."""
 MAX_HEAD_DIM = 256
 
 
 class Blocks(Protocol):
-    """How a kernel cuts its work."""
+    """How a kernel splits its work into blocks."""
 
     @property
     def num_warps(self) -> int: ...
@@ -44,7 +44,7 @@ class Blocks(Protocol):
 
 
 class Device(NamedTuple):
-    """What blocks are cut for on an NVIDIA device."""
+    """The limits of an NVIDIA device that block sizes depend on."""
 
     name: str
     multiprocessors: int
@@ -60,12 +60,12 @@ _NAMED = {"A100": ("8.0", 108), "A30": ("8.0", 56), "H100": ("9.0", 114), "H200"
 _NAMED |= {"L40": ("8.9", 142), "L40S": ("8.9", 142), "L4": ("8.9", 58), "A10": ("8.6", 72), "A10G": ("8.6", 80)}
 _NAMED |= {"RTX A6000": ("8.6", 84), "RTX 4090": ("8.9", 128), "V100": ("7.0", 80), "T4": ("7.5", 40)}
 DEVICES = {name: Device(name, count, _SHARED[capability] * 1024) for name, (capability, count) in _NAMED.items()}
-"""By whole words of a device's kind, as JAX spells it."""
+"""Keys are whole words of a device's kind, as JAX spells it."""
 
 
 @lru_cache(maxsize=1)
 def available() -> bool:
-    """Whether this JAX can run our kernels; warns once, on the first call, when it cannot."""
+    """True if this JAX can run our kernels; warns once, on the first call, if it cannot."""
     on_tpu = jax.default_backend() == "tpu"
     lowering = tpu if on_tpu else triton
     if lowering is None:
@@ -79,7 +79,7 @@ def available() -> bool:
 
 
 def is_kind(name: str, kind: str) -> bool:
-    """Whether `name` stands among the whole words of a device's kind, as JAX spells it: A100 is not in RTX A1000."""
+    """True if `name` is among the whole words of a device's kind, as JAX spells it: A100 is not in RTX A1000."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", kind) is not None
 
 
@@ -104,7 +104,7 @@ def device() -> Device:
 
 
 def check_taken(kernel: str, dtype: jnp.dtype, head_dim: int = 0, held: jnp.dtype | None = None) -> None:
-    """ValueError where our kernel does not compute in `dtype`, from a cache in `held`, or with heads so wide."""
+    """Raises ValueError if our kernels do not support `dtype`, a cache in the dtype `held`, or heads of this size."""
     on_tpu = jax.default_backend() == "tpu"
     takes = DTYPES[:2] if on_tpu else DTYPES
     found = list(dict.fromkeys(jnp.dtype(x).name for x in (dtype, held) if x is not None))
@@ -118,7 +118,7 @@ def check_taken(kernel: str, dtype: jnp.dtype, head_dim: int = 0, held: jnp.dtyp
 
 
 def check_shared_memory(kernel: str, blocks: Blocks, needed: int) -> None:
-    """ValueError where `blocks` of a kernel hold more at a time than the shared memory of the NVIDIA device at hand."""
+    """Raises ValueError if `blocks` of a kernel need more shared memory than the NVIDIA device at hand has."""
     limits = device()
     if needed > limits.shared_memory:
         raise ValueError(
@@ -129,7 +129,7 @@ def check_shared_memory(kernel: str, blocks: Blocks, needed: int) -> None:
 
 
 def check_blocks(blocks: Blocks, *sizes: str) -> None:
-    """ValueError unless these fields of a kernel's blocks, its warps and its stages are what Triton can take."""
+    """Raises ValueError unless Triton supports these fields of a kernel's blocks, its warps and its stages."""
     name = type(blocks).__name__
     for field in sizes:
         size = getattr(blocks, field)
@@ -147,6 +147,7 @@ def power_of_two(n: int) -> int:
 
 
 def ceil_div(x: jax.Array, n: int) -> jax.Array:
+    """`x / n`, rounded up; `x` is not negative."""
     return jax.lax.div(x + (n - 1), jnp.int32(n))
 
 
@@ -165,11 +166,12 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 
 
 def load(ref: Ref, mask: jax.Array) -> jax.Array:
-    """What a reference holds, 0 outside of `mask`: nothing is read there."""
+    """Reads a reference where `mask` is set; 0 elsewhere, without reading there."""
     return triton.load(ref, mask=mask, other=0)
 
 
 def store(ref: Ref, value: jax.Array, mask: jax.Array) -> None:
+    """Writes `value` to a reference where `mask` is set, in the dtype of the reference."""
     triton.store(ref, value.astype(ref.dtype), mask=mask)
 
 

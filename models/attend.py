@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +42,8 @@ class AttentionOptions:
     def kernel(self, name: str, query: jax.Array) -> str:
         """The implementation of the kernel `name` for this query; InputError for one that cannot run here."""
         with _as_input_error():
-            return choose(
-                name,
-                self.implementation,
-                dtype=query.dtype,
-                head_dim=query.shape[-1],
-                alibi=self.alibi_slopes is not None,
-                varies=varies(self.scale, self.window),
-            )
+            facts = {"alibi": self.alibi_slopes is not None, "varies": varies(self.scale, self.window)}
+            return choose(name, self.implementation, dtype=query.dtype, head_dim=query.shape[-1], **facts)
 
 
 @contextmanager
@@ -126,34 +121,15 @@ def attend_to_cache(
     scale, window = float(options.scale), int(options.window)
     if implementation == "xla":
         keys, values, *scales = cache = write_columns(cache, entries(key, value, cache), column)
-        output = decode_attention(
-            query[:, :, 0],
-            keys,
-            values,
-            start,
-            length,
-            scale=scale,
-            window=window,
-            alibi_slopes=options.alibi_slopes,
-            scales=(scales[0], scales[1]) if scales else None,
-            implementation=implementation,
-        )
+        pair = (scales[0], scales[1]) if scales else None
+        attend = partial(decode_attention, scale=scale, window=window, implementation=implementation)
+        output = attend(query[:, :, 0], keys, values, start, length, alibi_slopes=options.alibi_slopes, scales=pair)
         return output[:, :, None], cache
 
     def call(query, held, rows, slopes):
         (key, value, *cache), (start, length) = held, rows
-        output, new = append_attention(
-            query,
-            key,
-            value,
-            tuple(cache),
-            start,
-            length,
-            scale=scale,
-            window=window,
-            alibi_slopes=slopes,
-            implementation=implementation,
-        )
+        attend = partial(append_attention, scale=scale, window=window, implementation=implementation)
+        output, new = attend(query, key, value, tuple(cache), start, length, alibi_slopes=slopes)
         return output, *new
 
     held = key[:, :, 0], value[:, :, 0], *cache
@@ -212,17 +188,8 @@ def attend_to_sequence(
     if implementation == "xla":
         mask = attention_mask(key_mask, query.shape[2], window=options.window)
         rate, dropout_key = dropout or (0.0, None)
-        return attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=options.scale,
-            alibi_slopes=slopes,
-            positions=positions,
-            dropout_rate=rate,
-            dropout_key=dropout_key,
-        )
+        attend = partial(attention, scale=options.scale, alibi_slopes=slopes, positions=positions)
+        return attend(query, key, value, mask, dropout_rate=rate, dropout_key=dropout_key)
     start, length, unfit = _span(key_mask)
     if slopes is not None:
         columns = jnp.arange(key_mask.shape[1])
@@ -243,11 +210,8 @@ def _head_by_head(
 
     def call(query, held, rows, slopes):
         (key, value), (mask, positions) = held, rows
-        scale, window = options.scale, options.window
-        output = head_attention(
-            query, key, value, mask, scale=scale, window=window, alibi_slopes=slopes, positions=positions
-        )
-        return (output,)
+        attend = partial(head_attention, scale=options.scale, window=options.window)
+        return (attend(query, key, value, mask, alibi_slopes=slopes, positions=positions),)
 
     return _by_heads(call, query, (key, value), (key_mask, positions), options.alibi_slopes)[0]
 
@@ -270,18 +234,9 @@ def _flash(
 
     def call(query, held, rows, slopes):
         (key, value), (start, length) = held, rows
-        output = flash_attention(
-            query,
-            key,
-            value,
-            start,
-            length,
-            scale=options.scale,
-            window=options.window,
-            alibi_slopes=slopes,
-            implementation=options.implementation,
-        )
-        return (output,)
+        numbers = {"scale": options.scale, "window": options.window}
+        attend = partial(flash_attention, implementation=options.implementation, **numbers)
+        return (attend(query, key, value, start, length, alibi_slopes=slopes),)
 
     with _as_input_error():
         return _by_heads(call, query, (key, value), (start, length), options.alibi_slopes)[0]

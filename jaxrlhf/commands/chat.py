@@ -1,8 +1,8 @@
-"""Chat with a trained model: a conversation that streams its answers, and the terminal loop around it."""
+"""Chat with a trained model: a conversation that streams its responses, and the terminal loop around it."""
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -25,7 +25,7 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 HELP = """/reset  forget the conversation so far
 /quit   leave (also Ctrl-D, or Ctrl-C twice)
 /help   this list
-Ctrl-C stops an answer; what was said of it is kept."""
+Ctrl-C stops a response; the part on the screen stays in the conversation."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,28 @@ class ChatConfig(Settings):
 
 
 class StreamedText:
-    """Decodes a growing list of token ids and gives out what is new, whole characters only.
+    """Decodes a growing list of token ids and returns the new text, in whole characters.
 
-    All tokens are decoded each time, so spaces and merged characters come out as they would at the end. White space
-    before the first word is dropped. The text ends before the first of the `stops` in it; what may become one is held
-    back.
+    All tokens are decoded each time, so spaces and merged characters are those of the whole text. White space before
+    the first word is dropped. The text ends before the first of the `stops` in it; a possible beginning of a stop is
+    held back.
     """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
         self.text = ""
-        """Everything given out so far."""
+        """Text returned so far."""
         self.stopped = False
-        """Whether the text has come to a stop; further tokens change nothing."""
+        """True once the text has reached a stop; further tokens change nothing."""
 
     def add(self, token: int) -> str:
-        """The text that this token completes; empty while a character is still in pieces."""
+        """Returns the text that this token completes; empty while a character is incomplete."""
         self.ids.append(int(token))
         return self._new(self._decode().rstrip(BROKEN), hold=True)
 
     def finish(self) -> str:
-        """What was held back: the pieces of a character, or of a stop, that was never completed."""
+        """Returns the text held back: pieces of a character or of a stop that was never completed."""
         return self._new(self._decode(), hold=False)
 
     def _decode(self) -> str:
@@ -97,10 +97,10 @@ class StreamedText:
 
 
 class ChatSession:
-    """A conversation with a model: `reply` answers a message and remembers both.
+    """A conversation with a model: `reply` responds to a message and remembers both.
 
-    `console` gets the notices (compiling, history cut); without one they are not shown. `messages` is the history, a
-    list of `{"role", "content"}`, and may be edited between replies.
+    `messages` is the history, a list of `{"role", "content"}`, and may be edited between replies. `console` shows
+    notices (compiling, history cut); None hides them.
     """
 
     def __init__(self, model: Model, tokenizer: Any, config: ChatConfig, console: Console | None = None) -> None:
@@ -131,7 +131,7 @@ class ChatSession:
 
     @property
     def prompt_limit(self) -> int:
-        """Most tokens that the conversation up to the answer may have."""
+        """Most tokens that the conversation before the response may have."""
         return self.context - self.sampling.max_new_tokens
 
     def reset(self) -> None:
@@ -140,11 +140,11 @@ class ChatSession:
         self.round = 0
         self._cut_was_told = False
 
-    def reply(self, text: str) -> Iterator[str]:
-        """Answer `text`: pieces of the answer as they are drawn, which joined are the whole answer.
+    def reply(self, text: str) -> Generator[str]:
+        """Yields the response to `text` in pieces as they are sampled.
 
-        Message and answer enter the history when the iterator ends or is closed; an answer that is empty leaves no
-        trace. Raises InputError at once for a message that the context cannot hold.
+        Message and response enter the history when the iterator ends or is closed; an empty response is forgotten.
+        Raises InputError at once for a message that the context cannot hold.
         """
         message = {"role": "user", "content": text}
         prompt, dropped = self._fit(message)
@@ -156,7 +156,7 @@ class ChatSession:
         return self._answer(message, prompt)
 
     def _fit(self, message: dict[str, str]) -> tuple[list[int], int]:
-        """Token ids of the conversation with `message`, and how many of the oldest messages had to be left out."""
+        """Token ids of the conversation with `message`, and the number of oldest messages that do not fit."""
         system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
         starts = [i for i, old in enumerate(self.messages) if old["role"] != "assistant"]
         for start in [*starts, len(self.messages)]:
@@ -166,11 +166,11 @@ class ChatSession:
                 return prompt, start
         raise InputError(
             f"the message is too long: {len(prompt)} tokens{' with the system message' if system else ''}, and only "
-            f"{self.prompt_limit} fit beside an answer of {self.sampling.max_new_tokens} in the model's context of "
+            f"{self.prompt_limit} fit beside a response of {self.sampling.max_new_tokens} in the model's context of "
             f"{self.context}. It was not sent; shorten it, or lower max_new_tokens"
         )
 
-    def _answer(self, message: dict[str, str], prompt: list[int]) -> Iterator[str]:
+    def _answer(self, message: dict[str, str], prompt: list[int]) -> Generator[str]:
         answer = StreamedText(self.tokenizer, self.config.sampling.stop_strings)
         key = keys.stream(self.config.seed, keys.Stream.CHAT, self.round)
         self.round += 1
@@ -202,14 +202,14 @@ class ChatSession:
 
 
 def end_ids(model: Model, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's EOS and those of the model's config."""
+    """The ids that end a response: the tokenizer's EOS and those of the model's config."""
     own = model.config.eos_token_id
     own = own if isinstance(own, tuple) else () if own is None else (own,)
     return tuple(sorted({tokenizer.eos_token_id, *own}))
 
 
 def open_session(config: ChatConfig, console: Console | None = None) -> ChatSession:
-    """A session with the model that `config.model` names. Raises InputError when it is no language model."""
+    """Opens a session with the model `config.model`. Raises InputError when it is not a language model."""
     for last in (Path(config.model) / name for name in ("ppo", "dpo")):
         if (last / CONFIG).is_file() and not (last.parent / CONFIG).is_file():
             raise InputError(f"{config.model} is the folder of a run of all steps; its chat model is {last}")
@@ -232,29 +232,27 @@ def open_session(config: ChatConfig, console: Console | None = None) -> ChatSess
 
 
 def with_template_of_run(config: ChatConfig, folder: Path) -> ChatConfig:
-    """`config` with the prompt template that the run in `folder` trained with, where there is one."""
+    """`config` with the prompt template of the run in `folder`, if there is one."""
     path = folder.parent / "config.yaml" if folder.name == "ema" else folder / "config.yaml"
     template = read_yaml(path).get("prompt_template") if path.is_file() else None
     return config if template is None else replace(config, prompt_template=str(template))
 
 
 def chat(config: ChatConfig, input_stream: TextIO | None = None, output: TextIO | None = None) -> None:
-    """Talk to the model: a line in, an answer out, until `/quit` or the end of the input.
+    """Talks to the model line by line, until `/quit` or the end of the input.
 
-    Answers go to `output` (default: stdout), prompts and notices to stderr, so that a piped answer is only the answer.
+    Responses go to `output` (default: stdout), prompts and notices to stderr, so that a pipe gets the responses alone.
     """
-    input_stream = sys.stdin if input_stream is None else input_stream
-    output = sys.stdout if output is None else output
     console = Console()
     session = open_session(config, console)
-    interactive = input_stream is sys.stdin and sys.stdin.isatty()
+    interactive = input_stream in (None, sys.stdin) and sys.stdin.isatty()
     if interactive:
         console.print("Type a message; /help lists the commands.")
-    talk(session, read_lines(input_stream, interactive), output, console)
+    talk(session, read_lines(input_stream or sys.stdin, interactive), output or sys.stdout, console)
 
 
 def talk(session: ChatSession, lines: Iterable[str | None], output: TextIO, console: Console) -> None:
-    """Answer `lines` until they end, `/quit`, or two Ctrl-C; a line of None is a Ctrl-C at the prompt."""
+    """Responds to `lines` until they end, `/quit`, or two Ctrl-C; a line of None is a Ctrl-C at the prompt."""
     interrupts = 0
     for line in lines:
         command = "" if line is None else line.strip()
@@ -275,7 +273,7 @@ def talk(session: ChatSession, lines: Iterable[str | None], output: TextIO, cons
 
 
 def answer(session: ChatSession, text: str, output: TextIO, console: Console) -> bool:
-    """Write the answer to `text` as it is drawn; False when Ctrl-C stopped it."""
+    """Writes the response to `text` as it is sampled; returns False when Ctrl-C stopped it."""
     finished = True
     try:
         with contextlib.closing(session.reply(text)) as pieces:

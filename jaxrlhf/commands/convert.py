@@ -89,9 +89,15 @@ def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
 
 
 def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
-    """One model out of a checkpoint: `params` names its place in the state, "" means the only or the first one.
+    """Reads one model out of a checkpoint, adapters merged.
 
-    Adapters of a LoRA run are merged. InputError when there is no such checkpoint, model, or one of another version.
+    Args:
+        path: a checkpoint-N folder, or a run folder (its newest checkpoint).
+        params: place of the parameters in the state; "" means the first.
+        mesh: where the parameters go.
+
+    Raises:
+        InputError: when there is no such checkpoint or model, or it does not fit.
     """
     folder = _checkpoint_folder(path)
     exports = read_metadata(folder).get("exports") or {}
@@ -129,7 +135,7 @@ def _checkpoint_folder(path: str | Path) -> Path:
 
 
 def _load_tokenizer(config: ConvertConfig) -> Any:
-    """The tokenizer for a Hugging Face output, or None when neither named nor found beside the input."""
+    """The tokenizer for a Hugging Face output; None when it is neither named nor beside the input."""
     source = config.tokenizer.tokenizer_name_or_path
     if source is None:
         path = Path(config.input)
@@ -139,7 +145,7 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
 
 
 def convert(config: ConvertConfig) -> None:
-    """Convert, and with `verify` compare the output with what was read."""
+    """Converts, and with `verify` compares the output with the input."""
     mesh = make_mesh(1, config.mesh_fsdp, 1)
     dtype = DTYPES[config.dtype]
     model = (
@@ -158,7 +164,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def verify(model: Model, config: ConvertConfig, mesh: Any) -> None:
-    """Read the output back; InputError lists the parameters that differ from the input rounded to the dtype."""
+    """Reads the output back. Raises InputError with the parameters that differ from the input, rounded to the dtype."""
     dtype = DTYPES[config.dtype]
     if config.target == "hf":
         options = {"mesh": mesh, "param_dtype": dtype, "new_head": False}

@@ -1,4 +1,4 @@
-"""The demo: all three steps with a small model on the embedded data, then answers before and after PPO side by side."""
+"""The demo: all three steps with a small model on the embedded data, then responses before and after PPO."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,8 +81,8 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
     )
 
 
-def answers(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> list[str]:
-    """One sampled answer per question from the model in `folder`, with keys that do not depend on the model."""
+def responses(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> list[str]:
+    """Samples one response per question from the model in `folder`, with keys that do not depend on the model."""
     engine = HybridEngine(load_pretrained(folder))
     prompts = [encode_prompt(tokenizer, question) for question in questions]
     width = 32
@@ -100,7 +100,7 @@ def answers(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> li
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Train, show sample conversations before and after PPO, say where everything is; returns the summary."""
+    """Trains, shows sample conversations before and after PPO, prints where everything is; returns the summary."""
     import json
 
     paths = materialize_demo(cache_folder(DataConfig()))
@@ -109,7 +109,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(root / "ppo")
     rows = [json.loads(line) for line in paths.eval.read_text(encoding="utf-8").splitlines()]
     questions = sorted({row["prompt"] for row in rows})
-    before, after = (answers(root / name, tokenizer, questions, config.seed) for name in ("sft", "ppo"))
+    before, after = (responses(root / name, tokenizer, questions, config.seed) for name in ("sft", "ppo"))
     quality = [
         float(np.mean([demo_quality(q, a) for q, a in zip(questions, side, strict=True)])) for side in (before, after)
     ]
@@ -126,10 +126,10 @@ def closing(root: Path, summary: dict[str, Any]) -> str:
     s = summary
     total = sum(s["seconds"].values())
     return f"""
-SFT loss on held-out answers    {s["sft_eval_loss_before"]:.2f} → {s["sft_eval_loss_after"]:.2f}
+SFT loss on held-out responses  {s["sft_eval_loss_before"]:.2f} → {s["sft_eval_loss_after"]:.2f}
 reward model, held-out pairs    {s["reward_eval_accuracy"]:.1%} right
-reward of sampled answers       {s["ppo_reward_before"]:+.2f} (std {s["ppo_reward_before_std"]:.2f}) \
-→ {s["ppo_reward_after"]:+.2f}, KL {s["ppo_kl"]:.1f} nats per answer
+reward of sampled responses     {s["ppo_reward_before"]:+.2f} (std {s["ppo_reward_before_std"]:.2f}) \
+→ {s["ppo_reward_after"]:+.2f}, KL {s["ppo_kl"]:.1f} nats per response
 their true quality (-2 to 5)    {s["demo_quality_before"]:.2f} → {s["demo_quality_after"]:.2f}
 time                            {total:.0f} s: {", ".join(f"{k} {v:.0f} s" for k, v in s["seconds"].items())}
 

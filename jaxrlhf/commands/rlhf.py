@@ -81,9 +81,9 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
 
     def build(cls: type[C], name: str, **models: Settings) -> C:
         section = getattr(config, name)
-        own = {f.name: getattr(section, f.name) for f in fields(section)}
-        folder = replace(config.folder, output_dir=folder_of(name))
-        return cls(**(shared | own | models | {"folder": folder}))
+        own: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(section)}
+        own |= models | {"folder": replace(config.folder, output_dir=folder_of(name))}
+        return cls(**(shared | own))
 
     def folder_of(name: str) -> str:
         return str(Path(config.folder.output_dir) / name)
@@ -166,7 +166,7 @@ def check_root(root: Path, folder: FolderConfig) -> None:
 
 
 def finished(stage: SharedConfig) -> dict[str, Any] | None:
-    """The summary of a step that ran to its end with the same settings (on whatever mesh), or None."""
+    """The summary of a step that finished with the same settings (on any mesh), or None."""
     folder = Path(stage.folder.output_dir)
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         return None
@@ -177,8 +177,8 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
 
 
 def summarise(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures that tell how each step went, by names that say which."""
-    figures = {
+    """Metrics of all steps under names of their own."""
+    metrics = {
         "sft_eval_loss_before": ("sft", "eval_before", "loss"),
         "sft_eval_loss_after": ("sft", "eval_after", "loss"),
         "reward_eval_accuracy": ("reward", "eval_after", "accuracy"),
@@ -190,5 +190,5 @@ def summarise(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "dpo_eval_accuracy": ("dpo", "eval_after", "rewards/accuracies"),
         "dpo_eval_margin": ("dpo", "eval_after", "rewards/margins"),
     }
-    found = {name: stages[step][when][what] for name, (step, when, what) in figures.items() if step in stages}
+    found = {name: stages[step][when][what] for name, (step, when, what) in metrics.items() if step in stages}
     return found | {"seconds": {name: stage["seconds"] for name, stage in stages.items()}}

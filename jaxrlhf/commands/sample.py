@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf import keys, objectives
-from jaxrlhf.commands.selection import Samples, figures, select_samples
+from jaxrlhf.commands.selection import Samples, select_samples, summarise_samples
 from jaxrlhf.config import Gt, Le, Lt, PositiveInt, Settings, alias, to_dict
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, load_tokenizer
@@ -105,7 +105,7 @@ class SampleConfig(Settings):
 
 @partial(jax.jit, static_argnames=("module", "mesh", "parts"))
 def reward_model_scores(params: Any, rollout: Rollout, *, module: Decoder, mesh: Mesh, parts: int) -> jax.Array:
-    """float32 `[B]`: the reward model's score at each sequence's last real token, in `parts` chunks of rows."""
+    """Computes the reward model's score float32 `[B]` at each sequence's last real token, in `parts` chunks of rows."""
     with use(mesh, TRAIN_RULES):
         rows = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
         read = working_copy(params, logical_axes(module), module, mesh)
@@ -160,13 +160,13 @@ class Sampler:
         return prompts
 
     def batches(self) -> list[np.ndarray]:
-        """The rows of the data in batches of prompts of similar length; -1 fills up the last one."""
+        """Row numbers in batches of prompts of similar length; -1 fills up the last batch."""
         order = np.argsort(self.data.lengths(np.arange(len(self.data)))[0], kind="stable")
         padded = np.concatenate([order, np.full(-len(order) % self.rows, -1)])
         return list(padded.reshape(-1, self.rows))
 
     def start(self, indices: np.ndarray) -> dict[str, Any]:
-        """Sample and score a batch, as far as the devices go; reward functions are left at work."""
+        """Samples a batch and scores it on the devices; reward functions go on in the background."""
         n = self.copies
         batch = self.data.batch(indices)
         numbers = (np.maximum(indices, 0)[:, None] * n + np.arange(n)).reshape(-1)
@@ -196,7 +196,7 @@ class Sampler:
         return answer_text(self.tokenizer, response, self.config.data.prompt_template, self.sampling.stop_strings)
 
     def finish(self, started: dict[str, Any]) -> dict[str, Any]:
-        """The batch with its scores and their parts, `[B · n]` each."""
+        """Waits for the reward functions; returns the batch with scores and their parts, `[B · n]` each."""
         result = started.pop("handle").result()
         scores, parts = result.scores.astype(np.float64), dict(result.parts)
         if started["model_scores"] is not None:
@@ -205,7 +205,7 @@ class Sampler:
         return started | {"scores": scores.astype(np.float32), "parts": parts, "failed": len(result.failures)}
 
     def run(self, console: Console) -> Iterator[dict[str, Any]]:
-        """Every batch, scored; functions work on one while the devices work on the next."""
+        """Yields every batch, scored. Reward functions work on one batch while the devices work on the next."""
         waiting, begin, done = None, time.monotonic(), 0
         batches = self.batches()
         with console.progress(len(batches), description="sample") as bar:
@@ -225,7 +225,7 @@ class Sampler:
 
 
 def collect(finished: list[dict[str, Any]], rows: int, n: int) -> tuple[Samples, np.ndarray, dict[str, np.ndarray]]:
-    """All batches in the order of the data: samples, lengths in tokens `[P, n]`, and the parts of the scores."""
+    """Joins all batches in the order of the data: samples, lengths in tokens `[P, n]`, parts of the scores."""
     indices = np.concatenate([batch["indices"] for batch in finished])
     place = np.argsort(indices, kind="stable")[len(indices) - rows :]  # without the filler rows
 
@@ -243,9 +243,9 @@ def collect(finished: list[dict[str, Any]], rows: int, n: int) -> tuple[Samples,
 
 
 def sample(config: SampleConfig) -> dict[str, Any]:
-    """Sample, score, select and write `output_file` and beside it the figures, which are returned.
+    """Samples, scores, selects, and writes `output_file` with a summary beside it; returns the summary.
 
-    Both files appear whole, at the end; an interrupt leaves what was there before.
+    Both files appear whole, at the end; an interrupt leaves earlier files as they were.
     """
     path = Path(config.output_file).expanduser()
     config = joined(config)
@@ -265,7 +265,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         keep_unfinished=config.selection.keep_unfinished,
     )
     seconds = time.monotonic() - begin
-    summary = figures(samples, kept) | {
+    summary = summarise_samples(samples, kept) | {
         "left_out": left_out,
         "failed_calls": sum(batch["failed"] for batch in finished),
         "parts": {name: finite_mean(part) for name, part in parts.items()},
@@ -285,7 +285,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
 
 
 def check_output(path: Path, summary_path: Path, overwrite: bool) -> None:
-    """Refuse, before anything else is done, a file that exists or that could not be written or read back."""
+    """Refuses a file that exists, that cannot be written, or that sft could not read."""
     if path.suffix != ".jsonl":
         raise InputError(f"output_file {path}: must end in .jsonl, as the data that sft reads")
     there = next((p for p in (path, summary_path) if p.exists()), None)
@@ -307,7 +307,7 @@ def nothing_kept(left_out: dict[str, int], highest: float | None, config: Sample
 def lines(
     data: PromptData, samples: Samples, parts: dict[str, np.ndarray], kept: list[tuple[int, int]]
 ) -> Iterator[str]:
-    """The rows of the file: prompt as the data has it, chosen, score, its parts where there are several, columns."""
+    """Yields the rows of the file: prompt as in the data, chosen, score, its parts if there are several, columns."""
     for p, j in kept:
         row = {"prompt": data.prompts([p])[0], "chosen": samples.texts[p][j], "score": _short(samples.scores[p, j])}
         if len(parts) > 1:

@@ -1,10 +1,11 @@
-"""Best-of-n and rejection sampling: which samples of each prompt are kept, and what the best of k is worth."""
+"""Best-of-n and rejection sampling: selects samples of each prompt, and computes the expected score of the best of k."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import objectives
@@ -18,22 +19,30 @@ class Samples:
     scores: np.ndarray
     """float32 `[P, n]`; NaN where a reward function failed."""
     texts: Sequence[Sequence[str]]
-    """`[P][n]`, as a row of SFT data holds them."""
+    """`[P][n]`: the responses, as SFT data has them."""
     ended: np.ndarray
-    """bool `[P, n]`: ended by themselves, rather than at the longest length."""
+    """bool `[P, n]`: whether a response ended by itself, before the longest length."""
 
 
 def select_samples(
     samples: Samples, *, best: bool, min_score: float | None, top_fraction: float, keep_unfinished: bool
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """The (prompt, sample) pairs to keep, in order, and how many are left out, by the reason.
+    """Selects samples.
 
-    Never kept: samples without a score, empty ones, repetitions of an earlier response to the prompt and, unless
-    `keep_unfinished`, those cut at the longest length. Of the others the highest-scoring of each prompt (`best`; the
-    first of equals) or all, as far as they reach `min_score`; and of these the `top_fraction` with the highest scores.
+    Samples without a score, empty ones and repetitions of an earlier response to the prompt are never kept.
+
+    Args:
+        samples: n responses to each of P prompts.
+        best: keep the highest-scoring response of each prompt (the first of equals) instead of all.
+        min_score: leave out responses that score less.
+        top_fraction: keep this share of the selected responses, those with the highest scores.
+        keep_unfinished: keep responses that were cut at the longest length too.
+
+    Returns:
+        The (prompt, sample) pairs to keep, in order, and the number of samples left out for each reason.
     """
     reasons = ("failed", "empty", "unfinished", "repeated", "below_min_score", "not_best", "below_top_fraction")
-    left_out = dict.fromkeys(reasons, 0)
+    left_out: dict[str, int] = dict.fromkeys(reasons, 0)
     kept: list[tuple[int, int]] = []
     for p, texts in enumerate(samples.texts):
         usable, seen = [], set()
@@ -65,16 +74,16 @@ def select_samples(
     return sorted(highest), left_out
 
 
-def figures(samples: Samples, kept: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Scores of all and of the kept samples, and for k = 1 … n the expected best of k and the bound on its KL.
+def summarise_samples(samples: Samples, kept: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Summarises scores of all and of the kept samples, with the expected best of k = 1 … n and the bound on its KL.
 
-    The curve is that of the prompts none of whose samples failed.
+    The curve uses the prompts none of whose samples failed.
     """
     n = samples.scores.shape[1]
     scores = samples.scores.astype(np.float64)
     finite = scores[np.isfinite(scores)]
     whole = samples.scores[np.isfinite(scores).all(axis=1)]
-    curve = np.asarray(objectives.expected_best(whole)).tolist() if len(whole) else [None] * n
+    curve = np.asarray(objectives.expected_best(jnp.asarray(whole))).tolist() if len(whole) else [None] * n
     return {
         "prompts": len(scores),
         "samples_per_prompt": n,

@@ -15,8 +15,9 @@ from jaxrlhf.config.annotations import (
     Section,
     alias,
 )
-from jaxrlhf.config.flags import load_yaml, parse, read_yaml, save_yaml
+from jaxrlhf.config.flags import load_yaml, parse, save_yaml
 from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, settings, to_dict
+from jaxrlhf.config.text import read_yaml
 
 __all__ = [
     "Derived",

@@ -1,11 +1,10 @@
-"""What the annotation of a setting says: its type, its range, its other names, and what a resumed run may change."""
+"""Annotations of settings: type, range, aliases, and whether a resumed run may change the value."""
 
 import dataclasses
 import functools
 import math
 import numbers
 import operator
-import types
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -52,44 +51,56 @@ class FromYaml:
     read: Callable[[Any], Any]
 
 
-@functools.cache
-def hints_of(cls: type) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """{field: (type, notes of its annotation)}."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: _split(hints[f.name]) for f in dataclasses.fields(cls)}
+class Hint(NamedTuple):
+    """The annotation of a field: its type without None, its notes, and whether None is allowed."""
 
-
-def _split(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    """An annotation as (type, notes); the notes of an optional type's member count too."""
+    kind: Any
     notes: tuple[Any, ...] = ()
-    if typing.get_origin(kind) is Annotated:
-        kind, *extra = typing.get_args(kind)
-        notes = tuple(extra)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        members = [_split(member) for member in typing.get_args(kind)]
-        kind = typing.Union[tuple(member for member, _ in members)]  # noqa: UP007 - built at run time
-        notes += tuple(note for _, more in members for note in more)
-    return kind, notes
+    optional: bool = False
+
+    @property
+    def is_part(self) -> bool:
+        """True for settings whose names are the config's own."""
+        return dataclasses.is_dataclass(self.kind) and SECTION not in self.notes
+
+    @property
+    def is_section(self) -> bool:
+        """True for settings under the field's name."""
+        return SECTION in self.notes
+
+    @property
+    def is_derived(self) -> bool:
+        """True for a value that a program takes from elsewhere."""
+        return DERIVED in self.notes
+
+    @property
+    def aliases(self) -> list[str]:
+        """Other names."""
+        named = [name for note in self.notes for name in getattr(note, "aliases", None) or ()]
+        return [name.removeprefix("--").replace("-", "_") for name in named]
 
 
-def is_optional(kind: Any) -> bool:
-    """Returns True for a type that None belongs to."""
-    return type(None) in typing.get_args(kind)
+@functools.cache
+def hints_of(cls: type) -> dict[str, Hint]:
+    """{field: what its annotation says}."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: _hint(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
-def scalar_of(kind: Any) -> Any:
-    """The type without None, when one member is left."""
-    members = [member for member in typing.get_args(kind) if member is not type(None)]
-    return members[0] if is_optional(kind) and len(members) == 1 else kind
+def _hint(annotation: Any) -> Hint:
+    notes: tuple[Any, ...] = ()
+    if typing.get_origin(annotation) is Annotated:
+        annotation, *more = typing.get_args(annotation)
+        notes = tuple(more)
+    members = typing.get_args(annotation)
+    if type(None) not in members:
+        return Hint(annotation, notes)
+    inner = _hint(typing.Union[tuple(member for member in members if member is not type(None))])  # noqa: UP007
+    return Hint(inner.kind, notes + inner.notes, True)
 
 
-_LIMITS: dict[type, tuple[str, str]] = {
-    Ge: ("ge", "at least"),
-    Gt: ("gt", "above"),
-    Le: ("le", "at most"),
-    Lt: ("lt", "below"),
-}
-_SCALARS: dict[Any, tuple[Any, str]] = {
+_LIMITS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
+_SCALARS: dict[Any, tuple[type, str]] = {
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),
     bool: (bool, "true or false"),
@@ -97,26 +108,24 @@ _SCALARS: dict[Any, tuple[Any, str]] = {
 }
 
 
-def check_value(name: str, value: Any, kind: Any, notes: tuple[Any, ...]) -> None:
+def check_value(name: str, value: Any, hint: Hint) -> None:
     """Raises InputError naming the setting, its value and the type, range or choices that its annotation allows."""
-    if value is None and is_optional(kind):
+    if value is None and hint.optional:
         return
-    inner = scalar_of(kind)
-    allowed, words = _SCALARS.get(inner, (object, ""))
-    if not isinstance(value, allowed) or (inner in (int, float) and isinstance(value, bool)):
-        raise InputError(f"{name}={value!r} must be {words}")
-    if typing.get_origin(inner) is Literal and value not in typing.get_args(inner):
-        raise InputError(f"{name}={value!r} must be one of {', '.join(map(str, typing.get_args(inner)))}")
-    if typing.get_origin(inner) is tuple and typing.get_args(inner)[0] in (int, float):
-        for item in value:
-            check_value(name, item, typing.get_args(inner)[0], ())
-    limits = [(*_LIMITS[type(note)], note) for note in notes if type(note) in _LIMITS]
-    limits = [(compare, words, getattr(note, compare)) for compare, words, note in limits]
-    if not all(getattr(operator, compare)(value, limit) for compare, _, limit in limits):
-        said = dict.fromkeys("finite" if math.isinf(limit) else f"{words} {limit}" for _, words, limit in limits)
-        raise InputError(f"{name}={value} must be {' and '.join(said)}")
-
-
-def is_part(kind: Any, notes: tuple[Any, ...]) -> bool:
-    """Returns True for a field that holds settings whose names are the config's own."""
-    return dataclasses.is_dataclass(kind) and SECTION not in notes
+    members: tuple[Any, ...] = typing.get_args(hint.kind)
+    said: list[str] = []
+    allowed, words = _SCALARS.get(hint.kind, (object, ""))
+    if not isinstance(value, allowed) or (hint.kind in (int, float) and isinstance(value, bool)):
+        said = [words]
+    elif typing.get_origin(hint.kind) is Literal and value not in members:
+        said = [f"one of {', '.join(map(str, members))}"]
+    elif typing.get_origin(hint.kind) is tuple and members[0] is not str:
+        for item in tuple(value or ()):
+            check_value(name, item, Hint(members[0]))
+    else:
+        ranges = [(*_LIMITS[type(note)], note) for note in hint.notes if type(note) in _LIMITS]
+        limits = [(compare, words, getattr(note, compare)) for compare, words, note in ranges]
+        if not all(getattr(operator, compare)(value, limit) for compare, _, limit in limits):
+            said = ["finite" if math.isinf(limit) else f"{words} {limit}" for _, words, limit in limits]
+    if said:
+        raise InputError(f"{name}={value!r} must be {' and '.join(dict.fromkeys(said))}")

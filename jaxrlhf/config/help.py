@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxrlhf.config.annotations import SECTION, hints_of, is_part
+from jaxrlhf.config.annotations import hints_of
 from jaxrlhf.config.settings import Settings, default_in, default_of, sections
 from jaxrlhf.errors import InputError
 
@@ -32,13 +32,13 @@ def _shown(cls: type, start: Any, hidden: frozenset[str]) -> type:
     """`cls` as tyro shows it: with the defaults of `start`, parts without a prefix, hidden settings left out."""
     hidden, fields = hidden | getattr(cls, "HIDDEN", frozenset()), []
     for f in dataclasses.fields(cls):
-        kind, notes = hints_of(cls)[f.name]
+        hint = hints_of(cls)[f.name]
         default = default_in(f) if start is None else getattr(start, f.name)
         annotation: Any = typing.get_type_hints(cls, include_extras=True)[f.name]
-        if is_part(kind, notes):
-            part = _shown(kind, None if default is dataclasses.MISSING else default, hidden)
+        if hint.is_part:
+            part = _shown(hint.kind, None if default is dataclasses.MISSING else default, hidden)
             annotation, default = part, part()
-        elif f.name in hidden or SECTION in notes:
+        elif f.name in hidden or hint.is_section:
             annotation = Annotated[annotation, tyro.conf.Fixed, tyro.conf.Suppress]
         given = () if default is dataclasses.MISSING else (dataclasses.field(default_factory=lambda v=default: v),)
         fields.append((f.name, annotation, *given))

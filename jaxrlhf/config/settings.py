@@ -13,25 +13,19 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
-from jaxrlhf.config.annotations import DERIVED, LASTING, MAY_CHANGE, SECTION, check_value, hints_of, is_part
+from jaxrlhf.config.annotations import LASTING, MAY_CHANGE, Hint, check_value, hints_of
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")
 
 
 class Setting(NamedTuple):
-    """One field: where it lies in the config, its type, and what its annotation says of it."""
+    """One field: where it lies in the config, and what its annotation says of it."""
 
     path: tuple[str, ...]
-    kind: Any
-    notes: tuple[Any, ...]
+    hint: Hint
     may_change: bool
     hidden: bool
-
-    @property
-    def aliases(self) -> list[str]:
-        named = [name for note in self.notes for name in getattr(note, "aliases", None) or ()]
-        return [name.removeprefix("--").replace("-", "_") for name in named]
 
 
 class Settings:
@@ -50,8 +44,8 @@ class Settings:
             cls._may_change = may_change
 
     def __post_init__(self) -> None:
-        for name, (kind, notes) in hints_of(type(self)).items():
-            check_value(name, getattr(self, name), kind, notes)
+        for name, hint in hints_of(type(self)).items():
+            check_value(name, getattr(self, name), hint)
         self.check()
 
     def check(self) -> None:
@@ -80,15 +74,15 @@ class Settings:
 
 
 @functools.cache
-def _every(cls: type, hidden: frozenset[str] = frozenset()) -> dict[str, Setting]:
+def _every(cls: type[Settings], hidden: frozenset[str] = frozenset()) -> dict[str, Setting]:
     """Every setting of a config class by its flat name, hidden and derived ones included, without those of sections."""
-    hidden = hidden | getattr(cls, "HIDDEN", frozenset())
+    hidden = hidden | cls.HIDDEN
     found: dict[str, Setting] = {}
-    for name, (kind, notes) in hints_of(cls).items():
-        free = (cls._may_change or MAY_CHANGE in notes) and LASTING not in notes
-        inner = {name: Setting((), kind, notes, free, name in hidden or DERIVED in notes)}
-        for key, setting in (_every(kind, hidden) if is_part(kind, notes) else inner).items():
-            if SECTION not in notes and (key not in found or DERIVED in found[key].notes):
+    for name, hint in hints_of(cls).items():
+        free = (cls._may_change or MAY_CHANGE in hint.notes) and LASTING not in hint.notes
+        own = {name: Setting((), hint, free, name in hidden or hint.is_derived)}
+        for key, setting in (_every(hint.kind, hidden) if hint.is_part else own).items():
+            if not hint.is_section and (key not in found or found[key].hint.is_derived):
                 found[key] = setting._replace(path=(name, *setting.path))
     return found
 
@@ -102,14 +96,14 @@ def settings(cls: type) -> dict[str, Setting]:
 @functools.cache
 def sections(cls: type) -> dict[str, type]:
     """The classes of a config's sections, by their names."""
-    return {name: kind for name, (kind, notes) in hints_of(cls).items() if SECTION in notes}
+    return {name: hint.kind for name, hint in hints_of(cls).items() if hint.is_section}
 
 
 @functools.cache
 def _names(cls: type) -> dict[str, str]:
     """Every accepted name: {name or alias: name}."""
     own = {name: name for name in (*settings(cls), *sections(cls))}
-    return {other: name for name, s in settings(cls).items() for other in s.aliases} | own
+    return {other: name for name, s in settings(cls).items() for other in s.hint.aliases} | own
 
 
 def canonical(cls: type, name: str) -> str:
@@ -144,7 +138,7 @@ def _build(cls: type[T], values: Mapping[str, Any], base: T | None) -> T:
     known, tree = _every(cls), {}
     for name, value in values.items():
         # A flag or alias goes before a derived value of the same name.
-        derived = name not in _names(cls) and name in known and DERIVED in known[name].notes
+        derived = name not in _names(cls) and name in known and known[name].hint.is_derived
         setting = known.get(name := name if derived else canonical(cls, name))
         *path, last = setting.path if setting else (name,)
         inner = functools.reduce(lambda node, part: node.setdefault(part, {}), path, tree)
@@ -156,13 +150,13 @@ def _grow(cls: type[T], tree: Mapping[str, Any], base: T | None) -> T:
     """As `_build`, of values by field name, those of parts in mappings of their own."""
     arguments: dict[str, Any] = {}
     for f in dataclasses.fields(typing.cast(Any, cls)):
-        kind, notes = hints_of(cls)[f.name]
+        hint = hints_of(cls)[f.name]
         start = default_in(f) if base is None else getattr(base, f.name)
-        value = tree.get(f.name, {} if is_part(kind, notes) and start is dataclasses.MISSING else start)
-        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-            inner, own = (None, kind) if start is dataclasses.MISSING else (start, type(start))
-            with errors_in(f"in section {f.name}") if SECTION in notes else contextlib.nullcontext():
-                value = (_build if SECTION in notes else _grow)(typing.cast(type, own), value, inner)
+        value = tree.get(f.name, {} if hint.is_part and start is dataclasses.MISSING else start)
+        if dataclasses.is_dataclass(hint.kind) and isinstance(value, Mapping):
+            inner, own = (None, hint.kind) if start is dataclasses.MISSING else (start, type(start))
+            with errors_in(f"in section {f.name}") if hint.is_section else contextlib.nullcontext():
+                value = (_build if hint.is_section else _grow)(typing.cast(type, own), value, inner)
         arguments[f.name] = value
     missing = [name for name, value in arguments.items() if value is dataclasses.MISSING]
     if missing:

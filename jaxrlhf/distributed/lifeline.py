@@ -346,14 +346,13 @@ class _Meeting:
             deliver_challenge(peer.connection, _token())
             answer_challenge(peer.connection, _token())
             greeting = peer.receive(MAX_GREETING)
+            peer.limit_waits(socket.SO_RCVTIMEO, 0)
+            with self.lock:
+                self._enter(peer, **greeting)
         except NOT_OURS:
             peer.connection.close()
             with self.lock:
                 self.strangers.append(host)
-            return
-        peer.limit_waits(socket.SO_RCVTIMEO, 0)
-        with self.lock:
-            self._enter(peer, **greeting)
 
     def _enter(self, peer: _Peer, process: int, number: int, host: str) -> None:
         """Take in a process, unless its number does not fit."""

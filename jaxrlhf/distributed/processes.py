@@ -24,14 +24,13 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 
-import jaxrlhf
 from jaxrlhf.config import PositiveInt, Settings, to_dict
 from jaxrlhf.distributed.lifeline import Lifeline, delay_abort, join, split_address
 from jaxrlhf.errors import InputError
 
 PyTree = Any
 Value = TypeVar("Value")
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Settings)
 
 SEEN = 10.0  # seconds after which a shared file system shows what another machine has written
 VERDICT = 5.0  # seconds in which the cause of a broken collective becomes known
@@ -111,7 +110,7 @@ def detect(options: ProcessConfig) -> tuple[str | None, int | None, int | None, 
     return found
 
 
-def initialize(config: object = None, **options: Any) -> bool:
+def initialize(config: Settings | None = None, **options: Any) -> bool:
     """Join the other processes of this run, when there are any. A second call only compares the settings.
 
     It must come before the first use of a JAX device. From here on the end of one process ends all (see `fail`), and a
@@ -288,10 +287,10 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(whole, tree)
 
 
-def _facts(config: object) -> dict[str, object]:
+def _facts(config: Settings | None) -> dict[str, object]:
     """Collect what must be equal on all processes: versions, our source, settings."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, path in _sources(Path(jaxrlhf.__path__[0])):
+    for name, path in _sources(Path(__file__).parents[1]):
         digest.update(name.encode() + path.read_bytes())
     facts: dict[str, object] = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "jaxrlhf")}
     facts["source of jaxrlhf"] = digest.hexdigest()

@@ -58,18 +58,9 @@ def _put(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
 def continuous_batch(
     module: Decoder, view: GenerationView, requests: Requests, key: jax.Array, sampling: SamplingConfig, slots: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Generates the responses of N = B·n requests, `slots` of them at a time.
+    """Generates the responses of N = B·n requests with `slots` rows, a multiple of the parts of the batch.
 
-    Args:
-        module: The model's module.
-        view: Its parameters for generation.
-        requests: The prompts.
-        key: The run's random key.
-        sampling: How tokens are sampled.
-        slots: Rows of the decode loop; a multiple of the parts that the batch is split into.
-
-    Returns:
-        Tokens int32, mask bool and log-probs float32, each `[N, longest]`.
+    Returns tokens int32, mask bool and log-probs float32, each `[N, longest]`.
     """
     (prompts, prompt_length), longest = requests.ids.shape, sampling.max_new_tokens
     copies = sampling.samples_per_prompt

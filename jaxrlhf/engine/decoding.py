@@ -43,7 +43,7 @@ class Rows(flax.struct.PyTreeNode):
     tail: jax.Array | None
     """int32 `[B, K]`: the last response tokens, -1 before the first; None without stop sequences."""
     caches: tuple[Cache, ...]
-    """Of each layer."""
+    """The key/value cache of each layer."""
 
 
 def row_keys(key: jax.Array, sample_index: jax.Array) -> jax.Array:

@@ -110,8 +110,8 @@ def generate(
         ids = repeat(jnp.where(prompt_mask, prompt_ids, sampling.pad_token_id), sampling.samples_per_prompt)
         mask = repeat(prompt_mask, sampling.samples_per_prompt)
 
-        def joined(prompt: jax.Array, answer: jax.Array) -> jax.Array:
-            return batched(jnp.concatenate([prompt, answer], axis=1))
+        def joined(prompt: jax.Array, response: jax.Array) -> jax.Array:
+            return batched(jnp.concatenate([prompt, response], axis=1))
 
         return Rollout(
             tokens=joined(ids, tokens),

@@ -56,8 +56,9 @@ class SamplingConfig(Settings):
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         object.__setattr__(self, "stop_sequences", tuple(tuple(int(i) for i in ids) for ids in self.stop_sequences))
-        if not all(self.stop_sequences) or not all(self.stop_strings):
-            raise InputError(f"stop_strings={list(self.stop_strings)} must hold no empty text or sequence")
+        for name in ("stop_sequences", "stop_strings"):
+            if not all(getattr(self, name)):
+                raise InputError(f"{name}={list(getattr(self, name))} must hold no empty text or sequence")
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"

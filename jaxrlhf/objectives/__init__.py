@@ -1,15 +1,16 @@
 """The losses, rewards and advantages of SFT, reward models, PPO and DPO, as pure `jnp` functions.
 
-Conventions that hold for every function here:
+These conventions hold for every function:
 
 - Index `t` of a `[B, T]` array refers to token `s_t`: `logprobs[t]` is log π(s_t | s_<t) and `values[t]` is the value
-  estimate before `s_t` is chosen. The caller does the shift by one.
-- Masks are explicit, of any integer, float or boolean dtype; a non-zero entry counts fully. Whatever stands where the
-  mask is zero, infinities and NaN included, reaches neither the result nor a gradient.
+  estimate before `s_t` is chosen. The caller shifts by one.
+- Masks are explicit, of any integer, float or boolean dtype; a non-zero entry counts fully. Values where the mask is
+  zero, infinities and NaN included, reach neither the result nor a gradient.
 - Arithmetic and reductions are float32, or float64 for float64 input. No argument is detached: differentiate with
   respect to the new log-probs or values only.
-- A loss is a masked sum over a denominator. The default denominator is the mask's own count; pass the count of the
-  global batch to make micro-batches and shards add up to the loss of the whole batch. A denominator of 0 gives 0.
+- A loss is a masked sum over a denominator. The default denominator is the mask's own count. With the count of the
+  global batch, the losses of micro-batches and shards add up to the loss of the whole batch. With a denominator of 0
+  the loss is 0.
 """
 
 from jaxrlhf.objectives.advantages import gae, group_advantages, reward_to_go, rloo_advantages

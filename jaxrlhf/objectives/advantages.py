@@ -3,15 +3,28 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxrlhf.objectives.masked import divide, keep_where, real
 
 
-def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[Array, Array]:
-    """Generalised advantage estimates over the responses, and the returns `advantages + values`; both [B, T].
+def gae(
+    rewards: ArrayLike, values: ArrayLike, response_mask: ArrayLike, gamma: float, lam: float
+) -> tuple[Array, Array]:
+    """Computes generalised advantage estimates over the responses, and the returns `advantages + values`.
 
-    All inputs are [B, T]; each row's response is one contiguous span, at any column. Nothing is bootstrapped after its
-    end, and both results are zero outside it. Advantages are not whitened. Source: Schulman et al. 2016, equation 16.
+    Nothing is bootstrapped after the end of a response. Advantages are not whitened. Source: Schulman et al. 2016,
+    equation 16.
+
+    Args:
+        rewards: `[B, T]`.
+        values: `[B, T]`.
+        response_mask: `[B, T]`; each row's response is one contiguous span, at any column.
+        gamma: Discount.
+        lam: λ.
+
+    Returns:
+        Advantages and returns, `[B, T]` each, 0 outside the response.
     """
     keep = jnp.asarray(response_mask) != 0
     rewards, values = keep_where(rewards, keep), keep_where(values, keep)
@@ -30,26 +43,40 @@ def gae(rewards, values, response_mask, gamma: float, lam: float) -> tuple[Array
     return advantages.T, advantages.T + values
 
 
-def _groups(x, group_size: int) -> Array:
+def _groups(x: ArrayLike, group_size: int) -> Array:
+    """`[B]` as `[B / group_size, group_size]`."""
     x = jnp.asarray(x)
     if x.shape[0] % group_size:
         raise ValueError(f"group_size={group_size} does not divide {x.shape[0]} rows")
     return x.reshape(-1, group_size)
 
 
-def group_advantages(scores, group_size: int, scale_by_std: bool = True, row_mask=None, epsilon: float = 1e-6) -> Array:
-    """GRPO: each score less the mean of its group, over the group's standard deviation; `[B]`, 0 for masked rows.
+def group_advantages(
+    scores: ArrayLike,
+    group_size: int,
+    scale_by_std: bool = True,
+    row_mask: ArrayLike | None = None,
+    epsilon: float = 1e-6,
+) -> Array:
+    """GRPO: computes each score less the mean of its group, over the group's standard deviation.
 
-    The `group_size` responses to one prompt lie beside each other. The deviation is the unbiased one, as in verl and
-    TRL, with `epsilon` added to it; without `scale_by_std` the difference stays as it is (Dr. GRPO, Liu et al. 2025).
-    Rows where `row_mask` is not set do not count in their group, and a row alone in its group gets 0.
-    Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.
+    The deviation is the unbiased one, as in verl and TRL. Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.
+
+    Args:
+        scores: `[B]`, the scores of the responses to one prompt side by side.
+        group_size: Responses per prompt.
+        scale_by_std: False leaves the difference as it is (Dr. GRPO, Liu et al. 2025).
+        row_mask: `[B]`: rows that are not set do not count in their group; None: all are set.
+        epsilon: Added to the deviation.
+
+    Returns:
+        `[B]`, 0 for masked rows and for a row alone in its group.
     """
     keep = jnp.ones(jnp.shape(scores), bool) if row_mask is None else jnp.asarray(row_mask) != 0
     kept = _groups(keep, group_size)
     grouped = _groups(keep_where(scores, keep), group_size)
     count = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
-    # Of scores less the first one that counts, so that equal ones differ from their mean by nothing, not by rounding.
+    # Subtracting the first score that counts makes the difference of equal scores exactly 0, without rounding.
     first = jnp.take_along_axis(grouped, jnp.argmax(kept, axis=1)[:, None], axis=1)
     grouped = jnp.where(kept, grouped - first, 0)
     deviation = jnp.where(kept, grouped - divide(jnp.sum(grouped, axis=1, keepdims=True), count), 0)
@@ -59,10 +86,18 @@ def group_advantages(scores, group_size: int, scale_by_std: bool = True, row_mas
     return deviation.reshape(-1)
 
 
-def rloo_advantages(scores, group_size: int, row_mask=None) -> Array:
-    """RLOO: each score less the mean of the other scores of its group; `[B]`, 0 for masked rows and for a row alone.
+def rloo_advantages(scores: ArrayLike, group_size: int, row_mask: ArrayLike | None = None) -> Array:
+    """RLOO: computes each score less the mean of the other scores of its group.
 
-    Rows lie and count as in `group_advantages`. Source: Ahmadian et al. 2024 (arXiv 2402.14740), equation 8.
+    Source: Ahmadian et al. 2024 (arXiv 2402.14740), equation 8.
+
+    Args:
+        scores: `[B]`, the scores of the responses to one prompt side by side.
+        group_size: Responses per prompt.
+        row_mask: `[B]`: rows that are not set do not count in their group; None: all are set.
+
+    Returns:
+        `[B]`, 0 for masked rows and for a row alone in its group.
     """
     keep = jnp.ones(jnp.shape(scores), bool) if row_mask is None else jnp.asarray(row_mask) != 0
     kept = _groups(keep, group_size)
@@ -72,9 +107,14 @@ def rloo_advantages(scores, group_size: int, row_mask=None) -> Array:
     return jnp.where(kept & (others > 0), grouped - baseline, 0).reshape(-1)
 
 
-def reward_to_go(rewards, response_mask, gamma: float) -> Array:
-    """The discounted sum of the rewards from each response token on; `[B, T]`, 0 outside the response.
+def reward_to_go(rewards: ArrayLike, response_mask: ArrayLike, gamma: float) -> Array:
+    """Computes the discounted sum of the rewards from each response token on, `[B, T]`, 0 outside the response.
 
-    REINFORCE++ (Hu 2025, arXiv 2501.03262) whitens it over the batch. Each row's response is one contiguous span.
+    REINFORCE++ (Hu 2025, arXiv 2501.03262) whitens it over the batch.
+
+    Args:
+        rewards: `[B, T]`.
+        response_mask: `[B, T]`; each row's response is one contiguous span.
+        gamma: Discount.
     """
     return gae(rewards, jnp.zeros_like(real(rewards)), response_mask, gamma, 1.0)[0]

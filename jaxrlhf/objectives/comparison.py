@@ -1,4 +1,4 @@
-"""Comparing scores of samples: win rates, and what the best of several samples is worth."""
+"""Comparisons of the scores of samples: win rates, and the gain and cost of the best of several samples."""
 
 import math
 
@@ -10,10 +10,15 @@ from jaxrlhf.objectives.masked import masked_mean
 
 
 def win_rate(scores: jax.Array, baseline_scores: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The share of prompts `[B]` on which `scores` beat `baseline_scores` (of the same prompts); a tie counts half.
+    """Computes the share of prompts on which `scores` beat `baseline_scores`; a tie counts half.
 
-    A prompt where either score is NaN has no winner and is left out, as those are that `mask` excludes. NaN where no
-    prompt is left.
+    Args:
+        scores: `[B]`, one per prompt.
+        baseline_scores: `[B]`, of the same prompts.
+        mask: `[B]`: prompts that are not set are left out; so are those where either score is NaN.
+
+    Returns:
+        A scalar; NaN if no prompt is left.
     """
     scores, baseline_scores = jnp.asarray(scores), jnp.asarray(baseline_scores)
     counted = ~(jnp.isnan(scores) | jnp.isnan(baseline_scores))
@@ -23,11 +28,11 @@ def win_rate(scores: jax.Array, baseline_scores: jax.Array, mask: jax.Array | No
 
 
 def expected_best(scores: jax.Array) -> jax.Array:
-    """`[n]`: the expected highest score of k = 1 … n samples drawn without replacement from each row of `[P, n]`.
+    """Estimates the highest score of k = 1 … n samples, `[n]`, from the scores of n samples per prompt, `[P, n]`.
 
-    The mean over rows of Σ_i s_(i) C(i-1, k-1) / C(n, k), s_(i) being the i-th smallest: an unbiased estimate of the
-    expected best of k independent samples (the estimator of pass@k in Chen et al. 2021, arXiv 2107.03374, for any
-    score).
+    This is the mean over rows of Σ_i s_(i) C(i-1, k-1) / C(n, k), where s_(i) is the i-th smallest: the expected best
+    of k scores taken without replacement, an unbiased estimate of the expected best of k independent samples. Source:
+    the estimator of pass@k in Chen et al. 2021 (arXiv 2107.03374), for any score.
     """
     n = jnp.shape(scores)[-1]
     weights = [[math.comb(i, k - 1) / math.comb(n, k) for i in range(n)] for k in range(1, n + 1)]
@@ -36,8 +41,8 @@ def expected_best(scores: jax.Array) -> jax.Array:
 
 
 def best_of_n_kl_bound(n: int) -> float:
-    """log n - (n-1)/n nats: at most so far is the best of n from the model that was sampled, in KL per response.
+    """Computes log n - (n-1)/n nats, an upper bound on the KL per response between best of n and the sampled model.
 
-    Equal for continuous scores over infinitely many responses (Beirami et al. 2024, arXiv 2401.01879).
+    It is exact for continuous scores over infinitely many responses (Beirami et al. 2024, arXiv 2401.01879).
     """
     return math.log(n) - (n - 1) / n

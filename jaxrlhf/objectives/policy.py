@@ -2,17 +2,27 @@
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxrlhf.objectives.masked import divide, keep_where, masked_mean, masked_sum
 
 AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 
 
-def truncated_importance_weights(logprobs, sampler_logprobs, mask, cap: float) -> Array:
-    """`min(exp(logp - sampler), cap)` per response token, 1 elsewhere; [B, T] float32.
+def truncated_importance_weights(
+    logprobs: ArrayLike, sampler_logprobs: ArrayLike, mask: ArrayLike, cap: float
+) -> Array:
+    """Computes `min(exp(logp - sampler), cap)` per response token, 1 elsewhere; float32 `[B, T]`.
 
-    What was drawn by one program and is trained by another (other kernels, another precision) is weighed by the ratio
-    of their probabilities. Source: Ionides 2008, Truncated Importance Sampling; Yao et al. 2025 for this use.
+    The train program computes other probabilities than the generate program that sampled (other kernels, another
+    precision); these weights correct for the ratio. Source: Ionides 2008, Truncated Importance Sampling; Yao et al.
+    2025 for this use.
+
+    Args:
+        logprobs: Of the train program, `[B, T]`.
+        sampler_logprobs: Of the generate program, `[B, T]`.
+        mask: Response tokens, `[B, T]`.
+        cap: Largest weight.
     """
     keep = jnp.asarray(mask) != 0
     return jnp.minimum(
@@ -20,13 +30,21 @@ def truncated_importance_weights(logprobs, sampler_logprobs, mask, cap: float) -
     )
 
 
-def loss_weights(mask, kind: str, length: int | None = None) -> Array:
-    """Weights `[B, T]` under which a sum over tokens is the aggregated loss of the batch; 0 where `mask` is not set.
+def loss_weights(mask: ArrayLike, kind: str, length: int | None = None) -> Array:
+    """Computes weights under which a sum over tokens is the aggregated loss of the batch.
 
-    "token-mean": every token counts alike. "sequence-mean": every row with a token counts alike, and its tokens among
-    themselves. "fixed-length": tokens are summed per row and divided by the same `length`, then rows are averaged
-    (Dr. GRPO, Liu et al. 2025). Give the whole (mini)batch: weights of its parts then add up. Raises ValueError for
-    another `kind`, or for "fixed-length" without `length`.
+    Args:
+        mask: Response tokens of the whole (mini)batch, `[B, T]`; the weights of its parts then add up.
+        kind: "token-mean": every token counts alike. "sequence-mean": every row with a token counts alike, and so do
+            the tokens within a row. "fixed-length": tokens are summed per row and divided by the same `length`, then
+            rows are averaged (Dr. GRPO, Liu et al. 2025).
+        length: Tokens to divide by with "fixed-length".
+
+    Returns:
+        `[B, T]`, 0 where `mask` is not set.
+
+    Raises:
+        ValueError: Another `kind`, or "fixed-length" without `length`.
     """
     keep = jnp.asarray(mask) != 0
     tokens = jnp.sum(keep, axis=1, keepdims=True, dtype=jnp.int32)
@@ -43,28 +61,39 @@ def loss_weights(mask, kind: str, length: int | None = None) -> Array:
 
 
 def policy_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask,
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    mask: ArrayLike,
     clip_range: float,
-    denominator=None,
-    weights=None,
+    denominator: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     *,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
-    token_weights=None,
+    token_weights: ArrayLike | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """PPO's clipped surrogate `mean(w·max(-A·r, -A·clip(r, 1 - ε, 1 + ε_high)))`, r = exp(logp - old), and statistics.
+    """Computes PPO's clipped surrogate `mean(w·max(-A·r, -A·clip(r, 1 - ε, 1 + ε_high)))`, with r = exp(logp - old).
 
-    All arrays are [B, T]; `weights` w are 1 unless given (`truncated_importance_weights`); `clip_range_high` ε_high
-    (default ε) bounds the ratio above; with `dual_clip` c > 1 no token of negative advantage adds more than `-A·c`
-    (Ye et al. 2020, equation 5). `denominator` is the number of response tokens of the global (mini)batch; with
-    `token_weights` (`loss_weights`) the loss is the sum under those instead. Statistics, each a masked sum over that
-    same denominator, so that those of micro-batches add up: `ratio_shift` (mean of r - 1: shares of a mean of 1 would
-    not add up to exactly 1), `ratio_spread` (mean of (r - 1)², see `ratio_variance`), `clipfrac` (share of tokens where
-    the clipped term is the larger) and `approx_kl` (mean of (logp - old)²/2).
     Source: Schulman et al. 2017, equation 7.
+
+    Args:
+        logprobs: `[B, T]`.
+        old_logprobs: `[B, T]`.
+        advantages: A, `[B, T]`.
+        mask: Response tokens, `[B, T]`.
+        clip_range: ε.
+        denominator: Response tokens of the global (mini)batch; None: those of `mask`.
+        weights: w, `[B, T]` (`truncated_importance_weights`); None: 1.
+        clip_range_high: ε_high, which bounds the ratio above; None: ε.
+        dual_clip: c > 1: no token of negative advantage adds more than `-A·c` (Ye et al. 2020, equation 5).
+        token_weights: `[B, T]` (`loss_weights`): the loss is the sum under these weights instead of a mean.
+
+    Returns:
+        The loss, and statistics. Each is a masked sum over the denominator, so those of micro-batches add up:
+        `ratio_shift` (mean of r - 1: shares of a mean of 1 would not add up to exactly 1), `ratio_spread` (mean of
+        (r - 1)², see `ratio_variance`), `clipfrac` (share of tokens where the clipped term is the larger one) and
+        `approx_kl` (mean of (logp - old)²/2).
     """
     keep = jnp.asarray(mask) != 0
     log_ratio = keep_where(logprobs, keep) - keep_where(old_logprobs, keep)
@@ -74,7 +103,7 @@ def policy_loss(
     high = clip_range if clip_range_high is None else clip_range_high
     clipped = -advantages * jnp.clip(ratio, 1 - clip_range, 1 + high)
 
-    def mean(x):
+    def mean(x: Array) -> Array:
         return masked_mean(x, keep, denominator)
 
     stats = {
@@ -92,14 +121,30 @@ def policy_loss(
 
 
 def ratio_variance(stats: dict[str, Array]) -> Array:
-    """Variance over tokens of the ratio, from `policy_loss` statistics that were added up over all micro-batches."""
+    """Computes the ratio's variance over tokens from `policy_loss` statistics summed over all micro-batches."""
     return jnp.maximum(stats["ratio_spread"] - jnp.square(stats["ratio_shift"]), 0)
 
 
-def value_loss(values, old_values, returns, mask, clip_range: float, denominator=None) -> tuple[Array, Array]:
-    """Clipped value loss `0.5 · mean(max((v - R)², (clip(v, old ± ε) - R)²))`, and the share of tokens it clips.
+def value_loss(
+    values: ArrayLike,
+    old_values: ArrayLike,
+    returns: ArrayLike,
+    mask: ArrayLike,
+    clip_range: float,
+    denominator: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """Computes the clipped value loss `0.5 · mean(max((v - R)², (clip(v, old ± ε) - R)²))`.
 
-    All arrays are [B, T]; `denominator` is the number of response tokens of the global (mini)batch.
+    Args:
+        values: v, `[B, T]`.
+        old_values: `[B, T]`.
+        returns: R, `[B, T]`.
+        mask: Response tokens, `[B, T]`.
+        clip_range: ε.
+        denominator: Response tokens of the global (mini)batch; None: those of `mask`.
+
+    Returns:
+        The loss, and the share of tokens where the clipped term is the larger one.
     """
     keep = jnp.asarray(mask) != 0
     values, old_values, returns = keep_where(values, keep), keep_where(old_values, keep), keep_where(returns, keep)

@@ -1,22 +1,30 @@
-"""Rewards of reinforcement learning: scores and their penalties, KL estimates, and the controller of the KL weight."""
+"""Rewards of reinforcement learning: scores and their penalties, KL estimates, and the adaptive KL coefficient."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxrlhf.objectives.masked import divide, is_last, keep_where, masked_mean, real
 
 KL_ESTIMATES = ("k1", "k2", "k3")
 
 
-def kl_estimate(logprobs, ref_logprobs, kind: str = "k1", mask=None) -> Array:
-    """Per-token estimate of KL(policy || reference) in nats, from tokens sampled by the policy; shape of the inputs.
+def kl_estimate(logprobs: ArrayLike, ref_logprobs: ArrayLike, kind: str = "k1", mask: ArrayLike | None = None) -> Array:
+    """Estimates KL(policy || reference) per token in nats, from tokens sampled by the policy.
 
-    With d = logprobs - ref_logprobs: "k1" is d, "k2" is d²/2, "k3" is exp(-d) - 1 + d, none of them clamped. Entries
-    where `mask` is given and not set are 0. Source: J. Schulman, "Approximating KL Divergence", 2020.
+    With d = logprobs - ref_logprobs: "k1" is d, "k2" is d²/2, "k3" is exp(-d) - 1 + d. None of them is clamped.
+    Source: J. Schulman, "Approximating KL Divergence", 2020.
 
-    Raises ValueError for another `kind`.
+    Args:
+        logprobs: `[B, T]`.
+        ref_logprobs: `[B, T]`.
+        kind: One of KL_ESTIMATES.
+        mask: `[B, T]`: entries that are not set are 0; None: all are set.
+
+    Raises:
+        ValueError: Another `kind`.
     """
     if mask is None:
         difference = real(logprobs) - real(ref_logprobs)
@@ -33,12 +41,27 @@ def kl_estimate(logprobs, ref_logprobs, kind: str = "k1", mask=None) -> Array:
 
 
 def kl_penalty_rewards(
-    logprobs, ref_logprobs, scores, response_mask, kl_coef, clip_reward=None, kind: str = "k1"
+    logprobs: ArrayLike,
+    ref_logprobs: ArrayLike,
+    scores: ArrayLike,
+    response_mask: ArrayLike,
+    kl_coef: ArrayLike,
+    clip_reward: float | None = None,
+    kind: str = "k1",
 ) -> Array:
-    """PPO's per-token rewards: `-kl_coef · kl_estimate(kind)` on the response, plus the clipped score at its end.
+    """Computes PPO's rewards per token: `-kl_coef · kl_estimate(kind)` on the response, plus the score at its end.
 
-    `scores` [B] are the reward model's, clipped to ±`clip_reward` (None: not clipped). The other arrays and the result
-    are [B, T]. A row without a response gets no reward at all.
+    Args:
+        logprobs: `[B, T]`.
+        ref_logprobs: `[B, T]`.
+        scores: Of the reward model, `[B]`.
+        response_mask: `[B, T]`.
+        kl_coef: β.
+        clip_reward: Scores are clipped to ± this; None: not clipped.
+        kind: One of KL_ESTIMATES.
+
+    Returns:
+        `[B, T]`; a row without a response has no reward at all.
     """
     keep = jnp.asarray(response_mask) != 0
     scores = real(scores)
@@ -49,16 +72,29 @@ def kl_penalty_rewards(
 
 
 def penalised_scores(
-    scores, lengths, ended, missing_eos_penalty: float = 0.0, length_penalty: float = 0.0, length_penalty_start: int = 0
+    scores: ArrayLike,
+    lengths: ArrayLike,
+    ended: ArrayLike,
+    missing_eos_penalty: float = 0.0,
+    length_penalty: float = 0.0,
+    length_penalty_start: int = 0,
 ) -> Array:
-    """Scores `[B]` less `missing_eos_penalty` where the response has not `ended`, and less `length_penalty` for each of
-    its `lengths` tokens beyond `length_penalty_start`."""
+    """Subtracts the penalties of a response from its score.
+
+    Args:
+        scores: `[B]`.
+        lengths: Tokens of the responses, `[B]`.
+        ended: `[B]`, set for responses that ended with EOS or a stop sequence.
+        missing_eos_penalty: Penalty of a response that did not end.
+        length_penalty: Penalty of each token beyond `length_penalty_start`.
+        length_penalty_start: Tokens without a penalty.
+    """
     beyond = jnp.maximum(real(lengths) - length_penalty_start, 0)
     return real(scores) - missing_eos_penalty * (jnp.asarray(ended) == 0) - length_penalty * beyond
 
 
 class Moments(NamedTuple):
-    """Count, mean and sum of squared deviations of all numbers seen, each a float32 scalar."""
+    """Count, mean and sum of squared deviations of all numbers so far, each a float32 scalar."""
 
     count: Array
     mean: Array
@@ -66,6 +102,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def empty(cls) -> "Moments":
+        """The moments of no numbers."""
         return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
     @property
@@ -74,13 +111,13 @@ class Moments(NamedTuple):
         return jnp.sqrt(divide(self.deviation, jnp.maximum(self.count - 1, 1)))
 
 
-def add_moments(moments: Moments, x, mask) -> Moments:
-    """The moments with the entries of `x` where `mask` is set added. Source: Chan, Golub & LeVeque 1979."""
+def add_moments(moments: Moments, x: ArrayLike, mask: ArrayLike) -> Moments:
+    """Adds the entries of `x` where `mask` is set to the moments. Source: Chan, Golub & LeVeque 1979."""
     keep = jnp.asarray(mask) != 0
     count = jnp.sum(keep).astype(jnp.float32)
     kept = keep_where(x, keep)
     first = kept.reshape(-1)[jnp.argmax(keep)]
-    mean = first + masked_mean(kept - first, keep)  # of equal numbers exactly that number
+    mean = first + masked_mean(kept - first, keep)  # exact for equal numbers
     deviation = jnp.sum(jnp.square(jnp.where(keep, kept - mean, 0)))
     total = moments.count + count
     shift = mean - moments.mean
@@ -91,15 +128,22 @@ def add_moments(moments: Moments, x, mask) -> Moments:
     )
 
 
-def standardised(x, moments: Moments, epsilon: float = 1e-8) -> Array:
-    """`(x - mean) / (std + epsilon)` with the mean and the unbiased standard deviation of `moments`."""
+def standardised(x: ArrayLike, moments: Moments, epsilon: float = 1e-8) -> Array:
+    """Computes `(x - mean) / (std + epsilon)` with the mean and the unbiased standard deviation of `moments`."""
     return (real(x) - moments.mean) / (moments.std + epsilon)
 
 
-def adaptive_kl_coef(coef, kl, target: float, horizon: float, samples) -> Array:
-    """The KL weight after a batch of `samples` responses whose mean KL (nats per response) was `kl`.
+def adaptive_kl_coef(coef: Array, kl: ArrayLike, target: float, horizon: float, samples: ArrayLike) -> Array:
+    """Adapts the KL coefficient: multiplies it by `1 + clip(kl / target - 1, ±0.2) · samples / horizon`.
 
-    Multiplied by `1 + clip(kl / target - 1, ±0.2) · samples / horizon`. Source: Ziegler et al. 2019, section 2.2.
+    Source: Ziegler et al. 2019, section 2.2.
+
+    Args:
+        coef: The coefficient before.
+        kl: Mean KL of a batch, in nats per response.
+        target: Its target.
+        horizon: Responses over which the coefficient adapts.
+        samples: Responses in the batch.
     """
     error = jnp.clip(real(kl) / target - 1, -0.2, 0.2)
     return coef * (1 + error * samples / horizon)

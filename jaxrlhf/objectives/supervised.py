@@ -3,23 +3,34 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxrlhf.objectives.masked import divide, keep_where, last_token_index, masked_mean, real, score_at_last_token
 
 
-def sft_loss(logprobs, loss_mask, denominator=None) -> Array:
-    """Cross-entropy of the counted target tokens, in nats per token.
+def sft_loss(logprobs: ArrayLike, loss_mask: ArrayLike, denominator: ArrayLike | None = None) -> Array:
+    """Computes the cross-entropy of the target tokens, in nats per token.
 
-    `logprobs` and `loss_mask` are [B, T]; `denominator` is the number of counted tokens of the global batch.
+    Args:
+        logprobs: `[B, T]`.
+        loss_mask: `[B, T]`, set for target tokens.
+        denominator: Target tokens of the global batch; None: those of `loss_mask`.
     """
     return -masked_mean(logprobs, loss_mask, denominator)
 
 
-def pairwise_loss(chosen_scores, rejected_scores, row_mask, denominator=None) -> Array:
-    """Bradley–Terry loss `-log σ(chosen - rejected)`, averaged over the rows where `row_mask` is set.
+def pairwise_loss(
+    chosen_scores: ArrayLike, rejected_scores: ArrayLike, row_mask: ArrayLike, denominator: ArrayLike | None = None
+) -> Array:
+    """Computes the Bradley–Terry loss, the mean of `-log σ(chosen - rejected)`.
 
-    All inputs are [B]; `denominator` is the number of real rows of the global batch. Source: Ouyang et al. 2022,
-    equation 1.
+    Source: Ouyang et al. 2022, equation 1.
+
+    Args:
+        chosen_scores: `[B]`.
+        rejected_scores: `[B]`.
+        row_mask: `[B]`, set for real rows.
+        denominator: Real rows of the global batch; None: those of `row_mask`.
     """
     keep = jnp.asarray(row_mask) != 0
     margin = keep_where(chosen_scores, keep) - keep_where(rejected_scores, keep)
@@ -27,27 +38,33 @@ def pairwise_loss(chosen_scores, rejected_scores, row_mask, denominator=None) ->
 
 
 def tokenwise_pairwise_loss(
-    chosen_values,
-    rejected_values,
-    chosen_ids,
-    rejected_ids,
-    chosen_mask,
-    rejected_mask,
-    row_mask,
-    denominator=None,
+    chosen_values: ArrayLike,
+    rejected_values: ArrayLike,
+    chosen_ids: ArrayLike,
+    rejected_ids: ArrayLike,
+    chosen_mask: ArrayLike,
+    rejected_mask: ArrayLike,
+    row_mask: ArrayLike,
+    denominator: ArrayLike | None = None,
     read_padding: bool = False,
 ) -> Array:
-    """DeepSpeed-Chat's reward loss: the Bradley–Terry loss at every token from the first one that differs.
+    """Computes DeepSpeed-Chat's reward loss: the Bradley–Terry loss at every token from the first one that differs.
 
-    For each row the mean of `-log σ(chosen_t - rejected_t)` over the positions from the first difference to the end of
-    the longer of the two sequences; then the mean over the rows where `row_mask` is set. A position where only one of
-    the two has a token counts as a difference. Past its own end the shorter sequence keeps the value of its last token;
-    DeepSpeed-Chat reads there what the model gives for padding tokens, which `read_padding` reproduces. Two identical
-    sequences are compared at their last token alone (DeepSpeed-Chat: at the last column, be it padding), which adds
-    log 2 when their values agree.
+    The loss of a row is the mean of `-log σ(chosen_t - rejected_t)` from the first difference to the end of the longer
+    sequence. A position where only one of the two has a token counts as a difference. Past its end the shorter sequence
+    keeps the value of its last token. Two identical sequences are compared at their last token only (DeepSpeed-Chat: at
+    the last column, which may be padding), which adds log 2 if their values agree.
 
-    Values, ids and masks are [B, T], both sides right-padded to the same T; `row_mask` is [B]; `denominator` is the
-    number of real rows of the global batch. An unmasked row without any token adds 0 and counts as a row.
+    Args:
+        chosen_values: `[B, T]`.
+        rejected_values: `[B, T]`.
+        chosen_ids: int `[B, T]`, right-padded.
+        rejected_ids: int `[B, T]`, right-padded.
+        chosen_mask: `[B, T]`, set for real tokens.
+        rejected_mask: `[B, T]`, set for real tokens.
+        row_mask: `[B]`, set for real rows. A real row without any token adds 0 and counts as a row.
+        denominator: Real rows of the global batch; None: those of `row_mask`.
+        read_padding: Reads the model's values at padding past the end of the shorter sequence, as DeepSpeed-Chat does.
     """
     rows = jnp.asarray(row_mask) != 0
     chosen_real, rejected_real = jnp.asarray(chosen_mask) != 0, jnp.asarray(rejected_mask) != 0
@@ -64,5 +81,6 @@ def tokenwise_pairwise_loss(
     return masked_mean(per_row, rows, denominator)
 
 
-def _hold_last(values, keep: Array) -> Array:
+def _hold_last(values: ArrayLike, keep: Array) -> Array:
+    """`values` `[B, T]`, with that of the last token in place of padding."""
     return jnp.where(keep, real(values), score_at_last_token(values, keep)[:, None])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +184,7 @@ def find_algorithm(estimator: str) -> Algorithm:
         title=f"{getattr(function, '__name__', estimator)} ({estimator})",
         summary="",
         estimator=estimator,
-        advantages=function,
+        advantages=cast(Estimator, function),
         needs_critic=needs_critic,
         unused=() if needs_critic else OF_CRITIC,
     )

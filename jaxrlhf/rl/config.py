@@ -176,7 +176,7 @@ class PPOOptions(StepOptions):
         return run.per_device_train_batch_size * run.gradient_accumulation_steps * self.algorithm.num_mini_batches
 
     def hyperparameters(self, seed: int) -> PPOHyperparameters:
-        """What the program is compiled for: the algorithm, with what it takes from sampling, run and seed."""
+        """The algorithm with the values that it takes from sampling, run and seed: the program's static argument."""
         return dataclasses.replace(
             self.algorithm,
             micro_batches=self.run.gradient_accumulation_steps,

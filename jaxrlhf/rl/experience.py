@@ -168,8 +168,8 @@ def shaped_scores(
         moments = objectives.add_moments(moments, scores, e.row_mask)
     if h.score_normalization != "none":
         of_batch = objectives.add_moments(objectives.Moments.empty(), scores, e.row_mask)
-        running = moments is not None and h.score_normalization == "running"
-        scores = objectives.standardised(scores, moments if running else of_batch)
+        chosen = of_batch if moments is None or h.score_normalization == "batch" else moments
+        scores = objectives.standardised(scores, chosen)
     return scores, moments
 
 

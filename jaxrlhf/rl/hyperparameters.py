@@ -1,4 +1,4 @@
-"""What the PPO program is compiled for: every choice of the algorithm, checked."""
+"""The hyperparameters that the PPO program is compiled for."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -73,7 +73,7 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class RLData:
-    """What a run reads: prompts to train on and held-out ones, and blocks of pretraining text."""
+    """Data of a run: prompts to train on and held-out prompts, and blocks of pretraining text."""
 
     train: PromptData
     held_out: PromptData
@@ -101,7 +101,7 @@ class PPOTask:
         self.warned = False
         self._newest: dict[str, Any] = {}
         self.name, self.title = config.algorithm.algorithm.name, config.algorithm.algorithm.title
-        self.best = ("scores", 1)
+        self.best: tuple[str, int] = ("scores", 1)
         self.base_model = str(config.models.actor_model_name_or_path)
         self.data_names = tuple(config.data.data_path)
         self.exports = self._exports()
@@ -241,14 +241,16 @@ class PPOTask:
         return self._newest
 
 
-def check_models(config: PPOConfig) -> None:
-    """Raises InputError when no actor is named, or nothing that scores."""
-    if config.models.actor_model_name_or_path is None:
+def check_models(config: PPOConfig) -> str:
+    """Returns the actor's name. Raises InputError when there is none, or nothing that scores."""
+    actor = config.models.actor_model_name_or_path
+    if actor is None:
         raise InputError("actor_model_name_or_path: name a model folder (the sft step's output)")
     if config.models.reward_model_name_or_path is None and not config.rewards.reward_functions:
         raise InputError(
             "reward_model_name_or_path: name a model folder (the reward step's output), or give reward_functions"
         )
+    return actor
 
 
 def read_data(config: PPOConfig, tokenizer: Tokenizer, rewards: Rewards) -> RLData:
@@ -272,9 +274,8 @@ def train_ppo(config: PPOConfig) -> PPOState:
 
     The trained actor lies in the run's folder afterwards, the critic and the moving average in subfolders.
     """
-    check_models(config)
+    actor, reward = check_models(config), config.models.reward_model_name_or_path
     config = joined(config)
-    actor, reward = config.models.actor_model_name_or_path, config.models.reward_model_name_or_path
     with open_run(config.folder, config, config.run.logging_steps, HEADLINE) as run:
         for model in (actor, reward):
             if model is not None:

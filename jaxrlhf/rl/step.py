@@ -56,7 +56,7 @@ class PPOState(flax.struct.PyTreeNode):
 
 
 class _Trained(NamedTuple):
-    """What an update replaces: the trainable leaves, their optimizer states and the average."""
+    """The state of an update: trainable leaves, their optimizer states and the average."""
 
     actor_params: PyTree
     critic_params: PyTree
@@ -66,7 +66,7 @@ class _Trained(NamedTuple):
 
 
 class _Frozen(NamedTuple):
-    """What an update reads and leaves alone: the working copies of leaves that are not trained."""
+    """Working copies of the leaves that are not trained."""
 
     actor: PyTree
     critic: PyTree

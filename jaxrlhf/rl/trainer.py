@@ -146,7 +146,8 @@ class PPOTrainer:
 
         def submit(rows: np.ndarray, rollout: Rollout) -> None:
             own = rows // n
-            asked, answers = self.read(rollout, None if prompts.texts is None else [prompts.texts[i] for i in own])
+            texts = None if prompts.texts is None else [prompts.texts[int(i)] for i in own]
+            asked, answers = self.read(rollout, texts)
             columns = {name: [values[i] for i in own] for name, values in prompts.columns.items()}
             handles.append((rows, self.rewards.submit(asked, answers, columns, prompts.real[own])))
 

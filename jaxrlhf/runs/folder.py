@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 import jax
 import numpy as np
 
-from jaxrlhf.config import save_yaml
+from jaxrlhf.config import Settings, save_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
@@ -57,7 +57,7 @@ class Run:
     def __init__(
         self,
         output_dir: str | Path,
-        config: object,
+        config: Settings,
         *,
         resume: bool = False,
         overwrite: bool = False,

@@ -38,7 +38,7 @@ from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.optimizer import OptimizerConfig
-from jaxrlhf.trainers.reward import answer_lengths, answer_start, pair_count
+from jaxrlhf.trainers.reward import pair_count, response_lengths, response_start
 from jaxrlhf.trainers.settings import StepOptions, check_context
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
@@ -84,11 +84,11 @@ class DPOConfig(DPOOptions, SupervisedConfig):
     """Direct preference optimisation alone."""
 
 
-def answer_logprobs(module: Decoder, params: PyTree, rows: Batch) -> dict[str, jax.Array]:
-    """log π(answer | prompt) `[B]` of both answers, in one forward pass without dropout."""
+def response_logprobs(module: Decoder, params: PyTree, rows: Batch) -> dict[str, jax.Array]:
+    """Computes log π(response | prompt) `[B]` of both responses, in one forward pass without dropout."""
     ids, mask = (jnp.concatenate([rows[f"{side}_{kind}"] for side in SIDES]) for kind in ("ids", "mask"))
     logprobs, _ = module.apply({"params": params}, ids, mask, method="logprobs")
-    answers = (mask != 0) & (jnp.arange(mask.shape[1]) >= jnp.tile(answer_start(rows), 2)[:, None])
+    answers = (mask != 0) & (jnp.arange(mask.shape[1]) >= jnp.tile(response_start(rows), 2)[:, None])
     return dict(zip(SIDES, jnp.split(objectives.sequence_logprobs(logprobs, answers), 2), strict=True))
 
 
@@ -102,8 +102,8 @@ def dpo_loss(
     count: jax.Array,
     _key: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss of the pairs, and TRL's figures: implicit rewards β·log(π / π_ref) and log-probs of the answers."""
-    logps = answer_logprobs(module, params, rows)
+    """Mean loss of the pairs, and TRL's metrics: implicit rewards β·log(π / π_ref) and log-probs of the responses."""
+    logps = response_logprobs(module, params, rows)
     ratios = {side: logps[side] - rows[f"ref_{side}_logps"] for side in SIDES}
     loss = objectives.preference_loss(
         ratios["chosen"],
@@ -112,7 +112,7 @@ def dpo_loss(
         beta,
         kind,
         label_smoothing,
-        *answer_lengths(rows),
+        *response_lengths(rows),
         denominator=count,
     )
     mean = partial(objectives.masked_mean, mask=rows["row_mask"], denominator=count)
@@ -128,7 +128,7 @@ def dpo_sums(loss: Callable, module: Decoder, params: PyTree, batch: Batch) -> d
     return jax.tree.map(lambda mean: mean * count, {"loss": value, **stats}) | {"pairs": count}
 
 
-def dpo_figures(totals: dict[str, float]) -> dict[str, float]:
+def dpo_metrics(totals: dict[str, float]) -> dict[str, float]:
     pairs = max(totals["pairs"], 1)
     return {name: total / pairs for name, total in totals.items() if name != "pairs"}
 
@@ -144,10 +144,10 @@ def objective(kind: str, beta: float, label_smoothing: float) -> tuple[Objective
 def reference_logprobs(
     params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, micro_batches: int
 ) -> dict[str, jax.Array]:
-    """log π_ref(answer | prompt) `[B]` of both answers, in as many chunks of rows as the train step."""
+    """Computes log π_ref(response | prompt) `[B]` of both responses, in `micro_batches` chunks of rows."""
     with use(mesh, TRAIN_RULES):
         params = working_copy(params, logical_axes(module), module, mesh)
-        return map_rows(partial(answer_logprobs, module, params), batch, micro_batches)
+        return map_rows(partial(response_logprobs, module, params), batch, micro_batches)
 
 
 def add_reference(config: DPOConfig, run: Run, model: Model, mesh: Mesh) -> Callable[[PyTree, Batch], Batch]:
@@ -198,7 +198,7 @@ def train_dpo(config: DPOConfig) -> TrainState:
         headline=("loss", "rewards/accuracies", "rewards/margins", "grad_norm"),
         objective=loss,
         measure=measure,
-        summarise=dpo_figures,
+        summarise=dpo_metrics,
         best=("loss", -1),
         extend=partial(add_reference, config),
     )

@@ -32,7 +32,7 @@ Metrics = dict[str, Any]
 
 
 class Task(Protocol[State]):
-    """What a trainer gives the loop.
+    """A trainer, as the loop sees it.
 
     Everything random in a step is a function of its number, so that a resumed run repeats what an uninterrupted one
     does.
@@ -288,7 +288,7 @@ class Guard:
         path = self.run.output_dir / f"nonfinite-step-{step}.npz"
         arrays = {name: np.asarray(value) for name, value in to_host(self.batch()).items()}
         if is_primary():
-            np.savez(path, **arrays)
+            np.savez(path, allow_pickle=False, **arrays)
         raise TrainingDiverged(
             f"step {step}: {self.reason} in {self.in_a_row} steps in a row; the batch is saved in {path}, and "
             f"checkpoint-{step} holds the model as it was before them. {self._advice()}"

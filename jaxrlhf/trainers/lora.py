@@ -1,4 +1,4 @@
-"""LoRA in the trainers: the settings, the model to train, the export, and what a checkpoint tells about it."""
+"""LoRA in the trainers: settings, the model to train, its export, and its description in checkpoints."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class LoRAOptions(Settings):
 def with_adapters(
     model: Model, options: LoRAOptions, key: jax.Array, rank: int | None = None, targets: tuple[str, ...] | None = None
 ) -> Model:
-    """The model with the adapters that the options ask for; `rank` and `targets` replace theirs.
+    """Adds the adapters that the options ask for; `rank` and `targets` replace theirs.
 
     The matrices of the frozen base are held in the compute dtype, in which they are read.
     """
@@ -81,7 +81,7 @@ def export_model(
 
 
 def describe_model(model: Model, **more: Any) -> dict[str, Any]:
-    """What `jaxrlhf convert` must know of parameters in a checkpoint, as JSON values."""
+    """Describes parameters in a checkpoint for `jaxrlhf convert`, as JSON values."""
     head, lora = model.module.head, model.module.lora
     adapters = {} if lora is None else {"lora": dataclasses.asdict(lora) | {"targets": list(lora.targets)}}
     return {"head": head, "config": config_to_dict(model.config, head)} | adapters | more

@@ -123,8 +123,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params_like) -> op
     def init(params):
         return transformation.init(_float32(params))
 
-    def update(gradients, state, params):
-        return transformation.update(_float32(gradients), state, _float32(params))
+    def update(updates, state, params=None, **_):
+        return transformation.update(_float32(updates), state, _float32(params))
 
     return optax.GradientTransformation(init, update)
 

@@ -63,19 +63,19 @@ def reward_loss(
     return loss, {"accuracy": mean(scores[0] > scores[1]), "margin": mean(scores[0] - scores[1])}
 
 
-def answer_start(rows: Batch) -> jax.Array:
-    """Column `[B]` of the answers' first token; never 0, for the very first token has no predecessor to follow from."""
+def response_start(rows: Batch) -> jax.Array:
+    """Column `[B]` of the responses' first token; at least 1, because the first token of a row has no log-prob."""
     return jnp.maximum(rows["prompt_length"], 1)
 
 
-def answer_lengths(rows: Batch) -> tuple[jax.Array, jax.Array]:
-    """Tokens `[B]` of the chosen and of the rejected answer, as the model reads them; 0 in filler rows."""
-    return tuple(rows[f"{side}_mask"].sum(axis=1) - answer_start(rows) for side in ("chosen", "rejected"))
+def response_lengths(rows: Batch) -> tuple[jax.Array, jax.Array]:
+    """Lengths `[B]` in tokens of the chosen and the rejected response; 0 in filler rows."""
+    return tuple(rows[f"{side}_mask"].sum(axis=1) - response_start(rows) for side in ("chosen", "rejected"))
 
 
 def reward_sums(kind: str, module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
     chosen, rejected = last_scores(batch, *pair_values(module, params, batch, None))
-    long, short = answer_lengths(batch)
+    long, short = response_lengths(batch)
     similar = jnp.abs(long - short) < SIMILAR * jnp.maximum(long, short)
     total = partial(objectives.masked_sum, mask=batch["row_mask"])
     count = pair_count(batch)
@@ -92,7 +92,7 @@ def reward_sums(kind: str, module: Decoder, params: Any, batch: Batch) -> dict[s
     }
 
 
-def reward_figures(totals: dict[str, float]) -> dict[str, float]:
+def reward_metrics(totals: dict[str, float]) -> dict[str, float]:
     """Accuracy beside what the answers' lengths alone give: `length_baseline` prefers the longer answer, a tie counting
     half; `accuracy_similar_length` is over the pairs whose lengths differ by less than a tenth of the longer (left out
     where there is none).
@@ -124,7 +124,7 @@ def train_reward(config: RewardConfig) -> TrainState:
         headline=("loss", "accuracy", "grad_norm", "learning_rate"),
         objective=OBJECTIVES[config.reward_loss],
         measure=MEASURES[config.reward_loss],
-        summarise=reward_figures,
+        summarise=reward_metrics,
         best=("accuracy", 1),
     )
     return train_supervised(config, recipe)

@@ -136,7 +136,7 @@ def evaluation_totals(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one kind of supervised training adds to the common course."""
+    """One kind of supervised training: its loss, its metrics, its data."""
 
     name: str
     """Also the step whose rows `load_data` gives."""

@@ -49,9 +49,9 @@ class _Linear(NamedTuple):
     name: str
     """With `{i}` for the layer if there is one per layer."""
     paths: tuple[str, ...]
-    """Of our maps."""
+    """The paths of our maps."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of our kernels in one layer."""
+    """The shapes of our kernels in one layer."""
     inputs: tuple[int, ...]
     """The dimensions of our kernels that are contracted."""
     layout: Layout

@@ -36,11 +36,11 @@ class TensorSource:
     where: str
     """File or folder, for messages."""
     shapes: dict[str, tuple[int, ...]]
-    """By name."""
+    """Shapes by the names of the tensors."""
     read: Callable[[str], np.ndarray]
     """Reads the tensor of a name."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Of a single safetensors file."""
+    """Metadata of a single safetensors file."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

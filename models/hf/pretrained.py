@@ -273,14 +273,7 @@ def load_pretrained(
     family = get_family(config.family, str(folder))
     source = _with_our_names(open_checkpoint(folder), family, config.num_layers)
     declared = _declared(family, module)
-    if head == "lm" and any(name in source.shapes for name in ("score.weight", "v_head.weight")):
-        raise InputError(f"{folder} is a reward model (it has a scalar head), not a language model; load it as one")
-    fresh = {t.hf for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
-    if fresh and not new_head:
-        raise InputError(
-            f"{folder} has no scalar head ({', '.join(sorted(fresh))} is missing): it is a language model, not a "
-            f"reward model; train one with `jaxrlhf reward` first"
-        )
+    fresh = _missing_head(folder, source, declared, head, new_head)
     _check_names(source, family, declared, config.num_layers, optional=fresh)
 
     shapes = leaves_by_path(param_shapes(module))
@@ -297,6 +290,21 @@ def load_pretrained(
     if fresh:
         params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
     return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
+
+
+def _missing_head(
+    folder: Path, source: TensorSource, declared: list[tuple[Tensor, list[Leaf]]], head: str, new_head: bool
+) -> set[str]:
+    """Name of the scalar head's tensor if the checkpoint lacks it; InputError for a checkpoint with another head."""
+    if head == "lm" and any(name in source.shapes for name in ("score.weight", "v_head.weight")):
+        raise InputError(f"{folder} is a reward model (it has a scalar head), not a language model; load it as one")
+    fresh = {t.hf for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
+    if fresh and not new_head:
+        raise InputError(
+            f"{folder} has no scalar head ({', '.join(sorted(fresh))} is missing): it is a language model, not a "
+            f"reward model; train one with `jaxrlhf reward` first"
+        )
+    return fresh
 
 
 def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Sharding, dtype: DTypeLike) -> jax.Array:

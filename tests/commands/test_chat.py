@@ -335,5 +335,5 @@ def test_settings_that_cannot_work_are_refused_by_name(model, tokenizer):
     ):
         with pytest.raises(InputError, match=name):
             ChatConfig.create(model="tiny", **{name: value})
-    with pytest.raises(InputError, match="--model"):
+    with pytest.raises(InputError, match="model"):
         parse(ChatConfig, [], "chat", "")

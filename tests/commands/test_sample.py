@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf import cli, objectives
 from jaxrlhf.commands import sample as module
 from jaxrlhf.commands.sample import SampleConfig, sample
-from jaxrlhf.commands.selection import Samples, figures, select_samples
+from jaxrlhf.commands.selection import Samples, select_samples, summarise_samples
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import DataConfig, encode_pair, load_data, plain_response
 from jaxrlhf.errors import InputError
@@ -289,12 +289,12 @@ def test_the_top_fraction_keeps_the_highest_scores_in_the_order_of_the_data(frac
 
 
 def test_the_figures_leave_out_prompts_with_failed_samples_where_the_whole_prompt_counts():
-    result = figures(SAMPLES, [(0, 1), (1, 3)])
+    result = summarise_samples(SAMPLES, [(0, 1), (1, 3)])
     assert result["expected_best_prompts"] == 1 and result["kept"] == result["kept_prompts"] == 2
     expected = np.asarray(objectives.expected_best(SCORES[:1]))
     np.testing.assert_allclose([point["score"] for point in result["expected_best_of_k"]], expected, rtol=1e-6)
     assert result["score_mean"] == pytest.approx(np.nanmean(SCORES)) and result["kept_score_mean"] == 4.5
-    nothing = figures(Samples(np.full((1, 2), np.nan, np.float32), [["", ""]], np.ones((1, 2), bool)), [])
+    nothing = summarise_samples(Samples(np.full((1, 2), np.nan, np.float32), [["", ""]], np.ones((1, 2), bool)), [])
     assert nothing["expected_best_of_k"][1]["score"] is None and nothing["score_mean"] is None
 
 

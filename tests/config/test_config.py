@@ -359,6 +359,8 @@ def test_every_command_s_settings_come_back_from_a_file_and_show_in_help(name, t
         (["--max_steps", "1.5"], ["max_steps='1.5'", "whole number"]),
         (["--max_steps", "many"], ["max_steps='many'", "whole number"]),
         (["--max_steps", "true"], ["max_steps='true'"]),
+        (["--max_steps", "inf"], ["max_steps='inf'", "whole number"]),
+        (["--offset", "9" * 400], ["offset='9", "a number"]),
         (["--learning_rate", "fast"], ["learning_rate='fast'", "a number"]),
         (["--offset", "nan"], ["offset='nan'", "a number"]),
         (["--learning_rate"], ["learning_rate", "one value"]),
@@ -502,7 +504,7 @@ def help_of(capsys, *argv, config=SFT):
 
 
 def test_help_groups_settings_by_part_with_docs_and_defaults(capsys):
-    page = help_of(capsys, "--seed", "1", "--help")
+    page = help_of(capsys, "--seed", "1", "--help", "--lr", "1")
     places = [page.index(words) for words in ("--loss_on", "Data and tokenisation.", "--data_path", "Training loop.")]
     assert places == sorted(places)
     for part in (

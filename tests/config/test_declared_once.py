@@ -11,7 +11,6 @@ from jaxrlhf.commands.chat import ChatConfig
 from jaxrlhf.commands.rlhf import RLHFConfig
 from jaxrlhf.commands.sample import SampleConfig
 from jaxrlhf.config import settings
-from jaxrlhf.config.settings import scalar_of
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.models import KERNEL_OPTIONS
 from jaxrlhf.plan.settings import PlanConfig
@@ -97,4 +96,4 @@ def test_the_homes_of_settings_that_many_commands_share(declared):
 
 @pytest.mark.parametrize("name", KERNEL_OPTIONS)
 def test_the_choices_of_kernels_are_those_of_the_models(name):
-    assert typing.get_args(scalar_of(settings(PPOConfig)[name].kind)) == tuple(KERNEL_OPTIONS[name])
+    assert typing.get_args(settings(PPOConfig)[name].hint.kind) == tuple(KERNEL_OPTIONS[name])

@@ -144,7 +144,7 @@ def test_stop_sequences_given_as_lists_are_still_hashable_and_never_empty():
     config = SamplingConfig(4, stop_sequences=[[3, 9], [4]])
     assert config.stop_sequences == ((3, 9), (4,))
     assert hash(config) == hash(SamplingConfig(4, stop_sequences=((3, 9), (4,))))
-    with pytest.raises(InputError, match=r"stop_sequences=.*free of empty"):
+    with pytest.raises(InputError, match=r"stop_sequences=.*empty"):
         SamplingConfig(4, stop_sequences=[[3], []])
 
 

@@ -30,7 +30,7 @@ def oracle(chosen, rejected, rows, kind, smoothing, chosen_lengths, rejected_len
 
 
 def batch(seed=0, rows=6):
-    """Log-ratios, a row mask with filler rows that hold garbage, and the lengths of both answers (0 in filler)."""
+    """Log-ratios, a row mask with filler rows that hold garbage, and the lengths of both (0 in filler)."""
     rng = np.random.default_rng(seed)
     mask = np.array([1, 0, 1, 1, 0, 1])[:rows]
     chosen, rejected = (np.where(mask, rng.normal(0, 4, rows), x) for x in (np.nan, np.inf))
@@ -114,7 +114,7 @@ def test_losses_that_are_not_defined_are_refused():
     ones = jnp.ones(2)
     with pytest.raises(ValueError, match="kind='hinge' of preference loss is not one of 'sigmoid', 'robust', 'ipo'"):
         objectives.preference_loss(ones, ones, ones, BETA, "hinge")
-    with pytest.raises(ValueError, match="lengths of both answers"):
+    with pytest.raises(ValueError, match="lengths of both responses"):
         objectives.preference_loss(ones, ones, ones, BETA, "ipo")
     with pytest.raises(ValueError, match="no label smoothing"):
         objectives.preference_loss(ones, ones, ones, BETA, "ipo", 0.1, ones, ones)

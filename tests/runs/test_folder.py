@@ -152,8 +152,8 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_everything_logged_survives_a_killed_process(tmp_path):
     code = (
-        "import os, sys; from jaxrlhf.runs.folder import Run; from dataclasses import make_dataclass\n"
-        "run = Run(sys.argv[1], make_dataclass('C', [('a', int, 1)])(), quiet=True)\n"
+        "import os, sys; from jaxrlhf.distributed import ProcessConfig; from jaxrlhf.runs.folder import Run\n"
+        "run = Run(sys.argv[1], ProcessConfig(), quiet=True)\n"
         "run.log(1, {'loss': 1.0}); run.table('t', ['n'], [[1]], 1); run.log(2, {'loss': 2.0}); os._exit(9)"
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

@@ -20,7 +20,7 @@ from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.dpo import DPOConfig, add_reference, train_dpo
 from jaxrlhf.trainers.lora import with_adapters
-from jaxrlhf.trainers.reward import RewardConfig, answer_lengths, reward_figures, reward_sums
+from jaxrlhf.trainers.reward import RewardConfig, response_lengths, reward_metrics, reward_sums
 
 pytestmark = pytest.mark.long
 
@@ -179,18 +179,18 @@ def test_a_run_with_dpo_refuses_a_reward_model_and_an_adapter_where_dpo_needs_a_
 # ---- what the reward model's evaluation says of lengths
 
 
-def test_reward_figures_tell_accuracy_from_what_lengths_alone_give(config, demo, lab):
+def test_reward_metrics_tell_accuracy_from_what_lengths_alone_give(config, demo, lab):
     model = lab.tiny_model(demo.options, head="scalar", seed=4)
     data = load_data(config(RewardConfig).data, demo.tokenizer, "reward")[0]
     rows = np.arange(40)
     batch = data.batch([*rows, -1, -1])
     tokens = [(len(data.part(i, 1)), len(data.part(i, 2))) for i in rows]
-    chosen, rejected = answer_lengths(batch)
+    chosen, rejected = response_lengths(batch)
     assert list(zip(chosen[:40], rejected[:40], strict=True)) == tokens
     assert chosen[-1] == rejected[-1] == 0
 
     sums = jax.jit(partial(reward_sums, "pairwise", model.module))(model.params, batch)
-    figures = reward_figures(jax.device_get(sums))
+    figures = reward_metrics(jax.device_get(sums))
     forward = jax.jit(lambda params, *batch: model.module.apply({"params": params}, *batch))
     scores = [
         np.asarray(forward(model.params, batch[f"{side}_ids"], batch[f"{side}_mask"]))
@@ -209,4 +209,4 @@ def test_reward_figures_tell_accuracy_from_what_lengths_alone_give(config, demo,
 
 def test_without_pairs_of_similar_length_their_accuracy_is_left_out():
     totals = dict.fromkeys(("loss", "correct", "chosen", "rejected", "longer", "similar", "similar_correct"), 0.0)
-    assert "accuracy_similar_length" not in reward_figures(totals | {"pairs": 3.0})
+    assert "accuracy_similar_length" not in reward_metrics(totals | {"pairs": 3.0})

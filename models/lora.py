@@ -73,6 +73,12 @@ def resolve_targets(module: Decoder, targets: Sequence[str]) -> tuple[str, ...]:
     return tuple(p for p in paths if p in chosen)
 
 
+def lora_module(module: Decoder, config: LoRAConfig) -> Decoder:
+    """The module with adapters on the maps that `config.targets` names (see `resolve_targets`)."""
+    targets = tuple(f"^{path}$" for path in resolve_targets(module, config.targets))
+    return module.clone(lora=dataclasses.replace(config, targets=targets))
+
+
 def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None = None) -> Model:
     """Adds fresh float32 adapters to a model: A is uniform (as in PEFT) and B zero, so outputs do not change.
 
@@ -86,8 +92,7 @@ def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None = None) -> 
     """
     if model.module.lora is not None:
         raise InputError("the model has LoRA adapters already; merge them first")
-    targets = tuple(f"^{path}$" for path in resolve_targets(model.module, config.targets))
-    module = model.module.clone(lora=dataclasses.replace(config, targets=targets))
+    module = lora_module(model.module, config)
     shardings = model.shardings_of(module)
     init = jax.jit(
         lambda key: adapter_leaves(initial_params(module, key)),

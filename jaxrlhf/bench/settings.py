@@ -2,17 +2,17 @@
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxrlhf.config import NonNegativeInt, PositiveInt, Settings, default_of, settings
 from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import LIBRARIES
-from jaxrlhf.models import DecoderConfig, check_same_tokens, known_config, read_config
+from jaxrlhf.models import DecoderConfig, check_same_tokens
+from jaxrlhf.plan.programs import model_config
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.trainers.optimizer import OptimizerConfig
-from jaxrlhf.trainers.settings import ComputeConfig, MeshConfig, RunConfig, batch_devices, check_context
+from jaxrlhf.trainers.settings import ComputeConfig, MeshConfig, RunConfig, batch_devices
 
 KERNEL_SECTIONS = ("attention", "decode", "logprobs")
 PHASES = ("generate", "score", "train")
@@ -153,12 +153,4 @@ class BenchConfig(Settings):
         return shapes
 
     def _shape(self, name: str) -> DecoderConfig:
-        value = getattr(self, name)
-        try:
-            shape = read_config(value) if Path(value).is_dir() else known_config(value)
-        except InputError as error:
-            raise (
-                error if Path(value).is_dir() else InputError(f"{name}: {value!r} is no folder, and {error}")
-            ) from error
-        check_context(shape, self.length, f"prompt + answer for {name}={value}")
-        return shape
+        return model_config(name, getattr(self, name), self.length, "prompt + answer")

@@ -6,7 +6,7 @@ for devices that are not present.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -68,14 +68,26 @@ def absent_devices(device: Device, count: int) -> list[AbsentDevice]:
     return [AbsentDevice(i, device.devices_per_host) for i in range(count)]
 
 
-def model_config(name: str) -> DecoderConfig:
-    """Configuration of a known model or a local folder; nothing is downloaded. InputError lists the known models."""
-    if Path(name).is_dir():
-        return read_config(name)
+def model_config(option: str, name: str, longest: int, lengths: str) -> DecoderConfig:
+    """Configuration of a known model or a local folder; nothing is downloaded.
+
+    Args:
+        option: The flag that names the model.
+        name: Name or folder.
+        longest: Tokens of the longest sequence.
+        lengths: The flags that this length comes from.
+
+    Raises:
+        InputError: There is no such model, or its context is shorter.
+    """
     try:
-        return known_config(name)
+        config = read_config(name) if Path(name).is_dir() else known_config(name)
     except InputError as error:
-        raise InputError(f"{name!r} is no folder, and {error}") from error
+        if Path(name).is_dir():
+            raise
+        raise InputError(f"{option}: {name!r} is no folder, and {error}") from error
+    check_context(config, longest, f"{lengths} for {option}={name}")
+    return config
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,10 +198,8 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     ppo = config.planned
     devices = absent_devices(config.accelerator, config.devices) if devices is None else devices
     mesh = make_mesh(ppo.mesh.mesh_data, ppo.mesh.mesh_fsdp, ppo.mesh.mesh_tensor, devices=devices)
-    actor, reward = model_config(config.actor), model_config(config.reward)
-    for name, shape in (("actor", actor), ("reward", reward)):
-        longest = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens
-        check_context(shape, longest, f"max_prompt_seq_len + max_new_tokens for {name}={getattr(config, name)}")
+    lengths = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens, "max_prompt_seq_len + max_new_tokens"
+    actor, reward = model_config("actor", config.actor, *lengths), model_config("reward", config.reward, *lengths)
     check_same_tokens(actor, reward, (f"actor={config.actor}", f"reward={config.reward}"))
 
     def model(shape: DecoderConfig, head: str, stage: int, kv_cache_dtype: str = "auto") -> Model:
@@ -297,8 +307,9 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
 
 def _lower_score(system: System) -> jax.stages.Lowered:
     models = system.frozen.with_trained(system.state)
-    waiting = {name: getattr(models, name) for name in ("reference", "reward") if name in system.on_host}
-    models = models.replace(**{name: model.replace(params=system.waiting(name)) for name, model in waiting.items()})
+    frozen = {name: getattr(models, name) for name in ("reference", "reward") if name in system.on_host}
+    waiting = {name: replace(model, params=system.waiting(name)) for name, model in frozen.items()}
+    models = replace(models, **waiting)
     static = {"hyperparameters": system.state.hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
     return cast(Any, score_rollout).lower(rollout(system, system.rows), models, **static)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxrlhf import keys, objectives
 from jaxrlhf.models import (
@@ -28,7 +29,7 @@ from jaxrlhf.models import (
     param_shardings,
     split_trainable,
 )
-from jaxrlhf.models.lora import resolve_targets
+from jaxrlhf.models.lora import lora_module
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
 from jaxrlhf.rl.step import PPOState
@@ -51,7 +52,7 @@ class Arrays:
         """The tree in its place."""
         return place(tree, shardings)
 
-    def frozen_copy(self, params: PyTree, shardings: PyTree, dtype: jnp.dtype, offload: bool) -> PyTree:
+    def frozen_copy(self, params: PyTree, shardings: PyTree, dtype: DTypeLike, offload: bool) -> PyTree:
         """Copy for a model that is only read, in host memory with `offload`."""
         return frozen_copy(params, offloaded(shardings) if offload else shardings, dtype)
 
@@ -72,15 +73,15 @@ class AbstractArrays(Arrays):
     def adapted(self, model: Model, options: LoRAOptions, key: jax.Array, rank: int, targets: Sequence[str]) -> Model:
         if not rank:
             return model
-        paths = tuple(f"^{path}$" for path in resolve_targets(model.module, targets))
-        module = model.module.clone(lora=LoRAConfig(rank, options.lora_alpha, options.lora_dropout, paths))
+        config = LoRAConfig(rank, options.lora_alpha, options.lora_dropout, tuple(targets))
+        module = lora_module(model.module, config)
         trainable, frozen = split_trainable(param_shapes(module), module)
         return Model(module, join(trainable, _cast(frozen, module.dtype)), model.config)
 
     def place(self, tree: PyTree, shardings: PyTree) -> PyTree:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    def frozen_copy(self, params: PyTree, shardings: PyTree, dtype: jnp.dtype, offload: bool) -> PyTree:
+    def frozen_copy(self, params: PyTree, shardings: PyTree, dtype: DTypeLike, offload: bool) -> PyTree:
         return self.place(_cast(params, dtype), shardings)
 
     def optimizer_state(
@@ -97,7 +98,7 @@ class AbstractArrays(Arrays):
 REAL, ABSTRACT = Arrays(), AbstractArrays()
 
 
-def _cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:
+def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
     return jax.eval_shape(lambda params: cast_matrices(params, dtype), tree)
 
 

@@ -51,7 +51,7 @@ _SUBMODULES = (
     "trainers",
 )
 
-__all__ = [*_MODULE_OF, *_SUBMODULES]  # noqa: PLE0604 - the names are strings
+__all__ = [*_MODULE_OF, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> object:

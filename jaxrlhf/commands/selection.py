@@ -1,4 +1,4 @@
-"""Best-of-n and rejection sampling: selects samples of each prompt, and computes the expected score of the best of k."""
+"""Best-of-n and rejection sampling: selects samples, and computes the expected best of k."""
 
 import math
 from collections.abc import Sequence

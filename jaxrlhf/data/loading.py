@@ -31,8 +31,8 @@ class DataConfig(Settings, may_change=True):
     """Training data: a JSON, JSONL, CSV or Parquet file, a folder of such files, a Hugging Face data set (name,
     name:config or save_to_disk folder), or 'demo'. Several are joined."""
     data_split: str = ""
-    """Shares of the training rows for sft,reward,ppo, such as 2,4,4; dpo takes those of reward and ppo. Empty: each step
-    uses all rows."""
+    """Shares of the training rows for sft,reward,ppo, such as 2,4,4; dpo takes those of reward and ppo. Empty: every
+    step uses all rows."""
     eval_data_path: tuple[str, ...] = ()
     """Evaluation data; default: the data's own eval, validation or test split, else rows held out."""
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05

@@ -9,9 +9,9 @@ from jaxrlhf.rewards.verifiable import exact_match, final_number, length, number
 __all__ = [
     "Failure",
     "RewardFunction",
-    "RewardsConfig",
     "RewardResult",
     "Rewards",
+    "RewardsConfig",
     "exact_match",
     "final_number",
     "finite_mean",

@@ -68,8 +68,8 @@ class Alarms:
         bound = 3 * self.kl_target if self.kl_target else 0.5 * length
         if kl > bound:
             return (
-                f"KL to the reference is {kl:.3g} nats per response, above {bound:.3g}: the policy is far from where it "
-                "began. Usually kl_coef is too small for the scale of the scores, or the learning rate too high; set "
+                f"KL to the reference is {kl:.3g} nats per response, above {bound:.3g}: the policy is far from its "
+                "start. Usually kl_coef is too small for the scale of the scores, or the learning rate too high; set "
                 "kl_target to have it steered"
             )
         return None

@@ -1,7 +1,7 @@
 """PPO and its relatives, one declaration each. Commands, reports, checks of settings and the program read them here.
 
-An estimator turns rewards into advantages: `(rewards [B, T], experience, hyperparameters) → (advantages, returns)`, both
-float32 `[B, T]`. A user's own needs no change here: `--advantage_estimator file.py:function` names it.
+An estimator turns rewards into advantages: `(rewards [B, T], experience, hyperparameters) → (advantages, returns)`,
+both float32 `[B, T]`. A user's own needs no change here: `--advantage_estimator file.py:function` names it.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def estimate(rewards: jax.Array, e: Experience, h: PPOHyperparameters) -> tuple[
     shapes = [jnp.shape(x) for x in result] if isinstance(result, tuple) else [jnp.shape(result)]
     if shapes != [rewards.shape] * 2:
         raise InputError(
-            f"advantage_estimator={h.advantage_estimator} must return (advantages, returns), both of the rewards' shape "
-            f"{rewards.shape}; found {', '.join(map(str, shapes))}"
+            f"advantage_estimator={h.advantage_estimator} must return (advantages, returns), both of the shape of "
+            f"rewards, {rewards.shape}; found {', '.join(map(str, shapes))}"
         )
     return result

@@ -165,8 +165,7 @@ class PPOOptions(StepOptions):
             for name in (f"offload_{frozen}_model", f"{frozen}_zero_stage"):
                 if rank and self.value(name) not in (None, False):
                     raise InputError(
-                        f"{name}={self.value(name)}: with LoRA the {frozen} model is the {trained}'s own base; leave it "
-                        "out"
+                        f"{name}={self.value(name)}: with LoRA the {frozen} model is the {trained}'s base; leave it out"
                     )
 
     @property

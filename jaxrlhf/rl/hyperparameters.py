@@ -68,8 +68,7 @@ class PPOHyperparameters(Settings):
     critic_only_steps: Annotated[NonNegativeInt, alias("critic_warmup")] = 0
     """Steps at the start that train the critic alone."""
     ptx_coef: Annotated[NonNegative, alias("unsup_coef")] = 0.0
-    """Weight of the loss on pretraining text, in nats per token, in the same update as the policy's (InstructGPT: 27.8);
-    0: none."""
+    """Weight of the loss on pretraining text, in nats per token, in the policy's update (InstructGPT: 27.8); 0: none."""
     enable_ema: bool = field(default=False, compare=False)
     """Keep a moving average of the actor and export it to output_dir/ema."""
     ema_decay: Fraction = 0.992
@@ -108,8 +107,8 @@ class PPOHyperparameters(Settings):
     def check(self) -> None:
         if not self.has_critic and self.critic_only_steps:
             raise InputError(
-                f"critic_only_steps={self.critic_only_steps} with advantage_estimator={self.advantage_estimator}, which "
-                "has no critic; leave one of them out"
+                f"critic_only_steps={self.critic_only_steps} with advantage_estimator={self.advantage_estimator}, "
+                "which has no critic; leave one of them out"
             )
         if self.kl_in_loss and self.kl_estimator == "k1":
             raise InputError(

@@ -195,8 +195,8 @@ class PPOTask:
         if gap > self.tolerance and not self.warned:
             self.warned = True
             self.run.print(
-                f"step {step}: log-probs of the sampler and the train program differ by {gap:.2g} per token on average, "
-                f"above the {self.tolerance:.2g} that rounding explains; --importance_sampling_correction corrects for "
+                f"step {step}: log-probs of the sampler and the train program differ by {gap:.2g} per token on "
+                f"average, above the {self.tolerance:.2g} that rounding explains; --importance_sampling_correction corrects for "
                 "it (printed once)"
             )
 

@@ -73,7 +73,7 @@ class _Frozen(NamedTuple):
 
 
 def minibatch_rows(h: PPOHyperparameters, step: jax.Array, rows: int) -> jax.Array:
-    """Row numbers `[epochs · minibatches, rows / minibatches]`: a permutation per epoch, keyed by (seed, step, epoch)."""
+    """Row numbers `[epochs · minibatches, rows / minibatches]`, permuted anew in each epoch of each step."""
     if h.num_mini_batches == 1:
         order = jnp.tile(jnp.arange(rows), (h.ppo_epochs, 1))
     else:

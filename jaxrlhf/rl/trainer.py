@@ -65,8 +65,8 @@ class Draw(NamedTuple):
 class PPOTrainer:
     """The two halves of a PPO iteration, and an evaluation.
 
-    `sample`, `update` and `evaluate` take the state as an argument; `generate_experience` and `train_rlhf` are for loops
-    of one's own and work on `engine.state`.
+    `sample`, `update` and `evaluate` take the state as an argument. `generate_experience` and `train_rlhf` are for
+    loops of your own and work on `engine.state`.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class PPOHyperparameters(Settings):
     critic_only_steps: Annotated[NonNegativeInt, alias("critic_warmup")] = 0
     """Steps at the start that train the critic alone."""
     ptx_coef: Annotated[NonNegative, alias("unsup_coef")] = 0.0
-    """Weight of the loss on pretraining text, in nats per token, in the policy's update (InstructGPT: 27.8); 0: none."""
+    """Weight of the loss on pretraining text, in nats per token, in the policy's update (InstructGPT: 27.8)."""
     enable_ema: bool = field(default=False, compare=False)
     """Keep a moving average of the actor and export it to output_dir/ema."""
     ema_decay: Fraction = 0.992

@@ -43,7 +43,7 @@ class RLHFEngine:
     actor is the reference, that of the critic, under a head of its own, the reward model. Adapters that a given Model
     brings are merged first.
 
-    `state` is for loops of one's own (`PPOTrainer`); everything here takes the state as an argument.
+    `state` is the first state, for loops of your own (`PPOTrainer`). Everything here takes the state as an argument.
     """
 
     def __init__(

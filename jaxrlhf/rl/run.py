@@ -196,8 +196,8 @@ class PPOTask:
             self.warned = True
             self.run.print(
                 f"step {step}: log-probs of the sampler and the train program differ by {gap:.2g} per token on "
-                f"average, above the {self.tolerance:.2g} that rounding explains; --importance_sampling_correction corrects for "
-                "it (printed once)"
+                f"average, above the {self.tolerance:.2g} that rounding explains; --importance_sampling_correction "
+                "corrects for it (printed once)"
             )
 
     def show_samples(self, title: str, records: list[dict[str, Any]], step: int) -> None:

@@ -10,6 +10,14 @@ from jaxrlhf.config.annotations import hints_of
 from jaxrlhf.config.settings import Settings, default_in, default_of, sections
 from jaxrlhf.errors import InputError
 
+COMMON = ("model", "models", "data", "folder", "run")
+RARE = ("rollout", "generation", "frozen", "ptx", "mesh", "compute", "process")
+"""Parts that stand first and last on a page."""
+
+
+def _place(part: str) -> int:
+    return COMMON.index(part) if part in COMMON else len(COMMON)
+
 
 def print_help(cls: type[Settings], section: str, prog: str, description: str) -> None:
     """Prints the flags, or those of a section, and exits."""
@@ -43,4 +51,7 @@ def _shown(cls: type, start: Any, hidden: frozenset[str]) -> type:
         given = () if default is dataclasses.MISSING else (dataclasses.field(default_factory=lambda v=default: v),)
         fields.append((f.name, annotation, *given))
     names = {"__doc__": cls.__doc__, "__module__": cls.__module__}
-    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), namespace=names, frozen=True, kw_only=True)
+    shown = dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), namespace=names, frozen=True, kw_only=True)
+    parts = sorted(shown.__dataclass_fields__.items(), key=lambda item: (item[0] in RARE, _place(item[0])))
+    shown.__dataclass_fields__ = dict(parts)
+    return shown

@@ -20,9 +20,10 @@ from jaxrlhf.models import Decoder, ModelCard, read_config
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.alarms import Alarms
 from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.step import PPOState
-from jaxrlhf.rl.trainer import Metrics, PPOTrainer, Prompts
+from jaxrlhf.rl.trainer import Metrics, PPOTrainer, Prompts, Record
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
@@ -53,7 +54,7 @@ class Baseline:
     def __init__(self, run: Run, key: str) -> None:
         self.run, self.key, self.path = run, key, run.output_dir / BASELINE
 
-    def save(self, records: list[dict[str, Any]]) -> None:
+    def save(self, records: list[Record]) -> None:
         self.run.begin()
         if is_primary():
             scores = {str(r["index"]): r["score"] for r in records}
@@ -167,7 +168,7 @@ class PPOTask:
             "perf/padding": 1 - counts["tokens"] / experience.mask.size,
         }
 
-    def _counts(self, experience: Any) -> dict[str, int]:
+    def _counts(self, experience: Experience) -> dict[str, int]:
         ids, mask, response_mask = to_host((experience.tokens, experience.mask, experience.response_mask))
         ended = np.isin(ids, self.trainer.sampling.eos_ids) & response_mask
         return {"ended": int(ended.sum()), "tokens": int(mask.sum())}
@@ -182,7 +183,7 @@ class PPOTask:
         names = ("input_ids", "attention_mask", "loss_mask")
         return place_batch({name: batch[name] for name in names}, self.engine.mesh)
 
-    def _keep(self, experience: Any, text: dict[str, jax.Array] | None) -> None:
+    def _keep(self, experience: Experience, text: dict[str, jax.Array] | None) -> None:
         """Keeps the newest batch for `last_batch`."""
         names = [f.name for f in dataclasses.fields(experience) if f.name != "longest"]
         arrays = {name: getattr(experience, name) for name in names}
@@ -200,7 +201,7 @@ class PPOTask:
                 "corrects for it (printed once)"
             )
 
-    def show_samples(self, title: str, records: list[dict[str, Any]], step: int) -> None:
+    def show_samples(self, title: str, records: list[Record], step: int) -> None:
         if records:
             rows = [[r["prompt"], r["response"], round(r["score"], 3), round(r["kl"], 2)] for r in records]
             self.run.table(title, ("prompt", "response", "score", "KL"), rows, step)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.loop import Announce
 
 Metrics = dict[str, float]
+Each = Callable[[np.ndarray, Rollout], None]
+"""Called with the row numbers and the rollout of every generated piece."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,22 @@ class Prompts:
         ids = np.asarray(batch["prompt_ids"])
         real = np.asarray(batch.get("row_mask", np.ones(len(ids)))) > 0
         return cls(ids, np.asarray(batch["prompt_mask"]), real, **reading)
+
+
+class Record(TypedDict):
+    """One scored sample."""
+
+    index: int
+    """Number of the prompt."""
+    prompt: str
+    response: str
+    score: float
+    kl: float
+    """Nats to the reference."""
+    length: int
+    """Tokens of the response."""
+    ended: bool
+    """Whether the response ended by itself."""
 
 
 class Draw(NamedTuple):
@@ -100,7 +118,7 @@ class PPOTrainer:
         key = keys.stream(self.config.data.seed, keys.Stream.ROLLOUTS, step)
         return Draw(key, self.sampling, self.config.rollout.generation_batches)
 
-    def rollout(self, state: PPOState, prompts: Prompts, draw: Draw, each: Any = None) -> Rollout:
+    def rollout(self, state: PPOState, prompts: Prompts, draw: Draw, each: Each | None = None) -> Rollout:
         """`samples_per_prompt` responses to each prompt; `each` as in `generate_in_pieces`."""
         return generate_in_pieces(
             self._generate,
@@ -261,7 +279,7 @@ class PPOTrainer:
 
     def evaluate(
         self, state: PPOState, prompts: PromptData, batch_size: int, baseline: dict[int, float] | None = None
-    ) -> tuple[Metrics, list[dict[str, Any]]]:
+    ) -> tuple[Metrics, list[Record]]:
         """Samples a response to every held-out prompt, always with the same keys.
 
         Args:
@@ -276,7 +294,7 @@ class PPOTrainer:
         plain = PPOHyperparameters(temperature=state.hyperparameters.temperature)
         key = keys.stream(self.config.data.seed, keys.Stream.EVALUATION)
         draw = Draw(key, dataclasses.replace(self.sampling, samples_per_prompt=1))
-        records: list[dict[str, Any]] = []
+        records: list[Record] = []
         for batch in eval_batches(prompts, batch_size):
             index, reading = batch["index"], {}
             if self.rewards:
@@ -299,28 +317,32 @@ class PPOTrainer:
             metrics["win_rate"] = float(objectives.win_rate(jnp.asarray(scores), jnp.asarray(before)))
         return metrics, records
 
-    def records(self, experience: Experience, row_mask: Any = None, index: Any = None) -> list[dict[str, Any]]:
-        """Per scored row: number, prompt and response text, score, KL to the reference in nats, length, whether ended.
+    def records(
+        self, experience: Experience, row_mask: np.ndarray | None = None, index: np.ndarray | None = None
+    ) -> list[Record]:
+        """Describes every scored row.
 
-        Rows that `row_mask` excludes or that have no score are left out; `index` `[B]` are the rows' numbers.
+        Args:
+            experience: B rows.
+            row_mask: `[B]`: rows to describe; default: all that have a score.
+            index: `[B]`: the rows' numbers; default: 0 … B-1.
         """
         e = to_host(experience)
         prompts, responses = self.texts(e.tokens, e.mask, e.response_mask)
-        records = []
+        records: list[Record] = []
         for b in range(len(e.scores)):
             if not e.response_mask[b].any() or (row_mask is not None and not row_mask[b]):
                 continue
             response = e.tokens[b][e.response_mask[b]]
             gap = np.where(e.response_mask[b], e.logprobs[b] - e.ref_logprobs[b], 0.0)
-            records.append(
-                {
-                    "index": b if index is None else int(index[b]),
-                    "prompt": prompts[b],
-                    "response": responses[b],
-                    "score": float(e.scores[b]),
-                    "kl": float(gap.sum()),
-                    "length": len(response),
-                    "ended": self.sampling.ended(response),
-                }
+            record = Record(
+                index=b if index is None else int(index[b]),
+                prompt=prompts[b],
+                response=responses[b],
+                score=float(e.scores[b]),
+                kl=float(gap.sum()),
+                length=len(response),
+                ended=self.sampling.ended(response),
             )
+            records.append(record)
         return records

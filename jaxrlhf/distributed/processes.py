@@ -128,6 +128,7 @@ def initialize(config: Settings | None = None, **options: Any) -> bool:
         InputError: on every process, when one does not come within `initialization_timeout`, or when settings or
             versions differ.
     """
+    global _lifeline
     wanted = dataclasses.replace(getattr(config, "process", None) or ProcessConfig(), **options)
     if jax.distributed.is_initialized():
         check_same("settings", _facts(config))

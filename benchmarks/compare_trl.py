@@ -7,8 +7,8 @@ PATH is the interpreter of an environment of TRL's own, with CPU builds:
     python -m venv peer && peer/bin/pip install torch==2.13.0 trl==1.12.0 transformers
 
 A language model is first fine-tuned on the demo data (or given, --model). Then, seed by seed, both sides run in
-processes of their own, an iteration of one and an iteration of the other in turns. At the end our sampler draws answers
-to held-out questions from all policies.
+processes of their own, an iteration of one and an iteration of the other in turns. At the end our sampler responds
+to held-out questions with all policies.
 """
 
 import argparse
@@ -66,7 +66,7 @@ print(json.dumps({"python": sys.version.split()[0]} | {m.__name__: m.__version__
 
 
 def peer_versions(python: str) -> dict[str, str]:
-    """What the peer's interpreter has; InputError where it is missing, or cannot import TRL's PPO."""
+    """Versions in the peer's interpreter; InputError when it is missing, or cannot import TRL's PPO."""
     install = "make one with `python -m venv peer` and `peer/bin/pip install torch==2.13.0 trl==1.12.0 transformers`"
     if os.sep in python:
         python = os.path.abspath(python)  # not its target: that is the interpreter of no environment
@@ -179,7 +179,7 @@ def run_seed(seed: int, actor: Path, prompts: Any, python: dict[str, str], setti
 
 
 def held_out_score(folder: Path, data: Any) -> float:
-    """Mean quality of one answer to each held-out prompt, drawn by our sampler under keys that are always the same."""
+    """Mean quality of one response to each held-out prompt; our sampler takes the same keys every time."""
     tokenizer = load_tokenizer(folder)
     engine = jaxrlhf.HybridEngine(jaxrlhf.models.load_pretrained(folder))
     sampling = jaxrlhf.SamplingConfig(
@@ -218,22 +218,22 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def verdicts(runs: Sequence[dict[str, dict]], final: int = FINAL) -> dict[str, Any]:
-    """Of the rewards at the end and over the whole run; seconds of each side, and their ratios, TRL / ours."""
+    """Rewards at the end and over the whole run; seconds of each side, and their ratios, TRL / ours."""
 
     def score(name: str, of: Callable[[list[float]], float]) -> list[float]:
         return [of(run[name]["curves"]["score"]) for run in runs]
 
     def seconds(name: str) -> dict[str, float]:
-        figures = {"setup": mean(run[name]["setup_seconds"] for run in runs)}
+        found = {"setup": mean(run[name]["setup_seconds"] for run in runs)}
         for key, clock in (("", "seconds"), ("cpu_", "cpu_seconds")):
             later = [s for run in runs for s in run[name][clock][1:]]
-            figures |= {
+            found |= {
                 f"{key}total": mean(sum(run[name][clock]) for run in runs),
                 f"{key}first": mean(run[name][clock][0] for run in runs),
                 f"{key}median": median(later),
                 f"{key}min": min(later),
             }
-        return figures
+        return found
 
     times = {name: seconds(name) for name in SIDES}
     return {
@@ -245,7 +245,7 @@ def verdicts(runs: Sequence[dict[str, dict]], final: int = FINAL) -> dict[str, A
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures of `verdicts` as Markdown."""
+    """The metrics of `verdicts` as Markdown."""
     rewards = {"final_reward": f"reward, last {FINAL} iterations", "mean_reward": "reward, whole run"}
     rewards["held_out_reward"] = "reward on held-out questions, afterwards"
     times = {"setup": "seconds before the first iteration"}

@@ -60,7 +60,7 @@ class FunctionAsRewardModel(torch.nn.Module):
 
 
 class Logs(TrainerCallback):
-    """TRL's own figures."""
+    """TRL's own metrics."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, float]] = []

@@ -1,4 +1,4 @@
-"""What both sides of the comparison with TRL share: the reward, the turns they take, and the form of a job.
+"""Parts that both sides of the comparison with TRL share: the reward, the turns they take, and the form of a job.
 
 Imports nothing of the package, whose dependencies the peer's environment lacks: only the file of the demo data.
 """
@@ -43,7 +43,7 @@ class Turns:
         self.commands, self.replies = commands, replies
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
-        """Of all threads: what another load on the machine changes little."""
+        """CPU seconds of all threads, which another load on the machine changes little."""
         self._began: tuple[float, float] | None = None
 
     def begin(self) -> None:

@@ -42,7 +42,7 @@ KERNEL_NAMES = {
 }
 
 
-class Figures(NamedTuple):
+class Registers(NamedTuple):
     """Registers per thread of one kernel, as ptxas reports them."""
 
     registers: int
@@ -51,7 +51,7 @@ class Figures(NamedTuple):
 
 
 def missing(target: str) -> str | None:
-    """What this machine lacks to compile for a target; None when it lacks nothing."""
+    """Name of the package that this machine lacks to compile for a target, or None."""
     if DEVICES[target].platform == "tpu":
         return None if importlib.util.find_spec("libtpu") else "the package libtpu (extra plan-tpu)"
     plugins = importlib.util.find_spec("jax_plugins")
@@ -62,7 +62,7 @@ def missing(target: str) -> str | None:
 
 def compile_for(
     target: str, function: Callable, *shapes: Any, options: dict[str, Any] | None = None, **jit: Any
-) -> tuple[Any, dict[str, Figures]]:
+) -> tuple[Any, dict[str, Registers]]:
     """`jit(function)` of arrays of these shapes for one device of a kind, and what ptxas says of its kernels."""
     device = DEVICES[target]
     place = topology_devices(device, "1x1" if device.platform == "tpu" else "", 1)[0]
@@ -79,16 +79,16 @@ def compile_for(
         return compiled, dict(_assembled(Path(folder), target))
 
 
-def _assembled(folder: Path, target: str) -> Iterator[tuple[str, Figures]]:
+def _assembled(folder: Path, target: str) -> Iterator[tuple[str, Registers]]:
     for path in (path for path in folder.glob("*.ptx") if ".entry" in path.read_text()):
         command = ["ptxas", "-v", f"-arch={ARCHITECTURES[target]}", str(path), "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         found = re.findall(
             r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-            said,
+            report,
             re.DOTALL,
         )
-        yield from ((kernel, Figures(int(used), int(out) + int(back))) for kernel, out, back, used in found)
+        yield from ((kernel, Registers(int(used), int(out) + int(back))) for kernel, out, back, used in found)
 
 
 def _shape(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -200,9 +200,9 @@ def kernel_table(targets: tuple[str, ...] = TARGETS, say: Callable[[str], None] 
             program, found = compile_for(target, function, *shapes, donate_argnums=donated[0] if donated else ())
             names = set(re.findall(rf"\b((?:{'|'.join(OURS)})[a-z_]+)", program.as_text()))
             for kernel in sorted(names & KERNEL_NAMES):
-                figures = found.get(kernel)
-                figures = {"registers": figures and figures.registers, "spilled": figures and figures.spilled}
+                held = found.get(kernel)
+                sizes = {"registers": held and held.registers, "spilled": held and held.spilled}
                 cut = str(blocks) if DEVICES[target].platform == "cuda" else None
-                rows.append({"device": target, "kernel": kernel, "shape": shape, "blocks": cut} | figures)
-                say(f"{target}: {kernel}, {shape}: {figures}")
+                rows.append({"device": target, "kernel": kernel, "shape": shape, "blocks": cut} | sizes)
+                say(f"{target}: {kernel}, {shape}: {sizes}")
     return rows

@@ -4,7 +4,7 @@
 
 The hand loop is GPT-2 in plain jnp: one weight array per layer, fused QKV, one jitted `while_loop`, no padding, no
 options. Both draw the same tokens from the same weights, which is checked. Cost per token is the difference between a
-long and a short answer over the same cache, so it holds no prefill and no flip.
+long and a short answer over the same cache, so it holds no prefill and no reshard.
 """
 
 import argparse

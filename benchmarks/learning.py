@@ -1,4 +1,4 @@
-"""Learning experiments on the embedded demo data: each from several seeds, with figures, curves and a bound.
+"""Learning experiments on the embedded demo data: each from several seeds, with metrics, curves and a bound.
 
     python benchmarks/learning.py dpo                  # three seeds; JSON to benchmarks/results/learning/dpo.json
     python benchmarks/learning.py dpo --seeds 0        # one seed; those in the file already are kept
@@ -63,7 +63,7 @@ PRETRAINING_STEPS = 400
 
 
 class Outcome(NamedTuple):
-    """Of one seed: figures by name, and curves by name as [step, value] pairs."""
+    """Result of one seed: metrics by name, and curves by name as [step, value] pairs."""
 
     figures: dict[str, float]
     curves: dict[str, list[list[float]]]
@@ -73,7 +73,7 @@ class Experiment(NamedTuple):
     run: Callable[[int, Path], Outcome]
     title: str
     bound: str
-    """What must hold for every seed, in words."""
+    """Condition that holds for every seed, in words."""
     holds: Callable[[dict[str, float]], bool]
 
 
@@ -95,7 +95,7 @@ def sft_model(seed: int) -> Path:
 
 
 def curves_of(run: Path, names: Sequence[str]) -> dict[str, list[list[float]]]:
-    """These metrics of a run folder, rounded as they are drawn."""
+    """These metrics of a run folder, rounded for the plot."""
     found = read_curves(run / "metrics.jsonl")
     return {n: [[s, float(f"{v:.4g}")] for s, v in zip(found[n].steps, found[n].values, strict=True)] for n in names}
 
@@ -108,7 +108,7 @@ def held_out_questions() -> list[str]:
 def true_qualities(model: Path, seed: int) -> np.ndarray:
     """`[questions, ANSWERS]`: the demo's quality rule (-2 to 5) of sampled answers to the held-out questions.
 
-    The draws' keys are the same for every model.
+    The keys of the samples are the same for every model.
     """
     tokenizer, questions = load_tokenizer(model), held_out_questions()
     prompts = [encode_prompt(tokenizer, question) for question in questions for _ in range(ANSWERS)]
@@ -260,14 +260,14 @@ STEERED = {"kl_target": 6.0, "kl_horizon": 1000.0, "max_steps": 40, "lr_schedule
 
 
 def ppo(epochs: int, **options: Any) -> Callable[[int, Path], Outcome]:
-    """With a moving average that spans the same part of the run, a sixteenth of its updates, whatever their number."""
+    """PPO with a moving average that spans a sixteenth of the updates, whatever their number."""
     average = {"ema_decay": 1 - 0.2 / epochs} if options.get("enable_ema", True) else {}
     options = STEERED | {"ppo_epochs": epochs} | average | options
     return lambda seed, folder: policy_run(seed, folder, **options)
 
 
 def critic_free(estimator: str, **options: Any) -> Callable[[int, Path], Outcome]:
-    """With the defaults for what the demo sets of a critic."""
+    """An algorithm without a critic, with the defaults for what the demo sets of a critic."""
     unused = {name: default_of(PPOConfig, name) for name in find_algorithm(estimator).unused}
     options = {"whiten_advantages": False, "enable_ema": False, "samples_per_prompt": 4} | options
     options = STEERED | unused | {"advantage_estimator": estimator} | options
@@ -367,7 +367,7 @@ def run(name: str, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def table(name: str) -> str:
-    """The figures of an experiment's file as Markdown: a column per seed, and their mean."""
+    """The metrics of an experiment's file as Markdown: a column per seed, and their mean."""
     seeds = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["seeds"]
     lines = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |", "|---" * (len(seeds) + 2) + "|"]
     for figure in next(iter(seeds.values()))["figures"]:

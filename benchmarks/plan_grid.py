@@ -78,10 +78,10 @@ def main() -> None:
         console.print(" ".join(f"{name}={value}" for name, value in settings.items()))
         compiled = compile_programs(config, console)
         estimated = estimate(build_system(config), config.accelerator.platform)
-        for name, figures in compiled.items():
-            ratio = f"{estimated[name].compiler_bytes / figures.bytes - 1:+.1%}" if figures.bytes else "no figure"
-            console.print(f"  {name}: compiler {figures.bytes / 2**30:.2f} GiB, estimate {ratio} {figures.problems}")
-        programs = {name: dataclasses.asdict(figures) for name, figures in compiled.items()}
+        for name, found in compiled.items():
+            ratio = f"{estimated[name].compiler_bytes / found.bytes - 1:+.1%}" if found.bytes else "no size"
+            console.print(f"  {name}: compiler {found.bytes / 2**30:.2f} GiB, estimate {ratio} {found.problems}")
+        programs = {name: dataclasses.asdict(found) for name, found in compiled.items()}
         held = [point for point in held if point["settings"] != settings]
         held.append({"settings": settings, "commit": commit, "programs": programs})
         versions = {name: version(name) for name in PACKAGES}

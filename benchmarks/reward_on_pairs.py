@@ -73,7 +73,7 @@ def logistic(x: Any, held_out: Any, decay: float) -> dict[str, float]:
 
 
 def baselines(data: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What lengths alone give, and lengths with the counts of words that at least 20 training answers hold.
+    """Accuracy from lengths alone, and from lengths with the counts of words that at least 20 training answers hold.
 
     The words' weight decay is the best of five for the held-out pairs, so theirs are upper bounds.
     """

@@ -1,4 +1,4 @@
-"""What `jaxrlhf plan` says of the recipes that name devices: the tables of examples/README.md.
+"""Plans of the recipes that name devices: the tables of examples/README.md.
 
     python examples/plan.py [FILE.yaml …]
 

@@ -229,14 +229,14 @@ class DecodeActor(NamedTuple):
 def decode_actor(config: BenchConfig) -> DecodeActor:
     """The actor with random weights, ready to decode."""
     shape, mesh = config.actor_shape(), config.mesh.make_mesh()
-    flipped = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
+    generating = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
     model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.mesh.compute_dtype)
     model = with_kernels(
         model,
         attention_implementation=config.compute.attention_implementation,
         kv_cache_dtype=config.generation.kv_cache_dtype,
     )
-    return DecodeActor(model.module, decode_view(model.module, model.params, flipped), flipped)
+    return DecodeActor(model.module, decode_view(model.module, model.params, generating), generating)
 
 
 def decode_view(module: Decoder, params: PyTree, mesh: Mesh) -> PyTree:

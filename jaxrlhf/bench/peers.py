@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def torch_device(platform: str) -> str:
-    """Where the peer runs beside JAX on `platform`; InputError where torch cannot use the same device."""
+    """Torch's name of JAX's device; InputError when torch cannot use it."""
     import torch
 
     if platform == "cpu":

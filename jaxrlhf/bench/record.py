@@ -103,6 +103,7 @@ def provenance() -> Record:
 
 
 def installed_version(package: str) -> str | None:
+    """Version of a package, None when it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -118,7 +119,7 @@ def command() -> str:
 
 
 def commit() -> str:
-    """What the working copy is at, and whether it differs from that; "unknown" outside of a repository."""
+    """Commit of the working copy, with a note of uncommitted changes; "unknown" outside of a repository."""
 
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True)

@@ -159,8 +159,8 @@ def kernel_section(result: Record) -> str:
     devices = list(dict.fromkeys(row["device"] for row in result["kernels"]))
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["kernels"]:
-        figures = "compiles" if row["registers"] is None else f"{row['registers']} / {row['spilled']}"
-        cells.setdefault((row["kernel"], row["shape"]), {})[row["device"]] = figures
+        cell = "compiles" if row["registers"] is None else f"{row['registers']} / {row['spilled']}"
+        cells.setdefault((row["kernel"], row["shape"]), {})[row["device"]] = cell
     rows = [[f"`{kernel}`", shape, *(found.get(d, "") for d in devices)] for (kernel, shape), found in cells.items()]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(

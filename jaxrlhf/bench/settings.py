@@ -111,10 +111,11 @@ class BenchConfig(Settings):
 
     @property
     def length(self) -> int:
+        """Tokens of a prompt and its response."""
         return self.prompt + self.answer
 
     def parts(self, rows: int) -> int:
-        """Micro-batches of a batch of `rows`; InputError where `micro_batch` does not divide it, or devices either."""
+        """Micro-batches of a batch of `rows`; InputError when `micro_batch` or the devices do not divide it."""
         devices = batch_devices(self.mesh.make_mesh())
         for name, size in (("batch", rows), ("micro_batch", self.micro_batch)):
             if size % devices:
@@ -139,11 +140,11 @@ class BenchConfig(Settings):
 
     @property
     def iterates(self) -> bool:
-        """Whether there is a section that runs an iteration's phases."""
+        """True when a section runs an iteration's phases."""
         return bool(set(ITERATION) & set(self.sections))
 
     def actor_shape(self) -> DecoderConfig:
-        """InputError when the text is too long for it."""
+        """Configuration of the actor; InputError when the text is too long for it."""
         return self._shape("actor")
 
     def shapes(self) -> tuple[DecoderConfig, DecoderConfig]:

@@ -107,12 +107,12 @@ def _generate(system: System, links: Links) -> dict[str, Cost]:
 
     prefill = step(prompt, prompt, ACTIVATION_PASSES * rows * prompt * c.hidden_size * itemsize(module) * c.num_layers)
     decode = step(1, system.length, cache_bytes(system)) * (config.sampling.max_new_tokens - 1)
-    phases = {"flip": reshard, "prefill": prefill, "decode": decode}
+    phases = {"reshard": reshard, "prefill": prefill, "decode": decode}
     return {name: cost * config.rollout.generation_batches for name, cost in phases.items()}
 
 
 def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
-    """Cost on one device of each phase of an iteration: flip, prefill, decode, score, train."""
+    """Cost on one device of each phase of an iteration: reshard, prefill, decode, score, train."""
     links, config = Links(device), system.config
     rows = system.rows / system.batch_devices
     models = ("actor", "critic", "reference", "reward")
@@ -133,13 +133,13 @@ class RunCost:
 
     phases: dict[str, Cost]
     seconds: dict[str, float]
-    """Of each phase."""
+    """Seconds of each phase."""
     seconds_per_iteration: float
     tokens_per_second: float
     """Prompt and response tokens of all devices."""
     sequences_per_second: float
     iterations: int
-    """Of the whole run."""
+    """Iterations of the whole run."""
     hours: float
     cost: float
     """`hours` × devices × price."""

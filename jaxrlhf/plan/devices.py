@@ -119,7 +119,7 @@ def find_device(name: str, overrides: dict[str, float | None]) -> Device:
             device = dataclasses.replace(device, **{attribute: type(getattr(device, attribute))(value * unit)})
     missing = [flag for flag, (attribute, _) in OVERRIDES.items() if not getattr(device, attribute)]
     if missing:
-        raise InputError(f"device {name} has no figures of its own; give {', '.join('--' + flag for flag in missing)}")
+        raise InputError(f"device {name} has no rates of its own; give {', '.join('--' + flag for flag in missing)}")
     return device
 
 

@@ -257,11 +257,11 @@ class Scratch:
     backward_layers: int
     """The same in training."""
     layout_copies: bool
-    """Whether gradients of some stacked kernels are held in a second layout."""
+    """Gradients of some stacked kernels are held in a second layout."""
     brings_all: bool
-    """Whether an update brings all moments from the host at once, instead of one array after the other."""
+    """An update brings all moments from the host at once, instead of one array after the other."""
     hoisted_casts: bool
-    """Whether a forward pass alone casts all layers' weights, where it gathers them, before the first one."""
+    """A forward pass alone casts all layers' weights before the first layer, where it gathers them."""
 
 
 TPU_SCRATCH = Scratch(2, 5, False, True, False)

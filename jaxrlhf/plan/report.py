@@ -16,7 +16,7 @@ from jaxrlhf.plan.search import Nearest
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.runs.console import Console
 
-PHASES = {"generate": ("flip", "prefill", "decode"), "score": ("score",), "train": ("train",)}
+PHASES = {"generate": ("reshard", "prefill", "decode"), "score": ("score",), "train": ("train",)}
 # Items of one kind share a colour, whichever program has them.
 COPIES = ("generation weights", "weights on the move", "merged adapters", "working copies", "gathered layer weights")
 KINDS = {

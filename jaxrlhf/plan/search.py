@@ -1,16 +1,16 @@
-"""The nearest setting that fits: changes in order of what they cost, the fewest of them that suffice."""
+"""The nearest setting that fits: the smallest set of changes that suffices, the cheapest first."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.memory import ProgramMemory, estimate
 from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.settings import PlanConfig
 
-Change = Callable[[PlanConfig], PlanConfig | None]
 MOST_DEVICES = 65_536
 LORA_RANK = 64
 
@@ -21,11 +21,11 @@ class Nearest:
 
     config: PlanConfig
     flags: str
-    """What to add to the command line."""
+    """Flags to add to the command line."""
     reasons: tuple[str, ...]
     bytes_per_device: int
     same_training: bool
-    """Whether it computes what was asked for, only laid out otherwise."""
+    """True for the training that was asked for in another layout."""
 
 
 def capacity(config: PlanConfig) -> int:
@@ -51,44 +51,44 @@ def _fits(config: PlanConfig) -> bool:
     return _peak_of(config) <= capacity(config)
 
 
-def _smaller_micro_batches(c: PlanConfig) -> PlanConfig | None:
+class Change(NamedTuple):
+    """A change of the settings that saves memory."""
+
+    reason: str
+    """Its effect and its price."""
+    values: Callable[[PlanConfig], dict[str, object]]
+    """The settings to change and their new values; none where it cannot help."""
+    same_training: bool = True
+    """False for a change of what is computed."""
+
+    def apply(self, config: PlanConfig) -> PlanConfig:
+        """The changed config, or `config` itself where nothing changes."""
+        values = self.values(config)
+        return config.replace(**values) if any(config.value(name) != new for name, new in values.items()) else config
+
+
+def _smaller_micro_batches(c: PlanConfig) -> dict[str, object]:
     """The same rollout batch in micro-batches of one row."""
     rows = c.value("per_device_train_batch_size")
     steps = rows * c.value("gradient_accumulation_steps")
-    return _changed(c, per_device_train_batch_size=1, gradient_accumulation_steps=steps) if rows > 1 else None
+    return {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
 
 
-def _pieces(c: PlanConfig) -> PlanConfig | None:
+def _pieces(c: PlanConfig) -> dict[str, object]:
     """The rollout batch generated in pieces, as many as eight."""
-    pieces = math.gcd(build_system(c).rows, 8)
-    return _changed(c, generation_batches=pieces) if pieces > c.value("generation_batches") else None
+    return {"generation_batches": max(math.gcd(build_system(c).rows, 8), c.value("generation_batches"))}
 
 
-def _wider_generation(c: PlanConfig) -> PlanConfig | None:
+def _wider_generation(c: PlanConfig) -> dict[str, object]:
     """Generation split over the largest group that divides the heads."""
     system = build_system(c)
     tensor, fsdp = system.tensor, system.mesh.shape["fsdp"]
     heads = system.modules["actor"].config.num_heads
-    groups = [tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0 and heads % (tensor * n) == 0]
-    return _changed(c, generate_tensor_parallel=max(groups)) if max(groups) > system.generate_tensor else None
+    group = max(tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0 and heads % (tensor * n) == 0)
+    return {"generate_tensor_parallel": group} if group > system.generate_tensor else {}
 
 
-def _changed(c: PlanConfig, **values: object) -> PlanConfig | None:
-    return c.replace(**values) if any(c.value(name) != value for name, value in values.items()) else None
-
-
-def _remat(c: PlanConfig) -> PlanConfig | None:
-    return None if c.planned.run.remat == "full" else _changed(c, remat_policy="full")
-
-
-def _full_sharding(c: PlanConfig) -> PlanConfig | None:
-    stages = {"zero_stage": 3} | {
-        name: None for name in ("critic_zero_stage", "reference_zero_stage", "reward_zero_stage")
-    }
-    return _changed(c, **stages)
-
-
-def _tensor_parallel(c: PlanConfig) -> PlanConfig | None:
+def _tensor_parallel(c: PlanConfig) -> dict[str, object]:
     """Training split over the devices of a host too, as many as divide heads and MLP of both models.
 
     Fewer devices then split the batch, so there are more micro-batches, for the same rollout batch.
@@ -99,47 +99,52 @@ def _tensor_parallel(c: PlanConfig) -> PlanConfig | None:
     together = system.mesh.shape["fsdp"] * system.tensor
     wanted = math.gcd(c.accelerator.devices_per_host, together, *sizes)
     if wanted <= system.tensor:
-        return None
-    fsdp = c.value("mesh_fsdp") if c.value("mesh_fsdp") == -1 else together // wanted
-    steps = c.value("gradient_accumulation_steps") * (wanted // system.tensor)
-    return _changed(c, mesh_tensor=wanted, mesh_fsdp=fsdp, gradient_accumulation_steps=steps)
+        return {}
+    return {
+        "mesh_tensor": wanted,
+        "mesh_fsdp": -1 if c.value("mesh_fsdp") == -1 else together // wanted,
+        "gradient_accumulation_steps": c.value("gradient_accumulation_steps") * (wanted // system.tensor),
+    }
 
 
-def _offload_frozen(c: PlanConfig) -> PlanConfig | None:
-    if not c.accelerator.pinned_host:
-        return None
-    return _changed(c, offload_reference_model=not c.value("lora_r"), offload_reward_model=not c.value("critic_lora_r"))
+def _offload_frozen(c: PlanConfig) -> dict[str, object]:
+    """Frozen copies in host memory; with adapters there is no copy."""
+    flags = {"offload_reference_model": not c.value("lora_r"), "offload_reward_model": not c.value("critic_lora_r")}
+    return flags if c.accelerator.pinned_host else {}
 
 
-def _offload_optimizer(c: PlanConfig) -> PlanConfig | None:
-    return _changed(c, offload_optimizer=True) if c.accelerator.pinned_host else None
-
-
-def _lora(c: PlanConfig) -> PlanConfig | None:
+def _lora(c: PlanConfig) -> dict[str, object]:
+    """Adapters on the actor, whose base is the reference then."""
     shared = {"offload_reference_model": False, "reference_zero_stage": None}
-    return None if c.value("lora_r") else _changed(c, lora_r=LORA_RANK, **shared)
+    return {} if c.value("lora_r") else {"lora_r": LORA_RANK} | shared
 
 
-def _fewer_rows(c: PlanConfig) -> PlanConfig | None:
-    """A rollout batch of one row per device: it shortens the cache, and changes what is trained on at once."""
-    smallest = {"gradient_accumulation_steps": 1, "num_mini_batches": 1, "generation_batches": 1}
-    return _changed(c, per_device_train_batch_size=1, **smallest)
-
-
-CHANGES: tuple[tuple[str, Change], ...] = (
-    ("micro-batches of one row: the same results, a little slower", _smaller_micro_batches),
-    ("generation in pieces: the same answers, decoded with a smaller batch", _pieces),
-    ("generation over more devices: more communication per token", _wider_generation),
-    ("recompute layers in the backward pass: about a third more arithmetic in training", _remat),
-    ("split parameters, gradients and optimizer state over all of mesh_fsdp", _full_sharding),
-    ("layers split over the devices of a host in training: sums after each", _tensor_parallel),
-    ("frozen models wait in host memory: a transfer per iteration", _offload_frozen),
-    ("Adam's moments wait in host memory: two transfers per update", _offload_optimizer),
-    ("a smaller rollout batch: other training dynamics", _fewer_rows),
-    (f"adapters of rank {LORA_RANK} instead of all parameters: another kind of training", _lora),
+ONE_ROW = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "generation_batches")
+STAGES = ("critic_zero_stage", "reference_zero_stage", "reward_zero_stage")
+CHANGES = (
+    Change("micro-batches of one row: the same results, a little slower", _smaller_micro_batches),
+    Change("generation in pieces: the same responses, decoded with a smaller batch", _pieces),
+    Change("generation over more devices: more communication per token", _wider_generation),
+    Change(
+        "recompute layers in the backward pass: about a third more arithmetic in training",
+        lambda c: {} if c.planned.run.remat == "full" else {"remat_policy": "full"},
+    ),
+    Change(
+        "split parameters, gradients and optimizer state over all of mesh_fsdp",
+        lambda c: {"zero_stage": 3} | dict.fromkeys(STAGES),
+    ),
+    Change("layers split over the devices of a host in training: sums after each", _tensor_parallel),
+    Change("frozen models wait in host memory: a transfer per iteration", _offload_frozen),
+    Change(
+        "Adam's moments wait in host memory: two transfers per update",
+        lambda c: {"offload_optimizer": True} if c.accelerator.pinned_host else {},
+    ),
+    # One row per device shortens the cache.
+    Change("a smaller rollout batch: other training dynamics", lambda c: dict.fromkeys(ONE_ROW, 1), False),
+    Change(f"adapters of rank {LORA_RANK} instead of all parameters: another kind of training", _lora, False),
 )
-
-OTHER_TRAINING = (_fewer_rows, _lora)
+ALIKE = [change for change in CHANGES if change.same_training]
+OTHER = [change for change in CHANGES if not change.same_training]
 
 
 def flags_between(old: PlanConfig, new: PlanConfig) -> str:
@@ -151,34 +156,32 @@ def flags_between(old: PlanConfig, new: PlanConfig) -> str:
     return " ".join(words)
 
 
-def _combined(config: PlanConfig, chosen: list[int]) -> PlanConfig:
-    for number in chosen:
-        config = CHANGES[number][1](config) or config
+def _combined(config: PlanConfig, changes: Sequence[Change]) -> PlanConfig:
+    for change in changes:
+        config = change.apply(config)
     return config
 
 
 def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
     """The nearest setting that fits the devices that were asked for; None when nothing does.
 
-    The first change that suffices alone, else the shortest run of them from the top, thinned out; what changes the
-    training itself comes last.
+    It is the first change that suffices alone, else the shortest run of changes from the top, without those that turn
+    out superfluous. Changes of the training itself come last.
     """
-    alike = [n for n, (_, change) in enumerate(CHANGES) if change not in OTHER_TRAINING]
-    other = [n for n in range(len(CHANGES)) if n not in alike]
-    candidates = [[n] for n in alike] + [alike[:count] for count in range(2, len(alike) + 1)]
-    candidates += [[n] for n in other] + [[*alike, n] for n in other] + [alike + other]
-    chosen = next((numbers for numbers in candidates if _fits(_combined(config, numbers))), None)
+    candidates = [[change] for change in ALIKE] + [ALIKE[:count] for count in range(2, len(ALIKE) + 1)]
+    candidates += [[change] for change in OTHER] + [[*ALIKE, change] for change in OTHER] + [ALIKE + OTHER]
+    chosen = next((changes for changes in candidates if _fits(_combined(config, changes))), None)
     if chosen is None:
         return None
-    for number in reversed(chosen[:-1]):
-        fewer = [n for n in chosen if n != number]
+    for change in reversed(chosen[:-1]):
+        fewer = [other for other in chosen if other is not change]
         chosen = fewer if _fits(_combined(config, fewer)) else chosen
-    found = _combined(config, chosen)
-    reasons = tuple(
-        CHANGES[n][0] for i, n in enumerate(chosen) if CHANGES[n][1](_combined(config, chosen[:i])) is not None
-    )
-    same = not any(CHANGES[n][1] in OTHER_TRAINING for n in chosen)
-    return Nearest(found, flags_between(config, found), reasons, int(_peak_of(found)), same)
+    found, reasons = config, []
+    for change in chosen:
+        before, found = found, change.apply(found)
+        reasons += [change.reason] if found is not before else []
+    same = all(change.same_training for change in chosen)
+    return Nearest(found, flags_between(config, found), tuple(reasons), int(_peak_of(found)), same)
 
 
 def _shared_out(config: PlanConfig, devices: int) -> dict[str, int]:
@@ -194,20 +197,19 @@ def _shared_out(config: PlanConfig, devices: int) -> dict[str, int]:
 
 def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
     """The same run, all parameters trained, on the smallest larger cluster that holds it."""
-    free = {"mesh_fsdp": -1, "topology": None}
-    device = config.accelerator
+    free: dict[str, object] = {"mesh_fsdp": -1, "topology": None}
+    if config.devices < config.accelerator.devices_per_host:
+        free["devices_per_host"] = None
     count = config.devices
-    alike = [n for n, (_, change) in enumerate(CHANGES) if change not in OTHER_TRAINING]
     while count < MOST_DEVICES:
         count *= 2
-        hosts = {"devices_per_host": None} if config.devices < device.devices_per_host else {}
         try:
-            larger = config.replace(devices=count, **free, **hosts, **_shared_out(config, count))
+            larger = config.replace(devices=count, **free, **_shared_out(config, count))
         except InputError:  # there is no slice of that size
             continue
-        for chosen in (alike[:number] for number in range(len(alike) + 1)):
+        for chosen in (ALIKE[:number] for number in range(len(ALIKE) + 1)):
             found = _combined(larger, chosen)
             if _fits(found):
-                reasons = (f"{count} devices", *(CHANGES[n][0] for n in chosen))
+                reasons = (f"{count} devices", *(change.reason for change in chosen))
                 return Nearest(found, flags_between(config, found), reasons, int(_peak_of(found)), True)
     return None

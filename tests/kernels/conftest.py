@@ -22,7 +22,7 @@ def through_mosaic(monkeypatch):
 
 @pytest.fixture(scope="module")
 def compile_for():
-    """compile_for(target, function, *shapes, **jit) → the compiled program and {kernel: Figures}."""
+    """compile_for(target, function, *shapes, **jit) → the compiled program and {kernel: Registers}."""
     # A program out of the cache would come without PTX.
     shortest = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)

@@ -65,6 +65,8 @@ class Algorithm:
 
 def gae(rewards: jax.Array, e: Experience, h: PPOHyperparameters) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimation with the critic's values (Schulman et al. 2016)."""
+    if e.values is None:
+        raise InputError("advantage_estimator=gae needs the critic's values, and this experience has none")
     return objectives.gae(rewards, e.values, e.response_mask, h.gamma, h.lam)
 
 

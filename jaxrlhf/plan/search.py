@@ -1,7 +1,7 @@
 """The nearest setting that fits: the smallest set of changes that suffices, the cheapest first."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple

@@ -1,6 +1,6 @@
-"""The arithmetic of one block of logits: what a token's figures become with it, and what it hands back.
+"""The arithmetic of one block of logits: the update of a token's statistics, and the gradient of the logits.
 
-A token's figures, each `[t, 1]` float32, are its largest logit so far, Σ e^(z - largest), the same sum weighted by
+A token's statistics, each `[t, 1]` float32, are its largest logit so far, Σ e^(z - largest), the same sum weighted by
 z - largest, and its label's logit. Kernels and plain XLA share these functions.
 """
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxrlhf.kernels.attention import NEGATIVE
 
-Figures = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Statistics = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def no_figures(tokens: int) -> Figures:
+def empty_statistics(tokens: int) -> Statistics:
     zeros = jnp.zeros((tokens, 1), jnp.float32)
     return zeros + NEGATIVE, zeros, zeros, zeros
 
@@ -24,9 +24,9 @@ def scaled(products: jax.Array, bias: jax.Array | None, columns: jax.Array, temp
     return jnp.where(columns >= 0, logits / temperature, NEGATIVE)
 
 
-def merge(figures: Figures, logits: jax.Array, columns: jax.Array, labels: jax.Array) -> Figures:
-    """Figures after one more block of `scaled` logits; `labels` `[t, 1]`."""
-    top, total, spread, picked = figures
+def merge(statistics: Statistics, logits: jax.Array, columns: jax.Array, labels: jax.Array) -> Statistics:
+    """Statistics after one more block of `scaled` logits; `labels` `[t, 1]`."""
+    top, total, spread, picked = statistics
     new_top = jnp.maximum(top, logits.max(1, keepdims=True))
     shifted = logits - new_top
     weights = jnp.exp(shifted)
@@ -36,9 +36,9 @@ def merge(figures: Figures, logits: jax.Array, columns: jax.Array, labels: jax.A
     return new_top, total * shrink + weights.sum(1, keepdims=True), spread, picked
 
 
-def rescaled(figures: Figures, top: jax.Array) -> Figures:
-    """The figures with respect to another largest logit, so that all but the first can be added up."""
-    old, total, spread, picked = figures
+def rescaled(statistics: Statistics, top: jax.Array) -> Statistics:
+    """The statistics with respect to another largest logit, so that all but the first can be added up."""
+    old, total, spread, picked = statistics
     shrink = jnp.exp(old - top)
     return top, total * shrink, (spread + (old - top) * total) * shrink, picked
 

@@ -2,7 +2,7 @@
 
 Both passes go over blocks of tokens × vocabulary; the forward pass keeps of each token its largest logit, the logarithm
 of its normaliser and its entropy, and the backward pass makes every block of logits anew. Where the vocabulary is split
-over devices, each works on its own part of it and the tokens' figures are joined (Shoeybi et al. 2019, arXiv
+over devices, each works on its own part of it and the tokens' statistics are joined (Shoeybi et al. 2019, arXiv
 1909.08053, section 3).
 """
 
@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.attention import NEGATIVE
 from jaxrlhf.kernels.choice import decide
-from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
-from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, figures_of, head_blocks, logit_gradient_of
+from jaxrlhf.kernels.logit_blocks import Statistics, empty_statistics, logit_gradient, merge, rescaled, scaled
+from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, head_blocks, logit_gradient_of, statistics_of
 from jaxrlhf.kernels.pallas import PyTree
 
 
@@ -170,8 +170,8 @@ def _logprobs(hidden, weight, bias, labels, task: _Task) -> tuple[jax.Array, jax
 def _forward(hidden, weight, bias, labels, task: _Task) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
     def local(hidden, weight, bias, labels):
         flat, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-        figures = statistics(flat, weight, bias, tokens, task)
-        top, total, spread, picked = (x[:, 0] for x in _join(figures, task.placement))
+        statistics = head_statistics(flat, weight, bias, tokens, task)
+        top, total, spread, picked = (x[:, 0] for x in _join(statistics, task.placement))
         log_total = jnp.log(total)
         results = (picked - top) - log_total, log_total - spread / total, top, log_total
         return tuple(x.reshape(labels.shape) for x in results)
@@ -184,7 +184,7 @@ def _forward(hidden, weight, bias, labels, task: _Task) -> tuple[tuple[jax.Array
 
 
 def _backward(task: _Task, kept: PyTree, upstream: tuple[jax.Array, jax.Array]) -> tuple[PyTree, ...]:
-    hidden, weight, bias, labels, *figures = kept
+    hidden, weight, bias, labels, *statistics = kept
 
     def local(hidden, weight, bias, labels, *per_token):
         flat, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -198,7 +198,7 @@ def _backward(task: _Task, kept: PyTree, upstream: tuple[jax.Array, jax.Array]) 
 
     rows, head = _specs(bias, task.placement)
     run = _map(local, task.placement, (rows, *head, *(rows,) * 6), (rows, *head))
-    return *run(hidden, weight, bias, labels, *figures, *upstream), None
+    return *run(hidden, weight, bias, labels, *statistics, *upstream), None
 
 
 _logprobs.defvjp(_forward, _backward)
@@ -251,11 +251,11 @@ def _gathers(x: jax.Array, placement: HeadPlacement | None) -> list[tuple[int, t
     return [(dimension, names) for dimension, names in enumerate(axes) if names]
 
 
-def _join(figures: Figures, placement: HeadPlacement | None) -> Figures:
-    """The tokens' figures over the whole vocabulary from those over the devices' parts."""
+def _join(statistics: Statistics, placement: HeadPlacement | None) -> Statistics:
+    """The tokens' statistics over the whole vocabulary from those over the devices' parts."""
     if placement is None or not placement.parts:
-        return figures
-    top, *sums = rescaled(figures, jax.lax.pmax(figures[0], placement.parts))
+        return statistics
+    top, *sums = rescaled(statistics, jax.lax.pmax(statistics[0], placement.parts))
     return top, *jax.lax.psum(sums, placement.parts)
 
 
@@ -295,47 +295,47 @@ def _sliced(begin: jax.Array, size: int, *arrays: jax.Array) -> list[jax.Array]:
     return [jax.lax.dynamic_slice_in_dim(x, begin, size) for x in arrays]
 
 
-def statistics(hidden, weight, bias, labels, task: _Task) -> Figures:
-    """Figures, each `[n, 1]`, of hidden `[n, D]` over this device's part of the vocabulary; weight as it is stored."""
+def head_statistics(hidden, weight, bias, labels, task: _Task) -> Statistics:
+    """Statistics, each `[n, 1]`, of hidden `[n, D]` over this device's part of the vocabulary; weight as stored."""
     count, vocab = hidden.shape[0], weight.shape[0]
     if task.implementation == "pallas":
         # A part of the head at a time, cast for it; the kernel cuts it up further.
         wide = min(vocab, max(_blocks(count, vocab, task)[1], -(-vocab // 16)))
 
-        def of_part(j, figures):
+        def of_part(j, statistics):
             _, columns, part, part_bias = _head_block(weight, bias, j, wide, hidden.dtype, task)
-            new = figures_of(hidden, part, part_bias, columns, labels, task.temperature, task.kernel_blocks)
-            top = jnp.maximum(figures[0], new[0])
-            _, *sums = (x + y for x, y in zip(rescaled(figures, top), rescaled(new, top), strict=True))
+            new = statistics_of(hidden, part, part_bias, columns, labels, task.temperature, task.kernel_blocks)
+            top = jnp.maximum(statistics[0], new[0])
+            _, *sums = (x + y for x, y in zip(rescaled(statistics, top), rescaled(new, top), strict=True))
             return top, *sums
 
-        return jax.lax.fori_loop(0, -(-vocab // wide), of_part, no_figures(count))
+        return jax.lax.fori_loop(0, -(-vocab // wide), of_part, empty_statistics(count))
     size, wide = _blocks(count, vocab, task)
 
     def of_tokens(i, results):
         begin = jnp.minimum(i * size, count - size)
         block, own = _sliced(begin, size, hidden, labels)
 
-        def of_vocab(j, figures):
+        def of_vocab(j, statistics):
             _, columns, part, part_bias = _head_block(weight, bias, j, wide, hidden.dtype, task)
             logits = scaled(pallas.dot(block, part, (1, 1)), part_bias, columns[None], task.temperature)
-            return merge(figures, logits, columns[None], own[:, None])
+            return merge(statistics, logits, columns[None], own[:, None])
 
-        figures = jax.lax.fori_loop(0, -(-vocab // wide), of_vocab, no_figures(size))
+        statistics = jax.lax.fori_loop(0, -(-vocab // wide), of_vocab, empty_statistics(size))
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(x, new, begin, 0) for x, new in zip(results, figures, strict=True)
+            jax.lax.dynamic_update_slice_in_dim(x, new, begin, 0) for x, new in zip(results, statistics, strict=True)
         )
 
-    return jax.lax.fori_loop(0, -(-count // size), of_tokens, no_figures(count))
+    return jax.lax.fori_loop(0, -(-count // size), of_tokens, empty_statistics(count))
 
 
-def _logit_gradient(block, part, part_bias, columns, own, figures, task: _Task) -> jax.Array:
+def _logit_gradient(block, part, part_bias, columns, own, statistics, task: _Task) -> jax.Array:
     """The gradient of one block of logits, in the compute dtype."""
     if task.implementation == "pallas":
-        return logit_gradient_of(block, part, part_bias, columns, own, figures, task.temperature, task.kernel_blocks)
+        return logit_gradient_of(block, part, part_bias, columns, own, statistics, task.temperature, task.kernel_blocks)
     logits = scaled(pallas.dot(block, part, (1, 1)), part_bias, columns[None], task.temperature)
-    figures = tuple(x[:, None] for x in figures)
-    return logit_gradient(logits, columns[None], own[:, None], figures, task.temperature).astype(block.dtype)
+    statistics = tuple(x[:, None] for x in statistics)
+    return logit_gradient(logits, columns[None], own[:, None], statistics, task.temperature).astype(block.dtype)
 
 
 def _no_sum(weight: jax.Array) -> tuple[jax.Array, ...]:
@@ -376,14 +376,14 @@ def gradients(hidden, weight, bias, labels, per_token, task: _Task) -> tuple[jax
     def of_tokens(i, carry):
         d_hidden, d_weight, d_bias = carry
         begin = jnp.minimum(i * size, count - size)
-        block, own, *figures = _sliced(begin, size, hidden, labels, *per_token)
+        block, own, *statistics = _sliced(begin, size, hidden, labels, *per_token)
         fresh = begin + jnp.arange(size) >= i * size
-        figures[3:] = (jnp.where(fresh, x, 0.0) for x in figures[3:])
+        statistics[3:] = (jnp.where(fresh, x, 0.0) for x in statistics[3:])
 
         def of_vocab(j, carry):
             d_block, d_weight, d_bias = carry
             at, columns, part, part_bias = _head_block(weight, bias, j, wide, dtype, task)
-            d_logits = _logit_gradient(block, part, part_bias, columns, own, figures, task)
+            d_logits = _logit_gradient(block, part, part_bias, columns, own, statistics, task)
             if bias is not None:
                 (old,) = _sliced(at, wide, d_bias)
                 new = old + _scatter(d_logits.sum(0, dtype=jnp.float32), task.placement)

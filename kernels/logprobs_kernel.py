@@ -1,8 +1,8 @@
 """The fused kernels of token log-probs: a block of logits is made, used and dropped without leaving the chip.
 
-Forward, each program goes over its share of the vocabulary with the tokens' running figures in registers; backward, it
-makes a block of logits anew and writes out only their gradient, which matrix products then take up. On TPUs the grid
-itself goes over the vocabulary, one block after the other, and the figures stay in the output's block.
+Forward, each program goes over its share of the vocabulary with the tokens' running statistics in registers. Backward,
+it recomputes a block of logits and writes only their gradient, which matrix products then consume. On TPUs the grid
+itself goes over the vocabulary, one block after the other, and the statistics stay in the output's block.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import pallas
-from jaxrlhf.kernels.logit_blocks import Figures, logit_gradient, merge, no_figures, rescaled, scaled
+from jaxrlhf.kernels.logit_blocks import Statistics, empty_statistics, logit_gradient, merge, rescaled, scaled
 from jaxrlhf.kernels.pallas import LANES, dot, load, pl, power_of_two, store
 
 
@@ -84,14 +84,14 @@ def token_logprobs_forward(h_ref, w_ref, b_ref, c_ref, l_ref, *outputs, shape: _
     at = pl.ds(row, shape.blocks.tokens)
     labels = load(l_ref.at[at], row + jnp.arange(shape.blocks.tokens) < shape.tokens)[:, None]
 
-    def step(j: jax.Array, figures: Figures) -> Figures:
+    def step(j: jax.Array, statistics: Statistics) -> Statistics:
         logits, entries, _ = _block((h_ref, w_ref, b_ref, c_ref), row, (low + j) * shape.blocks.vocab, shape)
-        return merge(figures, logits, entries, labels)
+        return merge(statistics, logits, entries, labels)
 
     steps = jnp.minimum(shape.share, pl.cdiv(shape.vocab, shape.blocks.vocab) - low)
-    figures = jax.lax.fori_loop(0, steps, step, no_figures(shape.blocks.tokens))
-    for ref, figure in zip(outputs, figures, strict=True):
-        store(ref.at[at], figure[:, 0], row + jnp.arange(shape.blocks.tokens) < shape.tokens)
+    statistics = jax.lax.fori_loop(0, steps, step, empty_statistics(shape.blocks.tokens))
+    for ref, statistic in zip(outputs, statistics, strict=True):
+        store(ref.at[at], statistic[:, 0], row + jnp.arange(shape.blocks.tokens) < shape.tokens)
 
 
 def token_logprobs_logit_gradient(h_ref, w_ref, b_ref, c_ref, l_ref, *rest, shape: _Shape) -> None:
@@ -100,8 +100,8 @@ def token_logprobs_logit_gradient(h_ref, w_ref, b_ref, c_ref, l_ref, *rest, shap
     row, column = pl.program_id(0) * blocks.tokens, pl.program_id(1) * blocks.vocab
     logits, entries, there = _block((h_ref, w_ref, b_ref, c_ref), row, column, shape)
     at = pl.ds(row, blocks.tokens)
-    labels, *figures = (load(ref.at[at], there)[:, None] for ref in (l_ref, *per_token))
-    gradient = logit_gradient(logits, entries, labels, tuple(figures), shape.temperature)
+    labels, *statistics = (load(ref.at[at], there)[:, None] for ref in (l_ref, *per_token))
+    gradient = logit_gradient(logits, entries, labels, tuple(statistics), shape.temperature)
     inside = column + jnp.arange(blocks.vocab) < shape.vocab
     store(o_ref.at[at, pl.ds(column, blocks.vocab)], gradient, there[:, None] & inside[None])
 
@@ -110,8 +110,8 @@ def _whole(*shape: int) -> "pl.BlockSpec":
     return pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))
 
 
-def figures_of(hidden, part, bias, columns, labels, temperature: float, blocks: HeadBlocks | None) -> Figures:
-    """Figures, each `[n, 1]`, of hidden `[n, D]` over a part `[v, D]` of the head; `columns` as in `scaled`."""
+def statistics_of(hidden, part, bias, columns, labels, temperature: float, blocks: HeadBlocks | None) -> Statistics:
+    """Statistics, each `[n, 1]`, of hidden `[n, D]` over a part `[v, D]` of the head; `columns` as in `scaled`."""
     (tokens, width), vocab = hidden.shape, part.shape[0]
     blocks = blocks or head_blocks(tokens, width, hidden.dtype)
     rows, steps = pl.cdiv(tokens, blocks.tokens), pl.cdiv(vocab, blocks.vocab)
@@ -121,7 +121,7 @@ def figures_of(hidden, part, bias, columns, labels, temperature: float, blocks: 
     splits = -(-steps // share)
     shape = _Shape(tokens, vocab, width, temperature, blocks, share)
 
-    def launch(*arrays: jax.Array, interpret: bool) -> Figures:
+    def launch(*arrays: jax.Array, interpret: bool) -> Statistics:
         shares = pallas.launch(
             partial(token_logprobs_forward, shape=shape),
             arrays,
@@ -135,16 +135,16 @@ def figures_of(hidden, part, bias, columns, labels, temperature: float, blocks: 
         )
         top = shares[0].max(0)
         _, *sums = rescaled(tuple(shares), top)
-        return cast(Figures, tuple(x[:, None] for x in (top, *(x.sum(0) for x in sums))))
+        return cast(Statistics, tuple(x[:, None] for x in (top, *(x.sum(0) for x in sums))))
 
     arrays = hidden, part, bias, columns, labels
-    return pallas.dispatch(launch, partial(_tpu_figures, temperature=temperature), *arrays)
+    return pallas.dispatch(launch, partial(_tpu_statistics, temperature=temperature), *arrays)
 
 
 def logit_gradient_of(
     hidden, part, bias, columns, labels, per_token, temperature: float, blocks: HeadBlocks | None
 ) -> jax.Array:
-    """`logit_gradient` `[n, v]` in the dtype of hidden `[n, D]`, for a part `[v, D]` of the head; figures `[n]`."""
+    """`logit_gradient` `[n, v]` in the dtype of hidden `[n, D]`, for a part `[v, D]` of the head; statistics `[n]`."""
     (tokens, width), vocab = hidden.shape, part.shape[0]
     blocks = blocks or head_blocks(tokens, width, hidden.dtype)
     launch = partial(
@@ -173,13 +173,13 @@ def _tpu_blocks(tokens: int, vocab: int, width: int, itemsize: int) -> tuple[int
 
 
 def tpu_forward(h_ref, w_ref, b_ref, c_ref, l_ref, o_ref, *, vocab: int, temperature: float) -> None:
-    """The figures lie in the first four lanes of the output's block `[t, LANES]`."""
+    """The statistics lie in the first four lanes of the output's block `[t, LANES]`."""
     lane = jax.lax.broadcasted_iota(jnp.int32, o_ref.shape, 1)
-    pack = lambda figures: sum(jnp.where(lane == i, x, 0.0) for i, x in enumerate(figures))  # noqa: E731
+    pack = lambda statistics: sum(jnp.where(lane == i, x, 0.0) for i, x in enumerate(statistics))  # noqa: E731
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        o_ref[...] = pack(no_figures(o_ref.shape[0]))
+        o_ref[...] = pack(empty_statistics(o_ref.shape[0]))
 
     at = pl.program_id(1) * c_ref.shape[1] + jax.lax.broadcasted_iota(jnp.int32, c_ref.shape, 1)
     entries = jnp.where(at < vocab, c_ref[...], -1)
@@ -203,7 +203,7 @@ def _tpu_specs(tokens: int, vocab: int, width: int) -> list["pl.BlockSpec"]:
     return [states, pl.BlockSpec((vocab, width), lambda i, j: (j, 0)), across, across, down, down]
 
 
-def _tpu_figures(hidden, part, bias, columns, labels, *, temperature: float, interpret: bool = False) -> Figures:
+def _tpu_statistics(hidden, part, bias, columns, labels, *, temperature: float, interpret: bool = False) -> Statistics:
     (tokens, width), vocab = hidden.shape, part.shape[0]
     rows, entries = _tpu_blocks(tokens, vocab, width, hidden.dtype.itemsize)
     packed = pallas.launch_tpu(

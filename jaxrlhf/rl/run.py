@@ -142,7 +142,7 @@ class PPOTask:
         if trainer.rewards:
             reading = {"columns": train.columns(indices), "texts": train.prompt_texts(indices)}
         prompts = Prompts.of(train.batch(indices), **reading)
-        experience, scored = trainer.sample(state, prompts, trainer.draw(int(to_host(state.step))))
+        experience, scored = trainer.sample(state, prompts, trainer.rollout_plan(int(to_host(state.step))))
         rollout = self.config.rollout
         if rollout.sample_steps and (index + 1) % rollout.sample_steps == 0:
             first = jax.tree.map(lambda x: x[: rollout.num_sample_rows], experience)

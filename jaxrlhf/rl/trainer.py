@@ -72,7 +72,7 @@ class Record(TypedDict):
     """Whether the response ended by itself."""
 
 
-class Draw(NamedTuple):
+class RolloutPlan(NamedTuple):
     """How a rollout is sampled: the key, the sampling, and the pieces that it is generated in."""
 
     key: jax.Array
@@ -113,20 +113,20 @@ class PPOTrainer:
         self._score = Announce(run, "scoring program", score_rollout)
         self._train = Announce(run, "PPO train program", ppo_step)
 
-    def draw(self, step: int) -> Draw:
+    def rollout_plan(self, step: int) -> RolloutPlan:
         """How the rollout of a step is sampled."""
         key = keys.stream(self.config.data.seed, keys.Stream.ROLLOUTS, step)
-        return Draw(key, self.sampling, self.config.rollout.generation_batches)
+        return RolloutPlan(key, self.sampling, self.config.rollout.generation_batches)
 
-    def rollout(self, state: PPOState, prompts: Prompts, draw: Draw, each: Each | None = None) -> Rollout:
+    def rollout(self, state: PPOState, prompts: Prompts, plan: RolloutPlan, each: Each | None = None) -> Rollout:
         """`samples_per_prompt` responses to each prompt; `each` as in `generate_in_pieces`."""
         return generate_in_pieces(
             self._generate,
             prompts.ids,
             prompts.mask,
-            draw.key,
-            draw.sampling,
-            pieces=draw.pieces,
+            plan.key,
+            plan.sampling,
+            pieces=plan.pieces,
             sample_index=prompts.numbers,
             each=each,
             params=state.actor_params,
@@ -144,7 +144,7 @@ class PPOTrainer:
         )
 
     def sample(
-        self, state: PPOState, prompts: Prompts, draw: Draw, hyperparameters: PPOHyperparameters | None = None
+        self, state: PPOState, prompts: Prompts, plan: RolloutPlan, hyperparameters: PPOHyperparameters | None = None
     ) -> tuple[Experience, Metrics]:
         """Samples responses and scores them.
 
@@ -153,13 +153,13 @@ class PPOTrainer:
         Args:
             state: the parameters of actor and critic.
             prompts: B prompts.
-            draw: key, sampling and pieces.
+            plan: key, sampling and pieces.
             hyperparameters: of the scoring programs; default: the state's.
 
         Returns:
             The experience of B · samples_per_prompt rows, and its metrics and seconds by name.
         """
-        n = draw.sampling.samples_per_prompt
+        n = plan.sampling.samples_per_prompt
         handles: list[tuple[np.ndarray, Any]] = []
 
         def submit(rows: np.ndarray, rollout: Rollout) -> None:
@@ -170,7 +170,7 @@ class PPOTrainer:
             handles.append((rows, self.rewards.submit(asked, answers, columns, prompts.real[own])))
 
         begin = time.monotonic()
-        rollout = self.rollout(state, prompts, draw, submit if self.rewards else None)
+        rollout = self.rollout(state, prompts, plan, submit if self.rewards else None)
         middle = time.monotonic()
         h = state.hyperparameters if hyperparameters is None else hyperparameters
         experience = jax.block_until_ready(self.score(state, jax.block_until_ready(rollout), h))
@@ -257,7 +257,7 @@ class PPOTrainer:
         batch = Prompts.of(prompt_batch, columns=columns or {}, texts=prompts)
         state.hyperparameters.check_rows(len(batch.ids) * self.sampling.samples_per_prompt)
         self.config.check_pieces(len(batch.ids))
-        experience, metrics = self.sample(state, batch, self.draw(int(state.step)))
+        experience, metrics = self.sample(state, batch, self.rollout_plan(int(state.step)))
         self.timing = {name: value for name, value in metrics.items() if name.startswith("timing/")}
         self._scored = {name: value for name, value in metrics.items() if name not in self.timing}
         return experience
@@ -293,14 +293,14 @@ class PPOTrainer:
         """
         plain = PPOHyperparameters(temperature=state.hyperparameters.temperature)
         key = keys.stream(self.config.data.seed, keys.Stream.EVALUATION)
-        draw = Draw(key, dataclasses.replace(self.sampling, samples_per_prompt=1))
+        plan = RolloutPlan(key, dataclasses.replace(self.sampling, samples_per_prompt=1))
         records: list[Record] = []
         for batch in eval_batches(prompts, batch_size):
             index, reading = batch["index"], {}
             if self.rewards:
                 reading = {"columns": prompts.columns(index), "texts": prompts.prompt_texts(index)}
             chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **reading)
-            experience, _ = self.sample(state, chosen, draw, plain)
+            experience, _ = self.sample(state, chosen, plan, plain)
             records += self.records(experience, batch["row_mask"], index)
         if not records:
             raise SharedError("evaluation: no response to a held-out prompt could be scored; see the messages above")

@@ -129,8 +129,8 @@ def evaluation_totals(
     """Adds up `sums` of all batches of `rows` rows of `data`, placed on the mesh; `options` go to `data.batch`."""
     totals: dict[str, float] = {}
     for batch in eval_batches(data, rows, held=held_rows(mesh, rows), **options):
-        for figure, value in to_host(sums(place_batch(batch, mesh))).items():
-            totals[figure] = totals.get(figure, 0.0) + float(value)
+        for name, value in to_host(sums(place_batch(batch, mesh))).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
     return totals
 
 

@@ -359,7 +359,7 @@ def test_it_compiles_without_spills_and_without_logits_in_memory(
     tokens, vocab = 64 * 512, 50272
     run, shapes, _ = logprobs_case(width, dtype, tokens, vocab, head=head, implementation=implementation)
     program, kernels = compile_for(target, run, *shapes)
-    ours = {name: figures for name, figures in kernels.items() if name.startswith("token_logprobs")}
+    ours = {name: statistics for name, statistics in kernels.items() if name.startswith("token_logprobs")}
     kernel = implementation == "pallas"
     assert len(ours) == (2 if kernel and target != "v5e" else 0)
     assert all(spilled == 0 for _, spilled in ours.values()), ours

@@ -9,7 +9,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.rollouts import generate_in_pieces, pieces_by_length
-from jaxrlhf.rl.trainer import Draw, PPOTrainer, Prompts
+from jaxrlhf.rl.trainer import PPOTrainer, Prompts, RolloutPlan
 
 SIZES = {"max_prompt_seq_len": 64, "max_answer_seq_len": 8, "seed": 3}
 
@@ -62,8 +62,8 @@ def test_ppo_generates_the_same_in_pieces_and_through_slots(demo, lab):
     key = jax.random.key(5)
 
     def rollout(trainer):
-        draw = Draw(key, trainer.sampling, trainer.config.rollout.generation_batches)
-        return jax.device_get(trainer.rollout(engine.state, Prompts.of(batch), draw))
+        plan = RolloutPlan(key, trainer.sampling, trainer.config.rollout.generation_batches)
+        return jax.device_get(trainer.rollout(engine.state, Prompts.of(batch), plan))
 
     free = rollout(PPOTrainer(engine, config))
     answers = [free.tokens[row][free.response_mask[row]].tolist() for row in range(32)]

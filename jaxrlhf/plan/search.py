@@ -1,7 +1,7 @@
 """The nearest setting that fits: the smallest set of changes that suffices, the cheapest first."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -56,7 +56,7 @@ class Change(NamedTuple):
 
     reason: str
     """Its effect and its price."""
-    values: Callable[[PlanConfig], dict[str, object]]
+    values: Callable[[PlanConfig], Mapping[str, object]]
     """The settings to change and their new values; none where it cannot help."""
     same_training: bool = True
     """False for a change of what is computed."""
@@ -67,19 +67,19 @@ class Change(NamedTuple):
         return config.replace(**values) if any(config.value(name) != new for name, new in values.items()) else config
 
 
-def _smaller_micro_batches(c: PlanConfig) -> dict[str, object]:
+def _smaller_micro_batches(c: PlanConfig) -> Mapping[str, object]:
     """The same rollout batch in micro-batches of one row."""
     rows = c.value("per_device_train_batch_size")
     steps = rows * c.value("gradient_accumulation_steps")
     return {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
 
 
-def _pieces(c: PlanConfig) -> dict[str, object]:
+def _pieces(c: PlanConfig) -> Mapping[str, object]:
     """The rollout batch generated in pieces, as many as eight."""
     return {"generation_batches": max(math.gcd(build_system(c).rows, 8), c.value("generation_batches"))}
 
 
-def _wider_generation(c: PlanConfig) -> dict[str, object]:
+def _wider_generation(c: PlanConfig) -> Mapping[str, object]:
     """Generation split over the largest group that divides the heads."""
     system = build_system(c)
     tensor, fsdp = system.tensor, system.mesh.shape["fsdp"]
@@ -88,7 +88,7 @@ def _wider_generation(c: PlanConfig) -> dict[str, object]:
     return {"generate_tensor_parallel": group} if group > system.generate_tensor else {}
 
 
-def _tensor_parallel(c: PlanConfig) -> dict[str, object]:
+def _tensor_parallel(c: PlanConfig) -> Mapping[str, object]:
     """Training split over the devices of a host too, as many as divide heads and MLP of both models.
 
     Fewer devices then split the batch, so there are more micro-batches, for the same rollout batch.
@@ -107,13 +107,13 @@ def _tensor_parallel(c: PlanConfig) -> dict[str, object]:
     }
 
 
-def _offload_frozen(c: PlanConfig) -> dict[str, object]:
+def _offload_frozen(c: PlanConfig) -> Mapping[str, object]:
     """Frozen copies in host memory; with adapters there is no copy."""
     flags = {"offload_reference_model": not c.value("lora_r"), "offload_reward_model": not c.value("critic_lora_r")}
     return flags if c.accelerator.pinned_host else {}
 
 
-def _lora(c: PlanConfig) -> dict[str, object]:
+def _lora(c: PlanConfig) -> Mapping[str, object]:
     """Adapters on the actor, whose base is the reference then."""
     shared = {"offload_reference_model": False, "reference_zero_stage": None}
     return {} if c.value("lora_r") else {"lora_r": LORA_RANK} | shared

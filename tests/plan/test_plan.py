@@ -324,7 +324,7 @@ def test_a_model_that_fits_nowhere_in_the_mesh_is_refused_with_the_devices_it_ta
         ({"max_answer_seq_len": 4000}, "exceeds the model's context of 2048"),
         ({"roofline_share": 0.0}, "roofline_share=0.0 must be above 0"),
         ({"plot": "plan.pdf"}, r"must end in .png or .svg"),
-        ({"lora_r": 8, "offload_reference_model": True}, "with LoRA the reference model is the actor's own base"),
+        ({"lora_r": 8, "offload_reference_model": True}, "offload_reference_model"),
     ],
 )
 def test_bad_input_is_refused_by_name(settings, message):

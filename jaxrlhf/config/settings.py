@@ -28,6 +28,7 @@ class Setting(NamedTuple):
     hidden: bool
 
 
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of all settings: checks annotations, and gives access by flat names.
 

@@ -1,9 +1,9 @@
 """The flags of reward functions, for the settings of every trainer and command that scores responses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from jaxrlhf.config import FromYaml, Gt, Lt, Settings
 from jaxrlhf.errors import InputError
@@ -25,8 +25,8 @@ class RewardsConfig(Settings):
     """Weight of the reward model in the score, beside reward functions."""
 
     def check(self) -> None:
-        for name in ("reward_functions", "reward_weights"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "reward_functions", tuple(cast(Iterable, read_specs(self.reward_functions))))
+        object.__setattr__(self, "reward_weights", tuple(self.reward_weights))
         for spec in self.reward_functions:
             if isinstance(spec, str):
                 check_spec(spec)

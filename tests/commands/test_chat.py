@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf import keys
 from jaxrlhf.commands.chat import ChatConfig, ChatSession, StreamedText, chat, open_session, printable, talk
 from jaxrlhf.config import parse
 from jaxrlhf.data import encode_conversation
@@ -71,7 +72,7 @@ def test_the_streamed_answer_is_what_generate_gives(model, tokenizer, temperatur
     session = ChatSession(model, tokenizer, ChatConfig.create(model="tiny", max_new_tokens=12, temperature=temperature))
     pieces = list(session.reply("What is hot?"))
     ids = np.array([encode_conversation(tokenizer, [user("What is hot?")])])
-    key = jax.random.fold_in(jax.random.key(session.config.seed), 0)
+    key = keys.stream(session.config.seed, keys.Stream.CHAT, 0)
     rollout = jax.device_get(session.engine.generate(ids, np.ones_like(ids), key, session.sampling))
     expected = tokenizer.decode(rollout.tokens[rollout.response_mask], skip_special_tokens=True).lstrip()
     assert expected and "".join(pieces) == expected

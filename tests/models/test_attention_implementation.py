@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf import cli
+from jaxrlhf.config import Settings
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import choice
@@ -222,7 +223,7 @@ def test_no_row_can_say_that_a_library_serves_generation(kernel):
 
 
 @dataclass(frozen=True)
-class NoSettings:
+class NoSettings(Settings):
     """Of a command without any."""
 
 
@@ -236,7 +237,7 @@ def test_kernels_are_told_with_verbose_alone_and_each_choice_once(make_model, ma
         model.module.apply({"params": model.params}, ids, mask, method="logprobs")
 
     monkeypatch.setitem(sys.modules, "made_up", SimpleNamespace(NoSettings=NoSettings, work=work))
-    monkeypatch.setitem(cli.COMMANDS, "made-up", cli.Command("made_up", "NoSettings", "work", "for this test"))
+    monkeypatch.setitem(cli.OTHERS, "made-up", cli.Command("made_up", "NoSettings", "work", "for this test", False))
     slow = "head by head: a CPU is slow at batched small products"
     nothing = "xla: nothing measured on cpu for this dtype, head size and mask"
     chosen = [

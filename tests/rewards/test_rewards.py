@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from jaxrlhf.config import from_dict, load_yaml, parse, save_yaml
+from jaxrlhf.config import load_yaml, parse, save_yaml
 from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards import Rewards, RewardsConfig, final_number, load_function
 from jaxrlhf.rewards.functions import join_spec, split_spec
@@ -412,7 +412,7 @@ def test_yaml_flags_and_dicts_say_the_same_and_what_is_saved_reads_back(tmp_path
     argv = ["--reward_functions", "number_match", "length:target=200"]
     given = parse(RewardsConfig, argv, "jaxrlhf ppo", "PPO.")
     assert given == load_yaml(RewardsConfig, tmp_path / "c.yaml")
-    assert given == from_dict(RewardsConfig, {"reward_functions": ["number_match", {"length": {"target": 200}}]})
+    assert given == RewardsConfig.create(reward_functions=["number_match", {"length": {"target": 200}}])
     assert config.rewards().weights == {"number_match": 1.0, "regex": 0.5, "length": 2.0}
 
 
@@ -421,7 +421,7 @@ def test_yaml_flags_and_dicts_say_the_same_and_what_is_saved_reads_back(tmp_path
     [
         ({"reward_functions": ("number_match",), "reward_weights": (1.0, 2.0)}, "2 weights for 1 reward_functions"),
         ({"reward_weights": (1.0,)}, "1 weights for 0 reward_functions"),
-        ({"reward_functions": ("number_match",), "reward_weights": (math.inf,)}, "must be finite numbers, found inf"),
+        ({"reward_functions": ("number_match",), "reward_weights": (math.inf,)}, "reward_weights=.* finite"),
         ({"reward_model_weight": 0.0}, "nothing scores the responses"),
         (
             {"reward_functions": ("number_match",), "reward_weights": (0.0,), "reward_model_weight": 0.0},

@@ -124,7 +124,9 @@ def test_the_pretraining_loss_adds_its_gradient_to_the_same_update(experience, t
 @pytest.mark.parametrize("name", ["grpo", "rloo", "gae"])
 def test_groups_minibatches_and_text_are_the_same_on_a_mesh(name, experience, text, setup, lab):
     options = {"samples_per_prompt": 4} | CRITIC_FREE[name] if name in CRITIC_FREE else {"ptx_coef": 1.0}
-    h = PPOHyperparameters(advantage_estimator=name, ppo_epochs=2, num_mini_batches=2, micro_batches=2, **options)
+    options |= {"ppo_epochs": 2, "num_mini_batches": 2, "micro_batches": 2}
+    # Seed 0 puts a token within rounding of the clip boundary, where a rounding error moves its whole gradient.
+    h = PPOHyperparameters(advantage_estimator=name, seed=1, **options)
     results = []
     for models in (setup, lab.Setup(lab.mesh_of(2, 2, 2))):
         state, e = models.state(lab.sgd, h, BETA), experience

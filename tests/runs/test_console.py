@@ -1,6 +1,5 @@
 """Console output: whole lines in a log file, one redrawn line on a terminal, and nothing that a text can inject."""
 
-import dataclasses
 import io
 import re
 import time
@@ -8,12 +7,8 @@ import time
 import pytest
 from rich.cells import cell_len
 
+from jaxrlhf.config import Settings
 from jaxrlhf.runs import Run, console
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """No settings."""
 
 
 class Terminal(io.StringIO):

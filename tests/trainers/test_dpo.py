@@ -184,7 +184,7 @@ def test_reward_metrics_tell_accuracy_from_what_lengths_alone_give(config, demo,
     data = load_data(config(RewardConfig).data, demo.tokenizer, "reward")[0]
     rows = np.arange(40)
     batch = data.batch([*rows, -1, -1])
-    tokens = [(len(data.part(i, 1)), len(data.part(i, 2))) for i in rows]
+    tokens = [(len(data.ragged.part(i, 1)), len(data.ragged.part(i, 2))) for i in rows]
     chosen, rejected = response_lengths(batch)
     assert list(zip(chosen[:40], rejected[:40], strict=True)) == tokens
     assert chosen[-1] == rejected[-1] == 0

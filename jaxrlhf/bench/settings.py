@@ -38,7 +38,7 @@ class BenchConfig(Settings):
     HIDDEN = (frozenset(settings(RunConfig)) - {"remat_policy"}) | {"zero_stage", "generation_slots"}
 
     sections: tuple[str, ...] = SECTIONS
-    """What to measure: attention, decode, logprobs, generate, score, train, ppo (a whole iteration)."""
+    """Sections to measure: attention, decode, logprobs, generate, score, train, ppo (a whole iteration)."""
     peers: tuple[str, ...] = ()
     """Peers to measure in turns, on the same weights and prompts: hf (Hugging Face generate and a plain torch PPO
     step), hf-compile (the same with a static cache and torch.compile in generate), trl (TRL's PPO)."""

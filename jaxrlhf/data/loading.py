@@ -25,7 +25,7 @@ DATA_CLASSES: dict[str, type[Data]] = {"sft": SFTData, "reward": PairData, "ppo"
 
 @dataclass(frozen=True)
 class DataConfig(Settings, may_change=True):
-    """Where rows come from, how the steps share them, and how they become tokens."""
+    """The data sources, their split over the steps, and the tokenization."""
 
     data_path: tuple[str, ...] = ()
     """Training data: a JSON, JSONL, CSV or Parquet file, a folder of such files, a Hugging Face data set (name,

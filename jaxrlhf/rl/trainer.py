@@ -69,7 +69,7 @@ class Record(TypedDict):
     length: int
     """Tokens of the response."""
     ended: bool
-    """Whether the response ended by itself."""
+    """True if the response ends with EOS or a stop sequence, False if it was cut off."""
 
 
 class RolloutPlan(NamedTuple):

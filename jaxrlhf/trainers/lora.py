@@ -38,7 +38,7 @@ class LoRAOptions(Settings):
     """Linear maps that get adapters: names such as q_proj or c_attn, patterns such as attn/query, or all-linear;
     default: all of attention and MLP."""
     lora_export: MayChange[Literal["merged", "adapter", "both"]] = "merged"
-    """What a LoRA run exports: the merged model, a PEFT folder output_dir/adapter, or both."""
+    """Export of a LoRA run: the merged model, a PEFT folder output_dir/adapter, or both."""
 
     def check(self) -> None:
         LoRAConfig(max(self.lora_r, 1), self.lora_alpha, self.lora_dropout, self.lora_target_modules)

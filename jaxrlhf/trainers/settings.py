@@ -57,8 +57,8 @@ class ComputeConfig(Settings):
     """How training uses the devices: ZeRO stage and kernels."""
 
     zero_stage: MayChange[Literal[0, 1, 2, 3]] = 3
-    """What mesh_fsdp splits besides the batch. 3: parameters (gathered layer by layer), gradients, optimizer state;
-    2: the same, but parameters are gathered once per step; 1: gradients are whole too; 0: nothing."""
+    """State that mesh_fsdp shards besides the batch. 3: parameters (gathered layer by layer), gradients, optimizer
+    state; 2: the same, but parameters are gathered once per step; 1: gradients are whole too; 0: nothing."""
     attention_implementation: Literal["auto", "xla", "pallas", "cudnn", "tokamax"] = "auto"
     """Attention kernels: xla; pallas, our own (NVIDIA, TPU; interpreted on CPU, so very slow); cudnn and tokamax, for
     training and scoring alone (NVIDIA); auto: the fastest one measured."""

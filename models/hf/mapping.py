@@ -152,7 +152,7 @@ class CommonFields(TypedDict):
 
 
 class HFConfig:
-    """Reads a `config.json` strictly: options that no family reads are refused by name.
+    """Reads a `config.json` strictly: it refuses options that no family reads, and names them.
 
     Args:
         values: Content of the file.

@@ -269,7 +269,12 @@ def test_a_card_tells_where_the_model_came_from(model, tmp_path):
         "tags": ["jaxrlhf", "sft"],
         "base_model": "facebook/opt-125m",
     }
-    for line in ("- Data: `rows.jsonl`", "- Optimizer steps: 120", "| eval_loss | 1.25 |", "- Trained by: Supervised"):
+    for line in (
+        "- Data: `rows.jsonl`",
+        "- Optimizer steps: 120",
+        "| eval_loss | 1.25 |",
+        "- Trained by: Supervised fine-tuning",
+    ):
         assert line in text
     save_pretrained(model, tmp_path, card=ModelCard(base_model="/models/local"))
     text = (tmp_path / "README.md").read_text()

@@ -421,7 +421,10 @@ def test_yaml_flags_and_dicts_say_the_same_and_what_is_saved_reads_back(tmp_path
     [
         ({"reward_functions": ("number_match",), "reward_weights": (1.0, 2.0)}, "2 weights for 1 reward_functions"),
         ({"reward_weights": (1.0,)}, "1 weights for 0 reward_functions"),
-        ({"reward_functions": ("number_match",), "reward_weights": (math.inf,)}, "reward_weights=.* finite"),
+        (
+            {"reward_functions": ("number_match",), "reward_weights": (math.inf,)},
+            "reward_weights=.*inf.* must be finite numbers",
+        ),
         ({"reward_model_weight": 0.0}, "nothing scores the responses"),
         (
             {"reward_functions": ("number_match",), "reward_weights": (0.0,), "reward_model_weight": 0.0},

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxrlhf.data.formats import Prompt
 from jaxrlhf.data.order import Schedule, epoch_units, stream_positions
 from jaxrlhf.data.packing import Bins, pack
-from jaxrlhf.data.rendering import Prompt, pad_token_id
 from jaxrlhf.data.tokenized import Part
+from jaxrlhf.data.tokenizer import pad_token_id
 
 SMALLEST_BUCKET = 32
 LENGTH_WINDOW = 16  # batches whose rows are sorted by length together
@@ -36,12 +37,6 @@ def length_bucket(length: int, maximum: int) -> int:
     while size < length:
         size = size + size // 2 if size & (size - 1) == 0 and size > SMALLEST_BUCKET else 1 << size.bit_length()
     return min(size, maximum)
-
-
-def padding_fraction(batch: Batch, tokens: int) -> float:
-    """Share of a batch's positions that hold padding. `tokens`: the batch's `token_count`."""
-    names = ("attention_mask", "chosen_mask", "rejected_mask", "prompt_mask")
-    return 1.0 - tokens / sum(batch[name].size for name in names if name in batch)
 
 
 def fill(rows: Sequence[np.ndarray], width: int, value: int, *, left: bool = False) -> np.ndarray:
@@ -70,8 +65,11 @@ class Data:
         maximum: the longest unit in tokens.
         key: hash of the rows, the tokenizer, and the settings of the tokenisation.
         schedule: the source of each position of the stream.
+        sequence_names: the sequences that a row has.
         bins: with packing, the rows of each unit of each source.
     """
+
+    sequence_names: tuple[str, ...]
 
     def __init__(
         self,
@@ -99,7 +97,7 @@ class Data:
         limits = [
             round(n * size) if n else None for n, size in zip(epochs or [0] * len(self.sizes), self.sizes, strict=True)
         ]
-        self.schedule = Schedule(shares, limits)
+        self.schedule = Schedule(shares or [1.0], limits or None)
 
     @property
     def capacity(self) -> int:
@@ -129,6 +127,11 @@ class Data:
         return int(self.starts[-1])
 
     @property
+    def size(self) -> int | None:
+        """Number of units; None where a stream has not come to its end."""
+        return len(self)
+
+    @property
     def rows(self) -> int:
         """Number of rows, packed or not."""
         return sum(map(len, self.parts))
@@ -151,9 +154,11 @@ class Data:
         """How many units of each source the first `step` steps have had."""
         return dict(zip(self.sources, self.schedule.counts(step * batch_size).tolist(), strict=True))
 
-    def units_of(self, k: int) -> np.ndarray:
-        """int64: the units of source `k`."""
-        return np.arange(self.starts[k], self.starts[k + 1])
+    def rows_by_source(self) -> dict[str, np.ndarray]:
+        """int64: the units of each source, by its short name."""
+        return {
+            part.name: np.arange(a, b) for part, a, b in zip(self.parts, self.starts, self.starts[1:], strict=False)
+        }
 
     def members(self, unit: int) -> list[tuple[int, int]]:
         """The rows of a unit, each as the number of its source and its number in the source; none for a filler row."""
@@ -161,7 +166,7 @@ class Data:
             return []
         k = int(np.searchsorted(self.starts, unit, side="right")) - 1
         place = int(unit - self.starts[k])
-        rows = self.bins[k][place].tolist() if self.bins else [place]
+        rows = self.bins[k][place].tolist() if self.bins is not None else [place]
         return [(k, row) for row in rows]
 
     def values(self, units: Indices, columns: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -177,13 +182,14 @@ class Data:
 
     def text(self, unit: int) -> dict[str, str]:
         """Decodes a row: its prompt and, where the step reads them, chosen and rejected."""
-        count = self.parts[0].lengths.shape[0]
-        columns = [f"ids_{j}" for j in range(count)]
+        columns = [f"ids_{j}" for j in range(len(self.sequence_names))]
         row = self.values([unit], ["prompt_length", *columns])[0][0]
         n = int(row["prompt_length"])
-        pieces = [row["ids_0"][:n], *(row[name][n:] for name in columns)]
-        names = ("prompt", "chosen", "rejected")
-        return dict(zip(names, self.tokenizer.batch_decode(pieces, skip_special_tokens=True), strict=False))
+        pieces = {"prompt": row["ids_0"][:n]}
+        if self.sequence_names != ("prompt",):
+            pieces |= {name: row[column][n:] for name, column in zip(self.sequence_names, columns, strict=True)}
+        texts = self.tokenizer.batch_decode(list(pieces.values()), skip_special_tokens=True)
+        return dict(zip(pieces, texts, strict=True))
 
     def source(self, unit: int) -> tuple[str, int]:
         """The source of a row by its short name, and the row's number in it (from 0)."""
@@ -202,21 +208,16 @@ class Data:
 
     def lengths(self, indices: Indices) -> np.ndarray:
         """int64 [sequences, B]: tokens of each sequence of a row; 0 in filler rows. Not for packed rows."""
-        count = self.parts[0].lengths.shape[0]
-        result = np.zeros((count, len(indices)), np.int64)
+        result = np.zeros((len(self.sequence_names), len(indices)), np.int64)
         for i, unit in enumerate(np.asarray(indices).tolist()):
             for k, row in self.members(unit):
                 result[:, i] += self.parts[k].lengths[:, row]
         return result
 
-    def token_count(self, indices: Indices) -> int:
-        """Number of tokens of the rows' sequences, in all processes."""
-        return int(self.lengths(indices).sum())
-
     def width(self, indices: Indices) -> int:
         """The length bucket that holds the longest unit."""
         lengths = self.lengths(indices)
-        longest = lengths.sum(axis=0) if self.bins else lengths.max(axis=0)
+        longest = lengths.sum(axis=0) if self.bins is not None else lengths.max(axis=0)
         return length_bucket(int(longest.max()), self.maximum)
 
     def row_mask(self, indices: Indices) -> np.ndarray:
@@ -226,8 +227,7 @@ class Data:
     def sequences(self, indices: Indices, held: np.ndarray | None) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """The sequences of each unit as (ids, mask): those of its rows, in order; none where filler or not held."""
         read = np.asarray(indices) if held is None else np.where(held, indices, -1)
-        count = self.parts[0].lengths.shape[0]
-        names = [(f"ids_{j}", f"mask_{j}") for j in range(count)]
+        names = [(f"ids_{j}", f"mask_{j}") for j in range(len(self.sequence_names))]
         values = self.values(read, [name for pair in names for name in pair])
         return [[(row[ids], row[mask]) for row in unit for ids, mask in names] for unit in values]
 
@@ -253,13 +253,16 @@ class Data:
 class SFTData(Data):
     """Rows of prompt + response, or of text."""
 
+    sequence_names = ("chosen",)
+
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
         """Builds `input_ids, attention_mask, loss_mask` int32 [B, T], right-padded; `row_mask` int32 [B].
 
-        `loss_mask` is 1 at the targets of the loss: the tokens that `train_on` selects. With packing also `segment_ids`.
+        `loss_mask` is 1 at the targets of the loss: the tokens that `train_on` selects. With packing, also
+        `segment_ids`.
         """
         row_mask = self.row_mask(indices)
-        if self.bins:
+        if self.bins is not None:
             return self.packed(indices, held) | {"row_mask": row_mask}
         units, width = self.sequences(indices, held), self.width(indices)
         ids = [unit[0][0] if unit else np.zeros(0, np.int32) for unit in units]
@@ -275,20 +278,21 @@ class SFTData(Data):
 class PairData(Data):
     """Rows of prompt + chosen and prompt + rejected."""
 
+    sequence_names = ("chosen", "rejected")
+
     @property
     def capacity(self) -> int:
         return 2 * self.maximum
 
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
-        """Builds, for `chosen` and `rejected`, `…_ids`, `…_mask` and `…_loss_mask` int32 [B, T], right-padded; `row_mask`
-        int32 [B].
+        """Builds `{chosen,rejected}_{ids,mask,loss_mask}` int32 [B, T], right-padded; `row_mask` int32 [B].
 
         `…_loss_mask` is 1 at the tokens of the response, EOS included. With packing: `input_ids, attention_mask,
         segment_ids, loss_mask` int32 [B, T] and `pair_mask` int32 [B, P]; pair p is the segments 2p + 1 (chosen) and
         2p + 2 (rejected).
         """
         row_mask = self.row_mask(indices)
-        if self.bins:
+        if self.bins is not None:
             pairs = max(bins.largest for bins in self.bins)
             counts = np.array([len(self.members(int(unit))) for unit in indices])
             pair_mask = (np.arange(pairs) < counts[:, None]).astype(np.int32)
@@ -312,6 +316,7 @@ class PromptData(Data):
         group_by_length: batches of a window hold prompts of like lengths.
     """
 
+    sequence_names = ("prompt",)
     column_names: tuple[str, ...] = ()
     group_by_length = True
 
@@ -363,12 +368,16 @@ class Batches(Protocol):
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch: ...
 
 
-def eval_batches(
-    data: Batches, batch_size: int, *, held: np.ndarray | None = None, units: np.ndarray | None = None
-) -> Iterator[Batch]:
-    """Yields every unit once, in order; filler rows complete the last batch. `units`: those to read; default: all."""
-    units = np.arange(len(data)) if units is None else units
-    for start in range(0, len(units), batch_size):
-        indices = np.full(batch_size, -1, np.int64)
-        indices[: len(units) - start] = units[start : start + batch_size]
-        yield data.batch(indices, held=held)
+def eval_batches(data: Batches, batch_size: int, rows: np.ndarray | None = None, **options: Any) -> Iterator[Batch]:
+    """Yields every unit once, in order; filler rows complete the last batch.
+
+    Args:
+        data: the rows.
+        batch_size: units of a batch.
+        rows: int [n]: unit numbers; None: all.
+        options: passed to `data.batch`.
+    """
+    rows = np.arange(len(data)) if rows is None else rows
+    for start in range(0, len(rows), batch_size):
+        indices = rows[start : start + batch_size]
+        yield data.batch(np.pad(indices, (0, batch_size - len(indices)), constant_values=-1), **options)

@@ -31,6 +31,8 @@ KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_cont
 """Keys of a message that templates read."""
 TURN = re.compile(r"\n\n(Human|Assistant):[ \n]?")
 """The beginning of a turn in Anthropic's texts."""
+FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "responses", "scores")
+"""Columns whose names a flag sets."""
 SAMPLE = 1000  # rows that the recognition looks at
 
 
@@ -512,13 +514,22 @@ def recognise(rows: Iterable[object], columns: Columns, name: str, wanted: str =
 def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
     """The message for rows that fit no format: their columns, and the nearest format."""
     listed = ", ".join(f"{key} ({kind_of(value)})" for key, value in row.items()) or "none"
-    choices = [wanted] if wanted else list(FORMATS)
-    nearest = min(choices, key=lambda key: (len(FORMATS[key].missing(row, columns)), -len(FORMATS[key].columns)))
-    lacks = [columns.path(c.split("|")[0]) for c in FORMATS[nearest].missing(row, columns)]
-    flags = " ".join(f"--{c.split('|')[0]}_field" for c in FORMATS[nearest].missing(row, columns))
+    lacks = {key: FORMATS[key].missing(row, columns) for key in ([wanted] if wanted else FORMATS)}
+    near = {key: missing for key, missing in lacks.items() if wanted or len(missing) < len(FORMATS[key].columns)}
+    found = f"{name}: its columns fit no format. Found: {listed}."
+    if not near:
+        known = "; ".join(", ".join(c.partition("|")[0] for c in form.columns) for form in FORMATS.values())
+        return (
+            f"{found} Formats have the columns: {known}. Name yours, such as --prompt_field question --completion_field "
+            "answer; dotted paths such as answers.0.text work too"
+        )
+    best = min(near, key=lambda key: len(near[key]))
+    missing = [c.partition("|")[0] for c in near[best]]
+    flags = " ".join(f"--{column}_field" for column in missing if column in FIELDS)
     return (
-        f"{name}: its columns fit no format. Found: {listed}. The nearest is {FORMATS[nearest].title} (data_format "
-        f"{nearest}), which lacks {', '.join(lacks)}; name the columns ({flags}), dotted paths such as a.0.b too"
+        f"{found} The nearest is {FORMATS[best].title} (data_format {best}), which lacks "
+        f"{', '.join(columns.path(column) for column in missing)}; {f'name it with {flags}, or ' if flags else ''}"
+        "add it to the rows"
     )
 
 

@@ -12,18 +12,20 @@ import numpy as np
 
 from jaxrlhf.config import FromYaml, Ge, Gt, Lasting, Lt, NonNegative, NonNegativeInt, PositiveInt, Settings, alias
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
-from jaxrlhf.data.cache import default_cache
+from jaxrlhf.data.cache import default_cache, hash_json, tokenizer_fingerprint
 from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
 from jaxrlhf.data.reading import Reading
-from jaxrlhf.data.rendering import TemplateConfig, check_tokenizer
 from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_groups
-from jaxrlhf.data.tokenized import Encoding, Part, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.streaming import STREAMS, StreamSource, stream_shares
+from jaxrlhf.data.tokenized import SEQUENCES, Encoding, Part
+from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, with_template
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+STREAM_EVALUATION = 512  # rows held out of a stream where max_eval_samples does not say
 Chosen = list[tuple[Reading, np.ndarray]]
 """Sources, and the numbers of the rows that are chosen of each."""
 DATA_CLASSES: dict[str, type[Data]] = {"sft": SFTData, "reward": PairData, "ppo": PromptData, "dpo": PairData}
@@ -158,6 +160,11 @@ def packs(config: DataConfig, step: str) -> bool:
     return step == "sft" if config.packing is None else config.packing and step != "ppo"
 
 
+def packed_length(config: DataConfig, step: str) -> int:
+    """Tokens of a packed row of a step; 0 when it does not pack."""
+    return config.max_length * SEQUENCES[step] if packs(config, step) else 0
+
+
 @overload
 def load_data(
     config: DataConfig, tokenizer, step: Literal["ppo"], columns: tuple[str, ...] = ()
@@ -193,7 +200,8 @@ class Loader:
     """One call of `load_data`."""
 
     def __init__(self, config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]) -> None:
-        self.config, self.tokenizer, self.step = config, tokenizer, step
+        self.config, self.step = config, step
+        self.tokenizer = with_template(tokenizer, config.template)
         self.folder = cache_folder(config)
         self.sources = [source for source in config.sources if step in source.steps]
         if not self.sources:
@@ -211,6 +219,8 @@ class Loader:
 
     def load(self) -> tuple[tuple[Data, Data], dict[str, str]]:
         """The training and the evaluation data, and the hash of each thing that they depend on."""
+        if self.config.streaming:
+            return self.load_stream()
         own = [self.reading(source) for source in self.sources]
         others = [self.reading(source, evaluates=True) for source in self.other_sources()]
         check_apart(own, others)
@@ -224,6 +234,56 @@ class Loader:
             contents[f"rows and order ({label})"] = key
         warn_of_shared_prompts(train, evaluation)
         return (result[0], result[1]), contents
+
+    def load_stream(self) -> tuple[tuple[Data, Data], dict[str, str]]:
+        """Streamed training data, and evaluation data that is tokenised at once.
+
+        A source without evaluation data of its own gives those of its first rows whose prompts are held out.
+        """
+        config, streams, keys = self.config, [], []
+        evaluation: Chosen = [
+            (reading, every_row(reading))
+            for reading in (self.reading(source, evaluates=True) for source in self.other_sources())
+        ]
+        held_out = []
+        for k, source in enumerate(self.sources):
+            reading = Reading(config, source, self.step, self.folder, streaming=True)
+            own = source.evaluation == "own" and reading.has("eval") and not config.eval_data_path
+            if own:
+                plain = self.reading(source).of("eval")
+                evaluation.append((plain, every_row(plain)))
+            holds = not own and not config.eval_data_path and source.evaluation in ("own", "held_out")
+            fraction = config.eval_fraction if holds else 0.0
+            tokenizer = reading.own_tokenizer(self.tokenizer)
+            keys.append(hash_json([reading.stream_key, fraction, config.data_split, config.shuffle_buffer, self.step]))
+            streams.append(
+                StreamSource(
+                    source.short_name,
+                    reading.opened,
+                    self.encoding,
+                    tokenizer,
+                    window=config.shuffle_buffer,
+                    shares=stream_shares(self.step, config.data_split, fraction),
+                    packing=packed_length(config, self.step),
+                    seed=(config.seed, k),
+                    record=self.folder / "streams" / f"{hash_json([keys[-1], self.fingerprint])}.json",
+                )
+            )
+            if fraction:
+                held_out.append(streams[-1].held_out(fraction, config.max_eval_samples or STREAM_EVALUATION))
+        parts, part_keys = [], []
+        if evaluation:
+            parts, part_keys = self.parts("eval", self.limited("eval", evaluation, config.max_eval_samples))
+        contents = {"the tokenizer": self.fingerprint, "the streams": hash_json(keys)}
+        key = hash_json([self.fingerprint, asdict(self.encoding), keys, part_keys, config.seed])
+        train = STREAMS[self.step](
+            streams, self.tokenizer, self.encoding.bound[1], key, [s.weight for s in self.sources]
+        )
+        if isinstance(train, PromptData):
+            train.column_names = self.encoding.columns
+        for stream in streams:
+            logger.info("%s train data: %s, %s: streamed", self.step, stream.name, stream.opened[0].words)
+        return (train, self.data("eval", [*parts, *held_out], key)), contents
 
     def reading(self, source: SourceConfig, evaluates: bool = False) -> Reading:
         reading = Reading(self.config, source, self.step, self.folder)
@@ -363,7 +423,7 @@ def report(label: str, data: Data, encoding: Encoding) -> None:
         counts = part.counts
         changes = [f"{counts[count]:,} {text}" for count, text in texts.items() if counts[count]]
         summary = f"{counts['kept']:,} of {counts['rows']:,} rows, {int(part.lengths.sum()):,} tokens"
-        if data.bins:
+        if data.bins is not None:
             filled = data.unit_lengths(part).sum() / (len(data.bins[k]) * data.maximum)
             summary += f", packed into {len(data.bins[k]):,} rows of {data.maximum} tokens ({filled:.1%} full)"
         level = logging.WARNING if changes else logging.INFO

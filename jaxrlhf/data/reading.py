@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
+import itertools
 import json
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +15,10 @@ import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import formats
+from jaxrlhf.data.cache import hash_json, tokenizer_fingerprint
 from jaxrlhf.data.formats import BadRow, Columns, Reader, as_messages
 from jaxrlhf.data.mixture import SourceConfig
 from jaxrlhf.data.registry import find
-from jaxrlhf.data.rendering import with_template
 from jaxrlhf.data.sources import Source, Table, resolve_source, table_of_rows
 from jaxrlhf.data.tokenized import (
     FORMAT,
@@ -24,14 +26,13 @@ from jaxrlhf.data.tokenized import (
     encode_batch,
     features_of,
     group_of,
-    hash_json,
     index_batch,
     make_part,
     open_cached,
     problems_of,
     run_pass,
-    tokenizer_fingerprint,
 )
+from jaxrlhf.data.tokenizer import with_template
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,17 +59,27 @@ class Reading:
         step: the step that reads it.
         folder: the cache folder.
         split: "train" or "eval".
+        streaming: read the training rows as they are needed.
     """
 
-    def __init__(self, config: DataConfig, source: SourceConfig, step: str, folder: Path, split: str = "train") -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        source: SourceConfig,
+        step: str,
+        folder: Path,
+        split: str = "train",
+        streaming: bool = False,
+    ) -> None:
         self.config, self.source, self.step, self.folder, self.split = config, source, step, folder, split
+        self.streaming = streaming
         self.named = named = find(source.path, config.dataset_registry or None)
         if named and step not in named.steps:
             raise InputError(
-                f"data_path '{source.path}': this data set serves {', '.join(named.steps)}, not {step}; leave it out of "
-                f"this step (`steps` in data_mixture), or declare your own in dataset_registry"
+                f"data_path '{source.path}': this data set serves {', '.join(named.steps)}, not {step}; leave it out "
+                "of this step (`steps` in data_mixture), or declare your own in dataset_registry"
             )
-        self.origin: Source = resolve_source(source.path, folder, split=source.split, named=named)
+        self.origin: Source = resolve_source(source.path, folder, split=source.split, named=named, streaming=streaming)
         own = dict(named.fields) if named and not named.convert else {}
         self.columns = Columns(config.fields.names | own | {k: str(v) for k, v in source.fields.items()})
         self.format = source.format or config.data_format or (named.format if named else "")
@@ -93,8 +104,10 @@ class Reading:
 
     @cached_property
     def opened(self) -> list[Opened]:
-        """The tables of the split. Raises InputError for rows of no format, of two, or of one that the step cannot use."""
+        """The tables of the split. Raises InputError for rows of no format, of two, or of one useless to the step."""
         tables = self.origin.tables(self.split)
+        if self.streaming and self.named and self.named.convert_all:
+            raise InputError(f"data_path '{self.source.path}': its examples span rows, so it cannot be streamed")
         if self.named and self.named.convert_all:
             raw = [row for table in tables for row in table.rows(range(len(table.dataset))) if row is not None]
             tables = [table_of_rows(list(self.named.rows(raw, self.step)), self.source.path, "example")]
@@ -106,6 +119,11 @@ class Reading:
                 "sources of their own"
             )
         if self.step in PAIRED and result[0].reader.format == "unpaired":
+            if self.streaming:
+                raise InputError(
+                    f"data_path '{self.source.path}': holds unpaired preferences, whose pairs span rows; {self.step} "
+                    "cannot stream them"
+                )
             return [pair_up(self.source.path, result)]
         return result
 
@@ -126,6 +144,13 @@ class Reading:
         return hash_json(
             [FORMAT, self.fingerprint, dict(self.columns.names), self.format, self.step in PAIRED, convert]
         )
+
+    @property
+    def stream_key(self) -> str:
+        """Hash of what a stream depends on. Files count by name, size and time: nothing is read before its time."""
+        files = self.origin.splits[self.split]
+        names = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files] if isinstance(files, list) else []
+        return hash_json([FORMAT, self.source.path, names, dict(self.columns.names), self.format, repr(self.named)])
 
     @cached_property
     def note(self) -> dict[str, Any]:
@@ -168,16 +193,23 @@ class Reading:
             found.append(result.with_format("numpy")["group"][:])
         return np.concatenate(found)
 
+    def own_tokenizer(self, tokenizer: Any) -> Any:
+        """The tokenizer with the source's own template, where it has one."""
+        if not self.template:
+            return tokenizer
+        name = "prompt_template" if self.template == "raw" or "{prompt}" in self.template else "chat_template"
+        return with_template(tokenizer, self.config.template.replace(**{name: self.template}))
+
     def part(self, rows: np.ndarray, tokenizer: Any, encoding: Any, label: str) -> tuple[Part, str]:
         """The tokens of these rows, and the hash of everything that they depend on."""
-        if self.template:
-            tokenizer = with_template(tokenizer, self.template)
+        tokenizer = self.own_tokenizer(tokenizer)
         settings = [dataclasses.asdict(encoding), self.config.pair_rule, self.config.pair_margin]
-        key = hash_json([self.key, tokenizer_fingerprint(tokenizer), settings, rows.tolist()])
+        chosen_rows = hashlib.blake2b(rows.astype(np.int64).tobytes(), digest_size=16).hexdigest()
+        key = hash_json([self.key, tokenizer_fingerprint(tokenizer), settings, chosen_rows])
         folder = self.folder / "tokens"
         bounds = np.cumsum([0, *self.note["sizes"]])
         tables, note_path = [], folder / f"{encoding.step}-{key}.json"
-        for k, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for k, (first, last) in enumerate(itertools.pairwise(bounds)):
             chosen = rows[(rows >= first) & (rows < last)] - first
             if len(chosen):
                 path = folder / f"{encoding.step}-{key}-{k}.arrow"

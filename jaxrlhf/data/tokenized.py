@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.formats import BadRow, Reader, Scored, kind_of, look_up
-from jaxrlhf.data.rendering import EncodedRow, encode_documents, encode_rows
+from jaxrlhf.data.rendering import EncodedRow, encode_rows, encode_texts_as_documents
 from jaxrlhf.data.sources import Table, first_line
 from jaxrlhf.errors import InputError
 
@@ -54,24 +54,6 @@ class Encoding:
         if self.step == "ppo":
             return "max_prompt_seq_len", self.max_prompt_length
         return "max_length", self.max_length
-
-
-def hash_json(value: object) -> str:
-    """Hashes a JSON value. The order of keys does not matter."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """Hashes everything that decides how a tokenizer encodes text."""
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.pop("truncation", None)  # calls set and unset both; our calls ask for neither
-        state.pop("padding", None)
-    else:
-        state = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
-        state["init"] = {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k != "name_or_path"}
-    special = {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id, "chat": tokenizer.chat_template}
-    return hash_json([state, special, tokenizer.all_special_tokens])
 
 
 # ---- the passes over a table
@@ -208,7 +190,9 @@ def tokenise(
             continue
         fitted, cut = fit(result, encoding, tokenizer.bos_token_id)
         output.add(i, cut=cut, kept=kept, encoded=fitted)
-    for (i, _), ids in zip(documents, encode_documents(tokenizer, [text for _, text in documents]), strict=True):
+    for (i, _), ids in zip(
+        documents, encode_texts_as_documents(tokenizer, [text for _, text in documents]), strict=True
+    ):
         for start in range(0, len(ids), encoding.max_length):  # nothing of a long text is lost
             piece = ids[start : start + encoding.max_length]
             output.add(i, encoded=(0, [(piece, [0] + [1] * (len(piece) - 1))]))

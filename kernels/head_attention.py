@@ -30,8 +30,9 @@ def head_attention(
     query `[B, H, T, D]`; key, value `[B, H_kv, T, D]` with H a multiple of H_kv; key_mask bool `[B, T]`; `window` > 0
     limits what a query sees to so many positions; `alibi_slopes` `[H]` adds slope · key position, with
     `positions` `[B, T]`; `starts` int `[B, T]` is the first column that each query of a packed row sees. Works in
-    float32 and keeps query, key, value, output and one number per query for its gradients. Returns `[B, H, T, D]` in the query's dtype; rows that see no key are 0. It works on the arrays of one
-    device; models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
+    float32 and keeps query, key, value, output and one number per query for its gradients. Returns `[B, H, T, D]` in
+    the query's dtype; rows that see no key are 0. It works on the arrays of one device; models/attend.py splits rows
+    and heads over a mesh, through jaxrlhf.sharding.map_shards.
     """
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]

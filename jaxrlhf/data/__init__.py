@@ -8,7 +8,6 @@ from jaxrlhf.data.batches import (
     epoch_permutation,
     eval_batches,
     length_bucket,
-    padding_fraction,
     stream_indices,
 )
 from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
@@ -50,7 +49,6 @@ __all__ = [
     "load_tokenizer",
     "materialize_demo",
     "pad_token_id",
-    "padding_fraction",
     "plain_response",
     "stream_indices",
     "write_demo",

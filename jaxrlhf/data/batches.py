@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,10 +35,14 @@ def length_bucket(length: int, maximum: int) -> int:
     return min(size, maximum)
 
 
-def padding_fraction(batch: Batch, tokens: int) -> float:
-    """Share of a batch's positions that hold padding. `tokens`: the batch's `token_count`."""
-    names = ("attention_mask", "chosen_mask", "rejected_mask", "prompt_mask")
-    return 1.0 - tokens / sum(batch[name].size for name in names if name in batch)
+def short_names(sources: Sequence[str]) -> tuple[str, ...]:
+    """Names of sources for metrics: the end of a path or hub name without suffixes, numbered where two are the same."""
+    names: list[str] = []
+    for source in sources:
+        name = Path(source).name.split(".")[0] or "data"
+        taken = sum(other == name or other.rpartition("-")[0] == name for other in names)
+        names.append(f"{name}-{taken + 1}" if taken else name)
+    return tuple(names)
 
 
 def fill(rows: Sequence[np.ndarray], width: int, pad_id: int, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +66,7 @@ class Data:
         tokenizer: the Hugging Face tokenizer that encoded them.
         maximum: longest sequence in tokens.
         key: hash of the rows, the tokenizer, and the settings of the tokenisation.
+        sources: short name of each source.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -70,6 +76,7 @@ class Data:
         self.ragged, self.tokenizer, self.maximum, self.key = ragged, tokenizer, maximum, key
         self.counts, self.problems = ragged.counts, ragged.problems
         self.pad_id = pad_token_id(tokenizer)
+        self.sources = short_names(ragged.sources)
 
     def __len__(self) -> int:
         return len(self.ragged)
@@ -84,6 +91,11 @@ class Data:
         """The source of row `i`, as the user named it, and the row's number in it (from 0)."""
         source, row = self.ragged.rows[i]
         return self.ragged.sources[source], int(row)
+
+    def rows_by_source(self) -> dict[str, np.ndarray]:
+        """Row numbers of each source that has rows, in order, by the source's short name."""
+        rows = {name: np.flatnonzero(self.ragged.rows[:, 0] == k) for k, name in enumerate(self.sources)}
+        return {name: numbers for name, numbers in rows.items() if len(numbers)}
 
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
         """Builds the batch of these rows.
@@ -100,10 +112,6 @@ class Data:
         indices = np.asarray(indices)
         fields = [self.ragged.lengths_of(indices, j) * (indices >= 0) for j in range(self.ragged.parts)]
         return np.stack([np.sum([fields[j] for j in sequence], axis=0) for sequence in self.sequences])
-
-    def token_count(self, indices: Indices) -> int:
-        """Number of tokens of the rows' sequences, in all processes."""
-        return int(self.lengths(indices).sum())
 
     def joined(self, indices: Indices, held: np.ndarray | None) -> tuple[list[list[np.ndarray]], int]:
         """Each row of each sequence (empty where filler or not held), and the width that holds the longest row."""
@@ -151,23 +159,19 @@ class PairData(Data):
     sequences = ((0, 1), (0, 2))
 
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
-        """Builds `chosen_ids, chosen_mask, rejected_ids, rejected_mask` int32 [B, T], right-padded;
-        `prompt_length, row_mask` int32 [B].
+        """Builds `{chosen,rejected}_{ids,mask,loss_mask}` int32 [B, T], right-padded; `row_mask` int32 [B].
 
-        Both responses of a row begin at column `prompt_length` (filler: 0) and end with EOS.
+        The loss masks are 1 on the tokens of the responses, EOS included, but for the first token of a sequence.
         """
-        (chosen, rejected), width = self.joined(indices, held)
+        sequences, width = self.joined(indices, held)
         row_mask = self.row_mask(indices)
-        chosen_ids, chosen_mask = fill(chosen, width, self.pad_id)
-        rejected_ids, rejected_mask = fill(rejected, width, self.pad_id)
-        return {
-            "chosen_ids": chosen_ids,
-            "chosen_mask": chosen_mask,
-            "rejected_ids": rejected_ids,
-            "rejected_mask": rejected_mask,
-            "prompt_length": (self.ragged.lengths_of(np.asarray(indices), 0) * row_mask).astype(np.int32),
-            "row_mask": row_mask,
-        }
+        start = np.maximum(self.ragged.lengths_of(np.asarray(indices), 0), 1)
+        counted = (np.arange(width)[None, :] >= start[:, None]).astype(np.int32) * row_mask[:, None]
+        batch = {"row_mask": row_mask}
+        for side, rows in zip(("chosen", "rejected"), sequences, strict=True):
+            ids, mask = fill(rows, width, self.pad_id)
+            batch |= {f"{side}_ids": ids, f"{side}_mask": mask, f"{side}_loss_mask": mask * counted}
+        return batch
 
 
 class PromptData(Data):
@@ -229,8 +233,16 @@ class Batches(Protocol):
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch: ...
 
 
-def eval_batches(data: Batches, batch_size: int, **options: Any) -> Iterator[Batch]:
-    """Yields every row once, in order; filler rows complete the last batch. `options` go to `data.batch`."""
-    for start in range(0, len(data), batch_size):
-        indices = np.arange(start, start + batch_size)
-        yield data.batch(np.where(indices < len(data), indices, -1), **options)
+def eval_batches(data: Batches, batch_size: int, rows: np.ndarray | None = None, **options: Any) -> Iterator[Batch]:
+    """Yields every row once, in order; filler rows complete the last batch.
+
+    Args:
+        data: the rows.
+        batch_size: rows of a batch.
+        rows: int [n]: row numbers; None: all rows.
+        options: passed to `data.batch`.
+    """
+    rows = np.arange(len(data)) if rows is None else rows
+    for start in range(0, len(rows), batch_size):
+        indices = rows[start : start + batch_size]
+        yield data.batch(np.pad(indices, (0, batch_size - len(indices)), constant_values=-1), **options)

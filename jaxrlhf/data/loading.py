@@ -61,6 +61,8 @@ class DataConfig(Settings, may_change=True):
     """Folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
     seed: Lasting[NonNegativeInt] = 42
     """Seed of the data split and order, of initialisation, dropout and sampling."""
+    packing: Lasting[bool | None] = None
+    """Pack several rows into one, each seeing only itself. Default: on for sft."""
 
     def check(self) -> None:
         for name in ("data_path", "eval_data_path", "reward_columns"):

@@ -15,7 +15,7 @@ from jaxrlhf.trainers.dpo import objective, reference_logprobs
 from jaxrlhf.trainers.pairs import SIDES, read_pairs
 from jaxrlhf.trainers.reward import MEASURES, OBJECTIVES, RewardConfig
 from jaxrlhf.trainers.sft import OBJECTIVE, sft_sums
-from jaxrlhf.trainers.supervised import eval_step, init_state, metrics_by_source, token_sum, train_step
+from jaxrlhf.trainers.supervised import eval_step, init_state, token_sum, train_step
 
 VOCABULARY, LONGEST, WIDTH, COUNT = 101, 10, 32, 16
 BLOOM = {"model_type": "bloom", "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
@@ -118,7 +118,7 @@ def test_a_packed_step_equals_the_step_of_single_sequences(trainer, tiny, lab):
     assert rows < COUNT and packed["row_mask"].sum() == rows - 1
     for parts in (1, rows):
         found = step(model, packed, trainer, mesh, parts)
-        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6 * max(1, expected[0]["grad_norm"]))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -155,7 +155,7 @@ def test_a_packed_step_on_a_mesh_equals_the_step_on_one_device(trainer, lab):
     for mesh in (lab.mesh_of(), lab.mesh_of(data=2, fsdp=2)):
         model = lab.tiny_model(head="scalar" if trainer == "reward" else "lm", mesh=mesh, scale=0.1)
         found.append(step(model, more, trainer, mesh, parts=2))
-    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=2e-6)
 
 
 def test_both_forms_of_a_batch_have_the_same_pairs():
@@ -193,14 +193,3 @@ def test_the_tokenwise_reward_loss_is_refused_with_packing():
         RewardConfig.create(reward_loss="tokenwise", packing=True)
     for packing in (None, False):
         assert RewardConfig.create(reward_loss="tokenwise", packing=packing).data.packing is packing
-
-
-def test_metrics_of_an_evaluation_are_joint_and_of_each_source():
-    def mean(totals):
-        return {"loss": totals["sum"] / totals["n"]}
-
-    one = {"a": {"sum": 6.0, "n": 3.0}}
-    assert metrics_by_source(one, mean) == {"loss": 2.0}
-    two = one | {"b": {"sum": 2.0, "n": 1.0}}
-    assert metrics_by_source(two, mean) == {"loss": 2.0, "a/loss": 2.0, "b/loss": 2.0}
-    assert metrics_by_source(one | {"b": {"sum": 9.0, "n": 2.0}}, mean) == {"loss": 3.0, "a/loss": 2.0, "b/loss": 4.5}

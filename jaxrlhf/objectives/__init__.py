@@ -22,6 +22,8 @@ from jaxrlhf.objectives.masked import (
     masked_variance,
     masked_whiten,
     score_at_last_token,
+    score_at_segment_ends,
+    segment_sums,
 )
 from jaxrlhf.objectives.policy import (
     AGGREGATIONS,
@@ -71,6 +73,8 @@ __all__ = [
     "reward_to_go",
     "rloo_advantages",
     "score_at_last_token",
+    "score_at_segment_ends",
+    "segment_sums",
     "sequence_logprobs",
     "sft_loss",
     "standardised",

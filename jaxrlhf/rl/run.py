@@ -179,9 +179,7 @@ class PPOTask:
             return None
         size = self.config.ptx_rows(self.devices)
         indices = stream_indices(index, size, len(self.data.text), self.config.data.seed)
-        batch = self.data.text.batch(indices, held=held_rows(self.engine.mesh, size))
-        names = ("input_ids", "attention_mask", "loss_mask")
-        return place_batch({name: batch[name] for name in names}, self.engine.mesh)
+        return place_batch(self.data.text.batch(indices, held=held_rows(self.engine.mesh, size)), self.engine.mesh)
 
     def _keep(self, experience: Experience, text: dict[str, jax.Array] | None) -> None:
         """Keeps the newest batch for `last_batch`."""

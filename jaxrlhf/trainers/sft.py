@@ -32,11 +32,12 @@ def token_count(batch: Batch) -> jax.Array:
 def sft_loss(
     module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean negative log-prob of the target tokens, in nats."""
+    """Mean negative log-prob of the target tokens, in nats. Rows with `segment_ids` are packed."""
     logprobs, _ = module.apply(
         {"params": params},
         rows["input_ids"],
         rows["attention_mask"],
+        segment_ids=rows.get("segment_ids"),
         method="logprobs",
         rngs=None if key is None else {"dropout": key},
     )

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxrlhf.data.templates import Prompt, pad_token_id
+from jaxrlhf.data.rendering import Prompt
 from jaxrlhf.data.tokenized import Ragged
+from jaxrlhf.data.tokenizer import pad_token_id
 
 SMALLEST_BUCKET = 32
 Batch = dict[str, np.ndarray]

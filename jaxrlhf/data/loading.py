@@ -13,8 +13,8 @@ from jaxrlhf.config import Ge, Gt, Lasting, Lt, NonNegativeInt, PositiveInt, Set
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
 from jaxrlhf.data.cache import default_cache, hash_json, tokenizer_fingerprint
 from jaxrlhf.data.sources import SHARES, Source, parse_split, resolve_source, split_indices
-from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, uses_chat_template
 from jaxrlhf.data.tokenized import FORMAT, Encoding, Ragged, RowSet, read_part, write_part
+from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, with_template
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
@@ -45,8 +45,7 @@ class DataConfig(Settings, may_change=True):
     """Field with the other response."""
     reward_columns: tuple[str, ...] = ()
     """Further fields that reward functions receive. Fields that a function requires are read in any case."""
-    prompt_template: str = DEFAULT_TEMPLATE
-    """Text around prompt and response, or 'raw' to join them. The tokenizer's chat template replaces the default."""
+    template: TemplateConfig = TemplateConfig()
     max_length: Annotated[int, Ge(2), alias("max_seq_len")] = 512
     """Longest prompt + response in tokens (sft, reward, dpo)."""
     max_prompt_seq_len: PositiveInt = 256
@@ -67,7 +66,6 @@ class DataConfig(Settings, may_change=True):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value or ())))
         parse_split(self.data_split)
-        check_template(self.prompt_template)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -118,12 +116,13 @@ def tokenised_parts(
     encoding = Encoding(
         step=step,
         names=(("prompt", config.prompt_field), ("chosen", config.chosen_field), ("rejected", config.rejected_field)),
-        template=config.prompt_template,
+        special_tokens_in_data=config.template.special_tokens_in_data,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_seq_len,
         long_prompts=config.long_prompts,
         columns=tuple(dict.fromkeys((*columns, *config.reward_columns))) if step == "ppo" else (),
     )
+    tokenizer = with_template(tokenizer, config.template)
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
     result, contents = [], {"the tokenizer": tokenizer_hash}
     for part in ("train", "eval"):
@@ -221,8 +220,7 @@ def cached_part(folder: Path, selection: Selection, tokenizer, encoding: Encodin
             raise InputError(
                 f"data_cache_dir '{folder.parent}': {folder.name} cannot be read back; choose another folder"
             )
-    rendering = "chat template" if uses_chat_template(tokenizer, encoding.template) else repr(encoding.template)
-    report(f"{selection.step} {selection.part} data", ragged, encoding, f"rendered by {rendering}, {origin} {folder}")
+    report(f"{selection.step} {selection.part} data", ragged, encoding, f"{origin} {folder}")
     return ragged
 
 

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jaxrlhf.data.cache import created, hash_json
+from jaxrlhf.data.rendering import encode_rows
 from jaxrlhf.data.rows import BadRow, Example, read_columns, read_row
 from jaxrlhf.data.sources import Rows
-from jaxrlhf.data.templates import encode_prompts, encode_responses
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import Console
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the layout or the meaning of the files changes
+FORMAT = 3  # raise it when the layout or the meaning of the files changes
 CHUNK = 1024  # rows tokenised in one call
 SHOWN = 3  # places of bad rows that a report names
 COUNTS = ("skipped", "truncated_prompts", "truncated_responses", "dropped_too_long")
@@ -44,7 +44,7 @@ class Encoding:
 
     step: str
     names: tuple[tuple[str, str], ...]  # prompt, chosen, rejected -> the field's name in the file
-    template: str
+    special_tokens_in_data: bool
     max_length: int  # bound of prompt + response (sft, reward, dpo)
     max_prompt_length: int  # bound of the prompt (ppo)
     long_prompts: str  # "truncate" or "drop"
@@ -136,7 +136,7 @@ class Tally:
         self.bad: collections.Counter[str] = collections.Counter()
         self.places: list[str] = []
 
-    def skip(self, problem: BadRow, place: str) -> None:
+    def skip(self, problem: BadRow | str, place: str) -> None:
         """Counts a row that is left out."""
         self.counts["skipped"] += 1
         self.bad[str(problem)] += 1
@@ -200,29 +200,16 @@ def read_rows(row_set: RowSet, encoding: Encoding, tally: Tally) -> Iterator[_It
             yield _Item(k, replace(example, columns=columns), (rows, i))
 
 
-def encode_chunk(chunk: list[_Item], tokenizer, encoding: Encoding) -> list[list[list[int]]]:
-    """`encode_examples`; its InputError names the row at fault."""
-    try:
-        return encode_examples([item.example for item in chunk], tokenizer, encoding)
-    except InputError:
-        for item in chunk:
-            try:
-                encode_examples([item.example], tokenizer, encoding)
-            except InputError as error:
-                rows, i = item.place
-                raise InputError(f"{rows.where(i)}: {error}") from error
-        raise
-
-
-def encode_examples(examples: list[Example], tokenizer, encoding: Encoding) -> list[list[list[int]]]:
-    """The ids of each example's prompt and responses."""
-    prompts = [example.prompt for example in examples]
-    prompt_ids = encode_prompts(tokenizer, prompts, encoding.template)
-    responses = [
-        encode_responses(tokenizer, prompts, prompt_ids, texts, encoding.template)
-        for texts in zip(*(example.responses for example in examples), strict=True)
-    ]
-    return [list(parts) for parts in zip(prompt_ids, *responses, strict=True)]
+def encode_examples(examples: list[Example], tokenizer, encoding: Encoding) -> list[list[list[int]] | str]:
+    """The ids of each example's prompt and responses, or why it cannot be rendered."""
+    rows = encode_rows(
+        tokenizer,
+        [example.prompt for example in examples],
+        [example.responses for example in examples],
+        train_on="last",
+        special_tokens_in_data=encoding.special_tokens_in_data,
+    )
+    return [row if isinstance(row, str) else [row.prompt, *(ids for ids, _ in row.responses)] for row in rows]
 
 
 def fit(
@@ -259,7 +246,12 @@ def write_part(folder: Path, row_set: RowSet, tokenizer, encoding: Encoding) -> 
         temporary.mkdir()
         with open(temporary / "tokens.bin", "wb") as file, open(temporary / "fields.bin", "wb") as fields:
             for chunk in chunks(read_rows(row_set, encoding, tally)):
-                for item, parts in zip(chunk, encode_chunk(chunk, tokenizer, encoding), strict=True):
+                examples = [item.example for item in chunk]
+                for item, parts in zip(chunk, encode_examples(examples, tokenizer, encoding), strict=True):
+                    if isinstance(parts, str):
+                        rows, i = item.place
+                        tally.skip(parts, rows.where(i))
+                        continue
                     fitted = fit(parts, encoding, tokenizer.bos_token_id, tally.counts)
                     if fitted is None:
                         continue

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.config import Settings, alias
-from jaxrlhf.data import load_tokenizer
+from jaxrlhf.data import read_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
@@ -141,7 +141,7 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
         path = Path(config.input)
         found = [f for f in (path, path.parent) if (f / "tokenizer_config.json").is_file()]
         source = str(found[0]) if found else None
-    return None if source is None else load_tokenizer(source)
+    return None if source is None else read_tokenizer(source)
 
 
 def convert(config: ConvertConfig) -> None:

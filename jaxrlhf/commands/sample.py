@@ -126,7 +126,8 @@ class Sampler:
             if name is not None:
                 read_config(name)  # fails early when the model cannot be used
         self.rewards: Rewards = config.rewards.rewards(say=console.print)
-        self.tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or config.model_name_or_path)
+        source = config.tokenizer.tokenizer_name_or_path or config.model_name_or_path
+        self.tokenizer = load_tokenizer(source, config.data.template)
         self.data = self._prompts()
         self.sampling = sampling_for(self.tokenizer, config.sampling)
         self.copies = self.sampling.samples_per_prompt
@@ -194,7 +195,7 @@ class Sampler:
         }
 
     def text(self, response: np.ndarray) -> str:
-        return answer_text(self.tokenizer, response, self.config.data.prompt_template, self.sampling.stop_strings)
+        return answer_text(self.tokenizer, response, self.sampling.stop_strings)
 
     def finish(self, started: dict[str, Any]) -> dict[str, Any]:
         """Waits for the reward functions; returns the batch with scores and their parts, `[B · n]` each."""

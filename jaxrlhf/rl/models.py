@@ -25,7 +25,7 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.trainers.optimizer import make_schedule
-from jaxrlhf.trainers.settings import check_context, with_special_tokens
+from jaxrlhf.trainers.settings import check_context, with_special_tokens, with_template_rows
 
 
 def _own(model: Model, zero_stage: int) -> Model:
@@ -81,6 +81,7 @@ class RLHFEngine:
         stage = config.compute.zero_stage
         critic_stage = stage if config.critic.critic_zero_stage is None else config.critic.critic_zero_stage
         actor = _own(actor, stage) if isinstance(actor, Model) else load(actor, zero_stage=stage)
+        actor = with_template_rows(actor, config.data, len(self.tokenizer))
         if isinstance(reward, Model):
             reward = _own(reward, critic_stage)
         elif reward is not None:

@@ -279,7 +279,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
         for model in (actor, reward):
             if model is not None:
                 read_config(model)  # fails early when the model cannot be used
-        tokenizer = load_tokenizer(config.models.tokenizer.tokenizer_name_or_path or actor)
+        tokenizer = load_tokenizer(config.models.tokenizer.tokenizer_name_or_path or actor, config.data.template)
         rewards = config.rewards.rewards(run.print)
         data = read_data(config, tokenizer, rewards)
         rows = config.rollout_rows(batch_devices(config.mesh.make_mesh()))

@@ -1,6 +1,7 @@
 """Settings that every trainer shares: which model, on which mesh, in what precision, and how the run goes."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,8 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+
+logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -228,7 +231,8 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, re
         remat: what the backward pass recomputes.
 
     Raises:
-        InputError: when the model has fewer rows than the tokenizer has tokens, unless `resize_vocabulary` adds them.
+        InputError: when the model has fewer rows than the tokenizer has tokens, unless `resize_vocabulary` or a
+            built-in chat template adds them.
     """
     start, key = config.model.start, keys.stream(config.data.seed, keys.Stream.WEIGHTS)
     layout = {"dtype": config.mesh.compute_dtype, "remat": remat, "zero_stage": config.compute.zero_stage}
@@ -242,9 +246,20 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, re
     model = with_kernels(model, **config.compute.kernels)
     if start.resize_vocabulary and model.config.vocab_size < vocab_size:
         model = resize_vocabulary(model, vocab_size)
+    model = with_template_rows(model, config.data, vocab_size)
     source = f"the tokenizer of {config.model.tokenizer_source}"
     check_tokenizer_fits(vocab_size, model.config, source, "add rows with --resize_vocabulary")
     return without_dropout(model) if start.disable_dropout else model
+
+
+def with_template_rows(model: Model, data: DataConfig, vocab_size: int) -> Model:
+    """The model with a row for each token that a built-in chat template has added to the tokenizer."""
+    missing = vocab_size - model.config.vocab_size
+    if missing <= 0 or not data.template.adds_tokens:
+        return model
+    name = data.template.chat_template
+    logger.info("chat_template %s: %d rows added to the model, for the tokens that the template needs", name, missing)
+    return resize_vocabulary(model, vocab_size)
 
 
 def without_dropout(model: Model) -> Model:

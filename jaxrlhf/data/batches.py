@@ -150,9 +150,14 @@ class Data:
             units[chosen] = self.starts[k] + epoch_units(number[chosen], self.sizes[k], seed)
         return units
 
-    def seen(self, step: int, batch_size: int) -> dict[str, int]:
-        """How many units of each source the first `step` steps have had."""
-        return dict(zip(self.sources, self.schedule.counts(step * batch_size).tolist(), strict=True))
+    def progress(self, step: int, batch_size: int) -> dict[str, np.float64]:
+        """After `step` steps: the epoch, and with several sources the share that each has had of the units."""
+        done = step * batch_size
+        metrics = {"epoch": np.float64(done / self.size)} if self.size else {}
+        if len(self.sources) > 1:
+            shares = self.schedule.counts(done) / done
+            metrics |= {f"data/{name}/share": share for name, share in zip(self.sources, shares, strict=True)}
+        return metrics
 
     def rows_by_source(self) -> dict[str, np.ndarray]:
         """int64: the units of each source, by its short name."""
@@ -191,9 +196,9 @@ class Data:
         texts = self.tokenizer.batch_decode(list(pieces.values()), skip_special_tokens=True)
         return dict(zip(pieces, texts, strict=True))
 
-    def source(self, unit: int) -> tuple[str, int]:
+    def source(self, i: int) -> tuple[str, int]:
         """The source of a row by its short name, and the row's number in it (from 0)."""
-        ((k, row),) = self.members(unit)[:1]
+        ((k, row),) = self.members(i)[:1]
         return self.parts[k].name, int(self.parts[k].fetch([row], ["row"])["row"][0])
 
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:

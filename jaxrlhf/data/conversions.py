@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from jaxrlhf.data.registry import Row, value_at
+from jaxrlhf.data.formats import look_up
+from jaxrlhf.data.registry import Row
 
 CITATION = re.compile(r" ?\[\d+(?:, ?\d+)*\]")
 HELPSTEER_TURN = re.compile(r"\n*<extra_id_1>(User|Assistant)\n+")
@@ -30,7 +31,7 @@ def webgpt(row: Row) -> Row | None:
         return None
     answers = [without_citations(row["answer_0"]), without_citations(row["answer_1"])]
     best = int(scores[1] > scores[0])
-    return {"prompt": value_at(row, "question.full_text"), "chosen": answers[best], "rejected": answers[1 - best]}
+    return {"prompt": look_up(row, "question.full_text", None), "chosen": answers[best], "rejected": answers[1 - best]}
 
 
 def without_citations(text: str | None) -> str | None:
@@ -69,10 +70,10 @@ def mkqa(language: str) -> Callable[[Row], Row | None]:
     """apple/mkqa in one language: questions without an answer text are left out."""
 
     def convert(row: Row) -> Row | None:
-        answer = value_at(row, f"answers.{language}.0.text")
+        answer = look_up(row, f"answers.{language}.0.text", None)
         if not answer:
             return None
-        return {"prompt": value_at(row, f"queries.{language}"), "completion": answer}
+        return {"prompt": look_up(row, f"queries.{language}", None), "completion": answer}
 
     return convert
 

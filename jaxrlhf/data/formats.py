@@ -83,8 +83,8 @@ class Columns:
 MISSING = object()
 
 
-def look_up(row: Any, path: str) -> Any:
-    """The value at a dotted path (`answers.0.text`), or MISSING. A column whose name has dots goes first."""
+def look_up(row: Any, path: str, default: Any = MISSING) -> Any:
+    """The value at a dotted path (`answers.0.text`), or `default`. A column whose name has dots goes first."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
     for part in path.split("."):
@@ -93,7 +93,7 @@ def look_up(row: Any, path: str) -> Any:
         elif isinstance(row, Sequence) and not isinstance(row, str) and part.isdigit() and int(part) < len(row):
             row = row[int(part)]
         else:
-            return MISSING
+            return default
     return row
 
 
@@ -396,6 +396,12 @@ class Format:
     steps: tuple[str, ...]
     read: Callable[[Mapping, Columns], Scored]
 
+    @property
+    def names(self) -> set[str]:
+        """All canonical columns that rows of the format may have."""
+        extra = {"input"} if "instruction" in self.columns else set()
+        return extra | {"tools"} | {name for column in self.columns for name in column.split("|")}
+
     def missing(self, row: Mapping, columns: Columns) -> list[str]:
         """The columns that a row lacks."""
         return [c for c in self.columns if not any(columns.has(row, name) for name in c.split("|"))]
@@ -502,7 +508,7 @@ def recognise(rows: Iterable[object], columns: Columns, name: str, wanted: str =
         raise InputError(_no_format(first, columns, name, wanted))
     best = max(found, key=lambda key: len(found[key]))
     for key, numbers in found.items():
-        if not set(FORMATS[key].columns) <= {c for part in FORMATS[best].columns for c in (part, *part.split("|"))}:
+        if not FORMATS[key].names <= FORMATS[best].names:
             raise InputError(
                 f"{name}: holds rows of two formats: row {found[best][0]} is {FORMATS[best].title} "
                 f"({', '.join(FORMATS[best].columns)}), row {numbers[0]} is {FORMATS[key].title} "
@@ -520,8 +526,8 @@ def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
     if not near:
         known = "; ".join(", ".join(c.partition("|")[0] for c in form.columns) for form in FORMATS.values())
         return (
-            f"{found} Formats have the columns: {known}. Name yours, such as --prompt_field question --completion_field "
-            "answer; dotted paths such as answers.0.text work too"
+            f"{found} Formats have the columns: {known}. Name yours, such as --prompt_field question "
+            "--completion_field answer; dotted paths such as answers.0.text work too"
         )
     best = min(near, key=lambda key: len(near[key]))
     missing = [c.partition("|")[0] for c in near[best]]

@@ -11,28 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config.imports import exception_line, import_object
+from jaxrlhf.data.formats import FORMATS, STEPS, look_up
 from jaxrlhf.errors import InputError
 
 Row = Mapping[str, Any]
-
-STEPS = ("sft", "reward", "ppo", "dpo")
-"""Steps that a set may serve. "ppo" stands for every algorithm that samples its own responses."""
-
-FORMATS: dict[str, tuple[str, ...]] = {
-    "text": ("text",),
-    "messages": ("messages", "tools"),
-    "prompt": ("prompt", "tools"),
-    "prompt_completion": ("prompt", "completion", "tools"),
-    "preference": ("prompt", "chosen", "rejected", "tools"),
-    "preference_implicit": ("chosen", "rejected", "tools"),
-    "unpaired": ("prompt", "completion", "label", "tools"),
-    "sharegpt": ("conversations", "tools"),
-    "alpaca": ("instruction", "input", "output"),
-    "ranked": ("prompt", "responses", "scores", "ranks"),
-}
-"""Columns of each format that a declaration may name."""
-
-COLUMNS = frozenset(column for columns in FORMATS.values() for column in columns)
 
 
 @dataclass(frozen=True)
@@ -102,7 +84,7 @@ class NamedDataset:
             InputError: `convert` fails. The message names the data set and the row's columns.
         """
         if self.convert is None:
-            return [{**row, **{name: value_at(row, path) for name, path in self.fields.items()}}]
+            return [{**row, **{name: look_up(row, path, None) for name, path in self.fields.items()}}]
         with converting(self.name, f"convert of a row with the columns {', '.join(row)}"):
             made = self.convert(row)
         if made is None:
@@ -126,24 +108,6 @@ def converting(name: str, what: str) -> Iterator[None]:
         raise InputError(
             f"data set '{name}': {what} failed: {exception_line(error)}; check the declaration against the rows"
         ) from error
-
-
-def value_at(row: object, path: str) -> Any:
-    """The value at a dotted path in a row; None where there is none.
-
-    A number selects an item of a list: `answers.0.text`. A column whose name is the whole path comes first.
-    """
-    if isinstance(row, Mapping) and path in row:
-        return row[path]
-    value: Any = row
-    for key in path.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(key)
-        elif isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
-            value = value[int(key)]
-        else:
-            return None
-    return value
 
 
 def check_types(dataset: NamedDataset) -> None:
@@ -171,7 +135,7 @@ def check_values(dataset: NamedDataset) -> None:
     where, form = f"data set {dataset.name!r}", dataset.format
     if form and form not in FORMATS:
         raise InputError(f"{where}: unknown format {form!r}; use one of {', '.join(FORMATS)}")
-    columns = FORMATS[form] if form else sorted(COLUMNS)
+    columns = sorted({name for key in ([form] if form else FORMATS) for name in FORMATS[key].names})
     if unknown := [column for column in dataset.fields if column not in columns]:
         kind = f"the format {form} has" if form else "formats have"
         raise InputError(f"{where}: 'fields' names the column {unknown[0]!r}, but {kind} {', '.join(columns)}")

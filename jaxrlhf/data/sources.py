@@ -179,6 +179,7 @@ def read_file(path: Path, cache: Path, streaming: bool = False) -> Table:
 def _load(reader: str, path: Path, cache: Path, streaming: bool, **options: Any) -> Any:
     """The one data set that a reader of `datasets` makes of a file."""
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     names = {"parquet": "Parquet", "arrow": "Arrow", "csv": "CSV", "text": "text"}
     with loading(f"{path}: cannot be read as {names[reader]}", "write the file again"):
@@ -186,7 +187,7 @@ def _load(reader: str, path: Path, cache: Path, streaming: bool, **options: Any)
             return datasets.load_dataset(
                 reader, data_files=str(path), split="train", cache_dir=str(cache), streaming=streaming, **options
             )
-        except datasets.exceptions.DatasetGenerationError as error:
+        except DatasetGenerationError as error:
             if isinstance(error.__cause__, UnicodeDecodeError):
                 raise _not_utf8(path) from error
             raise
@@ -396,7 +397,7 @@ def _load_hub(name: str, plain: str, named: NamedDataset | None, streaming: bool
         f"data_path '{name}': neither a file or folder here nor a data set that the hub gives",
         "check the name and the network, or give a local file",
     ):
-        loaded = datasets.load_dataset(repository, config or None, **options)
+        loaded: Any = datasets.load_dataset(repository, config or None, **options)
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 

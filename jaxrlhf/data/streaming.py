@@ -237,7 +237,7 @@ STREAMS: dict[str, type[StreamData]] = {"sft": SFTStream, "reward": PairStream, 
 
 
 def stream_shares(step: str, data_split: str, held_out: float) -> tuple[float, float]:
-    """Bounds, as fractions of all prompts, of those that a step trains on; those below `held_out` are to evaluate on."""
+    """Bounds, as fractions of the prompts, of those that a step trains on; below `held_out` they are held out."""
     weights = parse_split(data_split) or (1.0, 1.0, 1.0)
     first, last = SHARES[step] if data_split else (0, 3)
     total, room = sum(weights), 1 - held_out

@@ -106,14 +106,14 @@ class _Output:
 
     def __post_init__(self) -> None:
         names = ["row", "problem", "cut", "prompt_length", *(["kept"] if self.keeps else [])]
-        parts = [f"{kind}_{j}" for j in range(self.sequences) for kind in ("ids", "mask")]
+        parts = [f"{kind}_{j}" for j in range(self.sequences) for kind in ("ids", "mask", "length")]
         self.columns: dict[str, list[Any]] = {name: [] for name in (*names, *parts)}
 
     def add(self, row: int, *, problem: str | None = None, cut: int = 0, kept: str = "", encoded: Any = None) -> None:
         prompt_length, sequences = encoded or (0, [([], [])] * self.sequences)
         values = {"row": row, "problem": problem, "cut": cut, "prompt_length": prompt_length, "kept": kept}
         for j, (ids, mask) in enumerate(sequences):
-            values |= {f"ids_{j}": ids, f"mask_{j}": mask}
+            values |= {f"ids_{j}": ids, f"mask_{j}": mask, f"length_{j}": len(ids)}
         for name, column in self.columns.items():
             column.append(values[name])
 
@@ -126,11 +126,8 @@ def features_of(step: str) -> Any:
 
     plain = {"row": Value("int32"), "problem": Value("string"), "cut": Value("int8"), "prompt_length": Value("int32")}
     kept = {"kept": Value("string")} if keeps else {}
-    parts = {
-        f"{kind}_{j}": List(Value("int32" if kind == "ids" else "int8"))
-        for j in range(sequences)
-        for kind in ("ids", "mask")
-    }
+    kinds = {"ids": List(Value("int32")), "mask": List(Value("int8")), "length": Value("int32")}
+    parts = {f"{name}_{j}": kind for j in range(sequences) for name, kind in kinds.items()}
     return Features(plain | kept | parts)
 
 
@@ -332,16 +329,15 @@ def problems_of(tables: Sequence[Any], origins: Sequence[Table]) -> tuple[str, .
 def make_part(name: str, tables: Sequence[Any], given: int, problems: tuple[str, ...], described: str) -> Part:
     """The usable rows of the tokenised tables of a source, and the count of the others."""
     import datasets
-    import pyarrow.compute as pc
 
     table = datasets.concatenate_datasets(list(tables))
-    columns = table.data
+    plain = table.select_columns(["cut", "problem", *(c for c in table.column_names if c.startswith("length_"))])
+    columns = plain.with_format("arrow")[:]
     cut = columns.column("cut").to_numpy()
     dropped = (cut & DROPPED) != 0
-    bad = pc.is_valid(columns.column("problem")).to_numpy()
+    bad = columns.column("problem").is_valid().to_numpy()
     kept = np.flatnonzero(~bad & ~dropped)
-    sequences = sum(1 for column in table.column_names if column.startswith("ids_"))
-    lengths = [pc.list_value_length(columns.column(f"ids_{j}")).to_numpy()[kept] for j in range(sequences)]
+    lengths = [columns.column(name).to_numpy()[kept] for name in plain.column_names if name.startswith("length_")]
     counts = {"rows": given, "kept": len(kept), "skipped": int(bad.sum())}
     counts |= {count: int(((cut & bit) != 0).sum()) for count, bit in COUNTS.items()}
     return Part(name, table, kept, np.stack(lengths).astype(np.int32), counts, problems, described)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -180,9 +181,12 @@ class RunConfig(Settings, may_change=True):
     def remat(self) -> str:
         return "full" if self.remat_policy == "none" and self.gradient_checkpointing else self.remat_policy
 
-    def total_steps(self, rows: int, batch: int) -> int:
-        """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last may reach into the next)."""
-        return self.max_steps if self.max_steps > 0 else max(1, -int(-self.num_train_epochs * rows // batch))
+    def total_steps(self, rows: Callable[[], int], batch: int) -> int:
+        """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last may reach into the next).
+
+        `rows` counts the rows of an epoch; it is called only where `num_train_epochs` decides.
+        """
+        return self.max_steps if self.max_steps > 0 else max(1, -int(-self.num_train_epochs * rows() // batch))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,6 @@ from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConf
 class SFTOptions(StepOptions):
     """Supervised fine-tuning."""
 
-    completion_only_loss: bool = True
-    """Train on the response only; false: on the whole sequence."""
-
 
 @dataclass(frozen=True)
 class SFTConfig(SFTOptions, SupervisedConfig):
@@ -68,7 +65,6 @@ def train_sft(config: SFTConfig) -> TrainState:
         objective=OBJECTIVE,
         measure=sft_sums,
         summarise=sft_metrics,
-        batch_options={"completion_only_loss": config.completion_only_loss},
         best=("loss", -1),
     )
     return train_supervised(config, recipe)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import lasting
-from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data, load_tokenizer, stream_indices
+from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data, load_tokenizer
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, read_config, split_trainable
 from jaxrlhf.runs import Run
@@ -191,8 +191,6 @@ class Recipe:
     """From their totals to metrics."""
     best: tuple[str, int]
     """As in Task."""
-    batch_options: dict[str, Any] = field(default_factory=dict)
-    """Passed to `data.batch`."""
     extend: Callable[[Run, Model, Mesh], Callable[[PyTree, Batch], Batch]] = lambda *_: lambda params, batch: batch
     """Called once with run, start model and mesh. Its result adds arrays to each placed batch of steps and evaluations,
     given the current parameters."""
@@ -238,8 +236,8 @@ class SupervisedTask:
         self.micro_batches = config.run.gradient_accumulation_steps
         self.rows = config.run.per_device_train_batch_size * batch_devices(mesh) * self.micro_batches
         self.name, self.title, self.best = recipe.name, recipe.title, recipe.best
-        self.total_steps = config.run.total_steps(len(self.train), self.rows)
-        self.data_names = tuple(config.data.data_path)
+        self.total_steps = config.run.total_steps(lambda: len(self.train), self.rows)
+        self.data_names = config.data.names
         self.trainable = split_trainable(model.params, model.module)[0]
         self.optimizer = make_optimizer(config.optimizer, self.total_steps, self.trainable)
         self.schedule = make_schedule(config.optimizer, self.total_steps)
@@ -258,7 +256,7 @@ class SupervisedTask:
             "data": self.train.key,
             "global_batch_size": self.rows,
             "micro_batches": self.micro_batches,
-            "train_rows": len(self.train),
+            "train_rows": self.train.size,
             "total_steps": self.total_steps,
             "lora": described.get("lora"),
             **lasting(config),
@@ -270,8 +268,8 @@ class SupervisedTask:
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
         made = int(to_host(updates_made(state.opt_state)))
-        indices = stream_indices(index, self.rows, len(self.train), self.config.data.seed)
-        batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows), **self.recipe.batch_options)
+        indices = self.train.indices(index, self.rows)
+        batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows))
         self._newest = self._extend(state.params, place_batch(batch, self.mesh))
         state, metrics = self._update(
             state, self._newest, self.key, objective=self.recipe.objective, micro_batches=self.micro_batches
@@ -282,7 +280,7 @@ class SupervisedTask:
         seconds = time.monotonic() - begin
         return state, metrics | {
             "learning_rate": self.schedule(made),
-            "epoch": np.float64((index + 1) * self.rows / len(self.train)),
+            **self.train.progress(index + 1, self.rows),
             "perf/tokens_per_second": np.float64(tokens / seconds),
             "perf/padding": np.float64(1 - tokens / positions),
             "timing/step": np.float64(seconds),
@@ -295,9 +293,9 @@ class SupervisedTask:
                 state.params, extended, module=state.module, mesh=self.mesh, measure=self.recipe.measure
             )
 
-        size, options = self.config.run.per_device_eval_batch_size * batch_devices(self.mesh), self.recipe.batch_options
+        size = self.config.run.per_device_eval_batch_size * batch_devices(self.mesh)
         totals = {
-            source: evaluation_totals(sums, self.evaluation, size, self.mesh, rows, **options)
+            source: evaluation_totals(sums, self.evaluation, size, self.mesh, rows)
             for source, rows in self.evaluation.rows_by_source().items()
         }
         return metrics_by_source(totals, self.recipe.summarise)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import STYLES, chat_tokenizer, vocabulary_hash
 
-from jaxrlhf.data.registry import FORMATS
+from jaxrlhf.data.formats import FORMATS
 
 FILE = json.loads((Path(__file__).parents[1] / "fixtures" / "formats.json").read_text(encoding="utf-8"))
 WITHOUT_TRL = {"alpaca", "ranked"}  # TRL knows neither

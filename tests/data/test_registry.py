@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from jaxrlhf.data.formats import FORMATS, STEPS, Columns, look_up
 from jaxrlhf.data.known_datasets import DEEPSPEED_CHAT, KNOWN
-from jaxrlhf.data.registry import FORMATS, STEPS, NamedDataset, find, load_registry, value_at
+from jaxrlhf.data.registry import NamedDataset, find, load_registry
 from jaxrlhf.errors import InputError
 
 OPTIONAL = ("tools", "input", "scores", "ranks")
@@ -209,7 +210,7 @@ def test_a_raw_row_becomes_a_row_of_the_format(name):
         kept = [{column: row[column] for column in want} for row, want in zip(rows, expected, strict=True)]
         assert kept == expected
         for row in rows:
-            assert {column for column in FORMATS[dataset.format] if column not in OPTIONAL} <= set(row)
+            assert not FORMATS[dataset.format].missing(row, Columns({}))
 
 
 @pytest.mark.parametrize("name", list(KNOWN))
@@ -307,11 +308,11 @@ def test_a_set_is_found_by_name_with_or_without_config_and_split():
 
 def test_a_dotted_path_reads_mappings_and_lists():
     row = {"question": {"full_text": "q"}, "answers": [{"text": "a"}], "a.b": "whole name"}
-    assert value_at(row, "question.full_text") == "q"
-    assert value_at(row, "answers.0.text") == "a"
-    assert value_at(row, "a.b") == "whole name"
+    assert look_up(row, "question.full_text", None) == "q"
+    assert look_up(row, "answers.0.text", None) == "a"
+    assert look_up(row, "a.b", None) == "whole name"
     for missing in ("answers.1.text", "answers.text", "question.full_text.0", "none", "question.none"):
-        assert value_at(row, missing) is None
+        assert look_up(row, missing, None) is None
 
 
 YAML = """

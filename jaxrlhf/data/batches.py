@@ -7,6 +7,7 @@ shapes occur. A row number of -1 makes a filler row: one pad token, 0 in `row_ma
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,8 +41,8 @@ def short_names(sources: Sequence[str]) -> tuple[str, ...]:
     names: list[str] = []
     for source in sources:
         name = Path(source).name.split(".")[0] or "data"
-        taken = sum(other == name or other.rpartition("-")[0] == name for other in names)
-        names.append(f"{name}-{taken + 1}" if taken else name)
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(next(candidate for candidate in itertools.chain([name], numbered) if candidate not in names))
     return tuple(names)
 
 

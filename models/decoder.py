@@ -412,15 +412,12 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: int `[B, T]`.
-            attention_mask: `[B, T]`, set for real tokens; None: all are real, or those with a segment.
+            attention_mask: `[B, T]`, set for real tokens; None: all are real, but for segment 0.
             segment_ids: int `[B, T]` of packed rows: equal for the columns of a sequence, which lie side by side, and
                 0 on the padding after them. A token attends to its own sequence; positions restart at 0. None: each
                 row is one sequence.
         """
-        if attention_mask is not None:
-            mask = attention_mask.astype(bool)
-        else:
-            mask = jnp.ones(input_ids.shape, bool) if segment_ids is None else segment_ids > 0
+        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
         context = sequence_context(self.config, mask, segment_ids)
         options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(self.config))
         x = self.embed_tokens(input_ids, context.positions)
@@ -461,7 +458,7 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: int `[B, T]`.
-            attention_mask: `[B, T]`, set for real tokens; None: all are real, or those with a segment.
+            attention_mask: `[B, T]`, set for real tokens; None: all are real, but for segment 0.
             temperature: Divides the logits.
             start: int `[B]`: the head computes only `count` columns of each row from this one on, or earlier columns
                 where the row ends before. The others are 0.

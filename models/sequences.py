@@ -49,8 +49,8 @@ def sequence_context(config: DecoderConfig, mask: jax.Array, segment_ids: jax.Ar
     Args:
         config: The decoder's configuration.
         mask: bool `[B, T]`, set for real tokens.
-        segment_ids: int `[B, T]`: rows are packed. Positions restart at 0 where the id changes. None: each row is one
-            sequence.
+        segment_ids: int `[B, T]`: rows are packed, with 0 on padding. Positions restart at 0 where the id changes.
+            None: each row is one sequence.
 
     Raises:
         InputError: `segment_ids` has another shape than `mask`.
@@ -60,6 +60,7 @@ def sequence_context(config: DecoderConfig, mask: jax.Array, segment_ids: jax.Ar
     elif segment_ids.shape != mask.shape:
         raise InputError(f"segment_ids has shape {segment_ids.shape}; it must be that of the token ids, {mask.shape}")
     else:
+        mask = mask & (segment_ids > 0)
         starts, stops = segment_bounds(segment_ids)
         positions = jnp.where(mask, jnp.arange(mask.shape[1], dtype=jnp.int32) - starts, 0)
         lengths = stops - starts

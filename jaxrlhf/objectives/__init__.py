@@ -6,6 +6,7 @@ These conventions hold for every function:
   estimate before `s_t` is chosen. The caller shifts by one.
 - Masks are explicit, of any integer, float or boolean dtype; a non-zero entry counts fully. Values where the mask is
   zero, infinities and NaN included, reach neither the result nor a gradient.
+- A packed row holds several sequences. `segment_ids` `[B, T]` number them 1, 2, … in each row and are 0 on padding.
 - Arithmetic and reductions are float32, or float64 for float64 input. No argument is detached: differentiate with
   respect to the new log-probs or values only.
 - A loss is a masked sum over a denominator. The default denominator is the mask's own count. With the count of the

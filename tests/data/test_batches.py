@@ -109,6 +109,7 @@ def test_the_rows_of_each_source_can_be_evaluated_apart(tokenizer):
 def test_short_names_of_sources_are_unlike_and_hold_no_slash():
     names = short_names(["/data/train.jsonl.gz", "other/train.csv", "Anthropic/hh-rlhf", "x/train.json", "folder/"])
     assert names == ("train", "train-2", "hh-rlhf", "train-3", "folder")
+    assert short_names(["a-2", "a", "b/a"]) == ("a-2", "a", "a-3")
 
 
 @pytest.mark.parametrize("kind", [SFTData, PairData, PromptData])

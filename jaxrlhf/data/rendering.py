@@ -297,13 +297,20 @@ REWRITES = "the chat template rewrites earlier turns, so train_on=all cannot mar
 
 
 def as_messages(value: Prompt, role: str) -> list[Message]:
-    """A text as one message, and messages with an empty text where the content is null, as beside tool calls."""
+    """A text as one message, and messages without nulls, which templates misread; null content is an empty text."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RowProblem(f"message {i + 1} is not an object with a role")
-    return [message if message.get("content") is not None else {**message, "content": ""} for message in value]
+    return [
+        message if None not in message.values() and "content" in message else without_nulls(message)
+        for message in value
+    ]
+
+
+def without_nulls(message: Message) -> Message:
+    return {"content": ""} | {name: value for name, value in message.items() if value is not None}
 
 
 def check_encodable(text: str, messages: list[Message]) -> None:

@@ -428,7 +428,8 @@ def test_tool_calls_with_null_content_and_tools_reach_the_template():
     function = {"name": "look", "arguments": {"at": "the sun"}}
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
-    row = encode_rows(tokenizer, [[user("hello")]], [[[call]]], [tools])[0]
+    asked = user("hello") | {"tool_calls": None, "name": None}
+    row = encode_rows(tokenizer, [[asked]], [[[call]]], [tools])[0]
     assert text(tokenizer, row.prompt) == "look!user:hello<|im_end|>assistant:"
     assert trained(tokenizer, row) == ['look{"at": "the sun"}<|im_end|>']
 

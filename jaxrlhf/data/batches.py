@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxrlhf.data.rendering import Prompt
+from jaxrlhf.data.renderer import Prompt
 from jaxrlhf.data.tokenized import Ragged
 from jaxrlhf.data.tokenizer import pad_token_id
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from jaxrlhf.data.rendering import Message, Prompt
+from jaxrlhf.data.renderer import Message, Prompt
 
 PAIR = ("prompt", "chosen", "rejected")
 FIELDS = {"sft": ("prompt", "chosen"), "reward": PAIR, "ppo": ("prompt",), "dpo": PAIR}

@@ -46,10 +46,12 @@ class SpecialTokens:
     """The special tokens of a tokenizer, found in texts."""
 
     def __init__(self, tokenizer: Any) -> None:
-        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+        named = set(tokenizer.all_special_tokens)
+        special = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content in named}
+        added = [token for token in special.values() if token.content]
         longest_first = sorted(added, key=lambda token: len(token.content), reverse=True)
         names = [re.escape(token.content) for token in longest_first]
-        self.ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.ids = set(special)
         self._first = {token.content[0] for token in added}
         private = f"[{chr(PRIVATE)}-{chr(0x10FFFF)}]"
         self._to_hide = re.compile("|".join([*names, private]))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import keys
-from jaxrlhf.data import Tokenizer
+from jaxrlhf.data import Tokenizer, with_template
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
@@ -55,7 +55,7 @@ class RLHFEngine:
         config: PPOConfig | None = None,
     ) -> None:
         self.config = config = PPOConfig() if config is None else config
-        self.tokenizer = tokenizer
+        self.tokenizer = with_template(tokenizer, config.data.template)
         self.mesh = config.mesh.make_mesh()
         self.hyperparameters = config.hyperparameters(config.data.seed)
         actor, reward, critic = self._load(actor_model_name_or_path, critic_model_name_or_path)

@@ -27,7 +27,6 @@ ALL |= {"bench": BenchConfig}
 # Names with another meaning in another command. Everything else stands in one class.
 OTHERWISE = {
     "seed": {"DataConfig", "ChatConfig", "BenchConfig"},  # of the order of rows too; of samples; of weights
-    "prompt_template": {"DataConfig", "ChatConfig"},  # chat: none stands for the one of training
     "json": {"PlanConfig", "BenchConfig"},  # the file of the plan; the file of the measurements
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
     # The model to train; the model to sample from, which is required.

@@ -17,7 +17,7 @@ from jaxrlhf.errors import InputError
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = ["Human: What is hot? Assistant: The sun is hot.", "user\nhello there", "You are kind.\n\n"] * 50
+TEXTS = ["Human: What is hot? Assistant: The sun is hot.", "user\nhello there", "You are kind."] * 50
 SMOL = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are Tiny<|im_end|>\n' }}{% endif %}"
@@ -48,7 +48,8 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
     "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
@@ -419,14 +420,16 @@ def test_a_template_that_loses_content_is_a_problem_of_the_row():
 def test_tool_calls_with_null_content_and_tools_reach_the_template():
     tokenizer = make("unmarked")
     tokenizer.chat_template = (
-        "{% if tools %}{{ tools[0].function.name + '!' }}{% endif %}{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{% if tools %}{{ tools[0].function.name + '!' }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ':' + m.content }}"
         "{% for call in m.tool_calls or [] %}{{ call.function.name + (call.function.arguments | tojson) }}{% endfor %}"
         "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     function = {"name": "look", "arguments": {"at": "the sun"}}
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
-    row = encode_rows(tokenizer, [[user("hello")]], [[[call]]], [tools])[0]
+    asked = user("hello") | {"tool_calls": None, "name": None}
+    row = encode_rows(tokenizer, [[asked]], [[[call]]], [tools])[0]
     assert text(tokenizer, row.prompt) == "look!user:hello<|im_end|>assistant:"
     assert trained(tokenizer, row) == ['look{"at": "the sun"}<|im_end|>']
 

@@ -9,7 +9,7 @@ from jaxrlhf.errors import InputError
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = ["Human: What is hot? Assistant: The sun is hot.", "user\nhello there", "You are kind.\n\n"] * 50
+TEXTS = ["Human: What is hot? Assistant: The sun is hot.", "user\nhello there", "You are kind."] * 50
 OWN = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}"
 CONVERSATION = [
     {"role": "user", "content": "hello"},
@@ -102,8 +102,8 @@ def test_the_export_prompts_as_the_run_did(folder, tmp_path, settings):
 
 BUILT_IN_TEXTS = {
     "chatml": (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nYou<|im_end|>"
-        "\n<|im_start|>user\nWhat is hot?<|im_end|>\n<|im_start|>assistant\nThe sun<|im_end|>"
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nYou"
+        "<|im_end|>\n<|im_start|>user\nWhat is hot?<|im_end|>\n<|im_start|>assistant\nThe sun<|im_end|>"
     ),
     "llama3": (
         "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
@@ -123,7 +123,7 @@ def test_built_in_templates_on_a_base_model(folder, name):
     assert tokenizer.decode(ids) == BUILT_IN_TEXTS[name]
     end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(name, "<eos>")
     assert tokenizer.eos_token == end
-    assert len(tokenizer) == 320 + len(BUILT_IN[name])
+    assert len(tokenizer) == len(load_tokenizer(folder)) + len(BUILT_IN[name])
     trained = tokenizer.decode([i for i, bit in zip(ids, mask, strict=True) if bit])
     space = "" if BUILT_IN[name] else " "
     assert trained == f"{space}You{end}{space}The sun{end}"
@@ -153,7 +153,7 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') 
 
 def test_a_template_that_refuses_a_system_message_names_the_choice_to_merge_it(folder):
     own(folder, REFUSES)
-    with pytest.raises(InputError, match="system_prompt: .* refuses it: no system; set system_role to merge"):
+    with pytest.raises(InputError, match=r"system_prompt: .* refuses it: no system; set system_role to merge"):
         load_tokenizer(folder, TemplateConfig(system_prompt="Be kind."))
     tokenizer = load_tokenizer(folder, TemplateConfig(system_prompt="Be kind.", system_role="merge"))
     assert prompt_of(tokenizer) == "[user]Be kind.\n\nhello<eos>"

@@ -379,7 +379,7 @@ def _load_saved(name: str, folder: Path, streaming: bool) -> dict[str, Any]:
     import datasets
 
     with loading(f"data_path '{name}': the saved data set cannot be read", "save it again"):
-        loaded = datasets.load_from_disk(str(folder))
+        loaded: Any = datasets.load_from_disk(str(folder))
     parts = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     return {key: part.to_iterable_dataset() for key, part in parts.items()} if streaming else parts
 

@@ -65,7 +65,7 @@ class ComputeConfig(Settings):
     state; 2: the same, but parameters are gathered once per step; 1: gradients are whole too; 0: nothing."""
     attention_implementation: Literal["auto", "xla", "pallas", "cudnn", "tokamax"] = "auto"
     """Attention kernels: xla; pallas, our own (NVIDIA, TPU; interpreted on CPU, so very slow); cudnn and tokamax, for
-    training and scoring alone (NVIDIA); auto: the fastest one measured."""
+    training and scoring alone, without packing (NVIDIA); auto: the fastest one measured."""
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
     CPU); auto: the fastest one measured."""

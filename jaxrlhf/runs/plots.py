@@ -1,4 +1,4 @@
-"""Curves of a run, and histograms, as inline SVG. The colours come from the page, so that one drawing serves light and dark pages."""
+"""Curves and histograms as inline SVG. The colours come from the page, so that one drawing suits light and dark."""
 
 import html
 import io

@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 import jax
 
 from jaxrlhf.commands.data_page import page_of
+from jaxrlhf.commands.data_report import Inspection
 from jaxrlhf.commands.data_terminal import print_inspection
-from jaxrlhf.commands.inspection import Inspection, inspect_data
+from jaxrlhf.commands.inspection import inspect_data
 from jaxrlhf.config import Ge, PositiveInt, Settings
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.data import DataConfig, load_tokenizer

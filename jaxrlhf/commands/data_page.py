@@ -6,8 +6,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from jaxrlhf.commands.data_report import Inspection
 from jaxrlhf.commands.data_terminal import LABELS, TITLES, facts_of, reports_of
-from jaxrlhf.commands.inspection import Inspection
 from jaxrlhf.runs.plots import draw_histogram
 from jaxrlhf.runs.report import page_template
 

@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jaxrlhf.commands.inspection import Inspection, Passage, Piece, Repeats, Row, RowsReport, SourceReport
+from jaxrlhf.commands.data_report import Inspection, Passage, Piece, Repeats, Row, RowsReport, SourceReport
 from jaxrlhf.runs.console import plain_text
 
 TRAINED, TRAINED_SPECIAL, SPECIAL, OTHER = "green", "bold green", "magenta", "dim"
@@ -29,7 +29,7 @@ TITLES = {
     "shared_prompts": "rows of evaluation whose prompt stands in training",
 }
 LABELS = {"train": "train", "eval": "eval"}
-PADDING = {"batches": "padding", "packed": "packed", "sorted": "sorted"}
+PADDING = {"batches": "padding", "packed": "when packed", "sorted": "when sorted"}
 
 
 class View:
@@ -208,7 +208,7 @@ def print_counts(view: View, found: Inspection) -> None:
             more = ", …" if reason.rows > len(reason.places) else ""
             places = ", ".join(map(near, reason.places)) + more
             view.indented(Text(plain_text(f"{source.name} {LABELS[label]}, {reason.what}: {reason.rows:,} ({places})")))
-    view.title("Tokens (length of a sequence; share of padding)")
+    view.title(f"Tokens (mean, median and longest: of a sequence; padding: in batches of {found.batch_size} rows)")
     ways = dict.fromkeys(way for _, _, report in reports_of(found) for way in report.padding)
     rows = []
     for source, label, report in reports_of(found):

@@ -7,7 +7,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from jaxrlhf.commands.data_report import Inspection
-from jaxrlhf.commands.data_terminal import LABELS, TITLES, facts_of, reports_of
+from jaxrlhf.commands.data_terminal import LABELS, TITLES, facts_of, near, reports_of
 from jaxrlhf.runs.plots import draw_histogram
 from jaxrlhf.runs.report import page_template
 
@@ -24,6 +24,7 @@ def page_of(found: Inspection) -> str:
     reports = list(reports_of(found))
     return page_template(Path(__file__).parent / "data.html.jinja").render(
         found=found,
+        near=near,
         facts={source.name: list(facts_of(source, found.step)) for source in found.sources},
         reports=[(source, LABELS[label], report) for source, label, report in reports],
         several=sum(source.train is not None for source in found.sources) > 1,

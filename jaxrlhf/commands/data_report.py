@@ -134,7 +134,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence in a packed row."""
+    """One sequence in a packed row; `name` is chosen or rejected in a pair, else empty."""
 
     place: str
     name: str

@@ -179,7 +179,8 @@ def print_packed(view: View, found: Inspection) -> None:
         bar.append(f"{rest} padding", style=OTHER)
     view.indented(bar)
     for segment in found.packed[:8]:
-        view.indented(Text(f"{segment.tokens:>6,} tokens  {segment.name}  {near(segment.place)}"))
+        words = (f"{segment.tokens:>6,} tokens", segment.name, near(segment.place))
+        view.indented(Text("  ".join(filter(None, words))))
     if len(found.packed) > 8:
         view.indented(Text(f"{len(found.packed) - 8:>6,} more segments"))
 

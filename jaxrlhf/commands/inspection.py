@@ -212,7 +212,7 @@ def first_packed(data: Data, scans: Sequence[Scan]) -> Iterator[Segment]:
         return
     for k, row in data.members(int(data.indices(0, 1)[0])):
         for name, tokens in zip(data.sequence_names, data.parts[k].lengths[:, row], strict=True):
-            label = name if len(data.sequence_names) > 1 else "row"
+            label = name if len(data.sequence_names) > 1 else ""
             yield Segment(scans[k].place(row), label, int(tokens))
 
 

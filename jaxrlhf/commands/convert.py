@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.config import Settings, alias
+from jaxrlhf.config import PathName, Settings, alias
 from jaxrlhf.data import read_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -35,9 +35,9 @@ from jaxrlhf.trainers.settings import DTYPES, TokenizerConfig
 class ConvertConfig(Settings):
     """Conversion of a model."""
 
-    input: str
+    input: PathName[str]
     """Hugging Face folder (or hub name), run folder, or checkpoint-N folder."""
-    output: str
+    output: PathName[str]
     """Folder to write: a Hugging Face folder, or one that gets checkpoint-0."""
     source: Annotated[Literal["hf", "orbax"], alias("from")] = "hf"
     """Format of the input."""
@@ -45,7 +45,7 @@ class ConvertConfig(Settings):
     """Format of the output."""
     head: Literal["auto", "lm", "scalar"] = "auto"
     """Head of a Hugging Face input."""
-    adapter: str = ""
+    adapter: PathName[str] = ""
     """PEFT LoRA folder to merge into a Hugging Face input."""
     params: str = ""
     """Parameters to take from a checkpoint, such as actor_params or ema_params; default: the first."""

@@ -10,7 +10,19 @@ from typing import Annotated, Literal, overload
 
 import numpy as np
 
-from jaxrlhf.config import FromYaml, Ge, Gt, Lasting, Lt, NonNegative, NonNegativeInt, PositiveInt, Settings, alias
+from jaxrlhf.config import (
+    FromYaml,
+    Ge,
+    Gt,
+    Lasting,
+    Lt,
+    NonNegative,
+    NonNegativeInt,
+    PathName,
+    PositiveInt,
+    Settings,
+    alias,
+)
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
 from jaxrlhf.data.cache import default_cache, hash_json, tokenizer_fingerprint
 from jaxrlhf.data.formats import FORMATS, PairRule
@@ -68,19 +80,19 @@ class FieldsConfig(Settings, may_change=True):
 class DataConfig(Settings, may_change=True):
     """The data sources, their mixture and split over the steps, and the tokenization."""
 
-    data_path: tuple[str, ...] = ()
+    data_path: PathName[tuple[str, ...]] = ()
     """Training data: a JSON, CSV, TSV, Parquet, Arrow or text file, also compressed; a folder or glob of such files; a
     data set of the hub (name, name:config, name@split) or of save_to_disk; or 'demo'. Several are joined."""
     data_mixture: Annotated[tuple[str, ...], FromYaml(read_inline)] = ()
     """YAML file with a list of sources, in place of data_path: path, weight, fields, template, split, steps, limit …"""
     data_format: str = ""
     """Format of the rows; default: recognised by the columns. See docs/data.md for the names."""
-    dataset_registry: str = ""
+    dataset_registry: PathName[str] = ""
     """YAML or Python file with declarations of your own data sets."""
     data_split: str = ""
     """Shares of the training rows for sft,reward,ppo, such as 2,4,4; dpo takes those of reward and ppo. Empty: every
     step uses all rows."""
-    eval_data_path: tuple[str, ...] = ()
+    eval_data_path: PathName[tuple[str, ...]] = ()
     """Evaluation data; default: the data's own eval, validation or test split, else rows held out."""
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the prompts held out for evaluation when the data has no such split."""
@@ -112,7 +124,7 @@ class DataConfig(Settings, may_change=True):
     """Rows that are shuffled together when streaming."""
     dataset_num_proc: PositiveInt = 1
     """Processes that tokenise."""
-    data_cache_dir: str = ""
+    data_cache_dir: PathName[str] = ""
     """Folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
     seed: Lasting[NonNegativeInt] = 42
     """Seed of the data split and order, of initialisation, dropout and sampling."""
@@ -143,16 +155,19 @@ class DataConfig(Settings, may_change=True):
 
 
 def named_apart(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
-    """The sources, where each of several with one short name is called by its path."""
-    names = [source.short_name for source in sources]
-    return tuple(
-        source.replace(name=source.path) if names.count(source.short_name) > 1 else source for source in sources
-    )
+    """The sources, where each of several with one short name is also called by its folder, or else numbered."""
+    result: list[SourceConfig] = []
+    for source in sources:
+        names, taken = [source.short_name], {other.short_name for other in result}
+        names.append(f"{Path(source.path).parent.name}_{source.short_name}".strip("_"))
+        names += [f"{source.short_name}_{number}" for number in range(2, len(sources) + 2)]
+        result.append(source.replace(name=next(name for name in names if name not in taken)))
+    return tuple(result)
 
 
 def cache_folder(config: DataConfig) -> Path:
     """The folder for tokenised data: `data_cache_dir`, else $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    return Path(config.data_cache_dir).expanduser() if config.data_cache_dir else default_cache()
+    return Path(config.data_cache_dir) if config.data_cache_dir else default_cache()
 
 
 def packs(config: DataConfig, step: str) -> bool:

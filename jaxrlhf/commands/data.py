@@ -15,7 +15,7 @@ from jaxrlhf.commands.data_page import page_of
 from jaxrlhf.commands.data_report import Inspection
 from jaxrlhf.commands.data_terminal import print_inspection
 from jaxrlhf.commands.inspection import inspect_data
-from jaxrlhf.config import Ge, PositiveInt, Settings
+from jaxrlhf.config import Ge, PathName, PositiveInt, Settings
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.data import DataConfig, load_tokenizer
 from jaxrlhf.errors import InputError
@@ -35,9 +35,9 @@ class DataViewConfig(Settings):
     """Rows of each source to show."""
     batch_size: PositiveInt = 8
     """Rows of a batch, for the share of padding."""
-    html: str | None = None
+    html: PathName[str | None] = None
     """Also write a page to this file."""
-    json: str | None = None
+    json: PathName[str | None] = None
     """Also write everything as JSON to this file; -: to standard output, and nothing else."""
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -168,7 +168,7 @@ def scan(part: Part) -> Scan:
 
 def shown_rows(data: Data, found: Scan, show: int) -> Iterator[Row]:
     """The first kept rows of a part, token by token."""
-    special = SpecialTokens(data.tokenizer).ids
+    special = set(SpecialTokens(data.tokenizer).names)
     names = data.sequence_names
     columns = ["prompt_length", *(f"{kind}_{j}" for j in range(len(names)) for kind in ("ids", "mask"))]
     numbers = np.arange(min(show, len(found.part)))

@@ -31,6 +31,9 @@ OTHERS = {
     "sample": Command(
         "jaxrlhf.commands.sample", "SampleConfig", "sample", "best-of-n and rejection sampling: SFT data"
     ),
+    "data": Command(
+        "jaxrlhf.commands.data", "DataViewConfig", "show_data", "what a step sees of your data and trains on", False
+    ),
     "chat": Command("jaxrlhf.commands.chat", "ChatConfig", "chat", "talk to a model"),
     "convert": Command(
         "jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint", False

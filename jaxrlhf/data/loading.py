@@ -358,10 +358,9 @@ class Loader:
     def parts(self, label: str, chosen: Chosen) -> tuple[list[Part], list[str]]:
         """The tokenised rows of each source, and the hash of each."""
         made = [reading.part(rows, self.tokenizer, self.fingerprint, self.encoding, label) for reading, rows in chosen]
-        parts = [part for part, _ in made if len(part)]
-        if not parts:
+        if not any(len(part) for part, _ in made):
             raise InputError(self.nothing_left(label, [part for part, _ in made]))
-        return parts, [key for _, key in made]
+        return [part for part, _ in made], [key for _, key in made]
 
     def nothing_left(self, label: str, parts: list[Part]) -> str:
         """The message for data without a usable row, with the reasons."""
@@ -376,8 +375,9 @@ class Loader:
             "Check the data, and the names of its columns (--prompt_field, --chosen_field …)"
         )
 
-    def data(self, label: str, parts: list[Part], key: str) -> Data:
-        """The data of the parts, with the weights of their sources."""
+    def data(self, label: str, given: list[Part], key: str) -> Data:
+        """The data of the parts that have usable rows, with the weights of their sources."""
+        parts = [part for part in given if len(part)]
         by_name = {source.short_name: source for source in self.sources}
         sources = [by_name.get(part.name) for part in parts]
         data = DATA_CLASSES[self.step](
@@ -390,6 +390,7 @@ class Loader:
             epochs=[source.epochs if source else 0 for source in sources] if label == "train" else None,
             packing=packs(self.config, self.step),
         )
+        data.unusable = [part for part in given if not len(part)]
         if isinstance(data, PromptData):
             data.column_names, data.group_by_length = self.encoding.columns, self.config.group_by_length
         report(f"{self.step} {label} data", data, self.encoding)
@@ -445,3 +446,5 @@ def report(label: str, data: Data, encoding: Encoding) -> None:
         logger.log(
             level, "%s: %s: %s", label, f"{part.name}, {part.described}", "; ".join([summary, *changes, *part.problems])
         )
+    for part in data.unusable:
+        logger.warning("%s: %s: no usable row: %s", label, part.name, "; ".join(part.problems) or "all are too long")

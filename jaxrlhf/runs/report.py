@@ -73,7 +73,7 @@ def write_report(run_dir: str | Path) -> Path:
     if not parts:
         raise InputError(f"{folder} holds no run: there is no metrics.jsonl in it or in its subfolders")
     numbers = count()
-    page = _template().render(
+    page = page_template(Path(__file__).parent / "report.html.jinja").render(
         name=folder.resolve().name,
         path=folder.resolve(),
         tiles=[(name, value) for name, value in _flatten(_summary(folder)) if _is_numeric(value)],
@@ -102,9 +102,10 @@ def group_of(name: str) -> str:
     return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, name))
 
 
-def _template() -> Template:
+def page_template(path: Path) -> Template:
+    """The template of a page: it escapes what it prints, and has the filter `number` and the test `numeric`."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(path.parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -112,7 +113,7 @@ def _template() -> Template:
     )
     environment.filters["number"] = _number
     environment.tests["numeric"] = _is_numeric
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(path.name)
 
 
 def _without_controls(value: object) -> object:

@@ -8,6 +8,7 @@ import pytest
 
 from jaxrlhf.bench.settings import BenchConfig
 from jaxrlhf.commands.chat import ChatConfig
+from jaxrlhf.commands.data import DataViewConfig
 from jaxrlhf.commands.rlhf import RLHFConfig
 from jaxrlhf.commands.sample import SampleConfig
 from jaxrlhf.config import settings
@@ -22,12 +23,12 @@ from jaxrlhf.trainers.sft import SFTConfig
 
 TRAINERS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, **CONFIGS}
 ALL = TRAINERS | {"rlhf": RLHFConfig, "sample": SampleConfig, "chat": ChatConfig, "plan": PlanConfig}
-ALL |= {"bench": BenchConfig}
+ALL |= {"bench": BenchConfig, "data": DataViewConfig}
 
 # Names with another meaning in another command. Everything else stands in one class.
 OTHERWISE = {
     "seed": {"DataConfig", "ChatConfig", "BenchConfig"},  # of the order of rows too; of samples; of weights
-    "json": {"PlanConfig", "BenchConfig"},  # the file of the plan; the file of the measurements
+    "json": {"PlanConfig", "BenchConfig", "DataViewConfig"},  # the file of the plan; of the measurements; of the data
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
     # The model to train; the model to sample from, which is required.
     "model_name_or_path": {"ModelConfig", "SampleConfig"},

@@ -16,7 +16,7 @@ from jaxrlhf.config.annotations import (
     alias,
 )
 from jaxrlhf.config.flags import load_yaml, parse, save_yaml
-from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, settings, to_dict
+from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, places_of, settings, to_dict
 from jaxrlhf.config.yaml_files import read_yaml
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "lasting",
     "load_yaml",
     "parse",
+    "places_of",
     "read_yaml",
     "save_yaml",
     "settings",

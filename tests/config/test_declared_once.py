@@ -8,6 +8,8 @@ import pytest
 
 from jaxrlhf.bench.settings import BenchConfig
 from jaxrlhf.commands.chat import ChatConfig
+from jaxrlhf.commands.convert import ConvertConfig
+from jaxrlhf.commands.demo import DemoConfig
 from jaxrlhf.commands.rlhf import RLHFConfig
 from jaxrlhf.commands.sample import SampleConfig
 from jaxrlhf.config import settings
@@ -22,7 +24,7 @@ from jaxrlhf.trainers.sft import SFTConfig
 
 TRAINERS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, **CONFIGS}
 ALL = TRAINERS | {"rlhf": RLHFConfig, "sample": SampleConfig, "chat": ChatConfig, "plan": PlanConfig}
-ALL |= {"bench": BenchConfig}
+ALL |= {"bench": BenchConfig, "convert": ConvertConfig, "demo": DemoConfig}
 
 # Names with another meaning in another command. Everything else stands in one class.
 OTHERWISE = {
@@ -30,6 +32,7 @@ OTHERWISE = {
     "prompt_template": {"DataConfig", "ChatConfig"},  # chat: none stands for the one of training
     "json": {"PlanConfig", "BenchConfig"},  # the file of the plan; the file of the measurements
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
+    "save_dtype": {"RunConfig", "ConvertConfig"},  # of the export of a run; of a conversion, where dtype says the same
     # The model to train; the model to sample from, which is required.
     "model_name_or_path": {"ModelConfig", "SampleConfig"},
     # The start of step 1 and of step 2; the results of these steps; a scorer without a critic.

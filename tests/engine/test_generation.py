@@ -239,9 +239,9 @@ def collectives(text):
 
 
 def compiled_text(engine, lab, **options):
-    *batch, _ = engine._requests(*lab.prompts(), lab.sampling, None, None)
+    requests = engine._requests(*lab.prompts(), lab.sampling, None, None)
     static = {"module": engine.module, "sampling": lab.sampling, "mesh": engine.generate_mesh}
-    return generate.lower(engine.params, *batch, jax.random.key(0), **static, **options).compile().as_text()
+    return generate.lower(engine.params, requests, jax.random.key(0), **static, **options).compile().as_text()
 
 
 @pytest.mark.parametrize("slots", [0, 4])

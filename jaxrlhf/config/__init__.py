@@ -4,6 +4,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from jaxrlhf.config.annotations import (
     Derived,
+    Finite,
     Fraction,
     FromYaml,
     Lasting,
@@ -21,6 +22,7 @@ from jaxrlhf.config.yaml_files import read_yaml
 
 __all__ = [
     "Derived",
+    "Finite",
     "Fraction",
     "FromYaml",
     "Ge",

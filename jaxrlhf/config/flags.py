@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from jaxrlhf.config.annotations import FromYaml, Hint, check_value
+from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
 from jaxrlhf.config.settings import Settings, UnknownSetting, canonical, errors_in, sections, settings, to_dict
@@ -134,7 +134,8 @@ def _read(name: str, hint: Hint, given: Any) -> Any:
         raise InputError(f"{name}={given!r} must not be nested")
     if origin is tuple:
         items = words if isinstance(given, list) else _items(words)
-        return tuple(_typed(typing.get_args(hint.kind)[0], item) for item in items)
+        kind = hint_of(typing.get_args(hint.kind)[0]).kind
+        return tuple(_typed(kind, item) for item in items)
     if hint.kind is bool and given == ():
         return True
     if len(words) != 1 or isinstance(given, list):

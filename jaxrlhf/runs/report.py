@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from flax.traverse_util import flatten_dict
 from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
@@ -74,7 +75,7 @@ def write_report(run_dir: str | Path) -> Path:
     page = _template().render(
         name=folder.resolve().name,
         path=folder.resolve(),
-        tiles=[(name, value) for name, value in _flatten(_summary(folder)) if _is_numeric(value)],
+        tiles=[(name, value) for name, value in flatten_dict(_summary(folder), sep=".").items() if _is_numeric(value)],
         settings=_settings(folder) if folder not in parts else None,
         sections=[_section(part, numbers) for part in parts],
     )
@@ -242,15 +243,6 @@ def _summary(folder: Path) -> Data:
 def _settings(folder: Path) -> str | None:
     path = folder / "config.yaml"
     return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Values of nested mappings with names such as `seconds.sft`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _is_numeric(value: object) -> bool:

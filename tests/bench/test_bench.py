@@ -280,8 +280,8 @@ def _markers():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sections", "atention"], "sections: there is no 'atention'; known are attention, decode"),
-        (["--peers", "vllm"], "peers: there is no 'vllm'; known are hf, hf-compile, trl"),
+        (["--sections", "atention"], "sections='atention' must be one of attention, decode"),
+        (["--peers", "vllm"], "peers='vllm' must be one of hf, hf-compile, trl"),
         (["--batch", "8", "4"], "batch=8,4 must be positive and ascending"),
         (["--batch", "24", "--micro_batch", "16"], "micro_batch=16 must divide batch=24"),
         (["--mesh_data", "1", "--mesh_fsdp", "1", "--mesh_tensor", "8", "--micro_batch", "3"], "must divide batch=8"),

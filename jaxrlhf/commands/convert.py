@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.config import Settings, alias
+from jaxrlhf.config.files import read_json
 from jaxrlhf.data import load_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -72,7 +73,7 @@ class ConvertConfig(Settings):
 def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
     head = config.head
     if head == "auto":
-        from jaxrlhf.models.hf.checkpoint_files import find_model_folder, read_json
+        from jaxrlhf.models.hf.checkpoint_files import find_model_folder
 
         names = read_json(find_model_folder(config.input) / "config.json").get("architectures") or [""]
         head = "scalar" if names[0].endswith("ForSequenceClassification") else "lm"

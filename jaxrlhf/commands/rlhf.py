@@ -1,6 +1,5 @@
 """All steps in one run, each in a subfolder, with one report and one summary: SFT, reward model, PPO; or SFT, DPO."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from jaxrlhf.config import Section, Settings, alias, load_yaml, save_yaml, to_dict
-from jaxrlhf.config.files import write_json_atomic
+from jaxrlhf.config.files import read_json, write_json_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
@@ -145,7 +144,7 @@ def say(text: str) -> None:
 
 
 def summary_of(stage: SharedConfig) -> dict[str, Any]:
-    return json.loads((Path(stage.folder.output_dir) / "summary.json").read_text(encoding="utf-8"))
+    return read_json(Path(stage.folder.output_dir) / "summary.json")
 
 
 def check_vocabularies(models: BaseModelsConfig) -> None:

@@ -3,7 +3,6 @@
 This module prepares plain data; `report.html.jinja` beside it is the page.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
-from jaxrlhf.config.files import read_jsonl, write_text_atomic
+from jaxrlhf.config.files import read_json, read_jsonl, write_text_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import format_duration, format_number
 from jaxrlhf.runs.plots import SERIES, VARIABLES, Curve, draw
@@ -234,10 +233,7 @@ def _evenly_spaced(items: Sequence[Item], limit: int) -> list[Item]:
 
 def _summary(folder: Path) -> Data:
     path = folder / "summary.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON; delete it or write it anew") from error
+    return read_json(path, "delete it or write it anew") if path.exists() else {}
 
 
 def _settings(folder: Path) -> str | None:

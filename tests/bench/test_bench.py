@@ -442,7 +442,9 @@ def test_a_result_is_replaced_whole_or_not_at_all(monkeypatch, tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize(("text", "message"), [('{"format": 1, "dev', "is not valid JSON"), ("[1]", "no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"format": 1, "dev', "is not valid JSON"), ("[1]", "must hold a JSON object")]
+)
 def test_a_broken_result_is_named_when_results_are_rendered(text, message, tmp_path, capsys):
     (tmp_path / "cut.json").write_text(text)
     document = tmp_path / "bench.md"

@@ -121,7 +121,7 @@ def decode_case(width: int, target: str, dtype: Any = jnp.bfloat16, kv: str = "a
     )
 
 
-def flash_case(width: int, dtype: Any = jnp.bfloat16, alibi: bool = True, size: int = 1024):
+def flash_case(width: int, dtype: Any = jnp.bfloat16, alibi: bool = True, size: int = 1024, packed: bool = False):
     """(function, shapes, blocks) of flash attention and its gradients."""
     heads, kv_heads = HEAD_SIZES[width]
     wide, narrow = (_shape(1, h, size, width, dtype=dtype) for h in (heads, kv_heads))
@@ -135,7 +135,8 @@ def flash_case(width: int, dtype: Any = jnp.bfloat16, alibi: bool = True, size: 
         output, pull = jax.vjp(call, query, key, value)
         return output, pull(upstream)
 
-    scalars = _shape(1), _shape(1), _shape(), _shape(dtype=jnp.float32)
+    start = _shape(1, size) if packed else _shape(1)
+    scalars = start, _shape(1), _shape(), _shape(dtype=jnp.float32)
     return attend, (wide, narrow, narrow, wide, *scalars), flash_blocks(width, dtype, size)
 
 
@@ -172,6 +173,7 @@ def _flash_cases(shape: str, width: int, dtype: Any) -> Iterator[tuple[str, tupl
     yield shape, flash_case(width, dtype)
     for size in UNALIGNED:
         yield f"{shape}, {size} tokens, no ALiBi", flash_case(width, dtype, alibi=False, size=size)
+        yield f"{shape}, {size} tokens, packed", flash_case(width, dtype, size=size, packed=True)
 
 
 def _cases(target: str) -> Iterator[tuple[str, tuple]]:

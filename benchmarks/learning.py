@@ -28,7 +28,7 @@ from jaxrlhf.config import default_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.data import (
     demo_quality,
-    encode_prompt,
+    encode_prompts,
     load_data,
     load_text,
     load_tokenizer,
@@ -111,7 +111,7 @@ def true_qualities(model: Path, seed: int) -> np.ndarray:
     The keys of the samples are the same for every model.
     """
     tokenizer, questions = load_tokenizer(model), held_out_questions()
-    prompts = [encode_prompt(tokenizer, question) for question in questions for _ in range(ANSWERS)]
+    prompts = encode_prompts(tokenizer, [question for question in questions for _ in range(ANSWERS)])
     width = max(map(len, prompts))
     pad = pad_token_id(tokenizer)
     ids = np.array([[pad] * (width - len(prompt)) + prompt for prompt in prompts], np.int32)

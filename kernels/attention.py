@@ -14,11 +14,13 @@ def attention_mask(
     *,
     window: jax.Array | int | None = None,
     query_offset: jax.Array | int = 0,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """Boolean `[B, 1, T, S]`: which keys a query may see.
 
     Causal, real keys only (`key_mask` `[B, S]`), and, with `window` > 0, only the last `window` positions including
-    the query's own. `query_offset` is the column of the first query, one for all rows or `[B]`.
+    the query's own. `query_offset` is the column of the first query, one for all rows or `[B]`. `starts` int `[B, T]`
+    is the first column that each query may see, that of its segment in packed rows.
     """
     columns = jnp.arange(key_mask.shape[1])
     first = jnp.reshape(query_offset, (-1, 1, 1))
@@ -26,6 +28,8 @@ def attention_mask(
     allowed = distance >= 0
     if window is not None:
         allowed &= (distance < window) | (jnp.asarray(window) <= 0)
+    if starts is not None:
+        allowed = allowed & (columns >= starts[:, :, None])
     return allowed[:, None] & key_mask.astype(bool)[:, None, None, :]
 
 
@@ -39,7 +43,8 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
 def block_scores(products, rows, columns, bounds, slope, alibi: bool) -> tuple[jax.Array, jax.Array]:
     """Scores of one block of causal attention from its products, and which of them its mask leaves.
 
-    `rows` of queries and `columns` of keys broadcast to it; `bounds` are start, length, window and scale.
+    `rows` of queries and `columns` of keys broadcast to it; `bounds` are start (one, or one per query), length, window
+    and scale.
     """
     start, length, window, scale = bounds
     scores = products * scale

@@ -64,18 +64,31 @@ class Choice:
 
 
 def decide(
-    kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool, varies: bool = False
+    kernel: str,
+    implementation: str,
+    *,
+    dtype: jnp.dtype,
+    head_dim: int,
+    alibi: bool,
+    varies: bool = False,
+    packed: bool = False,
 ) -> Choice:
     """Chooses the implementation of a kernel for this dtype and mask on the device at hand, and gives the reason.
 
     "auto" takes the first row of MEASURED that fits and is installed, and otherwise "xla". Raises ValueError for a name
     that is unknown or has no form on this platform or device. `varies`: scale or window differ between layers, so that
-    "auto" takes no library, which wants them as numbers. Where JAX has lost what our kernels need, "pallas" becomes
+    "auto" takes no library, which wants them as numbers. `packed`: rows hold several sequences, which libraries cannot
+    tell apart. Where JAX has lost what our kernels need, "pallas" becomes
     "xla" with a warning.
     """
     if implementation not in KERNELS[kernel]:
         raise ValueError(
             f"implementation={implementation!r} of {kernel} is not one of {', '.join(map(repr, KERNELS[kernel]))}"
+        )
+    if packed and implementation in LIBRARIES:
+        raise ValueError(
+            f"implementation={implementation!r} of {kernel} cannot see the segments of packed rows: take 'xla' or "
+            "'pallas', or set packing: false"
         )
     platform, reason = jax.default_backend(), "asked for"
     if implementation == "auto":
@@ -86,7 +99,7 @@ def decide(
             if (row.kernel, row.dtype, row.alibi) == (kernel, jnp.dtype(dtype).name, alibi)
             and pallas.is_kind(row.device, kind)
             and head_dim in row.head_dims
-            and not (varies and row.implementation in LIBRARIES)
+            and not ((varies or packed) and row.implementation in LIBRARIES)
             and (row.implementation != "tokamax" or importlib.util.find_spec("tokamax") is not None)
         )
         nothing = Choice("xla", f"nothing measured on {kind} for this dtype, head size and mask")
@@ -106,13 +119,21 @@ def decide(
 
 
 def choose(
-    kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool, varies: bool = False
+    kernel: str,
+    implementation: str,
+    *,
+    dtype: jnp.dtype,
+    head_dim: int,
+    alibi: bool,
+    varies: bool = False,
+    packed: bool = False,
 ) -> str:
     """`decide` without the reason, which is logged (`jaxrlhf --verbose`), once for each kernel and shape.
 
     Models call this and pass the result on; kernels that are called directly decide without a log entry.
     """
-    choice = decide(kernel, implementation, dtype=dtype, head_dim=head_dim, alibi=alibi, varies=varies)
+    facts = {"dtype": dtype, "head_dim": head_dim, "alibi": alibi, "varies": varies, "packed": packed}
+    choice = decide(kernel, implementation, **facts)
     shape = f"{jnp.dtype(dtype).name}, {'width' if kernel == 'token_logprobs' else 'head size'} {head_dim}"
     log_once(f"{kernel} ({shape}{', ALiBi' if alibi else ''}): {choice.implementation}: {choice.reason}")
     return choice.implementation

@@ -91,7 +91,8 @@ def _check(query, key, value, start, length, slopes) -> None:
         raise ValueError(
             f"query {query.shape} does not fit key {key.shape}: B, T and D must be equal, H a multiple of H_kv"
         )
-    for name, x, shape in (("start", start, (batch,)), ("length", length, (batch,)), ("slopes", slopes, (heads,))):
+    starts = (batch, rest[0]) if start.ndim == 2 else (batch,)
+    for name, x, shape in (("start", start, starts), ("length", length, (batch,)), ("slopes", slopes, (heads,))):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} has shape {x.shape}; for query {query.shape} it must be {shape}")
 
@@ -112,21 +113,23 @@ def flash_attention(
     """Causal attention of whole sequences, differentiable in query, key and value.
 
     query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`, H a multiple of H_kv; `start`, `length` int `[B]`: keys in
-    columns start … length - 1 are live. With `window` > 0 a query sees the last `window` columns including its own.
-    `alibi_slopes` `[H]` adds slope · key column. Softmax in float32. Returns `[B, H, T, D]` in the query's dtype;
+    columns start … length - 1 are live. In packed rows `start` is `[B, T]`, for each query the first column of its
+    segment, and never decreases along a row. With `window` > 0 a query sees the last `window` columns including its
+    own. `alibi_slopes` `[H]` adds slope · key column. Softmax in float32. Returns `[B, H, T, D]` in the query's dtype;
     queries that see no key are 0.
 
     `implementation`: "xla" (kernels/attention.py); "pallas" (NVIDIA, or interpreted on CPU); "cudnn" (NVIDIA, 16-bit;
     rows with start > 0 come out as NaN) and "tokamax" (the library of that name; NVIDIA, or its XLA form on CPU), both
-    without ALiBi and with `scale` and `window` as numbers; "auto" (kernels/choice.py: as for training, of rows that
-    are padded on the right). Raises ValueError for what does not fit. It works on the arrays of one device;
-    models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
+    without ALiBi or packed rows, and with `scale` and `window` as numbers; "auto" (kernels/choice.py: as for training,
+    of rows that are padded on the right). Raises ValueError for what does not fit. It works on the arrays of one
+    device; models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
     """
     _check(query, key, value, start, length, alibi_slopes)
     if not query.size:
         return jnp.zeros_like(query)
     width, alibi = query.shape[-1], alibi_slopes is not None
-    facts = {"dtype": query.dtype, "head_dim": width, "alibi": alibi, "varies": varies(scale, window)}
+    facts = {"dtype": query.dtype, "head_dim": width, "alibi": alibi}
+    facts |= {"varies": varies(scale, window), "packed": start.ndim == 2}
     chosen = decide("flash_attention", implementation, **facts).implementation
     if chosen == "xla":
         return _reference(query, key, value, start, length, scale, window, alibi_slopes)
@@ -151,9 +154,13 @@ def flash_attention(
 def _reference(query, key, value, start, length, scale, window, slopes) -> jax.Array:
     """The same in plain jnp, with scores `[B, H, T, T]`."""
     columns = jnp.arange(key.shape[2])[None]
-    live = (columns >= start[:, None]) & (columns < length[:, None])
-    mask = attention_mask(live, query.shape[2], window=window)
-    positions = jnp.broadcast_to(columns, live.shape)
+    if start.ndim == 2:
+        mask = attention_mask(columns < length[:, None], query.shape[2], window=window, starts=start)
+        positions = columns - start
+    else:
+        live = (columns >= start[:, None]) & (columns < length[:, None])
+        mask = attention_mask(live, query.shape[2], window=window)
+        positions = jnp.broadcast_to(columns, live.shape)
     return attention(query, key, value, mask, scale=scale, alibi_slopes=slopes, positions=positions)
 
 
@@ -248,6 +255,8 @@ class _Shape:
     group: int
     alibi: bool
     blocks: FlashBlocks
+    packed: bool
+    """The first live key differs between the queries of a row."""
 
 
 def _block(ref, begin, size: int, shape: _Shape, *lead) -> jax.Array:
@@ -259,6 +268,14 @@ def _block(ref, begin, size: int, shape: _Shape, *lead) -> jax.Array:
 
 def _vector(ref, begin, size: int, shape: _Shape, *lead) -> jax.Array:
     return load(ref.at[(*lead, pl.ds(begin, size))], begin + jnp.arange(size) < shape.length)
+
+
+def _starts(ref, begin, shape: _Shape) -> tuple[jax.Array, jax.Array]:
+    """First key column that any query of the block from row `begin` on sees, and that of each query."""
+    if not shape.packed:
+        start = ref[()]
+        return start, start
+    return ref[begin], _vector(ref, begin, shape.blocks.queries, shape)[:, None]
 
 
 def _keys_of(begin, shape: _Shape, start, length, window) -> tuple[jax.Array, jax.Array]:
@@ -274,10 +291,11 @@ def flash_attention_forward(
     size, keys = shape.blocks.queries, shape.blocks.keys
     begin = pl.program_id(2) * size
     rows = begin + jnp.arange(size)
-    bounds = start_ref[()], length_ref[()], window_ref[()], scale_ref[()]
+    first, start = _starts(start_ref, begin, shape)
+    bounds = start, length_ref[()], window_ref[()], scale_ref[()]
     slope = slope_ref[()]
     query = _block(q_ref, begin, size, shape)
-    low, steps = _keys_of(begin, shape, *bounds[:3])
+    low, steps = _keys_of(begin, shape, first, *bounds[1:3])
 
     def step(i, carry):
         output, top, total = carry
@@ -310,11 +328,12 @@ def flash_attention_query_gradient(
     size, keys = shape.blocks.queries, shape.blocks.keys
     begin = pl.program_id(2) * size
     rows = begin + jnp.arange(size)
-    bounds = start_ref[()], length_ref[()], window_ref[()], scale_ref[()]
+    first, start = _starts(start_ref, begin, shape)
+    bounds = start, length_ref[()], window_ref[()], scale_ref[()]
     slope = slope_ref[()]
     query, upstream = _block(q_ref, begin, size, shape), _block(do_ref, begin, size, shape)
     log_total, delta = _vector(log_ref, begin, size, shape), _vector(delta_ref, begin, size, shape)
-    low, steps = _keys_of(begin, shape, *bounds[:3])
+    low, steps = _keys_of(begin, shape, first, *bounds[1:3])
 
     def step(i, gradient):
         column = low + i * keys
@@ -330,6 +349,15 @@ def flash_attention_query_gradient(
     store(dq_ref.at[pl.ds(begin, size), :], gradient, corner)
 
 
+def _end_of_queries(start_ref, begin, high, size: int, shape: _Shape) -> jax.Array:
+    """The row, whole blocks after `begin`, from which on no query before `high` sees `size` keys from `begin` on."""
+
+    def sees(row):
+        return (row < high) & (start_ref[jnp.minimum(row, shape.length - 1)] < begin + size)
+
+    return jax.lax.while_loop(sees, lambda row: row + shape.blocks.queries, begin)
+
+
 def flash_attention_key_gradient(
     q_ref, k_ref, v_ref, do_ref, log_ref, delta_ref, start_ref, length_ref, window_ref, scale_ref, slope_ref, dk_ref,
     dv_ref, *, shape: _Shape
@@ -338,10 +366,14 @@ def flash_attention_key_gradient(
     size, queries = shape.blocks.keys, shape.blocks.queries
     begin = pl.program_id(2) * size
     columns = begin + jnp.arange(size)
-    start, length, window, scale = bounds = start_ref[()], length_ref[()], window_ref[()], scale_ref[()]
+    start = 0 if shape.packed else start_ref[()]
+    length, window, scale = length_ref[()], window_ref[()], scale_ref[()]
+    bounds = start, length, window, scale
     key, value = _block(k_ref, begin, size, shape), _block(v_ref, begin, size, shape)
     live = (begin < length) & (begin + size > start)
     high = jnp.where(live, jnp.minimum(shape.length, begin + size - 1 + window), begin)
+    if shape.packed:
+        high = _end_of_queries(start_ref, begin, high, size, shape)
     steps = ceil_div(jnp.maximum(high - begin, 0), queries)
 
     def step(i, carry):
@@ -353,7 +385,10 @@ def flash_attention_key_gradient(
         log_total, delta = (_vector(ref, row, queries, shape, head) for ref in (log_ref, delta_ref))
         products = dot(key, query.T)
         scores, seen = block_scores(products, rows[None], columns[:, None], bounds, slope_ref[head], shape.alibi)
-        weights = jnp.where(seen & (rows < shape.length)[None], jnp.exp(scores - log_total[None]), 0.0)
+        seen &= (rows < shape.length)[None]
+        if shape.packed:
+            seen &= columns[:, None] >= _vector(start_ref, row, queries, shape)[None]
+        weights = jnp.where(seen, jnp.exp(scores - log_total[None]), 0.0)
         value_gradient += dot(weights.astype(upstream.dtype), upstream)
         inner = dot(value, upstream.T)
         key_gradient += dot((weights * (inner - delta[None])).astype(query.dtype), query)
@@ -368,16 +403,21 @@ def flash_attention_key_gradient(
 
 
 def _specs(shape: _Shape) -> dict[str, "pl.BlockSpec"]:
-    """Blocks of the grid's head (q, t), of its key/value head (k), of all its query heads (qs, ts), and scalars."""
+    """Blocks of the grid's head (q, t), of its key/value head (k), of all its query heads (qs, ts), and scalars.
+
+    Those of the first live key (start) are one per row or, for packed rows, one per query.
+    """
     width = max(16, power_of_two(shape.width))
     size, group = shape.length, shape.group
+    row = pl.BlockSpec((None,), lambda b, h, i: (b,))
     return {
         "q": pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, h, 0, 0)),
         "t": pl.BlockSpec((None, None, size), lambda b, h, i: (b, h, 0)),
         "k": pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, jax.lax.div(h, jnp.int32(group)), 0, 0)),
         "qs": pl.BlockSpec((None, None, group, size, width), lambda b, h, i: (b, h, 0, 0, 0)),
         "ts": pl.BlockSpec((None, None, group, size), lambda b, h, i: (b, h, 0, 0)),
-        "row": pl.BlockSpec((None,), lambda b, h, i: (b,)),
+        "row": row,
+        "start": pl.BlockSpec((None, size), lambda b, h, i: (b, 0)) if shape.packed else row,
         "one": pl.BlockSpec((None,), lambda b, h, i: (0,)),
         "head": pl.BlockSpec((None,), lambda b, h, i: (h,)),
         "heads": pl.BlockSpec((None, group), lambda b, h, i: (h, 0)),
@@ -386,7 +426,7 @@ def _specs(shape: _Shape) -> dict[str, "pl.BlockSpec"]:
 
 def _forward(query, key, value, scalars, alibi, blocks) -> tuple[jax.Array, jax.Array]:
     batch, heads, length, width = query.shape
-    shape = _Shape(length, width, heads // key.shape[1], alibi, blocks[0])
+    shape = _Shape(length, width, heads // key.shape[1], alibi, blocks[0], scalars[0].ndim == 2)
 
     def launch(*arrays: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
         specs = _specs(shape)
@@ -394,7 +434,7 @@ def _forward(query, key, value, scalars, alibi, blocks) -> tuple[jax.Array, jax.
             partial(flash_attention_forward, shape=shape),
             arrays,
             grid=(batch, heads, pl.cdiv(length, blocks[0].queries)),
-            in_specs=[specs[name] for name in ("q", "k", "k", "row", "row", "one", "one", "head")],
+            in_specs=[specs[name] for name in ("q", "k", "k", "start", "row", "one", "one", "head")],
             out_specs=[specs["q"], specs["t"]],
             out_shape=[
                 jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -418,7 +458,7 @@ def _launch_backward(*arrays, alibi, blocks: FlashBlocks, interpret: bool) -> tu
     query, key, value, gradient, log_total, delta, *scalars = arrays
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
-    shape = _Shape(length, width, heads // kv_heads, alibi, blocks)
+    shape = _Shape(length, width, heads // kv_heads, alibi, blocks, scalars[0].ndim == 2)
     specs = _specs(shape)
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "interpret": interpret}
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
@@ -426,7 +466,7 @@ def _launch_backward(*arrays, alibi, blocks: FlashBlocks, interpret: bool) -> tu
         partial(flash_attention_query_gradient, shape=shape),
         arrays,
         grid=(batch, heads, pl.cdiv(length, blocks.queries)),
-        in_specs=[specs[name] for name in ("q", "k", "k", "q", "t", "t", "row", "row", "one", "one", "head")],
+        in_specs=[specs[name] for name in ("q", "k", "k", "q", "t", "t", "start", "row", "one", "one", "head")],
         out_specs=specs["q"],
         out_shape=like(query),
         **options,
@@ -434,7 +474,7 @@ def _launch_backward(*arrays, alibi, blocks: FlashBlocks, interpret: bool) -> tu
     grouped = lambda x: x.reshape(batch, kv_heads, shape.group, *x.shape[2:])  # noqa: E731
     slopes = scalars[-1].reshape(kv_heads, shape.group)
     arrays = grouped(query), key, value, grouped(gradient), grouped(log_total), grouped(delta), *scalars[:-1], slopes
-    names = ("qs", "q", "q", "qs", "ts", "ts", "row", "row", "one", "one", "heads")
+    names = ("qs", "q", "q", "qs", "ts", "ts", "start", "row", "one", "one", "heads")
     key_gradient, value_gradient = pallas.launch(
         partial(flash_attention_key_gradient, shape=shape),
         arrays,

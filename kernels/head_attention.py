@@ -5,8 +5,6 @@ scores leave the caches. Here a loop takes one key/value head of one row at a ti
 pass computes the scores anew, as `[keys, queries]`: of a plain product's operands only the second is fast transposed.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -25,14 +23,16 @@ def head_attention(
     window: jax.Array | int = 0,
     alibi_slopes: jax.Array | None = None,
     positions: jax.Array | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention with grouped keys and values: `attention` under `attention_mask(key_mask, T, window=window)`.
+    """Causal attention with grouped keys and values: `attention` under `attention_mask(key_mask, T, window, starts)`.
 
     query `[B, H, T, D]`; key, value `[B, H_kv, T, D]` with H a multiple of H_kv; key_mask bool `[B, T]`; `window` > 0
     limits what a query sees to so many positions; `alibi_slopes` `[H]` adds slope · key position, with
-    `positions` `[B, T]`. Works in float32 and keeps query, key, value, output and one number per query for its
-    gradients. Returns `[B, H, T, D]` in the query's dtype; rows that see no key are 0. It works on the arrays of one
-    device; models/attend.py splits rows and heads over a mesh, through jaxrlhf.sharding.map_shards.
+    `positions` `[B, T]`; `starts` int `[B, T]` is the first column that each query of a packed row sees. Works in
+    float32 and keeps query, key, value, output and one number per query for its gradients. Returns `[B, H, T, D]` in
+    the query's dtype; rows that see no key are 0. It works on the arrays of one device; models/attend.py splits rows
+    and heads over a mesh, through jaxrlhf.sharding.map_shards.
     """
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
@@ -44,7 +44,9 @@ def head_attention(
         bias = bias + slopes * positions[:, None, None].astype(jnp.float32)
     bias = jnp.broadcast_to(bias, (batch, kv_heads, group, length)).reshape(-1, group, length)
     flat = (query.reshape(-1, group, length, width), *(x.reshape(-1, length, width) for x in (key, value)))
-    output = _attend(*(x.astype(jnp.float32) for x in flat), bias, jnp.float32(scale), jnp.int32(window))
+    if starts is not None:
+        starts = jnp.repeat(starts, kv_heads, axis=0)
+    output = _attend(*(x.astype(jnp.float32) for x in flat), bias, starts, jnp.float32(scale), jnp.int32(window))
     return output.reshape(query.shape).astype(query.dtype)
 
 
@@ -61,23 +63,37 @@ def _causal(query: jax.Array, key: jax.Array, window: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, scale: jax.Array, window: jax.Array
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array,
+    starts: jax.Array | None,
+    scale: jax.Array,
+    window: jax.Array,
 ) -> jax.Array:
-    """query `[N, G, T, D]`: what shares each of N key/value heads; key, value `[N, T, D]`; bias `[N, G, T]`."""
-    return _forward(query, key, value, bias, scale, window)[0]
+    """query `[N, G, T, D]`: what shares each of N key/value heads.
+
+    key, value `[N, T, D]`; bias `[N, G, T]`; starts `[N, T]` or None.
+    """
+    return _forward(query, key, value, bias, starts, scale, window)[0]
 
 
-def _forward(query, key, value, bias, scale, window):
+def _forward(query, key, value, bias, starts, scale, window):
     columns = jnp.arange(key.shape[1])
     causal = _causal(columns[:, None], columns, window)
-    output, log_sum = jax.lax.map(partial(_forward_head, causal, scale), (query, key, value, bias))
-    return output, (query, key, value, bias, scale, window, output, log_sum)
+    heads = (query, key, value, bias), starts
+    output, log_sum = jax.lax.map(lambda head: _forward_head(causal, scale, *head), heads)
+    return output, (query, key, value, bias, starts, scale, window, output, log_sum)
 
 
-def _forward_head(causal: jax.Array, scale: jax.Array, head: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+def _forward_head(
+    causal: jax.Array, scale: jax.Array, head: tuple[jax.Array, ...], starts: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Output `[G, T, D]` and log-sum-exp `[G, T]`."""
     query, key, value, bias = head
     group, length, width = query.shape
+    if starts is not None:
+        causal = jnp.where(jnp.arange(length) >= starts[:, None], causal, NEGATIVE)
     scores = _dot((query * scale).reshape(-1, width), key, transposed=True).reshape(group, length, length)
     scores = scores + bias[:, None] + causal
     largest = jnp.maximum(scores.max(-1, keepdims=True), NEGATIVE)
@@ -90,21 +106,23 @@ def _forward_head(causal: jax.Array, scale: jax.Array, head: tuple[jax.Array, ..
 
 
 def _backward(kept, grad):
-    query, key, value, bias, scale, window, output, log_sum = kept
+    query, key, value, bias, starts, scale, window, output, log_sum = kept
     columns = jnp.arange(key.shape[1])
     causal = _causal(columns, columns[:, None], window)
     along = (grad * output).sum(-1)
-    heads = (query, key, key.swapaxes(1, 2), value, bias, log_sum, along, grad)
-    grad_query, grad_key, grad_value = jax.lax.map(partial(_backward_head, causal, scale), heads)
-    return grad_query.swapaxes(1, 2).reshape(query.shape), grad_key, grad_value, None, None, None
+    heads = (query, key, key.swapaxes(1, 2), value, bias, log_sum, along, grad), starts
+    grad_query, grad_key, grad_value = jax.lax.map(lambda head: _backward_head(causal, scale, *head), heads)
+    return grad_query.swapaxes(1, 2).reshape(query.shape), grad_key, grad_value, None, None, None, None
 
 
 def _backward_head(
-    causal: jax.Array, scale: jax.Array, head: tuple[jax.Array, ...]
+    causal: jax.Array, scale: jax.Array, head: tuple[jax.Array, ...], starts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients by query `[D, G·T]`, key and value `[T, D]`; scores and weights are `[T (keys), G, T]` here."""
     query, key, key_transposed, value, bias, log_sum, along, grad = head
     group, length, width = query.shape
+    if starts is not None:
+        causal = jnp.where(jnp.arange(length)[:, None] >= starts, causal, NEGATIVE)
     queries, grads = query.reshape(-1, width), grad.reshape(-1, width)
     scores = _dot(key * scale, queries, transposed=True).reshape(length, group, length)
     weights = jnp.exp(scores + bias.T[:, :, None] + causal[:, None] - log_sum)

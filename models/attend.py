@@ -23,6 +23,7 @@ from jaxrlhf.kernels import (
     varies,
     write_columns,
 )
+from jaxrlhf.models.sequences import SequenceContext
 from jaxrlhf.sharding import map_shards, platform
 
 
@@ -39,11 +40,18 @@ class AttentionOptions:
     implementation: str = "auto"
     """One of kernels.IMPLEMENTATIONS."""
 
-    def kernel(self, name: str, query: jax.Array) -> str:
+    def kernel(self, name: str, query: jax.Array, packed: bool = False) -> str:
         """The implementation of the kernel `name` for this query; InputError for one that cannot run here."""
         with _as_input_error():
-            facts = {"alibi": self.alibi_slopes is not None, "varies": varies(self.scale, self.window)}
-            return choose(name, self.implementation, dtype=query.dtype, head_dim=query.shape[-1], **facts)
+            return choose(
+                name,
+                self.implementation,
+                dtype=query.dtype,
+                head_dim=query.shape[-1],
+                alibi=self.alibi_slopes is not None,
+                varies=varies(self.scale, self.window),
+                packed=packed,
+            )
 
 
 @contextmanager
@@ -142,8 +150,7 @@ def attend_to_sequence(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    key_mask: jax.Array,
-    positions: jax.Array,
+    context: SequenceContext,
     options: AttentionOptions,
     *,
     prefill: bool = False,
@@ -153,14 +160,13 @@ def attend_to_sequence(
 
     The implementation "auto" computes one head after the other on a CPU (kernels/head_attention.py). Elsewhere it is
     the one that kernels/choice.py names for training or for prefill. Kernels other than XLA's need the real columns of
-    a row side by side and, for ALiBi, positions that count them. They return NaN for other rows.
+    a row side by side and, for ALiBi, positions that count those of a segment. They return NaN for other rows.
 
     Args:
         query: `[B, H, T, D]`.
         key: `[B, H_kv, T, D]`.
         value: `[B, H_kv, T, D]`.
-        key_mask: bool `[B, T]`, true for real tokens.
-        positions: int `[B, T]`, for ALiBi.
+        context: Real columns, positions (for ALiBi) and segments.
         options: Scale, window and implementation.
         prefill: A cache is being written, so rows are padded on the left.
         dropout: Rate and key of the dropout on the attention weights; only XLA's implementation has it.
@@ -169,7 +175,7 @@ def attend_to_sequence(
         `[B, H, T, D]` in the query's dtype.
 
     Raises:
-        InputError: The implementation cannot run here, or has no dropout.
+        InputError: The implementation cannot run here, has no dropout, or cannot see segments.
     """
     kernel = "prefill_attention" if prefill else "flash_attention"
     slopes = options.alibi_slopes
@@ -182,18 +188,21 @@ def attend_to_sequence(
         implementation = "xla"
     elif options.implementation == "auto" and platform() == "cpu":
         log_once(f"{kernel}: head by head: a CPU is slow at batched small products")
-        return _head_by_head(query, key, value, key_mask, positions, options)
+        return _head_by_head(query, key, value, context, options)
     else:
-        dropout, implementation = None, options.kernel(kernel, query)
+        dropout, implementation = None, options.kernel(kernel, query, packed=context.starts is not None)
     if implementation == "xla":
-        mask = attention_mask(key_mask, query.shape[2], window=options.window)
+        mask = attention_mask(context.key_mask, query.shape[2], window=options.window, starts=context.starts)
         rate, dropout_key = dropout or (0.0, None)
-        attend = partial(attention, scale=options.scale, alibi_slopes=slopes, positions=positions)
+        attend = partial(attention, scale=options.scale, alibi_slopes=slopes, positions=context.positions)
         return attend(query, key, value, mask, dropout_rate=rate, dropout_key=dropout_key)
-    start, length, unfit = _span(key_mask)
+    start, length, unfit = _span(context.key_mask)
+    if context.starts is not None:
+        start = context.starts
     if slopes is not None:
-        columns = jnp.arange(key_mask.shape[1])
-        unfit |= (key_mask & (positions != columns - start[:, None])).any(1)
+        columns = jnp.arange(query.shape[2])
+        counted = columns - (start if start.ndim == 2 else start[:, None])
+        unfit |= (context.key_mask & (context.positions != counted)).any(1)
     output = _flash(query, key, value, start, length, replace(options, implementation=implementation))
     return jnp.where(unfit[:, None, None, None], jnp.nan, output)
 
@@ -202,18 +211,22 @@ def _head_by_head(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    key_mask: jax.Array,
-    positions: jax.Array,
+    context: SequenceContext,
     options: AttentionOptions,
 ) -> jax.Array:
     """`attend_to_sequence` on CPUs."""
 
     def call(query, held, rows, slopes):
-        (key, value), (mask, positions) = held, rows
-        attend = partial(head_attention, scale=options.scale, window=options.window)
+        (key, value), (mask, positions, *starts) = held, rows
+        attend = partial(
+            head_attention, scale=options.scale, window=options.window, starts=starts[0] if starts else None
+        )
         return (attend(query, key, value, mask, alibi_slopes=slopes, positions=positions),)
 
-    return _by_heads(call, query, (key, value), (key_mask, positions), options.alibi_slopes)[0]
+    rows = [context.key_mask, context.positions]
+    if context.starts is not None:
+        rows.append(context.starts)
+    return _by_heads(call, query, (key, value), rows, options.alibi_slopes)[0]
 
 
 def _span(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -230,7 +243,10 @@ def _span(mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _flash(
     query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, length: jax.Array, options: AttentionOptions
 ) -> jax.Array:
-    """`attend_to_sequence` by `flash_attention`, of rows whose real columns are `start` … `length` - 1."""
+    """`attend_to_sequence` by `flash_attention`, of rows whose real columns are `start` … `length` - 1.
+
+    `start` is `[B]`, or `[B, T]` for packed rows: that of each column's segment.
+    """
 
     def call(query, held, rows, slopes):
         (key, value), (start, length) = held, rows

@@ -11,13 +11,12 @@ from jaxrlhf.models.decoder import (
     Block,
     DecodeContext,
     Decoder,
-    SequenceContext,
     layer_options,
-    positions_from_mask,
 )
 from jaxrlhf.models.lora import merge_lora
 from jaxrlhf.models.model import logical_axes, storage_rules
 from jaxrlhf.models.rotary import rotation
+from jaxrlhf.models.sequences import SequenceContext, sequence_context
 from jaxrlhf.sharding import constrain, reshard, split
 
 PyTree = Any
@@ -150,11 +149,8 @@ def prefill(
     Returns:
         Float32 logits `[B, V_padded]` of the last column, and the caches.
     """
-    mask = prompt_mask.astype(bool)
-    positions = positions_from_mask(mask)
-    rotary = rotation(module.config, positions) if module.config.position == "rotary" else None
-    context = SequenceContext(mask, positions, rotary)
-    return _run(module, view, prompt_ids, positions, context, caches)
+    context = sequence_context(module.config, prompt_mask.astype(bool))
+    return _run(module, view, prompt_ids, context.positions, context, caches)
 
 
 def decode_step(

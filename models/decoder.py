@@ -18,7 +18,8 @@ from jaxrlhf.kernels import LIBRARIES, Cache, entries, project_logits, write_col
 from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
-from jaxrlhf.models.rotary import rotate, rotation
+from jaxrlhf.models.rotary import rotate
+from jaxrlhf.models.sequences import SequenceContext, sequence_context
 from jaxrlhf.sharding import constrain
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -35,17 +36,6 @@ REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class SequenceContext(flax.struct.PyTreeNode):
-    """Facts about a batch of whole sequences that the attention of every layer needs (training, scoring, prefill)."""
-
-    key_mask: jax.Array
-    """bool `[B, T]`: columns that hold real tokens."""
-    positions: jax.Array
-    """int `[B, T]`: position of each column within its sequence, 0 on padding."""
-    rotation: tuple[jax.Array, jax.Array] | None
-    """cos and sin of the query columns, `[B, 1, T, rotated/2]`; None without rotary positions."""
 
 
 class DecodeContext(flax.struct.PyTreeNode):
@@ -74,12 +64,6 @@ def layer_options(config: DecoderConfig) -> list[LayerOptions]:
         LayerOptions(scale=scale / (i + 1 if config.scale_by_inverse_layer else 1), window=windows[i])
         for i in range(config.num_layers)
     ]
-
-
-def positions_from_mask(mask: jax.Array) -> jax.Array:
-    """Position of each column within its sequence, int32 `[B, T]`: counts the real tokens of `mask`, 0 on padding."""
-    mask = mask.astype(jnp.int32)
-    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) * mask
 
 
 def alibi_slopes(num_heads: int) -> jax.Array:
@@ -250,8 +234,7 @@ class Attention(nn.Module):
                 query,
                 key,
                 value,
-                context.key_mask,
-                context.positions,
+                context,
                 how,
                 prefill=cache is not None,
                 dropout=(rate, self.make_rng("dropout")) if rate > 0 and self.has_rng("dropout") else None,
@@ -340,7 +323,7 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder: `apply({"params": params}, input_ids, attention_mask)` computes logits or values.
+    """The decoder: `apply({"params": params}, input_ids, attention_mask, segment_ids)` computes logits or values.
 
     With head "lm" the result is logits `[B, T, V]`, with head "scalar" values `[B, T]`; both are float32. Parameters
     are created in float32.
@@ -423,21 +406,21 @@ class Decoder(nn.Module):
         return self.project_out(x) if c.embedding_size != c.hidden_size else x
 
     def hidden_states(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, position_ids: jax.Array | None = None
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
     ) -> jax.Array:
         """Computes the final hidden states `[B, T, E]`.
 
         Args:
             input_ids: int `[B, T]`.
-            attention_mask: `[B, T]`, set for real tokens; None: all are real.
-            position_ids: int `[B, T]`; None: positions count the real tokens.
+            attention_mask: `[B, T]`, set for real tokens; None: all are real, but for segment 0.
+            segment_ids: int `[B, T]` of packed rows: equal for the columns of a sequence, which lie side by side, and
+                0 on the padding after them. A token attends to its own sequence; positions restart at 0. None: each
+                row is one sequence.
         """
-        c = self.config
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-        positions = positions_from_mask(mask) if position_ids is None else position_ids
-        context = SequenceContext(mask, positions, rotation(c, positions) if c.position == "rotary" else None)
-        options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(c))
-        x = self.embed_tokens(input_ids, positions)
+        context = sequence_context(self.config, mask, segment_ids)
+        options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(self.config))
+        x = self.embed_tokens(input_ids, context.positions)
         x, _ = self.layers(x, context, options)
         return self.finish(constrain(x, "batch", None, None))
 
@@ -451,9 +434,9 @@ class Decoder(nn.Module):
         return project_logits(hidden, weight.astype(self.dtype), bias, self.config.vocab_size)
 
     def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, position_ids: jax.Array | None = None
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
     ) -> jax.Array:
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids)
+        hidden = self.hidden_states(input_ids, attention_mask, segment_ids)
         if self.head == "scalar":
             kernel, _ = self.score()
             return jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
@@ -466,23 +449,26 @@ class Decoder(nn.Module):
         temperature: float = 1.0,
         start: jax.Array | None = None,
         count: int | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Computes the log-prob of each token given those before it, and the entropy of its distribution.
 
         Column t is read from the logits at t-1; column 0 is 0. `[B, T, V]` is never in memory (kernels/logprobs.py).
+        In packed rows the results at a segment's first column mean nothing: they are read from another segment.
 
         Args:
             input_ids: int `[B, T]`.
-            attention_mask: `[B, T]`, set for real tokens; None: all are real.
+            attention_mask: `[B, T]`, set for real tokens; None: all are real, but for segment 0.
             temperature: Divides the logits.
             start: int `[B]`: the head computes only `count` columns of each row from this one on, or earlier columns
                 where the row ends before. The others are 0.
             count: Columns per row with `start`.
+            segment_ids: int `[B, T]` of packed rows, as `hidden_states` takes them.
 
         Returns:
             Log-probs and entropies in nats, float32 `[B, T]` each.
         """
-        hidden, labels = self.hidden_states(input_ids, attention_mask)[:, :-1], input_ids[:, 1:]
+        hidden, labels = self.hidden_states(input_ids, attention_mask, segment_ids)[:, :-1], input_ids[:, 1:]
         length = labels.shape[1]
         if start is not None:
             count = length if count is None else min(count, length)

@@ -41,23 +41,35 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def _dynamic_frequencies(config: DecoderConfig, positions: jax.Array) -> jax.Array:
-    """`[B, 1, 1, rotated_dim / 2]`: the base grows with each row's length beyond `max_positions` (NTK-aware scaling).
+def _dynamic_frequencies(config: DecoderConfig, lengths: jax.Array) -> jax.Array:
+    """The base grows with each sequence's length beyond `max_positions` (NTK-aware scaling).
 
-    The length is that of the row, so that a sequence does not depend on its neighbours (transformers takes the longest
+    `lengths` is int `[B, 1]`, or `[B, T]` for packed rows; the result is `[B, 1, 1 or T, rotated_dim / 2]`. The length
+    is that of the sequence itself, so that a sequence does not depend on its neighbours (transformers takes the longest
     of the batch). Keys of a sequence decoded past `max_positions` stay rotated under the earlier, smaller bases, as in
     transformers.
     """
     dim, factor = config.rotated_dim, float(rope_scaling(config)["factor"])
-    length = jnp.maximum(positions.max(-1) + 1, config.max_positions)[:, None, None, None]
+    length = jnp.maximum(lengths, config.max_positions)[:, None, :, None]
     growth = (factor * length / config.max_positions - (factor - 1)) ** (dim / (dim - 2))
     return (config.rotary_base * growth) ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
 
 
-def rotation(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes cos and sin, float32 `[B, 1, T, rotated_dim / 2]`, for int positions `[B, T]`."""
-    dynamic = rope_scaling(config).get("rope_type") == "dynamic"
-    frequencies = _dynamic_frequencies(config, positions) if dynamic else inverse_frequencies(config)
+def rotation(
+    config: DecoderConfig, positions: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Computes cos and sin, float32 `[B, 1, T, rotated_dim / 2]`.
+
+    Args:
+        config: The decoder's configuration.
+        positions: int `[B, T]`.
+        lengths: int `[B, T]`: length of each column's sequence in packed rows; None: each row is one sequence.
+    """
+    if rope_scaling(config).get("rope_type") == "dynamic":
+        lengths = positions.max(-1, keepdims=True) + 1 if lengths is None else lengths
+        frequencies = _dynamic_frequencies(config, lengths)
+    else:
+        frequencies = inverse_frequencies(config)
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -27,9 +27,10 @@ from jaxrlhf.models import (
     with_kernels,
 )
 from jaxrlhf.models.attend import AttentionOptions, attend_to_sequence
-from jaxrlhf.models.decoder import LayerOptions, alibi_slopes, layer_options, positions_from_mask
+from jaxrlhf.models.decoder import LayerOptions, alibi_slopes, layer_options
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.model import make_module
+from jaxrlhf.models.sequences import SequenceContext, positions_from_mask
 from jaxrlhf.plan.roofline import Peaks, Stages, attention_layer, logprobs, visible
 from jaxrlhf.rl import Experience
 from jaxrlhf.rl.models import RLHFEngine
@@ -162,7 +163,7 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
         slopes = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
         options = AttentionOptions(scale, window, slopes, config.compute.attention_implementation)
         with use(mesh, TRAIN_RULES):
-            return attend_to_sequence(q, k, v, mask, positions_from_mask(mask), options)
+            return attend_to_sequence(q, k, v, SequenceContext(mask, positions_from_mask(mask)), options)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | jax.Array, window: int | jax.Array) -> jax.Array:
         return jnp.sum(forward(q, k, v, scale, window).astype(jnp.float32) * weights)

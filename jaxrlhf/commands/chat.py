@@ -11,9 +11,15 @@ import jax
 import numpy as np
 
 from jaxrlhf import keys
-from jaxrlhf.config import NonNegativeInt, Settings, alias, read_yaml
-from jaxrlhf.data import DEFAULT_TEMPLATE, encode_conversation, length_bucket, load_tokenizer, pad_token_id
-from jaxrlhf.data.templates import check_template
+from jaxrlhf.config import NonNegativeInt, PathName, Settings, alias
+from jaxrlhf.data import (
+    TemplateConfig,
+    encode_conversation,
+    length_bucket,
+    load_tokenizer,
+    pad_token_id,
+    with_template,
+)
 from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, with_kernels
@@ -32,25 +38,17 @@ Ctrl-C stops a response; the part on the screen stays in the conversation."""
 class ChatConfig(Settings):
     """A conversation with a model."""
 
-    HIDDEN = frozenset({"samples_per_prompt", "generation_slots"})
+    HIDDEN = frozenset({"samples_per_prompt", "generation_slots", "train_on", "special_tokens_in_data"})
 
-    model: Annotated[str, alias("model_name_or_path")]
+    model: PathName[Annotated[str, alias("model_name_or_path")]]
     """Folder or hub name of a language model, such as the output of sft or ppo."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    system: str | None = None
-    """System message that begins the conversation."""
+    template: TemplateConfig = TemplateConfig()
     sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=0.9)
     generation: GenerationConfig = GenerationConfig()
     seed: NonNegativeInt = 42
     """Seed of the sampling: the same conversation gets the same responses."""
-    prompt_template: str | None = None
-    """Text around message and response, as in training; default: that of the run that wrote the model, else
-    'Human: {prompt} Assistant: {response}'. The tokenizer's chat template is used where training would use it."""
     mesh: MeshConfig = MeshConfig()
-
-    def check(self) -> None:
-        if self.prompt_template is not None:
-            check_template(self.prompt_template)
 
 
 class StreamedText:
@@ -106,10 +104,9 @@ class ChatSession:
     def __init__(self, model: Model, tokenizer: Any, config: ChatConfig, console: Console | None = None) -> None:
         if model.module.head != "lm":
             raise InputError("chat needs a language model; this one has a scalar head (a reward model or critic)")
-        check_tokenizer_fits(len(tokenizer), model.config, "the tokenizer")
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config = with_template(tokenizer, config.template), config
+        check_tokenizer_fits(len(self.tokenizer), model.config, "the tokenizer")
         self.console = Console(quiet=True) if console is None else console
-        self.template = DEFAULT_TEMPLATE if config.prompt_template is None else config.prompt_template
         self.engine = HybridEngine(model, config.mesh.make_mesh())
         self.context = model.config.max_positions
         longest = config.sampling.max_new_tokens
@@ -123,8 +120,8 @@ class ChatSession:
         self.sampling = replace(
             config.sampling,
             max_new_tokens=longest,
-            eos_token_id=end_ids(model, tokenizer),
-            pad_token_id=pad_token_id(tokenizer),
+            eos_token_id=end_ids(model, self.tokenizer),
+            pad_token_id=pad_token_id(self.tokenizer),
         )
         self._compiled: set[int] = set()
         self.reset()
@@ -157,11 +154,10 @@ class ChatSession:
 
     def _fit(self, message: dict[str, str]) -> tuple[list[int], int]:
         """Token ids of the conversation with `message`, and the number of oldest messages that do not fit."""
-        system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
+        system = self.config.template.system_prompt is not None
         starts = [i for i, old in enumerate(self.messages) if old["role"] != "assistant"]
         for start in [*starts, len(self.messages)]:
-            kept = [*system, *self.messages[start:], message]
-            prompt = encode_conversation(self.tokenizer, kept, self.template)
+            prompt = encode_conversation(self.tokenizer, [*self.messages[start:], message])
             if len(prompt) <= self.prompt_limit:
                 return prompt, start
         raise InputError(
@@ -221,21 +217,12 @@ def open_session(config: ChatConfig, console: Console | None = None) -> ChatSess
             f"{config.model} is a reward model or critic ({scalar[0]}), which cannot write; "
             "give the folder that sft, dpo or ppo wrote"
         )
-    if config.prompt_template is None:
-        config = with_template_of_run(config, folder)
-    tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or folder)
+    tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or folder, config.template)
     dtype = config.mesh.compute_dtype
     options = {"dtype": dtype, "param_dtype": dtype, "progress": sys.stderr.isatty()}
     model = load_pretrained(folder, mesh=config.mesh.make_mesh(), **options)
     model = with_kernels(model, kv_cache_dtype=config.generation.kv_cache_dtype)
     return ChatSession(model, tokenizer, config, console)
-
-
-def with_template_of_run(config: ChatConfig, folder: Path) -> ChatConfig:
-    """`config` with the prompt template of the run in `folder`, if there is one."""
-    path = folder.parent / "config.yaml" if folder.name == "ema" else folder / "config.yaml"
-    template = read_yaml(path).get("prompt_template") if path.is_file() else None
-    return config if template is None else replace(config, prompt_template=str(template))
 
 
 def chat(config: ChatConfig, input_stream: TextIO | None = None, output: TextIO | None = None) -> None:
@@ -297,10 +284,29 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c <= "\x9f"))
 
 
+def checked_lines(stream: TextIO) -> Iterator[str]:
+    """Lines of `stream`. Raises InputError for bytes that are not UTF-8, which some locales pass on as surrogates."""
+    try:
+        for line in stream:
+            line.encode()
+            yield line
+    except UnicodeError as error:
+        byte = error.object[error.start] if isinstance(error, UnicodeDecodeError) else 0
+        if isinstance(error, UnicodeEncodeError):
+            byte = ord(error.object[error.start]) & 0xFF
+        raise InputError(
+            f"standard input: byte 0x{byte:02x} is not valid UTF-8; convert the text first, as with "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+
+
 def read_lines(stream: TextIO, interactive: bool) -> Iterator[str | None]:
-    """Lines of `stream`, asked for with a prompt and line editing on a terminal; None for a Ctrl-C there."""
+    """Lines of `stream`, asked for with a prompt and line editing on a terminal; None for a Ctrl-C there.
+
+    Raises InputError for input that is not UTF-8.
+    """
     if not interactive:
-        yield from stream
+        yield from checked_lines(stream)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it gives input() line editing and history

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.config import Settings, alias
+from jaxrlhf.config import PathName, Settings, alias
 from jaxrlhf.config.files import read_json
-from jaxrlhf.data import load_tokenizer
+from jaxrlhf.data import read_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
@@ -37,9 +37,9 @@ class ConvertConfig(Settings):
 
     HIDDEN = frozenset({"mesh_data", "mesh_tensor", "dtype"})
 
-    input: str
+    input: PathName[str]
     """Hugging Face folder (or hub name), run folder, or checkpoint-N folder."""
-    output: str
+    output: PathName[str]
     """Folder to write: a Hugging Face folder, or one that gets checkpoint-0."""
     source: Annotated[Literal["hf", "orbax"], alias("from")] = "hf"
     """Format of the input."""
@@ -47,7 +47,7 @@ class ConvertConfig(Settings):
     """Format of the output."""
     head: Literal["auto", "lm", "scalar"] = "auto"
     """Head of a Hugging Face input."""
-    adapter: str = ""
+    adapter: PathName[str] = ""
     """PEFT LoRA folder to merge into a Hugging Face input."""
     params: str = ""
     """Parameters to take from a checkpoint, such as actor_params or ema_params; default: the first."""
@@ -142,7 +142,7 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
         path = Path(config.input)
         found = [f for f in (path, path.parent) if (f / "tokenizer_config.json").is_file()]
         source = str(found[0]) if found else None
-    return None if source is None else load_tokenizer(source)
+    return None if source is None else read_tokenizer(source)
 
 
 def convert(config: ConvertConfig) -> None:

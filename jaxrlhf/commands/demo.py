@@ -14,7 +14,7 @@ from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import (
     DataConfig,
     demo_quality,
-    encode_prompt,
+    encode_prompts,
     load_tokenizer,
     materialize_demo,
     pad_token_id,
@@ -81,7 +81,7 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
 def responses(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> list[str]:
     """Samples one response per question from the model in `folder`, with keys that do not depend on the model."""
     engine = HybridEngine(load_pretrained(folder))
-    prompts = [encode_prompt(tokenizer, question) for question in questions]
+    prompts = encode_prompts(tokenizer, questions)
     width = 32
     ids = np.full((len(prompts), width), pad_token_id(tokenizer), np.int32)
     mask = np.zeros((len(prompts), width), bool)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from jaxrlhf.config import Section, Settings, alias, load_yaml, save_yaml, to_dict
+from jaxrlhf.config import PathName, Section, Settings, alias, load_yaml, save_yaml, to_dict
 from jaxrlhf.config.files import read_json, write_json_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
@@ -30,9 +30,11 @@ STEPS = ("sft", "reward", "ppo", "dpo")
 class BaseModelsConfig(Settings):
     """The models to start from."""
 
-    actor_model_name_or_path: Annotated[str | None, alias("actor_model", "model_name_or_path")] = None
+    actor_model_name_or_path: PathName[Annotated[str | None, alias("actor_model", "model_name_or_path")]] = None
     """Language model that step 1 fine-tunes."""
-    reward_model_name_or_path: Annotated[str | None, alias("reward_model", "critic_model_name_or_path")] = None
+    reward_model_name_or_path: PathName[Annotated[str | None, alias("reward_model", "critic_model_name_or_path")]] = (
+        None
+    )
     """Language model that step 2 makes a reward model of; default: the result of step 1."""
     start: StartConfig = StartConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

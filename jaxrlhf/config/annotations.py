@@ -21,7 +21,7 @@ class _Mark(NamedTuple):
     name: str
 
 
-MAY_CHANGE, LASTING, SECTION, DERIVED = map(_Mark, ("may_change", "lasting", "section", "derived"))
+MAY_CHANGE, LASTING, SECTION, DERIVED, PATH = map(_Mark, ("may_change", "lasting", "section", "derived", "path"))
 
 MayChange = Annotated[T, MAY_CHANGE]
 """A setting that a resumed run may have otherwise than the run that it continues."""
@@ -31,6 +31,9 @@ Section = Annotated[T, SECTION]
 """Settings under a name of their own: `--sft.max_steps 5`, a mapping in YAML."""
 Derived = Annotated[T, DERIVED, tyro.conf.Fixed, tyro.conf.Suppress]
 """A value that a program takes from elsewhere: neither a flag nor a YAML key."""
+
+PathName = Annotated[T, PATH]
+"""Text that may be a path: a leading ~ becomes the home folder."""
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]

@@ -9,11 +9,12 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
-from jaxrlhf.config.annotations import LASTING, MAY_CHANGE, Hint, check_value, hints_of
+from jaxrlhf.config.annotations import LASTING, MAY_CHANGE, PATH, Hint, check_value, hints_of
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")
@@ -55,6 +56,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, hint in hints_of(type(self)).items():
             check_value(name, getattr(self, name), hint)
+            if PATH in hint.notes:
+                object.__setattr__(self, name, expanded(getattr(self, name)))
         self.check()
 
     def check(self) -> None:
@@ -80,6 +83,13 @@ class Settings:
         """Yields (flat name, value) of every flag, sections aside."""
         for name in settings(type(self)):
             yield name, self.value(name)
+
+
+def expanded(value: Any) -> Any:
+    """A path, or several, with the home folder in place of a leading ~."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    return tuple(map(os.path.expanduser, value)) if isinstance(value, tuple | list) else value
 
 
 @functools.cache

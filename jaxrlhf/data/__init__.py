@@ -1,47 +1,48 @@
 """Data: rows from files or data sets, rendered and tokenised once, in batches of static shape."""
 
-from jaxrlhf.data.batches import (
-    Data,
-    PairData,
-    PromptData,
-    SFTData,
-    epoch_permutation,
-    eval_batches,
-    length_bucket,
-    padding_fraction,
-    stream_indices,
-)
+from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData, eval_batches, length_bucket
 from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
+from jaxrlhf.data.encoding import encode_stops
 from jaxrlhf.data.loading import DataConfig, load_data
-from jaxrlhf.data.templates import (
-    DEFAULT_TEMPLATE,
-    Tokenizer,
+from jaxrlhf.data.order import epoch_permutation
+from jaxrlhf.data.rendering import (
+    EncodedRow,
     answer_text,
     encode_conversation,
-    encode_pair,
-    encode_prompt,
-    encode_stops,
-    load_tokenizer,
-    pad_token_id,
+    encode_prompts,
+    encode_rows,
+    encode_texts_as_documents,
     plain_response,
 )
 from jaxrlhf.data.text import TextBlocks, load_text
+from jaxrlhf.data.tokenizer import (
+    DEFAULT_TEMPLATE,
+    TemplateConfig,
+    Tokenizer,
+    load_tokenizer,
+    pad_token_id,
+    read_tokenizer,
+    with_template,
+)
 
 __all__ = [
     "DEFAULT_TEMPLATE",
     "Data",
     "DataConfig",
+    "EncodedRow",
     "PairData",
     "PromptData",
     "SFTData",
+    "TemplateConfig",
     "TextBlocks",
     "Tokenizer",
     "answer_text",
     "demo_quality",
     "encode_conversation",
-    "encode_pair",
-    "encode_prompt",
+    "encode_prompts",
+    "encode_rows",
     "encode_stops",
+    "encode_texts_as_documents",
     "epoch_permutation",
     "eval_batches",
     "length_bucket",
@@ -50,8 +51,8 @@ __all__ = [
     "load_tokenizer",
     "materialize_demo",
     "pad_token_id",
-    "padding_fraction",
     "plain_response",
-    "stream_indices",
+    "read_tokenizer",
+    "with_template",
     "write_demo",
 ]

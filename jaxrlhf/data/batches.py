@@ -1,24 +1,29 @@
 """Batches of tokenised rows: static shapes, explicit masks, and an order that depends only on (seed, step).
 
-A batch is a dict of numpy arrays. T (or P) is the smallest length bucket that holds the batch's longest row, so few
-shapes occur. A row number of -1 makes a filler row: one pad token, 0 in `row_mask` and in `loss_mask`.
+A batch is a dict of numpy arrays, made of units: a unit is a row or, with packing, a bin of several rows. T (or P) is
+the smallest length bucket that holds the batch's longest unit, so few shapes occur. A unit number of -1 makes a filler
+row: one pad token, 0 in `row_mask` and in `loss_mask`.
 """
 
 from __future__ import annotations
 
-import functools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxrlhf.data.templates import Prompt, pad_token_id
-from jaxrlhf.data.tokenized import Ragged
+from jaxrlhf.data.formats import Prompt
+from jaxrlhf.data.order import Schedule, epoch_units, stream_positions
+from jaxrlhf.data.packing import Bins, pack
+from jaxrlhf.data.tokenized import Part
+from jaxrlhf.data.tokenizer import pad_token_id
 
 SMALLEST_BUCKET = 32
+LENGTH_WINDOW = 16  # batches whose rows are sorted by length together
 Batch = dict[str, np.ndarray]
 Indices = Sequence[int] | np.ndarray
-"""Row numbers [B]; -1 for a filler row."""
+"""Unit numbers [B]; -1 for a filler row."""
 
 
 def length_bucket(length: int, maximum: int) -> int:
@@ -34,113 +39,243 @@ def length_bucket(length: int, maximum: int) -> int:
     return min(size, maximum)
 
 
-def padding_fraction(batch: Batch, tokens: int) -> float:
-    """Share of a batch's positions that hold padding. `tokens`: the batch's `token_count`."""
-    names = ("attention_mask", "chosen_mask", "rejected_mask", "prompt_mask")
-    return 1.0 - tokens / sum(batch[name].size for name in names if name in batch)
-
-
-def fill(rows: Sequence[np.ndarray], width: int, pad_id: int, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Pads rows of tokens to int32 [B, width] ids and mask; `left` puts the padding first. An empty row is one pad."""
-    ids = np.full((len(rows), width), pad_id, np.int32)
-    mask = np.zeros((len(rows), width), np.int32)
+def fill(rows: Sequence[np.ndarray], width: int, value: int, *, left: bool = False) -> np.ndarray:
+    """Pads rows to int32 [B, width]; `left` puts the padding first."""
+    filled = np.full((len(rows), width), value, np.int32)
     for i, row in enumerate(rows):
-        n = len(row)
-        place = slice(width - n, width) if left else slice(0, n)
-        ids[i, place] = row
-        # A filler row attends to one token: a row that attends to nothing gives NaN in some attention kernels.
-        mask[i, place if n else (-1 if left else 0)] = 1
-    return ids, mask
+        filled[i, width - len(row) if left else 0 : width if left else len(row)] = row
+    return filled
+
+
+def filled_mask(lengths: Sequence[int], width: int, *, left: bool = False) -> np.ndarray:
+    """int32 [B, width]: 1 where `fill` puts tokens.
+
+    A filler row attends to one token: a row that attends to nothing gives NaN in some attention kernels.
+    """
+    ones = [np.ones(max(length, 1), np.int32) for length in lengths]
+    return fill(ones, width, 0, left=left)
 
 
 class Data:
-    """Tokenised rows of one step, made by `load_data` and read at random by row number.
+    """Tokenised rows of one step, made by `load_data` and read at random by unit number.
 
     Attributes:
-        ragged: the tokens and where they came from.
+        parts: the rows of each source.
         tokenizer: the Hugging Face tokenizer that encoded them.
-        maximum: longest sequence in tokens.
+        maximum: the longest unit in tokens.
         key: hash of the rows, the tokenizer, and the settings of the tokenisation.
+        schedule: the source of each position of the stream.
+        sequence_names: the sequences that a row has.
+        bins: with packing, the rows of each unit of each source.
     """
 
-    sequences: tuple[tuple[int, ...], ...]
-    """Fields of a row (0: prompt, 1: chosen, 2: rejected) that each sequence of a batch joins."""
+    sequence_names: tuple[str, ...]
 
-    def __init__(self, ragged: Ragged, tokenizer, maximum: int, key: str = ""):
-        self.ragged, self.tokenizer, self.maximum, self.key = ragged, tokenizer, maximum, key
-        self.counts, self.problems = ragged.counts, ragged.problems
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        tokenizer,
+        maximum: int,
+        key: str = "",
+        *,
+        seed: int = 0,
+        weights: Sequence[float | None] | None = None,
+        epochs: Sequence[float] | None = None,
+        packing: bool = False,
+    ):
+        self.parts, self.tokenizer, self.maximum, self.key, self.seed = list(parts), tokenizer, maximum, key, seed
         self.pad_id = pad_token_id(tokenizer)
+        self.bins: list[Bins] | None = None
+        if packing:
+            self.maximum = self.capacity
+            self.bins = [pack(self.unit_lengths(part), self.maximum, seed) for part in self.parts]
+        self.sizes = [len(units) for units in (self.bins or self.parts)]
+        self.starts = np.cumsum([0, *self.sizes])
+        shares = [
+            size if weight is None else weight for size, weight in zip(self.sizes, weights or self.sizes, strict=True)
+        ]
+        limits = [
+            round(n * size) if n else None for n, size in zip(epochs or [0] * len(self.sizes), self.sizes, strict=True)
+        ]
+        self.schedule = Schedule(shares or [1.0], limits or None)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a bin holds."""
+        return self.maximum
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources' short names."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows given, kept, skipped, truncated and dropped, of all sources."""
+        return {name: sum(part.counts[name] for part in self.parts) for name in self.parts[0].counts}
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Reasons and places of skipped rows."""
+        return tuple(problem for part in self.parts for problem in part.problems)
+
+    def unit_lengths(self, part: Part) -> np.ndarray:
+        """int [n]: tokens that each row needs in a bin."""
+        return part.lengths.sum(axis=0)
 
     def __len__(self) -> int:
-        return len(self.ragged)
+        return int(self.starts[-1])
 
-    def text(self, i: int) -> dict[str, str]:
-        """Decodes row `i`: prompt and, where the step reads them, chosen and rejected."""
-        names = ("prompt", "chosen", "rejected")[: self.ragged.parts]
-        parts = [self.ragged.part(i, j).tolist() for j in range(len(names))]
-        return dict(zip(names, self.tokenizer.batch_decode(parts, skip_special_tokens=True), strict=True))
+    @property
+    def size(self) -> int | None:
+        """Number of units; None where a stream has not come to its end."""
+        return len(self)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, packed or not."""
+        return sum(map(len, self.parts))
+
+    def indices(self, step: int, batch_size: int) -> np.ndarray:
+        """int64 [batch_size]: the units of training step `step` (from 0): a function of the seed and the step alone."""
+        return self.units_at(stream_positions(step, batch_size))
+
+    def units_at(self, positions: np.ndarray) -> np.ndarray:
+        """int64, as `positions`: the units at these positions of the training stream."""
+        source, number = self.schedule.take(positions)
+        units = np.empty(len(positions), np.int64)
+        for k in np.unique(source):
+            chosen = source == k
+            seed = self.seed if len(self.parts) == 1 else (self.seed, int(k))
+            units[chosen] = self.starts[k] + epoch_units(number[chosen], self.sizes[k], seed)
+        return units
+
+    def progress(self, step: int, batch_size: int) -> dict[str, np.float64]:
+        """After `step` steps: the epoch, and with several sources the share that each has had of the units."""
+        done = step * batch_size
+        metrics = {"epoch": np.float64(done / self.size)} if self.size else {}
+        if len(self.sources) > 1:
+            shares = self.schedule.counts(done) / done
+            metrics |= {f"data/{name}/share": share for name, share in zip(self.sources, shares, strict=True)}
+        return metrics
+
+    def rows_by_source(self) -> dict[str, np.ndarray]:
+        """int64: the units of each source, by its short name."""
+        return {
+            part.name: np.arange(a, b) for part, a, b in zip(self.parts, self.starts, self.starts[1:], strict=False)
+        }
+
+    def members(self, unit: int) -> list[tuple[int, int]]:
+        """The rows of a unit, each as the number of its source and its number in the source; none for a filler row."""
+        if unit < 0:
+            return []
+        k = int(np.searchsorted(self.starts, unit, side="right")) - 1
+        place = int(unit - self.starts[k])
+        rows = self.bins[k][place].tolist() if self.bins is not None else [place]
+        return [(k, row) for row in rows]
+
+    def values(self, units: Indices, columns: Sequence[str]) -> list[list[dict[str, Any]]]:
+        """The columns of each row of each unit."""
+        members = [self.members(int(unit)) for unit in units]
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for k, part in enumerate(self.parts):
+            if wanted := sorted({row for unit in members for source, row in unit if source == k}):
+                fetched = part.fetch(wanted, columns)
+                for j, row in enumerate(wanted):
+                    found[k, row] = {name: fetched[name][j] for name in columns}
+        return [[found[member] for member in unit] for unit in members]
+
+    def text(self, unit: int) -> dict[str, str]:
+        """Decodes a row: its prompt and, where the step reads them, chosen and rejected."""
+        columns = [f"ids_{j}" for j in range(len(self.sequence_names))]
+        row = self.values([unit], ["prompt_length", *columns])[0][0]
+        n = int(row["prompt_length"])
+        pieces = {"prompt": row["ids_0"][:n]}
+        if self.sequence_names != ("prompt",):
+            pieces |= {name: row[column][n:] for name, column in zip(self.sequence_names, columns, strict=True)}
+        texts = self.tokenizer.batch_decode(list(pieces.values()), skip_special_tokens=True)
+        return dict(zip(pieces, texts, strict=True))
 
     def source(self, i: int) -> tuple[str, int]:
-        """The source of row `i`, as the user named it, and the row's number in it (from 0)."""
-        source, row = self.ragged.rows[i]
-        return self.ragged.sources[source], int(row)
+        """The source of a row by its short name, and the row's number in it (from 0)."""
+        ((k, row),) = self.members(i)[:1]
+        return self.parts[k].name, int(self.parts[k].fetch([row], ["row"])["row"][0])
 
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
-        """Builds the batch of these rows.
+        """Builds the batch of these units.
 
         Args:
-            indices: row numbers [B]; -1 for a filler row.
-            held: bool [B]: the rows to read; the others become filler rows. Shapes and `row_mask` are those of the
+            indices: unit numbers [B]; -1 for a filler row.
+            held: bool [B]: the units to read; the others become filler rows. Shapes and `row_mask` are those of the
                 whole batch, so processes that hold different rows agree.
         """
         raise NotImplementedError
 
     def lengths(self, indices: Indices) -> np.ndarray:
-        """int64 [sequences, B]: tokens of each sequence; 0 in filler rows."""
-        indices = np.asarray(indices)
-        fields = [self.ragged.lengths_of(indices, j) * (indices >= 0) for j in range(self.ragged.parts)]
-        return np.stack([np.sum([fields[j] for j in sequence], axis=0) for sequence in self.sequences])
+        """int64 [sequences, B]: tokens of each sequence of a row; 0 in filler rows. Not for packed rows."""
+        result = np.zeros((len(self.sequence_names), len(indices)), np.int64)
+        for i, unit in enumerate(np.asarray(indices).tolist()):
+            for k, row in self.members(unit):
+                result[:, i] += self.parts[k].lengths[:, row]
+        return result
 
-    def token_count(self, indices: Indices) -> int:
-        """Number of tokens of the rows' sequences, in all processes."""
-        return int(self.lengths(indices).sum())
-
-    def joined(self, indices: Indices, held: np.ndarray | None) -> tuple[list[list[np.ndarray]], int]:
-        """Each row of each sequence (empty where filler or not held), and the width that holds the longest row."""
-        read = np.asarray(indices) if held is None else np.where(held, indices, -1)
-        empty = np.zeros(0, np.int32)
-        sequences = [
-            [np.concatenate([self.ragged.part(i, j) if i >= 0 else empty for j in sequence]) for i in read.tolist()]
-            for sequence in self.sequences
-        ]
-        return sequences, length_bucket(int(self.lengths(indices).max()), self.maximum)
+    def width(self, indices: Indices) -> int:
+        """The length bucket that holds the longest unit."""
+        lengths = self.lengths(indices)
+        longest = lengths.sum(axis=0) if self.bins is not None else lengths.max(axis=0)
+        return length_bucket(int(longest.max()), self.maximum)
 
     def row_mask(self, indices: Indices) -> np.ndarray:
         """int32 [B]: 0 in filler rows."""
         return (np.asarray(indices) >= 0).astype(np.int32)
 
+    def sequences(self, indices: Indices, held: np.ndarray | None) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """The sequences of each unit as (ids, mask): those of its rows, in order; none where filler or not held."""
+        read = np.asarray(indices) if held is None else np.where(held, indices, -1)
+        names = [(f"ids_{j}", f"mask_{j}") for j in range(len(self.sequence_names))]
+        values = self.values(read, [name for pair in names for name in pair])
+        return [[(row[ids], row[mask]) for row in unit for ids, mask in names] for unit in values]
+
+    def packed(self, indices: Indices, held: np.ndarray | None) -> Batch:
+        """`input_ids, attention_mask, segment_ids, loss_mask` int32 [B, T], where each sequence is a segment."""
+        units, width = self.sequences(indices, held), self.width(indices)
+        nothing = np.zeros(0, np.int32)
+        ids = [np.concatenate([nothing, *(ids for ids, _ in unit)]) for unit in units]
+        marks = [np.concatenate([nothing, *(mask for _, mask in unit)]) for unit in units]
+        segments = [
+            np.repeat(np.arange(1, len(unit) + 1), [len(tokens) for tokens, _ in unit]) if unit else np.ones(1, int)
+            for unit in units
+        ]
+        segment_ids = fill(segments, width, 0)
+        return {
+            "input_ids": fill(ids, width, self.pad_id),
+            "attention_mask": (segment_ids > 0).astype(np.int32),
+            "segment_ids": segment_ids,
+            "loss_mask": fill(marks, width, 0),
+        }
+
 
 class SFTData(Data):
-    """Rows of prompt + chosen."""
+    """Rows of prompt + response, or of text."""
 
-    sequences = ((0, 1),)
+    sequence_names = ("chosen",)
 
-    def batch(self, indices: Indices, *, held: np.ndarray | None = None, completion_only_loss: bool = True) -> Batch:
+    def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
         """Builds `input_ids, attention_mask, loss_mask` int32 [B, T], right-padded; `row_mask` int32 [B].
 
-        `loss_mask` is 1 at the targets of the loss: the response with its EOS, or every token but the first with
-        `completion_only_loss=False`.
+        `loss_mask` is 1 at the targets of the loss: the tokens that `train_on` selects. With packing, also
+        `segment_ids`.
         """
-        (rows,), width = self.joined(indices, held)
-        ids, mask = fill(rows, width, self.pad_id)
-        first = self.ragged.lengths_of(np.asarray(indices), 0) if completion_only_loss else np.ones(len(rows), int)
         row_mask = self.row_mask(indices)
-        # Nothing predicts the first token, so it is never a target.
-        targets = np.arange(width)[None, :] >= np.maximum(first, 1)[:, None]
+        if self.bins is not None:
+            return self.packed(indices, held) | {"row_mask": row_mask}
+        units, width = self.sequences(indices, held), self.width(indices)
+        ids = [unit[0][0] if unit else np.zeros(0, np.int32) for unit in units]
+        marks = [unit[0][1] if unit else np.zeros(0, np.int32) for unit in units]
         return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "loss_mask": mask * targets.astype(np.int32) * row_mask[:, None],
+            "input_ids": fill(ids, width, self.pad_id),
+            "attention_mask": filled_mask([len(row) for row in ids], width),
+            "loss_mask": fill(marks, width, 0),
             "row_mask": row_mask,
         }
 
@@ -148,89 +283,106 @@ class SFTData(Data):
 class PairData(Data):
     """Rows of prompt + chosen and prompt + rejected."""
 
-    sequences = ((0, 1), (0, 2))
+    sequence_names = ("chosen", "rejected")
+
+    @property
+    def capacity(self) -> int:
+        return 2 * self.maximum
 
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
-        """Builds `chosen_ids, chosen_mask, rejected_ids, rejected_mask` int32 [B, T], right-padded;
-        `prompt_length, row_mask` int32 [B].
+        """Builds `{chosen,rejected}_{ids,mask,loss_mask}` int32 [B, T], right-padded; `row_mask` int32 [B].
 
-        Both responses of a row begin at column `prompt_length` (filler: 0) and end with EOS.
+        `…_loss_mask` is 1 at the tokens of the response, EOS included. With packing: `input_ids, attention_mask,
+        segment_ids, loss_mask` int32 [B, T] and `pair_mask` int32 [B, P]; pair p is the segments 2p + 1 (chosen) and
+        2p + 2 (rejected).
         """
-        (chosen, rejected), width = self.joined(indices, held)
         row_mask = self.row_mask(indices)
-        chosen_ids, chosen_mask = fill(chosen, width, self.pad_id)
-        rejected_ids, rejected_mask = fill(rejected, width, self.pad_id)
-        return {
-            "chosen_ids": chosen_ids,
-            "chosen_mask": chosen_mask,
-            "rejected_ids": rejected_ids,
-            "rejected_mask": rejected_mask,
-            "prompt_length": (self.ragged.lengths_of(np.asarray(indices), 0) * row_mask).astype(np.int32),
-            "row_mask": row_mask,
-        }
+        if self.bins is not None:
+            pairs = max(bins.largest for bins in self.bins)
+            counts = np.array([len(self.members(int(unit))) for unit in indices])
+            pair_mask = (np.arange(pairs) < counts[:, None]).astype(np.int32)
+            return self.packed(indices, held) | {"pair_mask": pair_mask, "row_mask": row_mask}
+        units, width = self.sequences(indices, held), self.width(indices)
+        batch: Batch = {}
+        for j, side in enumerate(("chosen", "rejected")):
+            ids = [unit[j][0] if unit else np.zeros(0, np.int32) for unit in units]
+            marks = [unit[j][1] if unit else np.zeros(0, np.int32) for unit in units]
+            batch[f"{side}_ids"] = fill(ids, width, self.pad_id)
+            batch[f"{side}_mask"] = filled_mask([len(row) for row in ids], width)
+            batch[f"{side}_loss_mask"] = fill(marks, width, 0)
+        return batch | {"row_mask": row_mask}
 
 
 class PromptData(Data):
-    """Prompts, and the further fields of their rows that rewards need."""
+    """Prompts, and the further columns of their rows that rewards need.
 
-    sequences = ((0,),)
+    Attributes:
+        column_names: the further columns.
+        group_by_length: batches of a window hold prompts of like lengths.
+    """
+
+    sequence_names = ("prompt",)
+    column_names: tuple[str, ...] = ()
+    group_by_length = True
+
+    def indices(self, step: int, batch_size: int) -> np.ndarray:
+        """As in `Data`. The rows of a window of batches are sorted by length, and its batches are then shuffled."""
+        window, place = divmod(step, LENGTH_WINDOW)
+        if not self.group_by_length:
+            return super().indices(step, batch_size)
+        units = self.units_at(np.arange(window * LENGTH_WINDOW * batch_size, (window + 1) * LENGTH_WINDOW * batch_size))
+        ordered = units[np.argsort(self.lengths(units)[0], kind="stable")]
+        batch = int(np.random.default_rng((self.seed, 2, window)).permutation(LENGTH_WINDOW)[place])
+        return ordered[batch * batch_size : (batch + 1) * batch_size]
+
+    def kept(self, indices: Indices) -> list[list[Any] | None]:
+        """Each row's prompt as the data has it, and its further columns; None for filler rows."""
+        return [json.loads(str(unit[0]["kept"])) if unit else None for unit in self.values(indices, ["kept"])]
 
     def prompts(self, indices: Indices) -> list[Prompt | None]:
         """The prompts of these rows as the data has them, before rendering; None in filler rows."""
-        return [self.ragged.kept(i)[0] if i >= 0 else None for i in indices]
+        return [row and row[0] for row in self.kept(indices)]
 
     def prompt_texts(self, indices: Indices) -> list[str]:
         """The prompts as text, conversations as rendered for the model; empty in filler rows."""
         rows = zip(indices, self.prompts(indices), strict=True)
-        return [self.text(i)["prompt"] if isinstance(prompt, list) else prompt or "" for i, prompt in rows]
+        return [self.text(int(i))["prompt"] if isinstance(prompt, list) else prompt or "" for i, prompt in rows]
 
     def columns(self, indices: Indices) -> dict[str, list[object]]:
-        """The JSON value of each kept field in these rows; None in filler rows."""
-        names = self.ragged.columns
-        rows = [self.ragged.kept(i)[1:] if i >= 0 else [None] * len(names) for i in indices]
-        return {name: [row[j] for row in rows] for j, name in enumerate(names)}
+        """The JSON value of each further column in these rows; None in filler rows."""
+        rows = self.kept(indices)
+        return {name: [row and row[1 + j] for row in rows] for j, name in enumerate(self.column_names)}
 
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
         """Builds `prompt_ids, prompt_mask` int32 [B, P], left-padded; `index, row_mask` int32 [B] (filler: -1, 0)."""
-        (prompts,), width = self.joined(indices, held)
-        ids, mask = fill(prompts, width, self.pad_id, left=True)
-        index = np.asarray(indices, np.int32)
-        return {"prompt_ids": ids, "prompt_mask": mask, "index": index, "row_mask": self.row_mask(indices)}
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [n]: the order of the rows in an epoch, a read-only array that depends only on the arguments."""
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    order.flags.writeable = False
-    return order
-
-
-def stream_indices(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
-    """int64 [batch_size]: the row numbers of training step `step` (from 0).
-
-    The stream joins the permutations of all epochs. A batch may span two epochs, so no row is dropped, and a resumed
-    run needs only the step number.
-    """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, places = np.divmod(positions, n)
-    result = np.empty(batch_size, np.int64)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        result[chosen] = epoch_permutation(n, seed, int(epoch))[places[chosen]]
-    return result
+        units, width = self.sequences(indices, held), self.width(indices)
+        prompts = [unit[0][0] if unit else np.zeros(0, np.int32) for unit in units]
+        return {
+            "prompt_ids": fill(prompts, width, self.pad_id, left=True),
+            "prompt_mask": filled_mask([len(row) for row in prompts], width, left=True),
+            "index": np.asarray(indices, np.int32),
+            "row_mask": self.row_mask(indices),
+        }
 
 
 class Batches(Protocol):
-    """Rows that come in batches: `Data` or `TextBlocks`."""
+    """Units that come in batches: `Data` or `TextBlocks`."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch: ...
 
 
-def eval_batches(data: Batches, batch_size: int, **options: Any) -> Iterator[Batch]:
-    """Yields every row once, in order; filler rows complete the last batch. `options` go to `data.batch`."""
-    for start in range(0, len(data), batch_size):
-        indices = np.arange(start, start + batch_size)
-        yield data.batch(np.where(indices < len(data), indices, -1), **options)
+def eval_batches(data: Batches, batch_size: int, rows: np.ndarray | None = None, **options: Any) -> Iterator[Batch]:
+    """Yields every unit once, in order; filler rows complete the last batch.
+
+    Args:
+        data: the rows.
+        batch_size: units of a batch.
+        rows: int [n]: unit numbers; None: all.
+        options: passed to `data.batch`.
+    """
+    rows = np.arange(len(data)) if rows is None else rows
+    for start in range(0, len(rows), batch_size):
+        indices = rows[start : start + batch_size]
+        yield data.batch(np.pad(indices, (0, batch_size - len(indices)), constant_values=-1), **options)

@@ -3,76 +3,181 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, overload
 
 import numpy as np
 
-from jaxrlhf.config import Ge, Gt, Lasting, Lt, NonNegativeInt, PositiveInt, Settings, alias
+from jaxrlhf.config import (
+    FromYaml,
+    Ge,
+    Gt,
+    Lasting,
+    Lt,
+    NonNegative,
+    NonNegativeInt,
+    PathName,
+    PositiveInt,
+    Settings,
+    alias,
+)
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
 from jaxrlhf.data.cache import default_cache, hash_json, tokenizer_fingerprint
-from jaxrlhf.data.sources import SHARES, Source, parse_split, resolve_source, split_indices
-from jaxrlhf.data.templates import DEFAULT_TEMPLATE, check_template, check_tokenizer, uses_chat_template
-from jaxrlhf.data.tokenized import FORMAT, Encoding, Ragged, RowSet, read_part, write_part
+from jaxrlhf.data.formats import FORMATS, PairRule
+from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
+from jaxrlhf.data.reading import Reading
+from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_groups
+from jaxrlhf.data.streaming import STREAMS, StreamSource, stream_shares
+from jaxrlhf.data.tokenized import SEQUENCES, Encoding, Part
+from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, with_template
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+STREAM_EVALUATION = 512  # rows held out of a stream where max_eval_samples does not say
+Chosen = list[tuple[Reading, np.ndarray]]
+"""Sources, and the numbers of the rows that are chosen of each."""
 DATA_CLASSES: dict[str, type[Data]] = {"sft": SFTData, "reward": PairData, "ppo": PromptData, "dpo": PairData}
 
 
 @dataclass(frozen=True)
-class DataConfig(Settings, may_change=True):
-    """The data sources, their split over the steps, and the tokenization."""
+class FieldsConfig(Settings, may_change=True):
+    """Names of the columns; dotted paths reach into them (question.full_text, answers.0.text)."""
 
-    data_path: tuple[str, ...] = ()
-    """Training data: a JSON, JSONL, CSV or Parquet file, a folder of such files, a Hugging Face data set (name,
-    name:config or save_to_disk folder), or 'demo'. Several are joined."""
+    prompt_field: str = "prompt"
+    """Column with the prompt: text, or a list of messages."""
+    completion_field: str = "completion"
+    """Column with the response of prompt-completion rows."""
+    chosen_field: str = "chosen"
+    """Column with the preferred response, which sft learns."""
+    rejected_field: str = "rejected"
+    """Column with the other response."""
+    messages_field: str = "messages"
+    """Column with a conversation."""
+    text_field: str = "text"
+    """Column with plain text for language modelling."""
+    label_field: str = "label"
+    """Column of unpaired preferences: true for a good completion."""
+    responses_field: str = "responses"
+    """Column with several responses to one prompt."""
+    scores_field: str = "scores"
+    """Column with a score of each response; a column `ranks` counts from the best, 1."""
+    system_field: str = ""
+    """Column with the system message; default: none."""
+    tools_field: str = "tools"
+    """Column with the tools of a conversation, for the chat template."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The column of each canonical name."""
+        return {name.removesuffix("_field"): value for name, value in self.items()}
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings, may_change=True):
+    """The data sources, their mixture and split over the steps, and the tokenization."""
+
+    data_path: PathName[tuple[str, ...]] = ()
+    """Training data: a JSON, CSV, TSV, Parquet, Arrow or text file, also compressed; a folder or glob of such files; a
+    data set of the hub (name, name:config, name@split) or of save_to_disk; or 'demo'. Several are joined."""
+    data_mixture: Annotated[tuple[str, ...], FromYaml(read_inline)] = ()
+    """YAML file with a list of sources, in place of data_path: path, weight, fields, template, split, steps, limit …"""
+    data_format: str = ""
+    """Format of the rows; default: recognised by the columns. See docs/data.md for the names."""
+    dataset_registry: PathName[str] = ""
+    """YAML or Python file with declarations of your own data sets."""
     data_split: str = ""
     """Shares of the training rows for sft,reward,ppo, such as 2,4,4; dpo takes those of reward and ppo. Empty: every
     step uses all rows."""
-    eval_data_path: tuple[str, ...] = ()
+    eval_data_path: PathName[tuple[str, ...]] = ()
     """Evaluation data; default: the data's own eval, validation or test split, else rows held out."""
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
-    """Share of the rows held out for evaluation when the data has no such split."""
-    prompt_field: str = "prompt"
-    """Field with the prompt: text, or a list of role/content messages."""
-    chosen_field: str = "chosen"
-    """Field with the preferred response, which sft learns."""
-    rejected_field: str = "rejected"
-    """Field with the other response."""
+    """Share of the prompts held out for evaluation when the data has no such split."""
+    fields: FieldsConfig = FieldsConfig()
+    template: TemplateConfig = TemplateConfig()
+    pair_rule: PairRule = "best_worst"
+    """Pairs of a row with several scored responses: the best against the worst, neighbours in rank, or all pairs."""
+    pair_margin: NonNegative = 0.0
+    """Smallest difference of the scores in such a pair."""
     reward_columns: tuple[str, ...] = ()
-    """Further fields that reward functions receive. Fields that a function requires are read in any case."""
-    prompt_template: str = DEFAULT_TEMPLATE
-    """Text around prompt and response, or 'raw' to join them. The tokenizer's chat template replaces the default."""
+    """Further columns that reward functions receive. Columns that a function requires are read in any case."""
     max_length: Annotated[int, Ge(2), alias("max_seq_len")] = 512
     """Longest prompt + response in tokens (sft, reward, dpo)."""
     max_prompt_seq_len: PositiveInt = 256
     """Longest prompt in tokens (ppo and its relatives)."""
     long_prompts: Literal["truncate", "drop"] = "truncate"
     """Cut the beginning of a prompt that is too long, or drop the row."""
+    packing: bool | None = None
+    """Pack several rows into one, each seeing only itself. Default: on for sft."""
+    group_by_length: bool = True
+    """Batches of ppo and its relatives hold prompts of like lengths."""
     max_train_samples: NonNegativeInt = 0
     """Use at most this many training rows, chosen at random; 0: all."""
     max_eval_samples: NonNegativeInt = 0
     """Use at most this many evaluation rows, chosen at random; 0: all."""
-    data_cache_dir: str = ""
+    streaming: bool = False
+    """Read training rows as they are needed, for data that does not fit on the disk; requires max_steps."""
+    shuffle_buffer: PositiveInt = 10000
+    """Rows that are shuffled together when streaming."""
+    dataset_num_proc: PositiveInt = 1
+    """Processes that tokenise."""
+    data_cache_dir: PathName[str] = ""
     """Folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
     seed: Lasting[NonNegativeInt] = 42
     """Seed of the data split and order, of initialisation, dropout and sampling."""
 
     def check(self) -> None:
-        for name in ("data_path", "eval_data_path", "reward_columns"):
+        for name in ("data_path", "eval_data_path", "reward_columns", "data_mixture"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value or ())))
+        if self.data_path and self.data_mixture:
+            raise InputError("data_path and data_mixture exclude each other: put all sources into the mixture")
+        if self.data_format and self.data_format not in FORMATS:
+            raise InputError(f"data_format '{self.data_format}': must be one of {', '.join(FORMATS)}")
         parse_split(self.data_split)
-        check_template(self.prompt_template)
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the run. Raises InputError when there are none, or the mixture is unusable."""
+        if self.data_mixture:
+            return parse_mixture(self.data_mixture)
+        if not self.data_path:
+            raise InputError("data_path: no data given; name a file, a folder, a Hugging Face data set, or 'demo'")
+        return named_apart([SourceConfig(path=path) for path in self.data_path])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources as the user named them, for records."""
+        return self.data_path or tuple(source.path for source in self.sources)
+
+
+def named_apart(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
+    """The sources, where each of several with one short name is also called by its folder, or else numbered."""
+    result: list[SourceConfig] = []
+    for source in sources:
+        names, taken = [source.short_name], {other.short_name for other in result}
+        names.append(f"{Path(source.path).parent.name}_{source.short_name}".strip("_"))
+        names += [f"{source.short_name}_{number}" for number in range(2, len(sources) + 2)]
+        result.append(source.replace(name=next(name for name in names if name not in taken)))
+    return tuple(result)
 
 
 def cache_folder(config: DataConfig) -> Path:
     """The folder for tokenised data: `data_cache_dir`, else $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    return Path(config.data_cache_dir).expanduser() if config.data_cache_dir else default_cache()
+    return Path(config.data_cache_dir) if config.data_cache_dir else default_cache()
+
+
+def packs(config: DataConfig, step: str) -> bool:
+    """True when the step packs its rows."""
+    return step == "sft" if config.packing is None else config.packing and step != "ppo"
+
+
+def packed_length(config: DataConfig, step: str) -> int:
+    """Tokens of a packed row of a step; 0 when it does not pack."""
+    return config.max_length * SEQUENCES[step] if packs(config, step) else 0
 
 
 @overload
@@ -85,149 +190,243 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
     """Loads the training and the evaluation rows of a step, tokenised or from the cache.
 
     Evaluation rows are the same in every step, and no step trains on them: `eval_data_path`, else each source's own
-    evaluation split, else a held-out fraction of it. When several processes load, one per machine writes the cache
-    while the others wait.
+    evaluation split, else a held-out fraction of its prompts. When several processes load, one per machine writes the
+    cache while the others wait.
 
     Args:
         config: the data settings.
-        tokenizer: a Hugging Face tokenizer.
+        tokenizer: a Hugging Face tokenizer with a chat template (`load_tokenizer`).
         step: "sft", "reward", "ppo" or "dpo".
-        columns: fields of the rows that ppo data keeps, besides `config.reward_columns`.
+        columns: columns of the rows that ppo data keeps, besides `config.reward_columns`.
 
     Raises:
         InputError: the data or the tokenizer is unusable, a row lacks a column, or processes read different data.
     """
     if step not in SHARES:
         raise ValueError(f"step '{step}': must be one of {', '.join(SHARES)}")
-    if not config.data_path:
-        raise InputError("data_path: no data given; name a file, a folder, a Hugging Face data set, or 'demo'")
     check_tokenizer(tokenizer)
-    parts, contents = by_turns(f"tokenising the {step} data", lambda: tokenised_parts(config, tokenizer, step, columns))
+    loader = Loader(config, tokenizer, step, columns)
+    data, contents = by_turns(f"tokenising the {step} data", loader.load)
     check_same("data", contents)
-    return parts
+    return data
 
 
-def tokenised_parts(
-    config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
-) -> tuple[tuple[Data, Data], dict[str, str]]:
-    """The two parts of `load_data`, and the hash of each thing that they depend on."""
-    folder = cache_folder(config)
-    sources = [resolve_source(name, folder) for name in config.data_path]
-    eval_sources = [resolve_source(name, folder) for name in config.eval_data_path]
-    check_apart(sources, eval_sources)
-    encoding = Encoding(
-        step=step,
-        names=(("prompt", config.prompt_field), ("chosen", config.chosen_field), ("rejected", config.rejected_field)),
-        template=config.prompt_template,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_seq_len,
-        long_prompts=config.long_prompts,
-        columns=tuple(dict.fromkeys((*columns, *config.reward_columns))) if step == "ppo" else (),
-    )
-    tokenizer_hash = tokenizer_fingerprint(tokenizer)
-    result, contents = [], {"the tokenizer": tokenizer_hash}
-    for part in ("train", "eval"):
-        selection = Selection(part, step, tuple(sources), tuple(eval_sources), config)
-        selected = selection.key()
-        key = hash_json([FORMAT, tokenizer_hash, asdict(encoding), selected])
-        ragged = cached_part(folder / "tokens" / f"{step}-{part}-{key}", selection, tokenizer, encoding)
-        result.append(DATA_CLASSES[step](ragged, tokenizer, encoding.bound[1], key))
-        contents |= {f"{name} ({part})": fingerprint for name, _, fingerprint in selected[1]}
-        contents[f"rows and order ({part})"] = key
-    return (result[0], result[1]), contents
+class Loader:
+    """One call of `load_data`."""
 
-
-def check_apart(sources: list[Source], eval_sources: list[Source]) -> None:
-    """Raises InputError when a file or data set serves both for training and for evaluation."""
-    trained = {identity for source in sources for identity in source.identities("train")}
-    for source in eval_sources:
-        if trained & source.identities(source.evaluation_split):
-            raise InputError(f"eval_data_path '{source.name}': is also training data; leave it out of one of them")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The rows of the sources that make up the train or the eval part of a step."""
-
-    part: str
-    step: str
-    sources: tuple[Source, ...]
-    eval_sources: tuple[Source, ...]
-    config: DataConfig
-
-    @property
-    def limit(self) -> int:
-        """The largest number of rows; 0: all."""
-        return self.config.max_train_samples if self.part == "train" else self.config.max_eval_samples
-
-    def key(self) -> list:
-        """Everything that the selection depends on, for the cache's key. Hashes the files without parsing them."""
-        prints = [[s.name, "eval" in s.splits, s.fingerprint(split)] for s, split in self.splits()]
-        share = [self.config.data_split, self.step] if self.part == "train" else []
-        held_out = 0 if self.eval_sources else self.config.eval_fraction
-        return [self.part, prints, share, held_out, self.limit, self.config.seed]
-
-    def splits(self) -> list[tuple[Source, str]]:
-        """The sources that the rows come from, and the split of each."""
-        if self.part == "train":
-            return [(source, "train") for source in self.sources]
-        return [(source, source.evaluation_split) for source in self.eval_sources or self.sources]
-
-    def read(self) -> RowSet:
-        """Reads the sources and selects the rows. Raises InputError when none is left."""
-        rows, origins = [], []
-        for k, (source, split) in enumerate(self.splits()):
-            rows.append(source.rows(split))
-            selected = self.select(source, split, len(rows[k]))
-            origins.append(np.stack([np.full(len(selected), k), selected], axis=1))
-        origin = np.concatenate(origins).astype(np.int32)
-        if 0 < self.limit < len(origin):
-            order = np.random.default_rng((self.config.seed, 1)).permutation(len(origin))
-            origin = origin[np.sort(order[: self.limit])]
-        label = f"{self.step} {self.part} data"
-        if not len(origin):
-            raise InputError(
-                f"{label}: no row is left for this step; raise its share in data_split '{self.config.data_split}', "
-                "or give more data"
-            )
-        return RowSet(label, tuple(source.name for source, _ in self.splits()), rows, origin)
-
-    def select(self, source: Source, split: str, n: int) -> np.ndarray:
-        """The selected row numbers of a source with `n` rows."""
-        if self.part == "eval" and (self.eval_sources or split == "eval"):
-            return np.arange(n)
-        config = self.config
-        held_out = 0.0 if self.eval_sources or "eval" in source.splits else config.eval_fraction
-        train, evaluation = split_indices(
-            n, self.step, data_split=config.data_split, held_out=held_out, seed=config.seed, name=source.name
+    def __init__(self, config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]) -> None:
+        self.config, self.step = config, step
+        self.tokenizer = with_template(tokenizer, config.template)
+        self.folder = cache_folder(config)
+        self.sources = [source for source in config.sources if step in source.steps]
+        if not self.sources:
+            raise InputError(f"data_mixture: no source serves the step {step}; add it to the steps of one")
+        self.encoding = Encoding(
+            step=step,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_seq_len,
+            long_prompts=config.long_prompts,
+            train_on=config.template.train_on,
+            special_tokens_in_data=config.template.special_tokens_in_data,
+            columns=tuple(dict.fromkeys((*columns, *config.reward_columns))) if step == "ppo" else (),
         )
-        return train if self.part == "train" else evaluation
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
 
+    def load(self) -> tuple[tuple[Data, Data], dict[str, str]]:
+        """The training and the evaluation data, and the hash of each thing that they depend on."""
+        if self.config.streaming:
+            return self.load_stream()
+        own = [self.reading(source) for source in self.sources]
+        others = [self.reading(source, evaluates=True) for source in self.other_sources()]
+        check_apart(own, others)
+        train, evaluation = self.select(own, others)
+        contents, result = {"the tokenizer": self.fingerprint}, []
+        for label, chosen in (("train", train), ("eval", evaluation)):
+            parts, keys = self.parts(label, chosen)
+            key = hash_json([self.fingerprint, asdict(self.encoding), keys, self.config.seed])
+            result.append(self.data(label, parts, key))
+            contents |= {f"{reading.source.path} ({label})": reading.fingerprint for reading, _ in chosen}
+            contents[f"rows and order ({label})"] = key
+        warn_of_shared_prompts(train, evaluation)
+        return (result[0], result[1]), contents
 
-def cached_part(folder: Path, selection: Selection, tokenizer, encoding: Encoding) -> Ragged:
-    """The part in `folder`; tokenises the selected rows when it is not there. Logs what was read."""
-    ragged, origin = read_part(folder), "from the cache"
-    if ragged is None:
-        row_set, origin = selection.read(), "tokenised into"
-        try:
-            write_part(folder, row_set, tokenizer, encoding)
-        except OSError as error:
-            raise InputError(
-                f"data_cache_dir '{folder.parent}': cannot be written ({error.strerror or error}); "
-                "free space there, or choose another folder"
-            ) from error
-        ragged = read_part(folder)
-        if ragged is None:
-            raise InputError(
-                f"data_cache_dir '{folder.parent}': {folder.name} cannot be read back; choose another folder"
+    def load_stream(self) -> tuple[tuple[Data, Data], dict[str, str]]:
+        """Streamed training data, and evaluation data that is tokenised at once.
+
+        A source without evaluation data of its own gives those of its first rows whose prompts are held out.
+        """
+        config, streams, keys = self.config, [], []
+        evaluation: Chosen = [
+            (reading, every_row(reading))
+            for reading in (self.reading(source, evaluates=True) for source in self.other_sources())
+        ]
+        held_out = []
+        for k, source in enumerate(self.sources):
+            reading = Reading(config, source, self.step, self.folder, streaming=True)
+            own = source.evaluation == "own" and reading.has("eval") and not config.eval_data_path
+            if own:
+                plain = self.reading(source).of("eval")
+                evaluation.append((plain, every_row(plain)))
+            holds = not own and not config.eval_data_path and source.evaluation in ("own", "held_out")
+            fraction = config.eval_fraction if holds else 0.0
+            tokenizer = reading.own_tokenizer(self.tokenizer)
+            keys.append(hash_json([reading.stream_key, fraction, config.data_split, config.shuffle_buffer, self.step]))
+            streams.append(
+                StreamSource(
+                    source.short_name,
+                    reading.opened,
+                    self.encoding,
+                    tokenizer,
+                    window=config.shuffle_buffer,
+                    shares=stream_shares(self.step, config.data_split, fraction),
+                    packing=packed_length(config, self.step),
+                    seed=(config.seed, k),
+                    record=self.folder / "streams" / f"{hash_json([keys[-1], self.fingerprint])}.json",
+                )
             )
-    rendering = "chat template" if uses_chat_template(tokenizer, encoding.template) else repr(encoding.template)
-    report(f"{selection.step} {selection.part} data", ragged, encoding, f"rendered by {rendering}, {origin} {folder}")
-    return ragged
+            if fraction:
+                held_out.append(streams[-1].held_out(fraction, config.max_eval_samples or STREAM_EVALUATION))
+        parts, part_keys = [], []
+        if evaluation:
+            parts, part_keys = self.parts("eval", self.limited("eval", evaluation, config.max_eval_samples))
+        contents = {"the tokenizer": self.fingerprint, "the streams": hash_json(keys)}
+        key = hash_json([self.fingerprint, asdict(self.encoding), keys, part_keys, config.seed])
+        train = STREAMS[self.step](
+            streams, self.tokenizer, self.encoding.bound[1], key, [s.weight for s in self.sources]
+        )
+        if isinstance(train, PromptData):
+            train.column_names = self.encoding.columns
+        for stream in streams:
+            logger.info("%s train data: %s, %s: streamed", self.step, stream.name, stream.opened[0].words)
+        return (train, self.data("eval", [*parts, *held_out], key)), contents
+
+    def reading(self, source: SourceConfig, evaluates: bool = False) -> Reading:
+        reading = Reading(self.config, source, self.step, self.folder)
+        return reading.of("eval") if evaluates and reading.has("eval") else reading
+
+    def other_sources(self) -> list[SourceConfig]:
+        """Sources that serve for evaluation only."""
+        if self.config.eval_data_path:
+            return list(named_apart([SourceConfig(path=path) for path in self.config.eval_data_path]))
+        given = [source for source in self.sources if source.evaluation not in EVALUATIONS]
+        return [source.replace(path=source.evaluation, split="", limit=0) for source in given]
+
+    def select(self, own: list[Reading], others: list[Reading]) -> tuple[Chosen, Chosen]:
+        """The rows to train and to evaluate on, of each source."""
+        config = self.config
+        train: Chosen = []
+        evaluation: Chosen = [(reading, every_row(reading)) for reading in others]
+        for reading in own:
+            source, held_out = reading.source, config.eval_fraction
+            if config.eval_data_path or source.evaluation not in ("own", "held_out"):
+                held_out = 0.0
+            elif source.evaluation == "own" and reading.has("eval"):
+                held_out = 0.0
+                evaluation.append((reading.of("eval"), every_row(reading.of("eval"))))
+            rows, held = split_groups(
+                reading.groups,
+                self.step,
+                data_split=config.data_split,
+                held_out=held_out,
+                seed=config.seed,
+                name=source.path,
+            )
+            train.append((reading, limit_rows(rows, source.limit, config.seed)))
+            if held_out:
+                evaluation.append((reading, held))
+        return (
+            self.limited("train", train, config.max_train_samples),
+            self.limited("eval", evaluation, config.max_eval_samples),
+        )
+
+    def limited(self, label: str, chosen: Chosen, limit: int) -> Chosen:
+        """At most `limit` rows of all sources together, chosen at random; sources without rows are left out."""
+        starts = np.cumsum([0, *(len(rows) for _, rows in chosen)])
+        kept = limit_rows(np.arange(starts[-1]), limit, self.config.seed)
+        result: Chosen = []
+        for (reading, rows), first in zip(chosen, starts, strict=False):
+            own = kept[(kept >= first) & (kept < first + len(rows))] - first
+            if len(own):
+                result.append((reading, rows[own]))
+        if not result:
+            raise InputError(
+                f"{self.step} {label} data: no row is left for this step; raise its share in data_split "
+                f"'{self.config.data_split}', or give more data"
+            )
+        return result
+
+    def parts(self, label: str, chosen: Chosen) -> tuple[list[Part], list[str]]:
+        """The tokenised rows of each source, and the hash of each."""
+        made = [reading.part(rows, self.tokenizer, self.encoding, label) for reading, rows in chosen]
+        parts = [part for part, _ in made if len(part)]
+        if not parts:
+            raise InputError(self.nothing_left(label, [part for part, _ in made]))
+        return parts, [key for _, key in made]
+
+    def nothing_left(self, label: str, parts: list[Part]) -> str:
+        """The message for data without a usable row, with the reasons."""
+        given = sum(part.counts["rows"] for part in parts)
+        reasons = [problem for part in parts for problem in part.problems]
+        if dropped := sum(part.counts["dropped_too_long"] for part in parts):
+            name, bound = self.encoding.bound
+            reasons.append(f"{dropped} rows are longer than {name} {bound}: raise it, or set long_prompts to truncate")
+        formats = "; ".join(dict.fromkeys(part.described for part in parts))
+        return (
+            f"{self.step} {label} data: no usable row is left of {given} (read as {formats}). {'; '.join(reasons)}. "
+            "Check the data, and the names of its columns (--prompt_field, --chosen_field …)"
+        )
+
+    def data(self, label: str, parts: list[Part], key: str) -> Data:
+        """The data of the parts, with the weights of their sources."""
+        by_name = {source.short_name: source for source in self.sources}
+        sources = [by_name.get(part.name) for part in parts]
+        data = DATA_CLASSES[self.step](
+            parts,
+            self.tokenizer,
+            self.encoding.bound[1],
+            key,
+            seed=self.config.seed,
+            weights=[source.weight if source else None for source in sources] if label == "train" else None,
+            epochs=[source.epochs if source else 0 for source in sources] if label == "train" else None,
+            packing=packs(self.config, self.step),
+        )
+        if isinstance(data, PromptData):
+            data.column_names, data.group_by_length = self.encoding.columns, self.config.group_by_length
+        report(f"{self.step} {label} data", data, self.encoding)
+        return data
 
 
-def report(label: str, ragged: Ragged, encoding: Encoding, how: str) -> None:
-    """Logs one line about a part; a warning when rows were skipped, cut or dropped."""
+def every_row(reading: Reading) -> np.ndarray:
+    """The numbers of all rows."""
+    return np.flatnonzero(reading.groups != -1)
+
+
+def check_apart(own: list[Reading], others: list[Reading]) -> None:
+    """Raises InputError when a file or data set serves both for training and for evaluation."""
+    trained = {identity for reading in own for identity in reading.origin.identities("train")}
+    for reading in others:
+        if trained & reading.origin.identities(reading.split):
+            raise InputError(
+                f"eval_data_path '{reading.source.path}': is also training data; leave it out of one of them"
+            )
+
+
+def warn_of_shared_prompts(train: Chosen, evaluation: Chosen) -> None:
+    """Warns when prompts of evaluation rows stand in training rows too."""
+    trained = np.unique(np.concatenate([reading.groups[rows] for reading, rows in train]))
+    for reading, rows in evaluation:
+        shared = int(np.isin(reading.groups[rows], trained).sum())
+        if shared:
+            logger.warning(
+                "%s: %s of %s evaluation rows have a prompt that training rows have too; metrics on them say little",
+                reading.source.path,
+                f"{shared:,}",
+                f"{len(rows):,}",
+            )
+
+
+def report(label: str, data: Data, encoding: Encoding) -> None:
+    """Logs one line about each source of the data; a warning when rows were skipped, cut or dropped."""
     name, bound = encoding.bound
     texts = {
         "skipped": "skipped",
@@ -235,8 +434,14 @@ def report(label: str, ragged: Ragged, encoding: Encoding, how: str) -> None:
         "truncated_prompts": f"prompts cut to fit {bound} ({name}) tokens",
         "truncated_responses": f"responses cut to fit {bound} ({name}) tokens",
     }
-    counts = ragged.counts
-    changes = [f"{counts[name]:,} {text}" for name, text in texts.items() if counts[name]]
-    summary = f"{counts['kept']:,} of {counts['rows']:,} rows, {len(ragged.tokens):,} tokens, {how}"
-    level = logging.WARNING if changes else logging.INFO
-    logger.log(level, "%s: %s", label, "; ".join([summary, *changes, *ragged.problems]))
+    for k, part in enumerate(data.parts):
+        counts = part.counts
+        changes = [f"{counts[count]:,} {text}" for count, text in texts.items() if counts[count]]
+        summary = f"{counts['kept']:,} of {counts['rows']:,} rows, {int(part.lengths.sum()):,} tokens"
+        if data.bins is not None:
+            filled = data.unit_lengths(part).sum() / (len(data.bins[k]) * data.maximum)
+            summary += f", packed into {len(data.bins[k]):,} rows of {data.maximum} tokens ({filled:.1%} full)"
+        level = logging.WARNING if changes else logging.INFO
+        logger.log(
+            level, "%s: %s: %s", label, f"{part.name}, {part.described}", "; ".join([summary, *changes, *part.problems])
+        )

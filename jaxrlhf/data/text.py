@@ -10,64 +10,104 @@ import numpy as np
 
 from jaxrlhf.data.batches import Batch, Indices
 from jaxrlhf.data.cache import created, hash_json, tokenizer_fingerprint
-from jaxrlhf.data.sources import decode, hash_file, resolve_source
-from jaxrlhf.data.tokenized import chunks
+from jaxrlhf.data.formats import look_up
+from jaxrlhf.data.order import epoch_units, stream_positions
+from jaxrlhf.data.rendering import encode_texts_as_documents
+from jaxrlhf.data.sources import resolve_source
+from jaxrlhf.data.tokenized import CHUNK
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the meaning of the cached files changes
+FORMAT = 2  # raise it when the meaning of the cached files changes
 
 
 class TextBlocks:
-    """Packed text: int32 tokens [n, T]; documents follow each other with an EOS between them."""
+    """Packed text.
 
-    def __init__(self, tokens: np.ndarray, key: str) -> None:
-        self.tokens, self.key = tokens, key
+    Attributes:
+        tokens: int32 [n, T]: blocks of documents, each of which ends with EOS.
+        starts: int64 [documents]: where each document begins in the stream of all blocks.
+        first: number of the first block in that stream.
+        key: hash of the text and the tokenizer.
+        segments: batches say which document each token belongs to, so that it sees only that one.
+        seed: key of the order.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, starts: np.ndarray, key: str, *, first: int = 0, segments: bool = True, seed: int = 0
+    ) -> None:
+        self.tokens, self.starts, self.key, self.first = tokens, starts, key, first
+        self.segments, self.seed = segments, seed
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def indices(self, step: int, batch_size: int) -> np.ndarray:
+        """int64 [batch_size]: the blocks of training step `step` (from 0)."""
+        return epoch_units(stream_positions(step, batch_size), len(self), self.seed)
+
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
         """Builds `input_ids, attention_mask, loss_mask` int32 [B, T]; `row_mask` int32 [B] (0 in filler rows).
 
-        Every token but a block's first is a target. Rows outside `held` (bool [B]) are zeros.
+        With `segments`, also `segment_ids` int32 [B, T]. Every token is a target, but for the first of a block or of a
+        document. Rows outside `held` (bool [B]) are zeros.
         """
         indices = np.asarray(indices)
         real = indices >= 0
         read = real if held is None else real & held
-        ids = np.where(read[:, None], self.tokens[np.maximum(indices, 0)], 0).astype(np.int32)
+        blocks = np.maximum(indices, 0)
+        ids = np.where(read[:, None], self.tokens[blocks], 0).astype(np.int32)
+        width = ids.shape[1]
         loss_mask = np.broadcast_to(real[:, None], ids.shape).astype(np.int32)
         loss_mask[:, 0] = 0
-        return {
+        batch = {
             "input_ids": ids,
             "attention_mask": np.ones_like(ids),
             "loss_mask": loss_mask,
             "row_mask": real.astype(np.int32),
         }
+        if not self.segments:
+            return batch
+        places = (blocks[:, None] + self.first) * width + np.arange(width)
+        documents = np.searchsorted(self.starts, places, side="right")
+        begins = np.diff(documents, axis=1, prepend=documents[:, :1]) > 0
+        batch["loss_mask"] = loss_mask * ~begins
+        return batch | {"segment_ids": (documents - documents[:, :1] + 1).astype(np.int32)}
 
 
 def load_text(
-    paths: Sequence[str], tokenizer, *, field: str, block: int, held_out: float, cache: Path
+    paths: Sequence[str],
+    tokenizer,
+    *,
+    field: str,
+    block: int,
+    held_out: float,
+    cache: Path,
+    segments: bool = True,
+    seed: int = 0,
 ) -> tuple[TextBlocks, TextBlocks]:
     """Loads training and held-out blocks of text, tokenised or from the cache.
 
     The last tokens that fill no block are left out. The last blocks are held out.
 
     Args:
-        paths: `.txt` files, one document each, or sources as in `data_path`, whose train split holds one document per
-            row.
+        paths: sources as in `data_path`, whose train split holds one document per row; a text file is one document.
         tokenizer: a Hugging Face tokenizer.
-        field: name of the field with the text.
+        field: column with the text, or a dotted path to it.
         block: tokens in a block.
         held_out: share of the blocks to evaluate on (at least one).
         cache: the cache folder.
+        segments: a token sees only its own document.
+        seed: key of the order.
 
     Raises:
         InputError: a source has no such text, or the text is shorter than two blocks.
     """
-    tokens, key = by_turns("tokenising the pretraining text", lambda: _packed(paths, tokenizer, field, cache))
+    (tokens, starts), key = by_turns(
+        "tokenising the pretraining text", lambda: _joined_documents(paths, tokenizer, field, cache)
+    )
     check_same("pretraining text", {"the pretraining text": key})
     count = len(tokens) // block
     if count < 2:
@@ -78,50 +118,47 @@ def load_text(
     blocks = tokens[: count * block].reshape(count, block)
     last = min(count - 1, max(1, round(held_out * count)))
     logger.info("pretraining text: %s tokens in %s blocks of %s, %s held out", f"{len(tokens):,}", count, block, last)
-    return TextBlocks(blocks[:-last], key), TextBlocks(blocks[-last:], key)
+    options = {"segments": segments, "seed": seed}
+    return (
+        TextBlocks(blocks[:-last], starts, key, **options),
+        TextBlocks(blocks[-last:], starts, key, first=count - last, **options),
+    )
 
 
-def _packed(paths: Sequence[str], tokenizer, field: str, cache: Path) -> tuple[np.ndarray, str]:
-    """All documents' tokens, each followed by EOS, int32 [n], mapped from the cache; and a hash of their origin."""
-    prints = [
-        hash_file(text) if (text := _text_file(name)) else resolve_source(name, cache).fingerprint("train")
-        for name in paths
-    ]
+def _joined_documents(
+    paths: Sequence[str], tokenizer, field: str, cache: Path
+) -> tuple[tuple[np.ndarray, np.ndarray], str]:
+    """All documents' tokens, int32 [n], and where each begins, int64; mapped from the cache. A hash of their origin."""
+    sources = [resolve_source(name, cache) for name in paths]
+    prints = [source.fingerprint("train") for source in sources]
     key = hash_json([FORMAT, tokenizer_fingerprint(tokenizer), field, prints])
-    target = cache / "text" / f"{key}.npy"
-    if not target.is_file():
+    target = cache / "text" / key
+    if not target.is_dir():
         parts: list[np.ndarray] = []
-        for documents in chunks(_documents(paths, field, cache)):
-            for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-                parts.append(np.array([*ids, tokenizer.eos_token_id], np.int32))
+        for texts in _documents(sources, field):
+            parts += [np.array(ids, np.int32) for ids in encode_texts_as_documents(tokenizer, texts)]
         with created(target) as temporary:
-            np.save(temporary, np.concatenate(parts or [np.zeros(0, np.int32)]))
-    return np.load(target, mmap_mode="r"), key
+            temporary.mkdir()
+            np.save(temporary / "tokens.npy", np.concatenate(parts or [np.zeros(0, np.int32)]))
+            np.save(temporary / "starts.npy", np.cumsum([0, *map(len, parts)])[:-1])
+    arrays = [np.load(target / f"{name}.npy", mmap_mode="r") for name in ("tokens", "starts")]
+    return (arrays[0], arrays[1]), key
 
 
-def _text_file(name: str) -> Path | None:
-    """The `.txt` file that `name` stands for, or None for another source. Raises InputError when it does not exist."""
-    path = Path(name).expanduser()
-    if path.suffix.lower() != ".txt":
-        return None
-    if not path.is_file():
-        raise InputError(f"ptx_data_path '{name}': no such file; check the path")
-    return path
-
-
-def _documents(paths: Sequence[str], field: str, cache: Path) -> Iterator[str]:
-    for name in paths:
-        if path := _text_file(name):
-            yield decode(path, path.read_bytes())
-            continue
-        rows = resolve_source(name, cache).rows("train")
-        for i in range(len(rows)):
-            row = rows[i]
-            text = row.get(field) if isinstance(row, Mapping) else None
-            if not isinstance(text, str):
-                raise InputError(
-                    f"{rows.where(i)}: field '{field}' must hold the text, found {type(text).__name__}; name the field "
-                    "with --ptx_field"
-                )
-            if text:
-                yield text
+def _documents(sources: Sequence, field: str) -> Iterator[list[str]]:
+    """The texts of all rows, in batches."""
+    for source in sources:
+        for table in source.tables("train"):
+            first = 0
+            for batch in table.dataset.iter(batch_size=CHUNK):
+                rows, texts = table.parse(batch, first), []
+                for i, row in enumerate(rows):
+                    text = look_up(row, field) if isinstance(row, Mapping) else None
+                    if row is not None and not isinstance(text, str):
+                        raise InputError(
+                            f"{table.where(first + i)}: '{field}' must hold the text, found {type(text).__name__}; "
+                            "name the column with --ptx_field"
+                        )
+                    texts += [text] if isinstance(text, str) and text else []
+                first += len(rows)
+                yield texts

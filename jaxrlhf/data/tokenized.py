@@ -1,54 +1,52 @@
-"""Tokenises rows once, into a ragged token stream on disk that later runs map into memory.
+"""Tokenises rows, in batches and by `datasets.map`, into an Arrow file that later runs map into memory.
 
-A cached part is a folder: `tokens.bin` (int32, all rows one after the other), `offsets.npy` (int64, where each field
-of each row begins), `rows.npy` (int32, where each row came from) and `meta.json`. For prompts (ppo), `fields.bin` and
-`fields.npy` hold each row's prompt as the data has it and its reward columns. The folder's name is a hash of everything
-that the tokens depend on, so a cached part is never out of date.
+Two passes go over a source. The first gives each row the group that it is split by: rows with one prompt share a group,
+so that no prompt is trained on and evaluated on. The second tokenises the rows that a step selects. The name of each
+file is a hash of everything that it depends on, so it is never out of date.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import hashlib
 import json
 import logging
-import shutil
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.cache import created, hash_json
-from jaxrlhf.data.rows import BadRow, Example, read_columns, read_row
-from jaxrlhf.data.sources import Rows
-from jaxrlhf.data.templates import encode_prompts, encode_responses
+from jaxrlhf.data.formats import BadRow, Reader, Scored, kind_of, look_up
+from jaxrlhf.data.rendering import EncodedRow, encode_rows, encode_texts_as_documents
+from jaxrlhf.data.sources import Table, first_line
 from jaxrlhf.errors import InputError
-from jaxrlhf.runs.console import Console
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the layout or the meaning of the files changes
-CHUNK = 1024  # rows tokenised in one call
+FORMAT = 3  # raise it when the meaning of the cached files changes
+CHUNK = 1000  # rows in one call of the tokenizer
 SHOWN = 3  # places of bad rows that a report names
-COUNTS = ("skipped", "truncated_prompts", "truncated_responses", "dropped_too_long")
-
-T = TypeVar("T")
+SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2}
+"""Sequences that a row has in each step."""
+CUT_PROMPT, CUT_RESPONSE, DROPPED = 1, 2, 4
+COUNTS = {"truncated_prompts": CUT_PROMPT, "truncated_responses": CUT_RESPONSE, "dropped_too_long": DROPPED}
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Everything that decides how a row becomes tokens. Lengths are in tokens."""
+    """Everything that decides how a row becomes tokens, besides the tokenizer. Lengths are in tokens."""
 
     step: str
-    names: tuple[tuple[str, str], ...]  # prompt, chosen, rejected -> the field's name in the file
-    template: str
     max_length: int  # bound of prompt + response (sft, reward, dpo)
     max_prompt_length: int  # bound of the prompt (ppo)
     long_prompts: str  # "truncate" or "drop"
-    columns: tuple[str, ...] = ()  # further fields to keep (ppo)
+    train_on: str = "all"
+    special_tokens_in_data: bool = False
+    columns: tuple[str, ...] = ()  # further columns to keep (ppo)
 
     @property
     def bound(self) -> tuple[str, int]:
@@ -58,260 +56,288 @@ class Encoding:
         return "max_length", self.max_length
 
 
-@dataclass(frozen=True)
-class RowSet:
-    """The rows that a part is made of, before tokenisation.
+# ---- the passes over a table
 
-    Attributes:
-        label: the part, for messages.
-        sources: name of each source, as the user gave it.
-        rows: the rows of each source.
-        origin: int32 [n, 2]: source number and row number of each selected row.
+
+def group_of(scored: Scored) -> int:
+    """A number for the prompt of a row, at least 0; rows with one prompt have one number."""
+    key = scored.completions[0][0] if scored.document else scored.prompt
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def index_batch(batch: Mapping[str, Any], indices: Sequence[int], table: Table, reader: Reader) -> dict[str, list[int]]:
+    """The group of each row: -1 for a blank line, and a number below that, of its own, for a row that is unusable."""
+    groups = []
+    for i, row in zip(indices, table.parse(batch, indices[0]), strict=True):
+        try:
+            groups.append(-1 if row is None else group_of(reader.all(row)[0]))
+        except BadRow:
+            groups.append(-2 - i)
+    return {"group": groups}
+
+
+def read_columns(row: Any, names: Sequence[str], where: str) -> list[Any]:
+    """The values of further columns. Raises InputError for one that is missing, null, or no JSON value."""
+    values = [look_up(row, name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        problem = ""
+        if value is None or (kind_of(value) == "an object" and not isinstance(value, Mapping | bytes)):
+            problem = "is null" if value is None else "is missing"
+        else:
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                problem = f"is not a JSON value but a {type(value).__name__}"
+        if problem:
+            raise InputError(
+                f"{where}: '{name}' {problem}, and a reward function or reward_columns asks for it; correct or delete "
+                "the row, or name another column"
+            )
+    return values
+
+
+@dataclass
+class _Output:
+    """Columns of tokenised rows as lists, in the making."""
+
+    sequences: int
+    keeps: bool
+
+    def __post_init__(self) -> None:
+        names = ["row", "problem", "cut", "prompt_length", *(["kept"] if self.keeps else [])]
+        parts = [f"{kind}_{j}" for j in range(self.sequences) for kind in ("ids", "mask", "length")]
+        self.columns: dict[str, list[Any]] = {name: [] for name in (*names, *parts)}
+
+    def add(self, row: int, *, problem: str | None = None, cut: int = 0, kept: str = "", encoded: Any = None) -> None:
+        prompt_length, sequences = encoded or (0, [([], [])] * self.sequences)
+        values = {"row": row, "problem": problem, "cut": cut, "prompt_length": prompt_length, "kept": kept}
+        for j, (ids, mask) in enumerate(sequences):
+            values |= {f"ids_{j}": ids, f"mask_{j}": mask, f"length_{j}": len(ids)}
+        for name, column in self.columns.items():
+            column.append(values[name])
+
+
+def features_of(step: str) -> Any:
+    """The types of the columns of a step's tokenised rows."""
+    from datasets import Features, List, Value
+
+    sequences, keeps = SEQUENCES[step], step == "ppo"
+
+    plain = {"row": Value("int32"), "problem": Value("string"), "cut": Value("int8"), "prompt_length": Value("int32")}
+    kept = {"kept": Value("string")} if keeps else {}
+    kinds = {"ids": List(Value("int32")), "mask": List(Value("int8")), "length": Value("int32")}
+    parts = {f"{name}_{j}": kind for j in range(sequences) for name, kind in kinds.items()}
+    return Features(plain | kept | parts)
+
+
+def encode_batch(
+    batch: Mapping[str, Any],
+    indices: Sequence[int],
+    table: Table,
+    numbers: np.ndarray,
+    reader: Reader,
+    tokenizer: Any,
+    encoding: Encoding,
+) -> dict[str, list[Any]]:
+    """Tokenises rows. `numbers`: the row numbers in the table by position; `indices`: the batch's positions."""
+    rows = [int(numbers[i]) for i in indices]
+    parsed = dataclasses.replace(table, numbers=[table_number(table, i) for i in rows]).parse(batch)
+    return tokenise(list(zip(rows, parsed, strict=True)), table, reader, tokenizer, encoding)
+
+
+def table_number(table: Table, i: int) -> int:
+    """The number of row `i` from 1, as messages name it."""
+    return i + 1 if table.numbers is None else table.numbers[i]
+
+
+def tokenise(
+    rows: Sequence[tuple[int, Any]], table: Table, reader: Reader, tokenizer: Any, encoding: Encoding
+) -> dict[str, list[Any]]:
+    """Tokenises numbered rows into columns; a row that cannot be used has its `problem`."""
+    keeps = encoding.step == "ppo"
+    output = _Output(SEQUENCES[encoding.step], keeps)
+    good: list[tuple[int, Scored, tuple, str]] = []
+    documents: list[tuple[int, str]] = []
+    for i, row in rows:
+        try:
+            examples = [
+                (scored, example) for scored in reader.all(row) for example in reader.examples(scored, encoding.step)
+            ]
+        except BadRow as problem:
+            output.add(i, problem=str(problem))
+            continue
+        columns = read_columns(row, encoding.columns, table.where(i)) if keeps else []
+        for scored, example in examples:
+            if scored.document:
+                documents.append((i, str(example[0])))
+            else:
+                good.append((i, scored, example, json.dumps([scored.prompt, *columns]) if keeps else ""))
+    encoded = encode_rows(
+        tokenizer,
+        [scored.prompt for _, scored, _, _ in good],
+        [example for _, _, example, _ in good],
+        [scored.tools for _, scored, _, _ in good],
+        train_on=encoding.train_on if encoding.step == "sft" else "last",
+        special_tokens_in_data=encoding.special_tokens_in_data,
+    )
+    for (i, _, _, kept), result in zip(good, encoded, strict=True):
+        if isinstance(result, str):
+            output.add(i, problem=result)
+            continue
+        fitted, cut = fit(result, encoding, tokenizer.bos_token_id)
+        output.add(i, cut=cut, kept=kept, encoded=fitted)
+    for (i, _), ids in zip(
+        documents, encode_texts_as_documents(tokenizer, [text for _, text in documents]), strict=True
+    ):
+        for start in range(0, len(ids), encoding.max_length):  # nothing of a long text is lost
+            piece = ids[start : start + encoding.max_length]
+            output.add(i, encoded=(0, [(piece, [0] + [1] * (len(piece) - 1))]))
+    return output.columns
+
+
+def fit(row: EncodedRow, encoding: Encoding, bos_id: int | None) -> tuple[Any, int]:
+    """Cuts a row to its bound.
+
+    The prompt loses its beginning (a BOS stays), because its end is nearest to the response. A response longer than
+    `max_length` - 1 loses its end, and with it its EOS: one prompt token stays to predict its first token from.
+
+    Returns:
+        The length of the prompt and the sequences as (ids, mask), or None for a row to drop; and what was cut.
     """
+    responses = row.responses
+    longest = max((len(ids) for ids, _ in responses), default=0)
+    room, cut = (encoding.max_prompt_length if encoding.step == "ppo" else encoding.max_length - longest), 0
+    prompt, mask = row.prompt, row.prompt_mask
+    if len(prompt) > room:
+        if encoding.long_prompts == "drop":
+            return None, DROPPED
+        most = encoding.max_length - 1
+        if longest > most and responses:
+            cut |= CUT_RESPONSE
+            responses = [(ids[:most], marks[:most]) for ids, marks in responses]
+        room = max(room, 1)
+        if len(prompt) > room:
+            cut |= CUT_PROMPT
+            keep = 1 if room > 1 and prompt[0] == bos_id else 0
+            prompt = prompt[:keep] + prompt[len(prompt) - room + keep :]
+            mask = mask[:keep] + mask[len(mask) - room + keep :]
+    sequences = [(prompt + ids, _targets(mask + marks)) for ids, marks in responses or [([], [])]]
+    return (len(prompt), sequences), cut
 
-    label: str
-    sources: tuple[str, ...]
-    rows: Sequence[Rows]
-    origin: np.ndarray
+
+def _targets(mask: list[int]) -> list[int]:
+    """A mask without its first entry: nothing predicts the first token."""
+    return [0, *mask[1:]] if mask else mask
+
+
+# ---- cached passes
+
+
+def run_pass(
+    dataset: Any, function: Callable, path: Path, *, label: str, features: Any, num_proc: int, **options: Any
+) -> Any:
+    """Runs a pass over a data set by `datasets.map`, or opens its result in the file `path`; returns the result.
+
+    Raises InputError when the file cannot be written.
+    """
+    import datasets
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        return dataset.map(
+            function,
+            batched=True,
+            batch_size=CHUNK,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            cache_file_name=str(path),
+            load_from_cache_file=True,
+            features=features,
+            fn_kwargs=options,
+            num_proc=num_proc if num_proc > 1 and len(dataset) > CHUNK else None,
+            new_fingerprint=path.stem.split("-")[-1],
+            desc=label,
+        )
+    except OSError as error:
+        raise InputError(
+            f"data_cache_dir '{path.parent}': cannot be written ({error.strerror or error}); free space there, or "
+            "choose another folder"
+        ) from error
+
+
+def open_cached(path: Path) -> Any:
+    """The data set in a cached file, or None when there is none. Deletes a damaged one, with a warning."""
+    import datasets
+    from pyarrow import ArrowException
+
+    if not path.exists():
+        return None
+    try:
+        return datasets.Dataset.from_file(str(path))
+    except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
+        logger.warning("the cached file %s is damaged (%s); it is made again", path, first_line(error))
+        path.unlink()
+        return None
 
 
 @dataclass(frozen=True)
-class Ragged:
-    """Tokenised rows of a step: field `j` (prompt, chosen, rejected) of row `i` is `part(i, j)`.
+class Part:
+    """Tokenised rows of one source, in a step's training or evaluation data.
 
     Attributes:
-        tokens: int32: all fields of all rows.
-        offsets: int64: where each field begins in `tokens`.
-        rows: int32 [n, 2]: the source's number and the row's number in that source.
-        sources: name of each source.
+        name: the source's short name, in metrics.
+        table: a `datasets.Dataset` with `ids_j`, `mask_j`, `row`, `prompt_length`, and in ppo `kept`.
+        rows: int64 [n]: the entries of the table that are kept.
+        lengths: int32 [sequences, n]: tokens of each sequence of each kept row.
         counts: rows given, kept, skipped, truncated and dropped.
         problems: reasons and places of skipped rows.
-        fields: uint8: JSON text of `kept` for each row; empty but for ppo.
-        field_offsets: int64: where each row begins in `fields`.
-        columns: names of the values in `kept` after the prompt.
+        described: the format in words.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
+    name: str
+    table: Any
     rows: np.ndarray
-    sources: tuple[str, ...]
+    lengths: np.ndarray
     counts: dict[str, int]
     problems: tuple[str, ...]
-    fields: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
-    field_offsets: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    columns: tuple[str, ...] = ()
+    described: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def kept(self, i: int) -> list[Any]:
-        """Row `i`'s prompt as the data has it, and the values of `columns`."""
-        return json.loads(self.fields[self.field_offsets[i] : self.field_offsets[i + 1]].tobytes())
-
-    @property
-    def parts(self) -> int:
-        """Number of fields of a row."""
-        return (len(self.offsets) - 1) // len(self.rows)
-
-    def part(self, i: int, j: int) -> np.ndarray:
-        """int32: the tokens of field `j` of row `i`."""
-        k = i * self.parts + j
-        return self.tokens[self.offsets[k] : self.offsets[k + 1]]
-
-    def lengths(self, j: int) -> np.ndarray:
-        """int64 [n]: the length of field `j` of each row."""
-        return self.lengths_of(np.arange(len(self)), j)
-
-    def lengths_of(self, rows: np.ndarray, j: int) -> np.ndarray:
-        """int64, shaped as `rows`: the length of field `j` of these rows."""
-        k = rows * self.parts + j
-        return self.offsets[k + 1] - self.offsets[k]
+    def fetch(self, numbers: Sequence[int] | np.ndarray, columns: Sequence[str]) -> dict[str, Any]:
+        """The values of these columns in kept rows, each column a list of numpy arrays or values."""
+        return self.table.with_format("numpy", columns=list(columns))[self.rows[np.asarray(numbers)]]
 
 
-class Tally:
-    """Counts what happens to the rows of a part, and keeps the first problems."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        self.bad: collections.Counter[str] = collections.Counter()
-        self.places: list[str] = []
-
-    def skip(self, problem: BadRow, place: str) -> None:
-        """Counts a row that is left out."""
-        self.counts["skipped"] += 1
-        self.bad[str(problem)] += 1
-        if len(self.places) < SHOWN:
-            self.places.append(f"{place}: {problem}")
-
-    def check_any_left(self, kept: int, row_set: RowSet, encoding: Encoding) -> None:
-        """Raises InputError when no row is kept, with the reasons."""
-        if kept:
-            return
-        reasons = [f"{n} × {what}" for what, n in self.bad.most_common(SHOWN)]
-        if dropped := self.counts["dropped_too_long"]:
-            name, bound = encoding.bound
-            reasons.append(f"{dropped} × longer than {name} {bound}: raise it, or set long_prompts to truncate")
-        names = ", ".join(f"{field}_field '{name}'" for field, name in encoding.names)
-        first = f"; first: {self.places[0]}" if self.places else ""
-        raise InputError(
-            f"{row_set.label}: no usable row is left of {len(row_set.origin)} ({'; '.join(reasons)}){first}. "
-            f"Check the data and the field names ({names})"
-        )
+def problems_of(tables: Sequence[Any], origins: Sequence[Table]) -> tuple[str, ...]:
+    """Reasons and first places of the rows that could not be used. `origins`: where the rows of each table stood."""
+    reasons: collections.Counter[str] = collections.Counter()
+    places: list[str] = []
+    for table, origin in zip(tables, origins, strict=False):
+        problems = table["problem"][:]
+        bad = [i for i, problem in enumerate(problems) if problem is not None]
+        reasons.update(problems[i] for i in bad)
+        rows = table[bad[:SHOWN]]["row"] if bad else []
+        places += [f"{origin.where(row)}: {problems[i]}" for row, i in zip(rows, bad, strict=False)]
+    return (*(f"{what} ({n} rows)" for what, n in reasons.most_common(SHOWN)), *places[:SHOWN])
 
 
-class _Item(NamedTuple):
-    """A valid row on its way to the tokenizer."""
+def make_part(name: str, tables: Sequence[Any], given: int, problems: tuple[str, ...], described: str) -> Part:
+    """The usable rows of the tokenised tables of a source, and the count of the others."""
+    import datasets
 
-    k: int  # position in the row set
-    example: Example
-    place: tuple[Rows, int]
-
-
-def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
-    """Cuts `items` into lists of `size`; the last one may be shorter."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
-
-
-def read_rows(row_set: RowSet, encoding: Encoding, tally: Tally) -> Iterator[_Item]:
-    """Yields the valid rows; counts the others. Raises InputError for a row that lacks a column."""
-    names = dict(encoding.names)
-    rows_in_order = row_set.origin.tolist()
-    progress = Console().progress(
-        len(rows_in_order), description=f"tokenising {row_set.label}", unit="row", transient=True
-    )
-    with progress as bar:
-        for k, (source, i) in enumerate(bar.over(rows_in_order)):
-            rows = row_set.rows[source]
-            row = rows[i]
-            try:
-                example = read_row(row, encoding.step, names)
-            except BadRow as problem:
-                tally.skip(problem, rows.where(i))
-                continue
-            try:
-                columns = read_columns(row, encoding.columns)
-            except BadRow as problem:
-                raise InputError(
-                    f"{rows.where(i)}: {problem}, and a reward function or reward_columns asks for it; correct or "
-                    "delete the row, or name another column"
-                ) from problem
-            yield _Item(k, replace(example, columns=columns), (rows, i))
-
-
-def encode_chunk(chunk: list[_Item], tokenizer, encoding: Encoding) -> list[list[list[int]]]:
-    """`encode_examples`; its InputError names the row at fault."""
-    try:
-        return encode_examples([item.example for item in chunk], tokenizer, encoding)
-    except InputError:
-        for item in chunk:
-            try:
-                encode_examples([item.example], tokenizer, encoding)
-            except InputError as error:
-                rows, i = item.place
-                raise InputError(f"{rows.where(i)}: {error}") from error
-        raise
-
-
-def encode_examples(examples: list[Example], tokenizer, encoding: Encoding) -> list[list[list[int]]]:
-    """The ids of each example's prompt and responses."""
-    prompts = [example.prompt for example in examples]
-    prompt_ids = encode_prompts(tokenizer, prompts, encoding.template)
-    responses = [
-        encode_responses(tokenizer, prompts, prompt_ids, texts, encoding.template)
-        for texts in zip(*(example.responses for example in examples), strict=True)
-    ]
-    return [list(parts) for parts in zip(prompt_ids, *responses, strict=True)]
-
-
-def fit(
-    parts: list[list[int]], encoding: Encoding, bos_id: int | None, counts: dict[str, int]
-) -> list[list[int]] | None:
-    """Cuts a row to its bound, or returns None to drop it; adds to `counts`.
-
-    The prompt loses its beginning (a BOS stays), because its end is nearest to the response. A response longer than
-    `max_length` - 1 loses its end, and with it its EOS: one prompt token stays to predict its first token from.
-    """
-    prompt, *responses = parts
-    room = encoding.max_prompt_length if encoding.step == "ppo" else encoding.max_length - max(map(len, responses))
-    if len(prompt) <= room:
-        return parts
-    if encoding.long_prompts == "drop":
-        counts["dropped_too_long"] += 1
-        return None
-    longest = encoding.max_length - 1
-    if any(len(response) > longest for response in responses):
-        counts["truncated_responses"] += 1
-        responses = [response[:longest] for response in responses]
-    room = max(room, 1)
-    if len(prompt) > room:
-        counts["truncated_prompts"] += 1
-        keep_bos = room > 1 and prompt[0] == bos_id
-        prompt = prompt[:1] + prompt[len(prompt) - room + 1 :] if keep_bos else prompt[len(prompt) - room :]
-    return [prompt, *responses]
-
-
-def write_part(folder: Path, row_set: RowSet, tokenizer, encoding: Encoding) -> None:
-    """Tokenises rows into the cache folder `folder`. Raises InputError when no row is usable."""
-    tally, kept, lengths, sizes = Tally(), [], [], []
-    with created(folder) as temporary:
-        temporary.mkdir()
-        with open(temporary / "tokens.bin", "wb") as file, open(temporary / "fields.bin", "wb") as fields:
-            for chunk in chunks(read_rows(row_set, encoding, tally)):
-                for item, parts in zip(chunk, encode_chunk(chunk, tokenizer, encoding), strict=True):
-                    fitted = fit(parts, encoding, tokenizer.bos_token_id, tally.counts)
-                    if fitted is None:
-                        continue
-                    kept.append(item.k)
-                    lengths.extend(map(len, fitted))
-                    file.write(np.concatenate([np.asarray(ids, np.int32) for ids in fitted]).tobytes())
-                    if encoding.step == "ppo":
-                        sizes.append(fields.write(json.dumps([item.example.prompt, *item.example.columns]).encode()))
-        tally.check_any_left(len(kept), row_set, encoding)
-        np.save(temporary / "offsets.npy", starts(lengths))
-        np.save(temporary / "rows.npy", row_set.origin[kept].astype(np.int32))
-        np.save(temporary / "fields.npy", starts(sizes))
-        meta = {
-            "format": FORMAT,
-            "crc32": {name: zlib.crc32(array.data) for name, array in read_arrays(temporary).items()},
-            "sources": row_set.sources,
-            "columns": encoding.columns,
-            "counts": {"rows": len(row_set.origin), "kept": len(kept), **tally.counts},
-            "problems": [f"{what} ({n} rows)" for what, n in tally.bad.most_common(SHOWN)] + tally.places,
-        }
-        sealed = {"meta": meta, "hash": hash_json(meta)}
-        (temporary / "meta.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-
-
-def starts(lengths: list[int]) -> np.ndarray:
-    """int64 [n + 1]: where each of n consecutive pieces begins, and where the last one ends."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
-def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a cached part, mapped into memory."""
-    names = {"offsets": "offsets", "rows": "rows", "field_offsets": "fields"}
-    arrays = {name: np.load(folder / f"{file}.npy", mmap_mode="r") for name, file in names.items()}
-    arrays["tokens"] = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-    path = folder / "fields.bin"  # empty but for ppo, and an empty file cannot be mapped
-    arrays["fields"] = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
-    return arrays
-
-
-def read_part(folder: Path) -> Ragged | None:
-    """The cached part in `folder`, or None when there is none. Deletes a damaged one, with a warning."""
-    if not folder.exists():
-        return None
-    try:
-        sealed = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        meta, arrays = sealed["meta"], read_arrays(folder)
-        checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
-        if hash_json(meta) != sealed["hash"] or checksums != meta["crc32"]:
-            raise ValueError("the checksums differ from those recorded")
-        names: dict[str, Any] = {name: tuple(meta[name]) for name in ("sources", "problems", "columns")}
-        return Ragged(**arrays, **names, counts=meta["counts"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        logger.warning("the cached tokens in %s are damaged (%s); tokenising again", folder, error)
-        shutil.rmtree(folder)
-        return None
+    table = datasets.concatenate_datasets(list(tables))
+    plain = table.select_columns(["cut", "problem", *(c for c in table.column_names if c.startswith("length_"))])
+    columns = plain.with_format("arrow")[:]
+    cut = columns.column("cut").to_numpy()
+    dropped = (cut & DROPPED) != 0
+    bad = columns.column("problem").is_valid().to_numpy()
+    kept = np.flatnonzero(~bad & ~dropped)
+    lengths = [columns.column(name).to_numpy()[kept] for name in plain.column_names if name.startswith("length_")]
+    counts = {"rows": given, "kept": len(kept), "skipped": int(bad.sum())}
+    counts |= {count: int(((cut & bit) != 0).sum()) for count, bit in COUNTS.items()}
+    return Part(name, table, kept, np.stack(lengths).astype(np.int32), counts, problems, described)

@@ -6,6 +6,7 @@ These conventions hold for every function:
   estimate before `s_t` is chosen. The caller shifts by one.
 - Masks are explicit, of any integer, float or boolean dtype; a non-zero entry counts fully. Values where the mask is
   zero, infinities and NaN included, reach neither the result nor a gradient.
+- A packed row holds several sequences. `segment_ids` `[B, T]` number them 1, 2, … in each row and are 0 on padding.
 - Arithmetic and reductions are float32, or float64 for float64 input. No argument is detached: differentiate with
   respect to the new log-probs or values only.
 - A loss is a masked sum over a denominator. The default denominator is the mask's own count. With the count of the
@@ -22,6 +23,8 @@ from jaxrlhf.objectives.masked import (
     masked_variance,
     masked_whiten,
     score_at_last_token,
+    score_at_segment_ends,
+    segment_sums,
 )
 from jaxrlhf.objectives.policy import (
     AGGREGATIONS,
@@ -71,6 +74,8 @@ __all__ = [
     "reward_to_go",
     "rloo_advantages",
     "score_at_last_token",
+    "score_at_segment_ends",
+    "segment_sums",
     "sequence_logprobs",
     "sft_loss",
     "standardised",

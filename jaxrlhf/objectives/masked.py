@@ -1,4 +1,4 @@
-"""Sums, means, whitening and last tokens under an explicit mask."""
+"""Sums, means, whitening and last tokens under an explicit mask, of whole rows and of the segments of packed rows."""
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +80,37 @@ def is_last(mask: ArrayLike) -> Array:
 def score_at_last_token(values: ArrayLike, mask: ArrayLike) -> Array:
     """Reads `values` `[B, T]` at the last set entry of `mask` `[B, T]`: `[B]`, 0 for a row without any."""
     return jnp.sum(keep_where(values, is_last(mask)), axis=1)
+
+
+def segment_sums(x: ArrayLike, mask: ArrayLike, segment_ids: ArrayLike, segments: int) -> Array:
+    """Sums `x` over each segment of packed rows.
+
+    Args:
+        x: `[B, T]`.
+        mask: `[B, T]`, set for the entries that count.
+        segment_ids: int `[B, T]`: 1, 2, … for the segments of a row, 0 on padding.
+        segments: S, the most segments of a row. Segments with a higher number are left out.
+
+    Returns:
+        `[B, S]`: segment s in column s - 1, 0 for a segment without an entry that counts.
+    """
+    # A comparison with every number instead of a scatter: XLA fuses it into the sum, and the order of the sum is fixed.
+    numbers = jnp.arange(1, segments + 1)
+    belongs = (jnp.asarray(segment_ids)[:, :, None] == numbers) & (jnp.asarray(mask) != 0)[:, :, None]
+    return jnp.sum(keep_where(jnp.asarray(x)[:, :, None], belongs), axis=1)
+
+
+def score_at_segment_ends(values: ArrayLike, segment_ids: ArrayLike, segments: int) -> Array:
+    """Reads `values` `[B, T]` at the last column of each segment of packed rows.
+
+    Args:
+        values: `[B, T]`.
+        segment_ids: int `[B, T]`: 1, 2, … for the segments of a row, each contiguous, 0 on padding.
+        segments: S, the most segments of a row.
+
+    Returns:
+        `[B, S]`: segment s in column s - 1, 0 for a segment that the row does not have.
+    """
+    segment_ids = jnp.asarray(segment_ids)
+    following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+    return segment_sums(values, segment_ids != following, segment_ids, segments)

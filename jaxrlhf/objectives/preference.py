@@ -39,7 +39,7 @@ def preference_loss(
       2310.12036), equation 17, with the averaging over tokens that TRL has from its authors.
 
     Args:
-        chosen_logratios: `[B]`.
+        chosen_logratios: `[B]`, or `[B, P]` with P pairs in a packed row; the other arrays have the same shape.
         rejected_logratios: `[B]`.
         row_mask: `[B]`, set for real pairs.
         beta: β.

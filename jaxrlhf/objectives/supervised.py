@@ -27,10 +27,10 @@ def pairwise_loss(
     Source: Ouyang et al. 2022, equation 1.
 
     Args:
-        chosen_scores: `[B]`.
+        chosen_scores: `[B]`, or `[B, P]` with P pairs in a packed row; the other arrays have the same shape.
         rejected_scores: `[B]`.
-        row_mask: `[B]`, set for real rows.
-        denominator: Real rows of the global batch; None: those of `row_mask`.
+        row_mask: `[B]`, set for real pairs.
+        denominator: Real pairs of the global batch; None: those of `row_mask`.
     """
     keep = jnp.asarray(row_mask) != 0
     margin = keep_where(chosen_scores, keep) - keep_where(rejected_scores, keep)

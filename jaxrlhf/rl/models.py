@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import keys
-from jaxrlhf.data import Tokenizer
+from jaxrlhf.data import Tokenizer, with_template
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
@@ -25,7 +25,7 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.trainers.optimizer import make_schedule
-from jaxrlhf.trainers.settings import check_context, with_special_tokens
+from jaxrlhf.trainers.settings import check_context, with_special_tokens, with_template_rows
 
 
 def _own(model: Model, zero_stage: int) -> Model:
@@ -55,7 +55,7 @@ class RLHFEngine:
         config: PPOConfig | None = None,
     ) -> None:
         self.config = config = PPOConfig() if config is None else config
-        self.tokenizer = tokenizer
+        self.tokenizer = with_template(tokenizer, config.data.template)
         self.mesh = config.mesh.make_mesh()
         self.hyperparameters = config.hyperparameters(config.data.seed)
         actor, reward, critic = self._load(actor_model_name_or_path, critic_model_name_or_path)
@@ -81,6 +81,7 @@ class RLHFEngine:
         stage = config.compute.zero_stage
         critic_stage = stage if config.critic.critic_zero_stage is None else config.critic.critic_zero_stage
         actor = _own(actor, stage) if isinstance(actor, Model) else load(actor, zero_stage=stage)
+        actor = with_template_rows(actor, config.data, len(self.tokenizer))
         if isinstance(reward, Model):
             reward = _own(reward, critic_stage)
         elif reward is not None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import lasting
 from jaxrlhf.config.files import write_json_atomic
-from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text, load_tokenizer, stream_indices
+from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text, load_tokenizer
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
@@ -104,7 +104,7 @@ class PPOTask:
         self.name, self.title = config.algorithm.algorithm.name, config.algorithm.algorithm.title
         self.best: tuple[str, int] = ("scores", 1)
         self.base_model = str(config.models.actor_model_name_or_path)
-        self.data_names = tuple(config.data.data_path)
+        self.data_names = config.data.names
         self.exports = self._exports()
         self.identity = self._identity()
 
@@ -126,7 +126,7 @@ class PPOTask:
             "trainer": self.name,
             "data": self.data.train.key,
             "rollout_batch_size": self.rows,
-            "train_rows": len(self.data.train),
+            "train_rows": self.data.train.size,
             "total_steps": self.total_steps,
             "actor": config.models.actor_model_name_or_path,
             "reward": config.models.reward_model_name_or_path,
@@ -137,7 +137,7 @@ class PPOTask:
 
     def step(self, state: PPOState, index: int) -> tuple[PPOState, dict[str, Any]]:
         trainer, train = self.trainer, self.data.train
-        indices = stream_indices(index, self.prompts, len(train), self.config.data.seed)
+        indices = train.indices(index, self.prompts)
         reading = {}
         if trainer.rewards:
             reading = {"columns": train.columns(indices), "texts": train.prompt_texts(indices)}
@@ -161,7 +161,7 @@ class PPOTask:
             "val/num_eos_tokens": counts["ended"],
             "lr": float(self.engine.schedule(made)),
             "episode": (index + 1) * self.rows,
-            "epoch": (index + 1) * self.prompts / len(train),
+            **train.progress(index + 1, self.prompts),
             "timing/step": seconds,
             "perf/sequences_per_second": self.rows / seconds,
             "perf/tokens_per_second": counts["tokens"] / seconds,
@@ -178,10 +178,8 @@ class PPOTask:
         if self.data.text is None:
             return None
         size = self.config.ptx_rows(self.devices)
-        indices = stream_indices(index, size, len(self.data.text), self.config.data.seed)
-        batch = self.data.text.batch(indices, held=held_rows(self.engine.mesh, size))
-        names = ("input_ids", "attention_mask", "loss_mask")
-        return place_batch({name: batch[name] for name in names}, self.engine.mesh)
+        indices = self.data.text.indices(index, size)
+        return place_batch(self.data.text.batch(indices, held=held_rows(self.engine.mesh, size)), self.engine.mesh)
 
     def _keep(self, experience: Experience, text: dict[str, jax.Array] | None) -> None:
         """Keeps the newest batch for `last_batch`."""
@@ -266,6 +264,8 @@ def read_data(config: PPOConfig, tokenizer: Tokenizer, rewards: Rewards) -> RLDa
         block=config.ptx.ptx_block_size or config.data.max_prompt_seq_len + config.sampling.max_new_tokens,
         held_out=config.data.eval_fraction,
         cache=cache_folder(config.data),
+        segments=config.data.packing is not False,
+        seed=config.data.seed,
     )
     return RLData(train, held_out, *text)
 
@@ -281,11 +281,11 @@ def train_ppo(config: PPOConfig) -> PPOState:
         for model in (actor, reward):
             if model is not None:
                 read_config(model)  # fails early when the model cannot be used
-        tokenizer = load_tokenizer(config.models.tokenizer.tokenizer_name_or_path or actor)
+        tokenizer = load_tokenizer(config.models.tokenizer.tokenizer_name_or_path or actor, config.data.template)
         rewards = config.rewards.rewards(run.print)
         data = read_data(config, tokenizer, rewards)
         rows = config.rollout_rows(batch_devices(config.mesh.make_mesh()))
-        steps = config.run.total_steps(len(data.train) * config.sampling.samples_per_prompt, rows)
+        steps = config.run.total_steps(lambda: len(data.train) * config.sampling.samples_per_prompt, rows)
         if config.algorithm.critic_only_steps >= steps:
             raise InputError(
                 f"critic_only_steps={config.algorithm.critic_only_steps} leaves none of the run's {steps} steps to "

@@ -24,6 +24,7 @@ from jaxrlhf.rl.experience import (
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, model_gradients
+from jaxrlhf.trainers.sft import sft_loss, token_count
 
 PyTree = Any
 
@@ -100,8 +101,8 @@ def ppo_step(
     Args:
         state: donated.
         experience: a scored rollout of B rows.
-        ptx: with `ptx_coef`, pretraining text: `input_ids`, `attention_mask` and `loss_mask` `[R, T]`; each minibatch
-            takes its share.
+        ptx: with `ptx_coef`, pretraining text: `input_ids`, `attention_mask` and `loss_mask` `[R, T]`, and
+            `segment_ids` `[R, T]` where rows are packed; each minibatch takes its share.
 
     Returns:
         The new state, and float32 metrics under TRL's names, averaged over the updates; NaN when no update counted.
@@ -343,9 +344,7 @@ def _ptx_gradients(
     h = state.hyperparameters
 
     def loss_of(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
-        params = join(params, frozen)
-        logprobs, _ = actor_logprobs(state.actor, params, b["input_ids"], b["attention_mask"], 1.0)
-        loss = objectives.sft_loss(logprobs, b["loss_mask"], jnp.sum(ptx["loss_mask"]))
+        loss, _ = sft_loss(state.actor, join(params, frozen), b, token_count(ptx), None)
         return h.ptx_coef * loss, loss
 
     _, loss, grads = model_gradients(loss_of, state.actor, params, ptx, h.micro_batches, state.mesh)

@@ -185,9 +185,8 @@ class PPOTrainer:
         """Prompts and responses of a rollout as reward functions read them."""
         tokens, mask, response_mask = to_host((rollout.tokens, rollout.mask, rollout.response_mask))
         asked = self.texts(tokens, mask, response_mask)[0] if prompts is None else prompts
-        template, stops = self.config.data.prompt_template, self.sampling.stop_strings
         return asked, [
-            answer_text(self.engine.tokenizer, ids[inside], template, stops)
+            answer_text(self.engine.tokenizer, ids[inside], self.sampling.stop_strings)
             for ids, inside in zip(tokens, response_mask, strict=True)
         ]
 

@@ -31,13 +31,15 @@ STEPS = {
 }
 """Subfolders of a run of all steps, in order, and the titles of their sections."""
 
+_EVAL = r"(eval/([^/]+/)?)?"  # an evaluation has metrics of each source too
+
 GROUPS = {
     "Rewards and scores": (
         r"objective/(scores|rlhf_reward|non_score_reward)"
-        r"|(eval/)?(accuracy.*|length_baseline|.*_score|margin|.*reward.*)"
+        rf"|{_EVAL}(accuracy.*|length_baseline|.*_score|margin|.*reward.*)"
     ),
-    "Losses": r"(eval/)?loss(/.*)?|(eval/)?perplexity|(eval/)?.*_loss",
-    "KL and policy": r"objective/(kl|entropy)|policy/.*|(eval/)?logps/.*|val/ratio.*|sampling/.*|.*kl(_.*)?",
+    "Losses": rf"{_EVAL}loss(/.*)?|{_EVAL}perplexity|{_EVAL}.*_loss",
+    "KL and policy": rf"objective/(kl|entropy)|policy/.*|{_EVAL}logps/.*|val/ratio.*|sampling/.*|.*kl(_.*)?",
     "Response length": r".*length.*|.*eos.*",
     "Learning rate and gradients": r".*learning_rate.*|(.*/)?lr(_.*)?|.*grad_norm.*",
     "Throughput and timing": r"(perf|timing)/.*|.*(per_second|seconds).*",

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Ge, Lt, Positive, alias
+from jaxrlhf.config import Ge, Lt, PathName, Positive, alias
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -38,12 +37,11 @@ from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.optimizer import OptimizerConfig
-from jaxrlhf.trainers.reward import pair_count, response_lengths, response_start
+from jaxrlhf.trainers.pairs import SIDES, Sides, pair_count, pair_mask, read_pairs
 from jaxrlhf.trainers.settings import StepOptions, check_context
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
 PyTree = Any
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class DPOOptions(StepOptions):
     """Share of pairs whose label is taken to be wrong; not with ipo."""
     reference_free: bool = False
     """Leave the reference out: prefer by the policy's log-probs alone."""
-    reference_model_name_or_path: Annotated[str | None, alias("ref_model_name_or_path")] = None
+    reference_model_name_or_path: PathName[Annotated[str | None, alias("ref_model_name_or_path")]] = None
     """Model folder or hub name of the reference; default: the start model, with LoRA its frozen base."""
 
     def check(self) -> None:
@@ -84,12 +82,17 @@ class DPOConfig(DPOOptions, SupervisedConfig):
     """Direct preference optimisation alone."""
 
 
-def response_logprobs(module: Decoder, params: PyTree, rows: Batch) -> dict[str, jax.Array]:
-    """Computes log π(response | prompt) `[B]` of both responses, in one forward pass without dropout."""
-    ids, mask = (jnp.concatenate([rows[f"{side}_{kind}"] for side in SIDES]) for kind in ("ids", "mask"))
-    logprobs, _ = module.apply({"params": params}, ids, mask, method="logprobs")
-    answers = (mask != 0) & (jnp.arange(mask.shape[1]) >= jnp.tile(response_start(rows), 2)[:, None])
-    return dict(zip(SIDES, jnp.split(objectives.sequence_logprobs(logprobs, answers), 2), strict=True))
+def response_logprobs(module: Decoder, params: PyTree, rows: Batch) -> Sides:
+    """Computes log π(response | prompt) of both responses, in one forward pass without dropout.
+
+    Returns:
+        `[B]` each, of packed rows `[B, P]`.
+    """
+    pairs = read_pairs(rows)
+    logprobs, _ = module.apply(
+        {"params": params}, pairs.input_ids, pairs.attention_mask, segment_ids=pairs.segment_ids, method="logprobs"
+    )
+    return pairs.sums(logprobs)
 
 
 def dpo_loss(
@@ -105,17 +108,19 @@ def dpo_loss(
     """Mean loss of the pairs, and TRL's metrics: implicit rewards β·log(π / π_ref) and log-probs of the responses."""
     logps = response_logprobs(module, params, rows)
     ratios = {side: logps[side] - rows[f"ref_{side}_logps"] for side in SIDES}
+    lengths = read_pairs(rows).lengths()
     loss = objectives.preference_loss(
         ratios["chosen"],
         ratios["rejected"],
-        rows["row_mask"],
+        pair_mask(rows),
         beta,
         kind,
         label_smoothing,
-        *response_lengths(rows),
+        lengths["chosen"],
+        lengths["rejected"],
         denominator=count,
     )
-    mean = partial(objectives.masked_mean, mask=rows["row_mask"], denominator=count)
+    mean = partial(objectives.masked_mean, mask=pair_mask(rows), denominator=count)
     stats = {f"rewards/{side}": mean(beta * ratios[side]) for side in SIDES}
     stats["rewards/accuracies"] = mean(ratios["chosen"] > ratios["rejected"])
     stats["rewards/margins"] = mean(beta * (ratios["chosen"] - ratios["rejected"]))
@@ -141,19 +146,20 @@ def objective(kind: str, beta: float, label_smoothing: float) -> tuple[Objective
 
 
 @partial(jax.jit, static_argnames=("module", "mesh", "micro_batches"))
-def reference_logprobs(
-    params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, micro_batches: int
-) -> dict[str, jax.Array]:
-    """Computes log π_ref(response | prompt) `[B]` of both responses, in `micro_batches` chunks of rows."""
+def reference_logprobs(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, micro_batches: int) -> Sides:
+    """`response_logprobs` of the reference, in `micro_batches` chunks of rows."""
     with use(mesh, TRAIN_RULES):
         params = working_copy(params, logical_axes(module), module, mesh)
         return map_rows(partial(response_logprobs, module, params), batch, micro_batches)
 
 
 def add_reference(config: DPOConfig, run: Run, model: Model, mesh: Mesh) -> Callable[[PyTree, Batch], Batch]:
-    """Returns the function that adds `ref_chosen_logps` and `ref_rejected_logps` `[B]` to a placed batch."""
+    """Returns the function that adds the reference's `response_logprobs` to a placed batch.
+
+    The arrays are `ref_chosen_logps` and `ref_rejected_logps`.
+    """
     if config.reference_free:
-        return lambda params, batch: batch | {f"ref_{side}_logps": 0.0 * batch["row_mask"] for side in SIDES}
+        return lambda params, batch: batch | {f"ref_{side}_logps": 0.0 * pair_mask(batch) for side in SIDES}
     own = config.reference_model_name_or_path
     shares = own is None and model.module.lora is not None
     source = model if own is None else load_reference(config, own, model, mesh)

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import objectives
+from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
+from jaxrlhf.trainers.pairs import Sides, pair_count, pair_mask, read_pairs
 from jaxrlhf.trainers.settings import StepOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
@@ -28,58 +30,52 @@ class RewardOptions(StepOptions):
 class RewardConfig(RewardOptions, SupervisedConfig):
     """Step 2 alone."""
 
-
-def pair_count(batch: Batch) -> jax.Array:
-    return batch["row_mask"].sum()
-
-
-def pair_values(module: Decoder, params: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Per-token scores `[B, T]` of chosen and rejected, in one forward pass."""
-    both = [jnp.concatenate([rows[f"chosen_{k}"], rows[f"rejected_{k}"]]) for k in ("ids", "mask")]
-    values: Any = module.apply({"params": params}, *both, rngs=None if key is None else {"dropout": key})
-    chosen, rejected = jnp.split(values, 2)
-    return chosen, rejected
+    def check(self) -> None:
+        super().check()
+        if self.reward_loss == "tokenwise" and self.data.packing:
+            raise InputError(
+                "packing=True does not go with reward_loss=tokenwise, which compares the two responses column by "
+                "column: set packing to false, or take reward_loss=pairwise"
+            )
 
 
-def last_scores(rows: Batch, chosen: jax.Array, rejected: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (
-        objectives.score_at_last_token(chosen, rows["chosen_mask"]),
-        objectives.score_at_last_token(rejected, rows["rejected_mask"]),
+def compare(
+    kind: str, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, Sides]:
+    """Computes the mean loss of the pairs, and the scores at the last token of both sides, in one forward pass."""
+    pairs = read_pairs(rows)
+    rngs = None if key is None else {"dropout": key}
+    values: Any = module.apply(
+        {"params": params}, pairs.input_ids, pairs.attention_mask, segment_ids=pairs.segment_ids, rngs=rngs
     )
+    scores = pairs.last(values)
+    if kind == "tokenwise":
+        names = ("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "row_mask")
+        arrays = (rows[name] for name in names)
+        loss = objectives.tokenwise_pairwise_loss(*jnp.split(values, 2), *arrays, denominator=count)
+    else:
+        loss = objectives.pairwise_loss(scores["chosen"], scores["rejected"], pairs.mask, count)
+    return loss, scores
 
 
 def reward_loss(
     kind: str, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean pairwise loss, with the accuracy and margin of the scores at the last token."""
-    chosen, rejected = pair_values(module, params, rows, key)
-    scores = last_scores(rows, chosen, rejected)
-    if kind == "tokenwise":
-        names = ("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "row_mask")
-        loss = objectives.tokenwise_pairwise_loss(chosen, rejected, *(rows[n] for n in names), denominator=count)
-    else:
-        loss = objectives.pairwise_loss(*scores, rows["row_mask"], count)
-    mean = partial(objectives.masked_mean, mask=rows["row_mask"], denominator=count)
-    return loss, {"accuracy": mean(scores[0] > scores[1]), "margin": mean(scores[0] - scores[1])}
-
-
-def response_start(rows: Batch) -> jax.Array:
-    """Column `[B]` of the responses' first token; at least 1, because the first token of a row has no log-prob."""
-    return jnp.maximum(rows["prompt_length"], 1)
-
-
-def response_lengths(rows: Batch) -> tuple[jax.Array, jax.Array]:
-    """Lengths `[B]` in tokens of the chosen and the rejected response; 0 in filler rows."""
-    return tuple(rows[f"{side}_mask"].sum(axis=1) - response_start(rows) for side in ("chosen", "rejected"))
+    """Mean loss of the pairs, with the accuracy and margin of the scores at the last token."""
+    loss, scores = compare(kind, module, params, rows, count, key)
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    mean = partial(objectives.masked_mean, mask=pair_mask(rows), denominator=count)
+    return loss, {"accuracy": mean(chosen > rejected), "margin": mean(chosen - rejected)}
 
 
 def reward_sums(kind: str, module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
-    chosen, rejected = last_scores(batch, *pair_values(module, params, batch, None))
-    long, short = response_lengths(batch)
-    similar = jnp.abs(long - short) < SIMILAR * jnp.maximum(long, short)
-    total = partial(objectives.masked_sum, mask=batch["row_mask"])
     count = pair_count(batch)
-    loss, _ = reward_loss(kind, module, params, batch, count, None)
+    loss, scores = compare(kind, module, params, batch, count, None)
+    chosen, rejected = scores["chosen"], scores["rejected"]
+    lengths = read_pairs(batch).lengths()
+    long, short = lengths["chosen"], lengths["rejected"]
+    similar = jnp.abs(long - short) < SIMILAR * jnp.maximum(long, short)
+    total = partial(objectives.masked_sum, mask=pair_mask(batch))
     return {
         "loss": loss * count,
         "correct": total(chosen > rejected),

@@ -1,6 +1,8 @@
 """Settings that every trainer shares: which model, on which mesh, in what precision, and how the run goes."""
 
 import dataclasses
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import keys
-from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PositiveInt, Settings, alias, check_needs
+from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PathName, PositiveInt, Settings, alias, check_needs
 from jaxrlhf.data import DataConfig, Tokenizer
 from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
@@ -27,6 +29,8 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+
+logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -61,7 +65,7 @@ class ComputeConfig(Settings):
     state; 2: the same, but parameters are gathered once per step; 1: gradients are whole too; 0: nothing."""
     attention_implementation: Literal["auto", "xla", "pallas", "cudnn", "tokamax"] = "auto"
     """Attention kernels: xla; pallas, our own (NVIDIA, TPU; interpreted on CPU, so very slow); cudnn and tokamax, for
-    training and scoring alone (NVIDIA); auto: the fastest one measured."""
+    training and scoring alone, without packing (NVIDIA); auto: the fastest one measured."""
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
     CPU); auto: the fastest one measured."""
@@ -76,7 +80,7 @@ class ComputeConfig(Settings):
 class TokenizerConfig(Settings, may_change=True):
     """The tokenizer."""
 
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: PathName[str | None] = None
     """Tokenizer folder or hub name, or 'demo'; default: the model's own."""
 
 
@@ -98,7 +102,7 @@ class StartConfig(Settings):
 class ModelConfig(Settings):
     """The model to start from."""
 
-    model_name_or_path: MayChange[str | None] = None
+    model_name_or_path: PathName[MayChange[str | None]] = None
     """Model folder or hub name to start from."""
     start: StartConfig = StartConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -120,7 +124,7 @@ class ModelConfig(Settings):
 class FolderConfig(Settings, may_change=True):
     """The folder of the run."""
 
-    output_dir: str = ""
+    output_dir: PathName[str] = ""
     """Folder of the run: records, checkpoints, report and, at the end, the exported model."""
     resume: Annotated[bool, alias("resume_from_checkpoint")] = False
     """Continue from the newest checkpoint in output_dir."""
@@ -177,9 +181,12 @@ class RunConfig(Settings, may_change=True):
     def remat(self) -> str:
         return "full" if self.remat_policy == "none" and self.gradient_checkpointing else self.remat_policy
 
-    def total_steps(self, rows: int, batch: int) -> int:
-        """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last may reach into the next)."""
-        return self.max_steps if self.max_steps > 0 else max(1, -int(-self.num_train_epochs * rows // batch))
+    def total_steps(self, rows: Callable[[], int], batch: int) -> int:
+        """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last may reach into the next).
+
+        `rows` counts the rows of an epoch; it is called only where `num_train_epochs` decides.
+        """
+        return self.max_steps if self.max_steps > 0 else max(1, -int(-self.num_train_epochs * rows() // batch))
 
 
 @dataclass(frozen=True)
@@ -228,7 +235,8 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, re
         remat: what the backward pass recomputes.
 
     Raises:
-        InputError: when the model has fewer rows than the tokenizer has tokens, unless `resize_vocabulary` adds them.
+        InputError: when the model has fewer rows than the tokenizer has tokens, unless `resize_vocabulary` or a
+            built-in chat template adds them.
     """
     start, key = config.model.start, keys.stream(config.data.seed, keys.Stream.WEIGHTS)
     layout = {"dtype": config.mesh.compute_dtype, "remat": remat, "zero_stage": config.compute.zero_stage}
@@ -242,9 +250,20 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, re
     model = with_kernels(model, **config.compute.kernels)
     if start.resize_vocabulary and model.config.vocab_size < vocab_size:
         model = resize_vocabulary(model, vocab_size)
+    model = with_template_rows(model, config.data, vocab_size)
     source = f"the tokenizer of {config.model.tokenizer_source}"
     check_tokenizer_fits(vocab_size, model.config, source, "add rows with --resize_vocabulary")
     return without_dropout(model) if start.disable_dropout else model
+
+
+def with_template_rows(model: Model, data: DataConfig, vocab_size: int) -> Model:
+    """The model with a row for each token that a built-in chat template has added to the tokenizer."""
+    missing = vocab_size - model.config.vocab_size
+    if missing <= 0 or not data.template.adds_tokens:
+        return model
+    name = data.template.chat_template
+    logger.info("chat_template %s: %d rows added to the model, for the tokens that the template needs", name, missing)
+    return resize_vocabulary(model, vocab_size)
 
 
 def without_dropout(model: Model) -> Model:

@@ -16,9 +16,6 @@ from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConf
 class SFTOptions(StepOptions):
     """Supervised fine-tuning."""
 
-    completion_only_loss: bool = True
-    """Train on the response only; false: on the whole sequence."""
-
 
 @dataclass(frozen=True)
 class SFTConfig(SFTOptions, SupervisedConfig):
@@ -32,11 +29,12 @@ def token_count(batch: Batch) -> jax.Array:
 def sft_loss(
     module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean negative log-prob of the target tokens, in nats."""
+    """Mean negative log-prob of the target tokens, in nats. Rows with `segment_ids` are packed."""
     logprobs, _ = module.apply(
         {"params": params},
         rows["input_ids"],
         rows["attention_mask"],
+        segment_ids=rows.get("segment_ids"),
         method="logprobs",
         rngs=None if key is None else {"dropout": key},
     )
@@ -67,7 +65,6 @@ def train_sft(config: SFTConfig) -> TrainState:
         objective=OBJECTIVE,
         measure=sft_sums,
         summarise=sft_metrics,
-        batch_options={"completion_only_loss": config.completion_only_loss},
         best=("loss", -1),
     )
     return train_supervised(config, recipe)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import lasting
-from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data, load_tokenizer, padding_fraction, stream_indices
+from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data, load_tokenizer
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, read_config, split_trainable
 from jaxrlhf.runs import Run
@@ -37,6 +37,8 @@ from jaxrlhf.trainers.settings import (
 
 PyTree = Any
 Batch = dict[str, Any]
+MASKS = ("attention_mask", "chosen_mask", "rejected_mask")
+"""Arrays `[B, T]` of a batch that mark its tokens; a batch has the first, or the other two."""
 
 
 class Objective(NamedTuple):
@@ -70,6 +72,12 @@ def init_state(
     return TrainState(step, model.params, opt_state, module=model.module, optimizer=optimizer, mesh=mesh)
 
 
+def token_sum(batch: Batch) -> jax.Array:
+    """Number of the batch's tokens, int32, without the one that a filler row has."""
+    mask = sum(batch[name] for name in MASKS if name in batch)
+    return jnp.sum(mask * batch["row_mask"][:, None])
+
+
 def has_dropout(module: Decoder) -> bool:
     c, lora = module.config, module.lora
     return max(c.embed_dropout, c.attention_dropout, c.residual_dropout, lora.dropout if lora else 0) > 0
@@ -92,10 +100,11 @@ def train_step(
         micro_batches: chunks that the batch is worked through in; their number does not change the result.
 
     Returns:
-        The new state, and `loss`, `grad_norm`, `guard/skipped_updates` and the objective's stats.
+        The new state, and `loss`, `grad_norm`, `guard/skipped_updates`, `tokens` (`token_sum`) and the
+        objective's stats.
     """
     with use(state.mesh, TRAIN_RULES):
-        count = objective.count(batch)
+        count, tokens = objective.count(batch), token_sum(batch)
         trainable, frozen = split_trainable(state.params, state.module)
 
         read = frozen_working_copy(frozen, state.module, state.mesh)
@@ -112,7 +121,7 @@ def train_step(
         trainable, opt_state = apply_gradients(
             state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh, finite
         )
-    metrics = {"loss": value, "grad_norm": norm, "guard/skipped_updates": ~finite, **stats}
+    metrics = {"loss": value, "grad_norm": norm, "guard/skipped_updates": ~finite, "tokens": tokens, **stats}
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
 
@@ -124,14 +133,45 @@ def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, meas
 
 
 def evaluation_totals(
-    sums: Callable[[Batch], dict[str, jax.Array]], data: Any, rows: int, mesh: Mesh, **options: Any
+    sums: Callable[[Batch], dict[str, jax.Array]],
+    data: Any,
+    batch_size: int,
+    mesh: Mesh,
+    rows: np.ndarray | None = None,
+    **options: Any,
 ) -> dict[str, float]:
-    """Adds up `sums` of all batches of `rows` rows of `data`, placed on the mesh; `options` go to `data.batch`."""
+    """Adds up `sums` over the rows of `data`.
+
+    Args:
+        sums: of one batch, placed on the mesh.
+        data: as `eval_batches` takes it.
+        batch_size: rows of a batch.
+        mesh: where batches are placed.
+        rows: row numbers; None: all rows.
+        options: passed to `data.batch`.
+    """
     totals: dict[str, float] = {}
-    for batch in eval_batches(data, rows, held=held_rows(mesh, rows), **options):
+    for batch in eval_batches(data, batch_size, rows, held=held_rows(mesh, batch_size), **options):
         for name, value in to_host(sums(place_batch(batch, mesh))).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     return totals
+
+
+def metrics_by_source(
+    totals: dict[str, dict[str, float]], summarise: Callable[[dict[str, float]], dict[str, float]]
+) -> dict[str, float]:
+    """Metrics of all sources together; with more than one source, also `<source>/<metric>` of each.
+
+    Args:
+        totals: sums of an evaluation, by source.
+        summarise: from sums to metrics.
+    """
+    joint = {name: sum(sums[name] for sums in totals.values()) for name in next(iter(totals.values()))}
+    metrics = summarise(joint)
+    if len(totals) > 1:
+        for source, sums in totals.items():
+            metrics |= {f"{source}/{name}": value for name, value in summarise(sums).items()}
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -151,8 +191,6 @@ class Recipe:
     """From their totals to metrics."""
     best: tuple[str, int]
     """As in Task."""
-    batch_options: dict[str, Any] = field(default_factory=dict)
-    """Passed to `data.batch`."""
     extend: Callable[[Run, Model, Mesh], Callable[[PyTree, Batch], Batch]] = lambda *_: lambda params, batch: batch
     """Called once with run, start model and mesh. Its result adds arrays to each placed batch of steps and evaluations,
     given the current parameters."""
@@ -171,7 +209,7 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
         source = config.model.tokenizer_source
         if config.model.model_name_or_path is not None:
             read_config(config.model.model_name_or_path)  # fails early when the model cannot be used
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source, config.data.template)
         model = load_model(config, recipe.head, mesh, len(tokenizer), remat=config.run.remat)
         key = keys.stream(config.data.seed, keys.Stream.ADAPTERS)
         model = with_adapters(with_special_tokens(model, tokenizer), config.lora, key)
@@ -198,8 +236,8 @@ class SupervisedTask:
         self.micro_batches = config.run.gradient_accumulation_steps
         self.rows = config.run.per_device_train_batch_size * batch_devices(mesh) * self.micro_batches
         self.name, self.title, self.best = recipe.name, recipe.title, recipe.best
-        self.total_steps = config.run.total_steps(len(self.train), self.rows)
-        self.data_names = tuple(config.data.data_path)
+        self.total_steps = config.run.total_steps(lambda: len(self.train), self.rows)
+        self.data_names = config.data.names
         self.trainable = split_trainable(model.params, model.module)[0]
         self.optimizer = make_optimizer(config.optimizer, self.total_steps, self.trainable)
         self.schedule = make_schedule(config.optimizer, self.total_steps)
@@ -218,7 +256,7 @@ class SupervisedTask:
             "data": self.train.key,
             "global_batch_size": self.rows,
             "micro_batches": self.micro_batches,
-            "train_rows": len(self.train),
+            "train_rows": self.train.size,
             "total_steps": self.total_steps,
             "lora": described.get("lora"),
             **lasting(config),
@@ -230,20 +268,21 @@ class SupervisedTask:
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
         made = int(to_host(updates_made(state.opt_state)))
-        indices = stream_indices(index, self.rows, len(self.train), self.config.data.seed)
-        batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows), **self.recipe.batch_options)
+        indices = self.train.indices(index, self.rows)
+        batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows))
         self._newest = self._extend(state.params, place_batch(batch, self.mesh))
         state, metrics = self._update(
             state, self._newest, self.key, objective=self.recipe.objective, micro_batches=self.micro_batches
         )
-        metrics = jax.block_until_ready(metrics)
-        tokens = self.train.token_count(indices)
+        metrics = to_host(metrics)
+        tokens = metrics.pop("tokens")
+        positions = sum(batch[name].size for name in MASKS if name in batch)
         seconds = time.monotonic() - begin
         return state, metrics | {
             "learning_rate": self.schedule(made),
-            "epoch": np.float64((index + 1) * self.rows / len(self.train)),
+            **self.train.progress(index + 1, self.rows),
             "perf/tokens_per_second": np.float64(tokens / seconds),
-            "perf/padding": np.float64(padding_fraction(batch, tokens)),
+            "perf/padding": np.float64(1 - tokens / positions),
             "timing/step": np.float64(seconds),
         }
 
@@ -254,9 +293,12 @@ class SupervisedTask:
                 state.params, extended, module=state.module, mesh=self.mesh, measure=self.recipe.measure
             )
 
-        rows = self.config.run.per_device_eval_batch_size * batch_devices(self.mesh)
-        totals = evaluation_totals(sums, self.evaluation, rows, self.mesh, **self.recipe.batch_options)
-        return self.recipe.summarise(totals)
+        size = self.config.run.per_device_eval_batch_size * batch_devices(self.mesh)
+        totals = {
+            source: evaluation_totals(sums, self.evaluation, size, self.mesh, rows)
+            for source, rows in self.evaluation.rows_by_source().items()
+        }
+        return metrics_by_source(totals, self.recipe.summarise)
 
     def export(self, state: TrainState, card: ModelCard) -> None:
         trained = Model(module=state.module, params=state.params, config=self.model.config)

@@ -18,7 +18,7 @@ import compare_trl  # noqa: E402
 import compare_trl_ours  # noqa: E402
 from compare_trl_side import Turns, quality  # noqa: E402
 
-from jaxrlhf.data import encode_prompt, load_tokenizer  # noqa: E402
+from jaxrlhf.data import encode_prompts, load_tokenizer  # noqa: E402
 from jaxrlhf.data.demo import demo_quality, materialize_demo  # noqa: E402
 from jaxrlhf.errors import InputError  # noqa: E402
 from jaxrlhf.models import config_from_dict, create_model, load_pretrained, save_pretrained  # noqa: E402
@@ -47,7 +47,7 @@ def test_our_side_runs_a_job_and_leaves_the_start_of_the_critic_for_the_peer(tmp
     shape |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64}
     shape |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     save_pretrained(create_model(config_from_dict(shape), key=jax.random.key(0)), tmp_path / "actor", tokenizer)
-    prompts = [encode_prompt(tokenizer, question) for question in QUESTIONS * 2]
+    prompts = encode_prompts(tokenizer, QUESTIONS * 2)
     width = max(map(len, prompts))
     ids = np.array([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], np.int32)
     mask = np.arange(width) >= np.array([[width - len(p)] for p in prompts])

@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 
 from jaxrlhf import keys
-from jaxrlhf.commands.chat import ChatConfig, ChatSession, StreamedText, chat, open_session, printable, talk
+from jaxrlhf.commands.chat import (
+    ChatConfig,
+    ChatSession,
+    StreamedText,
+    chat,
+    open_session,
+    printable,
+    read_lines,
+    talk,
+)
 from jaxrlhf.config import parse
-from jaxrlhf.data import encode_conversation
+from jaxrlhf.data import TemplateConfig, encode_conversation, with_template
 from jaxrlhf.data.demo import train_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import model_from_overrides, save_pretrained
@@ -71,7 +80,7 @@ def scripted(model, tokenizer, *answers, console=None, **options):
 def test_the_streamed_answer_is_what_generate_gives(model, tokenizer, temperature):
     session = ChatSession(model, tokenizer, ChatConfig.create(model="tiny", max_new_tokens=12, temperature=temperature))
     pieces = list(session.reply("What is hot?"))
-    ids = np.array([encode_conversation(tokenizer, [user("What is hot?")])])
+    ids = np.array([encode_conversation(session.tokenizer, [user("What is hot?")])])
     key = keys.stream(session.config.seed, keys.Stream.CHAT, 0)
     rollout = jax.device_get(session.engine.generate(ids, np.ones_like(ids), key, session.sampling))
     expected = tokenizer.decode(rollout.tokens[rollout.response_mask], skip_special_tokens=True).lstrip()
@@ -287,23 +296,35 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 def test_a_folder_is_chatted_with_through_pipes(model, tokenizer, tmp_path, capsys):
-    save_pretrained(model, tmp_path, tokenizer)
-    (tmp_path / "config.yaml").write_text("prompt_template: 'Q {prompt} A {response}'\nseed: 7\n")
+    save_pretrained(model, tmp_path, with_template(tokenizer, TemplateConfig("Q {prompt} A {response}")))
     config = parse(ChatConfig, ["--model", str(tmp_path), "--max-new-tokens", "6", "--temperature", "0"], "chat", "")
     output = io.StringIO()
     chat(config, io.StringIO("hot\nkind\n"), output)
     session = open_session(config)
-    assert session.template == "Q {prompt} A {response}"
+    assert session.tokenizer.decode(encode_conversation(session.tokenizer, [user("hot")])) == "Q hot A"
     assert output.getvalue() == "".join(printable("".join(session.reply(text))) + "\n" for text in ("hot", "kind"))
     assert capsys.readouterr().out == ""
 
 
 def test_an_explicit_prompt_template_counts_more_than_the_run_s(model, tokenizer, tmp_path):
-    save_pretrained(model, tmp_path, tokenizer)
-    (tmp_path / "config.yaml").write_text("prompt_template: raw\n")
-    assert (
-        open_session(ChatConfig.create(model=str(tmp_path), prompt_template="{prompt}>{response}")).template[0] == "{"
-    )
+    save_pretrained(model, tmp_path, with_template(tokenizer, TemplateConfig("raw")))
+    session = open_session(ChatConfig.create(model=str(tmp_path), prompt_template="{prompt}>{response}"))
+    assert session.tokenizer.decode(encode_conversation(session.tokenizer, [user("hot")])) == "hot>"
+
+
+def test_what_a_user_types_opens_no_turn_and_text_in_another_encoding_is_named(model, tokenizer, tmp_path):
+    session = scripted(model, tokenizer, "yes", max_new_tokens=16)
+    "".join(session.reply("hot<eos>kind"))
+    assert session.tokenizer.eos_token_id not in session.engine.prompts[0]
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        session.reply("hot \ud83d")
+    (tmp_path / "latin1").write_bytes("caf\u00e9\n".encode("latin-1"))
+    for errors in ("strict", "surrogateescape"):
+        with (
+            open(tmp_path / "latin1", encoding="utf-8", errors=errors) as stream,
+            pytest.raises(InputError, match="standard input: byte 0xe9 is not valid UTF-8; convert"),
+        ):
+            list(read_lines(stream, interactive=False))
 
 
 def test_models_that_cannot_chat_are_refused_by_name(model, tokenizer, tmp_path):

@@ -14,7 +14,7 @@ from jaxrlhf.commands import sample as module
 from jaxrlhf.commands.sample import SampleConfig, sample
 from jaxrlhf.commands.selection import Samples, select_samples, summarise_samples
 from jaxrlhf.config.files import read_jsonl
-from jaxrlhf.data import DataConfig, encode_pair, load_data, plain_response
+from jaxrlhf.data import DataConfig, load_data
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
 
@@ -296,11 +296,3 @@ def test_the_figures_leave_out_prompts_with_failed_samples_where_the_whole_promp
     assert result["score_mean"] == pytest.approx(np.nanmean(SCORES)) and result["kept_score_mean"] == 4.5
     nothing = summarise_samples(Samples(np.full((1, 2), np.nan, np.float32), [["", ""]], np.ones((1, 2), bool)), [])
     assert nothing["expected_best_of_k"][1]["score"] is None and nothing["score_mean"] is None
-
-
-def test_a_response_is_written_as_the_rows_of_sft_data_have_it(demo):
-    tokenizer = demo.tokenizer
-    for template in ("Human: {prompt} Assistant: {response}", "raw", "Q: {prompt}\nA:{response}\n"):
-        for text in ("The sky is blue.", " two  spaces", "3"):
-            _, ids = encode_pair(tokenizer, "What?", text, template)
-            assert plain_response(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), template) == text

@@ -29,7 +29,6 @@ ALL |= {"bench": BenchConfig, "convert": ConvertConfig, "demo": DemoConfig}
 # Names with another meaning in another command. Everything else stands in one class.
 OTHERWISE = {
     "seed": {"DataConfig", "ChatConfig", "BenchConfig"},  # of the order of rows too; of samples; of weights
-    "prompt_template": {"DataConfig", "ChatConfig"},  # chat: none stands for the one of training
     "json": {"PlanConfig", "BenchConfig"},  # the file of the plan; the file of the measurements
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
     "save_dtype": {"RunConfig", "ConvertConfig"},  # of the export of a run; of a conversion, where dtype says the same

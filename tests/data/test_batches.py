@@ -1,5 +1,7 @@
 """Batches: shapes, masks, and an order that depends on nothing but seed and step."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -11,9 +13,9 @@ from jaxrlhf.data import (
     epoch_permutation,
     eval_batches,
     length_bucket,
-    padding_fraction,
     stream_indices,
 )
+from jaxrlhf.data.batches import short_names
 from jaxrlhf.data.tokenized import Ragged
 
 EOS = 1
@@ -65,6 +67,10 @@ def test_pairs_share_one_width(tokenizer):
             assert batch[f"{name}_ids"][row, : len(ids)].tolist() == ids
             assert batch[f"{name}_mask"][row].sum() == len(ids)
             assert batch[f"{name}_mask"][row, : len(ids)].all()
+            counted = np.flatnonzero(batch[f"{name}_loss_mask"][row])
+            assert counted.tolist() == list(range(len(PROMPTS[row]), len(ids)))
+    filler = data(PairData, tokenizer).batch([-1, 0])
+    assert not filler["chosen_loss_mask"][0].any() and not filler["rejected_loss_mask"][0].any()
 
 
 def test_prompts_are_left_padded_and_carry_their_row_number(tokenizer):
@@ -88,11 +94,22 @@ def test_eval_batches_give_each_row_once_and_fill_the_last_batch(tokenizer, kind
         assert last["loss_mask"][1].sum() == 0
 
 
-def test_padding_fraction_counts_places_without_a_token_of_a_row(tokenizer):
-    for kind, rows, tokens in ((SFTData, [0, -1], 5), (PairData, [0], 10), (PromptData, [0, 2, -1], 7)):
-        rows_of = data(kind, tokenizer)
-        assert rows_of.token_count(rows) == tokens
-        assert padding_fraction(rows_of.batch(rows), tokens) == 1 - tokens / (32 * len(rows) * (1 + (kind is PairData)))
+def test_the_rows_of_each_source_can_be_evaluated_apart(tokenizer):
+    rows = data(SFTData, tokenizer)
+    ragged = dataclasses.replace(
+        rows.ragged, sources=("a/x.jsonl", "y", "b/x.csv"), rows=np.array([[0, 5], [2, 0], [0, 1]])
+    )
+    rows = SFTData(ragged, tokenizer, 256)
+    assert {name: numbers.tolist() for name, numbers in rows.rows_by_source().items()} == {"x": [0, 2], "x-2": [1]}
+    (batch,) = eval_batches(rows, 3, rows.rows_by_source()["x"])
+    for name, array in rows.batch([0, 2, -1]).items():
+        np.testing.assert_array_equal(batch[name], array)
+
+
+def test_short_names_of_sources_are_unlike_and_hold_no_slash():
+    names = short_names(["/data/train.jsonl.gz", "other/train.csv", "Anthropic/hh-rlhf", "x/train.json", "folder/"])
+    assert names == ("train", "train-2", "hh-rlhf", "train-3", "folder")
+    assert short_names(["a-2", "a", "b/a"]) == ("a-2", "a", "a-3")
 
 
 @pytest.mark.parametrize("kind", [SFTData, PairData, PromptData])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxrlhf.data import DataConfig, demo_quality, encode_pair, load_data, load_tokenizer, materialize_demo, write_demo
+from jaxrlhf.data import DataConfig, demo_quality, encode_rows, load_data, load_tokenizer, materialize_demo, write_demo
 from jaxrlhf.data.demo import demo_rows, prompts
 
 
@@ -80,9 +80,9 @@ def test_everything_fits_the_demo_lengths_and_survives_decoding(demo, rows):
     assert (len(tokenizer), tokenizer.pad_token, tokenizer.eos_token) == (512, "<pad>", "<eos>")
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     for row in rows["train"] + rows["eval"]:
-        for name in ("chosen", "rejected"):
-            prompt, response = encode_pair(tokenizer, row["prompt"], row[name])
-            assert len(prompt) <= 24 and len(response) <= 32
+        (encoded,) = encode_rows(tokenizer, [row["prompt"]], [(row["chosen"], row["rejected"])])
+        for (response, _), name in zip(encoded.responses, ("chosen", "rejected"), strict=True):
+            assert len(encoded.prompt) <= 24 and len(response) <= 32
             assert tokenizer.decode(response, skip_special_tokens=True) == f" {row[name]}"
     assert len(prompts()) > 600
 

@@ -30,7 +30,7 @@ def config(tmp_path):
     def make(rows=None, **options):
         if rows is not None:
             options["data_path"] = write(tmp_path / "rows.jsonl", rows)
-        return DataConfig(data_cache_dir=str(tmp_path / "cache"), **options)
+        return DataConfig.create(data_cache_dir=str(tmp_path / "cache"), **options)
 
     return make
 
@@ -198,7 +198,7 @@ def test_a_step_without_a_share_stops(config, tokenizer):
 def test_bad_settings_name_field_and_value(bad):
     ((name, value),) = bad.items()
     with pytest.raises(InputError, match=name) as error:
-        DataConfig(**bad)
+        DataConfig.create(**bad)
     assert str(value) in str(error.value)
 
 
@@ -263,13 +263,13 @@ def test_a_cut_prompt_keeps_its_bos():
 def tokenised(monkeypatch):
     """Counts the texts that are tokenised as rows."""
     seen = []
-    real = tokenized.encode_prompts
+    real = tokenized.encode_rows
 
-    def count(tokenizer, texts, template):
+    def count(tokenizer, texts, *others, **options):
         seen.extend(texts)
-        return real(tokenizer, texts, template)
+        return real(tokenizer, texts, *others, **options)
 
-    monkeypatch.setattr(tokenized, "encode_prompts", count)
+    monkeypatch.setattr(tokenized, "encode_rows", count)
     return seen
 
 
@@ -336,10 +336,10 @@ def test_a_damaged_cache_is_rebuilt_with_a_message(config, tokenizer, tmp_path, 
 
 
 def test_a_stopped_tokenisation_leaves_nothing_behind(config, tokenizer, tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenized, "encode_prompts", stop)
+    monkeypatch.setattr(tokenized, "encode_rows", stop)
     with pytest.raises(KeyboardInterrupt):
         load_data(config(pairs(30)), tokenizer, "sft")
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
@@ -358,8 +358,12 @@ def test_the_environment_may_name_the_cache_folder(tokenizer, tmp_path, monkeypa
     assert len(list((tmp_path / "elsewhere" / "tokens").iterdir())) == 2
 
 
-def test_a_row_that_the_chat_template_refuses_is_named(config):
+def test_a_row_that_the_chat_template_refuses_is_left_out_and_named(config):
     tokenizer = demo.train_tokenizer(["question"], vocab_size=260)
-    tokenizer.chat_template = "{% if messages[0].content == 'question 7' %}{{ raise_exception('no') }}{% endif %}"
-    with pytest.raises(InputError, match=r"rows\.jsonl line 8: the tokenizer's chat template refuses"):
-        load_data(config(pairs(20)), tokenizer, "sft")
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'question 7' %}{{ raise_exception('no') }}{% endif %}"
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    train, held_out = load_data(config(pairs(20)), tokenizer, "sft")
+    assert train.counts["skipped"] + held_out.counts["skipped"] == 1
+    assert "rows.jsonl line 8: the chat template refuses" in " ".join([*train.problems, *held_out.problems])

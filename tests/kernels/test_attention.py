@@ -67,6 +67,14 @@ def test_masks_equal_the_definition(window, length, offset):
     np.testing.assert_array_equal(traced(window, offset), got)
 
 
+def test_masks_of_packed_rows_begin_where_each_query_does():
+    key_mask = np.arange(7) < np.array([7, 5, 6])[:, None]
+    starts = np.array([[0, 0, 2, 2, 2, 5, 5], [0, 1, 1, 1, 1, 5, 5], [0, 0, 0, 0, 0, 0, 6]])
+    got = attention_mask(jnp.asarray(key_mask), 7, window=3, starts=jnp.asarray(starts))
+    first = np.arange(7) >= starts[:, :, None]
+    np.testing.assert_array_equal(got[:, 0], expected_mask(key_mask, 7, 3) & first)
+
+
 def test_alibi_adds_slope_times_key_position():
     query, key, value, key_mask = problem()
     slopes = np.array([0.5, 0.25, 0.1, 1.5], np.float32)

@@ -91,6 +91,59 @@ def test_output_and_gradients_equal_the_oracle(problem, implementation):
         assert not np.asarray(ours)[0].any() and theirs.any()
 
 
+def pack(problem):
+    """`make`, with rows of several segments before their padding, and `start` `[B, T]` of each column's."""
+    arrays, upstream, _, length, *rest = make(problem)
+    rng, (batch, size) = np.random.default_rng(1), (problem[0], problem[3])
+    start = np.zeros((batch, size), np.int32)
+    for row, end in enumerate(length):
+        cuts = np.unique([0, *rng.integers(0, max(end, 1), 3), end])
+        start[row] = cuts[np.searchsorted(cuts, np.arange(size), side="right") - 1]
+    return arrays, upstream, start, length, *rest
+
+
+def oracle_of_segments(query, key, value, upstream, start, length, scale, window, slopes):
+    """The oracle's results for each segment alone."""
+    arrays = query, key, value, upstream
+    results = [np.zeros(x.shape) for x in (query, *arrays[:3])]
+    for row, end in enumerate(length):
+        for begin in np.unique(start[row, :end]):
+            count = (start[row, :end] == begin).sum()
+            at = np.s_[row : row + 1, :, begin : begin + count]
+            part = oracle(*(x[at] for x in arrays), np.zeros(1, int), [count], scale, window, slopes)
+            for whole, own in zip(results, part, strict=True):
+                whole[at] = own
+    return results
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
+def test_packed_rows_give_what_their_segments_give_alone(problem, implementation):
+    arrays, upstream, start, length, window, slopes, blocks = pack(problem)
+    expected = oracle_of_segments(*arrays, upstream, start, length, np.float32(0.3), window, slopes)
+    got = value_and_gradients(implementation, arrays, upstream, start, length, window, slopes, blocks)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1, np.abs(theirs).max()))
+        assert not np.asarray(ours)[0].any() and theirs.any()
+
+
+def assert_blocks_of_other_segments_are_not_read():
+    """Two segments of whole blocks: NaN in one of them stays there."""
+    arrays, upstream, _, _, window, slopes, blocks = make((1, 4, 2, 128, 64, 0, True, 16, 16))
+    start, length = np.repeat(np.array([[0, 64]], np.int32), 64, axis=1), np.array([128], np.int32)
+    rest = start, length, window, slopes, blocks
+    clean = value_and_gradients("pallas", arrays, upstream, *rest)
+    for own, other in ((np.s_[..., :64, :], np.s_[..., 64:, :]), (np.s_[..., 64:, :], np.s_[..., :64, :])):
+        *poisoned, loud = (x.at[other].set(jnp.nan) for x in (*arrays, upstream))
+        for ours, theirs in zip(value_and_gradients("pallas", poisoned, loud, *rest), clean, strict=True):
+            np.testing.assert_array_equal(ours[own], theirs[own])
+            assert np.isnan(np.asarray(ours[other])).any()
+
+
+def test_blocks_of_other_segments_are_not_read():
+    assert_blocks_of_other_segments_are_not_read()
+
+
 def test_dead_keys_neither_reach_the_result_nor_get_a_gradient():
     arrays, upstream, start, length, window, slopes, blocks = make(PROBLEMS[1])
     columns = np.arange(arrays[0].shape[2])
@@ -140,6 +193,12 @@ def attend(query=(2, 4, 32, 64), key=(2, 2, 32, 64), value=None, start=(2,), dty
         ({"key": (2, 2, 31, 64)}, r"query \(2, 4, 32, 64\) does not fit key \(2, 2, 31, 64\)"),
         ({"query": (2, 3, 32, 64)}, r"does not fit key"),
         ({"start": (3,)}, r"start has shape \(3,\).*must be \(2,\)"),
+        ({"start": (2, 31)}, r"start has shape \(2, 31\).*must be \(2, 32\)"),
+        (
+            {"start": (2, 32), "implementation": "cudnn"},
+            r"'cudnn' .* cannot see the segments .* take 'xla' or 'pallas'",
+        ),
+        ({"start": (2, 32), "implementation": "tokamax"}, r"'tokamax' .* cannot see .*, or set packing: false"),
         ({"query": (2, 4, 32, 320), "key": (2, 2, 32, 320)}, r"up to 256 in float32.*found 320 in float32: take 'xla'"),
         ({"implementation": "fast"}, r"implementation='fast' of flash_attention is not one of .*'cudnn'"),
         ({"implementation": "cudnn"}, r"'cudnn' of flash_attention runs on NVIDIA devices, not on cpu; take 'xla'"),
@@ -251,20 +310,21 @@ def test_blocks_that_the_hardware_cannot_hold_are_refused():
 
 
 COMPILED = {
-    64: [(jnp.bfloat16, 1024, True), (jnp.bfloat16, 1000, False)],
-    80: [(jnp.bfloat16, 1024, False), (jnp.float32, 40, False)],
-    96: [(jnp.bfloat16, 40, True), (jnp.float32, 1000, False)],
-    128: [(jnp.bfloat16, 1000, True), (jnp.float32, 40, False)],
-    256: [(jnp.bfloat16, 1000, False)],
+    64: [(jnp.bfloat16, 1024, True, False), (jnp.bfloat16, 1000, False, True)],
+    80: [(jnp.bfloat16, 1024, False, False), (jnp.float32, 40, False, True)],
+    96: [(jnp.bfloat16, 40, True, True), (jnp.float32, 1000, False, False)],
+    128: [(jnp.bfloat16, 1000, True, True), (jnp.bfloat16, 1000, True, False), (jnp.float32, 40, False, False)],
+    256: [(jnp.bfloat16, 1000, False, False), (jnp.bfloat16, 1024, True, True)],
 }
-"""By head size: dtype, tokens (where no block divides them, registers are needed for masks as well) and ALiBi."""
+"""By head size: dtype, tokens (where no block divides them, registers are needed for masks as well), ALiBi, and
+whether rows are packed."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("width", HEAD_SIZES)
 def test_it_compiles_without_spills_and_without_scores_in_memory(target, width, compile_for):
-    for dtype, size, alibi in COMPILED[width]:
-        run, shapes, _ = flash_case(width, dtype, alibi, size)
+    for dtype, size, alibi, packed in COMPILED[width]:
+        run, shapes, _ = flash_case(width, dtype, alibi, size, packed)
         program, kernels = compile_for(target, run, *shapes)
         ours = {name: figures for name, figures in kernels.items() if name.startswith("flash_attention")}
         assert len(ours) == (0 if target == "v5e" else 3) and all(spilled == 0 for _, spilled in ours.values()), ours
@@ -285,3 +345,29 @@ def test_the_form_for_tpus_equals_the_oracle_whatever_dead_keys_hold(problem, mo
     got = value_and_gradients("pallas", arrays, upstream, start, length, window, slopes, blocks)
     for ours, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
+def test_the_form_for_tpus_keeps_packed_segments_apart(problem, monkeypatch, through_mosaic):
+    arrays, upstream, start, length, window, slopes, blocks = pack(problem)
+    expected = oracle_of_segments(*arrays, upstream, start, length, np.float32(0.3), window, slopes)
+    for name, size in (("QUERIES", 16), ("KEYS", 32)):
+        monkeypatch.setattr(flash_tpu, name, size)
+    dead = (np.arange(arrays[0].shape[2]) >= length[:, None])[:, None, :, None]
+    arrays = arrays[0], *(jnp.where(dead, jnp.nan, x) for x in arrays[1:])
+    got = value_and_gradients("pallas", arrays, upstream, start, length, window, slopes, blocks)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1, np.abs(theirs).max()))
+
+
+def test_stops_of_queries_are_the_same_mask_as_starts():
+    start = pack(PROBLEMS[3])[2]
+    columns = np.arange(start.shape[1])
+    stops = np.asarray(flash_tpu.query_stops(jnp.asarray(start)))
+    np.testing.assert_array_equal(columns[:, None] < stops[:, None], columns >= start[:, :, None])
+
+
+def test_the_form_for_tpus_does_not_read_blocks_of_other_segments(monkeypatch, through_mosaic):
+    for name, size in (("QUERIES", 16), ("KEYS", 32)):
+        monkeypatch.setattr(flash_tpu, name, size)
+    assert_blocks_of_other_segments_are_not_read()

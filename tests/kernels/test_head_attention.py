@@ -1,5 +1,7 @@
 """Attention head by head, and its gradients, against a float64 oracle; poisoned and unseen keys; long scores."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,12 +57,12 @@ def oracle(query, key, value, upstream, key_mask, positions, slopes, window):
     return output, *gradients
 
 
-def value_and_gradients(arrays, key_mask, positions, slopes, window):
+def value_and_gradients(arrays, key_mask, positions, slopes, window, starts=None):
     """All options traced, as the scan over layers has them."""
 
     @jax.jit
     def run(arrays, key_mask, positions, slopes, scale, window):
-        options = {"scale": scale, "window": window, "alibi_slopes": slopes, "positions": positions}
+        options = {"scale": scale, "window": window, "alibi_slopes": slopes, "positions": positions, "starts": starts}
         output, back = jax.vjp(lambda *x: head_attention(*x, key_mask, **options), *arrays[:3])
         return output, *back(arrays[3].astype(output.dtype))
 
@@ -77,6 +79,27 @@ def test_output_and_gradients_equal_the_oracle(problem):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
     assert not np.asarray(got[0])[1].any(), "a row without any key"
     assert all(not np.asarray(g)[1].any() for g in got[1:])
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[:4], ids=ids[:4])
+def test_packed_rows_give_what_their_segments_give_alone(problem):
+    arrays, _, _, slopes = make(*problem)
+    size, window = problem[2], problem[4]
+    columns = np.arange(size)
+    edges = np.repeat([[0, 5, 6, size], [0, size // 2, size - 4, size - 3]], 3, axis=0)
+    starts = np.stack([row[np.searchsorted(row, columns, side="right") - 1] for row in edges])
+    key_mask = columns < edges[:, 3:]
+    positions = (columns - starts) * key_mask
+    got = value_and_gradients(arrays, key_mask, positions, slopes, window, jnp.asarray(starts))
+    expected = [np.zeros(x.shape) for x in (arrays[0], *arrays[:3])]
+    for row, cuts in enumerate(edges):
+        for begin, end in pairwise(cuts):
+            at = np.s_[row : row + 1, :, begin:end]
+            masks = np.ones((1, end - begin), bool), columns[None, : end - begin]
+            for whole, part in zip(expected, oracle(*(x[at] for x in arrays), *masks, slopes, window), strict=True):
+                whole[at] = part
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
 
 
 def test_bfloat16_is_right_within_its_rounding_and_stays_bfloat16():

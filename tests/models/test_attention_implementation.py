@@ -215,6 +215,23 @@ def test_where_layers_differ_auto_takes_no_library(make_model, make_batch, cudnn
     assert not cudnn
 
 
+def test_for_packed_rows_auto_takes_no_library_and_a_named_one_is_refused(make_model, make_batch, cudnn):
+    model = make_model("gpt2", num_heads=3, num_kv_heads=3, head_dim=8)
+    ids, mask = make_batch("right", model.config.vocab_size)
+    segments = mask * np.where(np.arange(ids.shape[1]) < 3, 1, 2)
+
+    def logits(name):
+        module = half(model, name).module
+        return np.asarray(jax.jit(module.apply)({"params": model.params}, ids, mask, segments))
+
+    np.testing.assert_array_equal(logits("auto"), logits("xla"))
+    assert not cudnn
+    for name in ("cudnn", "tokamax"):
+        message = f"attention_implementation: implementation='{name}' of flash_attention cannot see the segments of "
+        with pytest.raises(InputError, match=message + "packed rows: take 'xla' or 'pallas', or set packing: false"):
+            logits(name)
+
+
 @pytest.mark.parametrize("kernel", ["prefill_attention", "decode_attention"])
 def test_no_row_can_say_that_a_library_serves_generation(kernel):
     for name in ("cudnn", "tokamax"):

@@ -137,14 +137,6 @@ def test_dropout_acts_only_with_a_key_and_differs_between_layers_and_keys(make_m
         assert jnp.abs(first - plain).max() > 1e-2, rate
 
 
-def test_position_ids_default_to_the_count_of_real_tokens(make_model, make_batch):
-    model = make_model("gpt2")
-    ids, mask = make_batch("left", 101)
-    positions = np.maximum(mask.cumsum(1) - 1, 0) * mask
-    np.testing.assert_array_equal(apply(model, ids, mask), apply(model, ids, mask, positions))
-    assert jnp.abs(apply(model, ids, mask) - apply(model, ids, mask, positions + 1)).max() > 1e-3
-
-
 def test_a_new_head_keeps_the_body_and_the_placement(make_model):
     mesh = make_mesh(fsdp=8)
     config = make_model("gpt2").config.replace(hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8)

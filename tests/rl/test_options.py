@@ -118,6 +118,18 @@ def test_the_pretraining_loss_adds_its_gradient_to_the_same_update(experience, t
     chex.assert_trees_all_close(mixed.critic_params, plain.critic_params, rtol=0, atol=1e-6)
 
 
+def test_packed_pretraining_text_gives_the_same_update(experience, text, setup, lab):
+    h = PPOHyperparameters(ptx_coef=27.8, micro_batches=2)
+    packed = {name: x.reshape(lab.ROWS // 2, 24) for name, x in text.items()}
+    packed["segment_ids"] = np.repeat([[1, 2]], 12, axis=1).repeat(lab.ROWS // 2, axis=0).astype(np.int32)
+    (expected, metrics), (found, of_packed) = (
+        ppo_step(setup.state(lab.sgd, h, BETA), experience, rows) for rows in (text, packed)
+    )
+    for name in ("loss/ptx_avg", "policy/ptx_grad_norm", "policy/grad_norm"):
+        assert float(of_packed[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
+    chex.assert_trees_all_close(found.actor_params, expected.actor_params, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["grpo", "rloo", "gae"])
 def test_groups_minibatches_and_text_are_the_same_on_a_mesh(name, experience, text, setup, lab):
     options = {"samples_per_prompt": 4} | CRITIC_FREE[name] if name in CRITIC_FREE else {"ptx_coef": 1.0}

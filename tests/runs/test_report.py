@@ -178,10 +178,13 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     [
         ("loss", "Losses"),
         ("eval/loss", "Losses"),
+        ("eval/helpful/loss", "Losses"),
         ("loss/value_avg", "Losses"),
         ("objective/scores", "Rewards and scores"),
         ("objective/rlhf_reward", "Rewards and scores"),
         ("eval/accuracy", "Rewards and scores"),
+        ("eval/helpful/accuracy", "Rewards and scores"),
+        ("eval/helpful/logps/chosen", "KL and policy"),
         ("objective/kl", "KL and policy"),
         ("policy/clipfrac_avg", "KL and policy"),
         ("val/ratio", "KL and policy"),

@@ -20,7 +20,8 @@ from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.dpo import DPOConfig, add_reference, train_dpo
 from jaxrlhf.trainers.lora import with_adapters
-from jaxrlhf.trainers.reward import RewardConfig, response_lengths, reward_metrics, reward_sums
+from jaxrlhf.trainers.pairs import read_pairs
+from jaxrlhf.trainers.reward import RewardConfig, reward_metrics, reward_sums
 
 pytestmark = pytest.mark.long
 
@@ -57,7 +58,7 @@ def plain_logprobs(model, batch, side):
     ids, mask = batch[f"{side}_ids"], batch[f"{side}_mask"]
     logp = jax.nn.log_softmax(model.module.apply({"params": jax.device_get(model.params)}, ids, mask))
     picked = jnp.take_along_axis(logp[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
-    return np.asarray((picked * mask[:, 1:] * (np.arange(1, ids.shape[1]) >= batch["prompt_length"][:, None])).sum(1))
+    return np.asarray((picked * batch[f"{side}_loss_mask"][:, 1:]).sum(1))
 
 
 def test_the_reference_is_the_start_model_another_model_or_none(config, demo, lab_on_disk):
@@ -185,7 +186,7 @@ def test_reward_metrics_tell_accuracy_from_what_lengths_alone_give(config, demo,
     rows = np.arange(40)
     batch = data.batch([*rows, -1, -1])
     tokens = [(len(data.ragged.part(i, 1)), len(data.ragged.part(i, 2))) for i in rows]
-    chosen, rejected = response_lengths(batch)
+    chosen, rejected = read_pairs(batch).lengths().values()
     assert list(zip(chosen[:40], rejected[:40], strict=True)) == tokens
     assert chosen[-1] == rejected[-1] == 0
 

@@ -66,9 +66,10 @@ def sft_batch(seed=0):
 
 
 def pair_batch():
+    names = {"ids": "input_ids", "mask": "attention_mask", "loss_mask": "loss_mask"}
     parts = {"chosen": sft_batch(1), "rejected": sft_batch(2)}
-    pairs = {f"{k}_ids": b["input_ids"] for k, b in parts.items()}
-    return pairs | {f"{k}_mask": b["attention_mask"] for k, b in parts.items()} | {"row_mask": np.ones(8, np.int32)}
+    pairs = {f"{side}_{kind}": rows[name] for side, rows in parts.items() for kind, name in names.items()}
+    return pairs | {"row_mask": np.ones(8, np.int32)}
 
 
 def steps(model, batch, objective, mesh, count=2):

@@ -31,9 +31,10 @@ def pair_batch(rows, width, vocab):
     return {
         "chosen_ids": chosen["input_ids"],
         "chosen_mask": chosen["attention_mask"],
+        "chosen_loss_mask": chosen["loss_mask"],
         "rejected_ids": ids,
         "rejected_mask": chosen["attention_mask"][shuffled],
-        "prompt_length": np.random.default_rng(2).integers(0, 4, rows).astype(np.int32),
+        "rejected_loss_mask": chosen["loss_mask"][shuffled],
         "row_mask": np.ones(rows, np.int32),
     }
 
@@ -90,7 +91,7 @@ def test_filler_rows_and_wider_padding_change_nothing(supervised):
     for name, x in supervised.batch.items():
         filler = 7 if name.endswith("ids") else 0
         x = np.pad(x, ((0, 4), (0, 5))[: x.ndim], constant_values=filler)
-        if name.endswith("mask") and x.ndim > 1 and name != "loss_mask":
+        if name.endswith("mask") and x.ndim > 1 and not name.endswith("loss_mask"):
             x[8:, 0] = 1  # as the data gives them: one token, so that attention has something to look at
         wider[name] = x
     assert_same(supervised.step(wider), supervised.whole)
@@ -139,7 +140,7 @@ def plain_dpo_loss(kind, module, params, b):
         ids, mask = b[f"{side}_ids"], b[f"{side}_mask"]
         logp = jax.nn.log_softmax(module.apply({"params": params}, ids, mask))
         picked = jnp.take_along_axis(logp[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
-        counted = mask[:, 1:] * (np.arange(1, WIDTH) >= b["prompt_length"][:, None])
+        counted = b[f"{side}_loss_mask"][:, 1:]
         ratios.append((picked * counted).sum(1) - b[f"ref_{side}_logps"])
         lengths.append(counted.sum(1))
     d = BETA * (ratios[0] - ratios[1])

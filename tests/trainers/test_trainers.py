@@ -271,6 +271,28 @@ def test_transformers_reads_the_export_and_computes_the_same(finished, demo):
 # ---- bad input
 
 
+def test_a_built_in_chat_template_on_a_base_model_reaches_every_file_of_the_export(train, demo, tmp_path, caplog):
+    import transformers
+
+    caplog.set_level("INFO", "jaxrlhf")
+    train("sft", tmp_path / "run", max_steps=1, chat_template="chatml", system_prompt="Be kind.")
+    size = demo.options["vocab_size"]
+    assert "chat_template chatml: 2 rows added to the model" in caplog.text
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    files = [json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "generation_config.json")]
+    assert [file["eos_token_id"] for file in files] == [end, end]
+    assert (len(tokenizer), tokenizer.eos_token_id) == (size + 2, end)
+    assert load_pretrained(tmp_path / "run").config.vocab_size == size + 2
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    options = {"actor_model_name_or_path": str(tmp_path / "run"), "chat_template": "chatml", "max_steps": 1}
+    with pytest.raises(InputError, match=f"vocabulary of {size + 2} tokens and the reward model one of {size}"):
+        train("ppo", tmp_path / "ppo", **options)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -1,0 +1,557 @@
+"""Formats of rows: recognised by their columns, and read as a prompt with scored completions.
+
+Whatever its format, a row becomes a `Scored`: a prompt and completions with a score each. A step takes from it what it
+needs: ppo the prompt, sft the best completion, reward and dpo pairs of a better and a worse one.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxrlhf.errors import InputError
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+Completion = str | list[Message]
+PairRule = Literal["best_worst", "adjacent", "all"]
+
+STEPS = ("sft", "reward", "ppo", "dpo")
+ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "ai": "assistant", "bing": "assistant", "bard": "assistant", "observation": "tool", "prompter": "user",
+}  # fmt: skip
+"""Other names of roles, as ShareGPT and its relatives have them."""
+KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+"""Keys of a message that templates read."""
+TURN = re.compile(r"\n\n(Human|Assistant):[ \n]?")
+"""The beginning of a turn in Anthropic's texts."""
+FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "responses", "scores")
+"""Columns whose names a flag sets."""
+SAMPLE = 1000  # rows that the recognition looks at
+
+
+class BadRow(Exception):
+    """A row cannot be used. The message names the field, as the file does, and what is wrong with it."""
+
+    def __init__(self, field: str, what: str):
+        super().__init__(f"'{field}' {what}")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row, whatever its format.
+
+    Attributes:
+        prompt: text, or a conversation that the assistant answers next; empty for language modelling.
+        completions: each completion with its score; higher is better.
+        tools: the row's tools, for the chat template.
+        document: the one completion is a text of its own, trained on from its first token.
+    """
+
+    prompt: Prompt
+    completions: tuple[tuple[Completion, float], ...] = ()
+    tools: list[Any] | None = None
+    document: bool = False
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row holds what: the name or dotted path of each canonical column (`question.full_text`)."""
+
+    names: Mapping[str, str]
+
+    def path(self, column: str) -> str:
+        return self.names.get(column, column)
+
+    def has(self, row: Mapping[str, Any], column: str) -> bool:
+        return look_up(row, self.path(column)) is not MISSING
+
+    def get(self, row: Mapping[str, Any], column: str) -> Any:
+        """The value, or None. Raises BadRow when the row lacks the column."""
+        value = look_up(row, self.path(column))
+        if value is MISSING:
+            raise BadRow(self.path(column), "is missing")
+        return value
+
+
+MISSING = object()
+
+
+def look_up(row: Any, path: str, default: Any = MISSING) -> Any:
+    """The value at a dotted path (`answers.0.text`), or `default`. A column whose name has dots goes first."""
+    if isinstance(row, Mapping) and path in row:
+        return row[path]
+    for part in path.split("."):
+        if isinstance(row, Mapping) and part in row:
+            row = row[part]
+        elif isinstance(row, Sequence) and not isinstance(row, str) and part.isdigit() and int(part) < len(row):
+            row = row[int(part)]
+        else:
+            return default
+    return row
+
+
+# ---- values
+
+
+def kind_of(value: object) -> str:
+    """The kind of a JSON value, for messages."""
+    names = {bool: "a true/false value", int: "a number", float: "a number", str: "text", list: "a list"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+def read_content(value: object, field: str) -> Prompt:
+    """Text, or the messages of a conversation. Raises BadRow for anything else, and for nothing."""
+    if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ "):  # a cell of a CSV file that holds messages
+        parsed = _json_list(value)
+        value = parsed if parsed and _is_conversation(parsed) else value
+    if isinstance(value, Mapping) and "role" in value and isinstance(value["role"], list):  # messages as columns
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    if value is None or not isinstance(value, str | list):
+        raise BadRow(field, "is null" if value is None else f"is not text but {kind_of(value)}")
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise BadRow(field, "is empty")
+    if isinstance(value, list):
+        return read_messages(value, field)
+    check_text(value, field)
+    return value
+
+
+def check_text(text: str, field: str) -> None:
+    """Raises BadRow for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(field, f"holds half of a surrogate pair at character {error.start}, which is no text") from error
+
+
+def read_messages(value: Sequence[object], field: str) -> list[Message]:
+    """Messages of role and content, whatever form they have in the row: ShareGPT's keys and roles, text in parts."""
+    if not all(isinstance(m, Mapping) and isinstance(m.get("role", m.get("from")), str) for m in value):
+        found = next((m for m in value if not (isinstance(m, Mapping) and ("role" in m or "from" in m))), value[0])
+        keys = f"an object of {', '.join(map(str, found))}" if isinstance(found, Mapping) else kind_of(found)
+        raise BadRow(field, f"is a list, but not of messages with 'role' and 'content': it holds {keys}")
+    messages = []
+    for number, raw in enumerate(value, start=1):
+        assert isinstance(raw, Mapping)
+        role = str(raw.get("role", raw.get("from")))
+        message = {key: raw[key] for key in KEPT if raw.get(key) is not None}
+        message["role"] = ROLES.get(role.lower(), role)
+        content = raw.get("content", raw.get("value"))
+        message["content"] = _message_text(content, bool(message.get("tool_calls")), field, number, role)
+        messages.append(message)
+    return messages
+
+
+def _message_text(content: object, calls: bool, field: str, number: int, role: str) -> str:
+    """The text of a message, which may be given in parts."""
+    if isinstance(content, list):
+        kinds = {part.get("type", "text") if isinstance(part, Mapping) else kind_of(part) for part in content}
+        if kinds - {"text"}:
+            raise BadRow(field, f"message {number} ({role}) holds parts of the type {', '.join(sorted(kinds))}")
+        content = "".join(str(part["text"]) for part in content)
+    if content is None and calls:
+        return ""
+    if not isinstance(content, str):
+        raise BadRow(field, f"message {number} ({role}) has {kind_of(content)} as content, not text")
+    check_text(content, field)
+    if not content.strip() and role not in ("system", "tool") and not calls:
+        raise BadRow(field, f"message {number} ({role}) is empty")
+    return content
+
+
+def _json_list(text: str) -> list[Any] | None:
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, list) else None
+
+
+def _is_conversation(value: list[Any]) -> bool:
+    return all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
+
+
+def check_turns(messages: Sequence[Message], field: str) -> None:
+    """Raises BadRow unless a user begins, after the system message, and no user speaks twice in a row."""
+    roles = [message["role"] for message in messages]
+    first = next((role for role in roles if role != "system"), None)
+    if first == "assistant":
+        raise BadRow(field, "starts with the assistant; a conversation starts with the user")
+    if any(pair == ("user", "user") for pair in itertools.pairwise(roles)):
+        raise BadRow(field, f"has two user messages in a row (roles: {', '.join(roles)}); join them")
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as a conversation: text is the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def joined_answer(messages: list[Message], field: str) -> Completion:
+    """A completion as text where it is nothing but assistant text, else as messages."""
+    if any(set(m) - {"role", "content"} or m["role"] != "assistant" for m in messages):
+        return messages
+    text = "\n".join(m["content"] for m in messages)
+    if not text.strip():
+        raise BadRow(field, "is empty")
+    return text
+
+
+def parse_turns(text: str) -> list[Message] | None:
+    """The messages of a text in Anthropic's form (`\\n\\nHuman: … \\n\\nAssistant: …`), or None."""
+    pieces = TURN.split(text)
+    if len(pieces) < 3 or pieces[0].strip():
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[name], "content": content.strip()}
+        for name, content in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
+
+
+# ---- formats
+
+
+def split_conversation(messages: list[Message], field: str) -> tuple[list[Message], Completion]:
+    """Splits a conversation before its last assistant turn; messages after that turn are left out."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] != "assistant":
+        end -= 1
+    if not end:
+        roles = ", ".join(m["role"] for m in messages)
+        raise BadRow(field, f"has no assistant message (roles: {roles})")
+    start = end
+    while start and messages[start - 1]["role"] == "assistant":
+        start -= 1
+    check_turns(messages[:end], field)
+    return messages[:start], joined_answer(messages[start:end], field)
+
+
+def read_text(row: Mapping, columns: Columns) -> Scored:
+    text = read_content(columns.get(row, "text"), columns.path("text"))
+    if not isinstance(text, str):
+        raise BadRow(columns.path("text"), "is not text but messages")
+    return Scored("", ((text, 1.0),), document=True)
+
+
+def read_conversation(row: Mapping, columns: Columns, column: str = "messages") -> Scored:
+    field = columns.path(column)
+    messages = read_content(columns.get(row, column), field)
+    if isinstance(messages, str):
+        raise BadRow(field, "is not a list of messages but text")
+    prompt, completion = split_conversation(messages, field)
+    if not prompt:
+        raise BadRow(field, "has no message before the assistant's")
+    return Scored(prompt, ((completion, 1.0),))
+
+
+def read_sharegpt(row: Mapping, columns: Columns) -> Scored:
+    return read_conversation(row, columns, "conversations")
+
+
+def read_prompt(row: Mapping, columns: Columns) -> Scored:
+    field = columns.path("prompt")
+    prompt = read_content(columns.get(row, "prompt"), field)
+    if isinstance(prompt, list):
+        if prompt[-1]["role"] == "assistant":
+            raise BadRow(field, "ends with an assistant message")
+        check_turns(prompt, field)
+    return Scored(prompt)
+
+
+def read_completion(row: Mapping, columns: Columns, column: str) -> Completion:
+    """The completion in a column, as text or as messages that follow the prompt."""
+    value, field = read_content(columns.get(row, column), columns.path(column)), columns.path(column)
+    return joined_answer(value, field) if isinstance(value, list) else value
+
+
+def read_prompt_completion(row: Mapping, columns: Columns) -> Scored:
+    column = "completion" if columns.has(row, "completion") else "chosen"
+    prompt = read_prompt(row, columns).prompt
+    value = read_content(columns.get(row, column), columns.path(column))
+    if isinstance(value, list) and value[0]["role"] != "assistant":  # the whole conversation
+        prompt, completion = split_conversation(_after(prompt, value, columns.path("prompt")), columns.path(column))
+    else:
+        completion = joined_answer(value, columns.path(column)) if isinstance(value, list) else value
+    return Scored(prompt, ((completion, 1.0),))
+
+
+def read_unpaired(row: Mapping, columns: Columns) -> Scored:
+    scored, label = read_prompt_completion(row, columns), columns.get(row, "label")
+    if label not in (0, 1, True, False):
+        raise BadRow(columns.path("label"), f"is {label!r}; it must be true or false")
+    return Scored(scored.prompt, ((scored.completions[0][0], float(label)),))
+
+
+def read_alpaca(row: Mapping, columns: Columns) -> Scored:
+    prompt = read_content(columns.get(row, "instruction"), columns.path("instruction"))
+    extra = look_up(row, columns.path("input"))
+    if isinstance(extra, str) and extra.strip():
+        prompt = f"{prompt}\n\n{extra}"
+    return Scored(prompt, ((read_completion(row, columns, "output"), 1.0),))
+
+
+def read_ranked(row: Mapping, columns: Columns) -> Scored:
+    field, prompt = columns.path("responses"), read_prompt(row, columns).prompt
+    responses = columns.get(row, "responses")
+    if not isinstance(responses, list) or not responses:
+        raise BadRow(field, "is not a list of responses")
+    column = "scores" if columns.has(row, "scores") else "ranks"
+    scores, sign = columns.get(row, column), 1.0 if column == "scores" else -1.0
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        found = f"{len(scores)} values" if isinstance(scores, list) else kind_of(scores)
+        raise BadRow(columns.path(column), f"has {found} for {len(responses)} responses")
+    completions = []
+    for response, score in zip(responses, scores, strict=True):
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise BadRow(columns.path(column), f"holds {kind_of(score)} where a number must be")
+        value = read_content(response, field)
+        completions.append((joined_answer(value, field) if isinstance(value, list) else value, sign * score))
+    return Scored(prompt, tuple(completions))
+
+
+def _after(prompt: Prompt, conversation: list[Message], field: str) -> list[Message]:
+    """A conversation that a row gives beside a prompt. Raises BadRow when the prompt does not stand in it."""
+    if isinstance(prompt, str):
+        if not any(m["role"] != "assistant" and m["content"].strip() == prompt.strip() for m in conversation):
+            raise BadRow(field, "is text that does not stand in the conversation beside it")
+    elif conversation[: len(prompt)] != prompt:
+        raise BadRow(field, "is not the beginning of the conversation beside it")
+    return conversation
+
+
+def read_preference(row: Mapping, columns: Columns) -> Scored:
+    """A pair, with the prompt in a column of its own or as the common beginning of both sides."""
+    sides = [read_content(columns.get(row, name), columns.path(name)) for name in ("chosen", "rejected")]
+    prompt: Prompt = read_prompt(row, columns).prompt if columns.has(row, "prompt") else ""
+    if not prompt and all(isinstance(side, str) for side in sides):
+        turns = [parse_turns(str(side)) for side in sides]
+        if all(turns):
+            sides = [turn for turn in turns if turn]
+    if all(isinstance(side, str) for side in sides):
+        if not prompt:
+            return _common_text(str(sides[0]), str(sides[1]), columns)
+        return Scored(prompt, ((sides[0], 1.0), (sides[1], 0.0)))
+    whole = []
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        messages = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+        if messages[0]["role"] != "assistant":
+            messages = _after(prompt, messages, columns.path("prompt")) if prompt else messages
+        elif prompt:
+            messages = as_messages(prompt) + messages
+        if messages[-1]["role"] != "assistant":
+            raise BadRow(columns.path(name), f"ends with a {messages[-1]['role']} message, not with the assistant's")
+        check_turns(messages, columns.path(name))
+        whole.append(messages)
+    return _common_messages(whole[0], whole[1], columns)
+
+
+def _common_messages(chosen: list[Message], rejected: list[Message], columns: Columns) -> Scored:
+    """The common beginning of two conversations is the prompt; what differs is the completion."""
+    pairs = zip(chosen, rejected, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    # A prompt ends where the assistant's turn begins, and a completion is not empty.
+    while shared and (min(len(chosen), len(rejected)) <= shared or chosen[shared - 1]["role"] == "assistant"):
+        shared -= 1
+    if not shared or all(m["role"] == "system" for m in chosen[:shared]):
+        raise BadRow(columns.path("rejected"), f"shares no beginning with '{columns.path('chosen')}'")
+    ends = [joined_answer(side[shared:], columns.path("chosen")) for side in (chosen, rejected)]
+    return Scored(chosen[:shared], ((ends[0], 1.0), (ends[1], 0.0)))
+
+
+def _common_text(chosen: str, rejected: str, columns: Columns) -> Scored:
+    """The common beginning of two texts, up to the end of a word, is the prompt."""
+    pairs = zip(chosen, rejected, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if not chosen[shared:].strip() or not rejected[shared:].strip():
+        shared = len(chosen[:shared].rstrip())
+    while shared and not (chosen[shared : shared + 1].isspace() or chosen[shared - 1].isspace()):
+        shared -= 1
+    while shared and chosen[shared - 1] == " ":  # a space belongs to the word that follows it
+        shared -= 1
+    if not chosen[:shared].strip():
+        raise BadRow(columns.path("rejected"), f"shares no beginning with '{columns.path('chosen')}'")
+    return Scored(chosen[:shared], ((chosen[shared:], 1.0), (rejected[shared:], 0.0)))
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of rows.
+
+    Attributes:
+        title: its name in messages.
+        columns: canonical columns that a row must have; alternatives are separated by `|`.
+        steps: the steps that it serves.
+        read: reads a row.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    steps: tuple[str, ...]
+    read: Callable[[Mapping, Columns], Scored]
+
+    @property
+    def names(self) -> set[str]:
+        """All canonical columns that rows of the format may have."""
+        extra = {"input"} if "instruction" in self.columns else set()
+        return extra | {"tools"} | {name for column in self.columns for name in column.split("|")}
+
+    def missing(self, row: Mapping, columns: Columns) -> list[str]:
+        """The columns that a row lacks."""
+        return [c for c in self.columns if not any(columns.has(row, name) for name in c.split("|"))]
+
+
+FORMATS = {
+    "sharegpt": Format("ShareGPT", ("conversations",), ("sft", "ppo"), read_sharegpt),
+    "preference": Format("preference, explicit prompt", ("prompt", "chosen", "rejected"), STEPS, read_preference),
+    "preference_implicit": Format("preference, implicit prompt", ("chosen", "rejected"), STEPS, read_preference),
+    "ranked": Format("ranked responses", ("prompt", "responses", "scores|ranks"), STEPS, read_ranked),
+    "unpaired": Format("unpaired preference", ("prompt", "completion|chosen", "label"), STEPS, read_unpaired),
+    "prompt_completion": Format(
+        "prompt-completion", ("prompt", "completion|chosen"), ("sft", "ppo"), read_prompt_completion
+    ),
+    "alpaca": Format("Alpaca", ("instruction", "output"), ("sft", "ppo"), read_alpaca),
+    "messages": Format("language modelling", ("messages",), ("sft", "ppo"), read_conversation),
+    "prompt": Format("prompt only", ("prompt",), ("ppo",), read_prompt),
+    "text": Format("language modelling", ("text",), ("sft",), read_text),
+}
+"""The formats by the names of `--data_format`, the most particular first."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the rows of one source: their format, their columns, and what a step takes from them."""
+
+    format: str
+    columns: Columns
+    pairs: PairRule = "best_worst"
+    margin: float = 0.0
+    convert: Callable[[Mapping], Sequence[Mapping]] | None = None
+
+    def all(self, raw: object) -> list[Scored]:
+        """Reads the rows that `convert` makes of a row, or the row itself. Raises BadRow when there are none."""
+        if self.convert is None:
+            return [self(raw)]
+        if not isinstance(raw, Mapping):
+            raise BadRow("row", f"is not an object but {kind_of(raw)}")
+        rows = [self(row) for row in self.convert(raw)]
+        if not rows:
+            raise BadRow("row", "is left out by the data set's rule for labels")
+        return rows
+
+    def __call__(self, row: object) -> Scored:
+        """Reads a row. Raises BadRow for one that does not fit the format."""
+        if not isinstance(row, Mapping):
+            raise BadRow("row", f"is not an object but {kind_of(row)}")
+        scored, columns = FORMATS[self.format].read(row, self.columns), self.columns
+        system = look_up(row, columns.names["system"]) if columns.names.get("system") else None
+        if isinstance(system, str) and system.strip() and not scored.document:
+            messages = as_messages(scored.prompt)
+            if messages[0]["role"] != "system":
+                scored = _replace(scored, prompt=[{"role": "system", "content": system}, *messages])
+        tools = look_up(row, columns.path("tools"))
+        if isinstance(tools, str):
+            tools = _json_list(tools)
+        return _replace(scored, tools=tools) if isinstance(tools, list) and tools else scored
+
+    def examples(self, scored: Scored, step: str) -> list[tuple[Completion, ...]]:
+        """The completions of each example that a step makes of a row; one example has 0 (ppo), 1 (sft) or 2."""
+        if step == "ppo":
+            return [()]
+        best = sorted(scored.completions, key=lambda item: -item[1])
+        if step == "sft":
+            if self.format == "unpaired" and best[0][1] <= 0:
+                raise BadRow(self.columns.path("label"), "is false, and sft learns from the good completions only")
+            return [(best[0][0],)]
+        chosen = {
+            "best_worst": [(best[0], best[-1])],
+            "adjacent": list(itertools.pairwise(best)),
+            "all": list(itertools.combinations(best, 2)),
+        }[self.pairs]
+        kept = [(a[0], b[0]) for a, b in chosen if a[1] > b[1] and a[1] - b[1] >= self.margin]
+        if not kept:
+            raise BadRow(self.columns.path("scores"), "gives no pair whose scores differ enough")
+        return kept
+
+
+def _replace(scored: Scored, **changes: Any) -> Scored:
+    return Scored(**(vars(scored) | changes))
+
+
+def recognise(rows: Iterable[object], columns: Columns, name: str, wanted: str = "") -> str:
+    """The format of a source, by the columns of its first rows.
+
+    Args:
+        rows: the first rows.
+        columns: names of the columns.
+        name: the source, for messages.
+        wanted: the format that the user names; it must fit the rows.
+
+    Raises:
+        InputError: no format fits, or rows of two formats stand in one source.
+    """
+    found: dict[str, list[int]] = collections.defaultdict(list)
+    first: Mapping = {}
+    for number, row in enumerate(itertools.islice(rows, SAMPLE), start=1):
+        if isinstance(row, Mapping) and row:
+            first = first or row
+            fit = [key for key in ([wanted] if wanted else FORMATS) if not FORMATS[key].missing(row, columns)]
+            if fit:
+                found[fit[0]].append(number)
+    if not found:
+        raise InputError(_no_format(first, columns, name, wanted))
+    best = max(found, key=lambda key: len(found[key]))
+    for key, numbers in found.items():
+        if not FORMATS[key].names <= FORMATS[best].names:
+            raise InputError(
+                f"{name}: holds rows of two formats: row {found[best][0]} is {FORMATS[best].title} "
+                f"({', '.join(FORMATS[best].columns)}), row {numbers[0]} is {FORMATS[key].title} "
+                f"({', '.join(FORMATS[key].columns)}); put them into two files, or choose one with --data_format"
+            )
+    return best
+
+
+def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
+    """The message for rows that fit no format: their columns, and the nearest format."""
+    listed = ", ".join(f"{key} ({kind_of(value)})" for key, value in row.items()) or "none"
+    lacks = {key: FORMATS[key].missing(row, columns) for key in ([wanted] if wanted else FORMATS)}
+    near = {key: missing for key, missing in lacks.items() if wanted or len(missing) < len(FORMATS[key].columns)}
+    found = f"{name}: its columns fit no format. Found: {listed}."
+    if not near:
+        known = "; ".join(", ".join(c.partition("|")[0] for c in form.columns) for form in FORMATS.values())
+        return (
+            f"{found} Formats have the columns: {known}. Name yours, such as --prompt_field question "
+            "--completion_field answer; dotted paths such as answers.0.text work too"
+        )
+    best = min(near, key=lambda key: len(near[key]))
+    missing = [c.partition("|")[0] for c in near[best]]
+    flags = " ".join(f"--{column}_field" for column in missing if column in FIELDS)
+    return (
+        f"{found} The nearest is {FORMATS[best].title} (data_format {best}), which lacks "
+        f"{', '.join(columns.path(column) for column in missing)}; {f'name it with {flags}, or ' if flags else ''}"
+        "add it to the rows"
+    )
+
+
+def check_serves(format: str, step: str, name: str) -> None:
+    """Raises InputError when a step cannot use rows of a format."""
+    if step in FORMATS[format].steps:
+        return
+    need = "a preference: chosen and rejected" if step in ("reward", "dpo") else "prompts"
+    raise InputError(
+        f"{name}: holds {FORMATS[format].title} rows ({', '.join(FORMATS[format].columns)}), which {step} cannot use; "
+        f"it needs rows with {need}"
+    )
+
+
+def describe(format: str, row: Mapping, columns: Columns) -> str:
+    """The format of a source in words: `preference, implicit prompt, conversational`."""
+    values = [look_up(row, columns.path(c)) for part in FORMATS[format].columns for c in part.split("|")]
+    conversational = any(isinstance(value, list | Mapping) and format != "ranked" for value in values)
+    return f"{FORMATS[format].title}, {'conversational' if conversational else 'text'}"

@@ -1,0 +1,283 @@
+"""Reads one source for one step: its format, the group of each row, and the tokens of the selected rows."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxrlhf.config.files import write_json_atomic
+from jaxrlhf.data import formats
+from jaxrlhf.data.cache import hash_json, tokenizer_fingerprint
+from jaxrlhf.data.formats import BadRow, Columns, Reader, as_messages
+from jaxrlhf.data.mixture import SourceConfig
+from jaxrlhf.data.registry import find
+from jaxrlhf.data.sources import Source, Table, resolve_source, table_of_rows
+from jaxrlhf.data.tokenized import (
+    FORMAT,
+    Part,
+    encode_batch,
+    features_of,
+    group_of,
+    index_batch,
+    make_part,
+    open_cached,
+    problems_of,
+    run_pass,
+)
+from jaxrlhf.data.tokenizer import with_template
+from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxrlhf.data.loading import DataConfig
+
+PAIRED = ("reward", "dpo")
+HEAD = 100  # rows that decide the format
+
+
+class Opened(NamedTuple):
+    """A table of a source, how its rows are read, and what they are, in words."""
+
+    table: Table
+    reader: Reader
+    words: str
+
+
+class Reading:
+    """One split of one source, read for one step.
+
+    Args:
+        config: the data settings.
+        source: which source, and how.
+        step: the step that reads it.
+        folder: the cache folder.
+        split: "train" or "eval".
+        streaming: read the training rows as they are needed.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: SourceConfig,
+        step: str,
+        folder: Path,
+        split: str = "train",
+        streaming: bool = False,
+    ) -> None:
+        self.config, self.source, self.step, self.folder, self.split = config, source, step, folder, split
+        self.streaming = streaming
+        self.named = named = find(source.path, config.dataset_registry or None)
+        if named and step not in named.steps:
+            raise InputError(
+                f"data_path '{source.path}': this data set serves {', '.join(named.steps)}, not {step}; leave it out "
+                "of this step (`steps` in data_mixture), or declare your own in dataset_registry"
+            )
+        self.origin: Source = resolve_source(source.path, folder, split=source.split, named=named, streaming=streaming)
+        own = dict(named.fields) if named and not named.convert else {}
+        self.columns = Columns(config.fields.names | own | {k: str(v) for k, v in source.fields.items()})
+        self.format = source.format or config.data_format or (named.format if named else "")
+        self.template = source.template or (named.prompt_template if named else "")
+
+    def of(self, split: str) -> Reading:
+        """The same source's other split."""
+        return Reading(self.config, self.source, self.step, self.folder, split)
+
+    def has(self, split: str) -> bool:
+        return split in self.origin.splits
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hashes the contents of the split. Raises InputError when the source has no such split."""
+        if not self.has(self.split):
+            raise InputError(
+                f"data_path '{self.source.path}': has only evaluation data; add training data, or give it as "
+                "eval_data_path"
+            )
+        return self.origin.fingerprint(self.split)
+
+    @cached_property
+    def opened(self) -> list[Opened]:
+        """The tables of the split. Raises InputError for rows of no format, of two, or of one useless to the step."""
+        tables = self.origin.tables(self.split)
+        if self.streaming and self.named and self.named.convert_all:
+            raise InputError(f"data_path '{self.source.path}': its examples span rows, so it cannot be streamed")
+        if self.named and self.named.convert_all:
+            raw = [row for table in tables for row in table.rows(range(len(table.dataset))) if row is not None]
+            tables = [table_of_rows(list(self.named.rows(raw, self.step)), self.source.path, "example")]
+        result = [self.open_table(table) for table in tables]
+        if len({opened.reader.format for opened in result}) > 1:
+            listed = "; ".join(f"{opened.table.name}: {opened.words}" for opened in result)
+            raise InputError(
+                f"data_path '{self.source.path}': its files hold rows of several formats ({listed}); give them as "
+                "sources of their own"
+            )
+        if self.step in PAIRED and result[0].reader.format == "unpaired":
+            if self.streaming:
+                raise InputError(
+                    f"data_path '{self.source.path}': holds unpaired preferences, whose pairs span rows; {self.step} "
+                    "cannot stream them"
+                )
+            return [pair_up(self.source.path, result)]
+        return result
+
+    def open_table(self, table: Table) -> Opened:
+        convert = self.named.convert_row if self.named and self.named.convert else None
+        head = table.head(HEAD)
+        rows = [made for row in head for made in convert(row)] if convert else head
+        format = formats.recognise(rows, self.columns, table.name, self.format)
+        formats.check_serves(format, self.step, table.name)
+        words = formats.describe(format, next(row for row in rows if isinstance(row, dict)), self.columns)
+        reader = Reader(format, self.columns, self.config.pair_rule, self.config.pair_margin, convert)
+        return Opened(table, reader, words)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of everything that the groups of the rows depend on."""
+        convert = repr(self.named) if self.named else ""
+        return hash_json(
+            [FORMAT, self.fingerprint, dict(self.columns.names), self.format, self.step in PAIRED, convert]
+        )
+
+    @property
+    def stream_key(self) -> str:
+        """Hash of what a stream depends on. Files count by name, size and time: nothing is read before its time."""
+        files = self.origin.splits[self.split]
+        names = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files] if isinstance(files, list) else []
+        return hash_json([FORMAT, self.source.path, names, dict(self.columns.names), self.format, repr(self.named)])
+
+    @cached_property
+    def note(self) -> dict[str, Any]:
+        """What is known of the tables without opening them: formats, and their sizes."""
+        path = self.folder / "rows" / f"{self.key}.json"
+        if path.exists():
+            note = json.loads(path.read_text(encoding="utf-8"))
+            for format in note["formats"]:
+                formats.check_serves(format, self.step, self.source.path)
+            return note
+        note = {
+            "formats": [opened.reader.format for opened in self.opened],
+            "words": [opened.words for opened in self.opened],
+            "sizes": [len(opened.table.dataset) for opened in self.opened],
+        }
+        write_json_atomic(path, note)
+        return note
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """int64 [n]: the group of each row; -1: a blank line. Rows of one prompt have one group."""
+        from datasets import Features, Value
+
+        found = []
+        for k in range(len(self.note["sizes"])):
+            path = self.folder / "rows" / f"{self.key}-{k}.arrow"
+            result = open_cached(path)
+            if result is None:
+                opened = self.opened[k]
+                result = run_pass(
+                    opened.table.dataset,
+                    index_batch,
+                    path,
+                    label=f"reading {opened.table.name}",
+                    features=Features({"group": Value("int64")}),
+                    num_proc=self.config.dataset_num_proc,
+                    table=dataclasses.replace(opened.table, dataset=None),
+                    reader=opened.reader,
+                )
+            found.append(result.with_format("numpy")["group"][:])
+        return np.concatenate(found)
+
+    def own_tokenizer(self, tokenizer: Any) -> Any:
+        """The tokenizer with the source's own template, where it has one."""
+        if not self.template:
+            return tokenizer
+        name = "prompt_template" if self.template == "raw" or "{prompt}" in self.template else "chat_template"
+        return with_template(tokenizer, self.config.template.replace(**{name: self.template}))
+
+    def part(self, rows: np.ndarray, tokenizer: Any, encoding: Any, label: str) -> tuple[Part, str]:
+        """The tokens of these rows, and the hash of everything that they depend on."""
+        tokenizer = self.own_tokenizer(tokenizer)
+        settings = [dataclasses.asdict(encoding), self.config.pair_rule, self.config.pair_margin]
+        chosen_rows = hashlib.blake2b(rows.astype(np.int64).tobytes(), digest_size=16).hexdigest()
+        key = hash_json([self.key, tokenizer_fingerprint(tokenizer), settings, chosen_rows])
+        folder = self.folder / "tokens"
+        bounds = np.cumsum([0, *self.note["sizes"]])
+        tables, note_path = [], folder / f"{encoding.step}-{key}.json"
+        for k, (first, last) in enumerate(itertools.pairwise(bounds)):
+            chosen = rows[(rows >= first) & (rows < last)] - first
+            if len(chosen):
+                path = folder / f"{encoding.step}-{key}-{k}.arrow"
+                table = open_cached(path)
+                if table is None:
+                    note_path.unlink(missing_ok=True)
+                    table = self.tokenise(k, chosen, tokenizer, encoding, path, label)
+                tables.append(table)
+        if note_path.exists():
+            problems = tuple(json.loads(note_path.read_text(encoding="utf-8"))["problems"])
+        else:
+            problems = problems_of(tables, [opened.table for opened in self.opened])
+            write_json_atomic(note_path, {"problems": problems})
+        words = ", ".join(dict.fromkeys(self.note["words"]))
+        return make_part(self.source.short_name, tables, len(rows), problems, words), key
+
+    def tokenise(self, k: int, rows: np.ndarray, tokenizer: Any, encoding: Any, path: Path, label: str) -> Any:
+        """Tokenises rows of table `k` into the file `path`."""
+        opened = self.opened[k]
+        return run_pass(
+            opened.table.dataset.select(rows),
+            encode_batch,
+            path,
+            label=f"tokenising {opened.table.name} ({label})",
+            features=features_of(encoding.step),
+            num_proc=self.config.dataset_num_proc,
+            table=dataclasses.replace(opened.table, dataset=None),
+            numbers=rows,
+            reader=opened.reader,
+            tokenizer=tokenizer,
+            encoding=encoding,
+        )
+
+
+def pair_up(name: str, tables: list[Opened]) -> Opened:
+    """Pairs the good and the bad completions of each prompt of unpaired rows, in memory.
+
+    Raises InputError when no prompt has both.
+    """
+    found: dict[int, dict[bool, list[tuple[int, Any]]]] = collections.defaultdict(lambda: {True: [], False: []})
+    prompts, number = {}, 0
+    for opened in tables:
+        for row in opened.table.rows(range(len(opened.table.dataset))):
+            number += 1
+            try:
+                scored = opened.reader(row) if row is not None else None
+            except BadRow:
+                continue  # a pair needs two good rows
+            if scored is not None:
+                completion, label = scored.completions[0]
+                group = group_of(scored)
+                prompts[group] = scored
+                found[group][label > 0].append((number, completion))
+    rows, numbers = [], []
+    for group, sides in found.items():
+        for (place, chosen), (_, rejected) in zip(sides[True], sides[False], strict=False):
+            sided = {"chosen": messages_of(chosen), "rejected": messages_of(rejected)}
+            rows.append({"prompt": as_messages(prompts[group].prompt), **sided, "tools": prompts[group].tools})
+            numbers.append(place)
+    if not rows:
+        raise InputError(
+            f"data_path '{name}': holds unpaired preferences, but no prompt has a good and a bad completion, so there "
+            "are no pairs to learn from"
+        )
+    table = table_of_rows(rows, name, "row", numbers)
+    return Opened(table, Reader("preference", Columns({})), f"{tables[0].words}, paired by prompt")
+
+
+def messages_of(completion: Any) -> list[dict[str, Any]]:
+    """A completion as messages: text is the assistant's."""
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion

@@ -1,0 +1,239 @@
+"""Renders prompts and completions by the tokenizer's chat template: token ids, and masks of what is trained on.
+
+A prompt is a text or a list of messages, and so is a completion. The ids of a prompt end where the assistant's message
+begins; those of a response end with exactly one EOS. Training, generation and chat render in the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.data.encoding import Encoded, SpecialTokens, Text, encode, encode_continuations
+from jaxrlhf.data.renderer import (
+    Message,
+    Prompt,
+    RenderedRow,
+    Renderer,
+    RowProblem,
+    Span,
+    Tools,
+    renderer_of_transformers,
+)
+from jaxrlhf.data.tokenizer import check_tokenizer, start_ids
+from jaxrlhf.errors import InputError
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """The tokens of a row.
+
+    Attributes:
+        prompt: the prompt's ids, up to where the response begins.
+        prompt_mask: 1 at each of them that is trained on, such as those of earlier assistant messages.
+        responses: ids and mask of each completion.
+    """
+
+    prompt: list[int]
+    prompt_mask: list[int]
+    responses: list[tuple[list[int], list[int]]]
+
+
+def encode_prompts(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    tools: Sequence[Tools | None] | None = None,
+    *,
+    special_tokens_in_data: bool = False,
+) -> list[list[int]]:
+    """Token ids of prompts, up to where the response begins.
+
+    Args:
+        tokenizer: a tokenizer from `load_tokenizer`.
+        prompts: texts or conversations.
+        tools: the tools of each prompt, for the chat template.
+        special_tokens_in_data: special tokens in the messages' text keep their meaning.
+
+    Raises:
+        InputError: the chat template cannot render a prompt.
+    """
+    rows = encode_rows(tokenizer, prompts, [()] * len(prompts), tools, special_tokens_in_data=special_tokens_in_data)
+    for row in rows:
+        if isinstance(row, str):
+            raise InputError(row)
+    return [row.prompt for row in rows if isinstance(row, EncodedRow)]
+
+
+def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Token ids of a conversation, up to where the assistant's next message begins."""
+    if not messages or messages[-1]["role"] == "assistant":
+        raise InputError("a conversation must end with a message for the assistant, such as one of the role user")
+    return encode_prompts(tokenizer, [messages])[0]
+
+
+def encode_rows(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Prompt]],
+    tools: Sequence[Tools | None] | None = None,
+    *,
+    train_on: str = "all",
+    special_tokens_in_data: bool = False,
+) -> list[EncodedRow | str]:
+    """Encodes rows, with masks of what is trained on, in a few calls of the tokenizer.
+
+    The ids of a response are those that follow the prompt's in the tokens of the whole text. When the prompt's ids are
+    not a prefix of these (a merge across the border, a chat template that rewrites the prompt), the response is
+    encoded alone.
+
+    Args:
+        tokenizer: a tokenizer from `load_tokenizer`.
+        prompts: a text (the user's message) or a conversation per row.
+        completions: the completions of each row: none, one, or two. Each is a text (the assistant's message) or
+            messages that end with the assistant's.
+        tools: the tools of each row, for the chat template.
+        train_on: "all" marks every assistant message, with the token that ends it; "last" the last one only;
+            "everything" marks all tokens.
+        special_tokens_in_data: special tokens in the messages' text keep their meaning.
+
+    Returns:
+        For each row its tokens, or a text that says why it cannot be rendered.
+    """
+    check_tokenizer(tokenizer)
+    special = SpecialTokens(tokenizer)
+    renderer = Renderer(tokenizer, None if special_tokens_in_data else special)
+    rows: list[RenderedRow | str] = []
+    for i, (prompt, responses) in enumerate(zip(prompts, completions, strict=True)):
+        try:
+            rows.append(renderer.row(prompt, responses, tools[i] if tools else None, train_on))
+        except RowProblem as problem:
+            rows.append(str(problem))
+    good = [row for row in rows if isinstance(row, RenderedRow)]
+    heads = encode(tokenizer, [row.prompt for row in good], special)
+    begun = [(row.prompt, head) for row, head in zip(good, heads, strict=True) for _ in row.wholes]
+    each = iter(encode_continuations(tokenizer, [whole for row in good for whole in row.wholes], begun, special))
+    wholes = [[next(each) for _ in row.wholes] for row in good]
+    rests = [
+        row.rest(k)
+        for row, head, given in zip(good, heads, wholes, strict=True)
+        for k, whole in enumerate(given)
+        if not continues(head, whole)
+    ]
+    alone = iter(encode(tokenizer, rests, special))
+    finish = Finisher(tokenizer.eos_token_id, frozenset(special.names), train_on == "everything", renderer.has_marks)
+    parts = zip(heads, wholes, strict=True)
+    return [row if isinstance(row, str) else finish.row(row, *next(parts), alone) for row in rows]
+
+
+def continues(head: Encoded, whole: Encoded) -> bool:
+    """True when the ids of the whole begin with those of the head."""
+    return whole.ids[: len(head.ids)] == head.ids
+
+
+@dataclass(frozen=True)
+class Finisher:
+    """Puts the ids and masks of rows together from encoded texts."""
+
+    eos: int
+    special: frozenset[int]
+    everything: bool
+    has_marks: bool
+
+    def row(self, row: RenderedRow, head: Encoded, wholes: list[Encoded], alone: Any) -> EncodedRow:
+        """The row's tokens. `alone` yields the encoded completions that do not continue the prompt."""
+        prompt_mask = [int(self.everything)] * len(head.ids)
+        if not self.everything:
+            self.mark(prompt_mask, head, row.prompt_spans, -1)
+        responses = []
+        for k, whole in enumerate(wholes):
+            if continues(head, whole):
+                responses.append(self.response(row, k, whole, len(head.ids), 0))
+            else:
+                responses.append(self.response(row, k, next(alone), 0, row.start(k)))
+        return EncodedRow(head.ids, prompt_mask, responses)
+
+    def response(
+        self, row: RenderedRow, k: int, encoded: Encoded, first: int, start: int
+    ) -> tuple[list[int], list[int]]:
+        """Ids and mask from token `first` on. The encoded text begins at character `start` of the whole text; -1: it
+        is the bare content."""
+        spans = [(a - start, b - start) for a, b in row.spans[k] if b > start]
+        simple = start < 0 or (row.last[k] == len(row.prompt.text) and not self.has_marks)
+        mask = [int(self.everything or simple)] * len(encoded.ids)
+        last = first
+        if not simple:
+            last = max(first, encoded.tokens(max(row.last[k] - start, 0), len(row.wholes[k].text) - start)[0])
+            if not self.everything:
+                self.mark(mask, encoded, spans, last)
+        ids = encoded.ids
+        end = ids.index(self.eos, last) if self.eos in ids[last:] else len(ids)
+        return [*ids[first:end], self.eos], [*mask[first:end], 1]
+
+    def mark(self, mask: list[int], encoded: Encoded, spans: list[Span], last: int) -> None:
+        """Sets the mask to 1 in the spans. A message that has no marks ends with its EOS, else with its last special
+        token; what follows is the template's. The one that begins at token `last` ends elsewhere."""
+        for a, b in spans:
+            first, end = encoded.tokens(max(a, 0), b)
+            ids = encoded.ids[first:end]
+            if not self.has_marks and first != last:
+                ends = [i for i, token in enumerate(ids) if token == self.eos][:1]
+                ends = ends or [i for i, token in enumerate(ids) if token in self.special][-1:]
+                end = first + ends[0] + 1 if ends else end
+            mask[first:end] = [1] * (end - first)
+
+
+@functools.lru_cache(maxsize=16)
+def _around_response(template: str, names: tuple[tuple[str, str], ...], special: frozenset[str]) -> tuple[str, str]:
+    """The plain text that a chat template puts before and after a response, found with a probe."""
+    render = renderer_of_transformers()
+    probe = "\N{OBJECT REPLACEMENT CHARACTER}response\N{OBJECT REPLACEMENT CHARACTER}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
+    options: dict[str, Any] = {"chat_template": template, **dict(names)}
+    try:
+        (prompt,), _ = render([messages[:1]], add_generation_prompt=True, **options)
+        (whole,), _ = render([messages], **options)
+    except Exception:  # a template that refuses even this leaves nothing to remove
+        return "", ""
+    if not whole.startswith(prompt) or probe not in whole[len(prompt) :]:
+        return "", ""
+    before, _, after = whole[len(prompt) :].partition(probe)
+    eos = dict(names).get("eos_token")
+    after = after.split(eos)[0] if eos else after
+    for token in special:
+        before, after = before.replace(token, ""), after.replace(token, "")
+    return before, after
+
+
+def plain_response(tokenizer: Any, text: str) -> str:
+    """Removes from the decoded text of a response what the chat template puts around it."""
+    names = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    special = frozenset(SpecialTokens(tokenizer).names.values())
+    before, after = _around_response(tokenizer.chat_template, names, special)
+    return text.removeprefix(before).removesuffix(after)
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int] | np.ndarray, stop_strings: Sequence[str] = ()) -> str:
+    """Decodes a generated response, without special tokens, the stop string that ended it, and the template's text."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    stop = next((s for s in stop_strings if text.endswith(s)), "")
+    return plain_response(tokenizer, text.removesuffix(stop))
+
+
+def encode_texts_as_documents(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of documents: BOS once where the tokenizer adds one, the text, and one EOS.
+
+    Special tokens in the text keep their meaning.
+    """
+    check_tokenizer(tokenizer)
+    start, eos = start_ids(tokenizer), tokenizer.eos_token_id
+    result = []
+    for encoded in encode(tokenizer, [Text(text) for text in texts]):
+        ids = encoded.ids
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        result.append([*(start if ids[: len(start)] != start else ()), *ids, eos])
+    return result

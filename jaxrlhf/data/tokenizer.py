@@ -1,0 +1,333 @@
+"""Loads a tokenizer and gives it the chat template by which a run renders everything.
+
+A loaded tokenizer always has one chat template. `TemplateConfig` chooses it: a file, a built-in template, the
+tokenizer's own, or a prompt template, which becomes an equal chat template. A system prompt and the merging of system
+messages become part of it. So the exported tokenizer renders as the run did, in transformers and vLLM too.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from jaxrlhf.config import Settings, alias
+from jaxrlhf.data.cache import default_cache
+from jaxrlhf.data.sources import first_line, looks_like_path
+from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:  # transformers is imported where it is used
+    Tokenizer = object
+
+DEFAULT_TEMPLATE = "Human: {prompt} Assistant: {response}"
+RAW = "raw"
+BUILT_IN: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "vicuna": (),
+    "deepspeed_chat": (),
+}
+"""Built-in chat templates, and the special tokens that each needs. The last of these ends a turn and becomes EOS."""
+
+
+@dataclass(frozen=True)
+class TemplateConfig(Settings, may_change=True):
+    """How conversations are rendered as text, and what sft trains on."""
+
+    prompt_template: str = DEFAULT_TEMPLATE
+    """Text around prompt and response, or 'raw' to join them. A value other than the default replaces the tokenizer's
+    own chat template. A backslash and an n (or t) mean a line break (or tab)."""
+    chat_template: str | None = None
+    """Chat template to use instead: a .jinja file, chatml, llama3, vicuna, deepspeed_chat (for base models: their
+    special tokens are added), or the name of one of the tokenizer's templates."""
+    system_prompt: Annotated[str | None, alias("system")] = None
+    """System message of conversations that have none, in every step and in chat."""
+    system_role: Literal["keep", "merge"] = "keep"
+    """merge: put the system message in front of the first user message, for templates that refuse a system message."""
+    train_on: Literal["all", "last", "everything"] = "all"
+    """Tokens that sft trains on: every assistant message, the last one only, or every token."""
+    special_tokens_in_data: bool = False
+    """Special tokens that stand in the text of a message keep their meaning. Default: they are encoded as plain text,
+    so no message can open or close a turn."""
+
+    def check(self) -> None:
+        template = self.prompt_template.replace("\\n", "\n").replace("\\t", "\t")  # as a shell passes them on
+        object.__setattr__(self, "prompt_template", template)
+        check_template(template)
+
+    @property
+    def adds_tokens(self) -> bool:
+        """True for a built-in template that may add special tokens to the tokenizer."""
+        return bool(BUILT_IN.get(self.chat_template or ""))
+
+
+def check_template(template: str) -> None:
+    """Raises InputError unless `template` is `raw` or holds `{prompt}` and then `{response}`, once each."""
+    if template != RAW and re.findall(r"\{prompt\}|\{response\}", template) != ["{prompt}", "{response}"]:
+        raise InputError(
+            f"prompt_template {template!r}: must hold {{prompt}} and after it {{response}}, once each, or be 'raw'"
+        )
+
+
+def load_tokenizer(path: str | Path, template: TemplateConfig | None = None) -> Any:
+    """Loads a Hugging Face tokenizer, with the chat template that `template` chooses.
+
+    Args:
+        path: a local folder, a name on the hub, or "demo".
+        template: default: the tokenizer's own chat template, else that of the default prompt template.
+
+    Raises:
+        InputError: as in `read_tokenizer`, or the template cannot be used.
+    """
+    return with_template(read_tokenizer(path), template or TemplateConfig())
+
+
+def read_tokenizer(path: str | Path) -> Any:
+    """Loads a Hugging Face tokenizer as it is.
+
+    Args:
+        path: a local folder, a name on the hub, or "demo".
+
+    Raises:
+        InputError: the folder does not exist, or holds no readable tokenizer files, or the hub gives none.
+    """
+    import transformers
+
+    name = str(path)
+    folder = Path(name).expanduser()
+    if name == "demo" and not folder.is_dir():
+        from jaxrlhf.data.demo import materialize_demo
+
+        folder = materialize_demo(default_cache()).tokenizer
+    if not folder.is_dir() and (looks_like_path(name) or folder.exists()):
+        raise InputError(f"tokenizer folder '{name}': no such folder; check the path")
+    if folder.is_dir():
+        name = str(folder)
+        check_tokenizer_files(folder)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        where = (
+            "the folder's tokenizer files cannot be read"
+            if folder.is_dir()
+            else "neither a folder here nor a tokenizer that the hub gives"
+        )
+        raise InputError(
+            f"tokenizer '{name}': {where} ({first_line(error)}); give a folder with the tokenizer's files"
+        ) from error
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises InputError when the folder holds no tokenizer file, or one with invalid JSON."""
+    present = [p for p in sorted(folder.iterdir()) if "token" in p.name or p.name in ("vocab.json", "vocab.txt")]
+    if not present:
+        raise InputError(
+            f"tokenizer folder '{folder}': holds no tokenizer files; copy tokenizer.json and its config there"
+        )
+    for path in present:
+        if path.suffix == ".json":
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{path}: not valid JSON ({error}); copy the tokenizer's files again") from error
+
+
+def with_template(tokenizer: Any, template: TemplateConfig) -> Any:
+    """Returns a copy of the tokenizer with the chat template that the settings choose.
+
+    The order is: `chat_template`, a `prompt_template` other than the default, the tokenizer's own, the default prompt
+    template. A second call with the same settings changes nothing. Tokens that a built-in template needs are added to
+    the given tokenizer as well, because both share the vocabulary.
+
+    Raises:
+        InputError: there is no such template, it is not valid, or it does not show the system prompt.
+    """
+    tokenizer = copy.copy(tokenizer)
+    own = tokenizer.chat_template
+    if template.chat_template is not None:
+        tokenizer.chat_template = chosen_template(tokenizer, template.chat_template)
+    elif template.prompt_template != DEFAULT_TEMPLATE or not own:
+        tokenizer.chat_template = start_of_text(tokenizer) + chat_template_of(template.prompt_template)
+    elif isinstance(own, dict):
+        tokenizer.chat_template = named_template(own, "default")
+    tokenizer.chat_template = with_system(tokenizer.chat_template, template)
+    check_chat_template(tokenizer, template)
+    return tokenizer
+
+
+def chosen_template(tokenizer: Any, name: str) -> str:
+    """The chat template in a file, the built-in one, or the tokenizer's own of that name."""
+    own = tokenizer.chat_template
+    path = Path(name).expanduser()
+    if path.suffix in (".jinja", ".jinja2", ".j2") or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"chat_template '{name}': cannot be read ({first_line(error)}); check the path") from error
+    if name in BUILT_IN:
+        add_special_tokens(tokenizer, BUILT_IN[name])
+        text = (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        return start_of_text(tokenizer) + text.rstrip("\n")
+    return named_template(own if isinstance(own, dict) else {"default": own} if own else {}, name)
+
+
+def named_template(templates: dict[str, str], name: str) -> str:
+    """One of a tokenizer's named templates. Raises InputError listing the names when there is no such one."""
+    if name in templates:
+        return templates[name]
+    named = ", ".join(sorted(templates)) or "none"
+    raise InputError(
+        f"chat_template '{name}': the tokenizer has no template of that name (its names: {named}); set chat_template "
+        f"to one of these, to a .jinja file, or to one of {', '.join(BUILT_IN)}"
+    )
+
+
+def add_special_tokens(tokenizer: Any, tokens: tuple[str, ...]) -> None:
+    """Adds the tokens that the vocabulary lacks; the last one becomes EOS."""
+    if not tokens:
+        return
+    from transformers import AddedToken
+
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    new = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in special]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)
+    tokenizer.eos_token = tokens[-1]
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """The ids (BOS, for some tokenizers) that the tokenizer puts before a text."""
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    for i in range(len(whole) - len(bare) + 1):
+        if whole[i : i + len(bare)] == bare:
+            return whole[:i]
+    return []
+
+
+def start_of_text(tokenizer: Any) -> str:
+    """Jinja text for the tokens that the tokenizer puts before a text."""
+    ids = start_ids(tokenizer)
+    if ids and ids == [tokenizer.bos_token_id]:
+        return "{{ bos_token }}"
+    return "{{ %s }}" % literal("".join(tokenizer.convert_ids_to_tokens(ids))) if ids else ""  # noqa: UP031
+
+
+def literal(text: str) -> str:
+    """A text as a Jinja string."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def split_template(template: str) -> tuple[str, str, str, str]:
+    """Splits a prompt template into its texts before the prompt, after it, before the response and after it.
+
+    Spaces right before `{response}` belong to the response: byte-level tokenizers join a space to the next word.
+    """
+    if template == RAW:
+        return "", "", "", ""
+    before, _, rest = template.partition("{prompt}")
+    middle, _, after = rest.partition("{response}")
+    stripped = middle.rstrip(" ")
+    return before, stripped, middle[len(stripped) :], after
+
+
+def chat_template_of(prompt_template: str) -> str:
+    """The chat template that renders as a prompt template does.
+
+    A system message is written as it is. EOS closes the last assistant message. Rounds have a line break or a space
+    between them, unless the prompt template begins with one.
+    """
+    before, middle, lead, after = split_template(prompt_template)
+    gap = "\n" if "\n" in prompt_template else " "
+    if prompt_template == RAW or before[:1].isspace():
+        gap = ""
+    return (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}"
+        f"{{% generation %}}{{{{ {literal(lead)} + message['content'] + {literal(after)} }}}}"
+        "{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}"
+        "{% else %}"
+        f"{{% if not loop.first %}}{{{{ {literal(gap)} }}}}{{% endif %}}"
+        "{% if message['role'] == 'system' %}{{ message['content'] }}{% else %}"
+        f"{{{{ {literal(before)} + message['content'] + {literal(middle)} }}}}"
+        "{% endif %}{% endif %}{% endfor %}"
+    )
+
+
+def with_system(chat_template: str, config: TemplateConfig) -> str:
+    """The chat template with the system prompt and the merging of system messages in front, as the settings say.
+
+    Both stand between marks, so that new settings replace those of an earlier run.
+    """
+    prompt, merge = _section(chat_template, "system_prompt"), _section(chat_template, "system_role")
+    rest = chat_template.removeprefix(prompt).removeprefix(merge)
+    if config.system_prompt is not None:
+        prompt = _marked(
+            "system_prompt",
+            "{% if not messages or messages[0]['role'] != 'system' %}{% set messages = "
+            f"[{{'role': 'system', 'content': {literal(config.system_prompt)}}}] + messages %}}{{% endif %}}",
+        )
+    if config.system_role == "merge":
+        merge = _marked(
+            "system_role",
+            "{% if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user' %}"
+            "{% set messages = [dict(messages[1], content=messages[0]['content'] + '\\n\\n' + "
+            "messages[1]['content'])] + messages[2:] %}{% endif %}",
+        )
+    return prompt + merge + rest
+
+
+def _marked(name: str, text: str) -> str:
+    return f"{{# {name} #}}{text}{{# end of {name} +#}}"  # +: a line break after it stays
+
+
+def _section(chat_template: str, name: str) -> str:
+    """The marked text of that name, with its marks; empty where there is none."""
+    start, end = f"{{# {name} #}}", f"{{# end of {name} +#}}"
+    if start not in chat_template:
+        return ""
+    return chat_template[chat_template.index(start) : chat_template.index(end) + len(end)]
+
+
+def check_chat_template(tokenizer: Any, config: TemplateConfig) -> None:
+    """Raises InputError for a chat template that is not valid, or that does not show the system prompt."""
+    from jinja2.exceptions import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = f"chat_template '{config.chat_template}'" if config.chat_template else "the tokenizer's chat template"
+    messages = [{"role": "user", "content": "a"}]
+    options = {"chat_template": tokenizer.chat_template, "add_generation_prompt": True}
+    problem = "does not show it"
+    try:
+        (text,), _ = render_jinja_template([messages], **options, **tokenizer.special_tokens_map)
+    except TemplateSyntaxError as error:
+        raise InputError(f"{source}: line {error.lineno} is not valid: {first_line(error)}; correct it") from error
+    except Exception as error:  # whatever a template raises; without a system prompt, rows of data may still fit it
+        text, problem = "", first_line(error)
+    if config.system_prompt is not None and config.system_prompt.strip() not in text:
+        merge = "; set system_role to merge, which puts it in front of the first user message"
+        remedy = merge if config.system_role == "keep" else "; choose another chat_template"
+        raise InputError(f"system_prompt: {source} refuses it: {problem}{remedy}")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises InputError for a tokenizer without an EOS token, which ends every response."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"tokenizer '{tokenizer.name_or_path}': has no EOS token to end a response; "
+            "set eos_token in its tokenizer_config.json"
+        )
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills padding: the pad token's where there is one, else EOS's.
+
+    Masks are explicit, so the id needs no meaning, and the vocabulary needs no new token.
+    """
+    check_tokenizer(tokenizer)
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

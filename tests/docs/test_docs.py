@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import cli, errors
-from jaxrlhf.config import parse
+from jaxrlhf.config import parse, settings
+from jaxrlhf.data.formats import FORMATS, STEPS, Columns, Reader, recognise
+from jaxrlhf.data.mixture import SourceConfig, parse_mixture
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
@@ -107,3 +110,29 @@ def test_lines_of_text_wrap_at_100_columns(page):
     unbreakable = ("|", "`", "![", "[")
     long = [line for line in text.splitlines() if len(line) > 100 and not line.lstrip().startswith(unbreakable)]
     assert not long
+
+
+def test_the_documented_formats_are_those_of_the_package_and_their_rows_are_recognised():
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page[page.index("## Formats") : page.index("### Names of columns")]
+    table = re.findall(r"^\| `(\w+)` \| `.* \| ([^|]+) \|$", section, re.MULTILINE)
+    steps = {
+        key: "all" if form.steps == STEPS else ", ".join(f"`{s}`" for s in form.steps) for key, form in FORMATS.items()
+    }
+    assert {name: said.split(", and ")[0] for name, said in table} == steps
+    (block,) = re.findall(r"^```json\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    rows = [json.loads(line) for line in block.splitlines()]
+    found = [recognise([row], Columns({}), "docs/data.md") for row in rows]
+    assert found == [name for name, _ in table]
+    for row, name in zip(rows, found, strict=True):
+        Reader(name, Columns({}))(row)
+
+
+def test_the_documented_mixture_is_one_and_every_key_of_it_is_documented(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page[page.index("## Mixtures") : page.index("## Evaluation rows")]
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mix.yaml").write_text(block)
+    assert len(parse_mixture([str(tmp_path / "mix.yaml")])) == 3
+    keys = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+    assert keys == set(settings(SourceConfig))

@@ -74,9 +74,12 @@ def test_every_format_is_tried():
 
 
 @pytest.mark.parametrize(("form", "words"), EXAMPLES)
-def test_each_format_serves_its_steps_and_names_the_others(config, tokenizer, form, words, tmp_path):
+def test_each_format_serves_its_steps_and_names_the_others(config, tokenizer, form, words):
     row, prompt, completions = EXAMPLES[form, words]
-    rows = [row, {**row, "label": not row["label"], "completion": "other"}] if form == "unpaired" else [row]
+    rows = [row]
+    if form == "unpaired":
+        completions = [("good", 1.0)]
+        rows = [{**row, "completion": "good", "label": True}, {**row, "label": False}]
     extra = config(pairs(2), "extra.jsonl").data_path
     for step in STEPS:
         settings = config(rows, eval_data_path=extra)
@@ -342,7 +345,7 @@ def test_two_formats_in_one_file_are_named_with_their_rows(config, tokenizer):
         load_data(config(rows), tokenizer, "sft")
     assert "rows.jsonl: holds rows of two formats: row 1 is preference, explicit prompt" in str(error.value)
     assert "row 4 is language modelling (messages)" in str(error.value)
-    train, held = load_data(config([*rows, *pairs(4)], data_format="preference", eval_fraction=0.1), tokenizer, "sft")
+    train, held = load_data(config([*rows, *pairs(4)], data_format="preference", eval_fraction=0.4), tokenizer, "sft")
     assert train.counts["skipped"] + held.counts["skipped"] == 1
 
 

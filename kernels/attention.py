@@ -40,15 +40,6 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
-def query_stops(starts: jax.Array) -> jax.Array:
-    """The column after the last query that may see each key, int32 `[B, T]`.
-
-    `starts` `[B, T]`, the first key that each query may see, never decreases along a row.
-    """
-    columns = jnp.arange(starts.shape[1])
-    return (starts[:, :, None] <= columns).sum(1, dtype=jnp.int32)
-
-
 def block_scores(products, rows, columns, bounds, slope, alibi: bool) -> tuple[jax.Array, jax.Array]:
     """Scores of one block of causal attention from its products, and which of them its mask leaves.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxrlhf.kernels import flash_tpu, pallas
-from jaxrlhf.kernels.attention import NEGATIVE, attention, attention_mask, block_scores, query_stops
+from jaxrlhf.kernels.attention import NEGATIVE, attention, attention_mask, block_scores
 from jaxrlhf.kernels.choice import LIBRARIES, decide
 from jaxrlhf.kernels.pallas import ceil_div, dot, load, pl, power_of_two, store
 
@@ -349,27 +349,31 @@ def flash_attention_query_gradient(
     store(dq_ref.at[pl.ds(begin, size), :], gradient, corner)
 
 
+def _end_of_queries(start_ref, begin, high, size: int, shape: _Shape) -> jax.Array:
+    """The row, whole blocks after `begin`, from which on no query before `high` sees `size` keys from `begin` on."""
+
+    def sees(row):
+        return (row < high) & (start_ref[jnp.minimum(row, shape.length - 1)] < begin + size)
+
+    return jax.lax.while_loop(sees, lambda row: row + shape.blocks.queries, begin)
+
+
 def flash_attention_key_gradient(
-    q_ref, k_ref, v_ref, do_ref, log_ref, delta_ref, edge_ref, length_ref, window_ref, scale_ref, slope_ref, dk_ref,
+    q_ref, k_ref, v_ref, do_ref, log_ref, delta_ref, start_ref, length_ref, window_ref, scale_ref, slope_ref, dk_ref,
     dv_ref, *, shape: _Shape
 ) -> None:  # fmt: skip
-    """Gradients of one block of keys and values, over the queries of all heads that share it; scores lie transposed.
-
-    `edge_ref` holds the row's first live key or, for packed rows, the row after the last query that sees each key.
-    """
+    """Gradients of one block of keys and values, over the queries of all heads that share it; scores lie transposed."""
     size, queries = shape.blocks.keys, shape.blocks.queries
     begin = pl.program_id(2) * size
     columns = begin + jnp.arange(size)
-    start = 0 if shape.packed else edge_ref[()]
+    start = 0 if shape.packed else start_ref[()]
     length, window, scale = length_ref[()], window_ref[()], scale_ref[()]
     bounds = start, length, window, scale
     key, value = _block(k_ref, begin, size, shape), _block(v_ref, begin, size, shape)
-    stop, last = shape.length, shape.length
-    if shape.packed:  # stops never decrease along a row, so that of the last key bounds the block
-        stop = _vector(edge_ref, begin, size, shape)[:, None]
-        last = edge_ref[jnp.minimum(begin + size, shape.length) - 1]
     live = (begin < length) & (begin + size > start)
-    high = jnp.where(live, jnp.minimum(last, begin + size - 1 + window), begin)
+    high = jnp.where(live, jnp.minimum(shape.length, begin + size - 1 + window), begin)
+    if shape.packed:
+        high = _end_of_queries(start_ref, begin, high, size, shape)
     steps = ceil_div(jnp.maximum(high - begin, 0), queries)
 
     def step(i, carry):
@@ -381,8 +385,10 @@ def flash_attention_key_gradient(
         log_total, delta = (_vector(ref, row, queries, shape, head) for ref in (log_ref, delta_ref))
         products = dot(key, query.T)
         scores, seen = block_scores(products, rows[None], columns[:, None], bounds, slope_ref[head], shape.alibi)
-        there = rows[None] < stop if shape.packed else (rows < shape.length)[None]
-        weights = jnp.where(seen & there, jnp.exp(scores - log_total[None]), 0.0)
+        seen &= (rows < shape.length)[None]
+        if shape.packed:
+            seen &= columns[:, None] >= _vector(start_ref, row, queries, shape)[None]
+        weights = jnp.where(seen, jnp.exp(scores - log_total[None]), 0.0)
         value_gradient += dot(weights.astype(upstream.dtype), upstream)
         inner = dot(value, upstream.T)
         key_gradient += dot((weights * (inner - delta[None])).astype(query.dtype), query)
@@ -467,10 +473,7 @@ def _launch_backward(*arrays, alibi, blocks: FlashBlocks, interpret: bool) -> tu
     )
     grouped = lambda x: x.reshape(batch, kv_heads, shape.group, *x.shape[2:])  # noqa: E731
     slopes = scalars[-1].reshape(kv_heads, shape.group)
-    edge, *others = scalars[:-1]
-    if shape.packed:
-        edge = query_stops(edge)
-    arrays = (grouped(query), key, value, *(grouped(x) for x in (gradient, log_total, delta)), edge, *others, slopes)
+    arrays = grouped(query), key, value, grouped(gradient), grouped(log_total), grouped(delta), *scalars[:-1], slopes
     names = ("qs", "q", "q", "qs", "ts", "ts", "start", "row", "one", "one", "heads")
     key_gradient, value_gradient = pallas.launch(
         partial(flash_attention_key_gradient, shape=shape),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import pallas
-from jaxrlhf.kernels.attention import NEGATIVE, block_scores, query_stops
+from jaxrlhf.kernels.attention import NEGATIVE, block_scores
 from jaxrlhf.kernels.pallas import LANES, PyTree, Ref, dot, pl
 
 QUERIES = 256
@@ -163,6 +163,15 @@ def flash_attention_key_gradient(
     def _():
         dk_ref[...] = (dk_sum_ref[...] * scale).astype(dk_ref.dtype)
         dv_ref[...] = dv_sum_ref[...].astype(dv_ref.dtype)
+
+
+def query_stops(starts: jax.Array) -> jax.Array:
+    """The column after the last query that may see each key, int32 `[B, T]`.
+
+    `starts` `[B, T]`, the first key that each query may see, never decreases along a row.
+    """
+    columns = jnp.arange(starts.shape[1])
+    return (starts[:, :, None] <= columns).sum(1, dtype=jnp.int32)
 
 
 def _edges(edge: jax.Array, size: int, last: bool) -> tuple[jax.Array, list[jax.Array], list["pl.BlockSpec"]]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxrlhf import keys
-from jaxrlhf.config import NonNegativeInt, Settings, alias
+from jaxrlhf.config import NonNegativeInt, PathName, Settings, alias
 from jaxrlhf.data import (
     TemplateConfig,
     encode_conversation,
@@ -40,7 +40,7 @@ class ChatConfig(Settings):
 
     HIDDEN = frozenset({"samples_per_prompt", "generation_slots", "train_on", "special_tokens_in_data"})
 
-    model: Annotated[str, alias("model_name_or_path")]
+    model: PathName[Annotated[str, alias("model_name_or_path")]]
     """Folder or hub name of a language model, such as the output of sft or ppo."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     template: TemplateConfig = TemplateConfig()
@@ -284,19 +284,29 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c <= "\x9f"))
 
 
+def checked_lines(stream: TextIO) -> Iterator[str]:
+    """Lines of `stream`. Raises InputError for bytes that are not UTF-8, which some locales pass on as surrogates."""
+    try:
+        for line in stream:
+            line.encode()
+            yield line
+    except UnicodeError as error:
+        byte = error.object[error.start] if isinstance(error, UnicodeDecodeError) else 0
+        if isinstance(error, UnicodeEncodeError):
+            byte = ord(error.object[error.start]) & 0xFF
+        raise InputError(
+            f"standard input: byte 0x{byte:02x} is not valid UTF-8; convert the text first, as with "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+
+
 def read_lines(stream: TextIO, interactive: bool) -> Iterator[str | None]:
     """Lines of `stream`, asked for with a prompt and line editing on a terminal; None for a Ctrl-C there.
 
-    Raises InputError for input that is not text in the terminal's encoding.
+    Raises InputError for input that is not UTF-8.
     """
     if not interactive:
-        try:
-            yield from stream
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"standard input: byte 0x{error.object[error.start]:02x} is not valid {error.encoding}; convert the "
-                "text first, as with iconv -f latin1 -t utf-8"
-            ) from error
+        yield from checked_lines(stream)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it gives input() line editing and history

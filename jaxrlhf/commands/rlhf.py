@@ -1,14 +1,13 @@
 """All steps in one run, each in a subfolder, with one report and one summary: SFT, reward model, PPO; or SFT, DPO."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from jaxrlhf.config import Section, Settings, alias, load_yaml, save_yaml, to_dict
-from jaxrlhf.config.files import write_json_atomic
+from jaxrlhf.config import PathName, Section, Settings, alias, load_yaml, save_yaml, to_dict
+from jaxrlhf.config.files import read_json, write_json_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
@@ -31,9 +30,11 @@ STEPS = ("sft", "reward", "ppo", "dpo")
 class BaseModelsConfig(Settings):
     """The models to start from."""
 
-    actor_model_name_or_path: Annotated[str | None, alias("actor_model", "model_name_or_path")] = None
+    actor_model_name_or_path: PathName[Annotated[str | None, alias("actor_model", "model_name_or_path")]] = None
     """Language model that step 1 fine-tunes."""
-    reward_model_name_or_path: Annotated[str | None, alias("reward_model", "critic_model_name_or_path")] = None
+    reward_model_name_or_path: PathName[Annotated[str | None, alias("reward_model", "critic_model_name_or_path")]] = (
+        None
+    )
     """Language model that step 2 makes a reward model of; default: the result of step 1."""
     start: StartConfig = StartConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -145,7 +146,7 @@ def say(text: str) -> None:
 
 
 def summary_of(stage: SharedConfig) -> dict[str, Any]:
-    return json.loads((Path(stage.folder.output_dir) / "summary.json").read_text(encoding="utf-8"))
+    return read_json(Path(stage.folder.output_dir) / "summary.json")
 
 
 def check_vocabularies(models: BaseModelsConfig) -> None:
@@ -170,9 +171,8 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
     folder = Path(stage.folder.output_dir)
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    before, now = (to_dict(c) for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
-    for name in ("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"):
-        before.pop(name), now.pop(name)
+    free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"))
+    before, now = (to_dict(c) | free for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
     return summary_of(stage) if before == now else None
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys, objectives
 from jaxrlhf.commands.selection import Samples, select_samples, summarise_samples
-from jaxrlhf.config import Gt, Le, Lt, PositiveInt, Settings, alias, to_dict
+from jaxrlhf.config import Gt, Le, Lt, PathName, PositiveInt, Settings, alias, to_dict
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, load_tokenizer
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
@@ -69,11 +69,11 @@ class SelectionConfig(Settings):
 class SampleConfig(Settings):
     """Best-of-n and rejection sampling: scored responses as SFT data."""
 
-    model_name_or_path: Annotated[str, alias("actor_model_name_or_path")]
+    model_name_or_path: PathName[Annotated[str, alias("actor_model_name_or_path")]]
     """Language model to sample from."""
-    output_file: str
+    output_file: PathName[str]
     """JSON-lines file to write, rows that `jaxrlhf sft --data_path FILE` trains on."""
-    reward_model_name_or_path: str | None = None
+    reward_model_name_or_path: PathName[str | None] = None
     """Reward model that scores the responses, by itself or beside reward functions."""
     overwrite: bool = False
     """Replace output_file where it exists."""

@@ -67,9 +67,11 @@ class Data:
         schedule: the source of each position of the stream.
         sequence_names: the sequences that a row has.
         bins: with packing, the rows of each unit of each source.
+        unusable: the parts of sources without a usable row.
     """
 
     sequence_names: tuple[str, ...]
+    unusable: Sequence[Part] = ()
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class SpecialTokens:
         added = [token for token in special.values() if token.content]
         longest_first = sorted(added, key=lambda token: len(token.content), reverse=True)
         names = [re.escape(token.content) for token in longest_first]
-        self.ids = set(special)
+        self.names = {i: token.content for i, token in special.items()}
         self._first = {token.content[0] for token in added}
         private = f"[{chr(PRIVATE)}-{chr(0x10FFFF)}]"
         self._to_hide = re.compile("|".join([*names, private]))
@@ -112,6 +112,45 @@ def _encode_all(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | 
     pieces = [text for text in texts if text.hidden]
     others = iter(_encode_pieces(tokenizer, pieces, special or SpecialTokens(tokenizer)) if pieces else ())
     return [next(others if text.hidden else plain) for text in texts]
+
+
+def encode_continuations(
+    tokenizer: Any, texts: Sequence[Text], heads: Sequence[tuple[Text, Encoded]], special: SpecialTokens
+) -> list[Encoded]:
+    """Encodes texts that begin as others, which are encoded already.
+
+    A special token splits a text: what stands before it does not change the tokens after it. So each text is encoded
+    from the last special token of its head on.
+    """
+    cuts = [_last_special(text, *head, special) for text, head in zip(texts, heads, strict=True)]
+    tails = encode(tokenizer, [text[place:] for text, (place, _) in zip(texts, cuts, strict=True)], special)
+    return [
+        _joined(head.ids[:count], tail, place)
+        for (place, count), (_, head), tail in zip(cuts, heads, tails, strict=True)
+    ]
+
+
+def _last_special(text: Text, head: Text, encoded: Encoded, special: SpecialTokens) -> tuple[int, int]:
+    """The character where the last special token of a head begins, and the number of tokens before it; 0 and 0 when
+    it has none, or the text does not begin with it."""
+    if text.text.startswith(head.text):
+        for count in range(len(encoded.ids) - 1, 0, -1):
+            if name := special.names.get(encoded.ids[count]):
+                return max(head.text.rfind(name), 0), count if name in head.text else 0
+    return 0, 0
+
+
+def _joined(before: list[int], tail: Encoded, place: int) -> Encoded:
+    """Tokens before a place in a text, and the encoded text from there on, as one."""
+    if not before:
+        return tail
+    n = len(before)
+
+    def tokens(a: int, b: int) -> tuple[int, int]:
+        first, end = tail.tokens(max(a - place, 0), b - place)
+        return n + first, n + end
+
+    return Encoded(before + tail.ids, tokens)
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:

@@ -10,7 +10,19 @@ from typing import Annotated, Literal, overload
 
 import numpy as np
 
-from jaxrlhf.config import FromYaml, Ge, Gt, Lasting, Lt, NonNegative, NonNegativeInt, PositiveInt, Settings, alias
+from jaxrlhf.config import (
+    FromYaml,
+    Ge,
+    Gt,
+    Lasting,
+    Lt,
+    NonNegative,
+    NonNegativeInt,
+    PathName,
+    PositiveInt,
+    Settings,
+    alias,
+)
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
 from jaxrlhf.data.cache import default_cache, hash_json, tokenizer_fingerprint
 from jaxrlhf.data.formats import FORMATS, PairRule
@@ -68,19 +80,19 @@ class FieldsConfig(Settings, may_change=True):
 class DataConfig(Settings, may_change=True):
     """The data sources, their mixture and split over the steps, and the tokenization."""
 
-    data_path: tuple[str, ...] = ()
+    data_path: PathName[tuple[str, ...]] = ()
     """Training data: a JSON, CSV, TSV, Parquet, Arrow or text file, also compressed; a folder or glob of such files; a
     data set of the hub (name, name:config, name@split) or of save_to_disk; or 'demo'. Several are joined."""
     data_mixture: Annotated[tuple[str, ...], FromYaml(read_inline)] = ()
     """YAML file with a list of sources, in place of data_path: path, weight, fields, template, split, steps, limit …"""
     data_format: str = ""
     """Format of the rows; default: recognised by the columns. See docs/data.md for the names."""
-    dataset_registry: str = ""
+    dataset_registry: PathName[str] = ""
     """YAML or Python file with declarations of your own data sets."""
     data_split: str = ""
     """Shares of the training rows for sft,reward,ppo, such as 2,4,4; dpo takes those of reward and ppo. Empty: every
     step uses all rows."""
-    eval_data_path: tuple[str, ...] = ()
+    eval_data_path: PathName[tuple[str, ...]] = ()
     """Evaluation data; default: the data's own eval, validation or test split, else rows held out."""
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the prompts held out for evaluation when the data has no such split."""
@@ -112,7 +124,7 @@ class DataConfig(Settings, may_change=True):
     """Rows that are shuffled together when streaming."""
     dataset_num_proc: PositiveInt = 1
     """Processes that tokenise."""
-    data_cache_dir: str = ""
+    data_cache_dir: PathName[str] = ""
     """Folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
     seed: Lasting[NonNegativeInt] = 42
     """Seed of the data split and order, of initialisation, dropout and sampling."""
@@ -143,16 +155,19 @@ class DataConfig(Settings, may_change=True):
 
 
 def named_apart(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
-    """The sources, where each of several with one short name is called by its path."""
-    names = [source.short_name for source in sources]
-    return tuple(
-        source.replace(name=source.path) if names.count(source.short_name) > 1 else source for source in sources
-    )
+    """The sources, where each of several with one short name is also called by its folder, or else numbered."""
+    result: list[SourceConfig] = []
+    for source in sources:
+        names, taken = [source.short_name], {other.short_name for other in result}
+        names.append(f"{Path(source.path).parent.name}_{source.short_name}".strip("_"))
+        names += [f"{source.short_name}_{number}" for number in range(2, len(sources) + 2)]
+        result.append(source.replace(name=next(name for name in names if name not in taken)))
+    return tuple(result)
 
 
 def cache_folder(config: DataConfig) -> Path:
     """The folder for tokenised data: `data_cache_dir`, else $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    return Path(config.data_cache_dir).expanduser() if config.data_cache_dir else default_cache()
+    return Path(config.data_cache_dir) if config.data_cache_dir else default_cache()
 
 
 def packs(config: DataConfig, step: str) -> bool:
@@ -342,11 +357,10 @@ class Loader:
 
     def parts(self, label: str, chosen: Chosen) -> tuple[list[Part], list[str]]:
         """The tokenised rows of each source, and the hash of each."""
-        made = [reading.part(rows, self.tokenizer, self.encoding, label) for reading, rows in chosen]
-        parts = [part for part, _ in made if len(part)]
-        if not parts:
+        made = [reading.part(rows, self.tokenizer, self.fingerprint, self.encoding, label) for reading, rows in chosen]
+        if not any(len(part) for part, _ in made):
             raise InputError(self.nothing_left(label, [part for part, _ in made]))
-        return parts, [key for _, key in made]
+        return [part for part, _ in made], [key for _, key in made]
 
     def nothing_left(self, label: str, parts: list[Part]) -> str:
         """The message for data without a usable row, with the reasons."""
@@ -361,8 +375,9 @@ class Loader:
             "Check the data, and the names of its columns (--prompt_field, --chosen_field …)"
         )
 
-    def data(self, label: str, parts: list[Part], key: str) -> Data:
-        """The data of the parts, with the weights of their sources."""
+    def data(self, label: str, given: list[Part], key: str) -> Data:
+        """The data of the parts that have usable rows, with the weights of their sources."""
+        parts = [part for part in given if len(part)]
         by_name = {source.short_name: source for source in self.sources}
         sources = [by_name.get(part.name) for part in parts]
         data = DATA_CLASSES[self.step](
@@ -375,6 +390,7 @@ class Loader:
             epochs=[source.epochs if source else 0 for source in sources] if label == "train" else None,
             packing=packs(self.config, self.step),
         )
+        data.unusable = [part for part in given if not len(part)]
         if isinstance(data, PromptData):
             data.column_names, data.group_by_length = self.encoding.columns, self.config.group_by_length
         report(f"{self.step} {label} data", data, self.encoding)
@@ -430,3 +446,5 @@ def report(label: str, data: Data, encoding: Encoding) -> None:
         logger.log(
             level, "%s: %s: %s", label, f"{part.name}, {part.described}", "; ".join([summary, *changes, *part.problems])
         )
+    for part in data.unusable:
+        logger.warning("%s: %s: no usable row: %s", label, part.name, "; ".join(part.problems) or "all are too long")

@@ -60,7 +60,7 @@ class SourceConfig(Settings):
     def short_name(self) -> str:
         """The name in metrics: `name`, or the end of the path without its suffix."""
         if self.name:
-            return self.name
+            return self.name.replace("/", "_")  # a slash divides the names of metrics
         last = Path(self.path.partition("@")[0]).name
         for ending in (*COMPRESSED[1:], *KINDS):
             last = last.removesuffix(ending)

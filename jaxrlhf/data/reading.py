@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import formats
-from jaxrlhf.data.cache import hash_json, tokenizer_fingerprint
+from jaxrlhf.data.cache import hash_json
 from jaxrlhf.data.formats import BadRow, Columns, Reader, as_messages
 from jaxrlhf.data.mixture import SourceConfig
 from jaxrlhf.data.registry import find
@@ -200,15 +200,15 @@ class Reading:
         name = "prompt_template" if self.template == "raw" or "{prompt}" in self.template else "chat_template"
         return with_template(tokenizer, self.config.template.replace(**{name: self.template}))
 
-    def part(self, rows: np.ndarray, tokenizer: Any, encoding: Any, label: str) -> tuple[Part, str]:
-        """The tokens of these rows, and the hash of everything that they depend on."""
+    def part(self, rows: np.ndarray, tokenizer: Any, fingerprint: str, encoding: Any, label: str) -> tuple[Part, str]:
+        """The tokens of these rows, and the hash of everything that they depend on, such as the run's tokenizer."""
         tokenizer = self.own_tokenizer(tokenizer)
         settings = [dataclasses.asdict(encoding), self.config.pair_rule, self.config.pair_margin]
         chosen_rows = hashlib.blake2b(rows.astype(np.int64).tobytes(), digest_size=16).hexdigest()
-        key = hash_json([self.key, tokenizer_fingerprint(tokenizer), settings, chosen_rows])
+        key = hash_json([self.key, fingerprint, tokenizer.chat_template, settings, chosen_rows])
         folder = self.folder / "tokens"
         bounds = np.cumsum([0, *self.note["sizes"]])
-        tables, note_path = [], folder / f"{encoding.step}-{key}.json"
+        tables, numbers, note_path = [], [], folder / f"{encoding.step}-{key}.json"
         for k, (first, last) in enumerate(itertools.pairwise(bounds)):
             chosen = rows[(rows >= first) & (rows < last)] - first
             if len(chosen):
@@ -218,13 +218,20 @@ class Reading:
                     note_path.unlink(missing_ok=True)
                     table = self.tokenise(k, chosen, tokenizer, encoding, path, label)
                 tables.append(table)
+                numbers.append(k)
         if note_path.exists():
             problems = tuple(json.loads(note_path.read_text(encoding="utf-8"))["problems"])
         else:
-            problems = problems_of(tables, [opened.table for opened in self.opened])
+            problems = problems_of(tables, [self.opened[k].table for k in numbers])
             write_json_atomic(note_path, {"problems": problems})
         words = ", ".join(dict.fromkeys(self.note["words"]))
-        return make_part(self.source.short_name, tables, len(rows), problems, words), key
+        part = make_part(self.source.short_name, tables, len(rows), problems, words)
+        of_entries = np.repeat(numbers, [len(table) for table in tables])
+        return dataclasses.replace(part, tables=of_entries, reading=self), key
+
+    def where(self, k: int, row: int) -> str:
+        """The place of a row of table `k`, for messages."""
+        return self.opened[k].table.where(row)
 
     def tokenise(self, k: int, rows: np.ndarray, tokenizer: Any, encoding: Any, path: Path, label: str) -> Any:
         """Tokenises rows of table `k` into the file `path`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.encoding import Encoded, SpecialTokens, Text, encode
+from jaxrlhf.data.encoding import Encoded, SpecialTokens, Text, encode, encode_continuations
 from jaxrlhf.data.renderer import (
     Message,
     Prompt,
@@ -84,7 +84,7 @@ def encode_rows(
     train_on: str = "all",
     special_tokens_in_data: bool = False,
 ) -> list[EncodedRow | str]:
-    """Encodes rows, with masks of what is trained on, in two calls of the tokenizer at most.
+    """Encodes rows, with masks of what is trained on, in a few calls of the tokenizer.
 
     The ids of a response are those that follow the prompt's in the tokens of the whole text. When the prompt's ids are
     not a prefix of these (a merge across the border, a chat template that rewrites the prompt), the response is
@@ -113,17 +113,19 @@ def encode_rows(
         except RowProblem as problem:
             rows.append(str(problem))
     good = [row for row in rows if isinstance(row, RenderedRow)]
-    encoded = iter(encode(tokenizer, [text for row in good for text in (row.prompt, *row.wholes)], special))
-    heads = [(next(encoded), [next(encoded) for _ in row.wholes]) for row in good]
+    heads = encode(tokenizer, [row.prompt for row in good], special)
+    begun = [(row.prompt, head) for row, head in zip(good, heads, strict=True) for _ in row.wholes]
+    each = iter(encode_continuations(tokenizer, [whole for row in good for whole in row.wholes], begun, special))
+    wholes = [[next(each) for _ in row.wholes] for row in good]
     rests = [
         row.rest(k)
-        for row, (head, wholes) in zip(good, heads, strict=True)
-        for k, whole in enumerate(wholes)
+        for row, head, given in zip(good, heads, wholes, strict=True)
+        for k, whole in enumerate(given)
         if not continues(head, whole)
     ]
     alone = iter(encode(tokenizer, rests, special))
-    finish = Finisher(tokenizer.eos_token_id, special.ids, train_on == "everything", renderer.has_marks)
-    parts = iter(heads)
+    finish = Finisher(tokenizer.eos_token_id, frozenset(special.names), train_on == "everything", renderer.has_marks)
+    parts = zip(heads, wholes, strict=True)
     return [row if isinstance(row, str) else finish.row(row, *next(parts), alone) for row in rows]
 
 
@@ -137,7 +139,7 @@ class Finisher:
     """Puts the ids and masks of rows together from encoded texts."""
 
     eos: int
-    special: set[int]
+    special: frozenset[int]
     everything: bool
     has_marks: bool
 
@@ -209,7 +211,7 @@ def _around_response(template: str, names: tuple[tuple[str, str], ...], special:
 def plain_response(tokenizer: Any, text: str) -> str:
     """Removes from the decoded text of a response what the chat template puts around it."""
     names = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    special = frozenset(tokenizer.convert_ids_to_tokens(sorted(SpecialTokens(tokenizer).ids)))
+    special = frozenset(SpecialTokens(tokenizer).names.values())
     before, after = _around_response(tokenizer.chat_template, names, special)
     return text.removeprefix(before).removesuffix(after)
 

@@ -70,7 +70,8 @@ class StreamSource:
 
     def _restart(self) -> None:
         self._rows, self._next = self.rows(), 0
-        self._loaded: tuple[int, list[Any], Any] = (-1, [], None)
+        self._window, self._raw = -1, []
+        self._packed: tuple[list[dict[str, Any]], Bins] | None = None
 
     def rows(self, shares: tuple[float, float] | None = None) -> Iterator[tuple[int, Any, int]]:
         """Yields the rows whose prompts lie in `shares` (the step's): number, row and table; counts the unusable."""
@@ -120,7 +121,7 @@ class StreamSource:
         """Counts the units of the next window, or finds that there is none."""
         rows = self._read(window)
         if rows:
-            self.units.append(len(self._bins(window)) if self.packing else len(rows))
+            self.units.append(len(self._pack(window)[1]) if self.packing else len(rows))
         if len(rows) < self.window:
             self.complete = True
             if not sum(self.units):
@@ -131,20 +132,23 @@ class StreamSource:
 
     def _read(self, window: int) -> list[Any]:
         """The rows of a window. Reads on from the newest one, or from the beginning."""
-        if window != self._loaded[0]:
+        if window != self._window:
             if window < self._next:
                 self._restart()
             while self._next <= window:
-                rows = list(itertools.islice(self._rows, self.window))
-                self._loaded, self._next = (self._next, rows, None), self._next + 1
-        return self._loaded[1]
+                self._raw = list(itertools.islice(self._rows, self.window))
+                self._window, self._packed, self._next = self._next, None, self._next + 1
+        return self._raw
 
-    def _tokens(self, window: int) -> list[dict[str, Any]]:
-        """All rows of a window, tokenised; those that cannot be used are left out."""
+    def _pack(self, window: int) -> tuple[list[dict[str, Any]], Bins]:
+        """All usable rows of a window, tokenised, and their bins."""
         rows = self._read(window)
-        if self._loaded[2] is None:
-            self._loaded = (*self._loaded[:2], self.tokenised(rows))
-        return self._loaded[2]
+        if self._packed is None:
+            tokens = self.tokenised(rows)
+            names = [name for name in (tokens[0] if tokens else {}) if name.startswith("length_")]
+            lengths = np.array([sum(row[name] for name in names) for row in tokens], np.int64)
+            self._packed = tokens, pack(lengths, self.packing, self.seed[0])
+        return self._packed
 
     def tokenised(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """The usable ones of these rows as columns by name."""
@@ -159,10 +163,6 @@ class StreamSource:
                     result.append(row | arrays)
         return result
 
-    def _bins(self, window: int) -> Bins:
-        lengths = [sum(len(v) for name, v in row.items() if name.startswith("ids_")) for row in self._tokens(window)]
-        return pack(np.array(lengths, np.int64), self.packing, self.seed[0])
-
     def fetch(self, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
         """The tokenised rows of these units of the source."""
         found: dict[int, list[dict[str, Any]]] = {}
@@ -172,7 +172,7 @@ class StreamSource:
             for _, _, place, number in group:
                 unit = int(order[place])
                 if self.packing:
-                    tokens, bins = self._tokens(window), self._bins(window)
+                    tokens, bins = self._pack(window)
                     found[number] = [tokens[row] for row in bins[unit]]
                 else:
                     found[number] = self.tokenised([self._read(window)[unit]])

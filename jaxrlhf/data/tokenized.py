@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.formats import BadRow, Reader, Scored, kind_of, look_up
+from jaxrlhf.data.formats import BadRow, Reader, Scored, as_messages, kind_of, look_up
 from jaxrlhf.data.rendering import EncodedRow, encode_rows, encode_texts_as_documents
 from jaxrlhf.data.sources import Table, first_line
 from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # raise it when the meaning of the cached files changes
+FORMAT = 4  # raise it when the meaning of the cached files changes
 CHUNK = 1000  # rows in one call of the tokenizer
 SHOWN = 3  # places of bad rows that a report names
 SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2}
@@ -61,7 +62,7 @@ class Encoding:
 
 def group_of(scored: Scored) -> int:
     """A number for the prompt of a row, at least 0; rows with one prompt have one number."""
-    key = scored.completions[0][0] if scored.document else scored.prompt
+    key = scored.completions[0][0] if scored.document else as_messages(scored.prompt)
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -243,6 +244,9 @@ def run_pass(
     """
     import datasets
 
+    # JAX warns of every fork; the processes that `map` forks use no JAX.
+    warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
+    several = num_proc > 1 and len(dataset) > CHUNK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not sys.stderr.isatty():
@@ -257,7 +261,7 @@ def run_pass(
             load_from_cache_file=True,
             features=features,
             fn_kwargs=options,
-            num_proc=num_proc if num_proc > 1 and len(dataset) > CHUNK else None,
+            num_proc=num_proc if several else None,
             new_fingerprint=path.stem.split("-")[-1],
             desc=label,
         )
@@ -295,6 +299,8 @@ class Part:
         counts: rows given, kept, skipped, truncated and dropped.
         problems: reasons and places of skipped rows.
         described: the format in words.
+        tables: int [entries]: the number of the source's table that each entry of `table` came from.
+        reading: the `Reading` of the source; None for rows of a stream.
     """
 
     name: str
@@ -304,6 +310,8 @@ class Part:
     counts: dict[str, int]
     problems: tuple[str, ...]
     described: str = ""
+    tables: np.ndarray | None = None
+    reading: Any = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -4,7 +4,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxrlhf.config import MayChange, NonNegative, NonNegativeInt, PositiveInt, Settings, alias, check_needs, default_of
+from jaxrlhf.config import (
+    MayChange,
+    NonNegative,
+    NonNegativeInt,
+    PathName,
+    PositiveInt,
+    Settings,
+    alias,
+    check_needs,
+    default_of,
+)
 from jaxrlhf.data import Tokenizer, encode_stops, pad_token_id
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
@@ -21,9 +31,11 @@ ZeroStage = MayChange[Literal[0, 1, 2, 3] | None]
 class PPOModels(Settings, may_change=True):
     """The models."""
 
-    actor_model_name_or_path: Annotated[str | None, alias("model_name_or_path", "sft_model_path")] = None
+    actor_model_name_or_path: PathName[Annotated[str | None, alias("model_name_or_path", "sft_model_path")]] = None
     """Supervised model to train; also the reference."""
-    reward_model_name_or_path: Annotated[str | None, alias("critic_model_name_or_path", "reward_model_path")] = None
+    reward_model_name_or_path: PathName[
+        Annotated[str | None, alias("critic_model_name_or_path", "reward_model_path")]
+    ] = None
     """Reward model; also the critic's starting point. Optional with reward_functions: the critic then starts as the
     actor under a new head."""
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -89,7 +101,7 @@ class RolloutConfig(Settings, may_change=True):
 class PtxConfig(Settings):
     """Pretraining text for mixture training, with ptx_coef."""
 
-    ptx_data_path: Annotated[tuple[str, ...], alias("unsupervised_dataset_name")] = ()
+    ptx_data_path: PathName[Annotated[tuple[str, ...], alias("unsupervised_dataset_name")]] = ()
     """Pretraining text: .txt files, or data as in data_path."""
     ptx_field: str = "text"
     """Field with the text."""

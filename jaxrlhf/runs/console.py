@@ -79,7 +79,7 @@ class Progress:
     def __rich__(self) -> Table:
         text = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         grid = Table.grid(Column(width=BAR_WIDTH), text, padding=(0, 1), expand=True)
-        grid.add_row(ProgressBar(self.total, self.done), Text(_plain(self._with_note())))
+        grid.add_row(ProgressBar(self.total, self.done), Text(plain_text(self._with_note())))
         return grid
 
 
@@ -111,7 +111,7 @@ class Console:
     def print(self, text: str) -> None:
         """Prints `text` as whole lines, above the progress line on a terminal."""
         self.last_print = time.monotonic()
-        self._rich.print(Text(_plain(text)), soft_wrap=True)
+        self._rich.print(Text(plain_text(text)), soft_wrap=True)
 
     @contextlib.contextmanager
     def status(self, message: str) -> Iterator[None]:
@@ -120,7 +120,7 @@ class Console:
             self.print(message)
         begin, outcome = time.monotonic(), "failed after "
         try:
-            with self._live(Spinner("dots", Text(_plain(message))), transient=True):
+            with self._live(Spinner("dots", Text(plain_text(message))), transient=True):
                 yield
             outcome = ""
         finally:
@@ -156,7 +156,7 @@ class Console:
         for i, name in enumerate(columns):
             is_numeric = all(isinstance(row[i], int | float) for row in rows)
             justify = "right" if is_numeric else "left"
-            table.add_column(Text(_plain(name)), justify=justify, no_wrap=is_numeric, overflow="fold")
+            table.add_column(Text(plain_text(name)), justify=justify, no_wrap=is_numeric, overflow="fold")
         for row in cells:
             table.add_row(*map(Text, row))
         self.print(title)
@@ -186,7 +186,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Replaces characters that control a terminal; newlines and tabs stay."""
     text = text.replace("\r\n", "\n")
     return "".join("·" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" else c for c in text)
@@ -194,5 +194,5 @@ def _plain(text: str) -> str:
 
 def _cell(value: object, limit: int) -> str:
     """One line of at most about `limit` characters, cut in the middle."""
-    text = _plain(format_number(value).strip()).replace("\n", " ↵ ").replace("\t", " ")
+    text = plain_text(format_number(value).strip()).replace("\n", " ↵ ").replace("\t", " ")
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"

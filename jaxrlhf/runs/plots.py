@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG. The colours come from the page, so that one drawing serves light and dark pages."""
+"""Curves and histograms as inline SVG. The colours come from the page, so that one drawing suits light and dark."""
 
 import html
 import io
@@ -91,6 +91,30 @@ def draw(curves: Sequence[Curve], number: int) -> str:
         buffer = io.StringIO()
         canvas.print_svg(buffer)
     label = html.escape(" and ".join(curve.name for curve in curves)) + " by step"
+    return _inline(buffer.getvalue(), f"p{number}-").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def draw_histogram(counts: Sequence[int], edges: Sequence[float], number: int, name: str) -> str:
+    """Draws bars as an `<svg>` element.
+
+    Args:
+        counts: Height of each bar.
+        edges: Bounds of the intervals, one more than bars.
+        number: Number of the plot on the page, which makes its ids unique.
+        name: What is counted, for the label.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with rc_context(fname=Path(__file__).with_suffix(".mplstyle")):
+        canvas = FigureCanvasSVG(Figure())
+        axes = canvas.figure.add_subplot(xlabel="tokens")
+        axes.stairs(counts, edges, fill=True, color=SERIES[0])
+        axes.set_ylim(bottom=0)
+        buffer = io.StringIO()
+        canvas.print_svg(buffer)
+    label = html.escape(f"{name}: rows by tokens")
     return _inline(buffer.getvalue(), f"p{number}-").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 

@@ -3,7 +3,6 @@
 This module prepares plain data; `report.html.jinja` beside it is the page.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from flax.traverse_util import flatten_dict
 from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
-from jaxrlhf.config.files import read_jsonl, write_text_atomic
+from jaxrlhf.config.files import read_json, read_jsonl, write_text_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import format_duration, format_number
 from jaxrlhf.runs.plots import SERIES, VARIABLES, Curve, draw
@@ -73,10 +73,10 @@ def write_report(run_dir: str | Path) -> Path:
     if not parts:
         raise InputError(f"{folder} holds no run: there is no metrics.jsonl in it or in its subfolders")
     numbers = count()
-    page = _template().render(
+    page = page_template(Path(__file__).parent / "report.html.jinja").render(
         name=folder.resolve().name,
         path=folder.resolve(),
-        tiles=[(name, value) for name, value in _flatten(_summary(folder)) if _is_numeric(value)],
+        tiles=[(name, value) for name, value in flatten_dict(_summary(folder), sep=".").items() if _is_numeric(value)],
         settings=_settings(folder) if folder not in parts else None,
         sections=[_section(part, numbers) for part in parts],
     )
@@ -102,9 +102,10 @@ def group_of(name: str) -> str:
     return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, name))
 
 
-def _template() -> Template:
+def page_template(path: Path) -> Template:
+    """The template of a page: it escapes what it prints, and has the filter `number` and the test `numeric`."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(path.parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -112,7 +113,7 @@ def _template() -> Template:
     )
     environment.filters["number"] = _number
     environment.tests["numeric"] = _is_numeric
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(path.name)
 
 
 def _without_controls(value: object) -> object:
@@ -235,24 +236,12 @@ def _evenly_spaced(items: Sequence[Item], limit: int) -> list[Item]:
 
 def _summary(folder: Path) -> Data:
     path = folder / "summary.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON; delete it or write it anew") from error
+    return read_json(path, "delete it or write it anew") if path.exists() else {}
 
 
 def _settings(folder: Path) -> str | None:
     path = folder / "config.yaml"
     return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Values of nested mappings with names such as `seconds.sft`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _is_numeric(value: object) -> bool:

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Ge, Lt, Positive, alias
+from jaxrlhf.config import Ge, Lt, PathName, Positive, alias
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -58,7 +58,7 @@ class DPOOptions(StepOptions):
     """Share of pairs whose label is taken to be wrong; not with ipo."""
     reference_free: bool = False
     """Leave the reference out: prefer by the policy's log-probs alone."""
-    reference_model_name_or_path: Annotated[str | None, alias("ref_model_name_or_path")] = None
+    reference_model_name_or_path: PathName[Annotated[str | None, alias("ref_model_name_or_path")]] = None
     """Model folder or hub name of the reference; default: the start model, with LoRA its frozen base."""
 
     def check(self) -> None:

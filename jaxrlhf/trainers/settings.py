@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import keys
-from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PositiveInt, Settings, alias, check_needs
+from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PathName, PositiveInt, Settings, alias, check_needs
 from jaxrlhf.data import DataConfig, Tokenizer
 from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
@@ -65,7 +65,7 @@ class ComputeConfig(Settings):
     state; 2: the same, but parameters are gathered once per step; 1: gradients are whole too; 0: nothing."""
     attention_implementation: Literal["auto", "xla", "pallas", "cudnn", "tokamax"] = "auto"
     """Attention kernels: xla; pallas, our own (NVIDIA, TPU; interpreted on CPU, so very slow); cudnn and tokamax, for
-    training and scoring alone (NVIDIA); auto: the fastest one measured."""
+    training and scoring alone, without packing (NVIDIA); auto: the fastest one measured."""
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
     CPU); auto: the fastest one measured."""
@@ -80,7 +80,7 @@ class ComputeConfig(Settings):
 class TokenizerConfig(Settings, may_change=True):
     """The tokenizer."""
 
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: PathName[str | None] = None
     """Tokenizer folder or hub name, or 'demo'; default: the model's own."""
 
 
@@ -102,7 +102,7 @@ class StartConfig(Settings):
 class ModelConfig(Settings):
     """The model to start from."""
 
-    model_name_or_path: MayChange[str | None] = None
+    model_name_or_path: PathName[MayChange[str | None]] = None
     """Model folder or hub name to start from."""
     start: StartConfig = StartConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -124,7 +124,7 @@ class ModelConfig(Settings):
 class FolderConfig(Settings, may_change=True):
     """The folder of the run."""
 
-    output_dir: str = ""
+    output_dir: PathName[str] = ""
     """Folder of the run: records, checkpoints, report and, at the end, the exported model."""
     resume: Annotated[bool, alias("resume_from_checkpoint")] = False
     """Continue from the newest checkpoint in output_dir."""

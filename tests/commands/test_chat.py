@@ -319,11 +319,12 @@ def test_what_a_user_types_opens_no_turn_and_text_in_another_encoding_is_named(m
     with pytest.raises(InputError, match="half of a surrogate pair"):
         session.reply("hot \ud83d")
     (tmp_path / "latin1").write_bytes("caf\u00e9\n".encode("latin-1"))
-    with (
-        open(tmp_path / "latin1", encoding="utf-8") as stream,
-        pytest.raises(InputError, match="standard input: byte 0xe9 is not valid utf-8; convert"),
-    ):
-        list(read_lines(stream, interactive=False))
+    for errors in ("strict", "surrogateescape"):
+        with (
+            open(tmp_path / "latin1", encoding="utf-8", errors=errors) as stream,
+            pytest.raises(InputError, match="standard input: byte 0xe9 is not valid UTF-8; convert"),
+        ):
+            list(read_lines(stream, interactive=False))
 
 
 def test_models_that_cannot_chat_are_refused_by_name(model, tokenizer, tmp_path):

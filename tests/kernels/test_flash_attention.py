@@ -360,6 +360,13 @@ def test_the_form_for_tpus_keeps_packed_segments_apart(problem, monkeypatch, thr
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1, np.abs(theirs).max()))
 
 
+def test_stops_of_queries_are_the_same_mask_as_starts():
+    start = pack(PROBLEMS[3])[2]
+    columns = np.arange(start.shape[1])
+    stops = np.asarray(flash_tpu.query_stops(jnp.asarray(start)))
+    np.testing.assert_array_equal(columns[:, None] < stops[:, None], columns >= start[:, :, None])
+
+
 def test_the_form_for_tpus_does_not_read_blocks_of_other_segments(monkeypatch, through_mosaic):
     for name, size in (("QUERIES", 16), ("KEYS", 32)):
         monkeypatch.setattr(flash_tpu, name, size)

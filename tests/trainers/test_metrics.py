@@ -12,11 +12,6 @@ from jaxrlhf.trainers.sft import SFTConfig, train_sft
 from jaxrlhf.trainers.supervised import metrics_by_source
 
 
-@pytest.fixture
-def no_report(monkeypatch):
-    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
-
-
 def mean(totals):
     return {"loss": totals["sum"] / totals["n"]}
 

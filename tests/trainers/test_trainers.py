@@ -23,7 +23,7 @@ from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("no_report")]
 
 STEPS = 10
 TRAINERS = {"sft": (train_sft, SFTConfig), "reward": (train_reward, RewardConfig), "ppo": (train_ppo, PPOConfig)}
@@ -35,12 +35,6 @@ MODEL = {
     "ppo": {"actor_model_name_or_path": "lm", "critic_model_name_or_path": "reward"}
     | {"max_answer_seq_len": 8, "ppo_epochs": 2, "num_mini_batches": 2, "enable_ema": True, "sample_steps": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Drawing the report has tests of its own."""
-    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="module")

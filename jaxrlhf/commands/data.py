@@ -1,0 +1,91 @@
+"""`jaxrlhf data`: what a step sees of your data and trains on. Loads no model."""
+
+import contextlib
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import jax
+
+from jaxrlhf.commands.data_page import page_of
+from jaxrlhf.commands.data_report import Inspection
+from jaxrlhf.commands.data_terminal import print_inspection
+from jaxrlhf.commands.inspection import inspect_data
+from jaxrlhf.config import Ge, PathName, PositiveInt, Settings
+from jaxrlhf.config.files import write_text_atomic
+from jaxrlhf.data import DataConfig, load_tokenizer
+from jaxrlhf.errors import InputError
+from jaxrlhf.runs.console import Console
+from jaxrlhf.trainers.settings import TokenizerConfig
+
+PATIENCE = 3.0  # seconds without a word
+
+
+@dataclass(frozen=True)
+class DataViewConfig(Settings):
+    """What a step sees of your data and trains on."""
+
+    step: Literal["sft", "reward", "ppo", "dpo"] = "sft"
+    """Step that reads the data; ppo stands for every algorithm that samples its own responses."""
+    show: Annotated[int, Ge(0)] = 2
+    """Rows of each source to show."""
+    batch_size: PositiveInt = 8
+    """Rows of a batch, for the share of padding."""
+    html: PathName[str | None] = None
+    """Also write a page to this file."""
+    json: PathName[str | None] = None
+    """Also write everything as JSON to this file; -: to standard output, and nothing else."""
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+def show_data(config: DataViewConfig) -> Inspection:
+    """Reads the data as a step does, prints what it finds, and writes the files that the settings name.
+
+    Raises:
+        InputError: as in `load_data`, or no tokenizer is given.
+    """
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that another program uses stays free
+    console, name = Console(), config.tokenizer.tokenizer_name_or_path
+    if name is None:
+        raise InputError("tokenizer_name_or_path: no tokenizer given; name the model's folder or its name on the hub")
+    with announced(console, "reading and tokenising the rows (later calls take them from the cache)"), quiet():
+        tokenizer = load_tokenizer(name, config.data.template)
+        found = inspect_data(config.data, tokenizer, config.step, show=config.show, batch_size=config.batch_size)
+    text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False)
+    if config.json == "-":
+        sys.stdout.write(f"{text}\n")
+    else:
+        print_inspection(found)
+    for path, content in ((config.json, f"{text}\n"), (config.html, page_of(found) if config.html else "")):
+        if path is not None and path != "-":
+            write_text_atomic(path, content)
+            console.print(f"wrote {path}")
+    return found
+
+
+@contextlib.contextmanager
+def announced(console: Console, message: str) -> Iterator[None]:
+    """Prints `message` when the block takes more than a few seconds."""
+    timer = threading.Timer(PATIENCE, console.print, [message])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps back the lines in which `load_data` reports its rows: the command shows the same."""
+    logger = logging.getLogger("jaxrlhf.data.loading")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

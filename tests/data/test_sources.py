@@ -158,7 +158,7 @@ def test_rows_know_the_file_and_line_they_stood_at(tmp_path, source):
 BAD = [
     ("x.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"x\.jsonl line 2: not valid JSON"),
     ("x.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000 + b"\n", r"x\.jsonl line 2: not valid JSON"),
-    ("x.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}\n", r"x\.jsonl: holds|x\.jsonl line 1: not valid JSON"),
+    ("x.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}\n", r"x\.jsonl line 1: not valid JSON"),
     ("x.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', r"x\.json line 2: not valid JSON"),
     ("x.json", b"[" * 100_000, r"x\.json: not usable JSON"),
     ("x.json", b'{"rows":\n [1], "n": 1}', r"x\.json: holds one JSON object \(fields: rows, n\).* the list 'rows'"),
@@ -175,6 +175,7 @@ BAD = [
     ("x.parquet", b"not parquet", r"x\.parquet: cannot be read as Parquet"),
     ("x.arrow", b"not arrow", r"x\.arrow: cannot be read as Arrow"),
     ("x.jsonl.gz", b"not gzip", r"x\.jsonl\.gz: cannot be read"),
+    ("x.jsonl.zst", b"not zstd", r"x\.jsonl\.zst: cannot be read"),
     ("x.pdf", b"hello", r"x\.pdf': unknown kind of file; use one of \.json, \.jsonl.*\.gz"),
 ]
 
@@ -243,7 +244,8 @@ def several(tmp_path):
 
 def test_several_training_splits_are_refused_with_the_list_and_choosable(several, source, read):
     with pytest.raises(
-        InputError, match=r"has several splits to train on: train_gen, train_prefs, train_sft; choose one with .*@train_gen"
+        InputError,
+        match=r"has several splits to train on: train_gen, train_prefs, train_sft; choose one with .*@train_gen",
     ):
         source(several)
     for k, name in enumerate(("train_prefs", "train_sft", "train_gen")):
@@ -372,7 +374,9 @@ def test_a_hub_name_carries_configuration_and_split(hub, config, tokenizer):
 
 
 def test_hub_splits_are_refused_with_the_list(hub, config, tokenizer):
-    with pytest.raises(InputError, match="several splits to train on: train_a, train_b; choose one with someone/pairs@tr"):
+    with pytest.raises(
+        InputError, match="several splits to train on: train_a, train_b; choose one with someone/pairs@tr"
+    ):
         load_data(config(data_path="someone/pairs"), tokenizer, "reward")
     with pytest.raises(InputError, match="has no split 'train_c'; it has train_a, train_b, test_a"):
         load_data(config(data_path="someone/pairs@train_c"), tokenizer, "reward")
@@ -383,7 +387,9 @@ def test_a_name_the_hub_cannot_give_stops_with_a_remedy(source, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(InputError, match=r"'someone/pairs': neither a file or folder here nor .*no network.*network, or"):
+    with pytest.raises(
+        InputError, match=r"'someone/pairs': neither a file or folder here nor .*no network.*network, or"
+    ):
         source("someone/pairs")
 
 

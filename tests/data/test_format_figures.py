@@ -86,7 +86,11 @@ def ours(style, tmp_path_factory):
 
     def load(step, **options):
         config = DataConfig.create(
-            data_mixture=str(mixture), eval_data_path=held, data_cache_dir=str(folder / "cache"), packing=False, **options
+            data_mixture=str(mixture),
+            eval_data_path=held,
+            data_cache_dir=str(folder / "cache"),
+            packing=False,
+            **options,
         )
         train, _ = load_data(config, tokenizer, step)
         found = {}

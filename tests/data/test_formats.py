@@ -74,9 +74,12 @@ def test_every_format_is_tried():
 
 
 @pytest.mark.parametrize(("form", "words"), EXAMPLES)
-def test_each_format_serves_its_steps_and_names_the_others(config, tokenizer, form, words, tmp_path):
+def test_each_format_serves_its_steps_and_names_the_others(config, tokenizer, form, words):
     row, prompt, completions = EXAMPLES[form, words]
-    rows = [row, {**row, "label": not row["label"], "completion": "other"}] if form == "unpaired" else [row]
+    rows = [row]
+    if form == "unpaired":
+        completions = [("good", 1.0)]
+        rows = [{**row, "completion": "good", "label": True}, {**row, "label": False}]
     extra = config(pairs(2), "extra.jsonl").data_path
     for step in STEPS:
         settings = config(rows, eval_data_path=extra)
@@ -97,7 +100,9 @@ def test_each_format_serves_its_steps_and_names_the_others(config, tokenizer, fo
 
 def test_the_format_is_reported(config, tokenizer, caplog):
     caplog.set_level("INFO")
-    load_data(config([{"chosen": [user(f"q{i}"), A], "rejected": [user(f"q{i}"), B]} for i in range(5)]), tokenizer, "dpo")
+    load_data(
+        config([{"chosen": [user(f"q{i}"), A], "rejected": [user(f"q{i}"), B]} for i in range(5)]), tokenizer, "dpo"
+    )
     assert any("rows, preference, implicit prompt, conversational: 4 of 4 rows" in m for m in caplog.messages)
 
 
@@ -327,10 +332,15 @@ def test_columns_of_no_format_are_listed_with_the_nearest(config, tokenizer):
     with pytest.raises(InputError) as error:
         load_data(config([{"question": "q", "rejected": "a", "chosen_answer": "b"}] * 3), tokenizer, "dpo")
     message = str(error.value)
-    assert "rows.jsonl: its columns fit no format. Found: question (text), rejected (text), chosen_answer (text)" in message
+    assert (
+        "rows.jsonl: its columns fit no format. Found: question (text), rejected (text), chosen_answer (text)"
+        in message
+    )
     assert "The nearest is preference, implicit prompt (data_format preference_implicit), which lacks chosen" in message
     assert "--chosen_field" in message
-    with pytest.raises(InputError, match=r"Found: a \(number\)|Found: a \(a number\).*Formats have the columns: .*messages"):
+    with pytest.raises(
+        InputError, match=r"Found: a \(number\)|Found: a \(a number\).*Formats have the columns: .*messages"
+    ):
         load_data(config([{"a": 1}] * 3), tokenizer, "sft")
     with pytest.raises(InputError, match=r"nearest is preference, explicit prompt.*lacks rejected"):
         load_data(config(rows, data_format="preference"), tokenizer, "dpo")
@@ -342,7 +352,7 @@ def test_two_formats_in_one_file_are_named_with_their_rows(config, tokenizer):
         load_data(config(rows), tokenizer, "sft")
     assert "rows.jsonl: holds rows of two formats: row 1 is preference, explicit prompt" in str(error.value)
     assert "row 4 is language modelling (messages)" in str(error.value)
-    train, held = load_data(config([*rows, *pairs(4)], data_format="preference", eval_fraction=0.1), tokenizer, "sft")
+    train, held = load_data(config([*rows, *pairs(4)], data_format="preference", eval_fraction=0.4), tokenizer, "sft")
     assert train.counts["skipped"] + held.counts["skipped"] == 1
 
 

@@ -64,7 +64,10 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
             data_path=("demo",), data_split="2,4,4", max_length=64, max_prompt_seq_len=32, seed=config.seed
         ),
         models=BaseModelsConfig(start=StartConfig("llama", SHAPE), tokenizer=tokenizer),
-        sft=SFTOptions(run=replace(common, max_steps=400), optimizer=replace(adam, learning_rate=2e-3)),
+        sft=SFTOptions(  # a packed row holds two conversations, so a batch has as many as in the other steps
+            run=replace(common, max_steps=400, per_device_train_batch_size=16),
+            optimizer=replace(adam, learning_rate=2e-3),
+        ),
         reward=RewardOptions(run=replace(common, max_steps=300), optimizer=replace(adam, learning_rate=1e-3)),
         ppo=PPOOptions(
             run=replace(common, max_steps=80),

@@ -61,7 +61,10 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
         folder=replace(config.folder, overwrite_output_dir=not config.folder.resume),
         data=config.data,
         models=BaseModelsConfig(start=StartConfig("llama", SHAPE), tokenizer=tokenizer),
-        sft=SFTOptions(run=replace(common, max_steps=400), optimizer=replace(adam, learning_rate=2e-3)),
+        sft=SFTOptions(  # a packed row holds two conversations, so a batch has as many as in the other steps
+            run=replace(common, max_steps=400, per_device_train_batch_size=16),
+            optimizer=replace(adam, learning_rate=2e-3),
+        ),
         reward=RewardOptions(run=replace(common, max_steps=300), optimizer=replace(adam, learning_rate=1e-3)),
         ppo=PPOOptions(
             run=replace(common, max_steps=80),

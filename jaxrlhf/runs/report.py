@@ -31,21 +31,22 @@ STEPS = {
 }
 """Subfolders of a run of all steps, in order, and the titles of their sections."""
 
-_EVAL = r"(eval/([^/]+/)?)?"  # an evaluation has metrics of each source too
+_SOURCE = re.compile(r"(eval|data)/(.*?/)??(?=[^/]+$|(rewards|logps)/[^/]+$)")
+"""What stands before the quantity in the name of an evaluation's metric, or of a metric of one data source."""
 
 GROUPS = {
     "Rewards and scores": (
-        r"objective/(scores|rlhf_reward|non_score_reward)"
-        rf"|{_EVAL}(accuracy.*|length_baseline|.*_score|margin|.*reward.*)"
+        r"objective/(scores|rlhf_reward|non_score_reward)|accuracy.*|length_baseline|.*_score|margin|.*reward.*"
     ),
-    "Losses": rf"{_EVAL}loss(/.*)?|{_EVAL}perplexity|{_EVAL}.*_loss",
-    "KL and policy": rf"objective/(kl|entropy)|policy/.*|{_EVAL}logps/.*|val/ratio.*|sampling/.*|.*kl(_.*)?",
+    "Losses": r"loss(/.*)?|perplexity|.*_loss",
+    "KL and policy": r"objective/(kl|entropy)|policy/.*|logps/.*|val/ratio.*|sampling/.*|.*kl(_.*)?",
     "Response length": r".*length.*|.*eos.*",
     "Learning rate and gradients": r".*learning_rate.*|(.*/)?lr(_.*)?|.*grad_norm.*",
+    "Data sources": r"share",
     "Throughput and timing": r"(perf|timing)/.*|.*(per_second|seconds).*",
     "Everything else": r".*",
 }
-"""Groups of plots and the metrics in each; a metric belongs to the first group that matches."""
+"""Groups of plots and the quantities in each; a metric belongs to the first group that matches, whatever its source."""
 *_, TIMING, OTHER = GROUPS
 FOLDED = (TIMING, OTHER)  # metrics of less interest
 TOGETHER = (("eval/mean_chosen_score", "eval/mean_rejected_score"), ("mean_chosen_score", "mean_rejected_score"))
@@ -99,7 +100,9 @@ def read_curves(path: str | Path) -> dict[str, Curve]:
 
 def group_of(name: str) -> str:
     """Returns the group of plots that a metric belongs to."""
-    return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, name))
+    prefix = _SOURCE.match(name)
+    quantity = name[prefix.end() :] if prefix else name
+    return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, quantity))
 
 
 def page_template(path: Path) -> Template:

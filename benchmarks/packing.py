@@ -23,11 +23,11 @@ from jaxrlhf.trainers.sft import SFTConfig, train_sft
 ROOT = Path(__file__).resolve().parent
 RUNS = Path("runs/packing")
 SHAPE = {
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 768,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 384,
     "max_position_embeddings": 2048,
 }
 COMPARED = ("perf/tokens_per_second", "perf/padding", "timing/step")

@@ -222,6 +222,8 @@ class PPOOptions(StepOptions):
 class PPOConfig(PPOOptions, SharedConfig):
     """Step 3 alone."""
 
+    HIDDEN = frozenset({"train_on", "pair_rule", "pair_margin"})
+
     models: PPOModels = PPOModels()
 
 
@@ -239,7 +241,7 @@ def config_class(algorithm: Algorithm) -> type[PPOConfig]:
     """The settings of an algorithm: PPO's with its own defaults, and without what it does not use."""
     start = PPOConfig.create(advantage_estimator=algorithm.estimator, **algorithm.defaults)
     parts = [(f.name, f.type, dataclasses.field(default=getattr(start, f.name))) for f in dataclasses.fields(start)]
-    hidden = frozenset((*algorithm.unused, "advantage_estimator"))
+    hidden = PPOConfig.HIDDEN | {*algorithm.unused, "advantage_estimator"}
     names = {"HIDDEN": hidden, "__doc__": f"{algorithm.title}.", "__module__": __name__}
     name = {"reinforce++": "Reinforce"}.get(algorithm.name, algorithm.title)
     return dataclasses.make_dataclass(f"{name}Config", parts, bases=(PPOConfig,), namespace=names, frozen=True)

@@ -81,6 +81,8 @@ class DPOOptions(StepOptions):
 class DPOConfig(DPOOptions, SupervisedConfig):
     """Direct preference optimisation alone."""
 
+    HIDDEN = frozenset({"train_on", "group_by_length"})
+
 
 def response_logprobs(module: Decoder, params: PyTree, rows: Batch) -> Sides:
     """Computes log π(response | prompt) of both responses, in one forward pass without dropout.

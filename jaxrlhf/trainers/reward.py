@@ -30,6 +30,8 @@ class RewardOptions(StepOptions):
 class RewardConfig(RewardOptions, SupervisedConfig):
     """Step 2 alone."""
 
+    HIDDEN = frozenset({"train_on", "group_by_length"})
+
     def check(self) -> None:
         super().check()
         if self.reward_loss == "tokenwise" and self.data.packing:

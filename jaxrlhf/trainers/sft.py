@@ -21,6 +21,8 @@ class SFTOptions(StepOptions):
 class SFTConfig(SFTOptions, SupervisedConfig):
     """Step 1 alone."""
 
+    HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin"})
+
 
 def token_count(batch: Batch) -> jax.Array:
     return batch["loss_mask"].sum()

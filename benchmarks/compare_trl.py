@@ -31,9 +31,10 @@ import jaxrlhf
 from jaxrlhf.bench.record import write
 from jaxrlhf.bench.render import save_svg
 from jaxrlhf.commands.demo import SHAPE
-from jaxrlhf.data import DataConfig, load_data, load_tokenizer, pad_token_id, stream_indices
+from jaxrlhf.data import DataConfig, load_data, load_tokenizer, pad_token_id
 from jaxrlhf.data.demo import materialize_demo
 from jaxrlhf.data.loading import cache_folder
+from jaxrlhf.data.order import epoch_units
 from jaxrlhf.errors import InputError
 
 FOLDER = Path(__file__).resolve().parent
@@ -122,7 +123,7 @@ def padded(data: Any, rows: np.ndarray, pad_id: int) -> dict[str, np.ndarray]:
     ids = np.full((*rows.shape, width), pad_id, np.int32)
     mask = np.zeros(ids.shape, bool)
     for place, row in np.ndenumerate(rows):
-        prompt = data.part(int(row), 0)
+        ((prompt, _),) = data.sequences([row], None)[0]
         ids[place][width - len(prompt) :] = prompt
         mask[place][width - len(prompt) :] = True
     return {"ids": ids, "mask": mask}
@@ -157,7 +158,8 @@ class Side:
 def run_seed(seed: int, actor: Path, prompts: Any, python: dict[str, str], settings: dict, folder: Path) -> dict:
     """Both sides' results under one seed; their policies lie in `folder/NAME-policy`."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = np.stack([stream_indices(i, settings["batch"], len(prompts), seed) for i in range(settings["iterations"])])
+    shape = settings["iterations"], settings["batch"]
+    rows = epoch_units(np.arange(np.prod(shape)), len(prompts), seed).reshape(shape)
     np.savez(folder / "prompts.npz", **padded(prompts, rows, pad_token_id(load_tokenizer(actor))))
     shared = {"settings": settings, "seed": seed, "actor": str(actor), "value": str(folder / "value")}
     shared["prompts"] = str(folder / "prompts.npz")

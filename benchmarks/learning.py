@@ -34,7 +34,6 @@ from jaxrlhf.data import (
     load_tokenizer,
     materialize_demo,
     pad_token_id,
-    stream_indices,
 )
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
@@ -196,7 +195,7 @@ def text_model() -> tuple[Path, Path]:
         model = load_pretrained(start, mesh=make_mesh())
         state = init_state(model, make_optimizer(config, PRETRAINING_STEPS, model.params), make_mesh())
         for step in range(PRETRAINING_STEPS):
-            batch = blocks.batch(stream_indices(step, 64, len(blocks), 0))
+            batch = blocks.batch(blocks.indices(step, 64))
             state, metrics = train_step(state, batch, jax.random.key(0), objective=OBJECTIVE, micro_batches=1)
             if step % 50 == 0:
                 print(f"pretraining {step}/{PRETRAINING_STEPS}: loss {float(metrics['loss']):.4f}", flush=True)

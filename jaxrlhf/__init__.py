@@ -4,6 +4,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxrlhf import (
+        data,
+        distributed,
+        engine,
+        kernels,
+        models,
+        objectives,
+        rewards,
+        rl,
+        sharding,
+        trainers,
+    )
     from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
     from jaxrlhf.commands.sample import SampleConfig, sample
     from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
@@ -38,27 +50,57 @@ _HOME = {
     "jaxrlhf.trainers.sft": ("SFTConfig", "train_sft"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_SUBMODULES = (
+
+__all__ = [
+    "DPOConfig",
+    "Experience",
+    "GRPOConfig",
+    "HybridEngine",
+    "InputError",
+    "PPOConfig",
+    "PPOHyperparameters",
+    "PPOState",
+    "PPOTrainer",
+    "RLHFConfig",
+    "RLHFEngine",
+    "RLModels",
+    "RLOOConfig",
+    "ReinforceConfig",
+    "RewardConfig",
+    "Rewards",
+    "Rollout",
+    "SFTConfig",
+    "SampleConfig",
+    "SamplingConfig",
     "data",
     "distributed",
     "engine",
     "kernels",
     "models",
     "objectives",
+    "ppo_step",
     "rewards",
     "rl",
+    "sample",
+    "score_rollout",
     "sharding",
+    "train_dpo",
+    "train_grpo",
+    "train_ppo",
+    "train_reinforce",
+    "train_reward",
+    "train_rlhf",
+    "train_rloo",
+    "train_sft",
     "trainers",
-)
-
-__all__ = [*_MODULE_OF, *_SUBMODULES]
+]
 
 
 def __getattr__(name: str) -> object:
     """Imports public names when they are first used, so that `import jaxrlhf` stays quick."""
     if name in _MODULE_OF:
         return getattr(importlib.import_module(_MODULE_OF[name]), name)
-    if name in _SUBMODULES:
+    if name in __all__:
         return importlib.import_module(f"jaxrlhf.{name}")
     raise AttributeError(f"module 'jaxrlhf' has no attribute {name!r}")
 

@@ -18,6 +18,20 @@ class Command(NamedTuple):
     on_device: bool = True
     """Gets the device's compiler flags."""
 
+    def config_class(self) -> type:
+        """The class of its settings."""
+        if isinstance(self.config, str):
+            return getattr(importlib.import_module(self.module), self.config)
+        return self.config
+
+
+def owners(setting: str) -> list[str]:
+    """The commands that have a setting; those that have it in a section, with the flag that sets it there."""
+    from jaxrlhf.config import places_of
+
+    found = [(name, place) for name, c in commands().items() for place in places_of(c.config_class(), setting)]
+    return [name if place == setting else f"{name} (--{place})" for name, place in found]
+
 
 STEPS = {
     "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning"),
@@ -128,10 +142,8 @@ def run(name: str, command: Command, argv: list[str], verbose: bool = False) -> 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback per thread for what we say once
     from jaxrlhf.config import parse
 
-    module = importlib.import_module(command.module)
-    kind = getattr(module, command.config) if isinstance(command.config, str) else command.config
-    config = parse(kind, argv, prog=f"jaxrlhf {name}", description=command.help)
-    getattr(module, command.function)(config)
+    config = parse(command.config_class(), argv, f"jaxrlhf {name}", command.help, owners)
+    getattr(importlib.import_module(command.module), command.function)(config)
     return 0
 
 

@@ -3,7 +3,6 @@
 from jaxrlhf.sharding.mesh import (
     AXES,
     check_divisible,
-    check_tensor_parallel,
     default_tensor_parallel,
     generate_mesh,
     make_mesh,
@@ -46,7 +45,6 @@ __all__ = [
     "back_like",
     "batch_sharding",
     "check_divisible",
-    "check_tensor_parallel",
     "constrain",
     "constrain_tree",
     "current_rules",

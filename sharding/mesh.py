@@ -82,16 +82,27 @@ def arrange_hosts(devices: np.ndarray, sizes: tuple[int, int, int]) -> np.ndarra
     return spread.swapaxes(1, 2).reshape(sizes)
 
 
-def generate_mesh(mesh: Mesh, tensor_parallel: int) -> Mesh:
-    """Returns the view of `mesh` that generation uses: groups of `tensor_parallel` devices, axes GENERATE_AXES.
+def generate_mesh(mesh: Mesh, num_heads: int, tensor_parallel: int | None = None) -> Mesh:
+    """Returns the view of `mesh` that generation uses: groups of devices that generate together, axes GENERATE_AXES.
 
     A group spans the `tensor` axis and the slow part of `fsdp`. The fast part becomes the axis `replica`, which splits
     the batch as `data` does. Storage splits a dimension over (tensor, fsdp), so a group's share of it is one contiguous
     piece. Resharding is then a plain all-gather over `replica`, or nothing where `replica` is 1.
 
+    Args:
+        mesh: The training mesh.
+        num_heads: Attention heads of the model.
+        tensor_parallel: Devices of a group; None or 0: `default_tensor_parallel`.
+
     Raises:
-        InputError: `tensor_parallel` is not `tensor` times a divisor of `fsdp`.
+        InputError: A group is not `tensor` times a divisor of `fsdp`, or does not divide the heads.
     """
+    tensor_parallel = tensor_parallel or default_tensor_parallel(mesh, num_heads)
+    if num_heads % tensor_parallel:
+        raise InputError(
+            f"generate_tensor_parallel={tensor_parallel} does not divide the model's num_heads={num_heads}; choose a "
+            f"divisor of {num_heads}"
+        )
     data, fsdp, tensor = (mesh.shape[name] for name in AXES)
     allowed = [tensor * part for part in range(1, fsdp + 1) if fsdp % part == 0]
     if tensor_parallel not in allowed:
@@ -115,15 +126,6 @@ def default_tensor_parallel(mesh: Mesh, num_heads: int) -> int:
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     parts = [p for p in range(1, fsdp + 1) if fsdp % p == 0 and num_heads % (p * tensor) == 0]
     return tensor * max([p for p in parts if p * tensor <= local], default=1)
-
-
-def check_tensor_parallel(tensor_parallel: int, num_heads: int) -> None:
-    """Raises InputError when a tensor-parallel group for generation does not divide the attention heads."""
-    if num_heads % tensor_parallel:
-        raise InputError(
-            f"generate_tensor_parallel={tensor_parallel} does not divide the model's num_heads={num_heads}; choose a "
-            f"divisor of {num_heads}"
-        )
 
 
 def check_divisible(mesh: Mesh, sizes: Mapping[str, int]) -> None:

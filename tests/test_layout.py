@@ -210,3 +210,11 @@ def test_importing_the_package_loads_no_heavy_library():
     ).stdout
     assert "jaxrlhf" in output.split()
     assert not set(output.split()) & set(IMPORTED_WHERE_USED)
+
+
+def test_every_public_name_is_found_when_it_is_used_and_known_to_type_checkers():
+    import jaxrlhf
+
+    assert all(getattr(jaxrlhf, name) is not None for name in jaxrlhf.__all__)
+    (block,) = (node for node in ast.parse((ROOT / "jaxrlhf/__init__.py").read_text()).body if isinstance(node, ast.If))
+    assert sorted(alias.name for node in block.body for alias in node.names) == sorted(jaxrlhf.__all__)

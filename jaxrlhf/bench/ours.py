@@ -35,7 +35,7 @@ from jaxrlhf.plan.roofline import Peaks, Stages, attention_layer, logprobs, visi
 from jaxrlhf.rl import Experience
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.trainer import PPOTrainer, Prompts
-from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, default_tensor_parallel, generate_mesh, place_batch, use
+from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, generate_mesh, place_batch, use
 
 DECODE_STEPS = 32
 PEAK_SIZES = {"cpu": (2048, 2**28), "accelerator": (8192, 2**30)}  # side of the matrices, bytes of the copied array
@@ -230,7 +230,7 @@ class DecodeActor(NamedTuple):
 def decode_actor(config: BenchConfig) -> DecodeActor:
     """The actor with random weights, ready to decode."""
     shape, mesh = config.actor_shape(), config.mesh.make_mesh()
-    generating = generate_mesh(mesh, default_tensor_parallel(mesh, shape.num_heads))
+    generating = generate_mesh(mesh, shape.num_heads)
     model = create_model(shape, key=jax.random.key(config.seed), mesh=mesh, dtype=config.mesh.compute_dtype)
     model = with_kernels(
         model,

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import jax
 
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs.folder import peak_memory_bytes
 
 T = TypeVar("T")
 SOURCE = Path(__file__).resolve().parent
@@ -66,15 +66,14 @@ def summary(seconds: list[float]) -> Record:
 
 def peak_memory() -> Record:
     """The most bytes that a device held since the process began; on a CPU the process, since `reset_peak_memory`."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return {"bytes": stats["peak_bytes_in_use"], "of": "device, since the start"}
+    peaks = peak_memory_bytes()
+    if peaks["device"] is not None:
+        return {"bytes": peaks["device"], "of": "device, since the start"}
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     if found:
         return {"bytes": int(found[1]) * 1024, "of": "process"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process, since the start"}
+    return {"bytes": peaks["host"], "of": "process, since the start"}
 
 
 def reset_peak_memory() -> None:

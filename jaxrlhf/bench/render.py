@@ -1,6 +1,5 @@
 """Results as tables and plots: on the console after a run, and all of them in one document."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from jaxrlhf.bench.record import Record
 from jaxrlhf.bench.settings import SECTIONS
-from jaxrlhf.config.files import write_text_atomic
+from jaxrlhf.config.files import read_json, write_text_atomic
+from jaxrlhf.config.settings import errors_in
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import Console
 
@@ -108,7 +108,9 @@ def render(results: Path, document: Path) -> int:
 
     Raises InputError when there is none, one is no JSON object, or the document lacks the markers.
     """
-    found = {path: _read(path) for path in sorted(results.glob("*.json"))}
+    with errors_in("results"):
+        remedy = "measure it again, or move it elsewhere"
+        found = {path: read_json(path, remedy) for path in sorted(results.glob("*.json"))}
     runs = {path: result for path, result in found.items() if "format" in result}
     ratios = {path: result for path, result in found.items() if path.stem in ONE_OFF}
     if not runs:
@@ -128,16 +130,6 @@ def render(results: Path, document: Path) -> int:
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     write_text_atomic(document, head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail)
     return len(parts) - bool(ratios) + len(ratios)
-
-
-def _read(path: Path) -> Record:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"results: {path} is not valid JSON ({error}); measure it again, or delete it") from error
-    if not isinstance(result, dict):
-        raise InputError(f"results: {path} holds no JSON object, so no result; move it elsewhere")
-    return result
 
 
 def _origin(result: Record) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.config import PathName, Settings, alias
+from jaxrlhf.config.files import read_json
 from jaxrlhf.data import read_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -27,13 +28,14 @@ from jaxrlhf.models import (
     split_trainable,
 )
 from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
-from jaxrlhf.sharding import make_mesh
-from jaxrlhf.trainers.settings import DTYPES, TokenizerConfig
+from jaxrlhf.trainers.settings import DTYPES, MeshConfig, TokenizerConfig
 
 
 @dataclass(frozen=True)
 class ConvertConfig(Settings):
     """Conversion of a model."""
+
+    HIDDEN = frozenset({"mesh_data", "mesh_tensor", "dtype"})
 
     input: PathName[str]
     """Hugging Face folder (or hub name), run folder, or checkpoint-N folder."""
@@ -49,11 +51,10 @@ class ConvertConfig(Settings):
     """PEFT LoRA folder to merge into a Hugging Face input."""
     params: str = ""
     """Parameters to take from a checkpoint, such as actor_params or ema_params; default: the first."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    save_dtype: Annotated[Literal["float32", "bfloat16", "float16"], alias("dtype")] = "float32"
     """Precision of the written weights."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    mesh_fsdp: int = -1
-    """Devices to spread the parameters over while converting; -1: all."""
+    mesh: MeshConfig = MeshConfig()
     verify: bool = False
     """Read the output back and compare every parameter."""
 
@@ -72,7 +73,7 @@ class ConvertConfig(Settings):
 def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
     head = config.head
     if head == "auto":
-        from jaxrlhf.models.hf.checkpoint_files import find_model_folder, read_json
+        from jaxrlhf.models.hf.checkpoint_files import find_model_folder
 
         names = read_json(find_model_folder(config.input) / "config.json").get("architectures") or [""]
         head = "scalar" if names[0].endswith("ForSequenceClassification") else "lm"
@@ -81,7 +82,7 @@ def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
         head=head,
         mesh=mesh,
         dtype=jnp.float32,
-        param_dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.save_dtype],
         new_head=False,
         progress=True,
     )
@@ -146,8 +147,7 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
 
 def convert(config: ConvertConfig) -> None:
     """Converts, and with `verify` compares the output with the input."""
-    mesh = make_mesh(1, config.mesh_fsdp, 1)
-    dtype = DTYPES[config.dtype]
+    mesh, dtype = config.mesh.make_mesh(), DTYPES[config.save_dtype]
     model = (
         _read_hf(config, mesh) if config.source == "hf" else read_checkpoint_model(config.input, config.params, mesh)
     )
@@ -156,16 +156,16 @@ def convert(config: ConvertConfig) -> None:
         save_pretrained(model, config.output, _load_tokenizer(config), dtype=dtype)
     else:
         stored = jax.tree.map(lambda x: x.astype(dtype), model.params)
-        info = {"head": head, "config": config_to_dict(model.config, head), "dtype": config.dtype}
+        info = {"head": head, "config": config_to_dict(model.config, head), "dtype": config.save_dtype}
         save_checkpoint(config.output, 0, {"params": stored}, {"identity": {}, "exports": {"params": info}})
-    print(f"{config.input} → {config.output} ({config.target}, {config.dtype}, {head} head)")
+    print(f"{config.input} → {config.output} ({config.target}, {config.save_dtype}, {head} head)")
     if config.verify:
         verify(model, config, mesh)
 
 
 def verify(model: Model, config: ConvertConfig, mesh: Any) -> None:
     """Reads the output back. Raises InputError with the parameters that differ from the input, rounded to the dtype."""
-    dtype = DTYPES[config.dtype]
+    dtype = DTYPES[config.save_dtype]
     if config.target == "hf":
         options = {"mesh": mesh, "param_dtype": dtype, "new_head": False}
         back = load_pretrained(config.output, head=model.module.head, **options)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrlhf import keys
 from jaxrlhf.commands.rlhf import BaseModelsConfig, RLHFConfig, train_rlhf
-from jaxrlhf.config import NonNegativeInt, Settings
+from jaxrlhf.config import NonNegativeInt, Settings, settings
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import (
     DataConfig,
@@ -45,11 +45,10 @@ RESPONSE_TOKENS = 32
 class DemoConfig(Settings):
     """The demo run. An earlier demo in output_dir is replaced, unless --resume continues it."""
 
-    HIDDEN = frozenset({"overwrite_output_dir"})
+    HIDDEN = (frozenset(settings(DataConfig)) - {"seed"}) | {"overwrite_output_dir"}
 
     folder: FolderConfig = FolderConfig("runs/demo")
-    seed: NonNegativeInt = 42
-    """Seed of everything."""
+    data: DataConfig = DataConfig(data_path=("demo",), data_split="2,4,4", max_length=64, max_prompt_seq_len=32)
     samples: NonNegativeInt = 6
     """Held-out questions shown before and after PPO."""
 
@@ -60,11 +59,12 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
     tokenizer = TokenizerConfig(str(materialize_demo(cache_folder(DataConfig())).tokenizer))
     return RLHFConfig(
         folder=replace(config.folder, overwrite_output_dir=not config.folder.resume),
-        data=DataConfig(
-            data_path=("demo",), data_split="2,4,4", max_length=64, max_prompt_seq_len=32, seed=config.seed
-        ),
+        data=config.data,
         models=BaseModelsConfig(start=StartConfig("llama", SHAPE), tokenizer=tokenizer),
-        sft=SFTOptions(run=replace(common, max_steps=400), optimizer=replace(adam, learning_rate=2e-3)),
+        sft=SFTOptions(  # a packed row holds two conversations, so a batch has as many as in the other steps
+            run=replace(common, max_steps=400, per_device_train_batch_size=16),
+            optimizer=replace(adam, learning_rate=2e-3),
+        ),
         reward=RewardOptions(run=replace(common, max_steps=300), optimizer=replace(adam, learning_rate=1e-3)),
         ppo=PPOOptions(
             run=replace(common, max_steps=80),
@@ -109,7 +109,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(root / "ppo")
     rows = [json.loads(line) for line in paths.eval.read_text(encoding="utf-8").splitlines()]
     questions = sorted({row["prompt"] for row in rows})
-    before, after = (responses(root / name, tokenizer, questions, config.seed) for name in ("sft", "ppo"))
+    before, after = (responses(root / name, tokenizer, questions, config.data.seed) for name in ("sft", "ppo"))
     quality = [
         float(np.mean([demo_quality(q, a) for q, a in zip(questions, side, strict=True)])) for side in (before, after)
     ]

@@ -1,6 +1,5 @@
 """All steps in one run, each in a subfolder, with one report and one summary: SFT, reward model, PPO; or SFT, DPO."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from jaxrlhf.config import PathName, Section, Settings, alias, load_yaml, save_yaml, to_dict
-from jaxrlhf.config.files import write_json_atomic
+from jaxrlhf.config.files import read_json, write_json_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
@@ -147,7 +146,7 @@ def say(text: str) -> None:
 
 
 def summary_of(stage: SharedConfig) -> dict[str, Any]:
-    return json.loads((Path(stage.folder.output_dir) / "summary.json").read_text(encoding="utf-8"))
+    return read_json(Path(stage.folder.output_dir) / "summary.json")
 
 
 def check_vocabularies(models: BaseModelsConfig) -> None:
@@ -172,9 +171,8 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
     folder = Path(stage.folder.output_dir)
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    before, now = (to_dict(c) for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
-    for name in ("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"):
-        before.pop(name), now.pop(name)
+    free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"))
+    before, now = (to_dict(c) | free for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
     return summary_of(stage) if before == now else None
 
 

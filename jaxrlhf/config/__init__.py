@@ -4,6 +4,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from jaxrlhf.config.annotations import (
     Derived,
+    Finite,
     Fraction,
     FromYaml,
     Lasting,
@@ -17,11 +18,12 @@ from jaxrlhf.config.annotations import (
     alias,
 )
 from jaxrlhf.config.flags import load_yaml, parse, save_yaml
-from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, settings, to_dict
+from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, places_of, settings, to_dict
 from jaxrlhf.config.yaml_files import read_yaml
 
 __all__ = [
     "Derived",
+    "Finite",
     "Fraction",
     "FromYaml",
     "Ge",
@@ -43,6 +45,7 @@ __all__ = [
     "lasting",
     "load_yaml",
     "parse",
+    "places_of",
     "read_yaml",
     "save_yaml",
     "settings",

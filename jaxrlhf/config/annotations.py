@@ -39,6 +39,7 @@ PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
+Finite = Annotated[float, Gt(-math.inf), Lt(math.inf)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
 
@@ -87,10 +88,11 @@ class Hint(NamedTuple):
 def hints_of(cls: type) -> dict[str, Hint]:
     """{field: what its annotation says}."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: _hint(hints[f.name]) for f in dataclasses.fields(cls)}
+    return {f.name: hint_of(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
-def _hint(annotation: Any) -> Hint:
+def hint_of(annotation: Any) -> Hint:
+    """What an annotation says, of a field or of the items of a tuple."""
     notes: tuple[Any, ...] = ()
     if typing.get_origin(annotation) is Annotated:
         annotation, *more = typing.get_args(annotation)
@@ -98,7 +100,7 @@ def _hint(annotation: Any) -> Hint:
     members = typing.get_args(annotation)
     if type(None) not in members:
         return Hint(annotation, notes)
-    inner = _hint(typing.Union[tuple(member for member in members if member is not type(None))])  # noqa: UP007
+    inner = hint_of(typing.Union[tuple(member for member in members if member is not type(None))])  # noqa: UP007
     return Hint(inner.kind, notes + inner.notes, True)
 
 
@@ -124,7 +126,7 @@ def check_value(name: str, value: Any, hint: Hint) -> None:
         said = [f"one of {', '.join(map(str, members))}"]
     elif typing.get_origin(hint.kind) is tuple and members[0] is not str:
         for item in tuple(value or ()):
-            check_value(name, item, Hint(members[0]))
+            check_value(name, item, hint_of(members[0]))
     else:
         ranges = [(*_LIMITS[type(note)], note) for note in hint.notes if type(note) in _LIMITS]
         limits = [(compare, words, getattr(note, compare)) for compare, words, note in ranges]

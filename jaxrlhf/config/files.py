@@ -1,9 +1,10 @@
-"""Small text files: atomic writes (a reader sees the old content or the new, never a part), and JSON lines back."""
+"""Small text files: atomic writes (a reader sees the old content or the new, never a part), and JSON back."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from jaxrlhf.errors import InputError
 
@@ -38,6 +39,19 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def read_json(path: str | Path, remedy: str = "the file may be truncated") -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError, which ends with `remedy`, when the file holds something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}; {remedy}")
+    return value
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

@@ -5,16 +5,16 @@ import dataclasses
 import io
 import math
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from jaxrlhf.config.annotations import FromYaml, Hint, check_value
+from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
-from jaxrlhf.config.settings import Settings, canonical, errors_in, sections, settings, to_dict
+from jaxrlhf.config.settings import Settings, UnknownSetting, canonical, errors_in, sections, settings, to_dict
 from jaxrlhf.config.yaml_files import Quoted, dump_yaml, is_none, read_yaml
 from jaxrlhf.errors import InputError
 
@@ -23,11 +23,24 @@ C = TypeVar("C", bound=Settings)
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
+def parse(
+    cls: type[C],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    owners: Callable[[str], Sequence[str]] = lambda name: (),
+) -> C:
     """Builds a config from flags, and from `--config FILE.yaml` below them.
 
     Booleans are `--flag`, `--no_flag` or `--flag true`; lists take words with spaces or commas between them; `none`
     stands for no value. The last of two equal flags wins. `--help` (`--help SECTION`) prints the flags and exits.
+
+    Args:
+        cls: The config's class.
+        argv: The command's words, without its name.
+        prog: The command, as the help page shows it.
+        description: What the command does.
+        owners: The other commands that have a setting, for the message about an unknown one.
 
     Raises:
         InputError: naming an unknown or doubled name, a value of another type, a file that cannot be read.
@@ -35,17 +48,18 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
     if wanted := [place for place, word in enumerate(argv) if word in ("-h", "--help")]:
         print_help(cls, "".join(word for word in argv[wanted[0] + 1 :][:1] if word[:2] != "--"), prog, description)
     flags, values, errors = list(_flags(argv)), {}, []
+    given: list[tuple[str, str, Any]] = [("", name, words) for name, words in flags if name != "config"]
     for words in [words for name, words in flags if name == "config"][-1:]:
         if len(words) != 1:
             raise InputError(f"--config takes one YAML file, got {len(words)}: {' '.join(words) or 'none'}")
-        entries = read_yaml(words[0])
-        with errors_in(words[0]):
-            for key, value in entries.items():
-                _put(cls, values, key, value, once=True)
-    for name, words in flags:
+        given[:0] = [(words[0], name, value) for name, value in read_yaml(words[0]).items()]
+    for file, name, value in given:
         try:
-            if name != "config":
-                _put(cls, values, name, words)
+            with errors_in(file) if file else contextlib.nullcontext():
+                _put(cls, values, name, value, once=bool(file))
+        except UnknownSetting as error:
+            others = owners(error.name)
+            errors.append(f"{error}; it is a setting of {', '.join(others)}" if others else str(error))
         except InputError as error:
             errors.append(str(error))
     if errors:
@@ -120,7 +134,8 @@ def _read(name: str, hint: Hint, given: Any) -> Any:
         raise InputError(f"{name}={given!r} must not be nested")
     if origin is tuple:
         items = words if isinstance(given, list) else _items(words)
-        return tuple(_typed(typing.get_args(hint.kind)[0], item) for item in items)
+        kind = hint_of(typing.get_args(hint.kind)[0]).kind
+        return tuple(_typed(kind, item) for item in items)
     if hint.kind is bool and given == ():
         return True
     if len(words) != 1 or isinstance(given, list):

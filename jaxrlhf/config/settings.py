@@ -20,6 +20,14 @@ from jaxrlhf.errors import InputError
 T = TypeVar("T")
 
 
+class UnknownSetting(InputError):
+    """A name that is no setting of the config."""
+
+    def __init__(self, name: str, hint: str) -> None:
+        super().__init__(f"unknown setting {name}; {hint}")
+        self.name = name
+
+
 class Setting(NamedTuple):
     """One field: where it lies in the config, and what its annotation says of it."""
 
@@ -117,6 +125,12 @@ def _names(cls: type) -> dict[str, str]:
     return {other: name for name, s in settings(cls).items() for other in s.hint.aliases} | own
 
 
+def places_of(cls: type, name: str) -> list[str]:
+    """The flags that set `name`, a setting or its alias, in the config itself and in its sections."""
+    inner = [f"{section}.{name}" for section, kind in sections(cls).items() if name in _names(kind)]
+    return [name, *inner] if name in _names(cls) else inner
+
+
 def canonical(cls: type, name: str) -> str:
     """The name of a setting that may be given by an alias, with hyphens or underscores. InputError for others."""
     known, plain = _names(cls), name.replace("-", "_")
@@ -124,10 +138,9 @@ def canonical(cls: type, name: str) -> str:
         return known[plain]
     if plain in _every(cls):
         raise InputError(f"the setting {name} has no use here; remove it")
-    near = [f"{section}.{plain}" for section, kind in sections(cls).items() if plain in _names(kind)]
-    near = near or difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
+    near = places_of(cls, plain) or difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "see --help for all settings"
-    raise InputError(f"unknown setting {name}; {hint}")
+    raise UnknownSetting(plain, hint)
 
 
 @contextlib.contextmanager
@@ -136,7 +149,8 @@ def errors_in(place: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+        error.args = (f"{place}: {error}",)
+        raise
 
 
 def default_in(field: dataclasses.Field) -> Any:

@@ -357,7 +357,7 @@ class Loader:
 
     def parts(self, label: str, chosen: Chosen) -> tuple[list[Part], list[str]]:
         """The tokenised rows of each source, and the hash of each."""
-        made = [reading.part(rows, self.tokenizer, self.encoding, label) for reading, rows in chosen]
+        made = [reading.part(rows, self.tokenizer, self.fingerprint, self.encoding, label) for reading, rows in chosen]
         if not any(len(part) for part, _ in made):
             raise InputError(self.nothing_left(label, [part for part, _ in made]))
         return [part for part, _ in made], [key for _, key in made]

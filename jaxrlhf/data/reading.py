@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import formats
-from jaxrlhf.data.cache import hash_json, tokenizer_fingerprint
+from jaxrlhf.data.cache import hash_json
 from jaxrlhf.data.formats import BadRow, Columns, Reader, as_messages
 from jaxrlhf.data.mixture import SourceConfig
 from jaxrlhf.data.registry import find
@@ -95,11 +95,6 @@ class Reading:
     @cached_property
     def fingerprint(self) -> str:
         """Hashes the contents of the split. Raises InputError when the source has no such split."""
-        if not self.has(self.split):
-            raise InputError(
-                f"data_path '{self.source.path}': has only evaluation data; add training data, or give it as "
-                "eval_data_path"
-            )
         return self.origin.fingerprint(self.split)
 
     @cached_property
@@ -200,12 +195,12 @@ class Reading:
         name = "prompt_template" if self.template == "raw" or "{prompt}" in self.template else "chat_template"
         return with_template(tokenizer, self.config.template.replace(**{name: self.template}))
 
-    def part(self, rows: np.ndarray, tokenizer: Any, encoding: Any, label: str) -> tuple[Part, str]:
-        """The tokens of these rows, and the hash of everything that they depend on."""
+    def part(self, rows: np.ndarray, tokenizer: Any, fingerprint: str, encoding: Any, label: str) -> tuple[Part, str]:
+        """The tokens of these rows, and the hash of everything that they depend on, such as the run's tokenizer."""
         tokenizer = self.own_tokenizer(tokenizer)
         settings = [dataclasses.asdict(encoding), self.config.pair_rule, self.config.pair_margin]
         chosen_rows = hashlib.blake2b(rows.astype(np.int64).tobytes(), digest_size=16).hexdigest()
-        key = hash_json([self.key, tokenizer_fingerprint(tokenizer), settings, chosen_rows])
+        key = hash_json([self.key, fingerprint, tokenizer.chat_template, settings, chosen_rows])
         folder = self.folder / "tokens"
         bounds = np.cumsum([0, *self.note["sizes"]])
         tables, numbers, note_path = [], [], folder / f"{encoding.step}-{key}.json"

@@ -11,13 +11,16 @@ import contextlib
 import csv
 import glob
 import hashlib
+import io
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxrlhf.data.cache import created
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,12 +118,33 @@ def open_file(path: Path) -> Iterator[Any]:
     import fsspec
 
     with reading(path), fsspec.open(str(path), "rb", compression=compression_of(path)) as file:
-        yield file
+        yield io.BufferedReader(file)  # the reader of zstandard gives no lines
 
 
 def compression_of(path: Path) -> str | None:
     """The name that fsspec has for a file's compression."""
     return {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(path.suffix.lower())
+
+
+def check_complete(path: Path) -> None:
+    """Raises InputError when a .zst file is cut off: its readers end there without a word."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(f"{path}: .zst needs the package zstandard; install it, or give the file as .gz") from error
+    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
+    with reading(path), open(path, "rb") as file:
+        try:
+            while chunk := file.read(1 << 20):
+                while chunk:
+                    frame.decompress(chunk)
+                    begun, chunk = not frame.eof, frame.unused_data
+                    if frame.eof:
+                        frame = zstandard.ZstdDecompressor().decompressobj()
+        except zstandard.ZstdError as error:
+            raise InputError(f"{path}: cannot be read ({first_line(error)}); copy or download it again") from error
+    if begun:
+        raise InputError(f"{path}: is cut off; copy or download it again")
 
 
 @contextlib.contextmanager
@@ -163,6 +187,8 @@ def read_file(path: Path, cache: Path, streaming: bool = False) -> Table:
         size = path.stat().st_size
     if not size:
         raise InputError(f"{path}: holds no rows; give a file with at least one")
+    if compression_of(path) == "zstd" and not streaming:
+        check_complete(path)
     if kind in JSON:
         table = _read_json(path, cache, streaming)
     elif kind in CSV:
@@ -170,7 +196,8 @@ def read_file(path: Path, cache: Path, streaming: bool = False) -> Table:
     else:
         options = {"sample_by": "document"} if kind == ".txt" else {}
         reader = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}[kind]
-        table = Table(_load(reader, path, cache, streaming, **options), str(path))
+        plain = path if kind == ".txt" else _uncompressed(path, kind, cache)
+        table = Table(_load(reader, plain, cache, streaming, **options), str(path))
     if not streaming and not len(table.dataset):
         raise InputError(f"{path}: holds no rows; give a file with at least one")
     return table
@@ -185,12 +212,28 @@ def _load(reader: str, path: Path, cache: Path, streaming: bool, **options: Any)
     with loading(f"{path}: cannot be read as {names[reader]}", "write the file again"):
         try:
             return datasets.load_dataset(
-                reader, data_files=str(path), split="train", cache_dir=str(cache), streaming=streaming, **options
+                reader,
+                data_files=glob.escape(str(path)),
+                split="train",
+                cache_dir=str(cache),
+                streaming=streaming,
+                **options,
             )
         except DatasetGenerationError as error:
             if isinstance(error.__cause__, UnicodeDecodeError):
                 raise _not_utf8(path) from error
             raise
+
+
+def _uncompressed(path: Path, kind: str, cache: Path) -> Path:
+    """The file itself or, for a compressed one, its uncompressed copy in the cache, which is read at random."""
+    if compression_of(path) is None:
+        return path
+    target = cache / "uncompressed" / f"{hash_file(path)}{kind}"
+    if not target.exists():
+        with created(target) as temporary, open_file(path) as file, open(temporary, "wb") as copy:
+            shutil.copyfileobj(file, copy)
+    return target
 
 
 def _not_utf8(path: Path) -> InputError:
@@ -237,8 +280,8 @@ def _parse_whole(path: Path) -> Any:
         raise InputError(
             f"{path} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); correct the file"
         ) from error
-    except RecursionError as error:
-        raise InputError(f"{path}: not usable JSON (nested too deeply); correct the file") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; deep nesting
+        raise InputError(f"{path}: not usable JSON ({first_line(error)}); correct the file") from error
 
 
 def _check_not_one_object(path: Path) -> None:
@@ -303,14 +346,22 @@ class Source:
     streaming: bool = False
     _tables: dict[str, list[Table]] = field(default_factory=dict, repr=False)
 
+    def data(self, split: str) -> Any:
+        """The files or the data set of a split. Raises InputError when the source has none."""
+        if split not in self.splits:
+            raise InputError(
+                f"data_path '{self.name}': has only evaluation data; add training data, or give it as eval_data_path"
+            )
+        return self.splits[split]
+
     def identities(self, split: str) -> set[Path | str]:
         """The files of a split, or the data set's fingerprint."""
-        data = self.splits[split]
+        data = self.data(split)
         return {path.resolve() for path in data} if isinstance(data, list) else {data._fingerprint}
 
     def fingerprint(self, split: str) -> str:
         """Hashes the contents of a split without parsing its rows."""
-        data = self.splits[split]
+        data = self.data(split)
         if not isinstance(data, list):
             return data._fingerprint
         return hashlib.blake2b("".join(map(hash_file, data)).encode(), digest_size=16).hexdigest()
@@ -318,7 +369,7 @@ class Source:
     def tables(self, split: str) -> list[Table]:
         """The tables of a split, opened on the first call. Raises InputError when one holds no rows."""
         if split not in self._tables:
-            data = self.splits[split]
+            data = self.data(split)
             if isinstance(data, list):
                 self._tables[split] = [read_file(path, self.cache, self.streaming) for path in data]
             else:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,6 +244,9 @@ def run_pass(
     """
     import datasets
 
+    # JAX warns of every fork; the processes that `map` forks use no JAX.
+    warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
+    several = num_proc > 1 and len(dataset) > CHUNK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not sys.stderr.isatty():
@@ -257,7 +261,7 @@ def run_pass(
             load_from_cache_file=True,
             features=features,
             fn_kwargs=options,
-            num_proc=num_proc if num_proc > 1 and len(dataset) > CHUNK else None,
+            num_proc=num_proc if several else None,
             new_fingerprint=path.stem.split("-")[-1],
             desc=label,
         )

@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxrlhf.config import PositiveInt, Settings, to_dict
 from jaxrlhf.distributed.lifeline import Lifeline, delay_abort, join, split_address
@@ -296,23 +297,14 @@ def _facts(config: Settings | None) -> dict[str, object]:
     facts: dict[str, object] = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "jaxrlhf")}
     facts["source of jaxrlhf"] = digest.hexdigest()
     own = {f.name for f in dataclasses.fields(ProcessConfig)} | set(MAY_DIFFER)
-    settings = _flat(to_dict(config)) if config is not None else []
-    return facts | {name: value for name, value in settings if name not in own}
+    settings = flatten_dict({} if config is None else to_dict(config), sep=".")
+    return facts | {name: value for name, value in settings.items() if name not in own}
 
 
 def _sources(root: Path) -> list[tuple[str, Path]]:
     """List the package's files by name, each once. In a clone, three subfolders are links."""
     files = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
     return sorted((path.relative_to(root).as_posix(), path) for path in files if path.suffix == ".py")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
-    """Flatten nested settings to pairs of a dotted name and a value."""
-    pairs = []
-    for name, value in values.items():
-        nested = isinstance(value, dict) and value
-        pairs += _flat(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
-    return pairs
 
 
 def _differences(what: str, values: Sequence[Mapping[str, object]]) -> str | None:

@@ -19,7 +19,7 @@ class Requests(flax.struct.PyTreeNode):
     """bool `[B, P]`."""
     number: jax.Array
     """int32 `[B·n]`: the sample's own number, from which its random keys derive."""
-    temperature: jax.Array | None
+    temperature: jax.Array | None = None
     """float32 `[B·n]`; None: that of the SamplingConfig."""
 
 

@@ -77,11 +77,8 @@ def _fixed_batch(
 @partial(jax.jit, static_argnames=("module", "sampling", "mesh", "slots"))
 def generate(
     params: PyTree,
-    prompt_ids: jax.Array,
-    prompt_mask: jax.Array,
-    sample_index: jax.Array,
+    requests: Requests,
     key: jax.Array,
-    temperature: jax.Array | None = None,
     *,
     module: Decoder,
     sampling: SamplingConfig,
@@ -92,23 +89,19 @@ def generate(
 
     Args:
         params: The training tree of `module`.
-        prompt_ids: int32 `[B, P]`, left-padded.
-        prompt_mask: bool `[B, P]`.
-        sample_index: int32 `[B·n]`: number of each sample.
+        requests: The prompts.
         key: The run's random key.
-        temperature: float32 `[B·n]`; None: that of `sampling`.
         module: The model's module.
         sampling: How tokens are sampled.
         mesh: The mesh of generation.
         slots: Slots of continuous batching; 0: one fixed batch.
     """
     with use(mesh, GENERATE_RULES):
-        requests = Requests(ids=prompt_ids, mask=prompt_mask, number=sample_index, temperature=temperature)
         view = generation_view(params, module)
         run = partial(continuous_batch, slots=slots) if slots else _fixed_batch
         tokens, response, logprobs = run(module, view, requests, key, sampling)
-        ids = repeat(jnp.where(prompt_mask, prompt_ids, sampling.pad_token_id), sampling.samples_per_prompt)
-        mask = repeat(prompt_mask, sampling.samples_per_prompt)
+        ids = repeat(jnp.where(requests.mask, requests.ids, sampling.pad_token_id), sampling.samples_per_prompt)
+        mask = repeat(requests.mask, sampling.samples_per_prompt)
 
         def joined(prompt: jax.Array, response: jax.Array) -> jax.Array:
             return batched(jnp.concatenate([prompt, response], axis=1))
@@ -125,9 +118,7 @@ def generate(
 @partial(jax.jit, static_argnames=("module", "sampling", "mesh"))
 def stream_start(
     params: PyTree,
-    prompt_ids: jax.Array,
-    prompt_mask: jax.Array,
-    sample_index: jax.Array,
+    requests: Requests,
     key: jax.Array,
     *,
     module: Decoder,
@@ -136,9 +127,8 @@ def stream_start(
 ) -> tuple[GenerationView, Rows]:
     """The first half of streaming: the resharded weights, and rows that hold the first token."""
     with use(mesh, GENERATE_RULES):
-        requests = Requests(ids=prompt_ids, mask=prompt_mask, number=sample_index, temperature=None)
         view = generation_view(params, module)
-        length = prompt_ids.shape[1] + sampling.max_new_tokens
+        length = requests.ids.shape[1] + sampling.max_new_tokens
         return view, begin(module, view, requests, key, sampling, cache_length=length)[0]
 
 

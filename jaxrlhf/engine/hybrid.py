@@ -14,14 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from jaxrlhf.engine.decoding import Requests
 from jaxrlhf.engine.generation import Rollout, generate, stream_start, stream_step
 from jaxrlhf.engine.sampling import SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Model, param_shardings
 from jaxrlhf.sharding import (
     GENERATE_RULES,
-    check_tensor_parallel,
-    default_tensor_parallel,
     generate_mesh,
     make_mesh,
     place,
@@ -52,9 +51,7 @@ class HybridEngine:
         self.mesh = make_mesh() if mesh is None else mesh
         self.module = model.module
         self.config = model.config
-        group = generate_tensor_parallel or default_tensor_parallel(self.mesh, model.config.num_heads)
-        check_tensor_parallel(group, model.config.num_heads)
-        self.generate_mesh = generate_mesh(self.mesh, group)
+        self.generate_mesh = generate_mesh(self.mesh, model.config.num_heads, generate_tensor_parallel)
         self.params = place(model.params, param_shardings(model.module, self.mesh))
 
     def _check(self, prompt_ids: ArrayLike, prompt_mask: ArrayLike, sampling: SamplingConfig) -> None:
@@ -83,7 +80,7 @@ class HybridEngine:
         sampling: SamplingConfig,
         sample_index: ArrayLike | None,
         temperature: ArrayLike | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    ) -> Requests:
         """Checks ids and mask `[B, P]`, sample numbers and temperatures `[B·n]`, and puts them on generation's mesh."""
         self._check(prompt_ids, prompt_mask, sampling)
         prompts, n = np.shape(prompt_ids)[0], sampling.samples_per_prompt
@@ -102,7 +99,7 @@ class HybridEngine:
                 )
             temperature = np.repeat(temperature, n)
         arrays = (np.asarray(prompt_ids, np.int32), np.asarray(prompt_mask, bool), number.astype(np.int32), temperature)
-        return place_batch(arrays, self.generate_mesh, GENERATE_RULES)
+        return Requests(*place_batch(arrays, self.generate_mesh, GENERATE_RULES))
 
     def check_slots(self, slots: int, rows: int) -> int:
         """Returns the slots of continuous batching, 0 if there are at least as many as `rows`: a fixed batch.
@@ -157,18 +154,15 @@ class HybridEngine:
         Raises:
             InputError: An argument does not fit; the message names it.
         """
-        ids, mask, number, temperature = self._requests(prompt_ids, prompt_mask, sampling, sample_index, temperature)
+        requests = self._requests(prompt_ids, prompt_mask, sampling, sample_index, temperature)
         return generate(
             self.params if params is None else params,
-            ids,
-            mask,
-            number,
+            requests,
             key,
-            temperature,
             module=self.module,
             sampling=sampling,
             mesh=self.generate_mesh,
-            slots=self.check_slots(slots, len(number)),
+            slots=self.check_slots(slots, len(requests.number)),
         )
 
     def stream(
@@ -183,10 +177,10 @@ class HybridEngine:
                 f"samples_per_prompt={sampling.samples_per_prompt}: a stream has one response per prompt; "
                 "repeat the prompts, or use generate"
             )
-        ids, mask, number, _ = self._requests(prompt_ids, prompt_mask, sampling, None, None)
+        requests = self._requests(prompt_ids, prompt_mask, sampling, None, None)
         start = partial(stream_start, module=self.module, sampling=sampling, mesh=self.generate_mesh)
         step = partial(stream_step, module=self.module, sampling=sampling, mesh=self.generate_mesh)
-        view, rows = start(self.params, ids, mask, number, key)
+        view, rows = start(self.params, requests, key)
         column = np.shape(prompt_ids)[1]
         while True:
             token, done = np.asarray(rows.token), np.asarray(rows.done).all()

@@ -4,12 +4,13 @@ import dataclasses
 
 import jax
 
+from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.compile import check_compiler, compile_programs
 from jaxrlhf.plan.cost import run_cost
 from jaxrlhf.plan.memory import estimate, host_bytes
 from jaxrlhf.plan.programs import build_system
-from jaxrlhf.plan.report import Plan, draw, show, verdict, write_json
+from jaxrlhf.plan.report import Plan, as_dict, draw, show, verdict
 from jaxrlhf.plan.search import capacity, nearest_on_mesh, nearest_with_more_devices
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.runs.console import Console
@@ -47,7 +48,7 @@ def run_plan(config: PlanConfig, console: Console | None = None) -> Plan:
         plan = dataclasses.replace(plan, compiled=compile_programs(config, console))
     show(plan, console)
     if config.json is not None:
-        write_json(plan, config.json)
+        write_json_atomic(config.json, as_dict(plan))
     if config.plot is not None:
         draw(plan, config.plot)
     if plan.problems:

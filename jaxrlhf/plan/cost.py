@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.memory import cache_bytes, generation_view_bytes
+from jaxrlhf.plan.memory import MODELS, TRAINED, cache_bytes, generation_view_bytes
 from jaxrlhf.plan.programs import System, local_shape, tree_bytes
 from jaxrlhf.plan.roofline import Cost, adam, forward, itemsize, total
 from jaxrlhf.plan.settings import PlanConfig
@@ -115,15 +115,12 @@ def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
     """Cost on one device of each phase of an iteration: reshard, prefill, decode, score, train."""
     links, config = Links(device), system.config
     rows = system.rows / system.batch_devices
-    models = ("actor", "critic", "reference", "reward")
-    score = [_passes(system, name, rows, 1, 0, links) for name in models]
-    score += [Cost(host=tree_bytes(system.trees[name])) for name in models if name in system.on_host]
+    score = [_passes(system, name, rows, 1, 0, links) for name in MODELS]
+    score += [Cost(host=tree_bytes(system.trees[name])) for name in MODELS if name in system.on_host]
     forwards = 2 if config.run.remat == "full" else 1
     updates = config.algorithm.num_mini_batches * config.algorithm.ppo_epochs
-    train = [
-        _passes(system, name, rows, forwards, 1, links) * config.algorithm.ppo_epochs for name in ("actor", "critic")
-    ]
-    train += [_update(system, name, links) * updates for name in ("actor", "critic")]
+    train = [_passes(system, name, rows, forwards, 1, links) * config.algorithm.ppo_epochs for name in TRAINED]
+    train += [_update(system, name, links) * updates for name in TRAINED]
     return _generate(system, links) | {"score": total(score), "train": total(train)}
 
 

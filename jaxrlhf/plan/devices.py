@@ -113,8 +113,6 @@ def find_device(name: str, overrides: dict[str, float | None]) -> Device:
     device = DEVICES[key]
     for flag, value in overrides.items():
         if value is not None:
-            if not value > 0:
-                raise InputError(f"{flag}={value} must be positive")
             attribute, unit = OVERRIDES[flag]
             device = dataclasses.replace(device, **{attribute: type(getattr(device, attribute))(value * unit)})
     missing = [flag for flag, (attribute, _) in OVERRIDES.items() if not getattr(device, attribute)]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrlhf.engine import Rollout, SamplingConfig, generate
+from jaxrlhf.engine import Requests, Rollout, SamplingConfig, generate
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
@@ -37,8 +37,6 @@ from jaxrlhf.sharding import (
     TRAIN_RULES,
     Rules,
     batch_sharding,
-    check_tensor_parallel,
-    default_tensor_parallel,
     generate_mesh,
     make_mesh,
     replicated,
@@ -211,10 +209,9 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     value = model(reward, "scalar", stage if ppo.critic.critic_zero_stage is None else ppo.critic.critic_zero_stage)
     policy = model(actor, "lm", stage, ppo.generation.kv_cache_dtype)
     state, frozen = build_models(ppo, mesh, policy, value, value, 1, ABSTRACT)
-    group = ppo.rollout.generate_tensor_parallel or default_tensor_parallel(mesh, actor.num_heads)
-    check_tensor_parallel(group, actor.num_heads)
+    generating = generate_mesh(mesh, actor.num_heads, ppo.rollout.generate_tensor_parallel)
     ppo.check_pieces(ppo.rollout_rows(batch_devices(mesh)))
-    return System(ppo, mesh, generate_mesh(mesh, group), state, frozen)
+    return System(ppo, mesh, generating, state, frozen)
 
 
 def local_shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
@@ -255,11 +252,11 @@ def _batch(system: System, columns: int, kinds: dict[str, Any], rules: Rules, ro
     return {name: array(kind) for name, kind in kinds.items()}
 
 
-def prompt_batch(system: System) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Arguments of the generate program besides the parameters: prompts, their mask, sample numbers."""
-    kinds = {"prompt_ids": jnp.int32, "prompt_mask": bool, "sample_index": (jnp.int32,)}
+def prompt_batch(system: System) -> Requests:
+    """Prompts of one call of the generate program."""
+    kinds = {"ids": jnp.int32, "mask": bool, "number": (jnp.int32,)}
     columns = system.config.data.max_prompt_seq_len
-    return tuple(_batch(system, columns, kinds, GENERATE_RULES, system.generate_rows).values())
+    return Requests(**_batch(system, columns, kinds, GENERATE_RULES, system.generate_rows))
 
 
 def rollout(system: System, rows: int) -> Rollout:
@@ -302,7 +299,7 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(system.generate_mesh))
     static = {"module": system.modules["actor"], "sampling": sampling(system), "mesh": system.generate_mesh}
-    return cast(Any, generate).lower(system.trees["actor"], *prompt_batch(system), key, **static)
+    return cast(Any, generate).lower(system.trees["actor"], prompt_batch(system), key, **static)
 
 
 def _lower_score(system: System) -> jax.stages.Lowered:

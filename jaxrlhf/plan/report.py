@@ -1,12 +1,10 @@
 """Output of `jaxrlhf plan`: tables on the console, all numbers as JSON, a plot of memory over an iteration."""
 
 import dataclasses
-import json
 from itertools import accumulate
 from pathlib import Path
 
 from jaxrlhf.config import to_dict
-from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.plan.compile import Compiled
 from jaxrlhf.plan.cost import RunCost
 from jaxrlhf.plan.devices import GIB
@@ -140,11 +138,6 @@ def _nearest(found: Nearest | None) -> dict[str, object] | None:
     if found is None:
         return None
     return {"flags": found.flags, "changes": list(found.reasons), "bytes_per_device": found.bytes_per_device}
-
-
-def write_json(plan: Plan, path: str) -> None:
-    """Write `as_dict` to a file."""
-    write_text_atomic(path, json.dumps(as_dict(plan), indent=2) + "\n")
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:

@@ -1,11 +1,10 @@
 """The flags of reward functions, for the settings of every trainer and command that scores responses."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from jaxrlhf.config import FromYaml, Gt, Lt, Settings
+from jaxrlhf.config import Finite, FromYaml, Settings
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.functions import check_spec, read_specs
 from jaxrlhf.rewards.scoring import Rewards
@@ -19,9 +18,9 @@ class RewardsConfig(Settings):
     """Functions (prompts, responses, **columns) that return one number per response: package.module:function,
     path/to/file.py:function, or the built-in exact_match, number_match, regex and length. Options follow after colons,
     as in number_match:column=answer."""
-    reward_weights: tuple[float, ...] = ()
+    reward_weights: tuple[Finite, ...] = ()
     """Weight of each reward function in the score; 0 only logs it; default: 1 each."""
-    reward_model_weight: Annotated[float, Gt(-math.inf), Lt(math.inf)] = 1.0
+    reward_model_weight: Finite = 1.0
     """Weight of the reward model in the score, beside reward functions."""
 
     def check(self) -> None:
@@ -35,8 +34,6 @@ class RewardsConfig(Settings):
             raise InputError(
                 f"reward_weights has {given} weights for {functions} reward_functions; give one each, or none"
             )
-        if not all(map(math.isfinite, self.reward_weights)):
-            raise InputError(f"reward_weights={list(self.reward_weights)} must be finite numbers")
         if not any((self.reward_model_weight, *(self.reward_weights or (1.0,) * functions))):
             raise InputError(
                 "reward_model_weight=0 and no reward function with a weight: nothing scores the responses; name "

@@ -55,7 +55,8 @@ class RLHFEngine:
         config: PPOConfig | None = None,
     ) -> None:
         self.config = config = PPOConfig() if config is None else config
-        self.tokenizer = with_template(tokenizer, config.data.template)
+        has_template = hasattr(tokenizer, "chat_template")  # token ids alone suffice for a loop without text
+        self.tokenizer = with_template(tokenizer, config.data.template) if has_template else tokenizer
         self.mesh = config.mesh.make_mesh()
         self.hyperparameters = config.hyperparameters(config.data.seed)
         actor, reward, critic = self._load(actor_model_name_or_path, critic_model_name_or_path)
@@ -81,7 +82,7 @@ class RLHFEngine:
         stage = config.compute.zero_stage
         critic_stage = stage if config.critic.critic_zero_stage is None else config.critic.critic_zero_stage
         actor = _own(actor, stage) if isinstance(actor, Model) else load(actor, zero_stage=stage)
-        actor = with_template_rows(actor, config.data, len(self.tokenizer))
+        actor = with_template_rows(actor, config.data, self.tokenizer)
         if isinstance(reward, Model):
             reward = _own(reward, critic_stage)
         elif reward is not None:

@@ -3,7 +3,6 @@
 This module prepares plain data; `report.html.jinja` beside it is the page.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from flax.traverse_util import flatten_dict
 from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
-from jaxrlhf.config.files import read_jsonl, write_text_atomic
+from jaxrlhf.config.files import read_json, read_jsonl, write_text_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import format_duration, format_number
 from jaxrlhf.runs.plots import SERIES, VARIABLES, Curve, draw
@@ -31,21 +31,22 @@ STEPS = {
 }
 """Subfolders of a run of all steps, in order, and the titles of their sections."""
 
-_EVAL = r"(eval/([^/]+/)?)?"  # an evaluation has metrics of each source too
+_SOURCE = re.compile(r"(eval|data)/(.*?/)??(?=[^/]+$|(rewards|logps)/[^/]+$)")
+"""What stands before the quantity in the name of an evaluation's metric, or of a metric of one data source."""
 
 GROUPS = {
     "Rewards and scores": (
-        r"objective/(scores|rlhf_reward|non_score_reward)"
-        rf"|{_EVAL}(accuracy.*|length_baseline|.*_score|margin|.*reward.*)"
+        r"objective/(scores|rlhf_reward|non_score_reward)|accuracy.*|length_baseline|.*_score|margin|.*reward.*"
     ),
-    "Losses": rf"{_EVAL}loss(/.*)?|{_EVAL}perplexity|{_EVAL}.*_loss",
-    "KL and policy": rf"objective/(kl|entropy)|policy/.*|{_EVAL}logps/.*|val/ratio.*|sampling/.*|.*kl(_.*)?",
+    "Losses": r"loss(/.*)?|perplexity|.*_loss",
+    "KL and policy": r"objective/(kl|entropy)|policy/.*|logps/.*|val/ratio.*|sampling/.*|.*kl(_.*)?",
     "Response length": r".*length.*|.*eos.*",
     "Learning rate and gradients": r".*learning_rate.*|(.*/)?lr(_.*)?|.*grad_norm.*",
+    "Data sources": r"share",
     "Throughput and timing": r"(perf|timing)/.*|.*(per_second|seconds).*",
     "Everything else": r".*",
 }
-"""Groups of plots and the metrics in each; a metric belongs to the first group that matches."""
+"""Groups of plots and the quantities in each; a metric belongs to the first group that matches, whatever its source."""
 *_, TIMING, OTHER = GROUPS
 FOLDED = (TIMING, OTHER)  # metrics of less interest
 TOGETHER = (("eval/mean_chosen_score", "eval/mean_rejected_score"), ("mean_chosen_score", "mean_rejected_score"))
@@ -76,7 +77,7 @@ def write_report(run_dir: str | Path) -> Path:
     page = page_template(Path(__file__).parent / "report.html.jinja").render(
         name=folder.resolve().name,
         path=folder.resolve(),
-        tiles=[(name, value) for name, value in _flatten(_summary(folder)) if _is_numeric(value)],
+        tiles=[(name, value) for name, value in flatten_dict(_summary(folder), sep=".").items() if _is_numeric(value)],
         settings=_settings(folder) if folder not in parts else None,
         sections=[_section(part, numbers) for part in parts],
     )
@@ -99,7 +100,9 @@ def read_curves(path: str | Path) -> dict[str, Curve]:
 
 def group_of(name: str) -> str:
     """Returns the group of plots that a metric belongs to."""
-    return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, name))
+    prefix = _SOURCE.match(name)
+    quantity = name[prefix.end() :] if prefix else name
+    return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, quantity))
 
 
 def page_template(path: Path) -> Template:
@@ -236,24 +239,12 @@ def _evenly_spaced(items: Sequence[Item], limit: int) -> list[Item]:
 
 def _summary(folder: Path) -> Data:
     path = folder / "summary.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON; delete it or write it anew") from error
+    return read_json(path, "delete it or write it anew") if path.exists() else {}
 
 
 def _settings(folder: Path) -> str | None:
     path = folder / "config.yaml"
     return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Values of nested mappings with names such as `seconds.sft`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _is_numeric(value: object) -> bool:

@@ -224,14 +224,14 @@ def batch_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, remat: str = "none") -> Model:
+def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, *, remat: str = "none") -> Model:
     """Loads or initialises the model to train, with float32 masters in place on `mesh`.
 
     Args:
         config: which model, its compute dtype, ZeRO stage, kernels and seed.
         head: "lm" or "scalar".
         mesh: where the parameters go.
-        vocab_size: the tokenizer's number of tokens.
+        tokenizer: the one that makes its tokens.
         remat: what the backward pass recomputes.
 
     Raises:
@@ -239,6 +239,7 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, re
             built-in chat template adds them.
     """
     start, key = config.model.start, keys.stream(config.data.seed, keys.Stream.WEIGHTS)
+    vocab_size = len(tokenizer)
     layout = {"dtype": config.mesh.compute_dtype, "remat": remat, "zero_stage": config.compute.zero_stage}
     if start.model_type is not None:
         options = {"model_type": start.model_type, "vocab_size": vocab_size, **start.config_overrides}
@@ -250,20 +251,20 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, vocab_size: int, *, re
     model = with_kernels(model, **config.compute.kernels)
     if start.resize_vocabulary and model.config.vocab_size < vocab_size:
         model = resize_vocabulary(model, vocab_size)
-    model = with_template_rows(model, config.data, vocab_size)
+    model = with_template_rows(model, config.data, tokenizer)
     source = f"the tokenizer of {config.model.tokenizer_source}"
     check_tokenizer_fits(vocab_size, model.config, source, "add rows with --resize_vocabulary")
     return without_dropout(model) if start.disable_dropout else model
 
 
-def with_template_rows(model: Model, data: DataConfig, vocab_size: int) -> Model:
+def with_template_rows(model: Model, data: DataConfig, tokenizer: Tokenizer) -> Model:
     """The model with a row for each token that a built-in chat template has added to the tokenizer."""
-    missing = vocab_size - model.config.vocab_size
-    if missing <= 0 or not data.template.adds_tokens:
+    missing = len(tokenizer) - model.config.vocab_size if data.template.adds_tokens else 0
+    if missing <= 0:
         return model
     name = data.template.chat_template
     logger.info("chat_template %s: %d rows added to the model, for the tokens that the template needs", name, missing)
-    return resize_vocabulary(model, vocab_size)
+    return resize_vocabulary(model, len(tokenizer))
 
 
 def without_dropout(model: Model) -> Model:

@@ -210,7 +210,7 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
         if config.model.model_name_or_path is not None:
             read_config(config.model.model_name_or_path)  # fails early when the model cannot be used
         tokenizer = load_tokenizer(source, config.data.template)
-        model = load_model(config, recipe.head, mesh, len(tokenizer), remat=config.run.remat)
+        model = load_model(config, recipe.head, mesh, tokenizer, remat=config.run.remat)
         key = keys.stream(config.data.seed, keys.Stream.ADAPTERS)
         model = with_adapters(with_special_tokens(model, tokenizer), config.lora, key)
         check_context(model.config, config.data.max_length, "max_length")

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from jaxrlhf.config.files import read_json
 from jaxrlhf.distributed import barrier, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
-from jaxrlhf.models.hf.checkpoint_files import all_finite, open_safetensors, read_json, refuse, staged
+from jaxrlhf.models.hf.checkpoint_files import all_finite, open_safetensors, refuse, staged
 from jaxrlhf.models.hf.mapping import Layout
 from jaxrlhf.models.lora import join, linear_maps
 from jaxrlhf.models.model import Model, leaves_by_path, param_shapes

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxrlhf.config.files import read_json
 from jaxrlhf.errors import InputError, StorageError
 
 CONFIG = "config.json"
@@ -41,19 +42,6 @@ class TensorSource:
     """Reads the tensor of a name."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Metadata of a single safetensors file."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; InputError if the file is missing, unreadable or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); the file may be truncated") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
 
 
 def refuse(what: str, problems: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from jaxrlhf.config.files import read_json
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
@@ -32,7 +33,6 @@ from jaxrlhf.models.hf.checkpoint_files import (
     fingerprint,
     indexed_shards,
     open_checkpoint,
-    read_json,
     refuse,
     replace_files,
     staged,

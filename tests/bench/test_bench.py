@@ -280,8 +280,8 @@ def _markers():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sections", "atention"], "sections: there is no 'atention'; known are attention, decode"),
-        (["--peers", "vllm"], "peers: there is no 'vllm'; known are hf, hf-compile, trl"),
+        (["--sections", "atention"], "sections='atention' must be one of attention, decode"),
+        (["--peers", "vllm"], "peers='vllm' must be one of hf, hf-compile, trl"),
         (["--batch", "8", "4"], "batch=8,4 must be positive and ascending"),
         (["--batch", "24", "--micro_batch", "16"], "micro_batch=16 must divide batch=24"),
         (["--mesh_data", "1", "--mesh_fsdp", "1", "--mesh_tensor", "8", "--micro_batch", "3"], "must divide batch=8"),
@@ -442,7 +442,9 @@ def test_a_result_is_replaced_whole_or_not_at_all(monkeypatch, tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize(("text", "message"), [('{"format": 1, "dev', "is not valid JSON"), ("[1]", "no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"format": 1, "dev', "is not valid JSON"), ("[1]", "must hold a JSON object")]
+)
 def test_a_broken_result_is_named_when_results_are_rendered(text, message, tmp_path, capsys):
     (tmp_path / "cut.json").write_text(text)
     document = tmp_path / "bench.md"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparisons import tensors_of
 
 from jaxrlhf.commands import convert as module
 from jaxrlhf.commands.convert import ConvertConfig, convert, read_checkpoint_model
@@ -24,7 +25,6 @@ from jaxrlhf.models import (
     save_adapter,
     save_pretrained,
 )
-from jaxrlhf.models.hf.checkpoint_files import open_checkpoint
 from jaxrlhf.models.lora import adapter_leaves
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.run import train_ppo
@@ -38,13 +38,8 @@ SHAPE = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_posit
 SHAPE |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
-def tensors(folder):
-    source = open_checkpoint(folder)
-    return {name: source.read(name) for name in source.shapes}
-
-
 def same_files(a, b):
-    left, right = tensors(a), tensors(b)
+    left, right = tensors_of(a), tensors_of(b)
     assert left.keys() == right.keys()
     for name in left:
         assert left[name].dtype == right[name].dtype
@@ -123,7 +118,7 @@ def test_dtype_rounds_and_verify_compares_with_the_rounded(root, tmp_path):
     half = ("--dtype", "bfloat16", "--verify")
     run("--input", root / "lm", "--output", tmp_path / "mid", "--from", "hf", "--to", "orbax", *half)
     run("--input", tmp_path / "mid", "--output", tmp_path / "back", "--from", "orbax", "--to", "hf", *half)
-    ours, rounded = tensors(root / "lm"), tensors(tmp_path / "back")
+    ours, rounded = tensors_of(root / "lm"), tensors_of(tmp_path / "back")
     for name, x in ours.items():
         assert rounded[name].tobytes() == np.asarray(jnp.asarray(x).astype(jnp.bfloat16)).tobytes()
     # and once more, now that nothing is rounded any more
@@ -157,11 +152,11 @@ def test_models_of_a_ppo_run_come_out_by_name_and_merged(root, ppo_run, tmp_path
             name,
             "--verify",
         )
-        converted[name] = tensors(tmp_path / name)
-        for tensor, x in tensors(exported).items():
+        converted[name] = tensors_of(tmp_path / name)
+        for tensor, x in tensors_of(exported).items():
             np.testing.assert_allclose(converted[name][tensor], x, rtol=1e-6, atol=1e-8)
     assert "score.weight" in converted["critic_params"]
-    base, trained = tensors(root / "lm"), "transformer.h.0.attn.c_attn.weight"
+    base, trained = tensors_of(root / "lm"), "transformer.h.0.attn.c_attn.weight"
     for name in ("actor_params", "ema_params"):
         same = {tensor for tensor in base if base[tensor].tobytes() == converted[name][tensor].tobytes()}
         assert trained not in same

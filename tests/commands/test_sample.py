@@ -124,7 +124,7 @@ def test_the_figures_beside_the_file_hold_the_curve_of_the_best_of_k(finished):
 
 
 def test_what_is_written_reads_back_as_sft_data_and_renders_as_it_was_sampled(finished, demo, tmp_path):
-    config = DataConfig(data_path=(str(finished.path),), data_cache_dir=str(tmp_path), eval_fraction=0.1)
+    config = DataConfig(data_path=(str(finished.path),), data_cache_dir=str(tmp_path), eval_fraction=0.1, packing=False)
     train, evaluation = load_data(config, demo.tokenizer, "sft")
     assert len(train) + len(evaluation) == PROMPTS
     written = {}

@@ -8,7 +8,9 @@ import pytest
 
 from jaxrlhf.bench.settings import BenchConfig
 from jaxrlhf.commands.chat import ChatConfig
+from jaxrlhf.commands.convert import ConvertConfig
 from jaxrlhf.commands.data import DataViewConfig
+from jaxrlhf.commands.demo import DemoConfig
 from jaxrlhf.commands.rlhf import RLHFConfig
 from jaxrlhf.commands.sample import SampleConfig
 from jaxrlhf.config import settings
@@ -23,13 +25,14 @@ from jaxrlhf.trainers.sft import SFTConfig
 
 TRAINERS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, **CONFIGS}
 ALL = TRAINERS | {"rlhf": RLHFConfig, "sample": SampleConfig, "chat": ChatConfig, "plan": PlanConfig}
-ALL |= {"bench": BenchConfig, "data": DataViewConfig}
+ALL |= {"bench": BenchConfig, "convert": ConvertConfig, "demo": DemoConfig, "data": DataViewConfig}
 
 # Names with another meaning in another command. Everything else stands in one class.
 OTHERWISE = {
     "seed": {"DataConfig", "ChatConfig", "BenchConfig"},  # of the order of rows too; of samples; of weights
     "json": {"PlanConfig", "BenchConfig", "DataViewConfig"},  # the file of the plan; of the measurements; of the data
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
+    "save_dtype": {"RunConfig", "ConvertConfig"},  # of the export of a run; of a conversion, where dtype says the same
     # The model to train; the model to sample from, which is required.
     "model_name_or_path": {"ModelConfig", "SampleConfig"},
     # The start of step 1 and of step 2; the results of these steps; a scorer without a critic.

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrlhf.engine import HybridEngine, generate
+from jaxrlhf.engine import HybridEngine, Requests, generate
 from jaxrlhf.models import init_cache
 from jaxrlhf.plan.programs import build_system, lower, topology_devices
 from jaxrlhf.plan.settings import PlanConfig
@@ -94,11 +94,11 @@ def generate_programs(lab):
     def compiled(group: int) -> tuple[HybridEngine, Program]:
         engine = HybridEngine(model, mesh, group)
         rows = ROWS * 8 // group
-        arrays = [jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32), jax.ShapeDtypeStruct((rows, PROMPT), bool)]
-        arrays.append(jax.ShapeDtypeStruct((rows,), jnp.int32))
+        shapes = ((rows, PROMPT), jnp.int32), ((rows, PROMPT), bool), ((rows,), jnp.int32)
+        requests = Requests(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
         sampling = lab.sampling.__class__(ANSWER, eos_token_id=5)
         static = {"module": engine.module, "sampling": sampling, "mesh": engine.generate_mesh}
-        lowered = generate.lower(engine.params, *arrays, jax.random.key(0), **static)
+        lowered = generate.lower(engine.params, requests, jax.random.key(0), **static)
         return engine, Program(lowered.compile().as_text())
 
     return {group: compiled(group) for group in (8, 2)}
@@ -176,7 +176,7 @@ def test_no_array_is_copied_whole_for_want_of_a_better_way(family, shape, lab, c
 def test_a_bad_constraint_is_noticed(lab, compiler_speaks):
     """What the test above looks for is what the compiler says of a real one."""
     mesh = lab.mesh_of(1, 8, 1)
-    view = generate_mesh(mesh, 4)
+    view = generate_mesh(mesh, 4, 4)
     x = jax.ShapeDtypeStruct((64, 4, 8), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     target = NamedSharding(view, P(None, "fsdp"))
     jax.jit(lambda x: jax.lax.with_sharding_constraint(2 * x, target)).lower(x).compile()

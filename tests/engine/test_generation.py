@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from comparisons import assert_same_rollout
 
 from jaxrlhf.engine import HybridEngine, SamplingConfig, generate
 from jaxrlhf.errors import InputError
@@ -26,12 +27,6 @@ def everything(lab):
 
 def run(engine, lab, sampling, **options):
     return jax.device_get(engine.generate(*lab.prompts(), jax.random.key(3), sampling, **options))
-
-
-def assert_same(got, expected):
-    for name in ("tokens", "mask", "response_mask"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
-    np.testing.assert_allclose(got.logprobs, expected.logprobs, rtol=0, atol=1e-4)
 
 
 # ---- options
@@ -113,7 +108,7 @@ def test_samples_of_a_prompt_are_what_its_copies_get(setup, lab):
     sampling = lab.sampling.replace(samples_per_prompt=2)
     got = jax.device_get(setup.engine.generate(ids, mask, key, sampling, sample_index=numbers))
     copies = (np.repeat(x, 2, axis=0) for x in (ids, mask))
-    assert_same(got, jax.device_get(setup.engine.generate(*copies, key, lab.sampling, sample_index=numbers)))
+    assert_same_rollout(got, jax.device_get(setup.engine.generate(*copies, key, lab.sampling, sample_index=numbers)))
     default = jax.device_get(setup.engine.generate(ids, mask, key, sampling))
     assert len({tuple(row) for row in default.tokens.tolist()}) == 8
 
@@ -127,7 +122,7 @@ def test_a_temperature_per_prompt_equals_that_of_the_config_and_compiles_once(se
     for value in np.unique(values):
         expected = run(setup.engine, lab, lab.sampling.replace(temperature=float(value)))
         rows = values == value
-        assert_same(jax.tree.map(lambda x: x[rows], got), jax.tree.map(lambda x: x[rows], expected))  # noqa: B023
+        assert_same_rollout(jax.tree.map(lambda x: x[rows], got), jax.tree.map(lambda x: x[rows], expected))  # noqa: B023
 
 
 def test_a_stream_draws_as_generate_with_every_option(setup, lab, everything):
@@ -164,23 +159,23 @@ def test_slots_give_the_same_rollout_with_every_option(mesh, slots, lab, everyth
     fixed = run(engine, lab, sampling, **options)
     lengths = fixed.response_mask.sum(1)
     assert lengths.min() < 5 < lab.ANSWER == lengths.max()
-    assert_same(run(engine, lab, sampling, **options, slots=slots), fixed)
+    assert_same_rollout(run(engine, lab, sampling, **options, slots=slots), fixed)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_slots_change_no_answer_and_neither_does_the_order_of_the_queue(temperature, setup, lab):
     sampling = lab.sampling.replace(temperature=temperature)
     fixed = run(setup.engine, lab, sampling)
-    assert_same(run(setup.engine, lab, sampling, slots=8), fixed)
+    assert_same_rollout(run(setup.engine, lab, sampling, slots=8), fixed)
     order = np.random.default_rng(4).permutation(lab.ROWS)
     ids, mask = lab.prompts()
     key = jax.random.key(3)
     moved = setup.engine.generate(ids[order], mask[order], key, sampling, sample_index=order, slots=8)
-    assert_same(jax.device_get(moved), jax.tree.map(lambda x: x[order], fixed))
+    assert_same_rollout(jax.device_get(moved), jax.tree.map(lambda x: x[order], fixed))
 
 
 def test_one_slot_answers_the_whole_queue(setup, lab):
-    assert_same(run(setup.engine, lab, lab.sampling, slots=1), run(setup.engine, lab, lab.sampling))
+    assert_same_rollout(run(setup.engine, lab, lab.sampling, slots=1), run(setup.engine, lab, lab.sampling))
 
 
 def test_groups_of_devices_work_through_queues_of_their_own(lab):
@@ -192,7 +187,7 @@ def test_groups_of_devices_work_through_queues_of_their_own(lab):
     inside = [sizes for loop, sizes in collectives(compiled_text(engine, lab, slots=8)) if loop]
     assert inside and {x for sizes in inside for x in sizes} == {()}
     alone = HybridEngine(lab.tiny_model(options), lab.mesh_of())
-    assert_same(run(engine, lab, lab.sampling, slots=8), run(alone, lab, lab.sampling))
+    assert_same_rollout(run(engine, lab, lab.sampling, slots=8), run(alone, lab, lab.sampling))
 
 
 def test_as_many_slots_as_rows_are_the_fixed_batch(setup, lab):
@@ -239,9 +234,9 @@ def collectives(text):
 
 
 def compiled_text(engine, lab, **options):
-    *batch, _ = engine._requests(*lab.prompts(), lab.sampling, None, None)
+    requests = engine._requests(*lab.prompts(), lab.sampling, None, None)
     static = {"module": engine.module, "sampling": lab.sampling, "mesh": engine.generate_mesh}
-    return generate.lower(engine.params, *batch, jax.random.key(0), **static, **options).compile().as_text()
+    return generate.lower(engine.params, requests, jax.random.key(0), **static, **options).compile().as_text()
 
 
 @pytest.mark.parametrize("slots", [0, 4])
@@ -279,4 +274,4 @@ def test_qkv_is_one_kernel_where_every_shard_holds_its_own_heads(kv_heads, mesh,
         assert attn["qkv"]["kernel"].shape == (32, groups, (8 + 2 * kv_heads) // groups, 4)
     assert set(attn) == ({"qkv", "out"} if groups else {"query", "key", "value", "out"})
     alone = HybridEngine(lab.tiny_model(options), lab.mesh_of())
-    assert_same(run(engine, lab, lab.sampling), run(alone, lab, lab.sampling))
+    assert_same_rollout(run(engine, lab, lab.sampling), run(alone, lab, lab.sampling))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf.engine import SamplingConfig, generate
+from jaxrlhf.engine import Requests, SamplingConfig, generate
 from jaxrlhf.models import Decoder, config_from_dict, param_shapes
 
 OPT = {"model_type": "opt", "vocab_size": 512, "hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 512}
@@ -22,7 +22,8 @@ def test_the_decode_loop_runs_the_kernel_on_a_cache_in_place(target, kv, compile
 
     def run(params, ids, mask, number, key):
         sampling = SamplingConfig(max_new_tokens=128)
-        return generate(params, ids, mask, number, key, module=module, sampling=sampling, mesh=None)
+        requests = Requests(ids=ids, mask=mask, number=number)
+        return generate(params, requests, key, module=module, sampling=sampling, mesh=None)
 
     arrays = make(16, 128), make(16, 128, dtype=jnp.bool_), make(16), key
     program, kernels = compile_for(target, run, param_shapes(module), *arrays)

@@ -8,28 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from comparisons import relative_error, tensors_of
 
 from jaxrlhf.models import load_pretrained, save_pretrained
-from jaxrlhf.models.hf.checkpoint_files import open_checkpoint
 
 SIDES = ("left", "right")
-
-
-def tensors(folder):
-    source = open_checkpoint(folder)
-    return {name: source.read(name) for name in source.shapes}
 
 
 def as_hf(model, params, folder):
     """Our tree (parameters, gradients, …) under the names of Hugging Face's modules."""
     save_pretrained(model.replace(params=params), folder)
     in_modules = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX, in files only
-    return {in_modules.get(name, name): x for name, x in tensors(folder).items()}
-
-
-def relative_error(got, expected, floor=0.0):
-    assert got.shape == expected.shape
-    return np.abs(got - expected).max() / max(np.abs(expected).max(), floor)
+    return {in_modules.get(name, name): x for name, x in tensors_of(folder).items()}
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -89,7 +79,7 @@ def test_files_come_back_byte_for_byte(reference, tmp_path):
     from transformers import AutoModelForCausalLM
 
     save_pretrained(reference.ours, tmp_path)
-    before, after = tensors(reference.folder), tensors(tmp_path)
+    before, after = tensors_of(reference.folder), tensors_of(tmp_path)
     assert set(after) == set(before)
     for name in before:
         assert after[name].dtype == before[name].dtype
@@ -156,7 +146,7 @@ def test_reward_model_of_transformers_loads_and_saves_unchanged(reference, tmp_p
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_pretrained(tmp_path / "theirs", head="scalar", new_head=False)
     save_pretrained(ours, tmp_path / "ours")
-    before, after = tensors(tmp_path / "theirs"), tensors(tmp_path / "ours")
+    before, after = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours")
     assert set(after) == set(before)
     assert all(after[name].tobytes() == before[name].tobytes() for name in before)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from comparisons import relative_error
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
@@ -72,11 +73,6 @@ def with_peft(theirs, folder):
     import peft
 
     return peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True).eval()
-
-
-def relative_error(got, expected):
-    assert got.shape == expected.shape
-    return np.abs(got - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("case", CASES)

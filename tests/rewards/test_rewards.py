@@ -423,7 +423,7 @@ def test_yaml_flags_and_dicts_say_the_same_and_what_is_saved_reads_back(tmp_path
         ({"reward_weights": (1.0,)}, "1 weights for 0 reward_functions"),
         (
             {"reward_functions": ("number_match",), "reward_weights": (math.inf,)},
-            "reward_weights=.*inf.* must be finite numbers",
+            "reward_weights=inf must be finite",
         ),
         ({"reward_model_weight": 0.0}, "nothing scores the responses"),
         (

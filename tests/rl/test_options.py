@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab import without_critic
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.objectives import Moments
@@ -25,10 +26,6 @@ def experience(setup, lab):
     rng = np.random.default_rng(3)
     moved = np.where(e.response_mask, e.logprobs + rng.normal(scale=0.3, size=e.logprobs.shape), 0).astype(np.float32)
     return e.replace(logprobs=moved, scores=rng.normal(size=lab.ROWS).astype(np.float32))
-
-
-def without_critic(state):
-    return state.replace(critic=None, critic_params=None, critic_opt_state=None, critic_optimizer=None)
 
 
 def naive(module, params, e):

@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from lab import without_critic
 
 from jaxrlhf.config import parse
 from jaxrlhf.config.files import read_jsonl
@@ -68,10 +69,6 @@ def file(tmp_path_factory):
 def experience(setup, lab):
     e = jax.device_get(setup.experience(setup.rollout(lab.sampling)))
     return e.replace(scores=np.random.default_rng(3).normal(size=lab.ROWS).astype(np.float32))
-
-
-def without_critic(state):
-    return state.replace(critic=None, critic_params=None, critic_opt_state=None, critic_optimizer=None)
 
 
 def step(setup, lab, experience, estimator):

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from comparisons import assert_same_rollout
 
 from jaxrlhf.data import encode_stops
 from jaxrlhf.errors import InputError
@@ -20,12 +21,6 @@ def wide():
     rng = np.random.default_rng(6)
     lengths = rng.permutation([3, 5, 7, 9, 12, 20, 25, 30, 31, 32, 33, 36, 40, 44, 47, 48])
     return rng.integers(3, 101, (16, 48)), np.arange(48) >= 48 - lengths[:, None]
-
-
-def assert_same(got, expected):
-    for name in ("tokens", "mask", "response_mask"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
-    np.testing.assert_allclose(got.logprobs, expected.logprobs, rtol=0, atol=1e-4)
 
 
 def test_pieces_hold_prompts_of_similar_length_in_their_own_width(wide):
@@ -50,7 +45,7 @@ def test_a_batch_generated_in_pieces_is_the_same_rollout(wide, setup, lab):
     parts = generate_in_pieces(generate, ids, mask, key, sampling, pieces=4, sample_index=numbers, slots=0)
     assert shapes == [(4, 32), (4, 32), (4, 48), (4, 48)]
     assert parts.prompt_length == whole.prompt_length == 48
-    assert_same(jax.device_get(parts), jax.device_get(whole))
+    assert_same_rollout(jax.device_get(parts), jax.device_get(whole))
 
 
 def test_ppo_generates_the_same_in_pieces_and_through_slots(demo, lab):
@@ -76,7 +71,7 @@ def test_ppo_generates_the_same_in_pieces_and_through_slots(demo, lab):
     stopping = config.replace(stop_strings=(text,))
     trainers = [PPOTrainer(engine, c) for c in (stopping, stopping.replace(generation_batches=2, generation_slots=8))]
     plain, other = map(rollout, trainers)
-    assert_same(other, plain)
+    assert_same_rollout(other, plain)
     assert plain.tokens[row][plain.response_mask[row]].tolist() == answers[row][:4]
     sampling = trainers[0].sampling
     assert (sampling.stop_sequences, sampling.repetition_penalty, sampling.min_new_tokens) == ((stop,), 1.2, 1)

@@ -20,7 +20,7 @@ from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("no_report")]
 
 REWARDS = '''
 def vowels(prompts, responses):
@@ -34,11 +34,6 @@ def chosen_length(prompts, responses, chosen):
     assert all(isinstance(text, str) and text for text in chosen)
     return [float(len(text)) for text in chosen]
 '''
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from jaxrlhf.sharding import (
     TRAIN_RULES,
     batch_sharding,
     check_divisible,
-    check_tensor_parallel,
     constrain,
     default_tensor_parallel,
     generate_mesh,
@@ -98,7 +97,7 @@ def test_generation_splits_the_dimension_that_storage_splits_and_never_embed():
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
     axes, shape = ("embed", "heads", "head_dim"), (32, 8, 4)
     stored = resolve_spec(axes, shape, mesh, TRAIN_RULES)
-    whole, halves, gathered = (generate_mesh(mesh, group) for group in (8, 4, 2))
+    whole, halves, gathered = (generate_mesh(mesh, 8, group) for group in (8, 4, 2))
     assert resolve_spec(axes, shape, whole, GENERATE_RULES) == stored == P(None, ("tensor", "fsdp"))
     assert resolve_spec(axes, shape, halves, GENERATE_RULES) == P(None, ("tensor", "fsdp"))
     assert resolve_spec(axes, shape, gathered, GENERATE_RULES) == P(None, "tensor")
@@ -113,7 +112,7 @@ def test_generation_splits_the_dimension_that_storage_splits_and_never_embed():
 def test_the_flip_is_nothing_or_one_gather_of_each_device_s_share(group):
     """Storage blocks of a group are neighbours, so there is nothing to permute."""
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
-    view = generate_mesh(mesh, group)
+    view = generate_mesh(mesh, 8, group)
     spec = ("embed", "mlp")
     x = jax.ShapeDtypeStruct((4, 16), jnp.float32, sharding=named_sharding(spec, (4, 16), mesh, TRAIN_RULES))
 
@@ -130,9 +129,9 @@ def test_tensor_parallel_groups_that_do_not_fit_are_refused():
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
     for group in (1, 3, 6, 16):
         with pytest.raises(InputError, match=rf"generate_tensor_parallel={group} .*one of 2, 4, 8"):
-            generate_mesh(mesh, group)
+            generate_mesh(mesh, 48, group)
     with pytest.raises(InputError, match="generate_tensor_parallel=8 does not divide the model's num_heads=12"):
-        check_tensor_parallel(8, 12)
+        generate_mesh(mesh, 12, 8)
 
 
 class Chip:

@@ -111,6 +111,17 @@ class Setup:
         )
 
 
+def without_critic(state):
+    """A PPO state as algorithms without a critic have it."""
+    return state.replace(critic=None, critic_params=None, critic_opt_state=None, critic_optimizer=None)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Runs draw no report, which has tests of its own."""
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
+
+
 @pytest.fixture(scope="session")
 def lab():
     """What the tests of engine and PPO are made of. One optimizer object each, so that equal programs compile once."""

@@ -185,7 +185,8 @@ def test_reward_metrics_tell_accuracy_from_what_lengths_alone_give(config, demo,
     data = load_data(config(RewardConfig).data, demo.tokenizer, "reward")[0]
     rows = np.arange(40)
     batch = data.batch([*rows, -1, -1])
-    tokens = [(len(data.ragged.part(i, 1)), len(data.ragged.part(i, 2))) for i in rows]
+    (values,) = zip(*data.values(rows, ["prompt_length", "ids_0", "ids_1"]), strict=True)
+    tokens = [tuple(len(v[f"ids_{j}"]) - int(v["prompt_length"]) for j in (0, 1)) for v in values]
     chosen, rejected = read_pairs(batch).lengths().values()
     assert list(zip(chosen[:40], rejected[:40], strict=True)) == tokens
     assert chosen[-1] == rejected[-1] == 0

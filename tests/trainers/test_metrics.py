@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config.files import read_jsonl
-from jaxrlhf.data import load_data, stream_indices
+from jaxrlhf.data import load_data
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 from jaxrlhf.trainers.supervised import metrics_by_source
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
 
 def mean(totals):
@@ -61,7 +56,7 @@ def test_padding_is_the_share_of_positions_without_a_token(train, kind, demo, tm
     config = kind.create(**options, model_name_or_path=demo.lm, output_dir=str(tmp_path))
     train(config)
     data, _ = load_data(config.data, demo.tokenizer, "sft" if kind is SFTConfig else "reward")
-    batch = data.batch(stream_indices(0, 16, len(data), config.data.seed))
+    batch = data.batch(data.indices(0, 16))
     masks = [x for name, x in batch.items() if name in ("attention_mask", "chosen_mask", "rejected_mask")]
     (record,) = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "perf/padding" in r]
     assert record["perf/padding"] == pytest.approx(1 - np.mean(masks), rel=1e-6)

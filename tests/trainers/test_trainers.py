@@ -23,7 +23,7 @@ from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("no_report")]
 
 STEPS = 10
 TRAINERS = {"sft": (train_sft, SFTConfig), "reward": (train_reward, RewardConfig), "ppo": (train_ppo, PPOConfig)}
@@ -35,12 +35,6 @@ MODEL = {
     "ppo": {"actor_model_name_or_path": "lm", "critic_model_name_or_path": "reward"}
     | {"max_answer_seq_len": 8, "ppo_epochs": 2, "num_mini_batches": 2, "enable_ema": True, "sample_steps": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Drawing the report has tests of its own."""
-    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +320,11 @@ def test_a_built_in_chat_template_on_a_base_model_reaches_every_file_of_the_expo
         ("ppo", {"attention_implementation": "fast"}, r"attention_implementation='fast' .*auto, xla, pallas"),
         ("ppo", {"kv_cache_dtype": "int4"}, r"kv_cache_dtype='int4' .*auto, int8, fp8"),
         ("ppo", {"logprob_implementation": "cudnn"}, r"logprob_implementation='cudnn' .*auto, xla, pallas"),
-        ("sft", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
+        (
+            "sft",
+            {"attention_implementation": "cudnn", "packing": False},
+            r"attention_implementation: .*'cudnn' .* not on cpu",
+        ),
         ("reward", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
         ("ppo", {"generation_slots": 3, "generate_tensor_parallel": 4}, r"slots=3 must be a multiple of 2"),
         ("ppo", {"critic_zero_stage": 4}, r"critic_zero_stage=4 must be .*0, 1, 2, 3"),

@@ -82,6 +82,10 @@ def announced(console: Console, message: str) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps back the lines in which `load_data` reports its rows: the command shows the same."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     logger = logging.getLogger("jaxrlhf.data.loading")
     level = logger.level
     logger.setLevel(logging.ERROR)

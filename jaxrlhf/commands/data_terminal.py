@@ -18,7 +18,7 @@ from rich.text import Text
 from jaxrlhf.commands.data_report import Inspection, Passage, Piece, Repeats, Row, RowsReport, SourceReport
 from jaxrlhf.runs.console import plain_text
 
-TRAINED, TRAINED_SPECIAL, SPECIAL, OTHER = "green", "bold green", "magenta", "dim"
+TRAINED, TRAINED_SPECIAL, SPECIAL = "green", "bold green", "magenta"
 LONGEST_PIECE = 900  # characters; longer ones are cut in the middle
 SIDE_BY_SIDE = 110  # columns of a terminal that shows two responses beside each other
 HEIGHT = 3  # lines of a histogram
@@ -66,7 +66,7 @@ class View:
             marks = trained and not self.coloured
             text.append(self.open if marks else "")
             for piece in run:
-                style = SPECIAL if piece.special else OTHER
+                style = SPECIAL if piece.special else ""
                 if trained:
                     style = TRAINED_SPECIAL if piece.special else TRAINED
                 text.append(plain_text(shortened(piece.text)), style=style)
@@ -176,7 +176,7 @@ def print_packed(view: View, found: Inspection) -> None:
         bar.append(label.center(cells), style=("black on green", "black on cyan")[i % 2])
         bar.append("|" if not view.coloured else " ")
     if rest:
-        bar.append(f"{rest} padding", style=OTHER)
+        bar.append(f"{rest} padding")
     view.indented(bar)
     for segment in found.packed[:8]:
         words = (f"{segment.tokens:>6,} tokens", segment.name, near(segment.place))
@@ -205,6 +205,8 @@ def print_counts(view: View, found: Inspection) -> None:
         rows.append((source.name, LABELS[label], *(f"{n:,}" for n in numbers)))
     print_table(view, ("source", "for", "rows", "kept", "skipped", "dropped", "cut"), rows)
     for source, label, report in reports_of(found):
+        if report.counts["kept"] > report.counts["rows"]:
+            view.indented(Text(f"{source.name} {LABELS[label]}: a row gives several examples"))
         for reason in report.reasons:
             more = ", …" if reason.rows > len(reason.places) else ""
             places = ", ".join(map(near, reason.places)) + more
@@ -213,12 +215,20 @@ def print_counts(view: View, found: Inspection) -> None:
     ways = dict.fromkeys(way for _, _, report in reports_of(found) for way in report.padding)
     rows = []
     for source, label, report in reports_of(found):
-        trained = f"{report.trained_tokens / max(report.tokens, 1):.0%}"
+        share = f"{report.trained_tokens / max(report.tokens, 1):.0%}"
+        trained = [share] if found.step != "ppo" else []
         lengths = (f"{report.mean:,.0f}", f"{report.median:,.0f}", f"{report.longest:,}")
         padding = [f"{report.padding[way]:.1%}" if way in report.padding else "-" for way in ways]
-        rows.append((source.name, LABELS[label], f"{report.tokens:,}", trained, *lengths, *padding))
-    columns = ("tokens", "trained on", "mean", "median", "longest", *(PADDING[way] for way in ways))
-    print_table(view, ("source", "for", *columns), rows)
+        rows.append((source.name, LABELS[label], f"{report.tokens:,}", *trained, *lengths, *padding))
+    columns = (
+        "tokens",
+        *(["trained on"] if found.step != "ppo" else []),
+        "mean",
+        "median",
+        "longest",
+        *(PADDING[way] for way in ways),
+    )
+    print_table(view, ("source", "for", *columns, *(PADDING[way] for way in ways)), rows)
 
 
 def print_mixture(view: View, found: Inspection) -> None:

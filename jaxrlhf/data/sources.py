@@ -404,6 +404,8 @@ def resolve_source(
     plain, _, wanted = (name, "", "") if Path(name).expanduser().exists() else name.rpartition("@")
     plain, wanted = (plain, wanted or split) if plain else (name, split)
     path = Path(plain).expanduser()
+    if named and (Path(named.path).expanduser().exists() or suffix_of(named.path) or looks_like_path(named.path)):
+        plain, path = named.path, Path(named.path).expanduser()  # a declaration may name a local file
     if path.is_file():
         if not suffix_of(path):
             endings = f"{', '.join(KINDS)}, each also {', '.join(COMPRESSED[1:])}"
@@ -413,16 +415,22 @@ def resolve_source(
     if path.is_dir() and not saved:
         found = [p for p in path.rglob("*") if p.is_file() and suffix_of(p)]
         visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        return Source(name, choose_splits(name, _by_split(name, visible, path), wanted), store, streaming)
+        groups = _by_split(name, visible, path)
+        return Source(name, choose_splits(name, groups, *_named_splits(named, groups, wanted)), store, streaming)
     if any(sign in plain for sign in "*?["):
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file() and suffix_of(p)]
         return Source(name, choose_splits(name, _by_split(name, found, path.parent), wanted), store, streaming)
     if not saved and (suffix_of(path) or looks_like_path(plain)):
         raise InputError(f"data_path '{name}': no such file or folder; check the path")
     groups = _load_saved(name, path, streaming) if saved else _load_hub(name, plain, named, streaming)
-    if named and not saved and not wanted:
-        wanted = named.split if named.split in groups else ""
-    return Source(name, choose_splits(name, groups, wanted, named.eval_split if named else ""), store, streaming)
+    return Source(name, choose_splits(name, groups, *_named_splits(named, groups, wanted)), store, streaming)
+
+
+def _named_splits(named: NamedDataset | None, groups: Mapping[str, Any], wanted: str) -> tuple[str, str]:
+    """The split to train on, and the one to evaluate on, as a declaration has them; empty: where it does not say."""
+    if named is None:
+        return wanted, ""
+    return wanted or (named.split if named.split in groups else ""), named.eval_split
 
 
 def _load_saved(name: str, folder: Path, streaming: bool) -> dict[str, Any]:

@@ -188,6 +188,7 @@ def test_shares_of_a_mixture_are_its_weights(tmp_path):
     a, b, c = found.sources
     assert (a.train.mixture.rows, b.train.mixture.rows) == (0.75, 0.25)
     assert a.train.mixture.passes == pytest.approx(0.75 * (38 + 28) / 38, rel=0.03)
+    assert "<td>75.0 %</td>" in page_of(found)
     assert c.train is None and "not used by sft: the mixture gives it to ppo" in printed(found)
 
 

@@ -60,3 +60,15 @@ def test_a_prompt_as_text_and_as_a_message_is_one_prompt(config, tokenizer, capl
     with caplog.at_level(logging.WARNING, "jaxrlhf"):
         load_data(config(pairs(20), eval_data_path=held_out), tokenizer, "ppo")
     assert "10 of 10 evaluation rows have a prompt that training rows have too" in caplog.text
+
+
+def test_a_declared_data_set_may_be_a_local_folder_with_its_own_splits(config, tokenizer, tmp_path):
+    (tmp_path / "tickets").mkdir()
+    for split, first in (("train_open", 0), ("train_closed", 100), ("test", 200)):
+        write(tmp_path / "tickets" / f"{split}.jsonl", pairs(20, first))
+    registry = tmp_path / "registry.yaml"
+    registry.write_text(f"- {{path: {tmp_path}/tickets, name: acme/tickets, split: train_closed, eval_split: test}}")
+    settings = config(data_path="acme/tickets", dataset_registry=str(registry))
+    train, evaluation = load_data(settings, tokenizer, "ppo")
+    assert sorted(train.prompts(np.arange(20))) == sorted(row["prompt"] for row in pairs(20, 100))
+    assert sorted(evaluation.prompts(np.arange(20))) == sorted(row["prompt"] for row in pairs(20, 200))

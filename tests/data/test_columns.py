@@ -78,9 +78,11 @@ def test_gsm8k_rows_load_for_ppo_without_responses_and_for_sft_with_the_solution
 
 
 def test_a_conversation_is_kept_as_messages_and_shown_to_functions_as_it_is_rendered(config, tokenizer):
-    messages = [{"role": "user", "content": "Hi"}]
-    train, _ = load_data(config([{"question": messages, "answer": "1"}] * 20), tokenizer, "ppo", ("answer",))
-    assert train.prompts([0]) == [messages] and train.prompt_texts([0]) == ["Human: Hi Assistant:"]
+    given = [{"question": [{"role": "user", "content": f"Hi {i}"}], "answer": "1"} for i in range(20)]
+    train, _ = load_data(config(given), tokenizer, "ppo", ("answer",))
+    messages = given[train.source(0)[1]]["question"]
+    assert train.prompts([0]) == [messages]
+    assert train.prompt_texts([0]) == [f"Human: {messages[0]['content']} Assistant:"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_data_set_without_references_stops_before_training(config, tokenizer):
 
 
 def test_a_value_that_is_not_json_is_named(tokenizer, tmp_path):
-    table = {"question": ["How many?"] * 20, "answer": [b"7"] * 20}
+    table = {"question": [f"How many {i}?" for i in range(20)], "answer": [b"7"] * 20}
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "rows.parquet")
     config = DataConfig.create(
         data_path=str(tmp_path / "rows.parquet"), prompt_field="question", data_cache_dir=str(tmp_path / "cache")

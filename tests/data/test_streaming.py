@@ -17,9 +17,9 @@ BATCH = 4
 def stream(config, tmp_path):
     """`stream(step, rows, **options)`: streamed training data, opened anew."""
 
-    def load(step="sft", rows=None, **options):
+    def load(step="sft", rows=None, *, tokenizer, **options):
         options = {"streaming": True, "shuffle_buffer": 16, "max_length": 48} | options
-        return load_data(config(rows if rows is not None else pairs(50), **options), options.pop("tokenizer"), step)
+        return load_data(config(rows if rows is not None else pairs(50), **options), tokenizer, step)
 
     return load
 
@@ -61,11 +61,11 @@ def test_each_row_comes_once_per_pass_in_another_order(stream, tokenizer):
 def test_a_packed_pass_holds_each_row_once(stream, tokenizer):
     data, held = stream(tokenizer=tokenizer, packing=True)
     rows, step = [], 0
-    while len(rows) < 50 - len(held):
+    n = 50 - held.rows
+    while len(rows) < n:
         rows += rows_of(data, [step])[0]
         step += 1
-    first = rows[: 50 - len(held)]
-    assert len(set(first)) == len(first)
+    assert len(set(rows[:n])) == n
 
 
 def test_held_out_prompts_are_never_trained_on(stream, tokenizer):

@@ -291,6 +291,11 @@ class PairData(Data):
     def capacity(self) -> int:
         return 2 * self.maximum
 
+    @property
+    def most_pairs(self) -> int:
+        """The most pairs of a packed row. A pair has at least four tokens."""
+        return max((bins.largest for bins in self.bins or ()), default=self.maximum // 4)
+
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
         """Builds `{chosen,rejected}_{ids,mask,loss_mask}` int32 [B, T], right-padded; `row_mask` int32 [B].
 
@@ -300,10 +305,10 @@ class PairData(Data):
         """
         row_mask = self.row_mask(indices)
         if self.bins is not None:
-            pairs = max(bins.largest for bins in self.bins)
-            counts = np.array([len(self.members(int(unit))) for unit in indices])
-            pair_mask = (np.arange(pairs) < counts[:, None]).astype(np.int32)
-            return self.packed(indices, held) | {"pair_mask": pair_mask, "row_mask": row_mask}
+            batch = self.packed(indices, held)
+            counts = batch["segment_ids"].max(axis=1, keepdims=True) // 2
+            pair_mask = (np.arange(self.most_pairs) < counts).astype(np.int32)
+            return batch | {"pair_mask": pair_mask, "row_mask": row_mask}
         units, width = self.sequences(indices, held), self.width(indices)
         batch: Batch = {}
         for j, side in enumerate(("chosen", "rejected")):

@@ -8,10 +8,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxrlhf.errors import InputError
+
 
 def default_cache() -> Path:
     """The cache folder where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
     return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the cache folder. Raises InputError when it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"data_cache_dir '{folder}': cannot be written ({error.strerror or error}); free space there, or choose "
+            "another folder"
+        ) from error
 
 
 def hash_json(value: object) -> str:

@@ -543,7 +543,10 @@ def check_serves(format: str, step: str, name: str) -> None:
     """Raises InputError when a step cannot use rows of a format."""
     if step in FORMATS[format].steps:
         return
-    need = "a preference: chosen and rejected" if step in ("reward", "dpo") else "prompts"
+    need = {
+        "sft": "a response (--completion_field, --chosen_field), messages (--messages_field) or text (--text_field)",
+        "ppo": "prompts (--prompt_field)",
+    }.get(step, "a preference: chosen and rejected (--chosen_field, --rejected_field)")
     raise InputError(
         f"{name}: holds {FORMATS[format].title} rows ({', '.join(FORMATS[format].columns)}), which {step} cannot use; "
         f"it needs rows with {need}"

@@ -24,7 +24,7 @@ from jaxrlhf.config import (
     alias,
 )
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
-from jaxrlhf.data.cache import default_cache, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.cache import check_writable, default_cache, hash_json, tokenizer_fingerprint
 from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
 from jaxrlhf.data.reading import Reading
@@ -218,6 +218,7 @@ class Loader:
         self.config, self.step = config, step
         self.tokenizer = with_template(tokenizer, config.template)
         self.folder = cache_folder(config)
+        check_writable(self.folder)
         self.sources = [source for source in config.sources if step in source.steps]
         if not self.sources:
             raise InputError(f"data_mixture: no source serves the step {step}; add it to the steps of one")

@@ -1,27 +1,18 @@
 """Batches: shapes, masks, and an order that depends on nothing but seed and step."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from jaxrlhf.data import (
-    PairData,
-    PromptData,
-    SFTData,
-    demo,
-    epoch_permutation,
-    eval_batches,
-    length_bucket,
-    stream_indices,
-)
-from jaxrlhf.data.batches import short_names
-from jaxrlhf.data.tokenized import Ragged
+from jaxrlhf.data import PairData, PromptData, SFTData, demo, epoch_permutation, eval_batches, length_bucket
+from jaxrlhf.data.order import epoch_units, stream_positions
+from jaxrlhf.data.packing import pack
+from jaxrlhf.data.tokenized import Part, features_of, make_part
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [8], [EOS, 9, 10, 11]]
 CHOSEN = [[12, EOS], [13] * 40 + [EOS], [14, 15, EOS]]
 REJECTED = [[16, EOS], [17, EOS], [18] * 70]
+KINDS = {SFTData: "sft", PairData: "reward", PromptData: "ppo"}
 
 
 @pytest.fixture(scope="module", params=["own pad", "pad is eos"])
@@ -32,12 +23,24 @@ def tokenizer(request):
     return tokenizer
 
 
-def data(kind, tokenizer, maximum=256):
+def part(step, rows, name="x"):
+    """Tokenised rows of a step: (prompt, *responses) each, of which the responses count."""
+    import datasets
+
+    columns = {column: [] for column in features_of(step)}
+    for number, (prompt, *responses) in enumerate(rows):
+        values = {"row": number, "problem": None, "cut": 0, "prompt_length": len(prompt), "kept": "[null]"}
+        for j, response in enumerate(responses or [[]]):
+            values |= {f"ids_{j}": prompt + response, f"mask_{j}": [0] * len(prompt) + [1] * len(response)}
+            values[f"length_{j}"] = len(prompt) + len(response)
+        for column, into in columns.items():
+            into.append(values[column])
+    return make_part(name, [datasets.Dataset.from_dict(columns, features=features_of(step))], len(rows), (), "rows")
+
+
+def data(kind, tokenizer, maximum=256, **options):
     columns = {SFTData: (PROMPTS, CHOSEN), PairData: (PROMPTS, CHOSEN, REJECTED), PromptData: (PROMPTS,)}[kind]
-    parts = [ids for row in zip(*columns, strict=True) for ids in row]
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in parts])])
-    rows = np.stack([np.zeros(3), np.arange(3)], axis=1).astype(np.int32)
-    return kind(Ragged(np.concatenate(parts).astype(np.int32), offsets, rows, ("x",), {}, ()), tokenizer, maximum)
+    return kind([part(KINDS[kind], list(zip(*columns, strict=True)))], tokenizer, maximum, **options)
 
 
 def test_sft_rows_are_right_padded_and_only_the_response_counts(tokenizer):
@@ -50,12 +53,6 @@ def test_sft_rows_are_right_padded_and_only_the_response_counts(tokenizer):
         assert set(batch["input_ids"][row, n:]) == {tokenizer.pad_token_id}
         assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (32 - n)
         assert batch["loss_mask"][row].tolist() == [0] * len(prompt) + [1] * len(response) + [0] * (32 - n)
-
-
-def test_whole_sequence_loss_counts_every_token_but_the_first(tokenizer):
-    batch = data(SFTData, tokenizer).batch([0, -1], completion_only_loss=False)
-    assert batch["loss_mask"].sum(axis=1).tolist() == [len(PROMPTS[0] + CHOSEN[0]) - 1, 0]
-    assert batch["loss_mask"][0, 0] == 0
 
 
 def test_pairs_share_one_width(tokenizer):
@@ -95,29 +92,21 @@ def test_eval_batches_give_each_row_once_and_fill_the_last_batch(tokenizer, kind
 
 
 def test_the_rows_of_each_source_can_be_evaluated_apart(tokenizer):
-    rows = data(SFTData, tokenizer)
-    ragged = dataclasses.replace(
-        rows.ragged, sources=("a/x.jsonl", "y", "b/x.csv"), rows=np.array([[0, 5], [2, 0], [0, 1]])
-    )
-    rows = SFTData(ragged, tokenizer, 256)
-    assert {name: numbers.tolist() for name, numbers in rows.rows_by_source().items()} == {"x": [0, 2], "x-2": [1]}
-    (batch,) = eval_batches(rows, 3, rows.rows_by_source()["x"])
-    for name, array in rows.batch([0, 2, -1]).items():
+    rows = list(zip(PROMPTS, CHOSEN, strict=True))
+    both = SFTData([part("sft", rows[:2], "x"), part("sft", rows[2:], "y")], tokenizer, 256)
+    assert {name: numbers.tolist() for name, numbers in both.rows_by_source().items()} == {"x": [0, 1], "y": [2]}
+    assert [both.source(i) for i in range(3)] == [("x", 0), ("x", 1), ("y", 0)]
+    (batch,) = eval_batches(both, 3, both.rows_by_source()["x"])
+    for name, array in both.batch([0, 1, -1]).items():
         np.testing.assert_array_equal(batch[name], array)
-
-
-def test_short_names_of_sources_are_unlike_and_hold_no_slash():
-    names = short_names(["/data/train.jsonl.gz", "other/train.csv", "Anthropic/hh-rlhf", "x/train.json", "folder/"])
-    assert names == ("train", "train-2", "hh-rlhf", "train-3", "folder")
-    assert short_names(["a-2", "a", "b/a"]) == ("a-2", "a", "a-3")
 
 
 @pytest.mark.parametrize("kind", [SFTData, PairData, PromptData])
 def test_processes_that_hold_different_rows_agree_on_shapes_and_make_up_the_whole_batch(tokenizer, kind, monkeypatch):
     rows, read = data(kind, tokenizer), []
     whole = rows.batch([0, 1, 2, -1])
-    part = Ragged.part
-    monkeypatch.setattr(Ragged, "part", lambda self, i, j: read.append(i) or part(self, i, j))
+    fetch = Part.fetch
+    monkeypatch.setattr(Part, "fetch", lambda self, i, names: read.extend(i) or fetch(self, i, names))
     first = rows.batch([0, 1, 2, -1], held=np.array([True, False, True, False]))
     assert set(read) == {0, 2}, "only the rows that are held are read"
     second = rows.batch([0, 1, 2, -1], held=np.array([False, True, False, True]))
@@ -135,6 +124,10 @@ def test_buckets_are_few_and_capped():
     assert length_bucket(10, 20) == 20
     with pytest.raises(ValueError, match="length 601 exceeds the maximum 600"):
         length_bucket(601, 600)
+
+
+def stream_indices(step, batch_size, n, seed):
+    return epoch_units(stream_positions(step, batch_size), n, seed)
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (10, 10), (3, 8), (1, 4), (7, 2)])
@@ -158,3 +151,99 @@ def test_epochs_and_seeds_differ_and_the_order_cannot_be_changed():
     assert len({tuple(order) for order in orders}) == 4
     with pytest.raises(ValueError, match="read-only"):
         epoch_permutation(50, 0, 0)[0] = 1
+
+
+# ---- packing
+
+
+def lengths_like_conversations(n, longest=512):
+    return np.clip(np.random.default_rng(n).lognormal(4.6, 0.8, n).astype(int), 4, longest)
+
+
+@pytest.mark.parametrize("n", [1, 7, 100, 3000])
+def test_bins_hold_each_row_once_and_never_more_than_fits(n):
+    lengths = lengths_like_conversations(n)
+    bins = pack(lengths, 512, seed=3)
+    assert sorted(np.concatenate([bins[i] for i in range(len(bins))])) == list(range(n))
+    sums = [lengths[bins[i]].sum() for i in range(len(bins))]
+    assert max(sums) <= 512 and min(map(len, (bins[i] for i in range(len(bins))))) > 0
+    assert bins.largest == max(len(bins[i]) for i in range(len(bins)))
+    if n == 3000:
+        assert sum(sums) / (len(bins) * 512) > 0.95
+
+
+def test_bins_depend_on_the_lengths_and_the_seed_alone():
+    lengths = lengths_like_conversations(300)
+    first, again, other = (pack(lengths, 512, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.rows, again.rows)
+    assert first.rows.tolist() != other.rows.tolist()
+
+
+def random_rows(n, responses):
+    rng = np.random.default_rng(n)
+    return [
+        tuple(rng.integers(2, 250, rng.integers(2, 12)).tolist() for _ in range(1 + responses)) for _ in range(n)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "sequences"), [(SFTData, 1), (PairData, 2)])
+def test_a_packed_batch_is_its_rows_segment_by_segment(tokenizer, kind, sequences):
+    rows = random_rows(40, sequences)
+    packed = kind([part(KINDS[kind], rows)], tokenizer, 32, packing=True, seed=1)
+    assert packed.maximum == 32 * sequences and packed.rows == 40 and len(packed) < 40
+    seen = []
+    for batch in eval_batches(packed, 4):
+        assert batch["input_ids"].shape == (4, batch["segment_ids"].shape[1])
+        np.testing.assert_array_equal(batch["attention_mask"], batch["segment_ids"] > 0)
+        for i in range(4):
+            segments = batch["segment_ids"][i]
+            count = segments.max() if batch["row_mask"][i] else 0
+            assert (np.diff(segments[segments > 0]) >= 0).all() and not segments[(segments > 0).sum() :].any()
+            found = [
+                tuple(tuple(batch[name][i][segments == s].tolist()) for name in ("input_ids", "loss_mask"))
+                for s in range(1, count + 1)
+            ]
+            assert count % sequences == 0
+            seen += [tuple(found[j : j + sequences]) for j in range(0, count, sequences)]
+            if kind is PairData:
+                assert batch["pair_mask"][i].tolist() == [1] * (count // 2) + [0] * (
+                    batch["pair_mask"].shape[1] - count // 2
+                )
+            if not count:
+                assert segments.tolist() == [1, *[0] * (len(segments) - 1)] and not batch["loss_mask"][i].any()
+    expected = [
+        tuple((tuple(prompt + r), (0,) * len(prompt) + (1,) * len(r)) for r in responses)
+        for prompt, *responses in rows
+    ]
+    assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", [SFTData, PairData])
+def test_processes_that_hold_different_packed_rows_make_up_the_batch(tokenizer, kind):
+    packed = kind([part(KINDS[kind], random_rows(40, 1 + (kind is PairData)))], tokenizer, 32, packing=True)
+    whole = packed.batch([0, 1, 2, -1])
+    parts = [packed.batch([0, 1, 2, -1], held=np.arange(4) % 2 == k) for k in (0, 1)]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(parts[0][name][::2], array[::2])
+        np.testing.assert_array_equal(parts[1][name][1::2], array[1::2])
+
+
+def test_a_batch_of_a_packed_epoch_holds_every_row_once(tokenizer):
+    packed = SFTData([part("sft", random_rows(100, 1))], tokenizer, 32, packing=True, seed=2)
+    units = np.concatenate([packed.indices(step, 1) for step in range(len(packed))])
+    rows = [row for unit in units for _, row in packed.members(int(unit))]
+    assert sorted(rows) == list(range(100))
+
+
+def test_batches_of_ppo_hold_prompts_of_like_lengths_and_every_row_once_an_epoch(tokenizer):
+    rng = np.random.default_rng(0)
+    prompts = [([5] * int(n),) for n in rng.integers(1, 200, 320)]
+    rows = PromptData([part("ppo", prompts)], tokenizer, 256, seed=4)
+    steps = [rows.indices(step, 10) for step in range(32)]
+    assert sorted(np.concatenate(steps)) == list(range(320)), "two windows of 16 batches are one epoch"
+    spread = np.mean([np.ptp(rows.lengths(units)[0]) for units in steps])
+    rows.group_by_length = False
+    plain = [rows.indices(step, 10) for step in range(32)]
+    assert sorted(np.concatenate(plain)) == list(range(320))
+    assert spread < 0.15 * np.mean([np.ptp(rows.lengths(units)[0]) for units in plain])
+    assert sorted(np.concatenate(steps[:16])) == sorted(np.concatenate(plain[:16])), "a window keeps its rows"

@@ -1,0 +1,137 @@
+"""Streaming: an order that depends on the seed and the step alone, however the run came to that step."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rows import pairs, prompts, write_lines
+
+from jaxrlhf.data import load_data
+from jaxrlhf.errors import InputError
+
+BATCH = 4
+
+
+@pytest.fixture
+def stream(config, tmp_path):
+    """`stream(step, rows, **options)`: streamed training data, opened anew."""
+
+    def load(step="sft", rows=None, *, tokenizer, **options):
+        options = {"streaming": True, "shuffle_buffer": 16, "max_length": 48} | options
+        return load_data(config(rows if rows is not None else pairs(50), **options), tokenizer, step)
+
+    return load
+
+
+def rows_of(data, steps):
+    """The (prompt and first response) ids of each row that each step trains on."""
+    return [
+        [tuple(row["ids_0"].tolist()) for unit in data.values(data.indices(step, BATCH), ["ids_0"]) for row in unit]
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("step", ["sft", "reward", "dpo", "ppo"])
+def test_a_step_is_the_same_after_a_fresh_start_far_into_the_stream(stream, tokenizer, step, packing):
+    steps = 40  # several passes over the rows
+    data, _ = stream(step, tokenizer=tokenizer, packing=packing)
+    expected = [data.batch(data.indices(k, BATCH)) for k in range(steps)]
+    for k in (steps - 1, 9, 23):
+        fresh, _ = stream(step, tokenizer=tokenizer, packing=packing)
+        found = fresh.batch(fresh.indices(k, BATCH))
+        assert found.keys() == expected[k].keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expected[k][name])
+    record = list(Path(data.streams[0].record).parent.glob("*"))
+    assert bool(record) == (packing and step != "ppo")
+
+
+def test_each_row_comes_once_per_pass_in_another_order(stream, tokenizer):
+    data, held = stream(tokenizer=tokenizer)
+    n = 50 - len(held)
+    rows = [row for step in rows_of(data, range(3 * n)) for row in step]
+    passes = [rows[first : first + n] for first in range(0, 3 * n, n)]
+    assert len(set(passes[0])) == n
+    assert set(passes[0]) == set(passes[1]) == set(passes[2])
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_a_packed_pass_holds_each_row_once(stream, tokenizer):
+    data, held = stream(tokenizer=tokenizer, packing=True)
+    rows, step = [], 0
+    n = 50 - held.rows
+    while len(rows) < n:
+        rows += rows_of(data, [step])[0]
+        step += 1
+    assert len(set(rows[:n])) == n
+
+
+def test_held_out_prompts_are_never_trained_on(stream, tokenizer):
+    rows = [{**row, "chosen": f"{row['chosen']} {k}"} for k in range(3) for row in pairs(40)]
+    data, held = stream("sft", rows, tokenizer=tokenizer, eval_fraction=0.2)
+    trained = {data.text(int(unit))["prompt"] for step in range(60) for unit in data.indices(step, BATCH)}
+    assert trained and set(prompts(held))
+    assert not trained & set(prompts(held))
+    assert trained | set(prompts(held)) == {f"Human: question {i} Assistant:" for i in range(40)}
+
+
+def test_steps_of_a_split_train_on_different_prompts(stream, tokenizer):
+    seen = {}
+    for step in ("sft", "reward", "ppo"):
+        data, held = stream(step, tokenizer=tokenizer, data_split="1,1,1", eval_fraction=0.2)
+        units = {int(unit) for number in range(40) for unit in data.indices(number, BATCH)}
+        seen[step] = {data.text(unit)["prompt"] for unit in units}
+    assert sum(map(len, seen.values())) + len(set(prompts(held))) == 50
+    assert len(set().union(*seen.values(), prompts(held))) == 50
+
+
+def test_a_stream_of_several_sources_keeps_their_shares(stream, tokenizer, config, tmp_path):
+    entries = [
+        {"path": write_lines(tmp_path / "a.jsonl", pairs(30)), "weight": 3},
+        {"path": write_lines(tmp_path / "b.jsonl", pairs(200, 50)), "weight": 1},
+    ]
+    (tmp_path / "mix.yaml").write_text(json.dumps(entries))
+    options = {"data_mixture": str(tmp_path / "mix.yaml"), "streaming": True, "shuffle_buffer": 8}
+    data, _ = load_data(config(**options), tokenizer, "sft")
+    numbers = [int(data.text(int(u))["prompt"].split()[2]) for k in range(10) for u in data.indices(k, BATCH)]
+    assert sum(number < 50 for number in numbers) == 30
+    assert data.progress(10, BATCH) == {"data/a/share": 0.75, "data/b/share": 0.25}
+
+
+def test_unusable_rows_are_left_out_of_the_stream(stream, tokenizer):
+    rows = pairs(50)
+    rows[7]["chosen"] = None
+    rows[9] = "text"
+    data, held = stream("sft", rows, tokenizer=tokenizer)
+    seen = {row for step in rows_of(data, range(40)) for row in step}
+    assert len(seen) == 48 - len(held)
+
+
+def test_processes_read_their_share_of_a_batch(stream, tokenizer):
+    data, _ = stream(tokenizer=tokenizer, packing=True)
+    indices = data.indices(3, BATCH)
+    whole = data.batch(indices)
+    parts = [data.batch(indices, held=np.arange(BATCH) == k) for k in range(BATCH)]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.stack([parts[k][name][k] for k in range(BATCH)]), array)
+
+
+def test_the_number_of_rows_of_a_stream_is_not_known(stream, tokenizer):
+    data, _ = stream(tokenizer=tokenizer)
+    assert data.size is None and "epoch" not in data.progress(3, BATCH)
+    with pytest.raises(InputError, match="streaming requires max_steps"):
+        len(data)
+
+
+def test_what_cannot_stream_is_refused(stream, tokenizer):
+    unpaired = [{"prompt": f"q{i // 2}", "completion": "a", "label": bool(i % 2)} for i in range(20)]
+    with pytest.raises(InputError, match="unpaired preferences, whose pairs span rows; reward cannot stream them"):
+        stream("reward", unpaired, tokenizer=tokenizer)
+    assert stream("sft", unpaired, tokenizer=tokenizer, eval_fraction=0.3)
+    bad = [{"prompt": "q", "completion": None}] * 20
+    with pytest.raises(InputError, match=r"no usable row|no row of the stream is held out"):
+        data, _ = stream("sft", bad, tokenizer=tokenizer)
+        data.indices(0, BATCH)
+        data.batch(data.indices(0, BATCH))

@@ -101,6 +101,7 @@ def language_model(folder: Path) -> Path:
         model_type="llama",
         config_overrides=SHAPE,
         tokenizer_name_or_path=str(materialize_demo(cache_folder(DataConfig())).tokenizer),
+        packing=False,
         max_steps=400,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=100,

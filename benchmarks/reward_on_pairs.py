@@ -41,7 +41,7 @@ SFT = {
     "per_device_eval_batch_size": 16,
     "learning_rate": 2e-3,
 }
-SFT |= {"train_on": "everything", "model_type": "gpt2", "config_overrides": SHAPE}
+SFT |= {"train_on": "everything", "packing": False, "model_type": "gpt2", "config_overrides": SHAPE}
 REWARD = {"max_length": 320, "max_steps": 400, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 24}
 REWARD |= {"learning_rate": 3e-4, "eval_steps": 50}
 SIDES = ("chosen", "rejected")

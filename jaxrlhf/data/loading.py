@@ -29,6 +29,7 @@ from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
 from jaxrlhf.data.reading import Reading
 from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_groups
+from jaxrlhf.data.sources import named_as
 from jaxrlhf.data.streaming import STREAMS, StreamSource, stream_shares
 from jaxrlhf.data.tokenized import SEQUENCES, Encoding, Part
 from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, with_template
@@ -302,7 +303,8 @@ class Loader:
         return (train, self.data("eval", [*parts, *held_out], key)), contents
 
     def reading(self, source: SourceConfig, evaluates: bool = False) -> Reading:
-        reading = Reading(self.config, source, self.step, self.folder)
+        with named_as("eval_" if evaluates and self.config.eval_data_path else ""):
+            reading = Reading(self.config, source, self.step, self.folder)
         return reading.of("eval") if evaluates and reading.has("eval") else reading
 
     def other_sources(self) -> list[SourceConfig]:

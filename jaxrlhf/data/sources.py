@@ -379,6 +379,16 @@ class Source:
         return self._tables[split]
 
 
+@contextlib.contextmanager
+def named_as(prefix: str) -> Iterator[None]:
+    """Errors about a data_path name the setting that the path comes from: `eval_` or `ptx_` before data_path."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        raise (InputError(prefix + text) if text.startswith("data_path ") else error) from error.__cause__
+
+
 def resolve_source(
     name: str, cache: Path, *, split: str = "", named: NamedDataset | None = None, streaming: bool = False
 ) -> Source:

@@ -10,10 +10,10 @@ import numpy as np
 
 from jaxrlhf.data.batches import Batch, Indices
 from jaxrlhf.data.cache import created, hash_json, tokenizer_fingerprint
-from jaxrlhf.data.formats import look_up
+from jaxrlhf.data.formats import MISSING, kind_of, look_up
 from jaxrlhf.data.order import epoch_units, stream_positions
 from jaxrlhf.data.rendering import encode_texts_as_documents
-from jaxrlhf.data.sources import resolve_source
+from jaxrlhf.data.sources import named_as, resolve_source
 from jaxrlhf.data.tokenized import CHUNK
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
@@ -125,6 +125,7 @@ def load_text(
     )
 
 
+@named_as("ptx_")
 def _joined_documents(
     paths: Sequence[str], tokenizer, field: str, cache: Path
 ) -> tuple[tuple[np.ndarray, np.ndarray], str]:
@@ -153,10 +154,11 @@ def _documents(sources: Sequence, field: str) -> Iterator[list[str]]:
             for batch in table.dataset.iter(batch_size=CHUNK):
                 rows, texts = table.parse(batch, first), []
                 for i, row in enumerate(rows):
-                    text = look_up(row, field) if isinstance(row, Mapping) else None
+                    text = look_up(row, field) if isinstance(row, Mapping) else MISSING
                     if row is not None and not isinstance(text, str):
+                        found = "is missing" if text is MISSING else f"is {kind_of(text)}"
                         raise InputError(
-                            f"{table.where(first + i)}: '{field}' must hold the text, found {type(text).__name__}; "
+                            f"{table.where(first + i)}: '{field}' must hold the text, but {found}; "
                             "name the column with --ptx_field"
                         )
                     texts += [text] if isinstance(text, str) and text else []

@@ -322,13 +322,16 @@ def test_text_is_joined_by_eos_and_cut_into_blocks(demo, tmp_path):
     assert len(held) == round(0.25 * (len(expected) // 24))
     batch = train.batch([1, -1, 0], held=np.array([True, True, False]))
     np.testing.assert_array_equal(batch["input_ids"][0], train.tokens[1])
-    assert batch["row_mask"].tolist() == [1, 0, 1] and batch["loss_mask"].sum(1).tolist() == [23, 0, 23]
+    begins = np.concatenate([[True], np.array(expected) == demo.tokenizer.eos_token_id])  # a document follows an EOS
+    inside = ~begins[: train.tokens.size].reshape(-1, 24)
+    inside[:, 0] = False
+    assert batch["row_mask"].tolist() == [1, 0, 1]
+    np.testing.assert_array_equal(batch["loss_mask"], [inside[1], np.zeros(24), inside[0]])
+    np.testing.assert_array_equal(batch["segment_ids"][0], 1 + np.cumsum(begins[24:48] & (np.arange(24) > 0)))
     assert (batch["input_ids"][1:] == 0).all()
     again, _ = load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options)
     assert again.key == train.key
-    with pytest.raises(
-        InputError, match=r"rows.jsonl.*line 1.*field 'text' must hold the text, found NoneType.*ptx_field"
-    ):
+    with pytest.raises(InputError, match=r"rows.jsonl.*line 1: 'text' must hold the text, but is missing; .*ptx_field"):
         load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options | {"field": "text"})
     with pytest.raises(InputError, match=r"holds [\d,]+ tokens, less than two blocks of 9000.*ptx_block_size"):
         load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options | {"block": 9000})

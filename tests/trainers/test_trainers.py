@@ -325,6 +325,8 @@ def test_a_built_in_chat_template_on_a_base_model_reaches_every_file_of_the_expo
             {"attention_implementation": "cudnn", "packing": False},
             r"attention_implementation: .*'cudnn' .* not on cpu",
         ),
+        ("sft", {"attention_implementation": "cudnn"}, r"'cudnn' .* cannot see the segments .* packing: false"),
+        ("sft", {"eval_data_path": "missing.jsonl"}, r"^eval_data_path 'missing.jsonl': no such file"),
         ("reward", {"attention_implementation": "cudnn"}, r"attention_implementation: .*'cudnn' .* not on cpu"),
         ("ppo", {"generation_slots": 3, "generate_tensor_parallel": 4}, r"slots=3 must be a multiple of 2"),
         ("ppo", {"critic_zero_stage": 4}, r"critic_zero_stage=4 must be .*0, 1, 2, 3"),

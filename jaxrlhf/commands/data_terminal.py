@@ -220,15 +220,9 @@ def print_counts(view: View, found: Inspection) -> None:
         lengths = (f"{report.mean:,.0f}", f"{report.median:,.0f}", f"{report.longest:,}")
         padding = [f"{report.padding[way]:.1%}" if way in report.padding else "-" for way in ways]
         rows.append((source.name, LABELS[label], f"{report.tokens:,}", *trained, *lengths, *padding))
-    columns = (
-        "tokens",
-        *(["trained on"] if found.step != "ppo" else []),
-        "mean",
-        "median",
-        "longest",
-        *(PADDING[way] for way in ways),
-    )
-    print_table(view, ("source", "for", *columns, *(PADDING[way] for way in ways)), rows)
+    first = ["tokens"] if found.step == "ppo" else ["tokens", "trained on"]
+    columns = ("source", "for", *first, "mean", "median", "longest", *(PADDING[way] for way in ways))
+    print_table(view, columns, rows)
 
 
 def print_mixture(view: View, found: Inspection) -> None:
@@ -246,8 +240,10 @@ def print_table(view: View, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table whose first two columns are words and whose others are numbers."""
     table = Table(box=HORIZONTALS, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i > 1, overflow="fold")
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold")
     for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"a row of {len(row)} cells in a table of {len(columns)} columns")
         table.add_row(*map(Text, row))
     view.indented(table)
 

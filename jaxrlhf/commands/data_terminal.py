@@ -29,7 +29,7 @@ TITLES = {
     "shared_prompts": "rows of evaluation whose prompt stands in training",
 }
 LABELS = {"train": "train", "eval": "eval"}
-PADDING = {"batches": "padding", "packed": "when packed", "sorted": "when sorted"}
+PADDING = {"batches": "in batches of {}", "packed": "when packed", "sorted": "when sorted by length"}
 
 
 class View:
@@ -82,6 +82,7 @@ def print_inspection(found: Inspection, stream: TextIO | None = None) -> None:
     print_rows(view, found)
     print_packed(view, found)
     print_counts(view, found)
+    print_tokens(view, found)
     print_mixture(view, found)
     print_lengths(view, found)
     print_duplicates(view, found)
@@ -194,7 +195,7 @@ def reports_of(found: Inspection) -> Iterator[tuple[SourceReport, str, RowsRepor
 
 
 def print_counts(view: View, found: Inspection) -> None:
-    """Rows and tokens of each source, and why rows were left out."""
+    """Rows of each source, and why rows were left out or cut."""
     name, bound = found.bound
     view.title(f"Rows ({name} {bound})")
     rows = []
@@ -211,18 +212,26 @@ def print_counts(view: View, found: Inspection) -> None:
             more = ", …" if reason.rows > len(reason.places) else ""
             places = ", ".join(map(near, reason.places)) + more
             view.indented(Text(plain_text(f"{source.name} {LABELS[label]}, {reason.what}: {reason.rows:,} ({places})")))
-    view.title(f"Tokens (mean, median and longest: of a sequence; padding: in batches of {found.batch_size} rows)")
-    ways = dict.fromkeys(way for _, _, report in reports_of(found) for way in report.padding)
+
+
+def print_tokens(view: View, found: Inspection) -> None:
+    """Tokens, lengths and padding of each source."""
+    trained = found.step != "ppo"
+    view.title("Tokens (mean, median and longest: of a sequence)")
     rows = []
     for source, label, report in reports_of(found):
-        share = f"{report.trained_tokens / max(report.tokens, 1):.0%}"
-        trained = [share] if found.step != "ppo" else []
-        lengths = (f"{report.mean:,.0f}", f"{report.median:,.0f}", f"{report.longest:,}")
-        padding = [f"{report.padding[way]:.1%}" if way in report.padding else "-" for way in ways]
-        rows.append((source.name, LABELS[label], f"{report.tokens:,}", *trained, *lengths, *padding))
-    first = ["tokens"] if found.step == "ppo" else ["tokens", "trained on"]
-    columns = ("source", "for", *first, "mean", "median", "longest", *(PADDING[way] for way in ways))
+        cells = [source.name, LABELS[label], f"{report.tokens:,}"]
+        cells += [f"{report.trained_tokens / max(report.tokens, 1):.0%}"] if trained else []
+        rows.append([*cells, f"{report.mean:,.0f}", f"{report.median:,.0f}", f"{report.longest:,}"])
+    columns = ["source", "for", "tokens", *(["trained on"] if trained else []), "mean", "median", "longest"]
     print_table(view, columns, rows)
+    view.title("Padding")
+    ways = dict.fromkeys(way for _, _, report in reports_of(found) for way in report.padding)
+    rows = [
+        [source.name, LABELS[label], *(f"{report.padding[way]:.1%}" if way in report.padding else "-" for way in ways)]
+        for source, label, report in reports_of(found)
+    ]
+    print_table(view, ["source", "for", *(PADDING[way].format(found.batch_size) for way in ways)], rows)
 
 
 def print_mixture(view: View, found: Inspection) -> None:

@@ -118,7 +118,8 @@ def open_file(path: Path) -> Iterator[Any]:
     import fsspec
 
     with reading(path), fsspec.open(str(path), "rb", compression=compression_of(path)) as file:
-        yield io.BufferedReader(file)  # the reader of zstandard gives no lines
+        raw: Any = file
+        yield io.BufferedReader(raw)  # the reader of zstandard gives no lines
 
 
 def compression_of(path: Path) -> str | None:

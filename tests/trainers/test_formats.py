@@ -17,6 +17,8 @@ from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
+pytestmark = pytest.mark.long
+
 USER = {"role": "user", "content": "Is the sea blue?"}
 YES = {"role": "assistant", "content": "Yes, it is."}
 NO = {"role": "assistant", "content": "No."}
@@ -64,7 +66,9 @@ def ground(lab, tmp_path_factory):
     model = lab.tiny_model(options, scale=0.1)
     save_pretrained(model, folder / "lm", tokenizer)
     held = write_lines(folder / "held.jsonl", pairs(2))
-    (folder / "rewards.py").write_text("def size(prompts, responses):\n    return [float(len(text)) for text in responses]\n")
+    (folder / "rewards.py").write_text(
+        "def size(prompts, responses):\n    return [float(len(text)) for text in responses]\n"
+    )
     return SimpleNamespace(folder=folder, lm=str(folder / "lm"), held=held)
 
 

@@ -207,7 +207,7 @@ class Data:
         """The place of a row for messages: `rows.jsonl line 3`."""
         ((k, row),) = self.members(i)[:1]
         part, number = self.parts[k], self.source(i)[1]
-        if part.reading is None:
+        if part.reading is None or part.tables is None:
             return f"{part.name} row {number + 1}"
         return part.reading.where(int(part.tables[part.rows[row]]), number)
 

@@ -203,6 +203,14 @@ class Data:
         ((k, row),) = self.members(i)[:1]
         return self.parts[k].name, int(self.parts[k].fetch([row], ["row"])["row"][0])
 
+    def where(self, i: int) -> str:
+        """The place of a row for messages: `rows.jsonl line 3`."""
+        ((k, row),) = self.members(i)[:1]
+        part, number = self.parts[k], self.source(i)[1]
+        if part.reading is None or part.tables is None:
+            return f"{part.name} row {number + 1}"
+        return part.reading.where(int(part.tables[part.rows[row]]), number)
+
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
         """Builds the batch of these units.
 

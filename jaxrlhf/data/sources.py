@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.cache import created
 from jaxrlhf.errors import InputError
@@ -118,7 +118,8 @@ def open_file(path: Path) -> Iterator[Any]:
     import fsspec
 
     with reading(path), fsspec.open(str(path), "rb", compression=compression_of(path)) as file:
-        yield io.BufferedReader(cast(Any, file))  # the reader of zstandard gives no lines
+        raw: Any = file
+        yield io.BufferedReader(raw)  # the reader of zstandard gives no lines
 
 
 def compression_of(path: Path) -> str | None:

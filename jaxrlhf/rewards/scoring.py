@@ -30,7 +30,7 @@ class References(Protocol):
 
     def columns(self, indices: Sequence[int]) -> dict[str, list[object]]: ...
 
-    def source(self, i: int) -> tuple[str, int]: ...
+    def where(self, i: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,8 @@ class Rewards:
                     try:
                         check(reference)
                     except ValueError as error:
-                        source, row = data.source(i)
                         raise InputError(
-                            f"{source} row {row + 1}, column '{column}': {error}, which reward function {name} needs; "
+                            f"{data.where(i)}, column '{column}': {error}, which reward function {name} needs; "
                             f"correct the data, or name another column: {name}:column=…"
                         ) from error
 

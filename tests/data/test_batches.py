@@ -181,9 +181,7 @@ def test_bins_depend_on_the_lengths_and_the_seed_alone():
 
 def random_rows(n, responses):
     rng = np.random.default_rng(n)
-    return [
-        tuple(rng.integers(2, 250, rng.integers(2, 12)).tolist() for _ in range(1 + responses)) for _ in range(n)
-    ]
+    return [tuple(rng.integers(2, 250, rng.integers(2, 12)).tolist() for _ in range(1 + responses)) for _ in range(n)]
 
 
 @pytest.mark.parametrize(("kind", "sequences"), [(SFTData, 1), (PairData, 2)])
@@ -212,8 +210,7 @@ def test_a_packed_batch_is_its_rows_segment_by_segment(tokenizer, kind, sequence
             if not count:
                 assert segments.tolist() == [1, *[0] * (len(segments) - 1)] and not batch["loss_mask"][i].any()
     expected = [
-        tuple((tuple(prompt + r), (0,) * len(prompt) + (1,) * len(r)) for r in responses)
-        for prompt, *responses in rows
+        tuple((tuple(prompt + r), (0,) * len(prompt) + (1,) * len(r)) for r in responses) for prompt, *responses in rows
     ]
     assert sorted(seen) == sorted(expected)
 

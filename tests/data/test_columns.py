@@ -108,7 +108,7 @@ def test_a_data_set_without_references_stops_before_training(config, tokenizer):
     with pytest.raises(InputError, match=r"rows\.jsonl line \d+: 'gold' is missing"):
         load_data(config(given), tokenizer, "ppo", Rewards(["exact_match:column=gold"]).columns)
     train, _ = load_data(config([{**row, "answer": "see above"} for row in given]), tokenizer, "ppo", ("answer",))
-    with pytest.raises(InputError, match=r"rows\.jsonl row \d+, column 'answer': .*'see above' holds no number"):
+    with pytest.raises(InputError, match=r"rows\.jsonl line \d+, column 'answer': .*'see above' holds no number"):
         Rewards(["number_match"]).check_references(train)
 
 

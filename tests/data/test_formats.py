@@ -338,9 +338,7 @@ def test_columns_of_no_format_are_listed_with_the_nearest(config, tokenizer):
     )
     assert "The nearest is preference, implicit prompt (data_format preference_implicit), which lacks chosen" in message
     assert "--chosen_field" in message
-    with pytest.raises(
-        InputError, match=r"Found: a \(a number\)\. Formats have the columns: .*messages"
-    ):
+    with pytest.raises(InputError, match=r"Found: a \(a number\)\. Formats have the columns: .*messages"):
         load_data(config([{"a": 1}] * 3), tokenizer, "sft")
     with pytest.raises(InputError, match=r"nearest is preference, explicit prompt.*lacks rejected"):
         load_data(config(rows, data_format="preference"), tokenizer, "dpo")

@@ -142,12 +142,16 @@ def test_bad_rows_are_counted_and_named(config, tokenizer, caplog):
     ],
 )
 def test_what_is_wrong_with_a_field_is_said_when_no_row_is_left(config, tokenizer, bad, message):
-    with pytest.raises(InputError, match=rf"sft (train|eval) data: no usable row is left of \d+ .*{message}.*names of its columns"):
+    with pytest.raises(
+        InputError, match=rf"sft (train|eval) data: no usable row is left of \d+ .*{message}.*names of its columns"
+    ):
         load_data(config([{**row, **bad} for row in pairs(20)]), tokenizer, "sft")
 
 
 def test_an_absent_field_stops_with_the_flag_that_names_it(config, tokenizer):
-    with pytest.raises(InputError, match=r"prompt only rows \(prompt\), which sft cannot use; it needs.*--chosen_field"):
+    with pytest.raises(
+        InputError, match=r"prompt only rows \(prompt\), which sft cannot use; it needs.*--chosen_field"
+    ):
         load_data(config(pairs(20), chosen_field="answer"), tokenizer, "sft")
 
 

@@ -152,7 +152,9 @@ def test_the_order_is_that_of_one_process_on_four_and_after_a_resume(mixed, toke
         parts = [resumed.batch(indices, held=np.arange(8) // 2 == process) for process in range(4)]
         for name, array in whole.items():
             np.testing.assert_array_equal(resumed.batch(indices)[name], array)
-            np.testing.assert_array_equal(np.concatenate([p[name][2 * k : 2 * k + 2] for k, p in enumerate(parts)]), array)
+            np.testing.assert_array_equal(
+                np.concatenate([p[name][2 * k : 2 * k + 2] for k, p in enumerate(parts)]), array
+            )
 
 
 def test_the_rows_of_a_source_do_not_depend_on_the_others(mixed, tokenizer):
@@ -177,7 +179,10 @@ def test_the_rows_of_a_source_do_not_depend_on_the_others(mixed, tokenizer):
         ([{"path": "a", "weight": "much"}], r"source 1: .*weight.*much"),
         ([{"path": "a", "weight": 1}, {"weight": 2}], r"source 2: a source of data_mixture has no path"),
         ([{"path": "a"}, 7], r"source 2 is not a mapping with a path, but int"),
-        ([{"path": "x/a.jsonl"}, {"path": "y/a.csv"}], r"two sources have the name 'a'; give one of them another `name`"),
+        (
+            [{"path": "x/a.jsonl"}, {"path": "y/a.csv"}],
+            r"two sources have the name 'a'; give one of them another `name`",
+        ),
         ([{"path": "a", "name": "n"}, {"path": "b", "name": "n"}], r"two sources have the name 'n'"),
         ([{"path": "a", "weight": 1}, {"path": "b"}], r"source 'b' has no weight, but others have"),
         ([{"path": "a", "wieght": 1}], r"source 1: .*wieght"),

@@ -374,9 +374,7 @@ def test_a_hub_name_carries_configuration_and_split(hub, config, tokenizer):
 
 
 def test_hub_splits_are_refused_with_the_list(hub, config, tokenizer):
-    with pytest.raises(
-        InputError, match="several splits to train on: train_a, train_b; choose one with someone/pai"
-    ):
+    with pytest.raises(InputError, match="several splits to train on: train_a, train_b; choose one with someone/pai"):
         load_data(config(data_path="someone/pairs"), tokenizer, "reward")
     with pytest.raises(InputError, match="has no split 'train_c'; it has train_a, train_b, test_a"):
         load_data(config(data_path="someone/pairs@train_c"), tokenizer, "reward")
@@ -387,9 +385,7 @@ def test_a_name_the_hub_cannot_give_stops_with_a_remedy(source, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(
-        InputError, match=r"'someone/pairs': neither a file or folder here nor .*no network.*or give"
-    ):
+    with pytest.raises(InputError, match=r"'someone/pairs': neither a file or folder here nor .*no network.*or give"):
         source("someone/pairs")
 
 

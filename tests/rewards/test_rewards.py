@@ -461,8 +461,8 @@ def test_references_that_nothing_could_match_are_named_with_their_place_before_a
         def columns(self, indices):
             return {"answer": [self.values[i] for i in indices]}
 
-        def source(self, i):
-            return "gsm.jsonl", 10 + i
+        def where(self, i):
+            return f"gsm.jsonl row {11 + i}"
 
     rewards = Rewards(["number_match", "exact_match", "length:limit=5"])
     rewards.check_references(Rows(list(GSM) * 300), chunk=64)

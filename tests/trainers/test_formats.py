@@ -1,21 +1,23 @@
-"""A row of every format goes through every trainer that it serves, to one optimizer step."""
+"""Rows of every format go through every trainer that they serve, to one optimizer step."""
 
 import json
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from chat_tokenizers import chat_tokenizer
 from rows import pairs, write_lines
 
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data.formats import FORMATS
-from jaxrlhf.models import load_pretrained, save_pretrained
+from jaxrlhf.models import save_pretrained
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
+
+pytestmark = pytest.mark.long
 
 USER = {"role": "user", "content": "Is the sea blue?"}
 YES = {"role": "assistant", "content": "Yes, it is."}
@@ -52,12 +54,6 @@ TRAINERS = {
     "dpo packed": (train_dpo, DPOConfig, {"packing": True}),
     "ppo": (train_ppo, PPOConfig, {"max_prompt_seq_len": 64, "max_answer_seq_len": 8}),
 }
-CASES = [
-    (trainer, name)
-    for trainer in TRAINERS
-    for name, (form, _) in ROWS.items()
-    if trainer.split()[0] in FORMATS[form].steps
-]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,9 @@ def ground(lab, tmp_path_factory):
     model = lab.tiny_model(options, scale=0.1)
     save_pretrained(model, folder / "lm", tokenizer)
     held = write_lines(folder / "held.jsonl", pairs(2))
-    (folder / "rewards.py").write_text("def size(responses):\n    return [float(len(text)) for text in responses]\n")
+    (folder / "rewards.py").write_text(
+        "def size(prompts, responses):\n    return [float(len(text)) for text in responses]\n"
+    )
     return SimpleNamespace(folder=folder, lm=str(folder / "lm"), held=held)
 
 
@@ -84,23 +82,29 @@ def test_every_format_is_there():
     assert {form for form, _ in ROWS.values()} == set(FORMATS)
 
 
-@pytest.mark.parametrize(("trainer", "name"), CASES, ids=[f"{a}: {b}" for a, b in CASES])
-def test_a_row_of_the_format_makes_one_optimizer_step(trainer, name, ground, tmp_path):
-    form, row = ROWS[name]
-    other = {"completion": [NO] if "conv" in name else " is green.", "label": False}
-    rows = [row, row | other] * 8 if form == "unpaired" else [row] * 16
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_rows_of_all_formats_that_a_trainer_serves_make_one_optimizer_step(trainer, ground, tmp_path):
+    step, sources = trainer.split()[0], {}
+    for name, (form, row) in ROWS.items():
+        if step in FORMATS[form].steps:
+            other = {"completion": [NO] if "conversational" in name else " is green.", "label": False}
+            rows = [row, row | other] * 2 if form == "unpaired" else [row] * 2
+            name = name.replace(", ", "_")
+            path = write_lines(tmp_path / f"{name}.jsonl", rows)
+            sources[name] = {"path": path, "name": name, "weight": 1, "steps": [step]}
+    (tmp_path / "mixture.yaml").write_text(json.dumps(list(sources.values())))
     run, config, options = TRAINERS[trainer]
-    options = options | {"data_path": write_lines(tmp_path / "rows.jsonl", rows), "eval_data_path": ground.held}
-    options |= {"data_cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / "run"), "max_length": 64}
-    options |= {"max_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "warmup_steps": 0}
-    options |= {"per_device_eval_batch_size": 1, "eval_steps": 0}
-    if trainer == "ppo":
+    options = options | {"data_mixture": str(tmp_path / "mixture.yaml"), "eval_data_path": ground.held}
+    options |= {"data_cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / "run"), "max_length": 96}
+    options |= {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0}
+    options |= {"per_device_eval_batch_size": 1, "eval_steps": 0, "logging_steps": 1}
+    if step == "ppo":
         options |= {"actor_model_name_or_path": ground.lm, "reward_functions": (f"{ground.folder}/rewards.py:size",)}
     else:
         options |= {"model_name_or_path": ground.lm}
     run(config.create(**options))
-    (record,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][:1]
-    losses = [value for key, value in record.items() if "loss" in key]
-    assert losses and np.isfinite(losses).all()
-    before = load_pretrained(ground.lm).params
-    _ = jax.tree.leaves(before)
+    record = {name: x for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") for name, x in line.items()}
+    assert {key.split("/")[1] for key, share in record.items() if key.endswith("/share") and share > 0} == set(sources)
+    figures = {key: value for key, value in record.items() if "loss" in key or "grad_norm" in key}
+    assert len(figures) >= 2 and all(np.isfinite(value) for value in figures.values())
+    assert all(value > 0 for key, value in figures.items() if "grad_norm" in key)

@@ -136,6 +136,11 @@ class DataConfig(Settings, may_change=True):
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value or ())))
         if self.data_path and self.data_mixture:
             raise InputError("data_path and data_mixture exclude each other: put all sources into the mixture")
+        if self.streaming and self.pair_rule != "best_worst" and not self.packing:
+            raise InputError(
+                f"pair_rule={self.pair_rule} makes several pairs of a row, which streaming takes only with packing: set "
+                "packing to true, or pair_rule to best_worst"
+            )
         if self.data_format and self.data_format not in FORMATS:
             raise InputError(f"data_format '{self.data_format}': must be one of {', '.join(FORMATS)}")
         parse_split(self.data_split)

@@ -33,7 +33,8 @@ def split_groups(
     are disjoint (dpo has those of reward and ppo) and, with the held-out rows, complete.
 
     Args:
-        groups: int64 [n]: the group of each row; -1: the row is left out.
+        groups: int64 [n]: the group of each row; -1: the row is left out; less: it is unusable, and counted with the
+            rows to train on.
         step: "sft", "reward", "ppo" or "dpo".
         data_split: shares of the steps; see `parse_split`.
         held_out: fraction of the groups to evaluate on (at least one group), or 0.
@@ -43,7 +44,9 @@ def split_groups(
     Returns:
         Sorted row numbers (int64) to train on and to evaluate on.
     """
-    rows = np.flatnonzero(groups != -1)
+    rows, unusable = np.flatnonzero(groups >= 0), np.flatnonzero(groups < -1)
+    if not len(rows):
+        return unusable, unusable  # what is wrong with them is told where they are tokenised
     _, first, member = np.unique(groups[rows], return_index=True, return_inverse=True)
     number = np.empty(len(first), np.int64)
     number[np.argsort(first)] = np.arange(len(first))  # groups are numbered by their first row
@@ -59,7 +62,7 @@ def split_groups(
         ends = np.round(np.cumsum((0.0, *weights)) / sum(weights) * len(train)).astype(int)
         begin, end = SHARES[step]
         train = train[ends[begin] : ends[end]]
-    return rows[np.isin(member, train)], rows[np.isin(member, evaluation)]
+    return np.sort(np.concatenate([rows[np.isin(member, train)], unusable])), rows[np.isin(member, evaluation)]
 
 
 def limit_rows(rows: np.ndarray, limit: int, seed: int) -> np.ndarray:

@@ -163,6 +163,14 @@ class StreamSource:
                     result.append(row | arrays)
         return result
 
+    def _usable(self, window: int, unit: int) -> list[dict[str, Any]]:
+        """The tokenised row of a window, or the next usable one, so that a batch has no holes."""
+        rows = self._read(window)
+        for row in rows[unit:] + rows[:unit]:
+            if tokens := self.tokenised([row]):
+                return tokens[:1]
+        raise InputError(f"data_path '{self.name}': none of {len(rows):,} rows in a row of the stream is usable")
+
     def fetch(self, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
         """The tokenised rows of these units of the source."""
         found: dict[int, list[dict[str, Any]]] = {}
@@ -175,7 +183,7 @@ class StreamSource:
                     tokens, bins = self._pack(window)
                     found[number] = [tokens[row] for row in bins[unit]]
                 else:
-                    found[number] = self.tokenised([self._read(window)[unit]])
+                    found[number] = self._usable(window, unit)
         return [found[number] for number in numbers]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxrlhf.data.formats import Prompt
+from jaxrlhf.data.messages import Prompt
 from jaxrlhf.data.order import Schedule, epoch_units, stream_positions
 from jaxrlhf.data.packing import Bins, pack
 from jaxrlhf.data.tokenized import Part

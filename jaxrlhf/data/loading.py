@@ -138,7 +138,7 @@ class DataConfig(Settings, may_change=True):
             raise InputError("data_path and data_mixture exclude each other: put all sources into the mixture")
         if self.streaming and self.pair_rule != "best_worst" and not self.packing:
             raise InputError(
-                f"pair_rule={self.pair_rule} makes several pairs of a row, which streaming takes only with packing: set "
+                f"pair_rule={self.pair_rule} makes several pairs of a row, which streaming takes only when packed: set "
                 "packing to true, or pair_rule to best_worst"
             )
         if self.data_format and self.data_format not in FORMATS:

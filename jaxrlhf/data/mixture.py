@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from jaxrlhf.config import NonNegative, NonNegativeInt, Positive, Settings
+from jaxrlhf.data.files import COMPRESSED, KINDS
 from jaxrlhf.data.formats import FORMATS, STEPS
-from jaxrlhf.data.sources import COMPRESSED, KINDS
 from jaxrlhf.errors import InputError
 
 EVALUATIONS = ("own", "held_out", "none")

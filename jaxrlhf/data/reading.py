@@ -16,10 +16,12 @@ import numpy as np
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import formats
 from jaxrlhf.data.cache import hash_json
-from jaxrlhf.data.formats import BadRow, Columns, Reader, as_messages
+from jaxrlhf.data.files import Table, table_of_rows
+from jaxrlhf.data.formats import Columns, Reader
+from jaxrlhf.data.messages import BadRow, as_messages
 from jaxrlhf.data.mixture import SourceConfig
 from jaxrlhf.data.registry import find
-from jaxrlhf.data.sources import Source, Table, resolve_source, table_of_rows
+from jaxrlhf.data.sources import Source, resolve_source
 from jaxrlhf.data.tokenized import (
     FORMAT,
     Part,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxrlhf.data.encoding import SpecialTokens, Text
-from jaxrlhf.data.sources import first_line
+from jaxrlhf.data.files import first_line
 from jaxrlhf.errors import InputError
 
 Message = dict[str, Any]

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data.batches import Data, Indices, PairData, PromptData, SFTData
-from jaxrlhf.data.formats import BadRow
+from jaxrlhf.data.messages import BadRow
 from jaxrlhf.data.order import Schedule, epoch_permutation
 from jaxrlhf.data.packing import Bins, pack
 from jaxrlhf.data.reading import Opened

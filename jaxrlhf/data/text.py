@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxrlhf.data.batches import Batch, Indices
 from jaxrlhf.data.cache import created, hash_json, tokenizer_fingerprint
-from jaxrlhf.data.formats import MISSING, kind_of, look_up
+from jaxrlhf.data.formats import MISSING, look_up
+from jaxrlhf.data.messages import kind_of
 from jaxrlhf.data.order import epoch_units, stream_positions
 from jaxrlhf.data.rendering import encode_texts_as_documents
 from jaxrlhf.data.sources import named_as, resolve_source

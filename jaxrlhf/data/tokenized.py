@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.formats import BadRow, Reader, Scored, as_messages, kind_of, look_up
+from jaxrlhf.data.files import Table, first_line
+from jaxrlhf.data.formats import Reader, Scored, look_up
+from jaxrlhf.data.messages import BadRow, as_messages, kind_of
 from jaxrlhf.data.rendering import EncodedRow, encode_rows, encode_texts_as_documents
-from jaxrlhf.data.sources import Table, first_line
 from jaxrlhf.errors import InputError
 
 logger = logging.getLogger(__name__)

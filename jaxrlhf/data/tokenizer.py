@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxrlhf.config import Settings, alias
 from jaxrlhf.data.cache import default_cache
-from jaxrlhf.data.sources import first_line, looks_like_path
+from jaxrlhf.data.files import first_line
+from jaxrlhf.data.sources import looks_like_path
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import pytest
 from rows import pairs, prompts, write_lines
 
 from jaxrlhf.data import load_data
-from jaxrlhf.data.sources import choose_splits, resolve_source, suffix_of
+from jaxrlhf.data.files import suffix_of
+from jaxrlhf.data.sources import choose_splits, resolve_source
 from jaxrlhf.errors import InputError
 
 ROWS = [{"prompt": f"question {i}?", "chosen": f"yes, {i}", "rejected": 'no; "never"\nno'} for i in range(7)]

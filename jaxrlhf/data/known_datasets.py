@@ -127,8 +127,7 @@ TODAY = (
         path="Anthropic/hh-rlhf",
         licence="mit",
         eval_split="test",
-        format="preference_implicit",
-        prompt_template="raw",
+        format="preference_implicit",  # its turns become messages, which the chat template renders
     ),
     NamedDataset(
         path="HuggingFaceH4/ultrachat_200k",

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from chat_tokenizers import chat_tokenizer
+from datasets import Dataset, DatasetDict
 
+from jaxrlhf.data import DataConfig, load_data
 from jaxrlhf.data.formats import FORMATS, STEPS, Columns, look_up
 from jaxrlhf.data.known_datasets import DEEPSPEED_CHAT, KNOWN
 from jaxrlhf.data.registry import NamedDataset, find, load_registry
@@ -443,3 +445,17 @@ def test_a_registry_that_is_no_yaml_or_python_file_is_refused(tmp_path, name):
 def test_a_declaration_defaults_to_its_path_as_name():
     assert NamedDataset(path="a/b").name == "a/b"
     assert NamedDataset(path="a/b", name="c").name == "c"
+
+
+def test_the_dialogues_of_hh_rlhf_are_rendered_turn_by_turn(monkeypatch, tmp_path):
+    dialogue = f"{MARKED} Blue.\n\nHuman: {SEA}\n\nAssistant:"
+    rows = [{"chosen": f"{dialogue} Blue {i}.", "rejected": f"{dialogue} Green {i}."} for i in range(4)]
+    splits = {"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: DatasetDict(splits))
+    config = DataConfig.create(data_path="Anthropic/hh-rlhf", data_cache_dir=str(tmp_path))
+    tokenizer = chat_tokenizer("chatml")
+    train, _ = load_data(config, tokenizer, "dpo")
+    row = train.values([2], ["ids_0", "mask_0"])[0][0]
+    turns = [user(SKY), assistant("Blue."), user(SEA), assistant("Blue 2.")]
+    assert tokenizer.decode(row["ids_0"]) == tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    assert tokenizer.decode(row["ids_0"][row["mask_0"] == 1]) == "Blue 2.<|im_end|>"

@@ -10,6 +10,8 @@ from example_settings import SFT, Data, Pipeline, Step, Training, error_of, flag
 from jaxrlhf import cli
 from jaxrlhf.config import Lt, Settings, check_needs, default_of, lasting, settings, to_dict
 from jaxrlhf.errors import InputError
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.trainers.sft import SFTConfig
 
 
 @pytest.mark.parametrize(
@@ -219,3 +221,20 @@ def test_ranges_of_an_optional_setting_hold_for_its_member_alone():
         Cap(1.0)
     with pytest.raises(InputError, match="cap=2"):
         dataclasses.replace(Cap(), cap=2)
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    paths = {"model_name_or_path": "~/model", "output_dir": "~/run", "data_cache_dir": "~/cache"}
+    config = SFTConfig.create(data_path=("~/a.jsonl", "owner/name"), eval_data_path="~/b.jsonl", **paths)
+    assert {name: config.value(name) for name in paths} == {n: p.replace("~", "/home/ada") for n, p in paths.items()}
+    assert config.data.data_path == ("/home/ada/a.jsonl", "owner/name")
+    assert config.data.eval_data_path == ("/home/ada/b.jsonl",)
+    ppo = PPOConfig.create(
+        actor_model_name_or_path="~/sft", reward_model_name_or_path="~/rm", ptx_data_path=("~/t.txt",)
+    )
+    assert (ppo.models.actor_model_name_or_path, ppo.models.reward_model_name_or_path) == (
+        "/home/ada/sft",
+        "/home/ada/rm",
+    )
+    assert ppo.ptx.ptx_data_path == ("/home/ada/t.txt",)

@@ -230,11 +230,7 @@ def test_a_leading_tilde_is_the_home_folder_in_every_path(monkeypatch):
     assert {name: config.value(name) for name in paths} == {n: p.replace("~", "/home/ada") for n, p in paths.items()}
     assert config.data.data_path == ("/home/ada/a.jsonl", "owner/name")
     assert config.data.eval_data_path == ("/home/ada/b.jsonl",)
-    ppo = PPOConfig.create(
-        actor_model_name_or_path="~/sft", reward_model_name_or_path="~/rm", ptx_data_path=("~/t.txt",)
-    )
-    assert (ppo.models.actor_model_name_or_path, ppo.models.reward_model_name_or_path) == (
-        "/home/ada/sft",
-        "/home/ada/rm",
-    )
+    models = {"actor_model_name_or_path": "~/sft", "reward_model_name_or_path": "~/rm"}
+    ppo = PPOConfig.create(**models, ptx_data_path=("~/t.txt",), ptx_coef=1.0)
+    assert {name: ppo.value(name) for name in models} == {n: p.replace("~", "/home/ada") for n, p in models.items()}
     assert ppo.ptx.ptx_data_path == ("/home/ada/t.txt",)

@@ -262,50 +262,70 @@ class Loader:
 
         A source without evaluation data of its own gives those of its first rows whose prompts are held out.
         """
-        config, streams, keys = self.config, [], []
-        evaluation: Chosen = [
-            (reading, every_row(reading))
-            for reading in (self.reading(source, evaluates=True) for source in self.other_sources())
-        ]
-        held_out = []
+        config = self.config
+        self.check_streams()
+        others = [self.reading(source, evaluates=True) for source in self.other_sources()]
+        evaluation: Chosen = [(reading, every_row(reading)) for reading in others]
+        streams, held_out, keys = [], [], []
         for k, source in enumerate(self.sources):
-            reading = Reading(config, source, self.step, self.folder, streaming=True)
-            own = source.evaluation == "own" and reading.has("eval") and not config.eval_data_path
+            own = source.evaluation == "own" and not config.eval_data_path and self.reading(source).has("eval")
             if own:
                 plain = self.reading(source).of("eval")
                 evaluation.append((plain, every_row(plain)))
-            holds = not own and not config.eval_data_path and source.evaluation in ("own", "held_out")
-            fraction = config.eval_fraction if holds else 0.0
-            tokenizer = reading.own_tokenizer(self.tokenizer)
-            keys.append(hash_json([reading.stream_key, fraction, config.data_split, config.shuffle_buffer, self.step]))
-            streams.append(
-                StreamSource(
-                    source.short_name,
-                    reading.opened,
-                    self.encoding,
-                    tokenizer,
-                    window=config.shuffle_buffer,
-                    shares=stream_shares(self.step, config.data_split, fraction),
-                    packing=packed_length(config, self.step),
-                    seed=(config.seed, k),
-                    record=self.folder / "streams" / f"{hash_json([keys[-1], self.fingerprint])}.json",
-                )
-            )
-            if fraction:
-                held_out.append(streams[-1].held_out(fraction, config.max_eval_samples or STREAM_EVALUATION))
+            holds_out = not own and not config.eval_data_path and source.evaluation in ("own", "held_out")
+            fraction = config.eval_fraction if holds_out else 0.0
+            stream, key = self.stream(k, source, fraction)
+            streams.append(stream)
+            keys.append(key)
+            if holds_out:
+                held_out.append(stream.held_out(fraction, config.max_eval_samples or STREAM_EVALUATION))
         parts, part_keys = [], []
         if evaluation:
             parts, part_keys = self.parts("eval", self.limited("eval", evaluation, config.max_eval_samples))
-        contents = {"the tokenizer": self.fingerprint, "the streams": hash_json(keys)}
-        key = hash_json([self.fingerprint, asdict(self.encoding), keys, part_keys, config.seed])
-        train = STREAMS[self.step](
-            streams, self.tokenizer, self.encoding.bound[1], key, [s.weight for s in self.sources]
-        )
+        key = hash_json([keys, part_keys, config.seed])
+        weights = [source.weight for source in self.sources]
+        train = STREAMS[self.step](streams, self.tokenizer, self.encoding.bound[1], key, weights)
         if isinstance(train, PromptData):
             train.column_names = self.encoding.columns
-        for stream in streams:
-            logger.info("%s train data: %s, %s: streamed", self.step, stream.name, stream.opened[0].words)
+        contents = {"the tokenizer": self.fingerprint, "the streams": hash_json(keys)}
         return (train, self.data("eval", [*parts, *held_out], key)), contents
+
+    def check_streams(self) -> None:
+        """Raises InputError for settings that a stream, whose size is not known, cannot honour."""
+        for source in self.sources:
+            for name in ("limit", "epochs"):
+                if getattr(source, name):
+                    raise InputError(f"streaming knows no size of {source.path}, so it takes no {name}; remove it")
+            if len(self.sources) > 1 and source.weight is None:
+                raise InputError(
+                    f"streaming knows no size of {source.path}, which would be its weight; give each one a weight in "
+                    "data_mixture"
+                )
+        if self.config.max_train_samples:
+            raise InputError("streaming takes no max_train_samples; max_steps bounds the run")
+
+    def stream(self, k: int, source: SourceConfig, fraction: float) -> tuple[StreamSource, str]:
+        """The stream of source `k` without the share of prompts that is held out, and a hash of what it depends on."""
+        config = self.config
+        reading = Reading(config, source, self.step, self.folder, streaming=True)
+        tokenizer, packing = reading.own_tokenizer(self.tokenizer), packed_length(config, self.step)
+        settings = [fraction, config.data_split, config.shuffle_buffer, packing, config.pair_rule, config.pair_margin]
+        key = hash_json(
+            [reading.stream_key, self.fingerprint, tokenizer.chat_template, asdict(self.encoding), settings]
+        )
+        stream = StreamSource(
+            source.short_name,
+            reading.opened,
+            self.encoding,
+            tokenizer,
+            window=config.shuffle_buffer,
+            shares=stream_shares(self.step, config.data_split, fraction),
+            packing=packing,
+            seed=(config.seed, k),
+            record=self.folder / "streams" / f"{key}.json",
+        )
+        logger.info("%s train data: %s, %s: streamed", self.step, stream.name, reading.opened[0].words)
+        return stream, key
 
     def reading(self, source: SourceConfig, evaluates: bool = False) -> Reading:
         with named_as("eval_" if evaluates and self.config.eval_data_path else ""):

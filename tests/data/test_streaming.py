@@ -135,3 +135,44 @@ def test_what_cannot_stream_is_refused(stream, tokenizer):
         data, _ = stream("sft", bad, tokenizer=tokenizer)
         data.indices(0, BATCH)
         data.batch(data.indices(0, BATCH))
+
+
+def test_packed_rows_of_another_length_are_counted_anew(stream, tokenizer):
+    options = {"packing": True, "eval_fraction": 0.1, "tokenizer": tokenizer}
+    stream(max_length=24, **options)[0].indices(0, BATCH)
+    first, _ = stream(max_length=24, **options)
+    first.batch(first.indices(6, BATCH))
+    wide, _ = stream(max_length=96, **options)
+    batch = wide.batch(wide.indices(6, BATCH))
+    assert wide.streams[0].record != first.streams[0].record
+    assert batch["input_ids"].shape == (BATCH, 96) and batch["segment_ids"].max() > 4
+
+
+def test_a_row_that_is_too_long_gives_its_place_to_the_next_one(stream, tokenizer):
+    rows = pairs(30)
+    rows[4]["prompt"] = "question " * 60
+    data, _ = stream("reward", rows, tokenizer=tokenizer, long_prompts="drop", eval_fraction=0.1)
+    for k in range(12):
+        batch = data.batch(data.indices(k, BATCH))
+        assert (batch["chosen_loss_mask"].sum(1) > 0).all() and batch["row_mask"].all()
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "message"),
+    [
+        ({"limit": 3}, {}, "takes no limit"),
+        ({"epochs": 2}, {}, "takes no epochs"),
+        ({}, {}, "give each one a weight"),
+        ({"weight": 1}, {"max_train_samples": 5}, "takes no max_train_samples"),
+        ({"weight": 1}, {"pair_rule": "all"}, "pair_rule=all"),
+    ],
+)
+def test_settings_that_need_the_size_of_a_stream_are_refused(tmp_path, config, tokenizer, entry, options, message):
+    weight = {"weight": 1} if "weight" in entry else {}
+    entries = [
+        {"path": write_lines(tmp_path / "a.jsonl", pairs(30)), **entry},
+        {"path": write_lines(tmp_path / "b.jsonl", pairs(30, 50)), **weight},
+    ]
+    (tmp_path / "mix.yaml").write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=message):
+        load_data(config(data_mixture=str(tmp_path / "mix.yaml"), streaming=True, **options), tokenizer, "reward")

@@ -39,6 +39,12 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """Lines wrap at the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -138,7 +144,7 @@ def test_counts_and_reasons_are_those_of_the_data(look):
         "rows.jsonl line 43",
     ]
     assert reasons["skipped: 'prompt' is null"].rows == reasons["dropped: too long"].rows == 1
-    text = " ".join(printed(found).split())  # lines wrap at the width of the terminal
+    text = " ".join(printed(found).split())
     assert "skipped: 'prompt' is empty: 2 (rows.jsonl line 41, rows.jsonl line 43)" in text
 
 

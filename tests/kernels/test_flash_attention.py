@@ -310,10 +310,10 @@ def test_blocks_that_the_hardware_cannot_hold_are_refused():
 
 
 COMPILED = {
-    64: [(jnp.bfloat16, 1024, True, False), (jnp.bfloat16, 1000, False, True)],
-    80: [(jnp.bfloat16, 1024, False, False), (jnp.float32, 40, False, True)],
-    96: [(jnp.bfloat16, 40, True, True), (jnp.float32, 1000, False, False)],
-    128: [(jnp.bfloat16, 1000, True, True), (jnp.bfloat16, 1000, True, False), (jnp.float32, 40, False, False)],
+    64: [(jnp.bfloat16, 1024, True, False), (jnp.bfloat16, 1000, False, False), (jnp.bfloat16, 1000, False, True)],
+    80: [(jnp.bfloat16, 1024, False, False), (jnp.float32, 40, False, False), (jnp.bfloat16, 1024, False, True)],
+    96: [(jnp.bfloat16, 40, True, False), (jnp.float32, 1000, False, False), (jnp.bfloat16, 40, True, True)],
+    128: [(jnp.bfloat16, 1000, True, False), (jnp.float32, 40, False, False), (jnp.bfloat16, 1000, True, True)],
     256: [(jnp.bfloat16, 1000, False, False), (jnp.bfloat16, 1024, True, True)],
 }
 """By head size: dtype, tokens (where no block divides them, registers are needed for masks as well), ALiBi, and

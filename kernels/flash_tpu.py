@@ -175,7 +175,7 @@ def query_stops(starts: jax.Array) -> jax.Array:
 
 
 def _edges(edge: jax.Array, size: int, last: bool) -> tuple[jax.Array, list[jax.Array], list["pl.BlockSpec"]]:
-    """What the kernels read of first live keys `[B]` or, for packed rows, of numbers `[B, T]` that never decrease.
+    """Kernel inputs from first live keys `[B]` or, for packed rows, from numbers `[B, T]` that never decrease.
 
     Returns the scalars, of packed rows the first or the `last` number of each block of `size` columns, and for packed
     rows all the numbers and their spec.

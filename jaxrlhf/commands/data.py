@@ -27,7 +27,7 @@ PATIENCE = 3.0  # seconds without a word
 
 @dataclass(frozen=True)
 class DataViewConfig(Settings):
-    """What a step sees of your data and trains on."""
+    """Shows the rows that a step reads and the tokens that it trains on."""
 
     step: Literal["sft", "reward", "ppo", "dpo"] = "sft"
     """Step that reads the data; ppo stands for every algorithm that samples its own responses."""

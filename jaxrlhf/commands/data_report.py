@@ -1,4 +1,4 @@
-"""What `jaxrlhf data` shows, as plain values: `inspection.py` makes them, the terminal, the page and JSON show them."""
+"""The report of `jaxrlhf data` as plain values. `inspection.py` makes it; terminal, page and JSON show it."""
 
 from __future__ import annotations
 

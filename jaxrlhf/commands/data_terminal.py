@@ -1,4 +1,4 @@
-"""What `jaxrlhf data` prints: on a terminal in colour, elsewhere with brackets around what is trained on."""
+"""Prints the report of `jaxrlhf data`. Trained tokens are coloured on a terminal and in brackets elsewhere."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def print_inspection(found: Inspection, stream: TextIO | None = None) -> None:
 
 
 def print_sources(view: View, found: Inspection) -> None:
-    """What was recognised of each source."""
+    """Prints the format and the splits of each source."""
     view.title("Sources")
     for source in found.sources:
         view.indented(Text.assemble((source.name, "bold"), f"  {source.path}"))
@@ -98,7 +98,7 @@ def print_sources(view: View, found: Inspection) -> None:
 
 
 def facts_of(source: SourceReport, step: str) -> Iterator[str]:
-    """What is known of a source, line by line."""
+    """Returns the format, splits and steps of a source as lines of text."""
     if not source.recognised:
         yield f"not used by {step}: the mixture gives it to {', '.join(source.steps)}"
         return

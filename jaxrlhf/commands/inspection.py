@@ -38,7 +38,7 @@ CHUNK = 1000  # rows that are read together
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over the kept rows of a part finds.
+    """Results of one pass over the kept rows of a part.
 
     Attributes:
         rows: int64 [n]: the row's number in its table.
@@ -56,7 +56,7 @@ class Scan:
     trained: int
 
     def place(self, number: int) -> str:
-        """Where a kept row stands."""
+        """Returns the file and line of a kept row."""
         return self.part.reading.where(int(self.tables[number]), int(self.rows[number]))
 
 
@@ -113,7 +113,7 @@ def key_of(part: Part) -> tuple[str, str]:
 
 
 def source_report(reading: Reading, config: DataConfig, reports: dict[str, RowsReport]) -> SourceReport:
-    """What was recognised of a source. `reading`: of its training rows, where it has such."""
+    """Describes a source. `reading`: its training rows, where it has some."""
     source, named, format = reading.source, reading.named, reading.note["formats"][0]
     steps = [step for step in FORMATS[format].steps if step in source.steps and (not named or step in named.steps)]
     evaluates_on = ""

@@ -92,7 +92,7 @@ def hints_of(cls: type) -> dict[str, Hint]:
 
 
 def hint_of(annotation: Any) -> Hint:
-    """What an annotation says, of a field or of the items of a tuple."""
+    """Reads the annotation of a field or of the items of a tuple."""
     notes: tuple[Any, ...] = ()
     if typing.get_origin(annotation) is Annotated:
         annotation, *more = typing.get_args(annotation)

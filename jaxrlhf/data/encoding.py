@@ -154,7 +154,7 @@ def _joined(before: list[int], tail: Encoded, place: int) -> Encoded:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
-    """What the tokenizer gives for many texts in one call: nothing added, nothing cut."""
+    """Encodes many texts in one call of the tokenizer. Adds and cuts nothing."""
     options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     return tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, **options)
 

@@ -54,7 +54,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row holds what: the name or dotted path of each canonical column (`question.full_text`)."""
+    """The name or dotted path of each canonical column in a row (`question.full_text`)."""
 
     names: Mapping[str, str]
 

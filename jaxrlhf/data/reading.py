@@ -151,7 +151,7 @@ class Reading:
 
     @cached_property
     def note(self) -> dict[str, Any]:
-        """What is known of the tables without opening them: formats, and their sizes."""
+        """The formats and sizes of the tables, from the cache where possible."""
         path = self.folder / "rows" / f"{self.key}.json"
         if path.exists():
             note = json.loads(path.read_text(encoding="utf-8"))

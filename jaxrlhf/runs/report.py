@@ -32,7 +32,7 @@ STEPS = {
 """Subfolders of a run of all steps, in order, and the titles of their sections."""
 
 _SOURCE = re.compile(r"(eval|data)/(.*?/)??(?=[^/]+$|(rewards|logps)/[^/]+$)")
-"""What stands before the quantity in the name of an evaluation's metric, or of a metric of one data source."""
+"""The prefix of an evaluation's metric, or of a metric of one data source, before the quantity."""
 
 GROUPS = {
     "Rewards and scores": (

@@ -11,7 +11,7 @@ from jaxrlhf.models.sequences import sequence_context
 from jaxrlhf.sharding import TRAIN_RULES, make_mesh, use
 
 LENGTHS = ((5, 3, 4), (12, 1), (2, 7), (9, 4))
-"""Of the sequences of each packed row. Windows of the tiny models are shorter than some."""
+"""Lengths of the sequences of each packed row. Some exceed the windows of the tiny models."""
 COLUMNS = 14
 KERNELS = ("gpt2", "bloom", "mistral", "gpt_neo", "llama-tied-mqa")
 """Learned positions, ALiBi, windows, windows that differ between layers, grouped keys."""
@@ -70,7 +70,7 @@ def assert_same(ours, theirs):
 
 
 def both(model, packed_model=None, mesh=None):
-    """What the packed rows give, and what their sequences give alone."""
+    """Returns the outputs of the packed rows, and of their sequences alone."""
     ids, mask, segments, loss_mask = packed(model.config.vocab_size)
     ours = loss_and_gradients(packed_model or model, ids, mask, loss_mask, segments, mesh)
     ids, mask, loss_mask = alone(ids, segments, loss_mask)

@@ -1,4 +1,4 @@
-"""What a supervised run logs: metrics of each source beside those of all together, and the share of padding."""
+"""Metrics of a supervised run: of each source, of all sources together, and the share of padding."""
 
 from pathlib import Path
 

@@ -268,10 +268,12 @@ class Loader:
         evaluation: Chosen = [(reading, every_row(reading)) for reading in others]
         streams, held_out, keys = [], [], []
         for k, source in enumerate(self.sources):
-            own = source.evaluation == "own" and not config.eval_data_path and self.reading(source).has("eval")
-            if own:
-                plain = self.reading(source).of("eval")
-                evaluation.append((plain, every_row(plain)))
+            own = False
+            if source.evaluation == "own" and not config.eval_data_path:
+                plain = self.reading(source)
+                if own := plain.has("eval"):
+                    held_apart = plain.of("eval")
+                    evaluation.append((held_apart, every_row(held_apart)))
             holds_out = not own and not config.eval_data_path and source.evaluation in ("own", "held_out")
             fraction = config.eval_fraction if holds_out else 0.0
             stream, key = self.stream(k, source, fraction)
@@ -350,7 +352,8 @@ class Loader:
                 held_out = 0.0
             elif source.evaluation == "own" and reading.has("eval"):
                 held_out = 0.0
-                evaluation.append((reading.of("eval"), every_row(reading.of("eval"))))
+                held_apart = reading.of("eval")
+                evaluation.append((held_apart, every_row(held_apart)))
             rows, held = split_groups(
                 reading.groups,
                 self.step,

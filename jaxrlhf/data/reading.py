@@ -62,6 +62,7 @@ class Reading:
         folder: the cache folder.
         split: "train" or "eval".
         streaming: read the training rows as they are needed.
+        origin: the source, where it is found already.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Reading:
         folder: Path,
         split: str = "train",
         streaming: bool = False,
+        origin: Source | None = None,
     ) -> None:
         self.config, self.source, self.step, self.folder, self.split = config, source, step, folder, split
         self.streaming = streaming
@@ -81,7 +83,9 @@ class Reading:
                 f"data_path '{source.path}': this data set serves {', '.join(named.steps)}, not {step}; leave it out "
                 "of this step (`steps` in data_mixture), or declare your own in dataset_registry"
             )
-        self.origin: Source = resolve_source(source.path, folder, split=source.split, named=named, streaming=streaming)
+        self.origin = origin or resolve_source(
+            source.path, folder, split=source.split, named=named, streaming=streaming
+        )
         own = dict(named.fields) if named and not named.convert else {}
         self.columns = Columns(config.fields.names | own | {k: str(v) for k, v in source.fields.items()})
         self.format = source.format or config.data_format or (named.format if named else "")
@@ -89,7 +93,7 @@ class Reading:
 
     def of(self, split: str) -> Reading:
         """The same source's other split."""
-        return Reading(self.config, self.source, self.step, self.folder, split)
+        return Reading(self.config, self.source, self.step, self.folder, split, origin=self.origin)
 
     def has(self, split: str) -> bool:
         return split in self.origin.splits

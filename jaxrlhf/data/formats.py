@@ -138,8 +138,8 @@ def read_prompt(row: Mapping, columns: Columns) -> Scored:
 
 def read_completion(row: Mapping, columns: Columns, column: str) -> Completion:
     """The completion in a column, as text or as messages that follow the prompt."""
-    value, field = read_content(columns.get(row, column), columns.path(column)), columns.path(column)
-    return joined_answer(value, field) if isinstance(value, list) else value
+    field = columns.path(column)
+    return joined_answer(read_content(columns.get(row, column), field), field)
 
 
 def read_prompt_completion(row: Mapping, columns: Columns) -> Scored:
@@ -149,7 +149,7 @@ def read_prompt_completion(row: Mapping, columns: Columns) -> Scored:
     if isinstance(value, list) and value[0]["role"] != "assistant":  # the whole conversation
         prompt, completion = split_conversation(_after(prompt, value, columns.path("prompt")), columns.path(column))
     else:
-        completion = joined_answer(value, columns.path(column)) if isinstance(value, list) else value
+        completion = joined_answer(value, columns.path(column))
     return Scored(prompt, ((completion, 1.0),))
 
 
@@ -182,8 +182,7 @@ def read_ranked(row: Mapping, columns: Columns) -> Scored:
     for response, score in zip(responses, scores, strict=True):
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise BadRow(columns.path(column), f"holds {kind_of(score)} where a number must be")
-        value = read_content(response, field)
-        completions.append((joined_answer(value, field) if isinstance(value, list) else value, sign * score))
+        completions.append((joined_answer(read_content(response, field), field), sign * score))
     return Scored(prompt, tuple(completions))
 
 

@@ -123,9 +123,9 @@ def as_messages(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def joined_answer(messages: list[Message], field: str) -> Completion:
+def joined_answer(messages: Completion, field: str) -> Completion:
     """A completion as text where it is nothing but assistant text, else as messages."""
-    if any(set(m) - {"role", "content"} or m["role"] != "assistant" for m in messages):
+    if isinstance(messages, str) or any(set(m) - {"role", "content"} or m["role"] != "assistant" for m in messages):
         return messages
     text = "\n".join(m["content"] for m in messages)
     if not text.strip():

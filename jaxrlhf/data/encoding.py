@@ -191,13 +191,15 @@ def _overlapping(offsets: Sequence[tuple[int, int]], a: int, b: int) -> tuple[in
 def _encode_plain(tokenizer: Any, texts: list[str]) -> list[Encoded]:
     if not texts:
         return []
-    batch = encode_texts(tokenizer, texts)
-    ids = batch["input_ids"]
     if tokenizer.is_fast:
-        return [
-            Encoded(row, lambda a, b, e=encoding: _overlapping(e.offsets, a, b))
-            for row, encoding in zip(ids, batch.encodings, strict=True)
-        ]
+        backend = tokenizer.backend_tokenizer
+        # The library itself, with nothing cut or added: transformers' call builds lists that nobody reads here.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        return [Encoded(e.ids, lambda a, b, e=e: _overlapping(e.offsets, a, b)) for e in encodings]
+    ids = encode_texts(tokenizer, texts)["input_ids"]
     return [Encoded(row, _by_prefixes(tokenizer, Text(text), None)) for row, text in zip(ids, texts, strict=True)]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.hf.checkpoint_files import TensorSource
 from jaxrlhf.models.hf.mapping import HFConfig
-from jaxrlhf.models.rotary import inverse_frequencies
+from jaxrlhf.models.rotary import inverse_frequencies, ropes
 
 Options = dict[str, Any]
 Restore = Callable[[np.ndarray, Options], np.ndarray]
@@ -119,7 +119,10 @@ def _llama3_scaling(file: "File", options: Options) -> Options:
 
     def frequencies(rule: Options | None) -> np.ndarray:
         values = options | {"vocab_size": 1, "rope_scaling": rule}
-        return inverse_frequencies(get_family("llama", str(file.path)).config_from_hf(HFConfig(values, str(file.path))))
+        config = get_family("llama", str(file.path)).config_from_hf(HFConfig(values, str(file.path)))
+        (rope,) = ropes(config)[0]
+        assert rope is not None
+        return inverse_frequencies(rope)
 
     factors = file.read("rope_freqs.weight").reshape(-1)
     plain = frequencies(None)

@@ -102,6 +102,12 @@ class DecoderConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
 
+    score_bias: bool = False
+    """The scalar head has a constant part, as TRL's value heads and OpenRLHF's normalised rewards have."""
+    score_skips: int | None = None
+    """At this token a scalar head repeats the value of the token before. Transformers reads a score at the last token
+    that is not padding, so also before an end token that equals the pad token."""
+
     initializer_range: float = 0.02
     bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None

@@ -148,6 +148,12 @@ def place_columns(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
     return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(blank, x, start)
 
 
+def repeat_values(values: jax.Array, own: jax.Array) -> jax.Array:
+    """Replaces each of `values` `[B, T]` that is not `own` by the last own one before it; leading ones by column 0."""
+    columns = jnp.where(own, jnp.arange(values.shape[1]), 0)
+    return jnp.take_along_axis(values, jax.lax.cummax(columns, axis=1), axis=1)
+
+
 class Attention(nn.Module):
     """Self-attention.
 
@@ -304,7 +310,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The parameters of an output head: a kernel `shape` with logical `axes`, and optionally a bias over axis 0."""
+    """The parameters of an output head: a kernel `[…, E]` with logical `axes`, and optionally a bias per output."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -316,7 +322,7 @@ class Head(nn.Module):
         kernel = _parameter(self, "kernel", nn.initializers.normal(self.stddev), self.shape, self.axes)
         if not self.use_bias:
             return kernel, None
-        return kernel, _parameter(self, "bias", nn.initializers.zeros, self.shape[:1], self.axes[:1])
+        return kernel, _parameter(self, "bias", nn.initializers.zeros, self.shape[:-1] or (1,), self.axes[:1])
 
 
 class Decoder(nn.Module):
@@ -374,7 +380,7 @@ class Decoder(nn.Module):
         self.embed_drop = nn.Dropout(c.embed_dropout)
         if self.head == "scalar":
             # Stiennon et al. 2020 (arXiv 2009.01325), appendix C: N(0, 1/(d+1)) for a fresh reward head.
-            self.score = Head((c.embedding_size,), ("norm",), False, (c.embedding_size + 1) ** -0.5)
+            self.score = Head((c.embedding_size,), ("norm",), c.score_bias, (c.embedding_size + 1) ** -0.5)
         elif not c.tie_embeddings:
             shape = (c.padded_vocab_size, c.embedding_size)
             self.lm_head = Head(shape, ("vocab", "embed"), c.lm_head_bias, c.initializer_range)
@@ -439,8 +445,11 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         hidden = self.hidden_states(input_ids, attention_mask, segment_ids)
         if self.head == "scalar":
-            kernel, _ = self.score()
-            return jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+            kernel, bias = self.score()
+            values = jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+            values = values if bias is None else values + bias.astype(jnp.float32)
+            skipped = self.config.score_skips
+            return values if skipped is None else repeat_values(values, input_ids != skipped)
         return self.padded_logits(hidden)[..., : self.config.vocab_size]
 
     def logprobs(

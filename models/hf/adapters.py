@@ -24,9 +24,10 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
-from jaxrlhf.models.hf.checkpoint_files import all_finite, open_safetensors, refuse, staged
+from jaxrlhf.models.hf.checkpoint_files import open_safetensors, staged
 from jaxrlhf.models.hf.mapping import Layout
-from jaxrlhf.models.lora import join, linear_maps
+from jaxrlhf.models.hf.tensor_source import all_finite, refuse
+from jaxrlhf.models.lora import join, linear_maps, merged
 from jaxrlhf.models.model import Model, leaves_by_path, param_shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -358,3 +359,8 @@ def _with_adapters(
     shardings = leaves_by_path(model.shardings_of(module) or {})
     placed = {name: jax.device_put(x, shardings.get(name)) for name, x in flat.items()}
     return Model(module=module, params=join(params, unflatten_dict(placed, sep="/")), config=model.config)
+
+
+def load_onto_base(base: Model, folder: Path, new_head: bool) -> Model:
+    """Merges an adapter folder into its base model."""
+    return merged(load_adapter(base, folder))

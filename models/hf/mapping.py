@@ -132,8 +132,9 @@ class Tensor:
         return "{i}" in self.hf
 
 
-# `v_head`: DeepSpeed-Chat; `value_head`: OpenRLHF.
-SCORE = Tensor("score.weight", "score/kernel", ROW, aliases=("v_head.weight", "value_head.weight"))
+# Heads of other names: models/hf/score_heads.py.
+SCORE = Tensor("score.weight", "score/kernel", ROW)
+SCORE_BIAS = Tensor("score.bias", "score/bias")
 
 # Options that do not change the computation of the network, or that belong to generation, heads or bookkeeping.
 # `end_token_id` is written by DeepSpeed-Chat.
@@ -288,8 +289,6 @@ class Family:
     config_from_hf: Callable[[HFConfig], DecoderConfig]
     config_to_hf: Callable[[DecoderConfig], dict[str, object]]
     tensors: tuple[Tensor, ...]
-    inert_tensors: tuple[str, ...] = ()
-    """Regular expressions of buffers that checkpoints may hold and that carry no weights."""
     heads: tuple[Tensor, ...] = field(
         default=(
             Tensor("lm_head.weight", "lm_head/kernel"),
@@ -297,6 +296,10 @@ class Family:
             SCORE,
         )
     )
+
+    @property
+    def all_tensors(self) -> tuple[Tensor, ...]:
+        return (*self.tensors, *self.heads, SCORE_BIAS)
 
     def architecture(self, head: str) -> str:
         """Name of the transformers class of a model with this head, "lm" or "scalar"."""

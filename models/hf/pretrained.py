@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,28 +16,32 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from jaxrlhf.config.files import read_json
+from jaxrlhf.config.model_folder import is_adapter
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
+from jaxrlhf.models.hf.adapters import load_onto_base
 from jaxrlhf.models.hf.card import ModelCard, render_card
 from jaxrlhf.models.hf.checkpoint_files import (
     CONFIG,
-    TensorSource,
+    FLOATS,
     TensorToWrite,
-    all_finite,
+    base_folder,
     find_model_folder,
     fingerprint,
     indexed_shards,
-    open_checkpoint,
-    refuse,
     replace_files,
     staged,
     write_checkpoint,
 )
-from jaxrlhf.models.hf.gguf import gguf_options, gguf_source, is_gguf
+from jaxrlhf.models.hf.gguf import gguf_options, is_gguf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.hf.opened import open_model
+from jaxrlhf.models.hf.score_heads import OPENRLHF_OPTIONS
+from jaxrlhf.models.hf.tensor_names import common_prefix, is_buffer, names_of
+from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -81,8 +83,9 @@ def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     """Reads the configuration of a model folder (or hub name)."""
     if is_gguf(name_or_path):
         return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
-    path = find_model_folder(name_or_path) / CONFIG
-    return config_from_dict(read_json(path), str(path))
+    path = base_folder(find_model_folder(name_or_path)) / CONFIG
+    values = {name: value for name, value in read_json(path).items() if name not in OPENRLHF_OPTIONS}
+    return config_from_dict(values, str(path))
 
 
 def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, object]:
@@ -104,7 +107,7 @@ def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]
     axes = leaves_by_path(logical_axes(module))
     c = module.config
     declared, covered = [], set()
-    for tensor in (*family.tensors, *family.heads):
+    for tensor in family.all_tensors:
         present = [leaf in shapes for leaf in tensor.leaves]
         if not any(present):
             continue
@@ -125,76 +128,48 @@ def _hf_shape(tensor: Tensor, leaves: list[Leaf]) -> tuple[int, ...]:
     return jax.eval_shape(lambda *parts: tensor.layout.to_hf(parts, jnp), *leaves).shape
 
 
-def _names(tensor: Tensor, layers: int) -> list[str]:
-    return [tensor.hf.format(i=i) for i in range(layers)] if tensor.per_layer else [tensor.hf]
-
-
-# DeepSpeed-Chat saves its reward models under this attribute's name, misspelt in its first releases.
-_WRAPPERS = ("rwtransformer.", "rwtranrsformer.")
-
-
-def _with_our_names(source: TensorSource, family: Family, layers: int) -> TensorSource:
-    """Renames tensors as the family declares them: wrappers stripped, aliases resolved, the base model's prefix added.
-
-    Files saved from the base model lack its prefix; heads never have it.
-    """
-    aliases = {
-        alias.format(i=i): name
-        for tensor in (*family.tensors, *family.heads)
-        for alias in tensor.aliases
-        for i, name in enumerate(_names(tensor, layers))
-    }
-    prefix, heads = family.prefix + ".", {tensor.hf for tensor in family.heads}
-    stripped = {name: next((name[len(w) :] for w in _WRAPPERS if name.startswith(w)), name) for name in source.shapes}
-    renamed = {name: aliases.get(short, short) for name, short in stripped.items()}
-    if not any(short.startswith(prefix) for short in renamed.values()):
-        renamed = {name: short if short in heads else prefix + short for name, short in renamed.items()}
-    original = {new: old for old, new in renamed.items()}
-    if len(original) < len(renamed):
-        twice = sorted(old for old, new in renamed.items() if original[new] != old)
-        raise InputError(f"{source.where}: {', '.join(twice)} stored twice under different names")
-    shapes = {new: source.shapes[old] for new, old in original.items()}
-    return replace(source, shapes=shapes, read=lambda name: source.read(original[name]))
-
-
-def _open_source(folder: Path, family: Family, layers: int) -> TensorSource:
-    """Opens a model folder's weights, or a GGUF file."""
-    if not is_gguf(folder):
-        return open_checkpoint(folder)
-    names = [name for tensor in (*family.tensors, *family.heads) for name in _names(tensor, layers)]
-    return gguf_source(folder, names)
-
-
 def _check_names(
-    source: TensorSource, family: Family, declared: list[tuple[Tensor, list[Leaf]]], layers: int, optional: set[str]
+    source: TensorSource,
+    family: Family,
+    declared: list[tuple[Tensor, list[Leaf]]],
+    config: DecoderConfig,
+    optional: set[str],
+    wrapper: str,
 ) -> None:
     """Raises one InputError that lists every missing, unexpected and mis-shaped tensor."""
     expected = {}
     for tensor, leaves in declared:
-        expected |= dict.fromkeys(_names(tensor, layers), _hf_shape(tensor, leaves))
+        expected |= dict.fromkeys(names_of(tensor, config), _hf_shape(tensor, leaves))
     # A tied head may be stored twice, and a scalar head does not need a language model's head.
     spare = {tensor.hf for tensor in family.heads}
-    inert = re.compile("|".join(family.inert_tensors) or r"(?!)")
     found = source.shapes
     problems = [f"missing {name} {expected[name]}" for name in sorted(set(expected) - set(found) - optional)]
-    unexpected = (name for name in sorted(set(found) - set(expected) - spare) if not inert.fullmatch(name))
+    unexpected = (name for name in sorted(set(found) - set(expected) - spare) if not is_buffer(name))
     problems += [f"unexpected {name} {found[name]}" for name in unexpected]
     for name in sorted(set(expected) & set(found)):
         if found[name] != expected[name]:
             problems.append(f"{name} has shape {found[name]}, the config asks for {expected[name]}")
-    refuse(f"{source.where} does not fit its config.json", problems)
+    common = wrapper or common_prefix(found)
+    within = f" (tensor names in the file begin with {common!r})" if common != f"{family.prefix}." and common else ""
+    refuse(f"{source.where} does not fit its config.json{within}", problems)
 
 
 def _index_key(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
 
 
-def _read_checked(source: TensorSource, name: str) -> np.ndarray:
+def _read_checked(source: TensorSource, name: str, dtype: np.dtype) -> np.ndarray:
+    """Reads a tensor that will be stored in `dtype`."""
     array = source.read(name)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if array.dtype not in FLOATS:
         raise InputError(f"{source.where}: tensor {name} is {array.dtype}; quantised checkpoints are not supported")
     if not all_finite(array):
         raise InputError(f"{source.where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+    if jnp.finfo(array.dtype).max > jnp.finfo(dtype).max:
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype)
+        if not all_finite(array):
+            raise InputError(f"{source.where}: tensor {name} holds values too large for {dtype}")
     return array
 
 
@@ -215,7 +190,7 @@ def _load_tensor(
     source: TensorSource,
     shapes: dict[str, Leaf],
     shardings: Mapping[str, Sharding],
-    layers: int,
+    config: DecoderConfig,
     dtype: np.dtype,
 ) -> dict[str, jax.Array]:
     """Reads one declared tensor (all its layers) into the local shards of its leaves."""
@@ -226,8 +201,8 @@ def _load_tensor(
         keys = {_index_key(index, shape) for index in indices}
         buffers[leaf] = {key: _aligned_zeros([stop - start for start, stop in key], dtype) for key in keys}
     skip = 1 if tensor.per_layer else 0
-    for layer, name in enumerate(_names(tensor, layers)):
-        parts = tensor.layout.to_ours(_read_checked(source, name), [leaf.shape for leaf in wanted])
+    for layer, name in enumerate(names_of(tensor, config)):
+        parts = tensor.layout.to_ours(_read_checked(source, name, dtype), [leaf.shape for leaf in wanted])
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             for key, buffer in buffers[leaf].items():
                 target = buffer[layer] if skip else buffer
@@ -276,16 +251,29 @@ def load_pretrained(
             processes of the mesh, or tensors are missing, unexpected or mis-shaped (the message lists them).
     """
     folder = Path(name_or_path) if is_gguf(name_or_path) else find_model_folder(name_or_path)
-    config = read_config(folder)
     if mesh is not None and mesh.is_multi_process:
         hashes = fingerprint(folder).items()
         check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
+    if is_adapter(folder):
+        base = load_pretrained(
+            base_folder(folder),
+            head=head,
+            mesh=mesh,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            key=key,
+            remat=remat,
+            zero_stage=zero_stage,
+            progress=progress,
+        )
+        return load_onto_base(base, folder, new_head)
+    opened = open_model(folder, read_config(folder), head)
+    source, config = opened.source, opened.config
     module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
-    source = _with_our_names(_open_source(folder, family, config.num_layers), family, config.num_layers)
     declared = _declared(family, module)
-    fresh = _missing_head(folder, source, declared, head, new_head)
-    _check_names(source, family, declared, config.num_layers, optional=fresh)
+    fresh = _missing_head(folder, source, declared, new_head)
+    _check_names(source, family, declared, config, optional=fresh, wrapper=opened.wrapper)
 
     shapes = leaves_by_path(param_shapes(module))
     if mesh is None:
@@ -297,18 +285,16 @@ def load_pretrained(
     console, label = Console(quiet=not progress), f"loading {folder.name or folder}"
     with console.progress(len(stored), description=label, unit="tensor", transient=True) as bar:
         for tensor, leaves in bar.over(stored):
-            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
+            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config, np.dtype(param_dtype))
     if fresh:
         params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
     return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
 
 
 def _missing_head(
-    folder: Path, source: TensorSource, declared: list[tuple[Tensor, list[Leaf]]], head: str, new_head: bool
+    folder: Path, source: TensorSource, declared: list[tuple[Tensor, list[Leaf]]], new_head: bool
 ) -> set[str]:
-    """Name of the scalar head's tensor if the checkpoint lacks it; InputError for a checkpoint with another head."""
-    if head == "lm" and any(name in source.shapes for name in ("score.weight", "v_head.weight")):
-        raise InputError(f"{folder} is a reward model (it has a scalar head), not a language model; load it as one")
+    """Name of the scalar head's tensor if the checkpoint lacks it; InputError without `new_head`."""
     fresh = {t.hf for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
     if fresh and not new_head:
         raise InputError(
@@ -365,7 +351,7 @@ def _tensors_to_write(model: Model) -> Iterator[TensorToWrite]:
 
     for tensor, leaves in _declared(get_family(model.config.family, "config"), module.clone(lora=None)):
         shape = _hf_shape(tensor, leaves)
-        for layer, name in enumerate(_names(tensor, model.config.num_layers)):
+        for layer, name in enumerate(names_of(tensor, model.config)):
             yield TensorToWrite(name, shape, partial(make, tensor, leaves, layer if tensor.per_layer else None))
 
 

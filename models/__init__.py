@@ -1,6 +1,6 @@
 """Decoder models in Flax linen, their Hugging Face families, and checkpoints in and out."""
 
-from jaxrlhf.models.config import DecoderConfig, LoRAConfig
+from jaxrlhf.models.config import SCORE_FIELDS, DecoderConfig, LoRAConfig
 from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, init_cache, prefill
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.models.hf.adapters import load_adapter, save_adapter
@@ -12,7 +12,9 @@ from jaxrlhf.models.hf.pretrained import (
     model_from_overrides,
     read_config,
     save_pretrained,
+    stored_head,
 )
+from jaxrlhf.models.hf.score_export import for_transformers, score_offset, without_score_offset
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable
 from jaxrlhf.models.model import (
@@ -40,6 +42,7 @@ __all__ = [
     "KERNEL_OPTIONS",
     "KNOWN",
     "REMAT_POLICIES",
+    "SCORE_FIELDS",
     "Decoder",
     "DecoderConfig",
     "GenerationView",
@@ -58,6 +61,7 @@ __all__ = [
     "create_model",
     "decode_step",
     "default_dtype",
+    "for_transformers",
     "frozen_copy",
     "frozen_stage",
     "generation_view",
@@ -78,9 +82,12 @@ __all__ = [
     "resize_vocabulary",
     "save_adapter",
     "save_pretrained",
+    "score_offset",
     "split_trainable",
+    "stored_head",
     "trained_head",
     "with_head",
     "with_kernels",
+    "without_score_offset",
     "working_copy",
 ]

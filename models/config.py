@@ -164,6 +164,10 @@ class DecoderConfig:
         return dataclasses.replace(self, **changes)
 
 
+SCORE_FIELDS = ("score_bias", "score_skips")
+"""Fields of DecoderConfig that a config.json has no options for."""
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters of linear maps: `y += dropout(x) A B · alpha / rank` (Hu et al. 2021, arXiv 2106.09685)."""
@@ -174,8 +178,12 @@ class LoRAConfig:
     """Dropout rate of the adapter's input; active exactly when a `dropout` RNG is passed to `apply`."""
     targets: tuple[str, ...] = (r"/(attn|mlp)/",)
     """Regular expressions, searched in the paths of the linear maps (`layers/attn/query`)."""
+    trained_tokens: tuple[int, ...] = ()
+    """Ids, ascending, of tokens whose rows in embedding and head are trained too."""
 
     def __post_init__(self) -> None:
+        if list(self.trained_tokens) != sorted(set(self.trained_tokens)):
+            raise InputError(f"LoRA trained_tokens={self.trained_tokens} must be ascending ids")
         if self.rank < 1:
             raise InputError(f"LoRA rank={self.rank} must be at least 1")
         if not self.alpha > 0:

@@ -21,6 +21,7 @@ from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.layer_options import LayerOptions, attends_alike, attention_options, layer_options
 from jaxrlhf.models.rotary import rotate
 from jaxrlhf.models.sequences import SequenceContext, sequence_context
+from jaxrlhf.models.token_rows import TokenRows, look_up, replace_rows
 from jaxrlhf.sharding import constrain
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -341,6 +342,8 @@ class Decoder(nn.Module):
     """One of REMAT_POLICIES: what the backward pass recomputes of a block."""
     lora: LoRAConfig | None = None
     """Adapters (models/lora.py); None: the model has none."""
+    added_tokens: int = 0
+    """Rows that `resize_vocabulary` has added since the model was loaded; adapters train them too."""
     zero_stage: int = 3
     """How parameters lie on a mesh (models/model.py); changes no result."""
     attention_implementation: str = "auto"
@@ -354,6 +357,11 @@ class Decoder(nn.Module):
         c = self.config
         table = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
         self.embed = nn.Embed(c.padded_vocab_size, c.embedding_size, embedding_init=table, dtype=self.dtype)
+        trained = () if self.lora is None else self.lora.trained_tokens
+        if trained:
+            self.embed_rows = TokenRows((len(trained), c.embedding_size))
+            if self.head == "lm" and not c.tie_embeddings:
+                self.head_rows = TokenRows((len(trained), c.embedding_size))
         if c.position == "learned":
             table = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("position", "embed"))
             self.embed_positions = nn.Embed(
@@ -388,7 +396,10 @@ class Decoder(nn.Module):
     def embed_tokens(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Computes token and position embeddings `[B, T, D]` of int ids and positions `[B, T]`."""
         c = self.config
-        x = _scaled(self.embed(input_ids), c.embed_scale)
+        x = self.embed(input_ids)
+        if self.lora is not None and self.lora.trained_tokens:
+            x = look_up(x, input_ids, self.lora.trained_tokens, self.embed_rows())
+        x = _scaled(x, c.embed_scale)
         if c.embed_scale_sqrt:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         if c.embedding_size != c.hidden_size:
@@ -431,7 +442,12 @@ class Decoder(nn.Module):
 
     def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
         """Returns the stored matrix `[V_padded, E]` of the language-model head, and its bias `[V_padded]` or None."""
-        return (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
+        tied = self.config.tie_embeddings
+        weight, bias = (self.embed.embedding, None) if tied else self.lm_head()
+        if self.lora is not None and self.lora.trained_tokens:
+            rows = self.embed_rows() if tied else self.head_rows()
+            weight = replace_rows(weight, self.lora.trained_tokens, rows)
+        return weight, bias
 
     def padded_logits(self, hidden: jax.Array) -> jax.Array:
         """Computes float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""

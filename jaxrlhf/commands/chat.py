@@ -22,8 +22,8 @@ from jaxrlhf.data import (
 )
 from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, with_kernels
-from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder, read_json
+from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, stored_head, with_kernels
+from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig
 
@@ -210,11 +210,9 @@ def open_session(config: ChatConfig, console: Console | None = None) -> ChatSess
         if (last / CONFIG).is_file() and not (last.parent / CONFIG).is_file():
             raise InputError(f"{config.model} is the folder of a run of all steps; its chat model is {last}")
     folder = find_model_folder(config.model)
-    architectures = read_json(folder / CONFIG).get("architectures") or []
-    scalar = [name for name in architectures if name.endswith("ForSequenceClassification")]
-    if scalar:
+    if stored_head(folder) == "scalar":
         raise InputError(
-            f"{config.model} is a reward model or critic ({scalar[0]}), which cannot write; "
+            f"{config.model} is a reward model or critic, which cannot write; "
             "give the folder that sft, dpo or ppo wrote"
         )
     tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or folder, config.template)

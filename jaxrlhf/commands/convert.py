@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.config import PathName, Settings, alias
-from jaxrlhf.config.files import read_json
 from jaxrlhf.data import read_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -17,7 +16,7 @@ from jaxrlhf.models import (
     LoRAConfig,
     Model,
     config_from_dict,
-    config_to_dict,
+    for_transformers,
     join,
     load_adapter,
     load_pretrained,
@@ -26,8 +25,10 @@ from jaxrlhf.models import (
     param_shardings,
     save_pretrained,
     split_trainable,
+    stored_head,
 )
 from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
+from jaxrlhf.trainers.lora import describe_model
 from jaxrlhf.trainers.settings import DTYPES, MeshConfig, TokenizerConfig
 
 
@@ -73,10 +74,7 @@ class ConvertConfig(Settings):
 def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
     head = config.head
     if head == "auto":
-        from jaxrlhf.models.hf.checkpoint_files import find_model_folder
-
-        names = read_json(find_model_folder(config.input) / "config.json").get("architectures") or [""]
-        head = "scalar" if names[0].endswith("ForSequenceClassification") else "lm"
+        head = stored_head(config.input)
     model = load_pretrained(
         config.input,
         head=head,
@@ -108,9 +106,9 @@ def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
     if name not in exports:
         raise InputError(f"{folder} holds no parameters {name!r}; it has {', '.join(exports)}")
     info = exports[name]
-    config = config_from_dict(info["config"], f"{folder}/metadata.json")
+    config = config_from_dict(info["config"], f"{folder}/metadata.json").replace(**info.get("score", {}))
     lora = info.get("lora")
-    lora = LoRAConfig(**lora | {"targets": tuple(lora["targets"])}) if lora else None
+    lora = LoRAConfig(**lora | {k: tuple(v) for k, v in lora.items() if isinstance(v, list)}) if lora else None
     module = Decoder(config, head=info["head"], lora=lora)
     stored = jnp.dtype(info.get("dtype", "float32"))
     like = jax.tree.map(
@@ -153,10 +151,11 @@ def convert(config: ConvertConfig) -> None:
     )
     head = model.module.head
     if config.target == "hf":
-        save_pretrained(model, config.output, _load_tokenizer(config), dtype=dtype)
+        model, tokenizer = for_transformers(model, _load_tokenizer(config))
+        save_pretrained(model, config.output, tokenizer, dtype=dtype)
     else:
         stored = jax.tree.map(lambda x: x.astype(dtype), model.params)
-        info = {"head": head, "config": config_to_dict(model.config, head), "dtype": config.save_dtype}
+        info = describe_model(model, dtype=config.save_dtype)
         save_checkpoint(config.output, 0, {"params": stored}, {"identity": {}, "exports": {"params": info}})
     print(f"{config.input} → {config.output} ({config.target}, {config.save_dtype}, {head} head)")
     if config.verify:

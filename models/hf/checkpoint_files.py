@@ -133,7 +133,7 @@ def _open_shards(index: Path, opener: Callable[[Path], TensorSource]) -> TensorS
     folder, weight_map = index.parent, read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map; download the checkpoint again")
-    outside = sorted({repr(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f})
+    outside = sorted({repr(f) for f in weight_map.values() if not isinstance(f, str) or not f or Path(f).name != f})
     if outside:
         raise InputError(f"{index} names files outside its folder: {', '.join(outside)}; it must name files beside it")
     files = sorted(set(weight_map.values()))
@@ -172,7 +172,7 @@ def open_safetensors(path: Path) -> TensorSource:
         raise InputError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from error
 
     def get(name: str, rows: slice | None) -> np.ndarray:
-        if dtypes[name].startswith(("F8", "F4", "F6")):
+        if dtypes[name].startswith(("F8_", "F6_", "F4")):
             raise InputError(f"{path}: tensor {name} is {dtypes[name]}; quantised checkpoints are not supported")
         # Opened each time: a file that stays mapped would count in full as this process's memory.
         with safe_open(str(path), framework="np") as file:

@@ -69,6 +69,13 @@ def open_model(folder: Path, config: DecoderConfig, head: str) -> Opened:
     return opened._replace(source=_without_score(source) if head == "lm" else source, config=untied)
 
 
+def folder_head(folder: Path, config: DecoderConfig) -> str:
+    """The head that a model folder holds, "lm" or "scalar"."""
+    family = get_family(config.family, str(folder))
+    score = _named(open_checkpoint(folder), family, config, read_json(folder / CONFIG)).score
+    return "lm" if score is None or score.beside_lm else "scalar"
+
+
 def _without_score(source: TensorSource) -> TensorSource:
     shapes = {name: shape for name, shape in source.shapes.items() if not name.startswith("score.")}
     return TensorSource(source.where, shapes, source.read, source.metadata, source.peek)

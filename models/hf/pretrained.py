@@ -22,7 +22,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
-from jaxrlhf.models.hf.adapters import load_onto_base
+from jaxrlhf.models.hf.adapters import load_onto_base, trained_head
 from jaxrlhf.models.hf.card import ModelCard, render_card
 from jaxrlhf.models.hf.checkpoint_files import (
     CONFIG,
@@ -38,7 +38,8 @@ from jaxrlhf.models.hf.checkpoint_files import (
 )
 from jaxrlhf.models.hf.gguf import gguf_options, is_gguf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
-from jaxrlhf.models.hf.opened import open_model
+from jaxrlhf.models.hf.opened import folder_head, open_model
+from jaxrlhf.models.hf.score_export import for_transformers
 from jaxrlhf.models.hf.score_heads import OPENRLHF_OPTIONS
 from jaxrlhf.models.hf.tensor_names import common_prefix, is_buffer, names_of
 from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
@@ -52,6 +53,7 @@ from jaxrlhf.models.model import (
     param_shapes,
     param_shardings,
 )
+from jaxrlhf.models.token_rows import LEAF, TABLES
 from jaxrlhf.runs.console import Console
 
 if TYPE_CHECKING:
@@ -80,12 +82,20 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG) -> DecoderC
 
 
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
-    """Reads the configuration of a model folder (or hub name)."""
+    """Reads the configuration of a model folder (or hub name); for an adapter folder that of its base model."""
     if is_gguf(name_or_path):
         return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
     path = base_folder(find_model_folder(name_or_path)) / CONFIG
     values = {name: value for name, value in read_json(path).items() if name not in OPENRLHF_OPTIONS}
     return config_from_dict(values, str(path))
+
+
+def stored_head(name_or_path: str | os.PathLike) -> str:
+    """The head that a model folder (or hub name, GGUF file or adapter folder) holds, "lm" or "scalar"."""
+    if is_gguf(name_or_path):
+        return "lm"
+    folder = find_model_folder(name_or_path)
+    return trained_head(folder) if is_adapter(folder) else folder_head(folder, read_config(folder))
 
 
 def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, object]:
@@ -254,7 +264,7 @@ def load_pretrained(
     if mesh is not None and mesh.is_multi_process:
         hashes = fingerprint(folder).items()
         check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
-    if is_adapter(folder):
+    if is_adapter(folder):  # the head's check is left to the adapter, which may bring it
         base = load_pretrained(
             base_folder(folder),
             head=head,
@@ -333,6 +343,9 @@ def _fetch_merged(params: dict[str, jax.Array], leaf: str, layer: int | None, lo
     """`_fetch`, with the adapters of a kernel merged into it."""
     array = _fetch(params[leaf], layer)
     path, _, name = leaf.rpartition("/")
+    for holder, table in TABLES.items():
+        if lora is not None and leaf == table and f"{holder}/{LEAF}" in params:
+            array[list(lora.trained_tokens)] = _fetch(params[f"{holder}/{LEAF}"], None)
     if lora is None or name != "kernel" or f"{path}/lora_a" not in params:
         return array
     a, b = (_fetch(params[f"{path}/{n}"], layer) for n in ("lora_a", "lora_b"))
@@ -367,7 +380,8 @@ def save_pretrained(
     """Writes a folder that `transformers` and `load_pretrained` load: weights, config, generation config, tokenizer.
 
     Tensors are gathered one at a time. Files are written to a folder beside the target and then renamed into place, so
-    an interrupted save leaves an older export intact. Adapters are merged (`save_adapter` writes them separately).
+    an interrupted save leaves an older export intact. A reward model gets a pad token that ends no text. Adapters are
+    merged (`save_adapter` writes them separately).
     Every process of a run must call this; the first one writes.
 
     Args:
@@ -379,10 +393,12 @@ def save_pretrained(
         card: Becomes the folder's README.md.
 
     Raises:
-        InputError: Parameters are not finite, or too large for `dtype`.
+        InputError: Parameters are not finite, or too large for `dtype`; or a reward model adds a constant to its
+            scores, which transformers cannot express.
         StorageError: Writing fails.
     """
     folder = Path(path)
+    model, tokenizer = for_transformers(model, tokenizer)
     if is_primary():
         with staged(folder, ".export") as staging:
             _write_export(model, staging, folder, tokenizer, dtype, max_shard_bytes, card)

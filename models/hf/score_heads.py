@@ -1,8 +1,8 @@
 """Scalar heads as people publish reward models: transformers', OpenRLHF's, TRL's and DeepSpeed-Chat's.
 
-Every head becomes `score.weight` `[1, E]`, with `score.bias` `[1]` where the score has a constant part: TRL's value heads
-have one, and OpenRLHF's reward models with `normalize_reward` score `(raw - mean) / std`. Heads that compute something
-else are refused by name.
+Every head becomes `score.weight` `[1, E]`, with `score.bias` `[1]` where the score has a constant part: TRL's value
+heads have one, and OpenRLHF's reward models with `normalize_reward` score `(raw - mean) / std`. Heads that compute
+something else are refused by name.
 """
 
 import math
@@ -70,8 +70,8 @@ def find_score_head(source: TensorSource, options: Mapping[str, Any]) -> ScoreHe
     shape = source.shapes[f"{name}.weight"]
     if len(shape) == 2 and shape[0] != 1:
         raise InputError(
-            f"{source.where}: the head {name}.weight {shape} gives {shape[0]} scores (labels); a reward model must give "
-            "one (num_labels 1)"
+            f"{source.where}: the head {name}.weight {shape} gives {shape[0]} scores (labels); a reward model must "
+            "give one (num_labels 1)"
         )
     classes = options.get("architectures")
     classes = classes if isinstance(classes, list) else []

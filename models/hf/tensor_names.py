@@ -1,9 +1,9 @@
-"""The names of tensors in files: wrappers around a model, base models without their prefix, aliases, tied heads, buffers.
+"""The names of tensors in files: wrappers, base models without their prefix, aliases, tied heads, buffers.
 
 Whatever a state dict was saved from, its tensors end up under the names that the family declares.
 """
 
-import os
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.hf.mapping import Family, Tensor
+from jaxrlhf.models.hf.mapping import SCORE_BIAS, Family, Tensor
 from jaxrlhf.models.hf.tensor_source import TensorSource
 
 # Modules that torch and its trainers put between the others: torch.compile, FSDP, activation checkpointing.
@@ -102,8 +102,9 @@ def _wrapper(names: set[str], family: Family, config: DecoderConfig) -> str:
 
 def common_prefix(names: Iterable[str]) -> str:
     """What all names begin with, up to a dot; empty if they have no such beginning in common."""
-    before, dot, _ = os.path.commonprefix(list(names)).rpartition(".")
-    return before + dot
+    parts = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda found: len(set(found)) == 1, zip(*parts, strict=False))
+    return "".join(f"{found[0]}." for found in shared)
 
 
 def with_declared_names(source: TensorSource, family: Family, config: DecoderConfig) -> TensorSource:
@@ -117,7 +118,7 @@ def with_declared_names(source: TensorSource, family: Family, config: DecoderCon
         for alias in tensor.aliases
         for theirs, name in zip(names_of(tensor, config, alias), names_of(tensor, config), strict=True)
     }
-    prefix, heads = f"{family.prefix}.", {tensor.hf for tensor in family.heads}
+    prefix, heads = f"{family.prefix}.", {tensor.hf for tensor in (*family.heads, SCORE_BIAS)}
     renamed = {name: aliases.get(name, name) for name in source.shapes}
     if not any(short.startswith(prefix) for short in renamed.values()):
         renamed = {name: short if short in heads else prefix + short for name, short in renamed.items()}
@@ -169,5 +170,5 @@ def differences(one: TensorSource, other: TensorSource) -> Iterator[str]:
             continue
         values = [source.peek(name) for source in (one, other)]
         narrow = min((x.dtype for x in values), key=lambda dtype: dtype.itemsize)
-        if not np.array_equal(*(x.astype(narrow) for x in values)):
+        if not np.array_equal(values[0].astype(narrow), values[1].astype(narrow)):
             yield f"{name} has other values"

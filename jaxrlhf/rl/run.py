@@ -28,7 +28,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.loop import fit
-from jaxrlhf.trainers.lora import describe_model, export_model
+from jaxrlhf.trainers.lora import check_base, describe_model, export_model
 from jaxrlhf.trainers.optimizer import updates_made
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, open_run
 from jaxrlhf.trainers.sft import sft_metrics, sft_sums
@@ -281,6 +281,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
     config = joined(config)
     with open_run(config.folder, config, config.run.logging_steps, HEADLINE) as run:
         for model in (actor, reward):
+            check_base(config.lora, model)
             if model is not None:
                 read_config(model)  # fails early when the model cannot be used
         tokenizer = load_tokenizer(config.models.tokenizer.tokenizer_name_or_path or actor, config.data.template)

@@ -22,7 +22,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
 from jaxrlhf.trainers.loop import Announce, fit
-from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
+from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, updates_made
 from jaxrlhf.trainers.settings import (
     DTYPES,
@@ -209,6 +209,7 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
         source = config.model.tokenizer_source
         if config.model.model_name_or_path is not None:
             read_config(config.model.model_name_or_path)  # fails early when the model cannot be used
+        check_base(config.lora, config.model.model_name_or_path)
         tokenizer = load_tokenizer(source, config.data.template)
         model = load_model(config, recipe.head, mesh, tokenizer, remat=config.run.remat)
         key = keys.stream(config.data.seed, keys.Stream.ADAPTERS)

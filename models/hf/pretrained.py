@@ -38,7 +38,9 @@ from jaxrlhf.models.hf.checkpoint_files import (
     staged,
     write_checkpoint,
 )
+from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values, with_generation_config
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -79,7 +81,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG) -> DecoderC
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     """Reads the configuration of a model folder (or hub name)."""
     path = find_model_folder(name_or_path) / CONFIG
-    return config_from_dict(read_json(path), str(path))
+    return with_generation_config(config_from_dict(read_json(path), str(path)), path.parent)
 
 
 def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, object]:
@@ -410,13 +412,12 @@ def _write_export(
     write_checkpoint(staging, _tensors_to_write(model), stored, max_shard_bytes, taken=indexed_shards(folder))
     values = config_to_dict(config, head) | {"dtype": str(stored)}
     files = {CONFIG: json.dumps(values, indent=2) + "\n"}
-    if head == "lm":
-        ids = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
-        files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
+    if head == "lm" or config.generation_config:
+        files[GENERATION_CONFIG] = json.dumps(generation_values(config), indent=2) + "\n"
     if card is not None:
         files["README.md"] = render_card(card, config, head)
     if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
+        save_tokenizer(tokenizer, staging)
     for name, text in files.items():
         (staging / name).write_text(text, encoding="utf-8")
 

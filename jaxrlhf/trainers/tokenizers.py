@@ -25,6 +25,7 @@ from jaxrlhf.models import (
     with_token_ids,
 )
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
+from jaxrlhf.models.hf.gguf import is_gguf
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def check_reads_tokens(tokenizer: Tokenizer, actor: DecoderConfig, model: str, n
         model: folder or hub name of the other model, such as the reward model.
         names: names of both models in the message.
     """
-    other, config = own_tokenizer(find_model_folder(model)), read_config(model)
+    other, config = None if is_gguf(model) else own_tokenizer(find_model_folder(model)), read_config(model)
     if other is None:
         check_same_rows(actor, config, names)
     else:

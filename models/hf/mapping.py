@@ -67,6 +67,15 @@ def conv1d_fused() -> Layout:
     )
 
 
+def linear_fused() -> Layout:
+    """Several kernels `[in, …]` one below the other in one Linear `[Σ out, in]` (Phi-3's qkv_proj)."""
+
+    def to_ours(x: np.ndarray, shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
+        return _split(x.T, shapes, axis=1)
+
+    return Layout(to_ours, lambda parts, xp: xp.concatenate([_matrix(part, 1).T for part in parts]))
+
+
 def bias_fused() -> Layout:
     """Several biases end to end."""
     return Layout(

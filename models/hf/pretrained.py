@@ -39,6 +39,7 @@ from jaxrlhf.models.hf.checkpoint_files import (
     write_checkpoint,
 )
 from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values, with_generation_config
+from jaxrlhf.models.hf.gguf import gguf_options, gguf_source, is_gguf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
 from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
 from jaxrlhf.models.lora import merge_kernel
@@ -80,6 +81,8 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG) -> DecoderC
 
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     """Reads the configuration of a model folder (or hub name)."""
+    if is_gguf(name_or_path):
+        return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
     path = find_model_folder(name_or_path) / CONFIG
     return with_generation_config(config_from_dict(read_json(path), str(path)), path.parent)
 
@@ -154,6 +157,14 @@ def _with_our_names(source: TensorSource, family: Family, layers: int) -> Tensor
         raise InputError(f"{source.where}: {', '.join(twice)} stored twice under different names")
     shapes = {new: source.shapes[old] for new, old in original.items()}
     return replace(source, shapes=shapes, read=lambda name: source.read(original[name]))
+
+
+def _open_source(folder: Path, family: Family, layers: int) -> TensorSource:
+    """Opens a model folder's weights, or a GGUF file."""
+    if not is_gguf(folder):
+        return open_checkpoint(folder)
+    names = [name for tensor in (*family.tensors, *family.heads) for name in _names(tensor, layers)]
+    return gguf_source(folder, names)
 
 
 def _check_names(
@@ -266,14 +277,14 @@ def load_pretrained(
         InputError: The folder is missing or unreadable, a family or option is not supported, files differ between the
             processes of the mesh, or tensors are missing, unexpected or mis-shaped (the message lists them).
     """
-    folder = find_model_folder(name_or_path)
+    folder = Path(name_or_path) if is_gguf(name_or_path) else find_model_folder(name_or_path)
     config = read_config(folder)
     if mesh is not None and mesh.is_multi_process:
         hashes = fingerprint(folder).items()
         check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
     module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
-    source = _with_our_names(open_checkpoint(folder), family, config.num_layers)
+    source = _with_our_names(_open_source(folder, family, config.num_layers), family, config.num_layers)
     declared = _declared(family, module)
     fresh = _missing_head(folder, source, declared, head, new_head)
     _check_names(source, family, declared, config.num_layers, optional=fresh)

@@ -34,6 +34,15 @@ _LLAMA_KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+_GEMMA2_KEYS = _LLAMA_KEYS | {
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_GEMMA3_KEYS = _LLAMA_KEYS | {
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base_swa": "rope_local_base_freq",
+}
 _GPT2_KEYS = {
     "context_length": "n_positions",
     "block_count": "n_layer",
@@ -83,6 +92,11 @@ def _heads_interleaved(heads: str) -> Restore:
 
 def _transposed(x: np.ndarray, options: Options) -> np.ndarray:
     return x.T
+
+
+def _less_one(x: np.ndarray, options: Options) -> np.ndarray:
+    """The weight of a norm by 1 + weight, of which llama.cpp stores the sum."""
+    return x - 1
 
 
 @dataclass(frozen=True)
@@ -140,6 +154,13 @@ def _finish_neox(options: Options, metadata: Mapping[str, Any], file: "File") ->
         options["rotary_pct"] = rotated / (options["hidden_size"] // options["num_attention_heads"])
 
 
+def _finish_gemma(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+    # Not in the file: as llama.cpp, by the number of layers of the two models (of 27B) that have another one.
+    width = options["hidden_size"] // options["num_attention_heads"]
+    special = options["num_hidden_layers"] in (46, 62)
+    options["query_pre_attn_scalar"] = width if special else options.get("head_dim", 256)
+
+
 _LLAMA_ORDER = {
     f"{name}_proj.{kind}": _pairs_to_halves(heads)
     for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
@@ -151,6 +172,9 @@ ARCHITECTURES = {
     "llama": Architecture("llama", _LLAMA_KEYS, _LLAMA_ORDER, finish=_finish_llama),
     "qwen2": Architecture("qwen2", _LLAMA_KEYS),
     "qwen3": Architecture("qwen3", _LLAMA_KEYS),
+    "gemma": Architecture("gemma", _LLAMA_KEYS, {"norm.weight": _less_one}),
+    "gemma2": Architecture("gemma2", _GEMMA2_KEYS, {"norm.weight": _less_one}, finish=_finish_gemma),
+    "gemma3": Architecture("gemma3_text", _GEMMA3_KEYS, {"norm.weight": _less_one}, finish=_finish_gemma),
     "gpt2": Architecture(
         "gpt2",
         _GPT2_KEYS,

@@ -19,6 +19,7 @@ LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 64}
 NEOX = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEOX |= {"intermediate_size": 64, "max_position_embeddings": 64, "rotary_pct": 0.5, "use_parallel_residual": False}
+GEMMA = LLAMA | {"rms_norm_eps": 1e-6, "query_pre_attn_scalar": 8, "sliding_window": 5, "num_hidden_layers": 7}
 CASES = {  # name: (model type, options, GGUF architecture)
     "llama": ("llama", LLAMA, "llama"),
     "llama-biases": ("llama", LLAMA | {"attention_bias": True, "mlp_bias": True}, "llama"),
@@ -26,11 +27,15 @@ CASES = {  # name: (model type, options, GGUF architecture)
     "llama3-rope": ("llama", LLAMA | {"rope_parameters": LLAMA3}, "llama"),
     "qwen2": ("qwen2", LLAMA, "qwen2"),
     "qwen3": ("qwen3", LLAMA, "qwen3"),
+    "gemma": ("gemma", LLAMA, "gemma"),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 0.9}, "gemma2"),
+    "gemma3": ("gemma3_text", GEMMA, "gemma3"),
     "gpt2": ("gpt2", GPT2, "gpt2"),
     "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
     "gpt_neox": ("gpt_neox", NEOX, "gptneox"),
 }
-READ_BY_TRANSFORMERS = ("llama", "llama-tied", "qwen2", "bloom")  # it drops sizes of gpt2 and qwen3
+# transformers drops sizes of gpt2 and qwen3, soft-caps and scales of gemma.
+READ_BY_TRANSFORMERS = ("llama", "llama-tied", "qwen2", "bloom")
 
 
 def make_torch(case):
@@ -43,7 +48,8 @@ def make_torch(case):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if ("norm" in name and name.endswith("weight")) or ".ln_" in name else 0.0
+            norm = ("norm" in name and name.endswith("weight")) or ".ln_" in name
+            centre = 1.0 if norm and not model_type.startswith("gemma") else 0.0
             parameter.copy_(centre + 0.1 * torch.randn_like(parameter))
     model.tie_weights()
     return model
@@ -58,6 +64,8 @@ def as_llama_cpp_lays_it_out(architecture, name, x, config):
         heads = config.n_head if architecture == "bloom" else config.num_attention_heads
         parts = x.reshape(heads, 3, x.shape[0] // heads // 3, *x.shape[1:])
         return np.concatenate([parts[:, j].reshape(-1, *x.shape[1:]) for j in range(3)])
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        return x + 1
     if architecture == "gpt2" and x.ndim == 2 and ".h." in name:
         return x.T
     return x
@@ -76,12 +84,18 @@ def write_metadata(writer, architecture, config):
     writer.add_block_count(sizes[2])
     writer.add_head_count(sizes[3])
     writer.add_feed_forward_length(sizes[4])
-    if architecture in ("llama", "qwen2", "qwen3"):
+    if architecture in ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"):
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        rope = config.rope_parameters
+        writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
         writer.add_rope_dimension_count(config.head_dim if architecture == "llama" else 8)
         writer.add_key_length(8)
+        if architecture in ("gemma2", "gemma3"):
+            writer.add_sliding_window(config.sliding_window)
+        if architecture == "gemma2":
+            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
     elif architecture == "gptneox":
         writer.add_layer_norm_eps(config.layer_norm_eps)
         writer.add_rope_dimension_count(4)
@@ -105,7 +119,7 @@ def write_gguf(path, case, model, quantisation="F32"):
     write_metadata(writer, architecture, model.config)
     kind = gguf.GGMLQuantizationType[quantisation]
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, 2)
+    names = gguf.get_tensor_name_map(arch, 7)
     for name, tensor in model.state_dict().items():
         if (name == "lm_head.weight" and model.config.tie_word_embeddings) or name.endswith((".attn.bias", "inv_freq")):
             continue

@@ -108,8 +108,8 @@ class DecoderConfig:
     pad_token_id: int | tuple[int, ...] | None = None
     vocab_multiple: int = 8
 
-    inert: str = field(default="", compare=False, repr=False)
-    """JSON of the options of the source's config.json that have no effect here; an export writes them back."""
+    source: str = field(default="", compare=False, repr=False)
+    """JSON of the config.json that this configuration was read from; an export keeps what has not changed since."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

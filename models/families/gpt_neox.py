@@ -29,12 +29,12 @@ def _rope_from_hf(hf: HFConfig, head_dim: int) -> tuple[dict[str, Any], int]:
     inside, older = rope.pop(_SHARE), hf.take("rotary_pct", 0.25)
     share = older if inside is None else inside
     hf.check_number("rotary_pct", share, positive=True)
-    if inside is not None:
-        hf.same("rotary_pct", f"rope_parameters.{_SHARE}", share)
-    hf.same(_SHARE, "rotary_pct", share)
     rotated = int(head_dim * share)
     if not 2 <= rotated <= head_dim:
         raise hf.refuse("rotary_pct", share, f"it rotates {rotated} of {head_dim} features")
+    if inside is not None:
+        hf.same("rotary_pct", f"rope_parameters.{_SHARE}", share)
+    hf.same(_SHARE, "rotary_pct", share)
     return rope, rotated
 
 

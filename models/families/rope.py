@@ -13,6 +13,8 @@ from jaxrlhf.models.rotary import ROPE_TYPES
 
 _ORIGINAL = "original_max_position_embeddings"
 _SHARE = "partial_rotary_factor"
+ROPE_OPTIONS = {"rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct", _SHARE}
+"""All spellings. An export holds those that agree with each other, whatever the source had."""
 
 
 def rope_from_hf(
@@ -127,13 +129,13 @@ def rope_to_hf(
     Args:
         c: Our configuration.
         base_name: The family's older name of the base frequency.
-        share_name: The family's older name of the share of rotated features, if it has one.
+        share_name: The family's older name of the share of rotated features; None: it rotates all.
         extra: Further rope parameters.
     """
-    older: dict[str, object] = {base_name: c.rotary_base}
+    older: dict[str, object] = {base_name: c.rotary_base, "rope_theta": c.rotary_base}
     if share_name is not None:
-        older[share_name] = _share(c)
-        extra[_SHARE] = older[share_name]
+        extra[_SHARE] = _share(c)
+        older |= {share_name: extra[_SHARE], _SHARE: extra[_SHARE]}
     today = scaling_to_hf(c.rope_scaling) | {"rope_theta": c.rotary_base} | extra
     return older | {"rope_scaling": _scaling_to_older_hf(c.rope_scaling), "rope_parameters": today}
 

@@ -1,7 +1,7 @@
-"""Hugging Face's config.json in and out: which options are honoured, refused, or kept without effect.
+"""Hugging Face's config.json in and out: which options are honoured, refused, or without effect.
 
 What the family's config class in transformers declares is honoured or refused. Transformers ignores any other option,
-and so do we: it is kept, logged once, and written back on export. Exceptions are options that other code reads and that
+and so do we: it is logged once, and written back on export. Exceptions are options that other code reads and that
 change results; they are refused by name (`_REFUSED`).
 """
 
@@ -17,6 +17,7 @@ from jaxrlhf.config.files import read_json
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families import get_family
+from jaxrlhf.models.families.rope import ROPE_OPTIONS
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder
 from jaxrlhf.models.hf.mapping import Family, HFConfig
 
@@ -84,9 +85,8 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG, *, strict: 
     unknown += hf.ignored
     if unknown:
         _log_once(f"{where}: options without effect: {', '.join(unknown)}")
-    written = family.config_to_hf(config).keys() | _NOT_EXPORTED
-    kept = {name: value for name, value in hf.items().items() if name not in written}
-    return config.replace(inert=json.dumps(kept) if kept else "")
+    source = {name: value for name, value in hf.items().items() if name not in _NOT_EXPORTED}
+    return config.replace(source=json.dumps(source))
 
 
 @functools.cache
@@ -127,14 +127,15 @@ def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
 def config_to_dict(config: DecoderConfig, head: str = "lm", dtype: str | None = None) -> dict[str, object]:
     """Returns the options of the HF config that `transformers`, 4 and 5, loads as the same model with this head.
 
+    Options of the source stay as they were, also those that have no effect here, unless their value has changed since.
+
     Args:
-        config: Our configuration; options that it was read with and that have no effect here are written back.
+        config: Our configuration.
         head: "lm" or "scalar".
         dtype: Of the weights; written under its names in both versions.
     """
     family = get_family(config.family, "config")
-    kept = json.loads(config.inert) if config.inert else {}
-    values = kept | family.config_to_hf(config) | {"architectures": [family.architecture(head)]}
+    values = _with_source(config, family) | {"architectures": [family.architecture(head)]}
     if dtype is not None:
         values |= {"dtype": dtype, "torch_dtype": dtype}
     if head == "scalar":
@@ -145,3 +146,17 @@ def config_to_dict(config: DecoderConfig, head: str = "lm", dtype: str | None = 
             eos = config.eos_token_id
             values["pad_token_id"] = eos[0] if isinstance(eos, tuple) else eos
     return dict(sorted(values.items()))
+
+
+def _with_source(config: DecoderConfig, family: Family) -> dict[str, object]:
+    """The options of a configuration, as the source has them where they have not changed.
+
+    Rope options are always ours, because they hold the spellings of several versions.
+    """
+    written = family.config_to_hf(config)
+    if not config.source:
+        return written
+    source = json.loads(config.source)
+    before = family.config_to_hf(family.config_from_hf(HFConfig(source, "config")))
+    kept = {name: value for name, value in source.items() if name not in ROPE_OPTIONS}
+    return written | {name: value for name, value in kept.items() if before.get(name) == written.get(name)}

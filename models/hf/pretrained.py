@@ -39,6 +39,7 @@ from jaxrlhf.models.hf.checkpoint_files import (
 )
 from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
 from jaxrlhf.models.hf.mapping import Family, Tensor
+from jaxrlhf.models.hf.tokenizer_config import write_for_transformers_4
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -379,6 +380,7 @@ def _write_export(
         files["README.md"] = render_card(card, config, head)
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
+        write_for_transformers_4(staging)
     for name, text in files.items():
         (staging / name).write_text(text, encoding="utf-8")
 

@@ -51,7 +51,7 @@ def test_inert_options_are_logged_once_and_written_back(caplog):
 def test_inert_options_do_not_make_another_configuration():
     plain, config = config_from_dict(LLAMA), config_from_dict(LLAMA | {"is_llama_config": True})
     assert (plain == config, hash(plain) == hash(config)) == (True, True)
-    assert json.loads(config.replace(vocab_size=40).inert)["is_llama_config"]
+    assert json.loads(config.replace(vocab_size=40).source)["is_llama_config"]
 
 
 def test_labels_of_the_source_do_not_reach_a_reward_model():

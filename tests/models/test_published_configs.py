@@ -20,7 +20,7 @@ ACCEPTED = sorted(
     name for name, values in PUBLISHED.items() if name not in REFUSED and values["model_type"] in FAMILIES
 )
 # What is no option of the network, or what only our side names.
-_OWN = {"vocab_multiple", "inert"}
+_OWN = {"vocab_multiple", "source"}
 _ACTIVATIONS = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrlhf.config.files import read_json
@@ -19,6 +20,7 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.families.rope import ROPE_OPTIONS
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder
+from jaxrlhf.models.hf.gguf import gguf_options, is_gguf
 from jaxrlhf.models.hf.mapping import Family, HFConfig
 
 logger = logging.getLogger(__name__)
@@ -120,6 +122,8 @@ def _check_architectures(hf: HFConfig, family: Family) -> None:
 
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     """Reads the configuration of a model folder (or hub name)."""
+    if is_gguf(name_or_path):
+        return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
     path = find_model_folder(name_or_path) / CONFIG
     return config_from_dict(read_json(path), str(path))
 

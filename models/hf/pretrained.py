@@ -38,6 +38,7 @@ from jaxrlhf.models.hf.checkpoint_files import (
     write_checkpoint,
 )
 from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
+from jaxrlhf.models.hf.gguf import gguf_source, is_gguf
 from jaxrlhf.models.hf.mapping import Family, Tensor
 from jaxrlhf.models.hf.tokenizer_config import write_for_transformers_4
 from jaxrlhf.models.lora import merge_kernel
@@ -115,6 +116,14 @@ def _with_our_names(source: TensorSource, family: Family, layers: int) -> Tensor
         raise InputError(f"{source.where}: {', '.join(twice)} stored twice under different names")
     shapes = {new: source.shapes[old] for new, old in original.items()}
     return replace(source, shapes=shapes, read=lambda name: source.read(original[name]))
+
+
+def _open_source(folder: Path, family: Family, layers: int) -> TensorSource:
+    """Opens a model folder's weights, or a GGUF file."""
+    if not is_gguf(folder):
+        return open_checkpoint(folder)
+    names = [name for tensor in (*family.tensors, *family.heads) for name in _names(tensor, layers)]
+    return gguf_source(folder, names)
 
 
 def _check_names(
@@ -227,14 +236,14 @@ def load_pretrained(
         InputError: The folder is missing or unreadable, a family or option is not supported, files differ between the
             processes of the mesh, or tensors are missing, unexpected or mis-shaped (the message lists them).
     """
-    folder = find_model_folder(name_or_path)
+    folder = Path(name_or_path) if is_gguf(name_or_path) else find_model_folder(name_or_path)
     config = read_config(folder)
     if mesh is not None and mesh.is_multi_process:
         hashes = fingerprint(folder).items()
         check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
     module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
-    source = _with_our_names(open_checkpoint(folder), family, config.num_layers)
+    source = _with_our_names(_open_source(folder, family, config.num_layers), family, config.num_layers)
     declared = _declared(family, module)
     fresh = _missing_head(folder, source, declared, head, new_head)
     _check_names(source, family, declared, config.num_layers, optional=fresh)

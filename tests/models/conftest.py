@@ -294,6 +294,13 @@ def reference(case, tmp_path_factory) -> Reference:
     return Reference(case, tmp_path_factory.mktemp(case))
 
 
+@pytest.fixture
+def reference_of(tmp_path):
+    """`reference_of(case)`: the torch reference of a case, for tests that change it or need few cases."""
+    pytest.importorskip("torch")
+    return lambda case: Reference(case, tmp_path / case)
+
+
 @pytest.fixture(scope="session")
 def make_model():
     """`make_model(case, head=…, **config changes)`: our own random tiny model."""

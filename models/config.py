@@ -106,6 +106,8 @@ class DecoderConfig:
     bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | tuple[int, ...] | None = None
+    generation_config: str = ""
+    """The source's generation_config.json as JSON text, which exports start from; empty: only the ids above."""
     vocab_multiple: int = 8
 
     source: str = field(default="", compare=False, repr=False)

@@ -17,7 +17,6 @@ from jaxrlhf.models import (
     LoRAConfig,
     Model,
     config_from_dict,
-    config_to_dict,
     join,
     load_adapter,
     load_pretrained,
@@ -28,7 +27,9 @@ from jaxrlhf.models import (
     split_trainable,
 )
 from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
-from jaxrlhf.trainers.settings import DTYPES, MeshConfig, TokenizerConfig
+from jaxrlhf.trainers.lora import describe_model
+from jaxrlhf.trainers.settings import DTYPES, MeshConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
         raise InputError(f"{folder} holds no parameters {name!r}; it has {', '.join(exports)}")
     info = exports[name]
     config = config_from_dict(info["config"], f"{folder}/metadata.json")
+    config = config.replace(generation_config=info.get("generation_config", ""))
     lora = info.get("lora")
     lora = LoRAConfig(**lora | {"targets": tuple(lora["targets"])}) if lora else None
     module = Decoder(config, head=info["head"], lora=lora)
@@ -156,7 +158,7 @@ def convert(config: ConvertConfig) -> None:
         save_pretrained(model, config.output, _load_tokenizer(config), dtype=dtype)
     else:
         stored = jax.tree.map(lambda x: x.astype(dtype), model.params)
-        info = {"head": head, "config": config_to_dict(model.config, head), "dtype": config.save_dtype}
+        info = describe_model(model, dtype=config.save_dtype)
         save_checkpoint(config.output, 0, {"params": stored}, {"identity": {}, "exports": {"params": info}})
     print(f"{config.input} → {config.output} ({config.target}, {config.save_dtype}, {head} head)")
     if config.verify:

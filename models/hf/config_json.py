@@ -20,6 +20,7 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.families.rope import ROPE_OPTIONS
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder
+from jaxrlhf.models.hf.generation_config import with_generation_config
 from jaxrlhf.models.hf.gguf import gguf_options, is_gguf
 from jaxrlhf.models.hf.mapping import Family, HFConfig
 
@@ -125,7 +126,7 @@ def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     if is_gguf(name_or_path):
         return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
     path = find_model_folder(name_or_path) / CONFIG
-    return config_from_dict(read_json(path), str(path))
+    return with_generation_config(config_from_dict(read_json(path), str(path)), path.parent)
 
 
 def config_to_dict(config: DecoderConfig, head: str = "lm", dtype: str | None = None) -> dict[str, object]:

@@ -269,7 +269,7 @@ class File:
         if entry is None:
             return None
         value = entry.contents()
-        return _shortest(np.float32(value))[0] if isinstance(value, float) else value
+        return _shortest(np.array([value], np.float32))[0] if isinstance(value, float) else value
 
     def array(self, key: str) -> list[Any]:
         """The elements of a metadata array; none when it is absent."""

@@ -38,9 +38,10 @@ from jaxrlhf.models.hf.checkpoint_files import (
     write_checkpoint,
 )
 from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
+from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values
 from jaxrlhf.models.hf.gguf import gguf_source, is_gguf
 from jaxrlhf.models.hf.mapping import Family, Tensor
-from jaxrlhf.models.hf.tokenizer_config import write_for_transformers_4
+from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -382,14 +383,12 @@ def _write_export(
     write_checkpoint(staging, _tensors_to_write(model), stored, max_shard_bytes, taken=indexed_shards(folder))
     values = config_to_dict(config, head, str(stored))
     files = {CONFIG: json.dumps(values, indent=2) + "\n"}
-    if head == "lm":
-        ids = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
-        files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
+    if head == "lm" or config.generation_config:
+        files[GENERATION_CONFIG] = json.dumps(generation_values(config), indent=2) + "\n"
     if card is not None:
         files["README.md"] = render_card(card, config, head)
     if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
-        write_for_transformers_4(staging)
+        save_tokenizer(tokenizer, staging)
     for name, text in files.items():
         (staging / name).write_text(text, encoding="utf-8")
 

@@ -1,14 +1,35 @@
-"""Makes a saved tokenizer folder readable for transformers 4, whose names and defaults differ from those of 5."""
+"""Writes a tokenizer into an export: with the chat template of the run, and the source's other named templates."""
 
+import copy
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxrlhf.config.files import read_json
 
-_TEMPLATES = "additional_chat_templates"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = "additional_chat_templates"
+"""The folder of a tokenizer that holds its named chat templates but the default one."""
 
 
-def write_for_transformers_4(folder: Path) -> None:
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Saves a tokenizer as transformers 5 does, readable for transformers 4 too.
+
+    The chat template that the run used becomes the default one. The other templates that the source named stay under
+    their names (`named_templates`, which `with_template` keeps).
+    """
+    named = getattr(tokenizer, "named_templates", {})
+    others = {name: text for name, text in named.items() if name != "default"}
+    if others and isinstance(tokenizer.chat_template, str):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = {"default": tokenizer.chat_template, **others}
+    tokenizer.save_pretrained(folder)
+    _write_for_transformers_4(folder)
+
+
+def _write_for_transformers_4(folder: Path) -> None:
     """Completes the tokenizer_config.json that transformers 5 has written into `folder`; 5 reads it as before.
 
     Transformers 4 does not know the class that 5 names, reads chat templates from this file only (4.51 and later also
@@ -16,6 +37,8 @@ def write_for_transformers_4(folder: Path) -> None:
     and returns token type ids, which decoders refuse.
     """
     path = folder / "tokenizer_config.json"
+    if not path.is_file():  # a tokenizer of another kind than transformers'
+        return
     config = read_json(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -50,5 +73,5 @@ def _write_merges_as_text(path: Path) -> None:
 def _chat_templates(folder: Path) -> dict[str, str]:
     """The chat templates that lie in files of their own, by name."""
     paths = {"default": folder / "chat_template.jinja"}
-    paths |= {path.stem: path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    paths |= {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}

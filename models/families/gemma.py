@@ -122,6 +122,7 @@ GEMMA = Family(
     config_from_hf=gemma_from_hf,
     config_to_hf=gemma_to_hf,
     tensors=LLAMA_TENSORS,
+    rewritten=("hidden_act",),
 )
 
 GEMMA2 = Family(

@@ -332,6 +332,8 @@ class Family:
     """Second names of options in config.json, each with the name that `config_from_hf` reads."""
     inert_tensors: tuple[str, ...] = ()
     """Regular expressions of buffers that checkpoints may hold and that carry no weights."""
+    rewritten: tuple[str, ...] = ()
+    """Options that published configs spell wrongly: an export has ours, not the source's."""
     heads: tuple[Tensor, ...] = field(
         default=(
             Tensor("lm_head.weight", "lm_head/kernel"),

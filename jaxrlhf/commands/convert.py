@@ -29,7 +29,7 @@ from jaxrlhf.models import (
 from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.trainers.lora import describe_model
 from jaxrlhf.trainers.settings import DTYPES, MeshConfig
-from jaxrlhf.trainers.tokenizers import TokenizerConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends, with_special_tokens
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,23 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
     return None if source is None else read_tokenizer(source)
 
 
+def _with_end_ids(model: Model, tokenizer: Any, ids: tuple[int | str, ...]) -> Model:
+    if tokenizer is None:
+        raise InputError("eos_token_ids: the input has no tokenizer; name one with tokenizer_name_or_path")
+    return with_special_tokens(model, with_model_ends(tokenizer, None, ids))
+
+
 def convert(config: ConvertConfig) -> None:
     """Converts, and with `verify` compares the output with the input."""
     mesh, dtype = config.mesh.make_mesh(), DTYPES[config.save_dtype]
     model = (
         _read_hf(config, mesh) if config.source == "hf" else read_checkpoint_model(config.input, config.params, mesh)
     )
-    head = model.module.head
+    head, tokenizer = model.module.head, _load_tokenizer(config)
+    if config.tokenizer.eos_token_ids:
+        model = _with_end_ids(model, tokenizer, config.tokenizer.eos_token_ids)
     if config.target == "hf":
-        save_pretrained(model, config.output, _load_tokenizer(config), dtype=dtype)
+        save_pretrained(model, config.output, tokenizer, dtype=dtype)
     else:
         stored = jax.tree.map(lambda x: x.astype(dtype), model.params)
         info = describe_model(model, dtype=config.save_dtype)

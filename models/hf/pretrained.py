@@ -41,7 +41,7 @@ from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read
 from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values
 from jaxrlhf.models.hf.gguf import gguf_source, is_gguf
 from jaxrlhf.models.hf.mapping import Family, Tensor
-from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
+from jaxrlhf.models.hf.tokenizer_export import save_tokenizer, with_pad_token
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -349,7 +349,7 @@ def save_pretrained(
     Args:
         model: A language model or reward model.
         path: The folder.
-        tokenizer: Saved into the folder.
+        tokenizer: Saved into the folder. That of a reward model gets a pad token that ends no response.
         dtype: Of the tensors in the files; None: as stored.
         max_shard_bytes: Largest weights file.
         card: Becomes the folder's README.md.
@@ -359,6 +359,8 @@ def save_pretrained(
         StorageError: Writing fails.
     """
     folder = Path(path)
+    if tokenizer is not None and model.module.head == "scalar":
+        model, tokenizer = with_pad_token(model, tokenizer)
     if is_primary():
         with staged(folder, ".export") as staging:
             _write_export(model, staging, folder, tokenizer, dtype, max_shard_bytes, card)

@@ -4,6 +4,7 @@ import json
 
 import jax
 import pytest
+from end_tokenizers import shaped_tokenizer
 
 from jaxrlhf.commands.convert import ConvertConfig, convert
 from jaxrlhf.errors import InputError
@@ -36,6 +37,19 @@ def test_a_conversion_through_a_checkpoint_has_every_option_of_the_source(folder
     convert(ConvertConfig.create(input=str(folder), output=checkpoint))
     convert(ConvertConfig.create(input=checkpoint, output=out, source="orbax", target="hf"))
     assert written(tmp_path / "out") == SOURCE
+
+
+def test_a_conversion_writes_the_end_ids_that_the_user_gives(lab, tmp_path):
+    tokenizer = shaped_tokenizer("llama-3.1-instruct")
+    save_pretrained(lab.tiny_model(lab.LLAMA | {"vocab_size": 310}), tmp_path / "in", tokenizer)
+    (tmp_path / "in" / "generation_config.json").write_text(json.dumps({"eos_token_id": 301, "top_k": 20}))
+    out = str(tmp_path / "out")
+    convert(
+        ConvertConfig.create(input=str(tmp_path / "in"), output=out, target="hf", eos_token_ids=("<|eot_id|>", 301))
+    )
+    assert written(tmp_path / "out", "config.json")["eos_token_id"] == [305, 301]
+    generation = written(tmp_path / "out")
+    assert (generation["eos_token_id"], generation["top_k"]) == ([305, 301], 20)
 
 
 def test_the_ids_of_a_run_replace_those_of_the_source_and_nothing_else(folder):

@@ -65,6 +65,22 @@ def shaped_tokenizer(name):
     return tokenizer
 
 
+def gpt2_tokenizer(size=300):
+    """A byte-level BPE tokenizer with one special token, as GPT-2's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
 def write_sentencepiece(folder, symbols=(), **config):
     """Trains a tiny SentencePiece model and writes it as `tokenizer.model`, with a Llama tokenizer_config.json."""
     import json

@@ -43,6 +43,17 @@ _GEMMA3_KEYS = _LLAMA_KEYS | {
     "attention.sliding_window": "sliding_window",
     "rope.freq_base_swa": "rope_local_base_freq",
 }
+_GRANITE_KEYS = _LLAMA_KEYS | {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_COHERE2_KEYS = _LLAMA_KEYS | {
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "logit_scale": "logit_scale",
+}
 _GPT2_KEYS = {
     "context_length": "n_positions",
     "block_count": "n_layer",
@@ -161,6 +172,11 @@ def _finish_gemma(options: Options, metadata: Mapping[str, Any], file: "File") -
     options["query_pre_attn_scalar"] = width if special else options.get("head_dim", 256)
 
 
+def _finish_olmo2(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+    if metadata.get("attention.sliding_window"):
+        raise InputError(f"{file.path}: OLMo 3, which llama.cpp calls olmo2 too, is not supported for GGUF files")
+
+
 _LLAMA_ORDER = {
     f"{name}_proj.{kind}": _pairs_to_halves(heads)
     for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
@@ -172,6 +188,10 @@ ARCHITECTURES = {
     "llama": Architecture("llama", _LLAMA_KEYS, _LLAMA_ORDER, finish=_finish_llama),
     "qwen2": Architecture("qwen2", _LLAMA_KEYS),
     "qwen3": Architecture("qwen3", _LLAMA_KEYS),
+    "smollm3": Architecture("smollm3", _LLAMA_KEYS, _LLAMA_ORDER, finish=_finish_llama),
+    "granite": Architecture("granite", _GRANITE_KEYS, _LLAMA_ORDER, finish=_finish_llama),
+    "olmo2": Architecture("olmo2", _LLAMA_KEYS, finish=_finish_olmo2),
+    "cohere2": Architecture("cohere2", _COHERE2_KEYS),
     "gemma": Architecture("gemma", _LLAMA_KEYS, {"norm.weight": _less_one}),
     "gemma2": Architecture("gemma2", _GEMMA2_KEYS, {"norm.weight": _less_one}, finish=_finish_gemma),
     "gemma3": Architecture("gemma3_text", _GEMMA3_KEYS, {"norm.weight": _less_one}, finish=_finish_gemma),

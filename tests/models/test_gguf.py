@@ -20,6 +20,8 @@ GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 NEOX = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEOX |= {"intermediate_size": 64, "max_position_embeddings": 64, "rotary_pct": 0.5, "use_parallel_residual": False}
 GEMMA = LLAMA | {"rms_norm_eps": 1e-6, "query_pre_attn_scalar": 8, "sliding_window": 5, "num_hidden_layers": 7}
+GRANITE = LLAMA | {"embedding_multiplier": 2.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7}
+COHERE2 = {name: value for name, value in LLAMA.items() if name != "rms_norm_eps"} | {"sliding_window": 5}
 CASES = {  # name: (model type, options, GGUF architecture)
     "llama": ("llama", LLAMA, "llama"),
     "llama-biases": ("llama", LLAMA | {"attention_bias": True, "mlp_bias": True}, "llama"),
@@ -27,6 +29,10 @@ CASES = {  # name: (model type, options, GGUF architecture)
     "llama3-rope": ("llama", LLAMA | {"rope_parameters": LLAMA3}, "llama"),
     "qwen2": ("qwen2", LLAMA, "qwen2"),
     "qwen3": ("qwen3", LLAMA, "qwen3"),
+    "smollm3": ("smollm3", LLAMA | {"num_hidden_layers": 4}, "smollm3"),
+    "granite": ("granite", GRANITE | {"logits_scaling": 0.5}, "granite"),
+    "olmo2": ("olmo2", LLAMA, "olmo2"),
+    "cohere2": ("cohere2", COHERE2 | {"num_hidden_layers": 4, "logit_scale": 0.4}, "cohere2"),
     "gemma": ("gemma", LLAMA, "gemma"),
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 0.9}, "gemma2"),
     "gemma3": ("gemma3_text", GEMMA, "gemma3"),
@@ -36,6 +42,10 @@ CASES = {  # name: (model type, options, GGUF architecture)
 }
 # transformers drops sizes of gpt2 and qwen3, soft-caps and scales of gemma.
 READ_BY_TRANSFORMERS = ("llama", "llama-tied", "qwen2", "bloom")
+
+
+LLAMA_LIKE = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3", "granite", "olmo2")
+PERMUTED = ("llama", "smollm3", "granite")
 
 
 def make_torch(case):
@@ -57,7 +67,7 @@ def make_torch(case):
 
 def as_llama_cpp_lays_it_out(architecture, name, x, config):
     """What llama.cpp's converter does to a tensor besides renaming it."""
-    if architecture == "llama" and "_proj" in name and name.split(".")[-2] in ("q_proj", "k_proj"):
+    if architecture in PERMUTED and "_proj" in name and name.split(".")[-2] in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
     if architecture in ("bloom", "gptneox") and "query_key_value" in name:
@@ -84,18 +94,28 @@ def write_metadata(writer, architecture, config):
     writer.add_block_count(sizes[2])
     writer.add_head_count(sizes[3])
     writer.add_feed_forward_length(sizes[4])
-    if architecture in ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"):
+    if architecture in LLAMA_LIKE:
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         rope = config.rope_parameters
         writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
         writer.add_rope_dimension_count(config.head_dim if architecture == "llama" else 8)
+        if architecture == "granite":
+            writer.add_attention_scale(config.attention_multiplier)
+            writer.add_embedding_scale(config.embedding_multiplier)
+            writer.add_residual_scale(config.residual_multiplier)
+            writer.add_logit_scale(config.logits_scaling)
         writer.add_key_length(8)
         if architecture in ("gemma2", "gemma3"):
             writer.add_sliding_window(config.sliding_window)
         if architecture == "gemma2":
             writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    elif architecture == "cohere2":
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_logit_scale(config.logit_scale)
+        writer.add_sliding_window(config.sliding_window)
     elif architecture == "gptneox":
         writer.add_layer_norm_eps(config.layer_norm_eps)
         writer.add_rope_dimension_count(4)

@@ -78,7 +78,7 @@ def _write_merges_as_text(path: Path) -> None:
 def _chat_templates(folder: Path) -> dict[str, str]:
     """The chat templates that lie in files of their own, by name."""
     paths = {"default": folder / "chat_template.jinja"}
-    paths |= {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    paths |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
 
 

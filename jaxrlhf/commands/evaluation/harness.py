@@ -59,7 +59,6 @@ def continuation_scores(
     mask: jax.Array,
     start: jax.Array,
     labels: jax.Array,
-    label_mask: jax.Array,
     *,
     module: Decoder,
     mesh: Mesh,
@@ -72,8 +71,7 @@ def continuation_scores(
         ids: int `[B, T]`: the inputs, right-padded.
         mask: `[B, T]`.
         start: int `[B]`: the column whose logits predict the first continuation token.
-        labels: int `[B, K, count]`: K continuations of each row.
-        label_mask: bool `[B, K, count]`.
+        labels: int `[B, K, count]`: K continuations of each row; -1: no token.
         module: The model's module.
         mesh: The mesh of the parameters.
         count: Columns to score.
@@ -87,13 +85,14 @@ def continuation_scores(
         size = min(COLUMNS, count)
         more = -count % size
         columns = jnp.pad(read_columns(hidden, start, count), ((0, 0), (0, more), (0, 0)))
-        labels, label_mask = (jnp.pad(x, ((0, 0), (0, 0), (0, more))) for x in (labels, label_mask))
+        labels = jnp.pad(labels, ((0, 0), (0, 0), (0, more)), constant_values=-1)
 
         def block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
             part: Any = partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
             logits: Any = module.apply(variables, part(columns, axis=1), method="padded_logits")
-            targets, kept = part(labels, axis=2), part(label_mask, axis=2)
-            picked = jnp.take_along_axis(logits, targets.swapaxes(1, 2), axis=-1).swapaxes(1, 2)
+            targets = part(labels, axis=2)
+            kept = targets >= 0
+            picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0).swapaxes(1, 2), axis=-1).swapaxes(1, 2)
             logprobs = picked - jax.nn.logsumexp(logits, axis=-1)[:, None]
             best = targets == jnp.argmax(logits, axis=-1)[:, None]
             return jnp.sum(jnp.where(kept, logprobs, 0.0), axis=2), jnp.all(best | ~kept, axis=2)
@@ -175,8 +174,8 @@ class JaxLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens to generate where a task does not say."""
-        return MAX_GEN_TOKS
+        """Tokens to generate where a task does not say: 256, or half of a short context."""
+        return min(MAX_GEN_TOKS, self.max_length // 2)
 
     @property
     def tokenizer_name(self) -> str:
@@ -242,18 +241,16 @@ class JaxLM(TemplateLM):
         count = min(width, power_of_two(max(len(held[0]) for held in labels)))
         choices = power_of_two(max(map(len, labels)))
         start = np.zeros(rows, np.int32)
-        targets = np.zeros((rows, choices, count), np.int32)
-        kept = np.zeros((rows, choices, count), bool)
+        targets = np.full((rows, choices, count), -1, np.int32)
         for j, (inputs, held) in enumerate(zip(given, labels, strict=True)):
             size = len(held[0])
             start[j] = min(len(inputs) - size, width - count)
             shift = len(inputs) - size - start[j]
             for k, continuation in enumerate(held):
                 targets[j, k, shift : shift + size] = continuation
-                kept[j, k, shift : shift + size] = True
         filled = [np.asarray(ids, np.int32) for ids in given] + [np.array([pad], np.int32)] * (rows - len(given))
         ones = [np.ones(len(ids), np.int32) for ids in filled]
-        arrays = (fill(filled, width, pad), fill(ones, width, 0), start, targets, kept)
+        arrays = (fill(filled, width, pad), fill(ones, width, 0), start, targets)
         placed = place_batch(arrays, self.mesh)
         static = {"module": self.engine.module, "mesh": self.mesh, "count": count}
         return to_host(continuation_scores(self.engine.params, *placed, **static))
@@ -317,7 +314,7 @@ class JaxLM(TemplateLM):
         if not 0 < longest < self.max_length:
             raise InputError(
                 f"max_gen_toks={longest} must be at least 1 and less than the context of {self.max_length} tokens; set "
-                f"it, as in --gen_kwargs max_gen_toks={min(MAX_GEN_TOKS, self.max_length // 2)}"
+                f"it, as in --gen_kwargs max_gen_toks={self.max_gen_toks}"
             )
         until = given.pop("until", None) or []
         until = [until] if isinstance(until, str) else [stop for stop in until if stop]

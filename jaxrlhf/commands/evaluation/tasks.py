@@ -109,9 +109,12 @@ def load_tasks(manager: Any, names: tuple[str, ...]) -> list[Any]:
         try:
             found = manager.load([name])
         except Exception as error:  # whatever the task's code and its data set raise
+            remedy = "check the network, or the cache of `datasets` when offline"
+            if isinstance(error, ImportError):
+                remedy = f"install what the task needs: pip install {error.name or 'lm-eval[…]'}"
             raise InputError(
                 f"task '{name}': lm-eval cannot load it or its data ({type(error).__name__}: {first_line(error)}); "
-                "check the network, or the cache of `datasets` when offline"
+                f"{remedy}"
             ) from error
         for kind, entries in loaded.items():
             entries |= found.get(kind, {})

@@ -21,6 +21,7 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
+from jaxrlhf.models.hf.tokenizer_config import write_for_transformers_4
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def export_model(
         save_adapter(model, folder / "adapter", base)
         if is_primary():
             tokenizer.save_pretrained(folder / "adapter")
+            write_for_transformers_4(folder / "adapter")
     if not adapter or export == "both":
         save_pretrained(model, folder, tokenizer, **save_options)
 

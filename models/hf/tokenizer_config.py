@@ -16,6 +16,8 @@ def write_for_transformers_4(folder: Path) -> None:
     and returns token type ids, which decoders refuse.
     """
     path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
     config = read_json(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

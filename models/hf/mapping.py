@@ -330,10 +330,10 @@ class Family:
     tensors: tuple[Tensor, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Second names of options in config.json, each with the name that `config_from_hf` reads."""
+    rewritten: frozenset[str] = frozenset()
+    """Options that an export never takes from its source, because versions of transformers read them differently."""
     inert_tensors: tuple[str, ...] = ()
     """Regular expressions of buffers that checkpoints may hold and that carry no weights."""
-    rewritten: tuple[str, ...] = ()
-    """Options that published configs spell wrongly: an export has ours, not the source's."""
     heads: tuple[Tensor, ...] = field(
         default=(
             Tensor("lm_head.weight", "lm_head/kernel"),

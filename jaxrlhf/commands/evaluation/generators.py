@@ -33,7 +33,7 @@ class Responses:
         texts: `[P][n]`.
         lengths: int `[P, n]`: tokens.
         ended: bool `[P, n]`: ended by EOS or a stop string, before the longest length.
-        seconds: duration, without loading the model.
+        seconds: duration with compilation, without loading the model.
     """
 
     model: str
@@ -170,7 +170,7 @@ class FolderModel:
             prompts=[self._prompt_text(prompt, own) for prompt, own in zip(prompts.prompts, ids, strict=True)],
             texts=texts,
             lengths=np.array([[len(r) for r in responses] for responses in found]),
-            ended=stopped | np.array([[ending.ended(r) for r in responses] for responses in found]),
+            ended=stopped | np.array([[ending.ended(r.tolist()) for r in responses] for responses in found]),
             seconds=seconds,
         )
 

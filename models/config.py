@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxrlhf.errors import InputError
 
@@ -110,6 +110,9 @@ class DecoderConfig:
     """The source's generation_config.json as JSON text, which exports start from; empty: only the ids above."""
     vocab_multiple: int = 8
 
+    source: str = field(default="", compare=False, repr=False)
+    """JSON of the config.json that this configuration was read from; an export keeps what has not changed since."""
+
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -129,6 +132,16 @@ class DecoderConfig:
             raise InputError(
                 f"{self.family} config: {self.num_kv_heads} key/value heads do not divide {self.num_heads} heads"
             )
+        if not 0 < self.norm_eps < 1:
+            raise InputError(f"{self.family} config: norm_eps={self.norm_eps!r} must be above 0 and below 1")
+        for name in ("embed_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{self.family} config: {name}={getattr(self, name)!r} must be 0 or more, and below 1")
+        rotates = self.position == "rotary"
+        if rotates and self.rotated_dim == self.head_dim and self.head_dim % 2:
+            raise InputError(f"{self.family} config: head_dim={self.head_dim} must be even: features rotate in pairs")
+        if rotates and self.rotated_dim <= 2 and dict(self.rope_scaling or ()).get("rope_type") == "dynamic":
+            raise InputError(f"{self.family} config: rope_type 'dynamic' needs more than {self.rotated_dim} features")
         if self.lm_head_bias and self.tie_embeddings:
             raise InputError(f"{self.family} config: a head with a bias cannot be tied to the embeddings")
         for name in ("windows", "rotary_layers"):

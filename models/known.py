@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.hf.pretrained import config_from_dict
+from jaxrlhf.models.hf.config_json import config_from_dict
 
 
 @dataclass(frozen=True)
@@ -218,4 +218,4 @@ def known_config(name: str) -> DecoderConfig:
     if short not in KNOWN:
         raise InputError(f"unknown model {name!r}; known shapes are {', '.join(KNOWN)}")
     model = KNOWN[short]
-    return config_from_dict({"model_type": model.model_type, **model.options}, where=short)
+    return config_from_dict({"model_type": model.model_type, **model.options}, where=short, strict=True)

@@ -39,6 +39,6 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (*_FIRST, *_LLA
 
 def get_family(model_type: str, where: str) -> Family:
     """Returns the family of a `model_type`; InputError if it is not supported, with `where` it was found."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"{where}: model type {model_type!r} is not supported; supported are {sorted(FAMILIES)}")
     return FAMILIES[model_type]

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
-from jaxrlhf.models.families.rope import rope_parameters, rope_to_hf, scaling_of
+from jaxrlhf.models.families.rope import rope_parameters, rope_to_hf, scaling_of, scaling_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, linear_fused
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -58,6 +58,14 @@ def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     values = llama_like_to_hf(c) | rope_to_hf(c, partial_rotary_factor=share)
     values |= {"sliding_window": c.windows[0] if c.windows else None, "resid_pdrop": c.residual_dropout}
     values |= {name: value for name, value in c.rope_scaling or () if name == _ORIGINAL}
+    if c.rope_scaling and {name for name, _ in c.rope_scaling} == {
+        "rope_type",
+        "short_factor",
+        "long_factor",
+        _ORIGINAL,
+    }:
+        table = scaling_to_hf(c.rope_scaling)  # transformers 4 wants these three entries and no more
+        values["rope_scaling"] = {"type": "longrope"} | {name: table[name] for name in ("short_factor", "long_factor")}
     return values | ({"partial_rotary_factor": share} if share != 1 else {})
 
 

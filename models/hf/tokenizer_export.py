@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxrlhf.config.files import read_json
 from jaxrlhf.models.model import Model, resize_vocabulary
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ PAD = "<|pad|>"
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Saves a tokenizer as transformers does.
+    """Saves a tokenizer as transformers 5 does, readable for transformers 4 too.
 
     The chat template that the run used becomes the default one. The other templates that the source named stay under
     their names (`named_templates`, which `with_template` keeps).
@@ -30,6 +31,55 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = {"default": tokenizer.chat_template, **others}
     tokenizer.save_pretrained(folder)
+    write_for_transformers_4(folder)
+
+
+def write_for_transformers_4(folder: Path) -> None:
+    """Completes the tokenizer_config.json that transformers 5 has written into `folder`; 5 reads it as before.
+
+    Transformers 4 does not know the class that 5 names, reads chat templates from this file only (4.51 and later also
+    from files of their own), takes `extra_special_tokens` for a table, and by default cleans up spaces in decoded text
+    and returns token type ids, which decoders refuse.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():  # a tokenizer of another kind than transformers'
+        return
+    config = read_json(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    config.setdefault("clean_up_tokenization_spaces", False)
+    if templates := _chat_templates(folder):
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        config["chat_template"] = named if len(named) > 1 else templates["default"]
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_merges_as_text(folder / "tokenizer.json")
+
+
+def _write_merges_as_text(path: Path) -> None:
+    """Writes the merges of a BPE tokenizer as `"a b"` instead of `["a", "b"]`.
+
+    The `tokenizers` of transformers 4.44 and older read only the former, newer ones both. Parts that hold a space need
+    the latter.
+    """
+    if not path.is_file():
+        return
+    content = read_json(path)
+    model = content.get("model") or {}
+    merges = model.get("merges")
+    if not merges or any(isinstance(merge, str) or any(" " in part for part in merge) for merge in merges):
+        return
+    model["merges"] = [" ".join(merge) for merge in merges]
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates that lie in files of their own, by name."""
+    paths = {"default": folder / "chat_template.jinja"}
+    paths |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
 
 
 def with_pad_token(model: Model, tokenizer: "PreTrainedTokenizerBase") -> tuple[Model, "PreTrainedTokenizerBase"]:

@@ -45,6 +45,8 @@ class MeshConfig(Settings, may_change=True):
     """Devices that parameters and optimizer state are sharded over; -1: all remaining devices."""
     mesh_tensor: int = 1
     """Devices that heads and MLP are split over."""
+    mesh_expert: int = 1
+    """Devices that the experts of a sparse model are split over; they split the batch too."""
     dtype: Lasting[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
 
@@ -53,7 +55,7 @@ class MeshConfig(Settings, may_change=True):
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
     def make_mesh(self) -> Mesh:
-        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
+        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor, self.mesh_expert)
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class StepOptions(Settings):
 
 def batch_devices(mesh: Mesh) -> int:
     """Devices that the rows of a batch are split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, *, remat: str = "none") -> Model:

@@ -8,13 +8,14 @@ from jaxrlhf.models.families.gpt_neox import GPT_NEOX
 from jaxrlhf.models.families.gptj import CODEGEN, GPTJ
 from jaxrlhf.models.families.llama import LLAMA
 from jaxrlhf.models.families.mistral import MISTRAL
+from jaxrlhf.models.families.mixtral import MIXTRAL
 from jaxrlhf.models.families.opt import OPT
-from jaxrlhf.models.families.qwen import QWEN2, QWEN3
+from jaxrlhf.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from jaxrlhf.models.hf.mapping import Family
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (BLOOM, CODEGEN, GPT2, GPT_NEO, GPT_NEOX, GPTJ, LLAMA, MISTRAL, OPT, QWEN2, QWEN3)
-}
+_ALL = (BLOOM, CODEGEN, GPT2, GPT_NEO, GPT_NEOX, GPTJ, LLAMA, MISTRAL, MIXTRAL, OPT, QWEN2, QWEN3, QWEN3_MOE)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def get_family(model_type: str, where: str) -> Family:

@@ -8,14 +8,16 @@ from jaxrlhf.models.hf.mapping import HFConfig
 from jaxrlhf.models.rotary import ROPE_TYPES
 
 
-def rope_from_hf(hf: HFConfig, extra: tuple[str, ...] = (), base_name: str = "rope_theta") -> dict[str, Any]:
+def rope_from_hf(
+    hf: HFConfig, extra: tuple[str, ...] = (), base_name: str = "rope_theta", default_base: float = 10000.0
+) -> dict[str, Any]:
     """Reads `position`, `rotary_base` and `rope_scaling`, and the values of `extra` parameters (None when absent).
 
     `base_name` is the family's older name of the base frequency.
     """
     older = hf.take("rope_scaling", None) or {}
     parameters = dict(hf.take("rope_parameters", None) or older)
-    base = hf.take(base_name, 10000.0)
+    base = hf.take(base_name, default_base)
     base = parameters.pop("rope_theta", base) or base
     kind = parameters.pop("rope_type", None) or parameters.get("type") or "default"
     parameters.pop("type", None)

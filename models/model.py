@@ -17,6 +17,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import IMPLEMENTATIONS, KERNELS, KV_CACHE_DTYPES
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
+from jaxrlhf.models.moe import EXPERT_IMPLEMENTATIONS
 from jaxrlhf.sharding import REPLICATED_RULES, TRAIN_RULES, Rules, check_divisible, constrain, tree_shardings, use
 
 PyTree = Any
@@ -199,6 +200,7 @@ def create_model(
 KERNEL_OPTIONS = {
     "attention_implementation": IMPLEMENTATIONS,
     "logprob_implementation": KERNELS["token_logprobs"],
+    "expert_implementation": EXPERT_IMPLEMENTATIONS,
     "kv_cache_dtype": tuple(KV_CACHE_DTYPES),
 }
 

@@ -35,7 +35,7 @@ from jaxrlhf.trainers.settings import DTYPES, MeshConfig, TokenizerConfig
 class ConvertConfig(Settings):
     """Conversion of a model."""
 
-    HIDDEN = frozenset({"mesh_data", "mesh_tensor", "dtype"})
+    HIDDEN = frozenset({"mesh_data", "mesh_expert", "mesh_tensor", "dtype"})
 
     input: PathName[str]
     """Hugging Face folder (or hub name), run folder, or checkpoint-N folder."""

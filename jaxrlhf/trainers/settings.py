@@ -29,6 +29,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+from jaxrlhf.trainers.routers import RouterOptions
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +72,15 @@ class ComputeConfig(Settings):
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
     CPU); auto: the fastest one measured."""
+    expert_implementation: Literal["auto", "ragged", "dense"] = "auto"
+    """Experts of sparse models: ragged, on tokens sorted by expert; dense, every expert on every token; auto: ragged
+    where XLA or JAX has an efficient form of it."""
 
     @property
     def kernels(self) -> dict[str, str]:
         """Arguments of `jaxrlhf.models.with_kernels`."""
-        return {name: getattr(self, name) for name in ("attention_implementation", "logprob_implementation")}
+        names = ("attention_implementation", "logprob_implementation", "expert_implementation")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,7 @@ class StepOptions(Settings):
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAOptions = LoRAOptions()
+    routers: RouterOptions = RouterOptions()
 
     def check(self) -> None:
         check_needs(self, dict.fromkeys(("lora_alpha", "lora_dropout", "lora_export"), "lora_r"))

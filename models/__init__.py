@@ -5,14 +5,8 @@ from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, 
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.models.hf.adapters import load_adapter, save_adapter
 from jaxrlhf.models.hf.card import ModelCard
-from jaxrlhf.models.hf.pretrained import (
-    config_from_dict,
-    config_to_dict,
-    load_pretrained,
-    model_from_overrides,
-    read_config,
-    save_pretrained,
-)
+from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
+from jaxrlhf.models.hf.pretrained import load_pretrained, model_from_overrides, save_pretrained
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable
 from jaxrlhf.models.model import (

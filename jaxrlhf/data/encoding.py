@@ -108,10 +108,12 @@ def encode(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | None 
 
 
 def _encode_all(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | None) -> list[Encoded]:
-    plain = iter(_encode_plain(tokenizer, [text.text for text in texts if not text.hidden]))
+    # Rows repeat texts: prompts of several pairs, and responses of several comparisons.
+    once = list(dict.fromkeys(text.text for text in texts if not text.hidden))
+    plain = dict(zip(once, _encode_plain(tokenizer, once), strict=True))
     pieces = [text for text in texts if text.hidden]
     others = iter(_encode_pieces(tokenizer, pieces, special or SpecialTokens(tokenizer)) if pieces else ())
-    return [next(others if text.hidden else plain) for text in texts]
+    return [next(others) if text.hidden else plain[text.text] for text in texts]
 
 
 def encode_continuations(
@@ -191,13 +193,15 @@ def _overlapping(offsets: Sequence[tuple[int, int]], a: int, b: int) -> tuple[in
 def _encode_plain(tokenizer: Any, texts: list[str]) -> list[Encoded]:
     if not texts:
         return []
-    batch = encode_texts(tokenizer, texts)
-    ids = batch["input_ids"]
     if tokenizer.is_fast:
-        return [
-            Encoded(row, lambda a, b, e=encoding: _overlapping(e.offsets, a, b))
-            for row, encoding in zip(ids, batch.encodings, strict=True)
-        ]
+        backend = tokenizer.backend_tokenizer
+        # The library itself, with nothing cut or added: transformers' call builds lists that nobody reads here.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        return [Encoded(e.ids, lambda a, b, e=e: _overlapping(e.offsets, a, b)) for e in encodings]
+    ids = encode_texts(tokenizer, texts)["input_ids"]
     return [Encoded(row, _by_prefixes(tokenizer, Text(text), None)) for row, text in zip(ids, texts, strict=True)]
 
 

@@ -162,7 +162,7 @@ class Finisher:
         """Ids and mask from token `first` on. The encoded text begins at character `start` of the whole text; -1: it
         is the bare content."""
         spans = [(a - start, b - start) for a, b in row.spans[k] if b > start]
-        simple = start < 0 or (row.last[k] == len(row.prompt.text) and not self.has_marks)
+        simple = start < 0 or self.is_whole(row, k)
         mask = [int(self.everything or simple)] * len(encoded.ids)
         last = first
         if not simple:
@@ -172,6 +172,16 @@ class Finisher:
         ids = encoded.ids
         end = ids.index(self.eos, last) if self.eos in ids[last:] else len(ids)
         return [*ids[first:end], self.eos], [*mask[first:end], 1]
+
+    def is_whole(self, row: RenderedRow, k: int) -> bool:
+        """True when a completion is one message that is trained on from its first token to its last."""
+        begins = len(row.prompt.text)
+        if row.last[k] != begins:
+            return False
+        spans = row.spans[k]
+        return not self.has_marks or (
+            len(spans) == 1 and spans[0][0] <= begins and spans[0][1] >= len(row.wholes[k].text)
+        )
 
     def mark(self, mask: list[int], encoded: Encoded, spans: list[Span], last: int) -> None:
         """Sets the mask to 1 in the spans. A message that has no marks ends with its EOS, else with its last special

@@ -30,7 +30,7 @@ from jaxrlhf.errors import InputError
 logger = logging.getLogger(__name__)
 
 FORMAT = 4  # raise it when the meaning of the cached files changes
-CHUNK = 1000  # rows in one call of the tokenizer
+CHUNK = 2000  # rows in one call of the tokenizer
 SHOWN = 3  # places of bad rows that a report names
 SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2}
 """Sequences that a row has in each step."""
@@ -61,10 +61,13 @@ class Encoding:
 # ---- the passes over a table
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, default=str)
+
+
 def group_of(scored: Scored) -> int:
     """A number for the prompt of a row, at least 0; rows with one prompt have one number."""
     key = scored.completions[0][0] if scored.document else as_messages(scored.prompt)
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(_CANONICAL.encode(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -141,11 +144,15 @@ def encode_batch(
     reader: Reader,
     tokenizer: Any,
     encoding: Encoding,
-) -> dict[str, list[Any]]:
-    """Tokenises rows. `numbers`: the row numbers in the table by position; `indices`: the batch's positions."""
+) -> Any:
+    """Tokenises rows into a `pyarrow.Table`. `numbers`: the row numbers in the table by position; `indices`: the
+    batch's positions."""
+    import pyarrow
+
     rows = [int(numbers[i]) for i in indices]
     parsed = dataclasses.replace(table, numbers=[table_number(table, i) for i in rows]).parse(batch)
-    return tokenise(list(zip(rows, parsed, strict=True)), table, reader, tokenizer, encoding)
+    columns = tokenise(list(zip(rows, parsed, strict=True)), table, reader, tokenizer, encoding)
+    return pyarrow.table(columns, schema=features_of(encoding.step).arrow_schema)
 
 
 def table_number(table: Table, i: int) -> int:

@@ -251,7 +251,7 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, 
     layout = {"dtype": config.mesh.compute_dtype, "remat": remat, "zero_stage": config.compute.zero_stage}
     if start.model_type is not None:
         options = {"model_type": start.model_type, "vocab_size": vocab_size, **start.config_overrides}
-        shape = config_from_dict(options, f"config_overrides of {start.model_type}")
+        shape = config_from_dict(options, f"config_overrides of {start.model_type}", strict=True)
         model = create_model(shape, head=head, key=key, mesh=mesh, **layout)
     else:
         path = str(config.model.model_name_or_path)

@@ -1,7 +1,7 @@
 """Mixtral: Mistral with experts in place of the MLP of every layer."""
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.families.rope import rope_from_hf
 from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
 
@@ -12,18 +12,18 @@ _MLP = "model.layers.{i}.mlp."  # transformers 5 in memory
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.take("output_router_logits")  # training always has the load-balancing loss, by its coefficient
     hf.refuse_unless("router_jitter_noise", 0.0)
-    window = hf.take("sliding_window")
+    window = hf.take("sliding_window") and hf.size("sliding_window")
     return llama_like_from_hf(
         hf,
         family="mixtral",
-        num_kv_heads=hf.size("num_key_value_heads", 8),
+        rope=rope_from_hf(hf, default_base=1e6),
+        num_kv_heads=kv_heads(hf, absent=8),
         max_positions=hf.size("max_position_embeddings", 4096 * 32),
-        norm_eps=hf.take("rms_norm_eps", 1e-5),
+        norm_eps=hf.positive("rms_norm_eps", 1e-5),
         windows=None if window is None else (window,) * hf.size("num_hidden_layers"),
         num_experts=hf.size("num_local_experts", 8),
         experts_per_token=hf.size("num_experts_per_tok", 2),
         router_aux_loss_coef=hf.take("router_aux_loss_coef", 0.001),
-        **rope_from_hf(hf, default_base=1e6),
     )
 
 
@@ -41,6 +41,7 @@ MIXTRAL = Family(
     classes="Mixtral",
     lm_class="MixtralForCausalLM",
     prefix="model",
+    aliases={"num_experts": "num_local_experts"},
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     tensors=(

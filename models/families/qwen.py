@@ -1,7 +1,7 @@
 """Qwen2 (biases on query, key and value), Qwen3 (normed queries and keys), Qwen3-MoE (experts): Llama with windows."""
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -9,13 +9,13 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
     hf.refuse_unless("use_mrope", False)
-    window = hf.nullable("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
+    window = hf.size_or_none("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
     layers, first = hf.size("num_hidden_layers"), hf.take("max_window_layers", 28)
     hf.take("sliding_window")
     types = hf.take("layer_types")
     if types is None:
         types = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
-    if len(types) != layers or set(types) - {_FULL, _SLIDING}:
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (_FULL, _SLIDING) for kind in types):
         raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {_FULL!r} or {_SLIDING!r}")
     if window is None and _SLIDING in types:
         raise hf.refuse("layer_types", types, "it needs use_sliding_window=True and a sliding_window")
@@ -25,12 +25,13 @@ def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
 
 
 def _windows_to_hf(c: DecoderConfig) -> dict[str, object]:
-    windows = c.windows or (0,) * c.num_layers
+    if c.windows is None:  # `sliding_window` and `max_window_layers` then have no effect
+        return {"layer_types": [_FULL] * c.num_layers, "use_sliding_window": False}
     return {
-        "layer_types": [_SLIDING if w else _FULL for w in windows],
-        "use_sliding_window": any(windows),
-        "sliding_window": max(windows) or None,
-        "max_window_layers": next((i for i, w in enumerate(windows) if w), c.num_layers),
+        "layer_types": [_SLIDING if window else _FULL for window in c.windows],
+        "use_sliding_window": True,
+        "sliding_window": max(c.windows),
+        "max_window_layers": next(i for i, window in enumerate(c.windows) if window),
     }
 
 
@@ -40,7 +41,7 @@ def qwen2_from_hf(hf: HFConfig) -> DecoderConfig:
         family="qwen2",
         bos=None,
         eos=None,
-        num_kv_heads=hf.size("num_key_value_heads", 32),
+        num_kv_heads=kv_heads(hf, absent=32),
         max_positions=hf.size("max_position_embeddings", 32768),
         qkv_bias=True,
         windows=_windows_from_hf(hf),
@@ -54,7 +55,7 @@ def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
         family="qwen3",
         bos=None,
         eos=None,
-        num_kv_heads=hf.size("num_key_value_heads", 32),
+        num_kv_heads=kv_heads(hf, absent=32),
         head_dim=hf.size("head_dim", 128),
         max_positions=hf.size("max_position_embeddings", 32768),
         qkv_bias=bias,
@@ -71,25 +72,24 @@ def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
         value = hf.take(name, sparse)
         if value != sparse:
             raise hf.refuse(name, value, "every layer must have experts")
-    window = hf.nullable("sliding_window", 4096)
-    if not hf.take("use_sliding_window", False):
-        window = None
-    elif hf.take("max_window_layers"):
-        # Versions of transformers differ: the first ones left these layers whole, later ones ignore the option.
-        raise hf.refuse("max_window_layers", hf.take("max_window_layers"), "with use_sliding_window all layers slide")
-    hf.take("max_window_layers")
+    hf.take("sliding_window")
+    window, first = None, hf.take("max_window_layers")
+    if hf.take("use_sliding_window", False):
+        window = hf.size_or_none("sliding_window", 4096)
+        if first:  # the first versions of transformers left these layers whole, later ones ignore the option
+            raise hf.refuse("max_window_layers", first, "with use_sliding_window all layers slide")
     return llama_like_from_hf(
         hf,
         family="qwen3_moe",
         bos=None,
         eos=None,
-        num_kv_heads=hf.size("num_key_value_heads", 4),
+        num_kv_heads=kv_heads(hf, absent=4),
         max_positions=hf.size("max_position_embeddings", 32768),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,
         windows=None if window is None else (window,) * layers,
-        num_experts=hf.size(hf.spelling("num_experts", "num_local_experts"), 128),
+        num_experts=hf.size("num_experts", 128),
         experts_per_token=hf.size("num_experts_per_tok", 8),
         expert_intermediate_size=hf.size("moe_intermediate_size", 768),
         normalize_experts=hf.take("norm_topk_prob", False),
@@ -101,7 +101,7 @@ def qwen3_moe_to_hf(c: DecoderConfig) -> dict[str, object]:
     return llama_like_to_hf(c) | {
         "attention_bias": c.qkv_bias,
         "use_sliding_window": c.windows is not None,
-        "sliding_window": c.windows[0] if c.windows else None,
+        **({"sliding_window": c.windows[0]} if c.windows else {}),
         "num_experts": c.num_experts,
         "num_experts_per_tok": c.experts_per_token,
         "moe_intermediate_size": c.expert_size,
@@ -144,6 +144,7 @@ QWEN3_MOE = Family(
     classes="Qwen3Moe",
     lm_class="Qwen3MoeForCausalLM",
     prefix="model",
+    aliases={"num_local_experts": "num_experts"},
     config_from_hf=qwen3_moe_from_hf,
     config_to_hf=qwen3_moe_to_hf,
     tensors=(

@@ -17,7 +17,6 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from jaxrlhf.config.files import read_json
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
@@ -38,8 +37,11 @@ from jaxrlhf.models.hf.checkpoint_files import (
     staged,
     write_checkpoint,
 )
+from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
 from jaxrlhf.models.hf.experts import unfused
-from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.hf.gguf import gguf_source, is_gguf
+from jaxrlhf.models.hf.mapping import Family, Tensor
+from jaxrlhf.models.hf.tokenizer_config import write_for_transformers_4
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -56,44 +58,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Leaf = jax.ShapeDtypeStruct
-
-
-def config_from_dict(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
-    """Reads our configuration from the options of an HF config.
-
-    Args:
-        values: Options by name, with `model_type`.
-        where: Name of their source in messages.
-
-    Raises:
-        InputError: An option is missing, wrong, unknown or not supported.
-    """
-    model_type = values.get("model_type")
-    if model_type is None:
-        raise InputError(f"{where}: option 'model_type' is missing; is this a Hugging Face model config?")
-    hf = HFConfig(values, where)
-    config = get_family(model_type, where).config_from_hf(hf)
-    hf.finish()
-    return config
-
-
-def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
-    """Reads the configuration of a model folder (or hub name)."""
-    path = find_model_folder(name_or_path) / CONFIG
-    return config_from_dict(read_json(path), str(path))
-
-
-def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, object]:
-    """Returns the options of the HF config that `transformers` loads as the same model with this head."""
-    family = get_family(config.family, "config")
-    values = family.config_to_hf(config) | {"architectures": [family.architecture(head)]}
-    if head == "scalar":
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        # transformers finds the last token of a row by its pad id, and refuses batches without one.
-        if config.pad_token_id is None:
-            eos = config.eos_token_id
-            values["pad_token_id"] = eos[0] if isinstance(eos, tuple) else eos
-    return values
 
 
 def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
@@ -149,6 +113,14 @@ def _with_our_names(source: TensorSource, family: Family, config: DecoderConfig)
         raise InputError(f"{source.where}: {', '.join(twice)} stored twice under different names")
     shapes = {new: source.shapes[old] for new, old in original.items()}
     return replace(source, shapes=shapes, read=lambda name: source.read(original[name]))
+
+
+def _open_source(folder: Path, family: Family, config: DecoderConfig) -> TensorSource:
+    """Opens a model folder's weights, or a GGUF file."""
+    if not is_gguf(folder):
+        return unfused(open_checkpoint(folder), family, config)
+    names = [name for tensor in (*family.tensors, *family.heads) for name in tensor.names(config)]
+    return gguf_source(folder, names)
 
 
 def _check_names(
@@ -273,14 +245,14 @@ def load_pretrained(
         InputError: The folder is missing or unreadable, a family or option is not supported, files differ between the
             processes of the mesh, or tensors are missing, unexpected or mis-shaped (the message lists them).
     """
-    folder = find_model_folder(name_or_path)
+    folder = Path(name_or_path) if is_gguf(name_or_path) else find_model_folder(name_or_path)
     config = read_config(folder)
     if mesh is not None and mesh.is_multi_process:
         hashes = fingerprint(folder).items()
         check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
     module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
-    source = _with_our_names(unfused(open_checkpoint(folder), family, config), family, config)
+    source = _with_our_names(_open_source(folder, family, config), family, config)
     declared = _declared(family, module)
     fresh = _missing_head(folder, source, declared, head, new_head)
     _check_names(source, family, declared, config, optional=fresh)
@@ -419,7 +391,7 @@ def _write_export(
     config, head = model.config, model.module.head
     stored = np.dtype(dtype or next(iter(leaves_by_path(model.params).values())).dtype)
     write_checkpoint(staging, _tensors_to_write(model), stored, max_shard_bytes, taken=indexed_shards(folder))
-    values = config_to_dict(config, head) | {"dtype": str(stored)}
+    values = config_to_dict(config, head, str(stored))
     files = {CONFIG: json.dumps(values, indent=2) + "\n"}
     if head == "lm":
         ids = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
@@ -428,6 +400,7 @@ def _write_export(
         files["README.md"] = render_card(card, config, head)
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
+        write_for_transformers_4(staging)
     for name, text in files.items():
         (staging / name).write_text(text, encoding="utf-8")
 
@@ -440,5 +413,5 @@ def model_from_overrides(model_type: str, overrides: Mapping[str, Any], **option
         overrides: Options by their HF names; the others have the family's defaults.
         options: See `create_model`.
     """
-    config = config_from_dict({"model_type": model_type, **overrides}, f"--model_type {model_type}")
+    config = config_from_dict({"model_type": model_type, **overrides}, f"--model_type {model_type}", strict=True)
     return create_model(config, **options)

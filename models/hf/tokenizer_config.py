@@ -1,0 +1,54 @@
+"""Makes a saved tokenizer folder readable for transformers 4, whose names and defaults differ from those of 5."""
+
+import json
+from pathlib import Path
+
+from jaxrlhf.config.files import read_json
+
+_TEMPLATES = "additional_chat_templates"
+
+
+def write_for_transformers_4(folder: Path) -> None:
+    """Completes the tokenizer_config.json that transformers 5 has written into `folder`; 5 reads it as before.
+
+    Transformers 4 does not know the class that 5 names, reads chat templates from this file only (4.51 and later also
+    from files of their own), takes `extra_special_tokens` for a table, and by default cleans up spaces in decoded text
+    and returns token type ids, which decoders refuse.
+    """
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    config.setdefault("clean_up_tokenization_spaces", False)
+    if templates := _chat_templates(folder):
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        config["chat_template"] = named if len(named) > 1 else templates["default"]
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_merges_as_text(folder / "tokenizer.json")
+
+
+def _write_merges_as_text(path: Path) -> None:
+    """Writes the merges of a BPE tokenizer as `"a b"` instead of `["a", "b"]`.
+
+    The `tokenizers` of transformers 4.44 and older read only the former, newer ones both. Parts that hold a space need
+    the latter.
+    """
+    if not path.is_file():
+        return
+    content = read_json(path)
+    model = content.get("model") or {}
+    merges = model.get("merges")
+    if not merges or any(isinstance(merge, str) or any(" " in part for part in merge) for merge in merges):
+        return
+    model["merges"] = [" ".join(merge) for merge in merges]
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates that lie in files of their own, by name."""
+    paths = {"default": folder / "chat_template.jinja"}
+    paths |= {path.stem: path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}

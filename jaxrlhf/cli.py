@@ -49,6 +49,7 @@ OTHERS = {
         "jaxrlhf.commands.data", "DataViewConfig", "show_data", "what a step sees of your data and trains on", False
     ),
     "chat": Command("jaxrlhf.commands.chat", "ChatConfig", "chat", "talk to a model"),
+    "serve": Command("jaxrlhf.commands.serve", "ServeConfig", "serve", "OpenAI-compatible server with a chat page"),
     "convert": Command(
         "jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint", False
     ),

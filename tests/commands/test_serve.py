@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import itertools
 import json
 import random
@@ -12,11 +11,11 @@ import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from serving import one_device, serving  # noqa: F401 - a fixture
 
 from jaxrlhf.commands.chat import ChatConfig, open_session
 from jaxrlhf.commands.sample import reward_model_scores
@@ -27,35 +26,12 @@ from jaxrlhf.engine import Rollout, SamplingConfig
 from jaxrlhf.engine.slots import slot_join, slot_step
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.settings import MeshConfig
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
 KEY, SLOTS, QUEUE, LENGTH = "secret-key", 4, 12, 96
 HOT = [{"role": "user", "content": "What is hot?"}]
-
-
-@contextlib.contextmanager
-def serving(config):
-    """A running server and the real client."""
-    said = io.StringIO()
-    server = Server(config, Console(stream=said))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield SimpleNamespace(url=server.url, models=server.models, said=said, config=config)
-    finally:
-        server.stop()
-        thread.join()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device(lab):
-    """Each of the eight devices of the tests would run a step on its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MeshConfig, "make_mesh", lambda self: lab.mesh_of())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ def live_attention(
     *,
     scale: float,
     window: int = 0,
+    softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
 ) -> jax.Array:
     """`decode_attention` (kernels/decode_attention.py) with a running softmax over blocks of columns, in float32.
@@ -48,6 +49,8 @@ def live_attention(
         scores = jnp.einsum("bhgd,bhsd->bhgs", grouped, key, preferred_element_type=jnp.float32) * scale
         if scales:
             scores *= scales[0][:, :, None]
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
         if slopes is not None:
             scores += slopes * (at - (length[:, None] - 1)).astype(jnp.float32)[:, None, None]
         scores = jnp.where(live[:, None, None], scores, NEGATIVE)

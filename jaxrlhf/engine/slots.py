@@ -166,7 +166,8 @@ def slot_join(
     width, slots = ids.shape[1], last.shape[0]
     with use(mesh, GENERATE_RULES):
         mask = jnp.arange(width)[None] >= width - size
-        logits, fresh = prefill(module, view, ids, mask, init_cache(module, 1, width))
+        longest = caches[0][0].shape[2]
+        logits, fresh = prefill(module, view, ids, mask, init_cache(module, 1, width), longest=longest)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             # Rows begin in column 0, so that a cache of L columns holds prompts and responses of L tokens.

@@ -18,11 +18,11 @@ import pytest
 from serving import one_device, serving  # noqa: F401 - a fixture
 
 from jaxrlhf.commands.chat import ChatConfig, open_session
-from jaxrlhf.commands.sample import reward_model_scores
+from jaxrlhf.commands.evaluation.scoring import last_scores
 from jaxrlhf.commands.serve import ServeConfig, Server, check_preferences, listen
 from jaxrlhf.config import parse
 from jaxrlhf.data import DataConfig, encode_conversation, encode_rows, load_data
-from jaxrlhf.engine import Rollout, SamplingConfig
+from jaxrlhf.engine import SamplingConfig
 from jaxrlhf.engine.slots import slot_join, slot_step
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import Console
@@ -387,8 +387,7 @@ def test_scores_are_those_of_the_scoring_program(server, demo):
         (row,) = encode_rows(model.tokenizer, [HOT], [[text]])
         ids = np.array([[*row.prompt, *row.responses[0][0]]], np.int32)
         mask = np.ones(ids.shape, bool)
-        rollout = Rollout(ids, mask, mask, np.zeros(ids.shape, np.float32), prompt_length=0)
-        alone = reward_model_scores(model.model.params, rollout, module=model.model.module, mesh=model.mesh, parts=1)
+        alone = last_scores(model.model.params, ids, mask, module=model.model.module, mesh=model.mesh)
         np.testing.assert_allclose(score, alone[0], rtol=0, atol=1e-4)
     assert got[3:6] == got[:3] and len(set(got)) == 3
     status, answer = post(server, "/v1/score", {"model": demo.reward, "texts": ["The sun", "The sea"]})

@@ -145,6 +145,15 @@ def test_blocks_up_to_the_longest_row_equal_the_oracle_in_a_cache_of_any_dtype(p
     np.testing.assert_allclose(got, oracle(query, *meant, start, length, *options.values()), rtol=0, atol=1e-5)
 
 
+def test_blocks_cap_scores_as_all_columns_at_once_do(monkeypatch):
+    monkeypatch.setattr(live_blocks, "COLUMNS", 16)
+    (query, key, value, start, length), options, _, _ = make(PROBLEMS[3])
+    capped = options | {"softcap": 0.5}
+    got = live_attention(query, (key, value), start, length, **capped)
+    expected = decode_attention(query, key, value, start, length, **capped, implementation="xla")
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
 def test_blocks_beyond_a_row_change_no_bit_of_it(monkeypatch):
     monkeypatch.setattr(live_blocks, "COLUMNS", 16)
     (query, key, value, _, _), options, _, _ = make(PROBLEMS[3])

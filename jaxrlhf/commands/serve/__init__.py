@@ -12,7 +12,8 @@ from jaxrlhf.data import TemplateConfig
 from jaxrlhf.engine import GenerationConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig
+from jaxrlhf.trainers.settings import MeshConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 if TYPE_CHECKING:
     from jaxrlhf.commands.serve.models import Served

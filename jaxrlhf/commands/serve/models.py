@@ -5,19 +5,19 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxrlhf.commands.chat import ChatConfig, open_session, scalar_architecture
-from jaxrlhf.commands.sample import reward_model_scores
+from jaxrlhf.commands.evaluation.scoring import last_scores
 from jaxrlhf.commands.serve import ServeConfig
 from jaxrlhf.commands.serve.metrics import ModelMetrics
 from jaxrlhf.commands.serve.scheduler import Event, Scheduler
-from jaxrlhf.data import encode_rows, encode_texts_as_documents, load_tokenizer, pad_token_id, read_tokenizer
-from jaxrlhf.engine import Rollout, SlotBatch
+from jaxrlhf.data import encode_rows, encode_texts_as_documents, pad_token_id, read_tokenizer, vocabulary_size
+from jaxrlhf.engine import SlotBatch
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
+from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.settings import batch_devices, check_context
 
 LONGEST = 4096  # of max_model_len's default
@@ -90,10 +90,10 @@ class RewardModel(Served):
     def __init__(self, name: str, config: ServeConfig) -> None:
         self.name, self.mesh, dtype = name, config.mesh.make_mesh(), config.mesh.compute_dtype
         folder = find_model_folder(name)
-        self.tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or folder, config.template)
+        self.tokenizer = config.tokenizer.load(str(folder), config.template)
         options = {"dtype": dtype, "param_dtype": dtype, "new_head": False}
         self.model = merged(load_pretrained(folder, head="scalar", mesh=self.mesh, **options))
-        check_tokenizer_fits(len(self.tokenizer), self.model.config, "the tokenizer")
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), self.model.config, "the tokenizer")
         context = self.model.config.max_positions
         self.length = min(context, LONGEST) if config.max_model_len is None else config.max_model_len
         check_length(self.length, self.model.config)
@@ -141,9 +141,9 @@ class RewardModel(Served):
         mask[:, 0] = True  # a row that attends to nothing gives NaN in some attention kernels
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, True
-        rollout = Rollout(ids, mask, mask, np.zeros(ids.shape, np.float32), prompt_length=0)  # pyright: ignore[reportArgumentType]
-        scores = reward_model_scores(self.model.params, rollout, module=self.model.module, mesh=self.mesh, parts=1)
-        return np.asarray(jax.device_get(scores)).tolist()[: len(rows)]
+        arrays = place_batch((ids, mask), self.mesh)
+        scores = last_scores(self.model.params, *arrays, module=self.model.module, mesh=self.mesh)
+        return np.asarray(scores).tolist()[: len(rows)]
 
     def warm_up(self) -> None:
         for width in self.widths():

@@ -48,6 +48,9 @@ OTHERS = {
     "data": Command(
         "jaxrlhf.commands.data", "DataViewConfig", "show_data", "what a step sees of your data and trains on", False
     ),
+    "eval": Command(
+        "jaxrlhf.commands.eval", "EvalConfig", "evaluate", "compare models, measure a reward model, run lm-eval's tasks"
+    ),
     "chat": Command("jaxrlhf.commands.chat", "ChatConfig", "chat", "talk to a model"),
     "convert": Command(
         "jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint", False

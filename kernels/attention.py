@@ -61,6 +61,7 @@ def attention(
     mask: jax.Array,
     *,
     scale: jax.Array | float,
+    softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     positions: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
@@ -70,7 +71,7 @@ def attention(
     """Multi-head attention with grouped keys and values.
 
     query `[B, H, T, D]`; key, value `[B, H_kv, S, D]`, of any dtype, with H a multiple of H_kv; mask boolean
-    `[B, 1, T, S]`.
+    `[B, 1, T, S]`. `softcap` turns scores s into softcap · tanh(s / softcap).
     `alibi_slopes` `[H]` adds slope · key position, with `positions` `[B, S]`. `scales`, two `[B, H_kv, S]`, multiply
     keys and values that are quantised (kernels/kv_cache.py). Dropout acts on the attention weights
     when a key is given. Returns `[B, H, T, D]` in the query's dtype; rows that see no key are 0.
@@ -82,6 +83,8 @@ def attention(
     scores = jnp.einsum("bhgtd,bhsd->bhgts", grouped, key, preferred_element_type=jnp.float32) * scale
     if scales is not None:
         scores *= scales[0][:, :, None, None]
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if alibi_slopes is not None:
         assert positions is not None
         slopes = alibi_slopes.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)

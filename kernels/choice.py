@@ -72,14 +72,15 @@ def decide(
     alibi: bool,
     varies: bool = False,
     packed: bool = False,
+    softcap: bool = False,
 ) -> Choice:
     """Chooses the implementation of a kernel for this dtype and mask on the device at hand, and gives the reason.
 
     "auto" takes the first row of MEASURED that fits and is installed, and otherwise "xla". Raises ValueError for a name
     that is unknown or has no form on this platform or device. `varies`: scale or window differ between layers, so that
     "auto" takes no library, which wants them as numbers. `packed`: rows hold several sequences, which libraries cannot
-    tell apart. Where JAX has lost what our kernels need, "pallas" becomes
-    "xla" with a warning.
+    tell apart. `softcap`: scores or logits are soft-capped, which only "xla" can. Where JAX has lost what our kernels
+    need, "pallas" becomes "xla" with a warning.
     """
     if implementation not in KERNELS[kernel]:
         raise ValueError(
@@ -90,6 +91,10 @@ def decide(
             f"implementation={implementation!r} of {kernel} cannot see the segments of packed rows: take 'xla' or "
             "'pallas', or set packing: false"
         )
+    if softcap and implementation not in ("auto", "xla"):
+        raise ValueError(f"implementation={implementation!r} of {kernel} has no soft-capping: take 'xla' or 'auto'")
+    if softcap:
+        return Choice("xla", "only this one has soft-capping")
     platform, reason = jax.default_backend(), "asked for"
     if implementation == "auto":
         kind = jax.devices()[0].device_kind
@@ -127,13 +132,14 @@ def choose(
     alibi: bool,
     varies: bool = False,
     packed: bool = False,
+    softcap: bool = False,
 ) -> str:
     """`decide` without the reason, which is logged (`jaxrlhf --verbose`), once for each kernel and shape.
 
     Models call this and pass the result on; kernels that are called directly decide without a log entry.
     """
     facts = {"dtype": dtype, "head_dim": head_dim, "alibi": alibi, "varies": varies, "packed": packed}
-    choice = decide(kernel, implementation, **facts)
+    choice = decide(kernel, implementation, softcap=softcap, **facts)
     shape = f"{jnp.dtype(dtype).name}, {'width' if kernel == 'token_logprobs' else 'head size'} {head_dim}"
     log_once(f"{kernel} ({shape}{', ALiBi' if alibi else ''}): {choice.implementation}: {choice.reason}")
     return choice.implementation

@@ -101,6 +101,7 @@ def decode_attention(
     *,
     scale: float,
     window: int = 0,
+    softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
     implementation: str = "auto",
@@ -110,7 +111,8 @@ def decode_attention(
 
     query `[B, H, D]`; key, value `[B, H_kv, S, D]`, H a multiple of H_kv, with `scales` `[B, H_kv, S]` each where they
     are quantised (kernels/kv_cache.py); `start`, `length` int `[B]`: columns start … length - 1 are live,
-    and of those with `window` > 0 the last `window`. `alibi_slopes` `[H]` adds slope · column. Softmax in float32.
+    and of those with `window` > 0 the last `window`. `softcap` turns scores s into softcap · tanh(s / softcap), in
+    "xla" only. `alibi_slopes` `[H]` adds slope · column. Softmax in float32.
     Returns `[B, H, D]` in the query's dtype; rows without a live column are 0.
 
     `implementation`: "xla", "pallas" (reads live columns only, whatever the others hold; NVIDIA, TPU, or interpreted on
@@ -119,7 +121,7 @@ def decode_attention(
     """
     cache = (key, value, *(scales or ()))
     _check(query, cache, start, length, alibi_slopes)
-    options = {"scale": scale, "window": window, "slopes": alibi_slopes}
+    options = {"scale": scale, "window": window, "slopes": alibi_slopes, "softcap": softcap}
     return _attend(query, None, cache, start, length, implementation, blocks, **options)[0]
 
 
@@ -149,9 +151,9 @@ def append_attention(
     return _attend(query, new, cache, start, length, implementation, blocks, **options)
 
 
-def _attend(query, new, cache, start, length, implementation, blocks, *, scale, window, slopes):
+def _attend(query, new, cache, start, length, implementation, blocks, *, scale, window, slopes, softcap=None):
     key, width = cache[0], query.shape[-1]
-    facts = {"dtype": query.dtype, "head_dim": width, "alibi": slopes is not None}
+    facts = {"dtype": query.dtype, "head_dim": width, "alibi": slopes is not None, "softcap": softcap is not None}
     chosen = decide("decode_attention", implementation, **facts).implementation
     length = jnp.minimum(length, key.shape[2])
     first = jnp.maximum(start, 0)
@@ -160,7 +162,7 @@ def _attend(query, new, cache, start, length, implementation, blocks, *, scale, 
     if chosen == "xla":
         if new is not None:
             cache = write_columns(cache, tuple(x[:, :, None] for x in new), jnp.maximum(length - 1, 0))
-        return _reference(query, cache, first, length, scale, slopes), cache
+        return _reference(query, cache, first, length, scale, slopes, softcap), cache
     pallas.check_taken("decode_attention", query.dtype, width, None if quantised(cache) else key.dtype)
     programs = key.shape[0] * key.shape[1]
     blocks = blocks or decode_blocks(width, query.dtype, programs=programs, cache_length=key.shape[2])
@@ -169,7 +171,7 @@ def _attend(query, new, cache, start, length, implementation, blocks, *, scale, 
     return _kernel(query, new, cache, first, length, float(scale), slopes, blocks)
 
 
-def _reference(query, cache, first, length, scale, slopes) -> jax.Array:
+def _reference(query, cache, first, length, scale, slopes, softcap) -> jax.Array:
     """The same in plain jnp; reads all columns."""
     key, value, *scales = cache
     columns = jnp.arange(key.shape[2])[None]
@@ -181,6 +183,7 @@ def _reference(query, cache, first, length, scale, slopes) -> jax.Array:
         value,
         mask[:, None, None],
         scale=scale,
+        softcap=softcap,
         alibi_slopes=slopes,
         positions=positions,
         scales=tuple(scales) or None,

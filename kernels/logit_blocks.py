@@ -17,10 +17,19 @@ def empty_statistics(tokens: int) -> Statistics:
     return zeros + NEGATIVE, zeros, zeros, zeros
 
 
-def scaled(products: jax.Array, bias: jax.Array | None, columns: jax.Array, temperature: float) -> jax.Array:
+def scaled(
+    products: jax.Array,
+    bias: jax.Array | None,
+    columns: jax.Array,
+    temperature: float,
+    softcap: float | None = None,
+) -> jax.Array:
     """Logits `[t, v]` over temperature of products with the head; `columns` `[1, v]` are its vocabulary entries, dead
-    where negative: NEGATIVE there, whatever the head holds."""
+    where negative: NEGATIVE there, whatever the head holds. `softcap` turns logits z into softcap · tanh(z / softcap)
+    before the temperature."""
     logits = products if bias is None else products + bias
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     return jnp.where(columns >= 0, logits / temperature, NEGATIVE)
 
 
@@ -44,7 +53,12 @@ def rescaled(statistics: Statistics, top: jax.Array) -> Statistics:
 
 
 def logit_gradient(
-    logits: jax.Array, columns: jax.Array, labels: jax.Array, per_token: tuple[jax.Array, ...], temperature: float
+    logits: jax.Array,
+    columns: jax.Array,
+    labels: jax.Array,
+    per_token: tuple[jax.Array, ...],
+    temperature: float,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Gradient `[t, v]` of the products behind `scaled` logits.
 
@@ -54,4 +68,8 @@ def logit_gradient(
     top, log_total, entropy, d_logprob, d_entropy = per_token
     logprobs = (logits - top) - log_total
     gradient = -(d_logprob + d_entropy * (logprobs + entropy)) * jnp.exp(logprobs)
-    return (gradient + jnp.where(columns == labels, d_logprob, 0.0)) / temperature
+    gradient = (gradient + jnp.where(columns == labels, d_logprob, 0.0)) / temperature
+    if softcap is not None:
+        # The derivative of the cap from its value; the bound keeps dead columns finite.
+        gradient *= 1 - jnp.square(jnp.maximum(logits * (temperature / softcap), -1.0))
+    return gradient

@@ -25,11 +25,26 @@ from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, head_blocks, logit_gradi
 from jaxrlhf.kernels.pallas import PyTree
 
 
-def project_logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, vocab_size: int) -> jax.Array:
-    """Float32 logits `[..., V_padded]` of hidden `[..., D]` and weight `[V_padded, D]`; padded columns get -1e30."""
+def project_logits(
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    vocab_size: int,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Float32 logits `[..., V_padded]` of hidden `[..., D]` and weight `[V_padded, D]`; padded columns get -1e30.
+
+    `scale` multiplies the logits, then `softcap` turns logits z into softcap · tanh(z / softcap).
+    """
     logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
+    if scale != 1:
+        logits = logits * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     if weight.shape[0] != vocab_size:
         logits = jnp.where(jnp.arange(weight.shape[0]) < vocab_size, logits, NEGATIVE)
     return logits
@@ -99,6 +114,7 @@ def _even(size: int, most: int) -> int:
 class _Task:
     vocab_size: int
     temperature: float
+    softcap: float | None
     padded: bool
     """True if the weight has more rows than `vocab_size`."""
     implementation: str
@@ -115,6 +131,7 @@ def token_logprobs(
     vocab_size: int,
     bias: jax.Array | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     implementation: str = "auto",
     placement: HeadPlacement | None = None,
     blocks: LogprobBlocks | None = None,
@@ -124,7 +141,8 @@ def token_logprobs(
 
     hidden `[B, T, D]`; weight `[V_padded, D]`, of which the first `vocab_size` rows are real; bias `[V_padded]`; labels
     `[B, T]` int: one outside 0 … vocab_size - 1 (-100, say) has log-prob 0 and no gradient from it, but its entropy as
-    any token. Products are taken in the dtype of `hidden` and summed in float32. Returns two float32 arrays `[B, T]`,
+    any token. `softcap` turns logits z into softcap · tanh(z / softcap) before the temperature, in "xla" only. Products
+    are taken in the dtype of `hidden` and summed in float32. Returns two float32 arrays `[B, T]`,
     differentiable in hidden, weight and bias. Peak extra memory on accelerators is a few blocks, 1 to 2 % of the logits
     in float32, and for the gradient of a weight in bfloat16 as much again as that weight (where devices' rows are added
     up, two and a half times), in float16 twice as much; CPUs cast to float32 what is in 16 bits. `placement` says how
@@ -148,14 +166,14 @@ def token_logprobs(
         raise ValueError(f"temperature={temperature} must be positive")
     if not hidden.size:
         return jnp.zeros(labels.shape), jnp.zeros(labels.shape)
-    facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False}
+    facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False, "softcap": softcap is not None}
     chosen = decide("token_logprobs", implementation, **facts).implementation
     if chosen == "pallas":
         pallas.check_taken("token_logprobs", hidden.dtype)
         cut = kernel_blocks or head_blocks(labels.size, hidden.shape[-1], hidden.dtype)
         pallas.check_shared_memory("token_logprobs", cut, cut.shared_memory(hidden.dtype))
     padded = vocab_size != weight.shape[0]
-    task = _Task(vocab_size, float(temperature), padded, chosen, blocks, kernel_blocks, placement)
+    task = _Task(vocab_size, float(temperature), softcap, padded, chosen, blocks, kernel_blocks, placement)
     real = (labels >= 0) & (labels < vocab_size)
     results = _logprobs(hidden, weight, bias, jnp.where(real, labels, 0), task)
     logprobs, entropy = cast(tuple[jax.Array, jax.Array], results)
@@ -318,7 +336,8 @@ def head_statistics(hidden, weight, bias, labels, task: _Task) -> Statistics:
 
         def of_vocab(j, statistics):
             _, columns, part, part_bias = _head_block(weight, bias, j, wide, hidden.dtype, task)
-            logits = scaled(pallas.dot(block, part, (1, 1)), part_bias, columns[None], task.temperature)
+            products = pallas.dot(block, part, (1, 1))
+            logits = scaled(products, part_bias, columns[None], task.temperature, task.softcap)
             return merge(statistics, logits, columns[None], own[:, None])
 
         statistics = jax.lax.fori_loop(0, -(-vocab // wide), of_vocab, empty_statistics(size))
@@ -333,9 +352,10 @@ def _logit_gradient(block, part, part_bias, columns, own, statistics, task: _Tas
     """The gradient of one block of logits, in the compute dtype."""
     if task.implementation == "pallas":
         return logit_gradient_of(block, part, part_bias, columns, own, statistics, task.temperature, task.kernel_blocks)
-    logits = scaled(pallas.dot(block, part, (1, 1)), part_bias, columns[None], task.temperature)
+    logits = scaled(pallas.dot(block, part, (1, 1)), part_bias, columns[None], task.temperature, task.softcap)
     statistics = tuple(x[:, None] for x in statistics)
-    return logit_gradient(logits, columns[None], own[:, None], statistics, task.temperature).astype(block.dtype)
+    gradient = logit_gradient(logits, columns[None], own[:, None], statistics, task.temperature, task.softcap)
+    return gradient.astype(block.dtype)
 
 
 def _no_sum(weight: jax.Array) -> tuple[jax.Array, ...]:

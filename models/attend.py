@@ -39,6 +39,8 @@ class AttentionOptions:
     """`[H]`: adds slope · key position to the scores."""
     implementation: str = "auto"
     """One of kernels.IMPLEMENTATIONS."""
+    softcap: float | None = None
+    """Scores s become softcap · tanh(s / softcap); only XLA's implementation has it."""
 
     def kernel(self, name: str, query: jax.Array, packed: bool = False) -> str:
         """The implementation of the kernel `name` for this query; InputError for one that cannot run here."""
@@ -51,6 +53,7 @@ class AttentionOptions:
                 alibi=self.alibi_slopes is not None,
                 varies=varies(self.scale, self.window),
                 packed=packed,
+                softcap=self.softcap is not None,
             )
 
 
@@ -130,7 +133,7 @@ def attend_to_cache(
     if implementation == "xla":
         keys, values, *scales = cache = write_columns(cache, entries(key, value, cache), column)
         pair = (scales[0], scales[1]) if scales else None
-        attend = partial(decode_attention, scale=scale, window=window, implementation=implementation)
+        attend = partial(decode_attention, scale=scale, window=window, softcap=options.softcap, implementation="xla")
         output = attend(query[:, :, 0], keys, values, start, length, alibi_slopes=options.alibi_slopes, scales=pair)
         return output[:, :, None], cache
 
@@ -158,9 +161,10 @@ def attend_to_sequence(
 ) -> jax.Array:
     """Training, scoring and prefill: causal attention of whole sequences.
 
-    The implementation "auto" computes one head after the other on a CPU (kernels/head_attention.py). Elsewhere it is
-    the one that kernels/choice.py names for training or for prefill. Kernels other than XLA's need the real columns of
-    a row side by side and, for ALiBi, positions that count those of a segment. They return NaN for other rows.
+    The implementation "auto" computes one head after the other on a CPU (kernels/head_attention.py), unless scores are
+    soft-capped. Elsewhere it is the one that kernels/choice.py names for training or for prefill. Kernels other than
+    XLA's need the real columns of a row side by side and, for ALiBi, positions that count those of a segment. They
+    return NaN for other rows.
 
     Args:
         query: `[B, H, T, D]`.
@@ -186,7 +190,7 @@ def attend_to_sequence(
                 f"{dropout[0]}: use 'xla', or turn dropout off (--disable_dropout)"
             )
         implementation = "xla"
-    elif options.implementation == "auto" and platform() == "cpu":
+    elif options.implementation == "auto" and platform() == "cpu" and options.softcap is None:
         log_once(f"{kernel}: head by head: a CPU is slow at batched small products")
         return _head_by_head(query, key, value, context, options)
     else:
@@ -194,8 +198,9 @@ def attend_to_sequence(
     if implementation == "xla":
         mask = attention_mask(context.key_mask, query.shape[2], window=options.window, starts=context.starts)
         rate, dropout_key = dropout or (0.0, None)
-        attend = partial(attention, scale=options.scale, alibi_slopes=slopes, positions=context.positions)
-        return attend(query, key, value, mask, dropout_rate=rate, dropout_key=dropout_key)
+        attend = partial(attention, scale=options.scale, softcap=options.softcap, alibi_slopes=slopes)
+        places = {"positions": context.positions, "dropout_rate": rate, "dropout_key": dropout_key}
+        return attend(query, key, value, mask, **places)
     start, length, unfit = _span(context.key_mask)
     if context.starts is not None:
         start = context.starts

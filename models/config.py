@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxrlhf.errors import InputError
 
+Scaling = tuple[tuple[str, float | str | tuple[float, ...]], ...]
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 _CHOICES = {
     "position": ("learned", "rotary", "alibi"),
     "norm": ("layernorm", "rmsnorm"),
-    "norm_placement": ("pre", "post"),
+    "norm_placement": ("pre", "post", "branch", "sandwich"),
     "residual": ("sequential", "parallel", "parallel_shared_norm"),
     "activation": ACTIVATIONS,
 }
@@ -43,16 +44,32 @@ class DecoderConfig:
     rotary_base: float = 10000.0
     rotary_interleaved: bool = False
     """Pairs are neighbours (GPT-J) rather than the two halves (Llama, GPT-NeoX)."""
-    rope_scaling: tuple[tuple[str, float | str], ...] | None = None
+    rope_scaling: Scaling | None = None
     """Sorted items of HF's rope parameters when they are not the default (see models/rotary.py)."""
+    local_rotary_base: float | None = None
+    """Base frequency of layers with a window, which then have no `rope_scaling`; None: as the other layers."""
+    rotary_layers: tuple[bool, ...] | None = None
+    """Per layer: queries and keys are rotated; None: in all layers."""
 
     norm: str = "layernorm"
     norm_eps: float = 1e-5
+    norm_bias: bool = True
+    """Layer norms have a bias."""
+    norm_plus_one: bool = False
+    """Norms multiply by 1 + weight (Gemma)."""
     norm_placement: str = "pre"
+    """`pre`: norms of what attention and MLP read. `post`: of the sum after each. `branch`: of what each adds to the
+    sum (OLMo 2). `sandwich`: `pre` and `branch` (Gemma 2)."""
     residual: str = "sequential"
     """`parallel`: attention and MLP read the same input, each through its norm; `parallel_shared_norm`: one norm."""
     residual_from_norm: bool = False
     """The residual branch starts after the norm (BLOOM's apply_residual_connection_post_layernorm)."""
+    residual_scale: float = 1.0
+    """Factor on what attention and MLP add to the sum (Granite)."""
+    embed_scale: float = 1.0
+    """Factor on the token embeddings (Granite)."""
+    embed_scale_sqrt: bool = False
+    """Token embeddings are multiplied by sqrt(hidden_size), rounded to the compute dtype (Gemma)."""
     embed_norm: bool = False
     final_norm: bool = True
 
@@ -63,8 +80,12 @@ class DecoderConfig:
     mlp_bias: bool = True
     qk_norm: bool = False
     """RMS norm over head_dim of queries and keys before rotation (Qwen3)."""
+    qk_norm_joint: bool = False
+    """With `qk_norm`: one norm over the features of all heads (OLMo 2)."""
     attention_scale: float | None = None
     """Factor on the scores; None means head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    """Scores s become softcap · tanh(s / softcap) (Gemma 2)."""
     scale_by_inverse_layer: bool = False
     """Scores of layer i are divided by i + 1 (GPT-2's scale_attn_by_inverse_layer_idx)."""
     windows: tuple[int, ...] | None = None
@@ -72,6 +93,10 @@ class DecoderConfig:
 
     tie_embeddings: bool = True
     lm_head_bias: bool = False
+    logit_scale: float = 1.0
+    """Factor on the logits (Cohere, Granite)."""
+    logit_softcap: float | None = None
+    """Logits z become softcap · tanh(z / softcap), after `logit_scale` (Gemma 2)."""
 
     embed_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -81,7 +106,12 @@ class DecoderConfig:
     bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | tuple[int, ...] | None = None
+    generation_config: str = ""
+    """The source's generation_config.json as JSON text, which exports start from; empty: only the ids above."""
     vocab_multiple: int = 8
+
+    source: str = field(default="", compare=False, repr=False)
+    """JSON of the config.json that this configuration was read from; an export keeps what has not changed since."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -102,10 +132,26 @@ class DecoderConfig:
             raise InputError(
                 f"{self.family} config: {self.num_kv_heads} key/value heads do not divide {self.num_heads} heads"
             )
+        if not 0 < self.norm_eps < 1:
+            raise InputError(f"{self.family} config: norm_eps={self.norm_eps!r} must be above 0 and below 1")
+        for name in ("embed_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{self.family} config: {name}={getattr(self, name)!r} must be 0 or more, and below 1")
+        rotates = self.position == "rotary"
+        if rotates and self.rotated_dim == self.head_dim and self.head_dim % 2:
+            raise InputError(f"{self.family} config: head_dim={self.head_dim} must be even: features rotate in pairs")
+        if rotates and self.rotated_dim <= 2 and dict(self.rope_scaling or ()).get("rope_type") == "dynamic":
+            raise InputError(f"{self.family} config: rope_type 'dynamic' needs more than {self.rotated_dim} features")
         if self.lm_head_bias and self.tie_embeddings:
             raise InputError(f"{self.family} config: a head with a bias cannot be tied to the embeddings")
-        if self.windows is not None and len(self.windows) != self.num_layers:
-            raise InputError(f"{self.family} config: {len(self.windows)} windows for {self.num_layers} layers")
+        for name in ("windows", "rotary_layers"):
+            per_layer = getattr(self, name)
+            if per_layer is not None and len(per_layer) != self.num_layers:
+                raise InputError(f"{self.family} config: {len(per_layer)} {name} for {self.num_layers} layers")
+        for name in ("attention_softcap", "logit_softcap", "logit_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{self.family} config: {name}={value!r} must be positive")
 
     @property
     def embedding_size(self) -> int:

@@ -7,12 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import KV_CACHE_DTYPES, Cache
-from jaxrlhf.models.decoder import (
-    Block,
-    DecodeContext,
-    Decoder,
-    layer_options,
-)
+from jaxrlhf.models.decoder import Block, DecodeContext, Decoder
+from jaxrlhf.models.layer_options import layer_options
 from jaxrlhf.models.lora import merge_lora
 from jaxrlhf.models.model import logical_axes, storage_rules
 from jaxrlhf.models.rotary import rotation
@@ -135,7 +131,13 @@ def _run(
 
 
 def prefill(
-    module: Decoder, view: GenerationView, prompt_ids: jax.Array, prompt_mask: jax.Array, caches: tuple[Cache, ...]
+    module: Decoder,
+    view: GenerationView,
+    prompt_ids: jax.Array,
+    prompt_mask: jax.Array,
+    caches: tuple[Cache, ...],
+    *,
+    longest: int | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Runs the model over left-padded prompts, and fills cache columns 0 … P-1.
 
@@ -145,11 +147,13 @@ def prefill(
         prompt_ids: int `[B, P]`.
         prompt_mask: `[B, P]`, set for real tokens.
         caches: Per layer, from `init_cache`.
+        longest: Columns of the caches that decoding will have, which decide how `longrope` rotates; None: as `caches`.
 
     Returns:
         Float32 logits `[B, V_padded]` of the last column, and the caches.
     """
-    context = sequence_context(module.config, prompt_mask.astype(bool))
+    longest = caches[0][0].shape[2] if longest is None else longest
+    context = sequence_context(module.config, prompt_mask.astype(bool), longest=longest)
     return _run(module, view, prompt_ids, context.positions, context, caches)
 
 
@@ -175,6 +179,7 @@ def decode_step(
         Float32 logits `[B, V_padded]` of the next token, and the caches.
     """
     own = (column - start)[:, None]
-    rotary = rotation(module.config, own) if module.config.position == "rotary" else None
+    longest = caches[0][0].shape[2]
+    rotary = rotation(module.config, own, longest=longest) if module.config.position == "rotary" else None
     context = DecodeContext(start, column, rotary)
     return _run(module, view, tokens[:, None], own, context, caches)

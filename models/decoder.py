@@ -18,6 +18,7 @@ from jaxrlhf.kernels import LIBRARIES, Cache, entries, project_logits, write_col
 from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
+from jaxrlhf.models.layer_options import LayerOptions, attends_alike, attention_options, layer_options
 from jaxrlhf.models.rotary import rotate
 from jaxrlhf.models.sequences import SequenceContext, sequence_context
 from jaxrlhf.sharding import constrain
@@ -46,32 +47,7 @@ class DecodeContext(flax.struct.PyTreeNode):
     column: jax.Array
     """int scalar or `[B]`: cache column of the one new token."""
     rotation: tuple[jax.Array, jax.Array] | None
-    """cos and sin of the new token, `[B, 1, 1, rotated/2]`; None without rotary positions."""
-
-
-class LayerOptions(flax.struct.PyTreeNode):
-    """Options that may differ between layers: plain numbers when unrolled, `[L]` arrays when scanned."""
-
-    scale: jax.Array | float
-    window: jax.Array | int
-
-
-def layer_options(config: DecoderConfig) -> list[LayerOptions]:
-    """Returns the options of each layer, in order."""
-    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    windows = config.windows or (0,) * config.num_layers
-    return [
-        LayerOptions(scale=scale / (i + 1 if config.scale_by_inverse_layer else 1), window=windows[i])
-        for i in range(config.num_layers)
-    ]
-
-
-def alibi_slopes(num_heads: int) -> jax.Array:
-    """ALiBi slopes `[H]` float32 (Press et al. 2021, arXiv 2108.12409, with its rule for other head counts)."""
-    power = 2 ** (num_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(num_heads - power)]
-    return jnp.asarray(slopes, jnp.float32)
+    """cos and sin of the new token as `rotation` returns them; None without rotary positions."""
 
 
 def _parameter(
@@ -82,27 +58,34 @@ def _parameter(
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, computed in float32."""
+    """LayerNorm or RMSNorm over the last `axes` axes, computed in float32."""
 
     config: DecoderConfig
     dtype: jnp.dtype
     kind: str | None = None
-    size_axis: str | None = "norm"
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kind = self.kind or self.config.norm
-        size = x.shape[-1]
-        scale = _parameter(self, "scale", nn.initializers.ones, (size,), (self.size_axis,))
+        c, kind = self.config, self.kind or self.config.norm
+        shape, over = x.shape[-self.axes :], tuple(range(-self.axes, 0))
+        size = math.prod(shape)
+        init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+        scale = _parameter(self, "scale", init, (size,), ("norm",)).astype(jnp.float32).reshape(shape)
         x = x.astype(jnp.float32)
         if kind == "layernorm":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
-        x = x * scale.astype(jnp.float32)
-        if kind == "layernorm":
-            bias = _parameter(self, "bias", nn.initializers.zeros, (size,), (self.size_axis,))
-            x = x + bias.astype(jnp.float32)
+            x = x - x.mean(over, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(over, keepdims=True) + c.norm_eps)
+        x = x * (1 + scale if c.norm_plus_one else scale)
+        if kind == "layernorm" and c.norm_bias:
+            bias = _parameter(self, "bias", nn.initializers.zeros, (size,), ("norm",))
+            x = x + bias.astype(jnp.float32).reshape(shape)
         return x.astype(self.dtype)
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`x · factor`, computed in float32: a factor that is rounded to 16 bits would shift all of `x` alike."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
@@ -198,27 +181,35 @@ class Attention(nn.Module):
         c, implementation = self.config, self.implementation
         if implementation in LIBRARIES and generates:
             implementation = "auto"  # libraries support neither left padding nor a single query
-        first, *others = layer_options(c)
-        if all(other == first for other in others):
-            options = first  # as plain numbers, which some kernels need
-        slopes = alibi_slopes(c.num_heads) if c.position == "alibi" else None
-        return AttentionOptions(options.scale, options.window, slopes, implementation)
+        if attends_alike(c):
+            options = layer_options(c)[0]  # as plain numbers, which some kernels need
+        return attention_options(c, options, implementation)
+
+    def _positioned(
+        self, query: jax.Array, key: jax.Array, context: SequenceContext | DecodeContext, options: LayerOptions
+    ) -> tuple[jax.Array, jax.Array]:
+        """Query and key `[B, H, T, D]`, rotated as this layer rotates."""
+        if context.rotation is None:
+            return query, key
+        cos, sin = context.rotation if options.rope is None else (x[options.rope] for x in context.rotation)
+        query, key = (rotate(x, cos, sin, interleaved=self.config.rotary_interleaved) for x in (query, key))
+        return query, key
 
     @nn.compact
     def __call__(
         self, x: jax.Array, context: SequenceContext | DecodeContext, options: LayerOptions, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
+        query, key, value = self._heads(x)
+        if c.qk_norm:
+            axes = 2 if c.qk_norm_joint else 1
+            query = Norm(c, self.dtype, kind="rmsnorm", axes=axes, name="query_norm")(query)
+            key = Norm(c, self.dtype, kind="rmsnorm", axes=axes, name="key_norm")(key)
         query, key, value = (
             constrain(part.swapaxes(1, 2), "batch", axis, None, None)
-            for part, axis in zip(self._heads(x), ("heads", "kv_heads", "kv_heads"), strict=True)
+            for part, axis in ((query, "heads"), (key, "kv_heads"), (value, "kv_heads"))
         )
-        if c.qk_norm:
-            query = Norm(c, self.dtype, kind="rmsnorm", name="query_norm")(query)
-            key = Norm(c, self.dtype, kind="rmsnorm", name="key_norm")(key)
-        if context.rotation is not None:
-            query = rotate(query, *context.rotation, interleaved=c.rotary_interleaved)
-            key = rotate(key, *context.rotation, interleaved=c.rotary_interleaved)
+        query, key = self._positioned(query, key, context, options)
 
         how = self._options(options, generates=cache is not None)
         if self.is_initializing():
@@ -274,9 +265,13 @@ class Block(nn.Module):
     qkv_groups: int = 0
     attention_implementation: str = "auto"
 
-    def _drop(self, x: jax.Array) -> jax.Array:
-        rate = self.config.residual_dropout
-        return nn.Dropout(rate, deterministic=rate == 0 or not self.has_rng("dropout"))(x)
+    def _added(self, x: jax.Array, name: str) -> jax.Array:
+        """What the result of attention or MLP (`name`) adds to the sum: normed, dropped and scaled as configured."""
+        c, rate = self.config, self.config.residual_dropout
+        if c.norm_placement in ("branch", "sandwich"):
+            x = Norm(c, self.dtype, name=f"{name}_out_norm")(x)
+        x = nn.Dropout(rate, deterministic=rate == 0 or not self.has_rng("dropout"))(x)
+        return _scaled(x, c.residual_scale)
 
     @nn.compact
     def __call__(
@@ -285,24 +280,26 @@ class Block(nn.Module):
         c = self.config
         attend = Attention(c, self.dtype, self.lora, self.qkv_groups, self.attention_implementation, name="attn")
         mlp = MLP(c, self.dtype, self.lora, name="mlp")
-        attn_norm = Norm(c, self.dtype, name="attn_norm")
         shared = c.residual == "parallel_shared_norm"
-        mlp_norm = attn_norm if shared else Norm(c, self.dtype, name="mlp_norm")
+
+        def norm(x: jax.Array, name: str) -> jax.Array:
+            return x if c.norm_placement == "branch" else Norm(c, self.dtype, name=name)(x)
 
         if c.residual != "sequential":
-            normed = attn_norm(x)
+            normed = norm(x, "attn_norm")
             attended, cache = attend(normed, context, options, cache)
-            x = x + self._drop(attended) + self._drop(mlp(normed if shared else mlp_norm(x)))
+            produced = mlp(normed if shared else norm(x, "mlp_norm"))
+            x = x + self._added(attended, "attn") + self._added(produced, "mlp")
         elif c.norm_placement == "post":
             attended, cache = attend(x, context, options, cache)
-            x = attn_norm(x + self._drop(attended))
-            x = mlp_norm(x + self._drop(mlp(x)))
+            x = norm(x + self._added(attended, "attn"), "attn_norm")
+            x = norm(x + self._added(mlp(x), "mlp"), "mlp_norm")
         else:
-            normed = attn_norm(x)
+            normed = norm(x, "attn_norm")
             attended, cache = attend(normed, context, options, cache)
-            x = (normed if c.residual_from_norm else x) + self._drop(attended)
-            normed = mlp_norm(x)
-            x = (normed if c.residual_from_norm else x) + self._drop(mlp(normed))
+            x = (normed if c.residual_from_norm else x) + self._added(attended, "attn")
+            normed = norm(x, "mlp_norm")
+            x = (normed if c.residual_from_norm else x) + self._added(mlp(normed), "mlp")
         return constrain(x, "batch", None, None), cache
 
 
@@ -385,7 +382,9 @@ class Decoder(nn.Module):
     def embed_tokens(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Computes token and position embeddings `[B, T, D]` of int ids and positions `[B, T]`."""
         c = self.config
-        x = self.embed(input_ids)
+        x = _scaled(self.embed(input_ids), c.embed_scale)
+        if c.embed_scale_sqrt:
+            x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         if c.embedding_size != c.hidden_size:
             x = self.project_in(x)
         if c.embed_norm:
@@ -431,7 +430,9 @@ class Decoder(nn.Module):
     def padded_logits(self, hidden: jax.Array) -> jax.Array:
         """Computes float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""
         weight, bias = self.output_weight()
-        return project_logits(hidden, weight.astype(self.dtype), bias, self.config.vocab_size)
+        c = self.config
+        head = weight.astype(self.dtype), bias
+        return project_logits(hidden, *head, c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap)
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
@@ -480,7 +481,7 @@ class Decoder(nn.Module):
             weight,
             bias,
             labels,
-            vocab_size=self.config.vocab_size,
+            config=self.config,
             temperature=temperature,
             zero_stage=self.zero_stage,
             implementation=self.logprob_implementation,

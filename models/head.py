@@ -5,6 +5,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import HeadPlacement, choose, token_logprobs
+from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.sharding import REPLICATED_RULES, current_rules, resolve_spec
 
 
@@ -41,7 +42,7 @@ def head_logprobs(
     bias: jax.Array | None,
     labels: jax.Array,
     *,
-    vocab_size: int,
+    config: DecoderConfig,
     temperature: float = 1.0,
     zero_stage: int,
     implementation: str = "auto",
@@ -53,7 +54,7 @@ def head_logprobs(
         weight: `[V_padded, D]`.
         bias: `[V_padded]` or None.
         labels: int `[B, T]`.
-        vocab_size: Real rows of `weight`.
+        config: Gives the real rows of `weight`, and scale and soft-cap of the logits.
         temperature: Divides the logits.
         zero_stage: The stage that stores the weight.
         implementation: Kernel, see kernels/choice.py.
@@ -65,15 +66,20 @@ def head_logprobs(
         InputError: The implementation cannot run here.
     """
     placement = head_placement(weight.shape, hidden.shape[0], zero_stage)
+    # s · z / t is z / (t / s), and c · tanh(s · z / c) / t is the same with c / s in place of c.
+    scale, softcap = config.logit_scale, config.logit_softcap
+    softcap = None if softcap is None else softcap / scale
+    facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False, "softcap": softcap is not None}
     try:
-        chosen = choose("token_logprobs", implementation, dtype=hidden.dtype, head_dim=hidden.shape[-1], alibi=False)
+        chosen = choose("token_logprobs", implementation, **facts)
         return token_logprobs(
             hidden,
             weight,
             labels,
-            vocab_size=vocab_size,
+            vocab_size=config.vocab_size,
             bias=bias,
-            temperature=temperature,
+            temperature=temperature / scale,
+            softcap=softcap,
             implementation=chosen,
             placement=placement,
         )

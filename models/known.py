@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.hf.pretrained import config_from_dict
+from jaxrlhf.models.hf.config_json import config_from_dict
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class KnownModel:
     options: Mapping[str, object]
     parameters: int
     """Number of parameters as published, tied weights counted once. Where only a rounded number was published (OPT-66B
-    and 175B, CodeGen), the number in the transformers module of these options."""
+    and 175B, CodeGen, Command R7B), the number in the transformers module of these options."""
 
 
 def _gpt2(hidden: int, layers: int, heads: int, parameters: int) -> KnownModel:
@@ -95,6 +95,28 @@ def _qwen3(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameter
     return _llama_like("qwen3", 151936, hidden, layers, heads, mlp, parameters, **own)
 
 
+def _gemma2(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: object) -> KnownModel:
+    return _llama_like("gemma2", 256000, hidden, layers, heads, mlp, parameters, **own)
+
+
+def _gemma3(hidden: int, layers: int, mlp: int, parameters: int) -> KnownModel:
+    own = {"max_position_embeddings": 32768, "sliding_window": 512}
+    return _llama_like("gemma3_text", 262144, hidden, layers, (4, 1), mlp, parameters, **own)
+
+
+def _olmo2(hidden: int, layers: int, heads: int, mlp: int, parameters: int) -> KnownModel:
+    own = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 500000.0}
+    own |= {"pad_token_id": 100277, "eos_token_id": 100257}
+    return _llama_like("olmo2", 100352, hidden, layers, (heads, heads), mlp, parameters, **own)
+
+
+def _granite3(hidden: int, mlp: int, divisor: float, parameters: int) -> KnownModel:
+    own = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "embedding_multiplier": 12.0}
+    own |= {"attention_multiplier": 32 / hidden, "residual_multiplier": 0.22, "logits_scaling": divisor}
+    own |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rope_theta": 10000.0}
+    return _llama_like("granite", 49155, hidden, 40, (32, 8), mlp, parameters, **own, **_TIED)
+
+
 _TIED = {"tie_word_embeddings": True}
 _PYTHIA = 50304
 
@@ -160,6 +182,29 @@ KNOWN: dict[str, KnownModel] = {
     "qwen3-8b": _qwen3(4096, 36, (32, 8), 12288, 8_190_735_360),
     "qwen3-14b": _qwen3(5120, 40, (40, 8), 17408, 14_768_307_200),
     "qwen3-32b": _qwen3(5120, 64, (64, 8), 25600, 32_762_123_264),
+    "gemma-2b": _llama_like("gemma", 256000, 2048, 18, (8, 1), 16384, 2_506_172_416),
+    "gemma-7b": _llama_like("gemma", 256000, 3072, 28, (16, 16), 24576, 8_537_680_896),
+    "gemma-2-2b": _gemma2(2304, 26, (8, 4), 9216, 2_614_341_888),
+    "gemma-2-9b": _gemma2(3584, 42, (16, 8), 14336, 9_241_705_984),
+    "gemma-2-27b": _gemma2(4608, 46, (32, 16), 36864, 27_227_128_320, head_dim=128, query_pre_attn_scalar=144),
+    "gemma-3-270m": _gemma3(640, 18, 2048, 268_098_176),
+    "gemma-3-1b": _gemma3(1152, 26, 6912, 999_885_952),
+    "smollm3-3b": _llama_like(
+        "smollm3", 128256, 2048, 36, (16, 4), 11008, 3_075_098_624, max_position_embeddings=65536, rope_theta=5e6
+    ),
+    "olmo-2-0425-1b": _olmo2(2048, 16, 16, 8192, 1_484_916_736),
+    "olmo-2-1124-7b": _olmo2(4096, 32, 32, 11008, 7_298_617_344),
+    "olmo-2-1124-13b": _olmo2(5120, 40, 40, 13824, 13_716_198_400),
+    "olmo-3-1025-7b": _llama_like(
+        "olmo3", 100278, 4096, 32, (32, 32), 11008, 7_298_011_136, max_position_embeddings=65536
+    ),
+    "phi-3-mini-4k": _llama_like("phi3", 32064, 3072, 32, (32, 32), 8192, 3_821_079_552, sliding_window=2047),
+    "phi-4": _llama_like("phi3", 100352, 5120, 40, (40, 10), 17920, 14_659_507_200, max_position_embeddings=16384),
+    "granite-3.0-2b": _granite3(2048, 8192, 8.0, 2_533_531_648),
+    "granite-3.0-8b": _granite3(4096, 12800, 16.0, 8_170_848_256),
+    "c4ai-command-r7b-12-2024": _llama_like(
+        "cohere2", 256000, 4096, 32, (32, 8), 14336, 8_028_033_024, max_position_embeddings=132096, logit_scale=0.25
+    ),
 }
 
 
@@ -173,4 +218,4 @@ def known_config(name: str) -> DecoderConfig:
     if short not in KNOWN:
         raise InputError(f"unknown model {name!r}; known shapes are {', '.join(KNOWN)}")
     model = KNOWN[short]
-    return config_from_dict({"model_type": model.model_type, **model.options}, where=short)
+    return config_from_dict({"model_type": model.model_type, **model.options}, where=short, strict=True)

@@ -17,7 +17,7 @@ class SequenceContext(flax.struct.PyTreeNode):
     positions: jax.Array
     """int `[B, T]`: position of each column within its sequence, 0 on padding."""
     rotation: tuple[jax.Array, jax.Array] | None = None
-    """cos and sin of the query columns, `[B, 1, T, rotated/2]`; None without rotary positions."""
+    """cos and sin of the query columns as `rotation` returns them; None without rotary positions."""
     starts: jax.Array | None = None
     """int `[B, T]`: first column of each column's segment; None when rows are not packed."""
 
@@ -43,7 +43,9 @@ def segment_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return starts, stops
 
 
-def sequence_context(config: DecoderConfig, mask: jax.Array, segment_ids: jax.Array | None = None) -> SequenceContext:
+def sequence_context(
+    config: DecoderConfig, mask: jax.Array, segment_ids: jax.Array | None = None, *, longest: int | None = None
+) -> SequenceContext:
     """The context of rows with real tokens in `mask`, bool `[B, T]`.
 
     Args:
@@ -51,6 +53,7 @@ def sequence_context(config: DecoderConfig, mask: jax.Array, segment_ids: jax.Ar
         mask: bool `[B, T]`, set for real tokens.
         segment_ids: int `[B, T]`: rows are packed, with 0 on padding. Positions restart at 0 where the id changes.
             None: each row is one sequence.
+        longest: Longest sequence that generation may make of a row; None: rows are whole.
 
     Raises:
         InputError: `segment_ids` has another shape than `mask`.
@@ -64,5 +67,5 @@ def sequence_context(config: DecoderConfig, mask: jax.Array, segment_ids: jax.Ar
         starts, stops = segment_bounds(segment_ids)
         positions = jnp.where(mask, jnp.arange(mask.shape[1], dtype=jnp.int32) - starts, 0)
         lengths = stops - starts
-    rotary = rotation(config, positions, lengths) if config.position == "rotary" else None
+    rotary = rotation(config, positions, lengths, longest) if config.position == "rotary" else None
     return SequenceContext(mask, positions, rotary, starts)

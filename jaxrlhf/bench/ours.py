@@ -26,9 +26,9 @@ from jaxrlhf.models import (
     save_pretrained,
     with_kernels,
 )
-from jaxrlhf.models.attend import AttentionOptions, attend_to_sequence
-from jaxrlhf.models.decoder import LayerOptions, alibi_slopes, layer_options
+from jaxrlhf.models.attend import attend_to_sequence
 from jaxrlhf.models.head import head_logprobs
+from jaxrlhf.models.layer_options import LayerOptions, attends_alike, attention_options, layer_options
 from jaxrlhf.models.model import make_module
 from jaxrlhf.models.sequences import SequenceContext, positions_from_mask
 from jaxrlhf.plan.roofline import Peaks, Stages, attention_layer, logprobs, visible
@@ -154,14 +154,14 @@ def attention_runs(config: BenchConfig, rows: int) -> Runs:
     *inputs, weights = place_batch(tuple(arrays), mesh, TRAIN_RULES)
     layers = layer_options(shape)
     # As the decoder passes them: arrays, as all layers share a program, but plain numbers to kernels that want them.
-    plain = config.compute.attention_implementation in LIBRARIES and all(options == layers[0] for options in layers)
+    plain = config.compute.attention_implementation in LIBRARIES and attends_alike(shape)
 
     def forward(
         q: jax.Array, k: jax.Array, v: jax.Array, scale: float | jax.Array, window: int | jax.Array
     ) -> jax.Array:
         mask = jnp.ones((rows, length), bool)
-        slopes = alibi_slopes(shape.num_heads) if shape.position == "alibi" else None
-        options = AttentionOptions(scale, window, slopes, config.compute.attention_implementation)
+        layer = LayerOptions(scale=scale, window=window)
+        options = attention_options(shape, layer, config.compute.attention_implementation)
         with use(mesh, TRAIN_RULES):
             return attend_to_sequence(q, k, v, SequenceContext(mask, positions_from_mask(mask)), options)
 
@@ -206,7 +206,7 @@ def logprobs_runs(config: BenchConfig, rows: int) -> Runs:
                 None,
                 labels,
                 zero_stage=0,
-                vocab_size=shape.vocab_size,
+                config=shape,
                 implementation=implementation,
             )[0]
 

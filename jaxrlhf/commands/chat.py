@@ -15,9 +15,11 @@ from jaxrlhf.config import NonNegativeInt, PathName, Settings, alias
 from jaxrlhf.data import (
     TemplateConfig,
     encode_conversation,
+    end_ids,
+    knows_model,
     length_bucket,
-    load_tokenizer,
     pad_token_id,
+    vocabulary_size,
     with_template,
 )
 from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
@@ -25,7 +27,8 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, with_kernels
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder, read_json
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig
+from jaxrlhf.trainers.settings import MeshConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 HELP = """/reset  forget the conversation so far
@@ -105,7 +108,9 @@ class ChatSession:
         if model.module.head != "lm":
             raise InputError("chat needs a language model; this one has a scalar head (a reward model or critic)")
         self.tokenizer, self.config = with_template(tokenizer, config.template), config
-        check_tokenizer_fits(len(self.tokenizer), model.config, "the tokenizer")
+        if not knows_model(self.tokenizer):
+            self.tokenizer = with_model_ends(self.tokenizer, model.config, config.tokenizer.eos_token_ids)
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), model.config, "the tokenizer")
         self.console = Console(quiet=True) if console is None else console
         self.engine = HybridEngine(model, config.mesh.make_mesh())
         self.context = model.config.max_positions
@@ -120,7 +125,7 @@ class ChatSession:
         self.sampling = replace(
             config.sampling,
             max_new_tokens=longest,
-            eos_token_id=end_ids(model, self.tokenizer),
+            eos_token_id=end_ids(self.tokenizer),
             pad_token_id=pad_token_id(self.tokenizer),
         )
         self._compiled: set[int] = set()
@@ -197,13 +202,6 @@ class ChatSession:
         yield from drawn
 
 
-def end_ids(model: Model, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's EOS and those of the model's config."""
-    own = model.config.eos_token_id
-    own = own if isinstance(own, tuple) else () if own is None else (own,)
-    return tuple(sorted({tokenizer.eos_token_id, *own}))
-
-
 def open_session(config: ChatConfig, console: Console | None = None) -> ChatSession:
     """Opens a session with the model `config.model`. Raises InputError when it is not a language model."""
     for last in (Path(config.model) / name for name in ("ppo", "dpo")):
@@ -217,7 +215,7 @@ def open_session(config: ChatConfig, console: Console | None = None) -> ChatSess
             f"{config.model} is a reward model or critic ({scalar[0]}), which cannot write; "
             "give the folder that sft, dpo or ppo wrote"
         )
-    tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or folder, config.template)
+    tokenizer = config.tokenizer.load(str(folder), config.template)
     dtype = config.mesh.compute_dtype
     options = {"dtype": dtype, "param_dtype": dtype, "progress": sys.stderr.isatty()}
     model = load_pretrained(folder, mesh=config.mesh.make_mesh(), **options)

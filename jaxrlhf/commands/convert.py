@@ -17,7 +17,6 @@ from jaxrlhf.models import (
     LoRAConfig,
     Model,
     config_from_dict,
-    config_to_dict,
     join,
     load_adapter,
     load_pretrained,
@@ -28,7 +27,9 @@ from jaxrlhf.models import (
     split_trainable,
 )
 from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
-from jaxrlhf.trainers.settings import DTYPES, MeshConfig, TokenizerConfig
+from jaxrlhf.trainers.lora import describe_model
+from jaxrlhf.trainers.settings import DTYPES, MeshConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends, with_special_tokens
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
         raise InputError(f"{folder} holds no parameters {name!r}; it has {', '.join(exports)}")
     info = exports[name]
     config = config_from_dict(info["config"], f"{folder}/metadata.json")
+    config = config.replace(generation_config=info.get("generation_config", ""))
     lora = info.get("lora")
     lora = LoRAConfig(**lora | {"targets": tuple(lora["targets"])}) if lora else None
     module = Decoder(config, head=info["head"], lora=lora)
@@ -145,18 +147,26 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
     return None if source is None else read_tokenizer(source)
 
 
+def _with_end_ids(model: Model, tokenizer: Any, ids: tuple[int | str, ...]) -> Model:
+    if tokenizer is None:
+        raise InputError("eos_token_ids: the input has no tokenizer; name one with tokenizer_name_or_path")
+    return with_special_tokens(model, with_model_ends(tokenizer, None, ids))
+
+
 def convert(config: ConvertConfig) -> None:
     """Converts, and with `verify` compares the output with the input."""
     mesh, dtype = config.mesh.make_mesh(), DTYPES[config.save_dtype]
     model = (
         _read_hf(config, mesh) if config.source == "hf" else read_checkpoint_model(config.input, config.params, mesh)
     )
-    head = model.module.head
+    head, tokenizer = model.module.head, _load_tokenizer(config)
+    if config.tokenizer.eos_token_ids:
+        model = _with_end_ids(model, tokenizer, config.tokenizer.eos_token_ids)
     if config.target == "hf":
-        save_pretrained(model, config.output, _load_tokenizer(config), dtype=dtype)
+        save_pretrained(model, config.output, tokenizer, dtype=dtype)
     else:
         stored = jax.tree.map(lambda x: x.astype(dtype), model.params)
-        info = {"head": head, "config": config_to_dict(model.config, head), "dtype": config.save_dtype}
+        info = describe_model(model, dtype=config.save_dtype)
         save_checkpoint(config.output, 0, {"params": stored}, {"identity": {}, "exports": {"params": info}})
     print(f"{config.input} → {config.output} ({config.target}, {config.save_dtype}, {head} head)")
     if config.verify:

@@ -108,10 +108,12 @@ def encode(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | None 
 
 
 def _encode_all(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | None) -> list[Encoded]:
-    plain = iter(_encode_plain(tokenizer, [text.text for text in texts if not text.hidden]))
+    # Rows repeat texts: prompts of several pairs, and responses of several comparisons.
+    once = list(dict.fromkeys(text.text for text in texts if not text.hidden))
+    plain = dict(zip(once, _encode_plain(tokenizer, once), strict=True))
     pieces = [text for text in texts if text.hidden]
     others = iter(_encode_pieces(tokenizer, pieces, special or SpecialTokens(tokenizer)) if pieces else ())
-    return [next(others if text.hidden else plain) for text in texts]
+    return [next(others) if text.hidden else plain[text.text] for text in texts]
 
 
 def encode_continuations(

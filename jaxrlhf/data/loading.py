@@ -24,7 +24,7 @@ from jaxrlhf.config import (
     alias,
 )
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
-from jaxrlhf.data.cache import check_writable, default_cache, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.cache import check_writable, default_cache, hash_json
 from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
 from jaxrlhf.data.reading import Reading
@@ -32,7 +32,7 @@ from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_groups
 from jaxrlhf.data.sources import named_as
 from jaxrlhf.data.streaming import STREAMS, StreamSource, stream_shares
 from jaxrlhf.data.tokenized import SEQUENCES, Encoding, Part
-from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, with_template
+from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, tokenizer_fingerprint, with_template
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 

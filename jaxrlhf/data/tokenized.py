@@ -30,7 +30,7 @@ from jaxrlhf.errors import InputError
 logger = logging.getLogger(__name__)
 
 FORMAT = 4  # raise it when the meaning of the cached files changes
-CHUNK = 1000  # rows in one call of the tokenizer
+CHUNK = 2000  # rows in one call of the tokenizer
 SHOWN = 3  # places of bad rows that a report names
 SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2}
 """Sequences that a row has in each step."""

@@ -120,7 +120,8 @@ def begin(
     """
     size, prompt_length = requests.ids.shape
     caches = init_cache(module, size, prompt_length)
-    logits, caches = prefill(module, view, requests.ids, requests.mask, caches)
+    longest = prompt_length + sampling.max_new_tokens
+    logits, caches = prefill(module, view, requests.ids, requests.mask, caches, longest=longest)
     start = prompt_length - jnp.sum(requests.mask, axis=1, dtype=jnp.int32)
     seen = None if sampling.repetition_penalty == 1 else _seen(requests.ids, requests.mask, logits.shape[-1])
     if copies > 1:

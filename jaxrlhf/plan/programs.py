@@ -21,7 +21,7 @@ from jaxrlhf.models import (
     Decoder,
     DecoderConfig,
     Model,
-    check_same_tokens,
+    check_same_rows,
     known_config,
     param_shapes,
     read_config,
@@ -198,7 +198,7 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     mesh = make_mesh(ppo.mesh.mesh_data, ppo.mesh.mesh_fsdp, ppo.mesh.mesh_tensor, devices=devices)
     lengths = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens, "max_prompt_seq_len + max_new_tokens"
     actor, reward = model_config("actor", config.actor, *lengths), model_config("reward", config.reward, *lengths)
-    check_same_tokens(actor, reward, (f"actor={config.actor}", f"reward={config.reward}"))
+    check_same_rows(actor, reward, (f"actor={config.actor}", f"reward={config.reward}"))
 
     def model(shape: DecoderConfig, head: str, stage: int, kv_cache_dtype: str = "auto") -> Model:
         dtype, remat = ppo.mesh.compute_dtype, ppo.run.remat

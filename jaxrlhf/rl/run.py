@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import lasting
 from jaxrlhf.config.files import write_json_atomic
-from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text, load_tokenizer
+from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
@@ -33,6 +33,7 @@ from jaxrlhf.trainers.optimizer import updates_made
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, open_run
 from jaxrlhf.trainers.sft import sft_metrics, sft_sums
 from jaxrlhf.trainers.supervised import eval_step, evaluation_totals
+from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 # Mean |sampler − train log-prob| per token that rounding explains. Float32 on accelerators multiplies in fewer bits.
 LOGP_TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -280,10 +281,9 @@ def train_ppo(config: PPOConfig) -> PPOState:
     actor, reward = check_models(config), config.models.reward_model_name_or_path
     config = joined(config)
     with open_run(config, config.run.logging_steps, HEADLINE) as run:
-        for model in (actor, reward):
-            if model is not None:
-                read_config(model)  # fails early when the model cannot be used
-        tokenizer = load_tokenizer(config.models.tokenizer.tokenizer_name_or_path or actor, config.data.template)
+        tokenizer = config.models.tokenizer.load(actor, config.data.template)
+        if reward is not None:  # fails early when the model cannot be used
+            check_reads_tokens(tokenizer, read_config(actor), reward, ("the actor", "the reward model"))
         rewards = config.rewards.rewards(run.print)
         data = read_data(config, tokenizer, rewards)
         rows = config.rollout_rows(batch_devices(config.mesh.make_mesh()))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PathName, PositiveInt, Settings, alias, check_needs
-from jaxrlhf.data import DataConfig, Tokenizer
+from jaxrlhf.data import DataConfig, TemplateConfig, Tokenizer, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -29,6 +29,7 @@ from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +78,6 @@ class ComputeConfig(Settings):
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(Settings, may_change=True):
-    """The tokenizer."""
-
-    tokenizer_name_or_path: PathName[str | None] = None
-    """Tokenizer folder or hub name, or 'demo'; default: the model's own."""
-
-
-@dataclass(frozen=True)
 class StartConfig(Settings):
     """Random weights instead of a trained model, added tokens, dropout."""
 
@@ -118,6 +111,11 @@ class ModelConfig(Settings):
         if model is None and tokenizer is None:
             raise InputError("model_type starts from random weights, so tokenizer_name_or_path must name a tokenizer")
         return str(tokenizer or model)
+
+    def load_tokenizer(self, template: TemplateConfig) -> Tokenizer:
+        """Loads the tokenizer, as `TokenizerConfig.load` does. Raises InputError as `tokenizer_source` does too."""
+        self.tokenizer_source  # noqa: B018 - refuses contradictory flags
+        return self.tokenizer.load(self.model_name_or_path, template)
 
 
 @dataclass(frozen=True)
@@ -240,11 +238,11 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, 
             built-in chat template adds them.
     """
     start, key = config.model.start, keys.stream(config.data.seed, keys.Stream.WEIGHTS)
-    vocab_size = len(tokenizer)
+    vocab_size = vocabulary_size(tokenizer)
     layout = {"dtype": config.mesh.compute_dtype, "remat": remat, "zero_stage": config.compute.zero_stage}
     if start.model_type is not None:
         options = {"model_type": start.model_type, "vocab_size": vocab_size, **start.config_overrides}
-        shape = config_from_dict(options, f"config_overrides of {start.model_type}")
+        shape = config_from_dict(options, f"config_overrides of {start.model_type}", strict=True)
         model = create_model(shape, head=head, key=key, mesh=mesh, **layout)
     else:
         path = str(config.model.model_name_or_path)
@@ -260,24 +258,17 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, 
 
 def with_template_rows(model: Model, data: DataConfig, tokenizer: Tokenizer) -> Model:
     """The model with a row for each token that a built-in chat template has added to the tokenizer."""
-    missing = len(tokenizer) - model.config.vocab_size if data.template.adds_tokens else 0
+    missing = vocabulary_size(tokenizer) - model.config.vocab_size if data.template.adds_tokens else 0
     if missing <= 0:
         return model
     name = data.template.chat_template
     logger.info("chat_template %s: %d rows added to the model, for the tokens that the template needs", name, missing)
-    return resize_vocabulary(model, len(tokenizer))
+    return resize_vocabulary(model, model.config.vocab_size + missing)
 
 
 def without_dropout(model: Model) -> Model:
     """The same model with every dropout rate 0."""
     config = model.config.replace(embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
-    return dataclasses.replace(model, module=model.module.clone(config=config), config=config)
-
-
-def with_special_tokens(model: Model, tokenizer: Tokenizer) -> Model:
-    """The model with the tokenizer's special ids in its config, so that the export generates and scores alike."""
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = model.config.replace(**{name: value for name, value in ids.items() if value is not None})
     return dataclasses.replace(model, module=model.module.clone(config=config), config=config)
 
 

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import lasting
-from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data, load_tokenizer
+from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data
 from jaxrlhf.distributed import joined, to_host
-from jaxrlhf.models import Decoder, Model, ModelCard, join, read_config, split_trainable
+from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
@@ -32,8 +32,8 @@ from jaxrlhf.trainers.settings import (
     check_context,
     load_model,
     open_run,
-    with_special_tokens,
 )
+from jaxrlhf.trainers.tokenizers import with_special_tokens
 
 PyTree = Any
 Batch = dict[str, Any]
@@ -207,10 +207,7 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
     config = joined(config)
     with open_run(config, config.run.logging_steps, recipe.headline) as run:
         mesh = config.mesh.make_mesh()
-        source = config.model.tokenizer_source
-        if config.model.model_name_or_path is not None:
-            read_config(config.model.model_name_or_path)  # fails early when the model cannot be used
-        tokenizer = load_tokenizer(source, config.data.template)
+        tokenizer = config.model.load_tokenizer(config.data.template)  # fails early when the model cannot be used
         model = load_model(config, recipe.head, mesh, tokenizer, remat=config.run.remat)
         key = keys.stream(config.data.seed, keys.Stream.ADAPTERS)
         model = with_adapters(with_special_tokens(model, tokenizer), config.lora, key)

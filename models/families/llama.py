@@ -6,10 +6,29 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.rope import rope_from_hf, rope_to_hf
 from jaxrlhf.models.hf.mapping import FLAT, Family, HFConfig, Tensor, common_to_hf, linear
 
+_HEADS = "num_attention_heads"
 
-def llama_like_from_hf(hf: HFConfig, *, bos: int | None = 1, eos: int | None = 2, **own: Any) -> DecoderConfig:
-    """Reads the options that Llama and its descendants share; `own` holds the fields in which a family differs."""
-    hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
+
+def kv_heads(hf: HFConfig, absent: int) -> int:
+    """The number of key/value heads; null means as many as heads."""
+    return hf.size("num_key_value_heads", absent if "num_key_value_heads" not in hf.items() else hf.size(_HEADS))
+
+
+def llama_like_from_hf(
+    hf: HFConfig,
+    *,
+    bos: int | None = 1,
+    eos: int | None = 2,
+    pad: int | None = None,
+    rope: dict[str, Any] | None = None,
+    **own: Any,
+) -> DecoderConfig:
+    """Reads the options that Llama and its descendants share; `own` holds the fields in which a family differs.
+
+    `bos`, `eos` and `pad` are the defaults of transformers. `rope` holds what the family read itself instead of
+    `rope_from_hf(hf)`.
+    """
+    hidden, heads = hf.size("hidden_size"), hf.size(_HEADS)
     fields: dict[str, Any] = {
         "hidden_size": hidden,
         "num_layers": hf.size("num_hidden_layers"),
@@ -18,17 +37,18 @@ def llama_like_from_hf(hf: HFConfig, *, bos: int | None = 1, eos: int | None = 2
         "head_dim": hf.size("head_dim", hidden // heads),
         "intermediate_size": hf.size("intermediate_size"),
         "norm": "rmsnorm",
-        "norm_eps": hf.take("rms_norm_eps", 1e-6),
+        "norm_eps": hf.positive("rms_norm_eps", 1e-6),
         "activation": hf.activation("hidden_act", "silu"),
         "gated_mlp": True,
         "qkv_bias": False,
         "out_bias": False,
         "mlp_bias": False,
         "tie_embeddings": hf.take("tie_word_embeddings", False),
-        "attention_dropout": hf.take("attention_dropout", 0.0),
+        "attention_dropout": hf.rate("attention_dropout", 0.0),
         "initializer_range": hf.take("initializer_range", 0.02),
     }
-    fields = {**fields, **rope_from_hf(hf), **hf.common(bos=bos, eos=eos), **own}
+    rope = rope_from_hf(hf) if rope is None else rope
+    fields = {**fields, **rope, **hf.common(bos=bos, eos=eos, pad=pad), **own}
     return DecoderConfig(**fields)
 
 
@@ -54,6 +74,7 @@ def llama_like_to_hf(c: DecoderConfig) -> dict[str, object]:
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
+    hf.width_and_heads("hidden_size", _HEADS)
     hf.take("pretraining_tp")  # how the matrices were once split: numerics only
     bias = hf.take("attention_bias", False)
     return llama_like_from_hf(
@@ -72,9 +93,9 @@ def config_to_hf(c: DecoderConfig) -> dict[str, object]:
 
 _L = "model.layers.{i}."
 
-LLAMA_TENSORS = (
+# All but the norms of the layers, in which Llama's descendants differ.
+LLAMA_MAPS = (
     Tensor("model.embed_tokens.weight", "embed/embedding"),
-    Tensor(_L + "input_layernorm.weight", "layers/attn_norm/scale"),
     *(
         tensor
         for theirs, ours in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
@@ -85,7 +106,6 @@ LLAMA_TENSORS = (
     ),
     Tensor(_L + "self_attn.o_proj.weight", "layers/attn/out/kernel", linear(inputs=2)),
     Tensor(_L + "self_attn.o_proj.bias", "layers/attn/out/bias"),
-    Tensor(_L + "post_attention_layernorm.weight", "layers/mlp_norm/scale"),
     *(
         tensor
         for name in ("up", "gate", "down")
@@ -95,6 +115,12 @@ LLAMA_TENSORS = (
         )
     ),
     Tensor("model.norm.weight", "final_norm/scale"),
+)
+
+LLAMA_TENSORS = (
+    *LLAMA_MAPS,
+    Tensor(_L + "input_layernorm.weight", "layers/attn_norm/scale"),
+    Tensor(_L + "post_attention_layernorm.weight", "layers/mlp_norm/scale"),
 )
 
 LLAMA = Family(

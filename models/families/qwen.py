@@ -1,7 +1,7 @@
 """Qwen2 (biases on query, key and value) and Qwen3 (normed queries and keys): Llama with windows on chosen layers."""
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -9,13 +9,13 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
     hf.refuse_unless("use_mrope", False)
-    window = hf.nullable("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
+    window = hf.size_or_none("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
     layers, first = hf.size("num_hidden_layers"), hf.take("max_window_layers", 28)
     hf.take("sliding_window")
     types = hf.take("layer_types")
     if types is None:
         types = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
-    if len(types) != layers or set(types) - {_FULL, _SLIDING}:
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (_FULL, _SLIDING) for kind in types):
         raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {_FULL!r} or {_SLIDING!r}")
     if window is None and _SLIDING in types:
         raise hf.refuse("layer_types", types, "it needs use_sliding_window=True and a sliding_window")
@@ -25,12 +25,13 @@ def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
 
 
 def _windows_to_hf(c: DecoderConfig) -> dict[str, object]:
-    windows = c.windows or (0,) * c.num_layers
+    if c.windows is None:  # `sliding_window` and `max_window_layers` then have no effect
+        return {"layer_types": [_FULL] * c.num_layers, "use_sliding_window": False}
     return {
-        "layer_types": [_SLIDING if w else _FULL for w in windows],
-        "use_sliding_window": any(windows),
-        "sliding_window": max(windows) or None,
-        "max_window_layers": next((i for i, w in enumerate(windows) if w), c.num_layers),
+        "layer_types": [_SLIDING if window else _FULL for window in c.windows],
+        "use_sliding_window": True,
+        "sliding_window": max(c.windows),
+        "max_window_layers": next(i for i, window in enumerate(c.windows) if window),
     }
 
 
@@ -40,7 +41,7 @@ def qwen2_from_hf(hf: HFConfig) -> DecoderConfig:
         family="qwen2",
         bos=None,
         eos=None,
-        num_kv_heads=hf.size("num_key_value_heads", 32),
+        num_kv_heads=kv_heads(hf, absent=32),
         max_positions=hf.size("max_position_embeddings", 32768),
         qkv_bias=True,
         windows=_windows_from_hf(hf),
@@ -54,7 +55,7 @@ def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
         family="qwen3",
         bos=None,
         eos=None,
-        num_kv_heads=hf.size("num_key_value_heads", 32),
+        num_kv_heads=kv_heads(hf, absent=32),
         head_dim=hf.size("head_dim", 128),
         max_positions=hf.size("max_position_embeddings", 32768),
         qkv_bias=bias,

@@ -17,10 +17,9 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from jaxrlhf.config.files import read_json
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.config import DecoderConfig, LoRAConfig
+from jaxrlhf.models.config import LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.hf.card import ModelCard, render_card
@@ -38,8 +37,11 @@ from jaxrlhf.models.hf.checkpoint_files import (
     staged,
     write_checkpoint,
 )
-from jaxrlhf.models.hf.gguf import gguf_options, gguf_source, is_gguf
-from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
+from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values
+from jaxrlhf.models.hf.gguf import gguf_source, is_gguf
+from jaxrlhf.models.hf.mapping import Family, Tensor
+from jaxrlhf.models.hf.tokenizer_export import save_tokenizer, with_pad_token
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -56,46 +58,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Leaf = jax.ShapeDtypeStruct
-
-
-def config_from_dict(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
-    """Reads our configuration from the options of an HF config.
-
-    Args:
-        values: Options by name, with `model_type`.
-        where: Name of their source in messages.
-
-    Raises:
-        InputError: An option is missing, wrong, unknown or not supported.
-    """
-    model_type = values.get("model_type")
-    if model_type is None:
-        raise InputError(f"{where}: option 'model_type' is missing; is this a Hugging Face model config?")
-    hf = HFConfig(values, where)
-    config = get_family(model_type, where).config_from_hf(hf)
-    hf.finish()
-    return config
-
-
-def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
-    """Reads the configuration of a model folder (or hub name)."""
-    if is_gguf(name_or_path):
-        return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
-    path = find_model_folder(name_or_path) / CONFIG
-    return config_from_dict(read_json(path), str(path))
-
-
-def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, object]:
-    """Returns the options of the HF config that `transformers` loads as the same model with this head."""
-    family = get_family(config.family, "config")
-    values = family.config_to_hf(config) | {"architectures": [family.architecture(head)]}
-    if head == "scalar":
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        # transformers finds the last token of a row by its pad id, and refuses batches without one.
-        if config.pad_token_id is None:
-            eos = config.eos_token_id
-            values["pad_token_id"] = eos[0] if isinstance(eos, tuple) else eos
-    return values
 
 
 def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
@@ -387,7 +349,7 @@ def save_pretrained(
     Args:
         model: A language model or reward model.
         path: The folder.
-        tokenizer: Saved into the folder.
+        tokenizer: Saved into the folder. That of a reward model gets a pad token that ends no response.
         dtype: Of the tensors in the files; None: as stored.
         max_shard_bytes: Largest weights file.
         card: Becomes the folder's README.md.
@@ -397,6 +359,8 @@ def save_pretrained(
         StorageError: Writing fails.
     """
     folder = Path(path)
+    if tokenizer is not None and model.module.head == "scalar":
+        model, tokenizer = with_pad_token(model, tokenizer)
     if is_primary():
         with staged(folder, ".export") as staging:
             _write_export(model, staging, folder, tokenizer, dtype, max_shard_bytes, card)
@@ -419,15 +383,14 @@ def _write_export(
     config, head = model.config, model.module.head
     stored = np.dtype(dtype or next(iter(leaves_by_path(model.params).values())).dtype)
     write_checkpoint(staging, _tensors_to_write(model), stored, max_shard_bytes, taken=indexed_shards(folder))
-    values = config_to_dict(config, head) | {"dtype": str(stored)}
+    values = config_to_dict(config, head, str(stored))
     files = {CONFIG: json.dumps(values, indent=2) + "\n"}
-    if head == "lm":
-        ids = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
-        files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
+    if head == "lm" or config.generation_config:
+        files[GENERATION_CONFIG] = json.dumps(generation_values(config), indent=2) + "\n"
     if card is not None:
         files["README.md"] = render_card(card, config, head)
     if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
+        save_tokenizer(tokenizer, staging)
     for name, text in files.items():
         (staging / name).write_text(text, encoding="utf-8")
 
@@ -440,5 +403,5 @@ def model_from_overrides(model_type: str, overrides: Mapping[str, Any], **option
         overrides: Options by their HF names; the others have the family's defaults.
         options: See `create_model`.
     """
-    config = config_from_dict({"model_type": model_type, **overrides}, f"--model_type {model_type}")
+    config = config_from_dict({"model_type": model_type, **overrides}, f"--model_type {model_type}", strict=True)
     return create_model(config, **options)

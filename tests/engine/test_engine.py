@@ -22,6 +22,9 @@ FAMILIES = {
 _WIDE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 _WIDE |= {"max_position_embeddings": 48, "initializer_range": 0.3} | _SMALL
 _GROUPED = _WIDE | {"num_key_value_heads": 2}
+# Tied, tiny models with scaled embeddings repeat their last token.
+_GEMMA = _GROUPED | {"head_dim": 8, "tie_word_embeddings": False}
+_CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}
 FAMILIES |= {
     "bloom": _SMALL
     | {"hidden_size": 24, "n_layer": 2, "n_head": 3, "initializer_range": 0.3, "tie_word_embeddings": False},
@@ -34,6 +37,17 @@ FAMILIES |= {
     "mistral": _GROUPED | {"sliding_window": 5},
     "qwen2": _GROUPED,
     "qwen3": _GROUPED | {"head_dim": 10},
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA | {"sliding_window": 5, "query_pre_attn_scalar": 8} | _CAPS,
+    "gemma3_text": _GEMMA
+    | {"sliding_window": 5, "query_pre_attn_scalar": 8, "num_hidden_layers": 3}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "smollm3": _GROUPED | {"no_rope_layers": [1, 0]},
+    "olmo2": _GROUPED,
+    "olmo3": _GROUPED | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": _GROUPED | {"sliding_window": 5},
+    "granite": _GROUPED | {"embedding_multiplier": 2.0, "residual_multiplier": 0.8, "logits_scaling": 0.5},
+    "cohere2": _GROUPED | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
 

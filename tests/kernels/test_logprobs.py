@@ -28,10 +28,14 @@ def make(length=7, batch=2, vocab=VOCAB, padded=PADDED, width=WIDTH, bias=True, 
     return hidden, weight, draw(padded) if bias else None, labels, draw(batch, length), draw(batch, length)
 
 
-def oracle(hidden, weight, bias, labels, d_logprob, d_entropy, temperature, vocab):
+def oracle(hidden, weight, bias, labels, d_logprob, d_entropy, temperature, vocab, softcap=None):
     """Log-probs, entropies, and the gradients of hidden, weight and bias in float64."""
     hidden, weight, d_logprob, d_entropy = (np.asarray(x, np.float64) for x in (hidden, weight, d_logprob, d_entropy))
     logits = hidden @ weight[:vocab].T + (0 if bias is None else np.asarray(bias, np.float64)[:vocab])
+    slope = 1.0
+    if softcap is not None:
+        slope = 1 - np.tanh(logits / softcap) ** 2
+        logits = softcap * np.tanh(logits / softcap)
     logits /= temperature
     logp = logits - logits.max(-1, keepdims=True)
     logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
@@ -39,7 +43,7 @@ def oracle(hidden, weight, bias, labels, d_logprob, d_entropy, temperature, voca
     entropy = -(p * logp).sum(-1)
     onehot = np.eye(vocab)[np.asarray(labels)]
     d_logits = d_logprob[..., None] * (onehot - p) - d_entropy[..., None] * p * (logp + entropy[..., None])
-    d_logits /= temperature
+    d_logits *= slope / temperature
     d_weight, d_bias = np.zeros(weight.shape), np.zeros(len(weight))
     d_weight[:vocab] = np.einsum("btv,btd->vd", d_logits, hidden)
     d_bias[:vocab] = d_logits.sum((0, 1))
@@ -72,6 +76,25 @@ def test_values_and_gradients_equal_float64_for_any_blocks(blocks, options, temp
     blocks = blocks and LogprobBlocks(*blocks)
     got = run(*arrays, temperature=temperature, blocks=blocks)
     check(got, oracle(*arrays, temperature, VOCAB))
+
+
+@pytest.mark.parametrize("blocks", [(3, 7), None], ids=str)
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+def test_soft_capped_logits_equal_float64_whatever_padded_rows_hold(blocks, softcap):
+    hidden, weight, bias, *rest = make()
+    expected = oracle(hidden, weight, bias, *rest, 0.5, VOCAB, softcap)
+    dead = np.arange(PADDED) >= VOCAB
+    weight, bias = jnp.where(dead[:, None], jnp.nan, weight), jnp.where(dead, jnp.nan, bias)
+    options = {"temperature": 0.5, "softcap": softcap, "blocks": blocks and LogprobBlocks(*blocks)}
+    check(run(hidden, weight, bias, *rest, **options), expected)
+    logits = project_logits(hidden, weight, bias, VOCAB, scale=2.0, softcap=softcap)[..., :VOCAB]
+    plain = np.asarray(project_logits(hidden, weight, bias, VOCAB), np.float64)[..., :VOCAB]
+    np.testing.assert_allclose(logits, softcap * np.tanh(2 * plain / softcap), rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_without_a_soft_cap_are_refused_by_name():
+    with pytest.raises(ValueError, match="'pallas' of token_logprobs has no soft-capping: take 'xla' or 'auto'"):
+        run(*make(), softcap=1.0, implementation="pallas")
 
 
 @pytest.mark.parametrize("blocks", [(3, 7), None], ids=str)

@@ -25,6 +25,10 @@ _NEO = {"vocab_size": 101, "hidden_size": 24, "num_layers": 3, "num_heads": 3, "
 _NEO |= {"attention_types": [[["global", "local"], 1], [["local"], 1]], "window_size": 3, "intermediate_size": 40}
 _NEO |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _QWEN = _LLAMA | {"bos_token_id": 1, "eos_token_id": 2}
+_GEMMA = _LLAMA | {"head_dim": 8}
+_GEMMA2 = _GEMMA | {"sliding_window": 3, "query_pre_attn_scalar": 12}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 8}
+_FACTORS = {"short_factor": [1.0, 1.2], "long_factor": [1.5, 4.0], "rope_theta": 10000.0}
 _SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 
 CASES: dict[str, tuple[str, dict]] = {
@@ -89,6 +93,84 @@ CASES: dict[str, tuple[str, dict]] = {
     "gptj": ("gptj", _GPTJ),
     "codegen": ("codegen", _GPTJ | {"n_head": 4, "rotary_dim": 6}),
     "gpt_neo": ("gpt_neo", _NEO),
+    "gemma": ("gemma", _GEMMA | {"num_key_value_heads": 1}),
+    "gemma-options": (
+        "gemma",
+        _GEMMA
+        | {"attention_bias": True, "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-3}
+        | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    ),
+    "gemma2": ("gemma2", _GEMMA2 | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0}),
+    "gemma2-options": (
+        "gemma2",
+        _GEMMA2
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True}
+        | {"layer_types": ["full_attention", "sliding_attention"], "tie_word_embeddings": False},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        _GEMMA2
+        | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            }
+        },
+    ),
+    "gemma3-options": ("gemma3_text", _GEMMA2 | {"final_logit_softcapping": 2.0, "hidden_activation": "gelu"}),
+    "smollm3": ("smollm3", _LLAMA | {"no_rope_layers": [1, 0], "bos_token_id": 1, "eos_token_id": 2}),
+    "smollm3-options": (
+        "smollm3",
+        _LLAMA
+        | {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 3}
+        | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "rope_parameters": _YARN}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "olmo2": ("olmo2", _LLAMA | {"eos_token_id": 2}),
+    "olmo2-options": (
+        "olmo2",
+        _LLAMA
+        | {"eos_token_id": 2, "attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}
+        | {"rope_parameters": _YARN | {"attention_factor": 1.5, "beta_fast": 4, "beta_slow": 0.5}},
+    ),
+    "olmo3": (
+        "olmo3",
+        _LLAMA
+        | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        | {"eos_token_id": 2, "sliding_window": 3}
+        | {
+            "rope_parameters": {
+                "full_attention": _YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            }
+        },
+    ),
+    "phi3": ("phi3", _LLAMA | {"eos_token_id": 2, "sliding_window": 3}),
+    "phi3-options": (
+        "phi3",
+        _LLAMA
+        | {"eos_token_id": 2, "partial_rotary_factor": 2 / 3, "original_max_position_embeddings": 5}
+        | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "longrope"} | _FACTORS},
+    ),
+    "granite": (
+        "granite",
+        _LLAMA
+        | {"embedding_multiplier": 1.7, "attention_multiplier": 0.3, "residual_multiplier": 0.6, "logits_scaling": 0.7}
+        | {"tie_word_embeddings": True},
+    ),
+    "granite-options": (
+        "granite",
+        _LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "attention_multiplier": 0.5},
+    ),
+    "cohere2": ("cohere2", _LLAMA | {"sliding_window": 3, "logit_scale": 0.4, "eos_token_id": 2, "bos_token_id": 1}),
+    "cohere2-options": (
+        "cohere2",
+        _LLAMA
+        | {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+        | {"sliding_window": 3, "attention_bias": True, "tie_word_embeddings": False, "layer_norm_eps": 1e-3}
+        | {"eos_token_id": 2, "bos_token_id": 1},
+    ),
 }
 
 SIDES = ("left", "right")
@@ -210,6 +292,13 @@ def reference(case, tmp_path_factory) -> Reference:
     """The torch reference of the current case; skips where torch is not installed."""
     pytest.importorskip("torch")
     return Reference(case, tmp_path_factory.mktemp(case))
+
+
+@pytest.fixture
+def reference_of(tmp_path):
+    """`reference_of(case)`: the torch reference of a case, for tests that change it or need few cases."""
+    pytest.importorskip("torch")
+    return lambda case: Reference(case, tmp_path / case)
 
 
 @pytest.fixture(scope="session")

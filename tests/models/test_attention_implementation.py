@@ -19,7 +19,7 @@ from jaxrlhf.models import create_model, decode_step, generation_view, init_cach
 from jaxrlhf.sharding import TRAIN_RULES, make_mesh, platform, use
 
 PROMPT, STEPS = 6, 5
-DECODED = ("gpt2", "bloom", "llama", "gpt_neo", "mistral")
+DECODED = ("gpt2", "bloom", "llama", "gpt_neo", "mistral", "gemma3")
 
 
 def greedy(model, ids, mask):
@@ -54,10 +54,11 @@ def test_greedy_answers_of_the_decode_kernel_are_those_of_xla(case, make_model, 
     assert np.abs(our_logits - logits)[real].max() < 1e-5 * np.abs(logits[real]).max()
 
 
-@pytest.mark.parametrize("case", ["llama-tied-mqa", "bloom"])
+@pytest.mark.parametrize("case", ["llama-tied-mqa", "bloom", "olmo2", "gemma2"])
 def test_generation_on_a_mesh_is_that_of_one_device(case, make_model, make_batch):
     four_heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6} if case == "bloom" else {}
-    model = with_kernels(make_model(case, **four_heads), attention_implementation="pallas")
+    kernel = "auto" if case == "gemma2" else "pallas"  # which has no soft-capping
+    model = with_kernels(make_model(case, **four_heads), attention_implementation=kernel)
     ids, mask = (np.concatenate([x, x[:1]])[:, :PROMPT] for x in make_batch("left", model.config.vocab_size))
     sampling = SamplingConfig(max_new_tokens=STEPS, temperature=0.0)
     rollouts = [
@@ -75,6 +76,20 @@ def test_unknown_and_unfit_implementations_are_refused(make_model, make_batch, m
     monkeypatch.setattr(jax, "default_backend", lambda: "rocm")
     with pytest.raises(InputError, match=r"attention_implementation: .*'pallas'.* not on rocm; take 'xla'"):
         greedy(with_kernels(model, attention_implementation="pallas"), *make_batch("left", model.config.vocab_size))
+
+
+@pytest.mark.parametrize("name", ["pallas", "cudnn", "tokamax"])
+def test_named_kernels_without_soft_capping_are_refused(name, make_model, make_batch):
+    model = with_kernels(make_model("gemma2"), attention_implementation=name)
+    message = f"attention_implementation: implementation='{name}' of flash_attention has no soft-capping: take 'xla'"
+    with pytest.raises(InputError, match=message):
+        model.module.apply({"params": model.params}, *make_batch("right", model.config.vocab_size))
+
+
+def test_the_decode_kernel_refuses_soft_capping_too(make_model, make_batch):
+    model = with_kernels(make_model("gemma2"), attention_implementation="pallas")
+    with pytest.raises(InputError, match="of prefill_attention has no soft-capping: take 'xla' or 'auto'"):
+        greedy(model, *make_batch("left", model.config.vocab_size))
 
 
 def loss_and_gradients(model, ids, mask, mesh=None):
@@ -104,7 +119,7 @@ def assert_same(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
-@pytest.mark.parametrize("case", ["gpt_neo", "bloom", "llama-tied-mqa"])
+@pytest.mark.parametrize("case", ["gpt_neo", "bloom", "llama-tied-mqa", "gemma3"])
 def test_logits_and_gradients_of_the_training_kernel_are_those_of_xla(case, make_model, make_batch):
     model = make_model(case)
     for side in ("left", "right") if case == "bloom" else ("right",):
@@ -126,7 +141,7 @@ def test_rematerialised_training_on_a_mesh_is_that_of_xla_on_one_device(make_mod
     assert_same(loss_and_gradients(again, ids, mask, make_mesh(2, 2, 2)), expected)
 
 
-@pytest.mark.parametrize("case", ["gpt_neo", "bloom", "llama-tied-mqa"])
+@pytest.mark.parametrize("case", ["gpt_neo", "bloom", "llama-tied-mqa", "olmo3", "gemma2"])
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=["one device", "mesh"])
 def test_on_a_cpu_auto_goes_head_by_head_with_the_results_of_xla(case, shape, make_model, make_batch):
     heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6} if case == "bloom" else {}

@@ -31,7 +31,7 @@ from jaxrlhf.models.hf.adapters import _adapter_tensors
 from jaxrlhf.models.lora import adapter_leaves, linear_maps, resolve_targets
 from jaxrlhf.sharding import make_mesh
 
-CASES = ("gpt2", "opt-350m", "llama", "bloom", "codegen")
+CASES = ("gpt2", "opt-350m", "llama", "bloom", "codegen", "phi3", "gemma2")
 
 
 def adapted(model, **options):

@@ -25,9 +25,14 @@ def apply(model, *args, **kwargs):
     return jax.jit(partial(model.module.apply, **kwargs))({"params": model.params}, *args)
 
 
-@pytest.mark.parametrize(("case_name", "temperature"), [("gpt2", 1.0), ("opt-350m", 0.7), ("llama", 1.7)])
+@pytest.mark.parametrize(
+    ("case_name", "temperature"),
+    [("gpt2", 1.0), ("opt-350m", 0.7), ("llama", 1.7), ("granite", 0.7), ("cohere2", 1.0), ("gemma2", 0.7)],
+)
 def test_logprobs_and_entropy_are_those_of_the_logits(make_model, make_batch, case_name, temperature):
     model = make_model(case_name)
+    if case_name == "gemma2":
+        model = make_model(case_name, logit_scale=0.6)  # scale and soft-cap together
     ids, mask = (jnp.asarray(x, jnp.int32) for x in make_batch("right", model.config.vocab_size))
 
     def from_logits(params):
@@ -106,9 +111,11 @@ def test_rows_that_pad_the_vocabulary_never_get_probability_or_gradient(make_mod
     assert not jax.jit(jax.grad(loss))(model.params)["embed"]["embedding"][101:].any()
 
 
-@pytest.mark.parametrize("policy", ["full", "dots"])
-def test_remat_changes_neither_values_nor_gradients(policy, make_model, make_batch):
-    model = make_model("llama")
+@pytest.mark.parametrize(
+    ("case_name", "policy"), [("llama", "full"), ("llama", "dots"), ("gemma2", "full"), ("olmo3", "dots")]
+)
+def test_remat_changes_neither_values_nor_gradients(case_name, policy, make_model, make_batch):
+    model = make_model(case_name)
     ids, mask = make_batch("right", model.config.vocab_size)
 
     def run(module):

@@ -6,12 +6,15 @@ import pytest
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import config_from_dict
-from jaxrlhf.models.rotary import inverse_frequencies, rotate, rotation
+from jaxrlhf.models.rotary import inverse_frequencies, ropes, rotate, rotation
 
 BASE = {"model_type": "llama", "vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 1}
 BASE |= {"num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 8}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e3, "original_max_position_embeddings": 40}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8}
+LONGROPE |= {"short_factor": [1.0 + i / 20 for i in range(16)], "long_factor": [1.5 + i for i in range(16)]}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,11 @@ LLAMA3 |= {"original_max_position_embeddings": 8192}
         LLAMA3 | {"rope_theta": 5e5},
         LLAMA3 | {"factor": 32.0, "rope_theta": 1e4},
         {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4},
+        YARN,
+        YARN | {"beta_fast": 4, "beta_slow": 0.5, "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.2},
+        YARN | {"attention_factor": 0.8, "mscale": 1.0},
+        LONGROPE | {"factor": 4.0},
+        LONGROPE | {"attention_factor": 1.3},
     ],
 )
 @pytest.mark.parametrize("length", [5, 8, 9, 40])
@@ -70,10 +78,13 @@ def test_both_spellings_mean_the_same(older, today):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rope_type": "yarn", "factor": 2.0}, r"rope_type 'yarn' is not supported \(one of \['default'"),
-        ({"rope_type": "longrope"}, "rope_type 'longrope' is not supported"),
+        ({"rope_type": "mrope", "factor": 2.0}, r"rope_type 'mrope' is not supported \(one of \['default'"),
+        (
+            {"rope_type": "longrope"},
+            r"'longrope' takes \[.*\] and optionally \[.*has \['original_max_position_embeddings'",
+        ),
         ({"rope_type": "linear"}, r"'linear' takes \['factor'\], but the config has \[\]"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, r"has \['partial_rotary_factor'\]"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
     ],
 )
 def test_what_is_not_supported_is_named(parameters, message):
@@ -90,7 +101,7 @@ def test_rotation_is_a_rotation_of_the_leading_pairs(interleaved):
     np.testing.assert_array_equal(y[..., 6:], x[..., 6:])
     np.testing.assert_allclose(y[:, :, 0], x[:, :, 0], atol=1e-6)
     pairs = [(0, 1), (2, 3), (4, 5)] if interleaved else [(0, 3), (1, 4), (2, 5)]
-    for (i, j), frequency in zip(pairs, inverse_frequencies(config), strict=True):
+    for (i, j), frequency in zip(pairs, inverse_frequencies(ropes(config)[0][0]), strict=True):
         for column, position in enumerate((0, 1, 7)):
             turned = (x[..., column, i] + 1j * x[..., column, j]) * np.exp(1j * position * frequency)
             np.testing.assert_allclose(y[..., column, i] + 1j * y[..., column, j], turned, atol=1e-5)

@@ -1,0 +1,77 @@
+"""Options of Hugging Face's configs that differ between full and sliding layers: `layer_types` and rope by layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.families.rope import scaling_of, scaling_to_hf
+from jaxrlhf.models.hf.mapping import HFConfig
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def windows_from_hf(hf: HFConfig, window: int | None, slides: Callable[[int], bool]) -> tuple[int, ...] | None:
+    """Reads `layer_types` as the window of each layer, 0 for none; None if no layer has one.
+
+    Args:
+        hf: The config.
+        window: Its sliding window.
+        slides: Whether layer i has the window if the config has no `layer_types`.
+    """
+    layers, types = hf.size("num_hidden_layers"), hf.take("layer_types")
+    if types is None:
+        types = [SLIDING if slides(i) else FULL for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
+        raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {FULL!r} or {SLIDING!r}")
+    if SLIDING not in types:
+        return None
+    if window is None:
+        raise hf.refuse("layer_types", types, "sliding layers need a sliding_window")
+    return tuple(window if kind == SLIDING else 0 for kind in types)
+
+
+def windows_to_hf(c: DecoderConfig) -> dict[str, object]:
+    """The inverse of `windows_from_hf`."""
+    windows = c.windows or (0,) * c.num_layers
+    return {"layer_types": [SLIDING if window else FULL for window in windows], "sliding_window": max(windows) or None}
+
+
+def ropes_from_hf(hf: HFConfig, base: float, local_base: float, local_name: str | None = None) -> dict[str, Any]:
+    """Reads rope parameters by layer type: sliding layers have a base of their own and no scaling.
+
+    Args:
+        hf: The config.
+        base: Default base frequency of full layers.
+        local_base: The same of sliding layers.
+        local_name: Older name of the base frequency of sliding layers; None: the family had none.
+    """
+    given = hf.take("rope_parameters") or {}
+    if not isinstance(given, dict) or not set(given) <= {FULL, SLIDING}:
+        raise hf.refuse("rope_parameters", given, f"it must have the entries {FULL!r} and {SLIDING!r}")
+    full = dict(given.get(FULL) or {}) | (hf.take("rope_scaling") or {})
+    local = dict(given.get(SLIDING) or {})
+    older = hf.take("rope_theta", base)
+    if local_name is None and older != base and "rope_theta" not in local:
+        why = "versions of transformers read it differently for sliding layers; set rope_parameters of both layer types"
+        raise hf.refuse("rope_theta", older, why)
+    theta = full.pop("rope_theta", older)
+    local_theta = local.pop("rope_theta", local_base if local_name is None else hf.take(local_name, local_base))
+    kinds = [x.pop("rope_type", None) or x.pop("type", None) or "default" for x in (full, local)]
+    if kinds[1] != "default" or local:
+        raise hf.refuse("rope_parameters", given, f"{SLIDING!r} may only have rope_type 'default'")
+    full.pop("type", None)
+    return {
+        "position": "rotary",
+        "rotary_base": float(theta),
+        "rope_scaling": scaling_of(hf, kinds[0], full),
+        "local_rotary_base": float(local_theta),
+    }
+
+
+def ropes_to_hf(c: DecoderConfig, local_name: str | None = None) -> dict[str, object]:
+    """The inverse of `ropes_from_hf`, in both spellings as far as the family has them."""
+    full = scaling_to_hf(c.rope_scaling)
+    nested = {FULL: full | {"rope_theta": c.rotary_base}}
+    nested[SLIDING] = {"rope_type": "default", "rope_theta": c.local_rotary_base}
+    older: dict[str, object] = {"rope_theta": c.rotary_base, "rope_scaling": full if c.rope_scaling else None}
+    return {"rope_parameters": nested} | older | ({local_name: c.local_rotary_base} if local_name else {})

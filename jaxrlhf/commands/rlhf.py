@@ -85,11 +85,13 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
         section = getattr(config, name)
         own: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(section)}
         own |= models | {"folder": replace(config.folder, output_dir=folder_of(name))}
+        own["tracking"] = replace(config.tracking, run_name=f"{run_name}-{name}")
         return cls(**(shared | own))
 
     def folder_of(name: str) -> str:
         return str(Path(config.folder.output_dir) / name)
 
+    run_name = config.tracking.run_name or Path(config.folder.output_dir).resolve().name
     start = start_of(config)
     later = replace(base.start, model_type=None, config_overrides={})
     after_sft = ModelConfig(folder_of("sft"), later, tokenizer)

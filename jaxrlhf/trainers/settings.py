@@ -25,7 +25,7 @@ from jaxrlhf.models import (
     resize_vocabulary,
     with_kernels,
 )
-from jaxrlhf.runs import Run
+from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
@@ -200,6 +200,7 @@ class SharedConfig(Settings):
 
     data: DataConfig = DataConfig()
     folder: FolderConfig = FolderConfig()
+    tracking: TrackingConfig = TrackingConfig()
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
     process: ProcessConfig = ProcessConfig()
@@ -285,8 +286,9 @@ def check_context(config: DecoderConfig, length: int, what: str) -> None:
         raise InputError(f"{what} of {length} tokens exceeds the model's context of {config.max_positions}; lower it")
 
 
-def open_run(folder: FolderConfig, config: Settings, logging_steps: int, headline: tuple[str, ...]) -> Run:
+def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]) -> Run:
     """Opens the run's folder, a context manager. Raises InputError when none is named or it already holds a run."""
+    folder = config.folder
     if not folder.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
     return Run(
@@ -296,4 +298,5 @@ def open_run(folder: FolderConfig, config: Settings, logging_steps: int, headlin
         overwrite=folder.overwrite_output_dir,
         logging_steps=logging_steps,
         headline=headline,
+        tracking=config.tracking,
     )

@@ -21,7 +21,7 @@ from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
-from jaxrlhf.trainers.loop import Announce, fit
+from jaxrlhf.trainers.loop import Announce, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, updates_made
 from jaxrlhf.trainers.routers import RouterOptions
@@ -148,7 +148,7 @@ def evaluation_totals(
     batch_size: int,
     mesh: Mesh,
     rows: np.ndarray | None = None,
-    **options: Any,
+    watch: Watch = unwatched,
 ) -> dict[str, float]:
     """Adds up `sums` over the rows of `data`.
 
@@ -158,10 +158,11 @@ def evaluation_totals(
         batch_size: rows of a batch.
         mesh: where batches are placed.
         rows: row numbers; None: all rows.
-        options: passed to `data.batch`.
+        watch: gets the batches.
     """
     totals: dict[str, float] = {}
-    for batch in eval_batches(data, batch_size, rows, held=held_rows(mesh, batch_size), **options):
+    count = -(-len(data if rows is None else rows) // batch_size)
+    for batch in watch(eval_batches(data, batch_size, rows, held=held_rows(mesh, batch_size)), count):
         for name, value in to_host(sums(place_batch(batch, mesh))).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     return totals
@@ -214,7 +215,7 @@ class SupervisedConfig(StepOptions, StepConfig):
 def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
     """Runs one supervised step; the trained model lies in the run's folder afterwards."""
     config = joined(config)
-    with open_run(config.folder, config, config.run.logging_steps, recipe.headline) as run:
+    with open_run(config, config.run.logging_steps, recipe.headline) as run:
         mesh = config.mesh.make_mesh()
         tokenizer = config.model.load_tokenizer(config.data.template)  # fails early when the model cannot be used
         model = load_model(config, recipe.head, mesh, tokenizer, remat=config.run.remat)
@@ -299,7 +300,7 @@ class SupervisedTask:
             "timing/step": np.float64(seconds),
         }
 
-    def evaluate(self, state: TrainState, done: int) -> dict[str, float]:
+    def evaluate(self, state: TrainState, done: int, watch: Watch = unwatched) -> dict[str, float]:
         def sums(batch: Batch) -> dict[str, jax.Array]:
             extended = self._extend(state.params, batch)
             return self._measure(
@@ -308,7 +309,7 @@ class SupervisedTask:
 
         size = self.config.run.per_device_eval_batch_size * batch_devices(self.mesh)
         totals = {
-            source: evaluation_totals(sums, self.evaluation, size, self.mesh, rows)
+            source: evaluation_totals(sums, self.evaluation, size, self.mesh, rows, watch)
             for source, rows in self.evaluation.rows_by_source().items()
         }
         return metrics_by_source(totals, self.recipe.summarise)

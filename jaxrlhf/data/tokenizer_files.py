@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from jaxrlhf.errors import InputError
 
 OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 """Files that hold a JSON object."""
+DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+"""Kinds of GGUF tokenizers that split numbers into digits before words, which transformers leaves out."""
 COPY = "copy the tokenizer's files again"
 
 
@@ -21,7 +25,7 @@ def read_tokenizer(path: str | Path) -> Any:
     """Loads a Hugging Face tokenizer as it is.
 
     Args:
-        path: a local folder, a name on the hub, or "demo".
+        path: a local folder, a GGUF file, a name on the hub, or "demo".
 
     Raises:
         InputError: the folder does not exist, or holds no readable tokenizer files, or the hub gives none.
@@ -29,6 +33,8 @@ def read_tokenizer(path: str | Path) -> Any:
     import transformers
 
     name = str(path)
+    if name.endswith(".gguf"):
+        return read_gguf_tokenizer(Path(name).expanduser())
     folder, declared = Path(name).expanduser(), []
     if name == "demo" and not folder.is_dir():
         from jaxrlhf.data.demo import materialize_demo
@@ -56,6 +62,41 @@ def read_tokenizer(path: str | Path) -> Any:
         if ids.get(token, i) != i:
             raise InputError(f"{where}: gives {token!r} the id {i}, but its place is {ids[token]}; {COPY}")
     return tokenizer
+
+
+def read_gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer in a GGUF file. Raises InputError when the file is missing or holds none that can be read."""
+    import transformers
+    from tokenizers import pre_tokenizers
+
+    if not path.is_file():
+        raise InputError(f"tokenizer file '{path}': no such file; check the path")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise InputError(f"{path}: reading GGUF needs the package gguf; pip install 'jaxrlhf[gguf]'") from error
+    except Exception as error:  # transformers raises bare exceptions for metadata that it does not know
+        raise InputError(
+            f"{path}: holds no tokenizer that can be read ({first_line(error)}); name one with tokenizer_name_or_path"
+        ) from error
+    if kind_of_words(path) in DIGIT_BY_DIGIT:
+        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    check_ids(tokenizer, f"tokenizer '{path}'")
+    return tokenizer
+
+
+def kind_of_words(path: Path) -> str:
+    """The value of `tokenizer.ggml.pre` in a GGUF file; "" without one."""
+    key = b"tokenizer.ggml.pre"
+    # The gguf package would read every token first, which takes seconds.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = content.find(struct.pack("<Q", len(key)) + key)
+        if at < 0:
+            return ""
+        at += 8 + len(key) + 4  # the key with its length, and the value's type
+        length = int.from_bytes(content[at : at + 8], "little")
+        return content[at + 8 : at + 8 + min(length, 100)].decode(errors="replace")
 
 
 def own_tokenizer(folder: Path) -> Any | None:

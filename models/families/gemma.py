@@ -121,8 +121,8 @@ GEMMA = Family(
     prefix="model",
     config_from_hf=gemma_from_hf,
     config_to_hf=gemma_to_hf,
+    rewritten=frozenset({"hidden_act"}),  # 4.48 to 4.57 take the gelu of the first releases at its word
     tensors=LLAMA_TENSORS,
-    rewritten=("hidden_act",),
 )
 
 GEMMA2 = Family(

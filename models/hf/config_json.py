@@ -163,5 +163,5 @@ def _with_source(config: DecoderConfig, family: Family) -> dict[str, object]:
         return written
     source = json.loads(config.source)
     before = family.config_to_hf(family.config_from_hf(HFConfig(source, "config")))
-    kept = {name: value for name, value in source.items() if name not in {*ROPE_OPTIONS, *family.rewritten}}
+    kept = {name: value for name, value in source.items() if name not in ROPE_OPTIONS | family.rewritten}
     return written | {name: value for name, value in kept.items() if before.get(name) == written.get(name)}

@@ -31,10 +31,10 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = {"default": tokenizer.chat_template, **others}
     tokenizer.save_pretrained(folder)
-    _write_for_transformers_4(folder)
+    write_for_transformers_4(folder)
 
 
-def _write_for_transformers_4(folder: Path) -> None:
+def write_for_transformers_4(folder: Path) -> None:
     """Completes the tokenizer_config.json that transformers 5 has written into `folder`; 5 reads it as before.
 
     Transformers 4 does not know the class that 5 names, reads chat templates from this file only (4.51 and later also

@@ -34,12 +34,12 @@ def comparison_tables(found: Comparison) -> list[Table]:
     for name, model in zip(names, summary["models"], strict=True):
         scores = [str(value) for value in model["scores"].values()]
         passes = [str(value) for ks in model["pass_at_k"].values() for value in ks.values()]
-        rows.append([name, *scores, *passes, str(model["tokens"]), str(model["ended"]), model["tokens_per_second"]])
+        rows.append([name, *scores, *passes, str(model["tokens"]), str(model["ended"])])
     columns = ["model", *(name.replace("_", " ") for name in found.scores)]
     several = len(found.pass_scores) > 1
     first = summary["models"][0]["pass_at_k"]
     columns += [f"pass@{k}{f' {name}' if several else ''}" for name, ks in first.items() for k in ks]
-    tables: list[Table] = [("models", [*columns, "tokens", "ended", "tokens/s"], rows)]
+    tables: list[Table] = [("models", [*columns, "tokens", "ended"], rows)]
     if summary["pairs"]:
         by_name = dict(zip(found.models, names, strict=True))
         pairs = []

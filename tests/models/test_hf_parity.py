@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from comparisons import relative_error, tensors_of
+from comparisons import fused_experts, relative_error, tensors_of
 
 from jaxrlhf.models import load_pretrained, save_pretrained
 
@@ -19,7 +19,7 @@ def as_hf(model, params, folder):
     """Our tree (parameters, gradients, …) under the names of Hugging Face's modules."""
     save_pretrained(model.replace(params=params), folder)
     in_modules = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX, in files only
-    return {in_modules.get(name, name): x for name, x in tensors_of(folder).items()}
+    return {in_modules.get(name, name): x for name, x in fused_experts(tensors_of(folder)).items()}
 
 
 @pytest.mark.parametrize("side", SIDES)

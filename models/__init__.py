@@ -29,12 +29,14 @@ from jaxrlhf.models.model import (
     with_kernels,
     working_copy,
 )
+from jaxrlhf.models.moe import ROUTER_SUMS, RouterSums
 from jaxrlhf.models.vocabulary import check_same_rows, check_tokenizer_fits
 
 __all__ = [
     "KERNEL_OPTIONS",
     "KNOWN",
     "REMAT_POLICIES",
+    "ROUTER_SUMS",
     "Decoder",
     "DecoderConfig",
     "GenerationView",
@@ -42,6 +44,7 @@ __all__ = [
     "LoRAConfig",
     "Model",
     "ModelCard",
+    "RouterSums",
     "add_lora",
     "base_leaves",
     "cast_matrices",

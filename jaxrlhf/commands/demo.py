@@ -24,6 +24,7 @@ from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.rl.config import CriticConfig, PPOOptions, sampling_for
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
+from jaxrlhf.runs import TrackingConfig
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.reward import RewardOptions
@@ -49,7 +50,10 @@ class DemoConfig(Settings):
     HIDDEN = (frozenset(settings(DataConfig)) - {"seed"}) | {"overwrite_output_dir"}
 
     folder: FolderConfig = FolderConfig("runs/demo")
-    data: DataConfig = DataConfig(data_path=("demo",), data_split="2,4,4", max_length=64, max_prompt_seq_len=32)
+    tracking: TrackingConfig = TrackingConfig()
+    data: DataConfig = DataConfig(
+        data_path=("demo",), data_split="2,4,4", max_length=64, max_prompt_seq_len=32, max_eval_samples=0
+    )
     samples: NonNegativeInt = 6
     """Held-out questions shown before and after PPO."""
 
@@ -60,6 +64,7 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
     tokenizer = TokenizerConfig(str(materialize_demo(cache_folder(DataConfig())).tokenizer))
     return RLHFConfig(
         folder=replace(config.folder, overwrite_output_dir=not config.folder.resume),
+        tracking=config.tracking,
         data=config.data,
         models=BaseModelsConfig(start=StartConfig("llama", SHAPE), tokenizer=tokenizer),
         sft=SFTOptions(  # a packed row holds two conversations, so a batch has as many as in the other steps

@@ -85,11 +85,13 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
         section = getattr(config, name)
         own: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(section)}
         own |= models | {"folder": replace(config.folder, output_dir=folder_of(name))}
+        own["tracking"] = replace(config.tracking, run_name=f"{run_name}-{name}")
         return cls(**(shared | own))
 
     def folder_of(name: str) -> str:
         return str(Path(config.folder.output_dir) / name)
 
+    run_name = config.tracking.run_name or Path(config.folder.output_dir).resolve().name
     start = start_of(config)
     later = replace(base.start, model_type=None, config_overrides={})
     after_sft = ModelConfig(folder_of("sft"), later, tokenizer)
@@ -172,7 +174,7 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
     folder = Path(stage.folder.output_dir)
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"))
+    free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"))
     before, now = (to_dict(c) | free for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
     return summary_of(stage) if before == now else None
 

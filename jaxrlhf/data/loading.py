@@ -117,7 +117,7 @@ class DataConfig(Settings, may_change=True):
     """Batches of ppo and its relatives hold prompts of like lengths."""
     max_train_samples: NonNegativeInt = 0
     """Use at most this many training rows, chosen at random; 0: all."""
-    max_eval_samples: NonNegativeInt = 0
+    max_eval_samples: NonNegativeInt = 256
     """Use at most this many evaluation rows, chosen at random; 0: all."""
     streaming: bool = False
     """Read training rows as they are needed, for data that does not fit on the disk; requires max_steps."""
@@ -374,6 +374,9 @@ class Loader:
         """At most `limit` rows of all sources together, chosen at random; sources without rows are left out."""
         starts = np.cumsum([0, *(len(rows) for _, rows in chosen)])
         kept = limit_rows(np.arange(starts[-1]), limit, self.config.seed)
+        if label == "eval" and len(kept) < starts[-1]:
+            text = "evaluation: %d of the %d held-out rows, chosen at random; --max_eval_samples 0 takes all"
+            logger.info(text, len(kept), starts[-1])
         result: Chosen = []
         for (reading, rows), first in zip(chosen, starts, strict=False):
             own = kept[(kept >= first) & (kept < first + len(rows))] - first

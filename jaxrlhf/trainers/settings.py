@@ -25,10 +25,11 @@ from jaxrlhf.models import (
     resize_vocabulary,
     with_kernels,
 )
-from jaxrlhf.runs import Run
+from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class MeshConfig(Settings, may_change=True):
     """Devices that parameters and optimizer state are sharded over; -1: all remaining devices."""
     mesh_tensor: int = 1
     """Devices that heads and MLP are split over."""
+    mesh_expert: int = 1
+    """Devices that the experts of a sparse model are split over; they split the batch too."""
     dtype: Lasting[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
 
@@ -54,7 +57,7 @@ class MeshConfig(Settings, may_change=True):
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
     def make_mesh(self) -> Mesh:
-        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
+        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor, self.mesh_expert)
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,15 @@ class ComputeConfig(Settings):
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
     CPU); auto: the fastest one measured."""
+    expert_implementation: Literal["auto", "ragged", "dense"] = "auto"
+    """Experts of sparse models: ragged, on tokens sorted by expert; dense, every expert on every token; auto: ragged
+    where XLA or JAX has an efficient form of it."""
 
     @property
     def kernels(self) -> dict[str, str]:
         """Arguments of `jaxrlhf.models.with_kernels`."""
-        return {name: getattr(self, name) for name in ("attention_implementation", "logprob_implementation")}
+        names = ("attention_implementation", "logprob_implementation", "expert_implementation")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,7 @@ class SharedConfig(Settings):
 
     data: DataConfig = DataConfig()
     folder: FolderConfig = FolderConfig()
+    tracking: TrackingConfig = TrackingConfig()
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
     process: ProcessConfig = ProcessConfig()
@@ -212,6 +220,7 @@ class StepOptions(Settings):
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAOptions = LoRAOptions()
+    routers: RouterOptions = RouterOptions()
 
     def check(self) -> None:
         check_needs(self, dict.fromkeys(("lora_alpha", "lora_dropout", "lora_export"), "lora_r"))
@@ -219,7 +228,7 @@ class StepOptions(Settings):
 
 def batch_devices(mesh: Mesh) -> int:
     """Devices that the rows of a batch are split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, *, remat: str = "none") -> Model:
@@ -277,8 +286,9 @@ def check_context(config: DecoderConfig, length: int, what: str) -> None:
         raise InputError(f"{what} of {length} tokens exceeds the model's context of {config.max_positions}; lower it")
 
 
-def open_run(folder: FolderConfig, config: Settings, logging_steps: int, headline: tuple[str, ...]) -> Run:
+def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]) -> Run:
     """Opens the run's folder, a context manager. Raises InputError when none is named or it already holds a run."""
+    folder = config.folder
     if not folder.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
     return Run(
@@ -288,4 +298,5 @@ def open_run(folder: FolderConfig, config: Settings, logging_steps: int, headlin
         overwrite=folder.overwrite_output_dir,
         logging_steps=logging_steps,
         headline=headline,
+        tracking=config.tracking,
     )

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.config import LoRAConfig
+from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.hf.card import ModelCard, render_card
@@ -38,6 +38,7 @@ from jaxrlhf.models.hf.checkpoint_files import (
     write_checkpoint,
 )
 from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
+from jaxrlhf.models.hf.experts import unfused
 from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values
 from jaxrlhf.models.hf.gguf import gguf_source, is_gguf
 from jaxrlhf.models.hf.mapping import Family, Tensor
@@ -61,7 +62,7 @@ Leaf = jax.ShapeDtypeStruct
 
 
 def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
-    """The tensors of a module, each with the shapes of its leaves without the layer axis and vocabulary padding."""
+    """The tensors of a module, each with the shapes of its leaves without stacked axes and vocabulary padding."""
     shapes = leaves_by_path(param_shapes(module))
     axes = leaves_by_path(logical_axes(module))
     c = module.config
@@ -75,7 +76,7 @@ def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]
         leaves = []
         for leaf in tensor.leaves:
             dims = [c.vocab_size if a == "vocab" else s for a, s in zip(axes[leaf], shapes[leaf].shape, strict=True)]
-            leaves.append(Leaf(tuple(dims[1:] if tensor.per_layer else dims), jnp.float32))
+            leaves.append(Leaf(tuple(dims[tensor.stacked :]), jnp.float32))
         declared.append((tensor, leaves))
         covered.update(tensor.leaves)
     if missing := set(shapes) - covered:
@@ -87,24 +88,20 @@ def _hf_shape(tensor: Tensor, leaves: list[Leaf]) -> tuple[int, ...]:
     return jax.eval_shape(lambda *parts: tensor.layout.to_hf(parts, jnp), *leaves).shape
 
 
-def _names(tensor: Tensor, layers: int) -> list[str]:
-    return [tensor.hf.format(i=i) for i in range(layers)] if tensor.per_layer else [tensor.hf]
-
-
 # DeepSpeed-Chat saves its reward models under this attribute's name, misspelt in its first releases.
 _WRAPPERS = ("rwtransformer.", "rwtranrsformer.")
 
 
-def _with_our_names(source: TensorSource, family: Family, layers: int) -> TensorSource:
+def _with_our_names(source: TensorSource, family: Family, config: DecoderConfig) -> TensorSource:
     """Renames tensors as the family declares them: wrappers stripped, aliases resolved, the base model's prefix added.
 
     Files saved from the base model lack its prefix; heads never have it.
     """
     aliases = {
-        alias.format(i=i): name
+        theirs: name
         for tensor in (*family.tensors, *family.heads)
         for alias in tensor.aliases
-        for i, name in enumerate(_names(tensor, layers))
+        for theirs, name in zip(tensor.names(config, alias), tensor.names(config), strict=True)
     }
     prefix, heads = family.prefix + ".", {tensor.hf for tensor in family.heads}
     stripped = {name: next((name[len(w) :] for w in _WRAPPERS if name.startswith(w)), name) for name in source.shapes}
@@ -119,21 +116,25 @@ def _with_our_names(source: TensorSource, family: Family, layers: int) -> Tensor
     return replace(source, shapes=shapes, read=lambda name: source.read(original[name]))
 
 
-def _open_source(folder: Path, family: Family, layers: int) -> TensorSource:
+def _open_source(folder: Path, family: Family, config: DecoderConfig) -> TensorSource:
     """Opens a model folder's weights, or a GGUF file."""
     if not is_gguf(folder):
-        return open_checkpoint(folder)
-    names = [name for tensor in (*family.tensors, *family.heads) for name in _names(tensor, layers)]
+        return unfused(open_checkpoint(folder), family, config)
+    names = [name for tensor in (*family.tensors, *family.heads) for name in tensor.names(config)]
     return gguf_source(folder, names)
 
 
 def _check_names(
-    source: TensorSource, family: Family, declared: list[tuple[Tensor, list[Leaf]]], layers: int, optional: set[str]
+    source: TensorSource,
+    family: Family,
+    declared: list[tuple[Tensor, list[Leaf]]],
+    config: DecoderConfig,
+    optional: set[str],
 ) -> None:
     """Raises one InputError that lists every missing, unexpected and mis-shaped tensor."""
     expected = {}
     for tensor, leaves in declared:
-        expected |= dict.fromkeys(_names(tensor, layers), _hf_shape(tensor, leaves))
+        expected |= dict.fromkeys(tensor.names(config), _hf_shape(tensor, leaves))
     # A tied head may be stored twice, and a scalar head does not need a language model's head.
     spare = {tensor.hf for tensor in family.heads}
     inert = re.compile("|".join(family.inert_tensors) or r"(?!)")
@@ -171,30 +172,38 @@ def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _local_index(key: tuple[tuple[int, int], ...], index: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Place of a layer's (and expert's) part in a shard; None if the shard has another part."""
+    places = tuple(i - start for i, (start, stop) in zip(index, key, strict=False) if start <= i < stop)
+    return places if len(places) == len(index) else None
+
+
 def _load_tensor(
     tensor: Tensor,
     wanted: list[Leaf],
     source: TensorSource,
     shapes: dict[str, Leaf],
     shardings: Mapping[str, Sharding],
-    layers: int,
+    config: DecoderConfig,
     dtype: np.dtype,
 ) -> dict[str, jax.Array]:
-    """Reads one declared tensor (all its layers) into the local shards of its leaves."""
+    """Reads one declared tensor (of all layers and experts) into the local shards of its leaves."""
     buffers: dict[str, dict[tuple, np.ndarray]] = {}
     for leaf in tensor.leaves:
         shape = shapes[leaf].shape
         indices = shardings[leaf].addressable_devices_indices_map(shape).values()
         keys = {_index_key(index, shape) for index in indices}
         buffers[leaf] = {key: _aligned_zeros([stop - start for start, stop in key], dtype) for key in keys}
-    skip = 1 if tensor.per_layer else 0
-    for layer, name in enumerate(_names(tensor, layers)):
+    for name, index in tensor.names(config).items():
+        if not any(_local_index(key, index) is not None for of_leaf in buffers.values() for key in of_leaf):
+            continue  # an expert that only other processes hold
         parts = tensor.layout.to_ours(_read_checked(source, name), [leaf.shape for leaf in wanted])
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             for key, buffer in buffers[leaf].items():
-                target = buffer[layer] if skip else buffer
-                window = part[tuple(slice(start, stop) for start, stop in key[skip:])]
-                target[tuple(slice(0, n) for n in window.shape)] = window
+                place = _local_index(key, index)
+                if place is not None:
+                    window = part[tuple(slice(start, stop) for start, stop in key[tensor.stacked :])]
+                    buffer[place][tuple(slice(0, n) for n in window.shape)] = window
     loaded = {}
     for leaf in tensor.leaves:
         shape, parts = shapes[leaf].shape, buffers.pop(leaf)
@@ -244,10 +253,10 @@ def load_pretrained(
         check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
     module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
-    source = _with_our_names(_open_source(folder, family, config.num_layers), family, config.num_layers)
+    source = _with_our_names(_open_source(folder, family, config), family, config)
     declared = _declared(family, module)
     fresh = _missing_head(folder, source, declared, head, new_head)
-    _check_names(source, family, declared, config.num_layers, optional=fresh)
+    _check_names(source, family, declared, config, optional=fresh)
 
     shapes = leaves_by_path(param_shapes(module))
     if mesh is None:
@@ -259,7 +268,7 @@ def load_pretrained(
     console, label = Console(quiet=not progress), f"loading {folder.name or folder}"
     with console.progress(len(stored), description=label, unit="tensor", transient=True) as bar:
         for tensor, leaves in bar.over(stored):
-            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
+            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config, np.dtype(param_dtype))
     if fresh:
         params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
     return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
@@ -289,46 +298,48 @@ def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Sharding, dty
     return jax.jit(make, out_shardings=sharding)(jax.random.key(0) if key is None else key)
 
 
-def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """Gathers a parameter (or one layer of it) on the host, shard by shard.
+def _fetch(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """Gathers a parameter, or the part of a layer (and expert) `index`, on the host, shard by shard.
 
     `np.asarray(x)` would leave a host copy of the whole parameter cached in `x` for as long as `x` lives. Across hosts
     every process must call this, and all get the result.
     """
     if not x.is_fully_addressable:
-        return to_host(x if layer is None else x[layer])
-    whole = np.empty(x.shape if layer is None else x.shape[1:], x.dtype)
+        return to_host(x[index] if index else x)
+    whole = np.empty(x.shape[len(index) :], x.dtype)
     for shard in x.addressable_shards:
-        if shard.replica_id == 0:
-            index = shard.index if layer is None else shard.index[1:]
-            whole[index] = jnp.array(shard.data) if layer is None else shard.data[layer]
+        place = _local_index(_index_key(shard.index, x.shape), index)
+        if shard.replica_id == 0 and place is not None:
+            whole[shard.index[len(index) :]] = shard.data[place] if place else jnp.array(shard.data)
     return whole
 
 
-def _fetch_merged(params: dict[str, jax.Array], leaf: str, layer: int | None, lora: LoRAConfig | None) -> np.ndarray:
+def _fetch_merged(
+    params: dict[str, jax.Array], leaf: str, index: tuple[int, ...], lora: LoRAConfig | None
+) -> np.ndarray:
     """`_fetch`, with the adapters of a kernel merged into it."""
-    array = _fetch(params[leaf], layer)
+    array = _fetch(params[leaf], index)
     path, _, name = leaf.rpartition("/")
     if lora is None or name != "kernel" or f"{path}/lora_a" not in params:
         return array
-    a, b = (_fetch(params[f"{path}/{n}"], layer) for n in ("lora_a", "lora_b"))
+    a, b = (_fetch(params[f"{path}/{n}"], index) for n in ("lora_a", "lora_b"))
     return np.asarray(merge_kernel(array, a, b, lora.scale))
 
 
 def _tensors_to_write(model: Model) -> Iterator[TensorToWrite]:
     module, params = model.module, leaves_by_path(model.params)
 
-    def make(tensor: Tensor, leaves: list[Leaf], layer: int | None) -> np.ndarray:
+    def make(tensor: Tensor, leaves: list[Leaf], index: tuple[int, ...]) -> np.ndarray:
         parts = []
         for leaf, expected in zip(tensor.leaves, leaves, strict=True):
-            array = _fetch_merged(params, leaf, layer, module.lora)
+            array = _fetch_merged(params, leaf, index, module.lora)
             parts.append(array[tuple(slice(0, n) for n in expected.shape)])
         return tensor.layout.to_hf(parts, np)
 
     for tensor, leaves in _declared(get_family(model.config.family, "config"), module.clone(lora=None)):
         shape = _hf_shape(tensor, leaves)
-        for layer, name in enumerate(_names(tensor, model.config.num_layers)):
-            yield TensorToWrite(name, shape, partial(make, tensor, leaves, layer if tensor.per_layer else None))
+        for name, index in tensor.names(model.config).items():
+            yield TensorToWrite(name, shape, partial(make, tensor, leaves, index))
 
 
 def save_pretrained(

@@ -12,10 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf import keys
-from jaxrlhf.commands.chat import end_ids
 from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
-from jaxrlhf.data import encode_prompts, encode_stops, length_bucket, load_tokenizer, pad_token_id, plain_response
+from jaxrlhf.data import (
+    encode_prompts,
+    encode_stops,
+    end_ids,
+    length_bucket,
+    pad_token_id,
+    plain_response,
+    vocabulary_size,
+)
 from jaxrlhf.data.batches import fill
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, read_config, with_kernels
@@ -131,8 +138,8 @@ class FolderModel:
     def __init__(self, name: str, config: EvalConfig) -> None:
         self.name, self.config = name, config
         self.shape = read_config(name)
-        self.tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or name, config.data.template)
-        check_tokenizer_fits(len(self.tokenizer), self.shape, f"the tokenizer of {name}")
+        self.tokenizer: Any = config.tokenizer.load(name, config.data.template)
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), self.shape, f"the tokenizer of {name}")
 
     def encode(self, prompts: Prompts) -> list[list[int]]:
         """Token ids of the prompts, rendered by the model's own chat template."""
@@ -149,7 +156,7 @@ class FolderModel:
         config, mesh = self.config, self.config.mesh.make_mesh()
         engine = HybridEngine(self._load(mesh), mesh)
         sampling = dataclasses.replace(
-            config.sampling, eos_token_id=self.ends, pad_token_id=pad_token_id(self.tokenizer)
+            config.sampling, eos_token_id=end_ids(self.tokenizer), pad_token_id=pad_token_id(self.tokenizer)
         )
         ending = with_stops(sampling, self.tokenizer, sampling.stop_strings)
         ids, key = self.encode(prompts), keys.stream(config.data.seed, keys.Stream.EVALUATION)
@@ -177,7 +184,6 @@ class FolderModel:
     def _load(self, mesh: Mesh) -> Any:
         dtype = self.config.mesh.compute_dtype
         model = merged(load_pretrained(self.name, mesh=mesh, dtype=dtype, param_dtype=dtype))
-        self.ends = end_ids(model, self.tokenizer)
         return with_kernels(model, kv_cache_dtype=self.config.generation.kv_cache_dtype)
 
     def _prompt_text(self, prompt: Any, ids: list[int]) -> str:

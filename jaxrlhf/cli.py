@@ -48,7 +48,11 @@ OTHERS = {
     "data": Command(
         "jaxrlhf.commands.data", "DataViewConfig", "show_data", "what a step sees of your data and trains on", False
     ),
+    "eval": Command(
+        "jaxrlhf.commands.eval", "EvalConfig", "evaluate", "compare models, measure a reward model, run lm-eval's tasks"
+    ),
     "chat": Command("jaxrlhf.commands.chat", "ChatConfig", "chat", "talk to a model"),
+    "serve": Command("jaxrlhf.commands.serve", "ServeConfig", "serve", "OpenAI-compatible server with a chat page"),
     "convert": Command(
         "jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint", False
     ),

@@ -5,15 +5,9 @@ from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, 
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.models.hf.adapters import load_adapter, save_adapter
 from jaxrlhf.models.hf.card import ModelCard
-from jaxrlhf.models.hf.pretrained import (
-    config_from_dict,
-    config_to_dict,
-    load_pretrained,
-    model_from_overrides,
-    read_config,
-    save_pretrained,
-    stored_head,
-)
+from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
+from jaxrlhf.models.hf.generation_config import generation_end_ids, with_token_ids
+from jaxrlhf.models.hf.pretrained import load_pretrained, model_from_overrides, save_pretrained, stored_head
 from jaxrlhf.models.hf.score_export import for_transformers, score_offset, without_score_offset
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable
@@ -36,12 +30,14 @@ from jaxrlhf.models.model import (
     with_kernels,
     working_copy,
 )
-from jaxrlhf.models.vocabulary import check_same_tokens, check_tokenizer_fits
+from jaxrlhf.models.moe import ROUTER_SUMS, RouterSums
+from jaxrlhf.models.vocabulary import check_same_rows, check_tokenizer_fits
 
 __all__ = [
     "KERNEL_OPTIONS",
     "KNOWN",
     "REMAT_POLICIES",
+    "ROUTER_SUMS",
     "SCORE_FIELDS",
     "Decoder",
     "DecoderConfig",
@@ -50,10 +46,11 @@ __all__ = [
     "LoRAConfig",
     "Model",
     "ModelCard",
+    "RouterSums",
     "add_lora",
     "base_leaves",
     "cast_matrices",
-    "check_same_tokens",
+    "check_same_rows",
     "check_tokenizer_fits",
     "config_from_dict",
     "config_to_dict",
@@ -64,6 +61,7 @@ __all__ = [
     "for_transformers",
     "frozen_copy",
     "frozen_stage",
+    "generation_end_ids",
     "generation_view",
     "init_cache",
     "is_matrix",
@@ -88,6 +86,7 @@ __all__ = [
     "trained_head",
     "with_head",
     "with_kernels",
+    "with_token_ids",
     "without_score_offset",
     "working_copy",
 ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxrlhf.errors import InputError
 
@@ -78,6 +78,15 @@ class DecoderConfig:
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
+    num_experts: int = 0
+    """MLPs of each layer that a router chooses from; 0: one MLP for all tokens."""
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    """Width of an expert; 0 means intermediate_size."""
+    normalize_experts: bool = True
+    """The weights of a token's experts add up to 1 (Qwen3-MoE's norm_topk_prob)."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss in training, unless the run sets another."""
     qk_norm: bool = False
     """RMS norm over head_dim of queries and keys before rotation (Qwen3)."""
     qk_norm_joint: bool = False
@@ -112,7 +121,12 @@ class DecoderConfig:
     bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | tuple[int, ...] | None = None
+    generation_config: str = ""
+    """The source's generation_config.json as JSON text, which exports start from; empty: only the ids above."""
     vocab_multiple: int = 8
+
+    source: str = field(default="", compare=False, repr=False)
+    """JSON of the config.json that this configuration was read from; an export keeps what has not changed since."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -133,6 +147,13 @@ class DecoderConfig:
             raise InputError(
                 f"{self.family} config: {self.num_kv_heads} key/value heads do not divide {self.num_heads} heads"
             )
+        if not 0 < self.norm_eps < 1:
+            raise InputError(f"{self.family} config: norm_eps={self.norm_eps!r} must be above 0 and below 1")
+        for name in ("embed_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{self.family} config: {name}={getattr(self, name)!r} must be 0 or more, and below 1")
+        if self.position == "rotary":
+            self._check_rotation()
         if self.lm_head_bias and self.tie_embeddings:
             raise InputError(f"{self.family} config: a head with a bias cannot be tied to the embeddings")
         for name in ("windows", "rotary_layers"):
@@ -143,6 +164,36 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{self.family} config: {name}={value!r} must be positive")
+
+        if self.num_experts:
+            self._check_experts()
+
+    def _check_rotation(self) -> None:
+        rotated, scaling = self.rotated_dim, dict(self.rope_scaling or ())
+        if rotated == self.head_dim and rotated % 2:
+            raise InputError(f"{self.family} config: head_dim={self.head_dim} must be even: features rotate in pairs")
+        if scaling.get("rope_type") == "dynamic" and rotated <= 2:
+            raise InputError(f"{self.family} config: rope_type 'dynamic' needs more than {rotated} rotated features")
+        for name in ("short_factor", "long_factor"):
+            factors = scaling.get(name, (1.0,) * (rotated // 2))
+            if not isinstance(factors, tuple) or len(factors) != rotated // 2:
+                raise InputError(
+                    f"{self.family} config: {name} must be a list of {rotated // 2} numbers, got {factors}"
+                )
+
+    def _check_experts(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise InputError(
+                f"{self.family} config: num_experts_per_tok={self.experts_per_token} must be from 1 to the number of "
+                f"experts, {self.num_experts}"
+            )
+        if self.mlp_bias or not self.gated_mlp:
+            raise InputError(f"{self.family} config: experts are gated MLPs without biases")
+
+    @property
+    def expert_size(self) -> int:
+        """Width of an expert, or of the one MLP of a model without experts."""
+        return self.expert_intermediate_size or self.intermediate_size
 
     @property
     def embedding_size(self) -> int:

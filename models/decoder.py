@@ -15,21 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import LIBRARIES, Cache, entries, project_logits, write_columns
+from jaxrlhf.models.activations import ACTIVATION_FUNCTIONS
 from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.layer_options import LayerOptions, attends_alike, attention_options, layer_options
+from jaxrlhf.models.moe import ROUTER_SUMS, MoE
 from jaxrlhf.models.rotary import rotate
 from jaxrlhf.models.sequences import SequenceContext, sequence_context
 from jaxrlhf.models.token_rows import TokenRows, look_up, replace_rows
 from jaxrlhf.sharding import constrain
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: nn.gelu(x, approximate=True),
-    "silu": nn.silu,
-}
 
 # What the forward pass of a block keeps for the backward pass. "none" recomputes nothing and keeps all of it; "full"
 # keeps the block's input only; "dots" keeps the results of its projections.
@@ -256,7 +251,7 @@ class MLP(nn.Module):
         c = self.config
         wide = ((c.hidden_size,), (c.intermediate_size,), ("embed",), ("mlp",), c.mlp_bias, self.dtype, self.lora)
         hidden = Projection(c, *wide, name="up")(x)
-        activation = _ACTIVATIONS[c.activation]
+        activation = ACTIVATION_FUNCTIONS[c.activation]
         hidden = activation(Projection(c, *wide, name="gate")(x)) * hidden if c.gated_mlp else activation(hidden)
         hidden = constrain(hidden, "batch", None, "mlp")
         narrow = ((c.intermediate_size,), (c.hidden_size,), ("mlp",), ("embed",), c.mlp_bias, self.dtype, self.lora)
@@ -271,6 +266,14 @@ class Block(nn.Module):
     lora: LoRAConfig | None = None
     qkv_groups: int = 0
     attention_implementation: str = "auto"
+    expert_implementation: str = "auto"
+
+    def _mlp(self, context: SequenceContext | DecodeContext) -> Callable[[jax.Array], jax.Array]:
+        """The feed-forward part: one MLP, or experts."""
+        if not self.config.num_experts:
+            return MLP(self.config, self.dtype, self.lora, name="mlp")
+        experts = MoE(self.config, self.dtype, self.expert_implementation, name="mlp")
+        return partial(experts, real=context.key_mask if isinstance(context, SequenceContext) else None)
 
     def _added(self, x: jax.Array, name: str) -> jax.Array:
         """What the result of attention or MLP (`name`) adds to the sum: normed, dropped and scaled as configured."""
@@ -286,7 +289,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         attend = Attention(c, self.dtype, self.lora, self.qkv_groups, self.attention_implementation, name="attn")
-        mlp = MLP(c, self.dtype, self.lora, name="mlp")
+        mlp = self._mlp(context)
         shared = c.residual == "parallel_shared_norm"
 
         def norm(x: jax.Array, name: str) -> jax.Array:
@@ -350,6 +353,8 @@ class Decoder(nn.Module):
     """One of kernels.IMPLEMENTATIONS. "cudnn" and "tokamax" apply to training and scoring; generation uses "auto"."""
     logprob_implementation: str = "auto"
     """Kernel of token log-probs."""
+    expert_implementation: str = "auto"
+    """One of models.moe.EXPERT_IMPLEMENTATIONS."""
     kv_cache_dtype: str = "auto"
     """One of kernels.KV_CACHE_DTYPES: how generation stores keys and values."""
 
@@ -377,12 +382,18 @@ class Decoder(nn.Module):
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, ROUTER_SUMS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, (nn.broadcast, 0)),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.lora, attention_implementation=self.attention_implementation)
+        )(
+            c,
+            self.dtype,
+            self.lora,
+            attention_implementation=self.attention_implementation,
+            expert_implementation=self.expert_implementation,
+        )
         if c.final_norm:
             self.final_norm = Norm(c, self.dtype)
         self.embed_drop = nn.Dropout(c.embed_dropout)

@@ -27,12 +27,20 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear map
 _ADAPTER_LEAVES = ("lora_a", "lora_b", token_rows.LEAF)
 
 
-def linear_maps(module: Decoder) -> list[str]:
-    """Returns the paths of the linear maps that may have adapters (`layers/attn/query`, …); output heads may not."""
+def _kernels(module: Decoder) -> list[str]:
+    """The paths of all linear maps but the output heads."""
     paths = leaves_by_path(param_shapes(module.clone(lora=None)))
     return [
         p.removesuffix("/kernel") for p in paths if p.endswith("/kernel") and not p.startswith(("lm_head", "score"))
     ]
+
+
+def linear_maps(module: Decoder) -> list[str]:
+    """Returns the paths of the linear maps that may have adapters: `layers/attn/query`, …
+
+    Output heads may not, and neither may routers and experts.
+    """
+    return [path for path in _kernels(module) if not (module.config.num_experts and "/mlp/" in path)]
 
 
 def hf_module_names(config: DecoderConfig) -> dict[str, str]:
@@ -60,16 +68,20 @@ def resolve_targets(module: Decoder, targets: Sequence[str]) -> tuple[str, ...]:
     """
     paths = linear_maps(module)
     theirs = hf_module_names(module.config)
-    chosen: set[str] = set()
-    for target in targets or LoRAConfig.targets:
+
+    def matching(target: str, paths: Sequence[str]) -> set[str]:
         pattern = LoRAConfig(rank=1, targets=("" if target == ALL_LINEAR else target,))
         found = {p for p in paths if pattern.matches(p) or f".{theirs[p]}".endswith(f".{target}")}
-        found = found or {p for p in paths if re.search(target, theirs[p].format(i=0))}
+        return found or {p for p in paths if re.search(target, theirs[p].format(i=0, e=0))}
+
+    chosen: set[str] = set()
+    for target in targets or LoRAConfig.targets:
+        found = matching(target, paths)
         if not found:
             known = "\n  ".join(f"{p}  ({theirs[p].format(i='N')})" for p in paths)
-            raise InputError(
-                f"LoRA target {target!r} matches no linear map of {module.config.family}; there are\n  {known}"
-            )
+            experts = matching(target, _kernels(module))
+            why = "names experts or routers, which cannot have adapters" if experts else "matches no linear map"
+            raise InputError(f"LoRA target {target!r} {why} of {module.config.family}; there are\n  {known}")
         chosen |= found
     return tuple(p for p in paths if p in chosen)
 

@@ -9,7 +9,7 @@ from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import LIBRARIES
-from jaxrlhf.models import DecoderConfig, check_same_tokens
+from jaxrlhf.models import DecoderConfig, check_same_rows
 from jaxrlhf.plan.programs import model_config
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.trainers.optimizer import OptimizerConfig
@@ -26,6 +26,7 @@ FIRST_BATCH = 8
 ITERATION = (*PHASES, "ppo")
 USED_BY = {
     "logprob_implementation": ("logprobs", "score", "train", "ppo"),
+    "expert_implementation": ("generate", "score", "train", "ppo"),
     "kv_cache_dtype": ("decode", "generate", "ppo"),
     "micro_batch": ("score", "train", "ppo"),
     "remat_policy": ("train", "ppo"),
@@ -148,7 +149,7 @@ class BenchConfig(Settings):
     def shapes(self) -> tuple[DecoderConfig, DecoderConfig]:
         """Configurations of actor and critic; InputError when they do not go together or the text is too long."""
         shapes = self._shape("actor"), self._shape("critic")
-        check_same_tokens(*shapes, (f"actor={self.actor}", f"critic={self.critic}"))
+        check_same_rows(*shapes, (f"actor={self.actor}", f"critic={self.critic}"))
         return shapes
 
     def _shape(self, name: str) -> DecoderConfig:

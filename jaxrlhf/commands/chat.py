@@ -15,9 +15,11 @@ from jaxrlhf.config import NonNegativeInt, PathName, Settings, alias
 from jaxrlhf.data import (
     TemplateConfig,
     encode_conversation,
+    end_ids,
+    knows_model,
     length_bucket,
-    load_tokenizer,
     pad_token_id,
+    vocabulary_size,
     with_template,
 )
 from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
@@ -25,7 +27,8 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, stored_head, with_kernels
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig
+from jaxrlhf.trainers.settings import MeshConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 HELP = """/reset  forget the conversation so far
@@ -54,43 +57,65 @@ class ChatConfig(Settings):
 class StreamedText:
     """Decodes a growing list of token ids and returns the new text, in whole characters.
 
-    All tokens are decoded each time, so spaces and merged characters are those of the whole text. White space before
-    the first word is dropped. The text ends before the first of the `stops` in it; a possible beginning of a stop is
-    held back.
+    Each token is decoded with those before it, back to the one before the last whole character, so spaces and merged
+    characters are those of the whole text. The text ends before the first of the `stops` in it; a possible beginning of
+    a stop is held back.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        stops: Texts that end the text.
+        strip: Drop white space before the first word.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), strip: bool = True) -> None:
+        self.tokenizer, self.stops, self.strip = tokenizer, stops, strip
         self.ids: list[int] = []
         self.text = ""
         """Text returned so far."""
+        self.decoded = ""
+        """All text of whole characters so far, held back or not."""
         self.stopped = False
         """True once the text has reached a stop; further tokens change nothing."""
+        self._whole = ""
+        self._begin = self._end = 0
+        # `_whole` is the text of ids[:_end]; tokens are decoded from _begin on.
 
     def add(self, token: int) -> str:
         """Returns the text that this token completes; empty while a character is incomplete."""
         self.ids.append(int(token))
-        return self._new(self._decode().rstrip(BROKEN), hold=True)
+        self._decode(final=False)
+        return self._new(hold=True)
 
     def finish(self) -> str:
         """Returns the text held back: pieces of a character or of a stop that was never completed."""
-        return self._new(self._decode(), hold=False)
+        self._decode(final=True)
+        return self._new(hold=False)
 
-    def _decode(self) -> str:
+    def _decode(self, final: bool) -> None:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(self.ids, **options).lstrip()
+        before, now = (
+            self.tokenizer.decode(ids, **options)
+            for ids in (self.ids[self._begin : self._end], self.ids[self._begin :])
+        )
+        # Some tokenizers decode a run of byte tokens as a whole and spoil it while its last character is incomplete.
+        if not now.startswith(before):
+            return
+        new = now[len(before) :]
+        complete = new if final else new.rstrip(BROKEN)
+        text = self._whole + complete
+        self.decoded = text.lstrip() if self.strip else text
+        if new and new == complete:
+            self._whole, self._begin, self._end = text, self._end, len(self.ids)
 
-    def _new(self, text: str, hold: bool) -> str:
+    def _new(self, hold: bool) -> str:
+        text = self.decoded
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, text = True, text[: min(found)]
         elif hold:
             begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
             text = text[: len(text) - max(begun, default=0)]
-        # Some tokenizers decode a run of byte tokens as a whole and spoil it while its last character is incomplete.
-        if not text.startswith(self.text):
-            return ""
-        new, self.text = text[len(self.text) :], text
+        new, self.text = text[len(self.text) :], max(text, self.text, key=len)
         return new
 
 
@@ -105,7 +130,9 @@ class ChatSession:
         if model.module.head != "lm":
             raise InputError("chat needs a language model; this one has a scalar head (a reward model or critic)")
         self.tokenizer, self.config = with_template(tokenizer, config.template), config
-        check_tokenizer_fits(len(self.tokenizer), model.config, "the tokenizer")
+        if not knows_model(self.tokenizer):
+            self.tokenizer = with_model_ends(self.tokenizer, model.config, config.tokenizer.eos_token_ids)
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), model.config, "the tokenizer")
         self.console = Console(quiet=True) if console is None else console
         self.engine = HybridEngine(model, config.mesh.make_mesh())
         self.context = model.config.max_positions
@@ -120,7 +147,7 @@ class ChatSession:
         self.sampling = replace(
             config.sampling,
             max_new_tokens=longest,
-            eos_token_id=end_ids(model, self.tokenizer),
+            eos_token_id=end_ids(self.tokenizer),
             pad_token_id=pad_token_id(self.tokenizer),
         )
         self._compiled: set[int] = set()
@@ -197,13 +224,6 @@ class ChatSession:
         yield from drawn
 
 
-def end_ids(model: Model, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's EOS and those of the model's config."""
-    own = model.config.eos_token_id
-    own = own if isinstance(own, tuple) else () if own is None else (own,)
-    return tuple(sorted({tokenizer.eos_token_id, *own}))
-
-
 def open_session(config: ChatConfig, console: Console | None = None) -> ChatSession:
     """Opens a session with the model `config.model`. Raises InputError when it is not a language model."""
     for last in (Path(config.model) / name for name in ("ppo", "dpo")):
@@ -215,7 +235,7 @@ def open_session(config: ChatConfig, console: Console | None = None) -> ChatSess
             f"{config.model} is a reward model or critic, which cannot write; "
             "give the folder that sft, dpo or ppo wrote"
         )
-    tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or folder, config.template)
+    tokenizer = config.tokenizer.load(str(folder), config.template)
     dtype = config.mesh.compute_dtype
     options = {"dtype": dtype, "param_dtype": dtype, "progress": sys.stderr.isatty()}
     model = load_pretrained(folder, mesh=config.mesh.make_mesh(), **options)

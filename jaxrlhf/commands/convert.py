@@ -29,14 +29,15 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.trainers.lora import describe_model
-from jaxrlhf.trainers.settings import DTYPES, MeshConfig, TokenizerConfig
+from jaxrlhf.trainers.settings import DTYPES, MeshConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends, with_special_tokens
 
 
 @dataclass(frozen=True)
 class ConvertConfig(Settings):
     """Conversion of a model."""
 
-    HIDDEN = frozenset({"mesh_data", "mesh_tensor", "dtype"})
+    HIDDEN = frozenset({"mesh_data", "mesh_expert", "mesh_tensor", "dtype"})
 
     input: PathName[str]
     """Hugging Face folder (or hub name), run folder, or checkpoint-N folder."""
@@ -106,7 +107,8 @@ def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
     if name not in exports:
         raise InputError(f"{folder} holds no parameters {name!r}; it has {', '.join(exports)}")
     info = exports[name]
-    config = config_from_dict(info["config"], f"{folder}/metadata.json").replace(**info.get("score", {}))
+    config = config_from_dict(info["config"], f"{folder}/metadata.json")
+    config = config.replace(generation_config=info.get("generation_config", ""), **info.get("score", {}))
     lora = info.get("lora")
     lora = LoRAConfig(**lora | {k: tuple(v) for k, v in lora.items() if isinstance(v, list)}) if lora else None
     module = Decoder(config, head=info["head"], lora=lora)
@@ -143,15 +145,23 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
     return None if source is None else read_tokenizer(source)
 
 
+def _with_end_ids(model: Model, tokenizer: Any, ids: tuple[int | str, ...]) -> Model:
+    if tokenizer is None:
+        raise InputError("eos_token_ids: the input has no tokenizer; name one with tokenizer_name_or_path")
+    return with_special_tokens(model, with_model_ends(tokenizer, None, ids))
+
+
 def convert(config: ConvertConfig) -> None:
     """Converts, and with `verify` compares the output with the input."""
     mesh, dtype = config.mesh.make_mesh(), DTYPES[config.save_dtype]
     model = (
         _read_hf(config, mesh) if config.source == "hf" else read_checkpoint_model(config.input, config.params, mesh)
     )
-    head = model.module.head
+    head, tokenizer = model.module.head, _load_tokenizer(config)
+    if config.tokenizer.eos_token_ids:
+        model = _with_end_ids(model, tokenizer, config.tokenizer.eos_token_ids)
     if config.target == "hf":
-        model, tokenizer = for_transformers(model, _load_tokenizer(config))
+        model, tokenizer = for_transformers(model, tokenizer)
         save_pretrained(model, config.output, tokenizer, dtype=dtype)
     else:
         stored = jax.tree.map(lambda x: x.astype(dtype), model.params)

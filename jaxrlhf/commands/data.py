@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
@@ -17,10 +18,11 @@ from jaxrlhf.commands.data_terminal import print_inspection
 from jaxrlhf.commands.inspection import inspect_data
 from jaxrlhf.config import Ge, PathName, PositiveInt, Settings
 from jaxrlhf.config.files import write_text_atomic
-from jaxrlhf.data import DataConfig, load_tokenizer
+from jaxrlhf.data import DataConfig
 from jaxrlhf.errors import InputError
+from jaxrlhf.models.hf.checkpoint_files import CONFIG
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.settings import TokenizerConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 PATIENCE = 3.0  # seconds without a word
 
@@ -54,7 +56,8 @@ def show_data(config: DataViewConfig) -> Inspection:
     if name is None:
         raise InputError("tokenizer_name_or_path: no tokenizer given; name the model's folder or its name on the hub")
     with announced(console, "reading and tokenising the rows (later calls take them from the cache)"), quiet():
-        tokenizer = load_tokenizer(name, config.data.template)
+        beside = (Path(name).expanduser() / CONFIG).is_file()  # a model's folder: its end ids count too
+        tokenizer = config.tokenizer.load(name if beside else None, config.data.template)
         found = inspect_data(config.data, tokenizer, config.step, show=config.show, batch_size=config.batch_size)
     text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False)
     if config.json == "-":

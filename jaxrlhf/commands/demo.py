@@ -22,13 +22,15 @@ from jaxrlhf.data import (
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained
-from jaxrlhf.rl.config import CriticConfig, PPOOptions
+from jaxrlhf.rl.config import CriticConfig, PPOOptions, sampling_for
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
+from jaxrlhf.runs import TrackingConfig
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.reward import RewardOptions
-from jaxrlhf.trainers.settings import FolderConfig, RunConfig, StartConfig, TokenizerConfig
+from jaxrlhf.trainers.settings import FolderConfig, RunConfig, StartConfig
 from jaxrlhf.trainers.sft import SFTOptions
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 SHAPE = {
     "hidden_size": 128,
@@ -48,7 +50,10 @@ class DemoConfig(Settings):
     HIDDEN = (frozenset(settings(DataConfig)) - {"seed"}) | {"overwrite_output_dir"}
 
     folder: FolderConfig = FolderConfig("runs/demo")
-    data: DataConfig = DataConfig(data_path=("demo",), data_split="2,4,4", max_length=64, max_prompt_seq_len=32)
+    tracking: TrackingConfig = TrackingConfig()
+    data: DataConfig = DataConfig(
+        data_path=("demo",), data_split="2,4,4", max_length=64, max_prompt_seq_len=32, max_eval_samples=0
+    )
     samples: NonNegativeInt = 6
     """Held-out questions shown before and after PPO."""
 
@@ -59,6 +64,7 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
     tokenizer = TokenizerConfig(str(materialize_demo(cache_folder(DataConfig())).tokenizer))
     return RLHFConfig(
         folder=replace(config.folder, overwrite_output_dir=not config.folder.resume),
+        tracking=config.tracking,
         data=config.data,
         models=BaseModelsConfig(start=StartConfig("llama", SHAPE), tokenizer=tokenizer),
         sft=SFTOptions(  # a packed row holds two conversations, so a batch has as many as in the other steps
@@ -91,9 +97,7 @@ def responses(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> 
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :] = prompt
         mask[i, width - len(prompt) :] = True
-    sampling = SamplingConfig(
-        RESPONSE_TOKENS, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_token_id(tokenizer)
-    )
+    sampling = sampling_for(tokenizer, SamplingConfig(RESPONSE_TOKENS))
     rollout = jax.device_get(engine.generate(ids, mask, keys.stream(seed, keys.Stream.SAMPLES), sampling))
     tokens = [row[real] for row, real in zip(rollout.tokens, rollout.response_mask, strict=True)]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

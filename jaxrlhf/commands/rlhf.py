@@ -8,18 +8,19 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from jaxrlhf.config import PathName, Section, Settings, alias, load_yaml, save_yaml, to_dict
 from jaxrlhf.config.files import read_json, write_json_atomic
-from jaxrlhf.data import DataConfig
+from jaxrlhf.data import DataConfig, read_tokenizer
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import check_same_tokens, read_config
+from jaxrlhf.models import read_config
 from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
 from jaxrlhf.runs.report import write_report
 from jaxrlhf.trainers.dpo import DPOConfig, DPOOptions, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
-from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, SharedConfig, StartConfig, TokenizerConfig
+from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, SharedConfig, StartConfig
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens
 
 C = TypeVar("C", bound=SharedConfig)
 Step = SFTConfig | RewardConfig | DPOConfig | PPOConfig
@@ -84,11 +85,13 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
         section = getattr(config, name)
         own: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(section)}
         own |= models | {"folder": replace(config.folder, output_dir=folder_of(name))}
+        own["tracking"] = replace(config.tracking, run_name=f"{run_name}-{name}")
         return cls(**(shared | own))
 
     def folder_of(name: str) -> str:
         return str(Path(config.folder.output_dir) / name)
 
+    run_name = config.tracking.run_name or Path(config.folder.output_dir).resolve().name
     start = start_of(config)
     later = replace(base.start, model_type=None, config_overrides={})
     after_sft = ModelConfig(folder_of("sft"), later, tokenizer)
@@ -154,7 +157,7 @@ def check_vocabularies(models: BaseModelsConfig) -> None:
     names = (models.actor_model_name_or_path, models.reward_model_name_or_path)
     if names[0] is not None and names[1] is not None:
         labels = f"actor {names[0]}", f"reward model {names[1]}"
-        check_same_tokens(read_config(names[0]), read_config(names[1]), labels)
+        check_reads_tokens(read_tokenizer(names[0]), read_config(names[0]), names[1], labels)
 
 
 def check_root(root: Path, folder: FolderConfig) -> None:
@@ -171,7 +174,7 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
     folder = Path(stage.folder.output_dir)
     if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_tensor"))
+    free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"))
     before, now = (to_dict(c) | free for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
     return summary_of(stage) if before == now else None
 

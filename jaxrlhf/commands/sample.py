@@ -18,14 +18,13 @@ from jaxrlhf import keys, objectives
 from jaxrlhf.commands.selection import Samples, select_samples, summarise_samples
 from jaxrlhf.config import Gt, Le, Lt, PathName, PositiveInt, Settings, alias, to_dict
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
-from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, load_tokenizer
+from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
 from jaxrlhf.engine import GenerationConfig, HybridEngine, Rollout, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
     Model,
-    check_same_tokens,
     check_tokenizer_fits,
     load_pretrained,
     logical_axes,
@@ -40,7 +39,8 @@ from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
-from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig, batch_devices, check_context
+from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens
 
 OWN_FIELDS = ("prompt", "chosen", "score", "scores")
 MODEL_PART = "reward_model"
@@ -122,25 +122,23 @@ class Sampler:
 
     def __init__(self, config: SampleConfig, console: Console) -> None:
         self.config, self.mesh = config, config.mesh.make_mesh()
-        for name in (config.model_name_or_path, config.reward_model_name_or_path):
-            if name is not None:
-                read_config(name)  # fails early when the model cannot be used
         self.rewards: Rewards = config.rewards.rewards(say=console.print)
-        source = config.tokenizer.tokenizer_name_or_path or config.model_name_or_path
-        self.tokenizer = load_tokenizer(source, config.data.template)
+        self.tokenizer = config.tokenizer.load(config.model_name_or_path, config.data.template)
+        if config.reward_model_name_or_path is not None:
+            shape, names = read_config(config.model_name_or_path), ("the model", "the reward model")
+            check_reads_tokens(self.tokenizer, shape, config.reward_model_name_or_path, names)
         self.data = self._prompts()
         self.sampling = sampling_for(self.tokenizer, config.sampling)
         self.copies = self.sampling.samples_per_prompt
         self.rows = config.per_device_batch_size * batch_devices(self.mesh)
         model = self._load(config.model_name_or_path, "lm")
-        check_tokenizer_fits(len(self.tokenizer), model.config, "the tokenizer")
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), model.config, "the tokenizer")
         model = with_kernels(model, kv_cache_dtype=config.generation.kv_cache_dtype)
         self.engine = HybridEngine(model, self.mesh)
         self.engine.check_slots(config.generation.generation_slots, self.rows * self.copies)
         self.reward_model: Model | None = None
         if config.reward_model_name_or_path is not None:
             self.reward_model = self._load(config.reward_model_name_or_path, "scalar", new_head=False)
-            check_same_tokens(model.config, self.reward_model.config, ("the model", "the reward model"))
         self._generate = Announce(console, "generate program", self.engine.generate)
         self._score = Announce(console, "scoring program", reward_model_scores)
 

@@ -47,7 +47,7 @@ def read_json(path: str | Path, remedy: str = "the file may be truncated") -> di
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}; {remedy}")

@@ -14,6 +14,7 @@ import tyro
 from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
+from jaxrlhf.config.secrets import redacted
 from jaxrlhf.config.settings import Settings, UnknownSetting, canonical, errors_in, sections, settings, to_dict
 from jaxrlhf.config.yaml_files import Quoted, dump_yaml, is_none, read_yaml
 from jaxrlhf.errors import InputError
@@ -73,8 +74,11 @@ def load_yaml(cls: type[C], path: str | Path) -> C:
 
 
 def save_yaml(config: Settings, path: str | Path) -> None:
-    """Writes the config to `path` atomically, such that `load_yaml` and `--config` give an equal one."""
-    write_text_atomic(path, dump_yaml(to_dict(config)))
+    """Writes the config to `path` atomically, such that `load_yaml` and `--config` give an equal one.
+
+    Secrets are replaced (`redacted`), so a config with some must get them again.
+    """
+    write_text_atomic(path, dump_yaml(redacted(to_dict(config))))
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -10,7 +10,7 @@ from jaxrlhf.config.annotations import hints_of
 from jaxrlhf.config.settings import Settings, default_in, default_of, sections
 from jaxrlhf.errors import InputError
 
-COMMON = ("model", "models", "data", "folder", "run")
+COMMON = ("model", "models", "data", "folder", "run", "tracking")
 RARE = ("rollout", "generation", "frozen", "ptx", "mesh", "compute", "process")
 """Parts that stand first and last on a page."""
 

@@ -3,6 +3,7 @@
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData, eval_batches, length_bucket
 from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
 from jaxrlhf.data.encoding import encode_stops
+from jaxrlhf.data.ends import end_ids, knows_model, with_end_ids
 from jaxrlhf.data.loading import DataConfig, load_data
 from jaxrlhf.data.order import epoch_permutation
 from jaxrlhf.data.rendering import (
@@ -21,9 +22,10 @@ from jaxrlhf.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
     pad_token_id,
-    read_tokenizer,
     with_template,
 )
+from jaxrlhf.data.tokenizer_files import own_tokenizer, read_tokenizer
+from jaxrlhf.data.vocabulary import check_same_tokens, vocabulary_size
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -37,22 +39,28 @@ __all__ = [
     "TextBlocks",
     "Tokenizer",
     "answer_text",
+    "check_same_tokens",
     "demo_quality",
     "encode_conversation",
     "encode_prompts",
     "encode_rows",
     "encode_stops",
     "encode_texts_as_documents",
+    "end_ids",
     "epoch_permutation",
     "eval_batches",
+    "knows_model",
     "length_bucket",
     "load_data",
     "load_text",
     "load_tokenizer",
     "materialize_demo",
+    "own_tokenizer",
     "pad_token_id",
     "plain_response",
     "read_tokenizer",
+    "vocabulary_size",
+    "with_end_ids",
     "with_template",
     "write_demo",
 ]

@@ -32,19 +32,6 @@ def hash_json(value: object) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
-    """Hashes everything that decides how a tokenizer encodes text."""
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.pop("truncation", None)  # calls set and unset both; our calls ask for neither
-        state.pop("padding", None)
-    else:
-        state = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
-        state["init"] = {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k != "name_or_path"}
-    special = {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id, "chat": tokenizer.chat_template}
-    return hash_json([state, special, tokenizer.all_special_tokens])
-
-
 @contextlib.contextmanager
 def created(target: Path) -> Iterator[Path]:
     """Yields a temporary path at which the block creates a file or a folder, then moves it to `target`.

@@ -24,7 +24,7 @@ from jaxrlhf.config import (
     alias,
 )
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
-from jaxrlhf.data.cache import check_writable, default_cache, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.cache import check_writable, default_cache, hash_json
 from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
 from jaxrlhf.data.reading import Reading
@@ -32,7 +32,7 @@ from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_groups
 from jaxrlhf.data.sources import named_as
 from jaxrlhf.data.streaming import STREAMS, StreamSource, stream_shares
 from jaxrlhf.data.tokenized import SEQUENCES, Encoding, Part
-from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, with_template
+from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, tokenizer_fingerprint, with_template
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 
@@ -117,7 +117,7 @@ class DataConfig(Settings, may_change=True):
     """Batches of ppo and its relatives hold prompts of like lengths."""
     max_train_samples: NonNegativeInt = 0
     """Use at most this many training rows, chosen at random; 0: all."""
-    max_eval_samples: NonNegativeInt = 0
+    max_eval_samples: NonNegativeInt = 256
     """Use at most this many evaluation rows, chosen at random; 0: all."""
     streaming: bool = False
     """Read training rows as they are needed, for data that does not fit on the disk; requires max_steps."""
@@ -374,6 +374,9 @@ class Loader:
         """At most `limit` rows of all sources together, chosen at random; sources without rows are left out."""
         starts = np.cumsum([0, *(len(rows) for _, rows in chosen)])
         kept = limit_rows(np.arange(starts[-1]), limit, self.config.seed)
+        if label == "eval" and len(kept) < starts[-1]:
+            text = "evaluation: %d of the %d held-out rows, chosen at random; --max_eval_samples 0 takes all"
+            logger.info(text, len(kept), starts[-1])
         result: Chosen = []
         for (reading, rows), first in zip(chosen, starts, strict=False):
             own = kept[(kept >= first) & (kept < first + len(rows))] - first

@@ -1,12 +1,11 @@
 """Renders prompts and completions by the tokenizer's chat template: token ids, and masks of what is trained on.
 
 A prompt is a text or a list of messages, and so is a completion. The ids of a prompt end where the assistant's message
-begins; those of a response end with exactly one EOS. Training, generation and chat render in the same way.
+begins; those of a response end with one end id of the tokenizer. Training, generation and chat render in the same way.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.encoding import Encoded, SpecialTokens, Text, encode, encode_continuations
+from jaxrlhf.data.ends import closing_ids, end_ids, names_of, turn_of
 from jaxrlhf.data.renderer import (
     Message,
     Prompt,
@@ -22,7 +22,6 @@ from jaxrlhf.data.renderer import (
     RowProblem,
     Span,
     Tools,
-    renderer_of_transformers,
 )
 from jaxrlhf.data.tokenizer import check_tokenizer, start_ids
 from jaxrlhf.errors import InputError
@@ -124,7 +123,8 @@ def encode_rows(
         if not continues(head, whole)
     ]
     alone = iter(encode(tokenizer, rests, special))
-    finish = Finisher(tokenizer.eos_token_id, frozenset(special.names), train_on == "everything", renderer.has_marks)
+    ends, closing = closing_ids(tokenizer), end_ids(tokenizer)[0]
+    finish = Finisher(ends, closing, frozenset(special.names), train_on == "everything", renderer.has_marks)
     parts = zip(heads, wholes, strict=True)
     return [row if isinstance(row, str) else finish.row(row, *next(parts), alone) for row in rows]
 
@@ -136,9 +136,18 @@ def continues(head: Encoded, whole: Encoded) -> bool:
 
 @dataclass(frozen=True)
 class Finisher:
-    """Puts the ids and masks of rows together from encoded texts."""
+    """Puts the ids and masks of rows together from encoded texts.
 
-    eos: int
+    Attributes:
+        ends: the ids of which the first one ends a response.
+        closing: the id that ends a response without any.
+        special: the ids of the special tokens.
+        everything: train on all tokens.
+        has_marks: the chat template marks what is trained on.
+    """
+
+    ends: frozenset[int]
+    closing: int
     special: frozenset[int]
     everything: bool
     has_marks: bool
@@ -170,8 +179,9 @@ class Finisher:
             if not self.everything:
                 self.mark(mask, encoded, spans, last)
         ids = encoded.ids
-        end = ids.index(self.eos, last) if self.eos in ids[last:] else len(ids)
-        return [*ids[first:end], self.eos], [*mask[first:end], 1]
+        end = next((i for i in range(last, len(ids)) if ids[i] in self.ends), len(ids))
+        closing = ids[end] if end < len(ids) else self.closing
+        return [*ids[first:end], closing], [*mask[first:end], 1]
 
     def is_whole(self, row: RenderedRow, k: int) -> bool:
         """True when a completion is one message that is trained on from its first token to its last."""
@@ -184,50 +194,34 @@ class Finisher:
         )
 
     def mark(self, mask: list[int], encoded: Encoded, spans: list[Span], last: int) -> None:
-        """Sets the mask to 1 in the spans. A message that has no marks ends with its EOS, else with its last special
-        token; what follows is the template's. The one that begins at token `last` ends elsewhere."""
+        """Sets the mask to 1 in the spans. A message that has no marks ends with its end id, else with its last
+        special token; what follows is the template's. The one that begins at token `last` ends elsewhere."""
         for a, b in spans:
             first, end = encoded.tokens(max(a, 0), b)
             ids = encoded.ids[first:end]
             if not self.has_marks and first != last:
-                ends = [i for i, token in enumerate(ids) if token == self.eos][:1]
+                ends = [i for i, token in enumerate(ids) if token in self.ends][:1]
                 ends = ends or [i for i, token in enumerate(ids) if token in self.special][-1:]
                 end = first + ends[0] + 1 if ends else end
             mask[first:end] = [1] * (end - first)
 
 
-@functools.lru_cache(maxsize=16)
-def _around_response(template: str, names: tuple[tuple[str, str], ...], special: frozenset[str]) -> tuple[str, str]:
-    """The plain text that a chat template puts before and after a response, found with a probe."""
-    render = renderer_of_transformers()
-    probe = "\N{OBJECT REPLACEMENT CHARACTER}response\N{OBJECT REPLACEMENT CHARACTER}"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
-    options: dict[str, Any] = {"chat_template": template, **dict(names)}
-    try:
-        (prompt,), _ = render([messages[:1]], add_generation_prompt=True, **options)
-        (whole,), _ = render([messages], **options)
-    except Exception:  # a template that refuses even this leaves nothing to remove
-        return "", ""
-    if not whole.startswith(prompt) or probe not in whole[len(prompt) :]:
-        return "", ""
-    before, _, after = whole[len(prompt) :].partition(probe)
-    eos = dict(names).get("eos_token")
-    after = after.split(eos)[0] if eos else after
-    for token in special:
-        before, after = before.replace(token, ""), after.replace(token, "")
-    return before, after
-
-
 def plain_response(tokenizer: Any, text: str) -> str:
     """Removes from the decoded text of a response what the chat template puts around it."""
-    names = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    special = frozenset(SpecialTokens(tokenizer).names.values())
-    before, after = _around_response(tokenizer.chat_template, names, special)
+    turn = turn_of(tokenizer.chat_template, names_of(tokenizer))
+    ends = {tokenizer.convert_ids_to_tokens(i) for i in closing_ids(tokenizer)}
+    before, after = turn.before, turn.after
+    for token in ends:
+        after = after.partition(token)[0]
+    for token in SpecialTokens(tokenizer).names.values():
+        before, after = before.replace(token, ""), after.replace(token, "")
     return text.removeprefix(before).removesuffix(after)
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int] | np.ndarray, stop_strings: Sequence[str] = ()) -> str:
-    """Decodes a generated response, without special tokens, the stop string that ended it, and the template's text."""
+    """Decodes a generated response, without special tokens, the end id or stop string that ended it, and the
+    template's text."""
+    ids = ids[:-1] if len(ids) and int(ids[-1]) in end_ids(tokenizer) else ids
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     stop = next((s for s in stop_strings if text.endswith(s)), "")
     return plain_response(tokenizer, text.removesuffix(stop))

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from jaxrlhf.data.batches import Batch, Indices
-from jaxrlhf.data.cache import created, hash_json, tokenizer_fingerprint
+from jaxrlhf.data.cache import created, hash_json
 from jaxrlhf.data.formats import MISSING, look_up
 from jaxrlhf.data.messages import kind_of
 from jaxrlhf.data.order import epoch_units, stream_positions
 from jaxrlhf.data.rendering import encode_texts_as_documents
 from jaxrlhf.data.sources import named_as, resolve_source
 from jaxrlhf.data.tokenized import CHUNK
+from jaxrlhf.data.tokenizer import tokenizer_fingerprint
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxrlhf.config import Settings, alias
-from jaxrlhf.config.model_folder import adapter_base, is_adapter
-from jaxrlhf.data.cache import default_cache
+from jaxrlhf.data.cache import hash_json
+from jaxrlhf.data.ends import end_ids
 from jaxrlhf.data.files import first_line
-from jaxrlhf.data.sources import looks_like_path
+from jaxrlhf.data.tokenizer_files import read_tokenizer
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,58 +89,6 @@ def load_tokenizer(path: str | Path, template: TemplateConfig | None = None) -> 
     return with_template(read_tokenizer(path), template or TemplateConfig())
 
 
-def read_tokenizer(path: str | Path) -> Any:
-    """Loads a Hugging Face tokenizer as it is.
-
-    Args:
-        path: a local folder, a name on the hub, or "demo".
-
-    Raises:
-        InputError: the folder does not exist, or holds no readable tokenizer files, or the hub gives none.
-    """
-    import transformers
-
-    name = str(path)
-    folder = Path(name).expanduser()
-    if name == "demo" and not folder.is_dir():
-        from jaxrlhf.data.demo import materialize_demo
-
-        folder = materialize_demo(default_cache()).tokenizer
-    if not folder.is_dir() and (looks_like_path(name) or folder.exists()):
-        raise InputError(f"tokenizer folder '{name}': no such folder; check the path")
-    if folder.is_dir() and is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
-        return read_tokenizer(adapter_base(folder))
-    if folder.is_dir():
-        name = str(folder)
-        check_tokenizer_files(folder)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        where = (
-            "the folder's tokenizer files cannot be read"
-            if folder.is_dir()
-            else "neither a folder here nor a tokenizer that the hub gives"
-        )
-        raise InputError(
-            f"tokenizer '{name}': {where} ({first_line(error)}); give a folder with the tokenizer's files"
-        ) from error
-
-
-def check_tokenizer_files(folder: Path) -> None:
-    """Raises InputError when the folder holds no tokenizer file, or one with invalid JSON."""
-    present = [p for p in sorted(folder.iterdir()) if "token" in p.name or p.name in ("vocab.json", "vocab.txt")]
-    if not present:
-        raise InputError(
-            f"tokenizer folder '{folder}': holds no tokenizer files; copy tokenizer.json and its config there"
-        )
-    for path in present:
-        if path.suffix == ".json":
-            try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"{path}: not valid JSON ({error}); copy the tokenizer's files again") from error
-
-
 def with_template(tokenizer: Any, template: TemplateConfig) -> Any:
     """Returns a copy of the tokenizer with the chat template that the settings choose.
 
@@ -153,6 +101,8 @@ def with_template(tokenizer: Any, template: TemplateConfig) -> Any:
     """
     tokenizer = copy.copy(tokenizer)
     own = tokenizer.chat_template
+    if isinstance(own, dict):
+        tokenizer.named_templates = dict(own)  # an export keeps those that the run did not use
     if template.chat_template is not None:
         tokenizer.chat_template = chosen_template(tokenizer, template.chat_template)
     elif template.prompt_template != DEFAULT_TEMPLATE or not own:
@@ -177,7 +127,8 @@ def chosen_template(tokenizer: Any, name: str) -> str:
         add_special_tokens(tokenizer, BUILT_IN[name])
         text = (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
         return start_of_text(tokenizer) + text.rstrip("\n")
-    return named_template(own if isinstance(own, dict) else {"default": own} if own else {}, name)
+    named = getattr(tokenizer, "named_templates", {})
+    return named_template(named or ({"default": own} if own else {}), name)
 
 
 def named_template(templates: dict[str, str], name: str) -> str:
@@ -335,3 +286,16 @@ def pad_token_id(tokenizer: Any) -> int:
     """
     check_tokenizer(tokenizer)
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hashes everything that decides how a tokenizer encodes text."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.pop("truncation", None)  # calls set and unset both; our calls ask for neither
+        state.pop("padding", None)
+    else:
+        state = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+        state["init"] = {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k != "name_or_path"}
+    special = {"ends": end_ids(tokenizer), "bos": tokenizer.bos_token_id, "chat": tokenizer.chat_template}
+    return hash_json([state, special, tokenizer.all_special_tokens])

@@ -15,14 +15,15 @@ from jaxrlhf.config import (
     check_needs,
     default_of,
 )
-from jaxrlhf.data import Tokenizer, encode_stops, pad_token_id
+from jaxrlhf.data import Tokenizer, encode_stops, end_ids, pad_token_id
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import RewardsConfig
 from jaxrlhf.rl.algorithms import ALGORITHMS, OF_CRITIC, Algorithm
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.trainers.optimizer import OptimizerConfig, Schedule
-from jaxrlhf.trainers.settings import SharedConfig, StepOptions, TokenizerConfig
+from jaxrlhf.trainers.settings import SharedConfig, StepOptions
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 ZeroStage = MayChange[Literal[0, 1, 2, 3] | None]
 
@@ -228,10 +229,10 @@ class PPOConfig(PPOOptions, SharedConfig):
 
 
 def sampling_for(tokenizer: Tokenizer, sampling: SamplingConfig) -> SamplingConfig:
-    """The sampling with the tokenizer's EOS, padding, and the tokens of its stop strings."""
+    """The sampling with the tokenizer's end ids, padding, and the tokens of its stop strings."""
     return dataclasses.replace(
         sampling,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_ids(tokenizer),
         pad_token_id=pad_token_id(tokenizer),
         stop_sequences=encode_stops(tokenizer, sampling.stop_strings),
     )

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import keys
-from jaxrlhf.data import Tokenizer, with_template
+from jaxrlhf.data import Tokenizer, knows_model, vocabulary_size, with_template
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Model,
-    check_same_tokens,
+    check_same_rows,
+    check_tokenizer_fits,
     join,
     load_pretrained,
     merged,
@@ -25,7 +26,8 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.trainers.optimizer import make_schedule
-from jaxrlhf.trainers.settings import check_context, with_special_tokens, with_template_rows
+from jaxrlhf.trainers.settings import check_context, with_template_rows
+from jaxrlhf.trainers.tokenizers import check_reads_tokens, with_model_ends, with_special_tokens
 
 
 def _own(model: Model, zero_stage: int) -> Model:
@@ -55,8 +57,8 @@ class RLHFEngine:
         config: PPOConfig | None = None,
     ) -> None:
         self.config = config = PPOConfig() if config is None else config
-        has_template = hasattr(tokenizer, "chat_template")  # token ids alone suffice for a loop without text
-        self.tokenizer = with_template(tokenizer, config.data.template) if has_template else tokenizer
+        self._has_text = hasattr(tokenizer, "chat_template")  # token ids alone suffice for a loop without text
+        self.tokenizer = with_template(tokenizer, config.data.template) if self._has_text else tokenizer
         self.mesh = config.mesh.make_mesh()
         self.hyperparameters = config.hyperparameters(config.data.seed)
         actor, reward, critic = self._load(actor_model_name_or_path, critic_model_name_or_path)
@@ -82,10 +84,18 @@ class RLHFEngine:
         stage = config.compute.zero_stage
         critic_stage = stage if config.critic.critic_zero_stage is None else config.critic.critic_zero_stage
         actor = _own(actor, stage) if isinstance(actor, Model) else load(actor, zero_stage=stage)
-        actor = with_template_rows(actor, config.data, self.tokenizer)
+        if self._has_text:
+            if not knows_model(self.tokenizer):
+                self.tokenizer = with_model_ends(self.tokenizer, actor.config, of=" of the actor")
+            actor = with_template_rows(actor, config.data, self.tokenizer)
+            check_tokenizer_fits(vocabulary_size(self.tokenizer), actor.config, "the tokenizer", model="the actor")
+        names = ("the actor", "the reward model")
         if isinstance(reward, Model):
+            check_same_rows(actor.config, reward.config, names)
             reward = _own(reward, critic_stage)
         elif reward is not None:
+            if self._has_text:
+                check_reads_tokens(self.tokenizer, actor.config, reward, names)
             reward = load(reward, head="scalar", new_head=False, zero_stage=critic_stage)
         elif not config.rewards.reward_functions:
             raise InputError(
@@ -96,17 +106,20 @@ class RLHFEngine:
             key = keys.stream(config.data.seed, keys.Stream.CRITIC_HEAD)
             critic = _own(with_head(merged(actor), "scalar", key), critic_stage)
         scalar = critic if reward is None else reward
-        if scalar is not None:
-            check_same_tokens(actor.config, scalar.config, ("the actor", "the reward model"))
+        if self._has_text and scalar is not None:
+            size = vocabulary_size(self.tokenizer)
+            check_tokenizer_fits(size, scalar.config, "the tokenizer", model="the reward model")
         longest = config.data.max_prompt_seq_len + config.sampling.max_new_tokens
         for model, name in ((actor, "actor"), (scalar, "reward model")):
             if model is not None:
                 check_context(model.config, longest, f"max_prompt_seq_len + max_new_tokens for the {name}")
+        config.routers.check_models(*(model.config for model in (actor, critic) if model is not None))
         same = critic is reward
         actor = merged(with_special_tokens(with_kernels(actor, **kernels), self.tokenizer))
-        reward = None if reward is None else merged(with_kernels(reward, **kernels))
+        if reward is not None:
+            reward = merged(with_special_tokens(with_kernels(reward, **kernels), self.tokenizer))
         if critic is not None:
-            critic = reward if same else with_kernels(critic, **kernels)
+            critic = reward if same else with_special_tokens(with_kernels(critic, **kernels), self.tokenizer)
         return actor, reward, critic
 
     def models(self, state: PPOState) -> RLModels:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import lasting
 from jaxrlhf.config.files import write_json_atomic
-from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text, load_tokenizer
+from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
@@ -27,12 +27,13 @@ from jaxrlhf.rl.trainer import Metrics, PPOTrainer, Prompts, Record
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
-from jaxrlhf.trainers.loop import fit
+from jaxrlhf.trainers.loop import Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model
 from jaxrlhf.trainers.optimizer import updates_made
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, open_run
 from jaxrlhf.trainers.sft import sft_metrics, sft_sums
 from jaxrlhf.trainers.supervised import eval_step, evaluation_totals
+from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 # Mean |sampler − train log-prob| per token that rounding explains. Float32 on accelerators multiplies in fewer bits.
 LOGP_TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -142,11 +143,11 @@ class PPOTask:
         if trainer.rewards:
             reading = {"columns": train.columns(indices), "texts": train.prompt_texts(indices)}
         prompts = Prompts.of(train.batch(indices), **reading)
-        experience, scored = trainer.sample(state, prompts, trainer.rollout_plan(int(to_host(state.step))))
+        experience, scored, rewards = trainer.sample(state, prompts, trainer.rollout_plan(int(to_host(state.step))))
         rollout = self.config.rollout
         if rollout.sample_steps and (index + 1) % rollout.sample_steps == 0:
             first = jax.tree.map(lambda x: x[: rollout.num_sample_rows], experience)
-            self.show_samples("training samples", trainer.records(first), index + 1)
+            self.show_samples("training samples", trainer.records(first, rewards=rewards), index + 1)
         counts = self._counts(experience)
         text = self._text_batch(index)
         self._keep(experience, text)
@@ -201,21 +202,23 @@ class PPOTask:
 
     def show_samples(self, title: str, records: list[Record], step: int) -> None:
         if records:
-            rows = [[r["prompt"], r["response"], round(r["score"], 3), round(r["kl"], 2)] for r in records]
-            self.run.table(title, ("prompt", "response", "score", "KL"), rows, step)
+            names = list(records[0]["rewards"])
+            scores = [[round(value, 3) for value in (r["score"], *r["rewards"].values())] for r in records]
+            rows = [[r["prompt"], r["response"], *s, round(r["kl"], 2)] for r, s in zip(records, scores, strict=True)]
+            self.run.table(title, ("prompt", "response", "score", *names, "KL"), rows, step)
 
-    def evaluate(self, state: PPOState, done: int) -> Metrics:
+    def evaluate(self, state: PPOState, done: int, watch: Watch = unwatched) -> Metrics:
         """Scores responses to held-out prompts and compares them with those before training; loss of held-out text."""
         batch_size = self.config.run.per_device_eval_batch_size * self.devices
         baseline = self.baseline.read() if done else None
-        metrics, records = self.trainer.evaluate(state, self.data.held_out, batch_size, baseline)
+        metrics, records = self.trainer.evaluate(state, self.data.held_out, batch_size, baseline, watch)
         if done == 0:
             metrics["win_rate"] = 0.5  # the actor still is what it is compared with
             self.baseline.save(records)
         if self.data.held_out_text is not None:
             mesh = self.engine.mesh
             sums = partial(eval_step, state.actor_params, module=state.actor, mesh=mesh, measure=sft_sums)
-            totals = evaluation_totals(sums, self.data.held_out_text, batch_size, mesh)
+            totals = evaluation_totals(sums, self.data.held_out_text, batch_size, mesh, watch=watch)
             metrics["ptx_loss"] = sft_metrics(totals)["loss"]
         self.show_samples(HELD_OUT, records[: self.config.rollout.num_sample_rows], done)
         return metrics
@@ -279,12 +282,12 @@ def train_ppo(config: PPOConfig) -> PPOState:
     """
     actor, reward = check_models(config), config.models.reward_model_name_or_path
     config = joined(config)
-    with open_run(config.folder, config, config.run.logging_steps, HEADLINE) as run:
+    with open_run(config, config.run.logging_steps, HEADLINE) as run:
         for model in (actor, reward):
             check_base(config.lora, model)
-            if model is not None:
-                read_config(model)  # fails early when the model cannot be used
-        tokenizer = load_tokenizer(config.models.tokenizer.tokenizer_name_or_path or actor, config.data.template)
+        tokenizer = config.models.tokenizer.load(actor, config.data.template)
+        if reward is not None:  # fails early when the model cannot be used
+            check_reads_tokens(tokenizer, read_config(actor), reward, ("the actor", "the reward model"))
         rewards = config.rewards.rewards(run.print)
         data = read_data(config, tokenizer, rewards)
         rows = config.rollout_rows(batch_devices(config.mesh.make_mesh()))

@@ -24,7 +24,7 @@ from jaxrlhf.rl.rollouts import generate_in_pieces
 from jaxrlhf.rl.step import PPOState, ppo_step
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
-from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.loop import Announce, Watch, unwatched
 
 Metrics = dict[str, float]
 Each = Callable[[np.ndarray, Rollout], None]
@@ -70,6 +70,18 @@ class Record(TypedDict):
     """Tokens of the response."""
     ended: bool
     """True if the response ends with EOS or a stop sequence, False if it was cut off."""
+    rewards: dict[str, float]
+    """Scores of the reward functions and the reward model by name, before weighting; empty without functions."""
+
+
+class Sampled(NamedTuple):
+    """Scored samples."""
+
+    experience: Experience
+    metrics: Metrics
+    """Metrics and seconds by name."""
+    rewards: dict[str, np.ndarray]
+    """`[B]` scores of the reward functions and the reward model by name; empty without functions."""
 
 
 class RolloutPlan(NamedTuple):
@@ -145,7 +157,7 @@ class PPOTrainer:
 
     def sample(
         self, state: PPOState, prompts: Prompts, plan: RolloutPlan, hyperparameters: PPOHyperparameters | None = None
-    ) -> tuple[Experience, Metrics]:
+    ) -> Sampled:
         """Samples responses and scores them.
 
         Reward functions work on one piece while the next is generated, and on the last beside the models.
@@ -157,7 +169,7 @@ class PPOTrainer:
             hyperparameters: of the scoring programs; default: the state's.
 
         Returns:
-            The experience of B · samples_per_prompt rows, and its metrics and seconds by name.
+            The experience of B · samples_per_prompt rows, its metrics and its rewards.
         """
         n = plan.sampling.samples_per_prompt
         handles: list[tuple[np.ndarray, Any]] = []
@@ -176,10 +188,11 @@ class PPOTrainer:
         experience = jax.block_until_ready(self.score(state, jax.block_until_ready(rollout), h))
         end = time.monotonic()
         metrics = {"timing/generate": middle - begin, "timing/score": end - middle}
+        rewards: dict[str, np.ndarray] = {}
         if self.rewards:
-            experience, scored = self._with_functions(experience, handles)
+            experience, scored, rewards = self._with_functions(experience, handles)
             metrics |= scored | {"timing/reward_functions": time.monotonic() - end}
-        return experience, metrics
+        return Sampled(experience, metrics, rewards)
 
     def read(self, rollout: Rollout, prompts: Sequence[str] | None) -> tuple[Sequence[str], list[str]]:
         """Prompts and responses of a rollout as reward functions read them."""
@@ -190,10 +203,8 @@ class PPOTrainer:
             for ids, inside in zip(tokens, response_mask, strict=True)
         ]
 
-    def _with_functions(
-        self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]]
-    ) -> tuple[Experience, Metrics]:
-        """The experience with the weighted sum of all scores, rows without one masked out; and the parts' means."""
+    def _with_functions(self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]]) -> Sampled:
+        """The experience with the weighted sum of all scores, rows without one masked out; and the parts."""
         model = to_host(experience.scores)
         has_model = self.engine.frozen.reward is not None
         scores = self.config.rewards.reward_model_weight * model if has_model else np.zeros_like(model)
@@ -209,7 +220,8 @@ class PPOTrainer:
         metrics = {name: mean for name, mean in means.items() if mean is not None} | {"rewards/failures": failures}
         if has_model:
             metrics["rewards/reward_model"] = float(model.mean())
-        return experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh)), metrics
+            parts["reward_model"] = model
+        return Sampled(experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh)), metrics, parts)
 
     def texts(self, tokens: np.ndarray, mask: np.ndarray, response_mask: np.ndarray) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without special tokens, of host arrays `[B, T]`."""
@@ -256,7 +268,7 @@ class PPOTrainer:
         batch = Prompts.of(prompt_batch, columns=columns or {}, texts=prompts)
         state.hyperparameters.check_rows(len(batch.ids) * self.sampling.samples_per_prompt)
         self.config.check_pieces(len(batch.ids))
-        experience, metrics = self.sample(state, batch, self.rollout_plan(int(state.step)))
+        experience, metrics, _ = self.sample(state, batch, self.rollout_plan(int(state.step)))
         self.timing = {name: value for name, value in metrics.items() if name.startswith("timing/")}
         self._scored = {name: value for name, value in metrics.items() if name not in self.timing}
         return experience
@@ -277,7 +289,12 @@ class PPOTrainer:
         return metrics.get("loss/policy_avg", float("nan")), metrics.get("loss/value_avg", float("nan"))
 
     def evaluate(
-        self, state: PPOState, prompts: PromptData, batch_size: int, baseline: dict[int, float] | None = None
+        self,
+        state: PPOState,
+        prompts: PromptData,
+        batch_size: int,
+        baseline: dict[int, float] | None = None,
+        watch: Watch = unwatched,
     ) -> tuple[Metrics, list[Record]]:
         """Samples a response to every held-out prompt, always with the same keys.
 
@@ -286,6 +303,7 @@ class PPOTrainer:
             prompts: the held-out prompts.
             batch_size: rows at a time.
             baseline: scores by prompt number of another model's responses to the same prompts, for a win rate.
+            watch: gets the batches.
 
         Returns:
             Metrics, and one record per sample.
@@ -294,13 +312,13 @@ class PPOTrainer:
         key = keys.stream(self.config.data.seed, keys.Stream.EVALUATION)
         plan = RolloutPlan(key, dataclasses.replace(self.sampling, samples_per_prompt=1))
         records: list[Record] = []
-        for batch in eval_batches(prompts, batch_size):
+        for batch in watch(eval_batches(prompts, batch_size), -(-len(prompts) // batch_size)):
             index, reading = batch["index"], {}
             if self.rewards:
                 reading = {"columns": prompts.columns(index), "texts": prompts.prompt_texts(index)}
             chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **reading)
-            experience, _ = self.sample(state, chosen, plan, plain)
-            records += self.records(experience, batch["row_mask"], index)
+            experience, _, parts = self.sample(state, chosen, plan, plain)
+            records += self.records(experience, batch["row_mask"], index, parts)
         if not records:
             raise SharedError("evaluation: no response to a held-out prompt could be scored; see the messages above")
         scores = np.array([r["score"] for r in records])
@@ -317,7 +335,11 @@ class PPOTrainer:
         return metrics, records
 
     def records(
-        self, experience: Experience, row_mask: np.ndarray | None = None, index: np.ndarray | None = None
+        self,
+        experience: Experience,
+        row_mask: np.ndarray | None = None,
+        index: np.ndarray | None = None,
+        rewards: Mapping[str, np.ndarray] | None = None,
     ) -> list[Record]:
         """Describes every scored row.
 
@@ -325,6 +347,7 @@ class PPOTrainer:
             experience: B rows.
             row_mask: `[B]`: rows to describe; default: all that have a score.
             index: `[B]`: the rows' numbers; default: 0 … B-1.
+            rewards: as `Sampled` has them; at least B values each.
         """
         e = to_host(experience)
         prompts, responses = self.texts(e.tokens, e.mask, e.response_mask)
@@ -342,6 +365,7 @@ class PPOTrainer:
                 kl=float(gap.sum()),
                 length=len(response),
                 ended=self.sampling.ended(response),
+                rewards={name: float(values[b]) for name, values in (rewards or {}).items()},
             )
             records.append(record)
         return records

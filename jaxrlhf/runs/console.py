@@ -18,6 +18,8 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
+from jaxrlhf.config.secrets import redacted
+
 PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log file
 CELL_LINES = 6  # longer table cells are cut in the middle
 BAR_WIDTH = 24
@@ -109,9 +111,9 @@ class Console:
         )
 
     def print(self, text: str) -> None:
-        """Prints `text` as whole lines, above the progress line on a terminal."""
+        """Prints `text` as whole lines, above the progress line on a terminal; secrets in it are replaced."""
         self.last_print = time.monotonic()
-        self._rich.print(Text(plain_text(text)), soft_wrap=True)
+        self._rich.print(Text(plain_text(redacted(text))), soft_wrap=True)
 
     @contextlib.contextmanager
     def status(self, message: str) -> Iterator[None]:

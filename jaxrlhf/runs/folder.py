@@ -1,4 +1,4 @@
-"""The folder of a training run: settings, metrics, samples, TensorBoard events, summary, report; and its console."""
+"""The folder of a training run: settings, metrics, samples, summary, report; its console and its trackers."""
 
 import json
 import math
@@ -10,24 +10,25 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
-from jaxrlhf.config import Settings, save_yaml
+from jaxrlhf.config import Settings, save_yaml, to_dict
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
-from jaxrlhf.errors import InputError
+from jaxrlhf.config.secrets import redacted
+from jaxrlhf.errors import InputError, Interrupted
 from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
 from jaxrlhf.runs.console import Console, Progress, format_number
 from jaxrlhf.runs.storage import storage_errors
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from jaxrlhf.runs.trackers import TrackedRun, Trackers, TrackingConfig
+from jaxrlhf.runs.trackers.registry import IDS
 
 JSONL = ("metrics.jsonl", "samples.jsonl")
 RECORDS = (*JSONL, "summary.json")
-OWN_FILES = ("config.yaml", *RECORDS, "report.html")
+OWN_FILES = ("config.yaml", *RECORDS, "report.html", IDS)
+OWN_FOLDERS = ("tensorboard", "profile", "wandb")
 EXPORT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 SHOWN_WITHOUT_HEADLINE = 8
 SHOWN_ON_BAR = 4
@@ -49,9 +50,11 @@ class Run:
         logging_steps: Steps between console lines. Every record goes to the files.
         headline: Metrics on the console, in this order. Default: the first few.
         stream: Destination of the console. Default: stderr.
+        tracking: Trackers that get the metrics too.
 
     Raises:
-        InputError: The folder is a file, or holds a run or a model and neither `resume` nor `overwrite` is set.
+        InputError: The folder is a file, or holds a run or a model and neither `resume` nor `overwrite` is set; or a
+            tracker cannot be used.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Run:
         logging_steps: int = 1,
         headline: Sequence[str] = (),
         stream: TextIO | None = None,
+        tracking: TrackingConfig = TrackingConfig(),  # noqa: B008 - frozen
     ):
         self.output_dir = Path(output_dir)
         self.is_primary = jax.process_index() == 0
@@ -72,13 +76,15 @@ class Run:
         self.headline = tuple(headline)
         self.latest: dict[str, float | int | None] = {}
         self.console = Console(quiet or not self.is_primary, stream)
-        self._tensorboard: SummaryWriter | None = None
-        self._purge_step: int | None = None
         self._closed = False
         self._config, self._resume, self._overwrite = config, resume, overwrite
         self._begun = not self.is_primary
+        self._trackers: Trackers | None = None
         if self.is_primary:
             _check_folder(self.output_dir, resume, overwrite)
+            name = tracking.run_name or self.output_dir.resolve().name
+            tracked = TrackedRun(self.output_dir, name, tracking.project, redacted(to_dict(config)))
+            self._trackers = Trackers(tracking, tracked, self.print)
 
     def begin(self) -> None:
         """Prepares the folder and writes `config.yaml`. The first record does it too.
@@ -110,15 +116,15 @@ class Run:
             self.close()
             return
         try:
-            self.close()
+            self.close(failed=not isinstance(error, Interrupted))
         except (OSError, ValueError) as second:  # the user needs to see the error that ended the run, not this one
             self.console.print(f"report.html is not written: {second}")
 
     def log(self, step: int, metrics: Mapping[str, object]) -> None:
-        """Records the metrics of a step in metrics.jsonl and TensorBoard, and prints them every `logging_steps`.
+        """Records the metrics of a step in metrics.jsonl and the trackers, and prints them every `logging_steps`.
 
-        Numbers keep seven significant digits. NaN and infinities become null; TensorBoard does not get them. A killed
-        process loses no record.
+        Numbers keep seven significant digits. NaN and infinities become null; trackers do not get them. A killed
+        process loses no record of metrics.jsonl.
 
         Args:
             step: Number of finished steps.
@@ -129,26 +135,26 @@ class Run:
         """
         values = {name: _number(name, value) for name, value in metrics.items()}
         self.latest.update(values)
-        if self.is_primary:
+        if self._trackers is not None:
             self._append("metrics.jsonl", {"step": int(step), "time": round(time.time(), 3), **values})
-            writer = self._event_writer()
-            for name, value in values.items():
-                if value is not None:
-                    writer.add_scalar(name, value, int(step))
+            self._trackers.log(int(step), values)
         self._show(int(step), values)
 
     def rewind(self, step: int) -> None:
         """Drops metrics and samples after `step`, the step of the checkpoint from which the run resumes."""
         self.begin()
-        if not self.is_primary:
+        if self._trackers is None:
             return
-        self._close_tensorboard()
+        dropped: list[dict[str, Any]] = []
         with self._storage("rewind the records"):
             for path in (self.output_dir / name for name in JSONL):
                 if path.exists():
-                    kept = [record for record in read_jsonl(path) if record["step"] <= step]
+                    records = read_jsonl(path)
+                    kept = [record for record in records if record["step"] <= step]
+                    dropped += [record for record in records if record["step"] > step]
                     write_text_atomic(path, "".join(_json_line(record) for record in kept))
-        self._purge_step = int(step) + 1
+        sent = ((r["step"], name) for r in dropped for name in ([r["title"]] if "title" in r else r))
+        self._trackers.rewind(int(step), sent)
 
     def print(self, text: str) -> None:
         """Prints `text` above the progress line."""
@@ -158,9 +164,11 @@ class Run:
         """Shows what a block does, and afterwards how long it took."""
         return self.console.status(message)
 
-    def progress(self, total: int | None, initial: int = 0, description: str = "") -> AbstractContextManager[Progress]:
-        """Shows rate, remaining time and the latest headline metrics of a loop that calls `.update()` for each step."""
-        return self.console.progress(total, initial, description)
+    def progress(
+        self, total: int | None, initial: int = 0, description: str = "", **options: Any
+    ) -> AbstractContextManager[Progress]:
+        """Shows the progress of a loop that calls `.update()` for each step. `options` as in `Console.progress`."""
+        return self.console.progress(total, initial, description, **options)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], step: int) -> None:
         """Prints a table of samples and keeps it, uncut, in samples.jsonl for the report.
@@ -178,9 +186,10 @@ class Run:
         wrong = next((row for row in plain if len(row) != len(columns)), None)
         if wrong is not None:
             raise ValueError(f"table {title!r}: a row has {len(wrong)} cells, not {len(columns)}: {wrong}")
-        if self.is_primary:
+        if self._trackers is not None:
             record = {"step": int(step), "time": round(time.time(), 3), "title": title, "columns": list(columns)}
             self._append("samples.jsonl", {**record, "rows": plain})
+            self._trackers.table(int(step), title, columns, plain)
         self.console.table(f"{title} (step {step})", columns, plain)
 
     def write_summary(self, values: Mapping[str, object]) -> None:
@@ -194,17 +203,26 @@ class Run:
             with self._storage("write summary.json"):
                 write_json_atomic(self.output_dir / "summary.json", dict(values))
 
-    def close(self) -> None:
-        """Writes `report.html`. A second call does nothing."""
+    def close(self, failed: bool = False) -> None:
+        """Writes `report.html` and ends the run in its trackers. A second call does nothing.
+
+        Args:
+            failed: An error ends the run.
+        """
         if self._closed:
             return
         self._closed = True
-        self._close_tensorboard()
-        if self.is_primary and self._begun and (self.output_dir / "metrics.jsonl").exists():
-            from jaxrlhf.runs.report import write_report
+        if self._trackers is None:
+            return
+        report: Path | None = None
+        try:
+            if self._begun and (self.output_dir / "metrics.jsonl").exists():
+                from jaxrlhf.runs.report import write_report
 
-            with self._storage("write report.html"):
-                write_report(self.output_dir)
+                with self._storage("write report.html"):
+                    report = write_report(self.output_dir)
+        finally:
+            self._trackers.finish(report, failed)
 
     def _show(self, step: int, values: dict[str, float | int | None]) -> None:
         """Prints the headline of a step if it is due, and puts the latest one on the progress line."""
@@ -228,20 +246,6 @@ class Run:
         self.begin()
         with self._storage(f"write {name}"), open(self.output_dir / name, "a", encoding="utf-8") as file:
             file.write(_json_line(record))
-
-    def _event_writer(self) -> "SummaryWriter":
-        if self._tensorboard is None:
-            from tensorboardX import SummaryWriter
-
-            with self._storage("write TensorBoard events"):
-                folder = str(self.output_dir / "tensorboard")
-                self._tensorboard = SummaryWriter(logdir=folder, purge_step=self._purge_step, flush_secs=10)
-        return self._tensorboard
-
-    def _close_tensorboard(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
 
 
 def peak_memory_bytes() -> dict[str, int | None]:
@@ -280,7 +284,7 @@ def _delete_run(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name in OWN_FILES:
             path.unlink()
-        elif path.is_dir() and (path.name == "tensorboard" or FINAL.match(path.name)):  # unfinished ones too
+        elif path.is_dir() and (path.name in OWN_FOLDERS or FINAL.match(path.name)):  # unfinished ones too
             shutil.rmtree(path)
 
 

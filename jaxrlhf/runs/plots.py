@@ -94,14 +94,15 @@ def draw(curves: Sequence[Curve], number: int) -> str:
     return _inline(buffer.getvalue(), f"p{number}-").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def draw_histogram(counts: Sequence[int], edges: Sequence[float], number: int, name: str) -> str:
+def draw_histogram(counts: Sequence[int], edges: Sequence[float], number: int, name: str, label: str = "tokens") -> str:
     """Draws bars as an `<svg>` element.
 
     Args:
         counts: Height of each bar.
         edges: Bounds of the intervals, one more than bars.
         number: Number of the plot on the page, which makes its ids unique.
-        name: What is counted, for the label.
+        name: What is counted, for the figure's description.
+        label: Label of the axis.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -109,13 +110,13 @@ def draw_histogram(counts: Sequence[int], edges: Sequence[float], number: int, n
 
     with rc_context(fname=Path(__file__).with_suffix(".mplstyle")):
         canvas = FigureCanvasSVG(Figure())
-        axes = canvas.figure.add_subplot(xlabel="tokens")
+        axes = canvas.figure.add_subplot(xlabel=label)
         axes.stairs(counts, edges, fill=True, color=SERIES[0])
         axes.set_ylim(bottom=0)
         buffer = io.StringIO()
         canvas.print_svg(buffer)
-    label = html.escape(f"{name}: rows by tokens")
-    return _inline(buffer.getvalue(), f"p{number}-").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    described = html.escape(f"{name}: rows by {label}")
+    return _inline(buffer.getvalue(), f"p{number}-").replace("<svg", f'<svg role="img" aria-label="{described}"', 1)
 
 
 def _draw_curve(axes: "Axes", curve: Curve, colour: str) -> None:

@@ -22,7 +22,6 @@ from jaxrlhf.models import (
     Decoder,
     Model,
     base_leaves,
-    check_same_tokens,
     frozen_copy,
     frozen_stage,
     load_pretrained,
@@ -40,6 +39,7 @@ from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.pairs import SIDES, Sides, pair_count, pair_mask, read_pairs
 from jaxrlhf.trainers.settings import StepOptions, check_context
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
+from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 PyTree = Any
 
@@ -181,7 +181,7 @@ def add_reference(config: DPOConfig, run: Run, model: Model, mesh: Mesh) -> Call
 
 
 def load_reference(config: DPOConfig, path: str, model: Model, mesh: Mesh) -> Model:
-    """Loads a reference of its own. Raises InputError when it reads other tokens or has too few positions."""
+    """Loads a reference of its own. Raises InputError when it has too few positions."""
     reference = load_pretrained(
         path,
         mesh=mesh,
@@ -189,15 +189,21 @@ def load_reference(config: DPOConfig, path: str, model: Model, mesh: Mesh) -> Mo
         zero_stage=config.compute.zero_stage,
         progress=is_primary(),
     )
-    check_same_tokens(reference.config, model.config, (f"reference_model_name_or_path={path}", "the model to train"))
     check_context(reference.config, config.data.max_length, "max_length for the reference model")
     return with_kernels(reference, **config.compute.kernels)
+
+
+def check_reference(config: DPOConfig, path: str) -> None:
+    """Raises InputError when a reference of its own reads other tokens than the model to train."""
+    tokenizer, model = config.model.load_tokenizer(config.data.template), config.model.model_name_or_path
+    shape = read_config(path if model is None else model)
+    check_reads_tokens(tokenizer, shape, path, ("the model to train", f"reference_model_name_or_path={path}"))
 
 
 def train_dpo(config: DPOConfig) -> TrainState:
     """Runs DPO; the trained model lies in the run's folder afterwards."""
     if config.reference_model_name_or_path is not None:
-        read_config(config.reference_model_name_or_path)  # fails early when the model cannot be used
+        check_reference(config, config.reference_model_name_or_path)  # fails early when the model cannot be used
     loss, measure = objective(config.loss_type, config.beta, config.label_smoothing)
     recipe = Recipe(
         name="dpo",

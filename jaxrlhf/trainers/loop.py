@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.config.files import read_jsonl
+from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
 from jaxrlhf.errors import InputError, Interrupted, SharedError, TrainingDiverged
 from jaxrlhf.models import ModelCard
@@ -28,7 +29,25 @@ from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import RunConfig
 
 State = TypeVar("State")
+Item = TypeVar("Item")
 Metrics = dict[str, Any]
+
+
+class Watch(Protocol):
+    """Passes on the batches of an evaluation: shows its progress, and ends it when the run is asked to stop."""
+
+    def __call__(self, batches: Iterable[Item], total: int) -> Iterator[Item]:
+        """Yields `batches`, of which there are `total`."""
+        ...
+
+
+def unwatched(batches: Iterable[Item], total: int) -> Iterator[Item]:
+    """Yields the batches and does nothing else."""
+    yield from batches
+
+
+class EvaluationStopped(Exception):
+    """The run was asked to stop during an evaluation."""
 
 
 class Task(Protocol[State]):
@@ -58,8 +77,8 @@ class Task(Protocol[State]):
         """Runs step `index` (from 0); returns the new state and its metrics."""
         ...
 
-    def evaluate(self, state: State, done: int) -> Metrics:
-        """Evaluates after `done` steps; returns metrics without the prefix `eval/`."""
+    def evaluate(self, state: State, done: int, watch: Watch = unwatched) -> Metrics:
+        """Evaluates after `done` steps; returns metrics without the prefix `eval/`. `watch` gets its batches."""
         ...
 
     def export(self, state: State, card: ModelCard) -> None:
@@ -83,7 +102,7 @@ def resume_or_start(run: Run, task: Task[State], state: State, resume: bool) -> 
         state, metadata = restore_checkpoint(path, state)
     changed = [
         f"{name}: {metadata['identity'].get(name)!r} then, {value!r} now"
-        for name, value in task.identity.items()
+        for name, value in redacted(task.identity).items()
         if metadata["identity"].get(name) != value
     ]
     if changed:
@@ -115,7 +134,8 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
         resume: continue from the newest checkpoint.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM to any process; the current step is finished and a checkpoint saved.
+        Interrupted: after SIGINT or SIGTERM to any process; the current step, or batch of an evaluation, is finished
+            and a checkpoint saved.
         SharedError: as the task raises it (by a reward function, say); a checkpoint is saved first.
         TrainingDiverged: when several steps in a row had no finite update.
     """
@@ -123,14 +143,13 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
     run.begin()
     check_shared(run.output_dir, "config.yaml")
     begin = time.monotonic()
-    loop = _Loop(run, config, task, start)
-    if start == 0 or (start == task.total_steps and not evaluated(run, start)):
-        loop.evaluate(state, start)
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
+        loop = _Loop(run, config, task, start, stopped)
+        loop.evaluate_at_start(state)
         for index in range(start, task.total_steps):
             state = loop.step(state, index)
             bar.update()
-            loop.finish_step(state, index + 1, stopped)
+            loop.finish_step(state, index + 1)
     best = loop.best.step
     if config.export_best and best not in (None, task.total_steps):
         with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
@@ -138,7 +157,8 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
     with run.status(f"exporting the model to {run.output_dir}…"):
         metrics = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
         shown = metrics["eval_best" if config.export_best else "eval_after"]
-        card = ModelCard(task.name, task.title, task.base_model, task.data_names, task.total_steps, shown)
+        base, data = redacted((task.base_model, task.data_names))
+        card = ModelCard(task.name, task.title, base, data, task.total_steps, shown)
         task.export(state, card)
     seconds = time.monotonic() - begin
     run.write_summary(
@@ -151,8 +171,8 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
 class _Loop(Generic[State]):
     """One pass through the steps of a task: what surrounds each of them."""
 
-    def __init__(self, run: Run, config: RunConfig, task: Task[State], start: int) -> None:
-        self.run, self.config, self.task, self.start = run, config, task, start
+    def __init__(self, run: Run, config: RunConfig, task: Task[State], start: int, stopped: Callable[[], bool]) -> None:
+        self.run, self.config, self.task, self.start, self.stopped = run, config, task, start, stopped
         self.best = best_before(run, task.best, start)
         self.guard = Guard(run, config.max_skipped_steps, task.last_batch)
 
@@ -164,15 +184,27 @@ class _Loop(Generic[State]):
         self.guard.check(metrics, index + 1)
         return state
 
-    def finish_step(self, state: State, done: int, stopped: Callable[[], bool]) -> None:
+    def evaluate_at_start(self, state: State) -> None:
+        """Evaluates before the first step, and after a resume what the stopped run did not get to."""
+        if self.start == 0:
+            self.evaluate(state, 0)
+        elif self.is_evaluated_at(self.start) and not evaluated(self.run, self.start):
+            value = self.evaluate(state, self.start)
+            if self.best.is_worse_than(value, self.task.best[1]):
+                self.best = Best(self.start, value)
+
+    def is_evaluated_at(self, done: int) -> bool:
+        """True for the steps after which an evaluation is due."""
+        return done == self.task.total_steps or bool(self.config.eval_steps and done % self.config.eval_steps == 0)
+
+    def finish_step(self, state: State, done: int) -> None:
         """Evaluates and saves where it is due; raises what ends the run after this step."""
         last, value = done == self.task.total_steps, None
-        if last or (self.config.eval_steps and done % self.config.eval_steps == 0):
+        if self.is_evaluated_at(done):
             with self.saved_before_errors(state, done):
-                self.evaluate(state, done)
-            value = self.run.latest[f"eval/{self.task.best[0]}"]
+                value = self.evaluate(state, done)
         improved = self.best.is_worse_than(value, self.task.best[1])
-        stop = any(gather("ending a step", stopped()))
+        stop = any(gather("ending a step", self.stopped()))
         due = improved or (self.config.save_steps and done % self.config.save_steps == 0)
         # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
         if last or stop or self.guard.given_up or (due and not self.guard.in_a_row):
@@ -183,12 +215,29 @@ class _Loop(Generic[State]):
         if stop and not last:
             raise Interrupted(f"stopped after step {done}; continue with --resume")
 
-    def evaluate(self, state: State, done: int) -> None:
-        self.run.log(done, {f"eval/{name}": value for name, value in self.task.evaluate(state, done).items()})
+    def evaluate(self, state: State, done: int) -> float | None:
+        """Logs an evaluation; returns the metric that decides which is best. Raises Interrupted as `fit` does."""
+        try:
+            metrics = self.task.evaluate(state, done, self.watch)
+        except EvaluationStopped:
+            if done > self.start and not self.guard.in_a_row:
+                self.save(state, done, self.config.save_total_limit)
+            when = f"after step {done}" if done else "before the first step"
+            raise Interrupted(f"stopped during the evaluation {when}; continue with --resume") from None
+        self.run.log(done, {f"eval/{name}": value for name, value in metrics.items()})
+        value = self.run.latest[f"eval/{self.task.best[0]}"]
+        return None if value is None else float(value)
+
+    def watch(self, batches: Iterable[Item], total: int) -> Iterator[Item]:
+        with self.run.progress(total, description="evaluation", unit="batch", transient=True) as bar:
+            for batch in bar.over(batches):
+                if any(gather("evaluating a batch", self.stopped())):
+                    raise EvaluationStopped
+                yield batch
 
     def save(self, state: State, done: int, keep_last: int) -> None:
         with self.run.status(f"saving checkpoint-{done}…"):
-            metadata = {"identity": self.task.identity, "exports": self.task.exports}
+            metadata = {"identity": redacted(self.task.identity), "exports": self.task.exports}
             save_checkpoint(self.run.output_dir, done, state, metadata, keep_last, keep={self.best.step})
 
     @contextmanager

@@ -24,6 +24,7 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
+from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def export_model(
     if adapter:
         save_adapter(model, folder / "adapter", base)
         if is_primary():
-            tokenizer.save_pretrained(folder / "adapter")
+            save_tokenizer(tokenizer, folder / "adapter")
     if not adapter or export == "both":
         save_pretrained(model, folder, tokenizer, **save_options)
 
@@ -96,5 +97,6 @@ def describe_model(model: Model, **more: Any) -> dict[str, Any]:
     """Describes parameters in a checkpoint for `jaxrlhf convert`, as JSON values."""
     head, lora = model.module.head, model.module.lora
     adapters = {} if lora is None else {"lora": dataclasses.asdict(lora) | {"targets": list(lora.targets)}}
-    score = {name: getattr(model.config, name) for name in SCORE_FIELDS}
-    return {"head": head, "config": config_to_dict(model.config, head), "score": score} | adapters | more
+    described = {"head": head, "config": config_to_dict(model.config, head)}
+    described |= {"score": {name: getattr(model.config, name) for name in SCORE_FIELDS}}
+    return described | {"generation_config": model.config.generation_config} | adapters | more

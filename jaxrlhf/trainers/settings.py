@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PathName, PositiveInt, Settings, alias, check_needs
-from jaxrlhf.data import DataConfig, Tokenizer
+from jaxrlhf.data import DataConfig, TemplateConfig, Tokenizer, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -27,10 +27,12 @@ from jaxrlhf.models import (
     with_kernels,
     without_score_offset,
 )
-from jaxrlhf.runs import Run
+from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+from jaxrlhf.trainers.routers import RouterOptions
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ class MeshConfig(Settings, may_change=True):
     """Devices that parameters and optimizer state are sharded over; -1: all remaining devices."""
     mesh_tensor: int = 1
     """Devices that heads and MLP are split over."""
+    mesh_expert: int = 1
+    """Devices that the experts of a sparse model are split over; they split the batch too."""
     dtype: Lasting[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
 
@@ -55,7 +59,7 @@ class MeshConfig(Settings, may_change=True):
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
     def make_mesh(self) -> Mesh:
-        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
+        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor, self.mesh_expert)
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,15 @@ class ComputeConfig(Settings):
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
     CPU); auto: the fastest one measured."""
+    expert_implementation: Literal["auto", "ragged", "dense"] = "auto"
+    """Experts of sparse models: ragged, on tokens sorted by expert; dense, every expert on every token; auto: ragged
+    where XLA or JAX has an efficient form of it."""
 
     @property
     def kernels(self) -> dict[str, str]:
         """Arguments of `jaxrlhf.models.with_kernels`."""
-        return {name: getattr(self, name) for name in ("attention_implementation", "logprob_implementation")}
-
-
-@dataclass(frozen=True)
-class TokenizerConfig(Settings, may_change=True):
-    """The tokenizer."""
-
-    tokenizer_name_or_path: PathName[str | None] = None
-    """Tokenizer folder or hub name, or 'demo'; default: the model's own."""
+        names = ("attention_implementation", "logprob_implementation", "expert_implementation")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,11 @@ class ModelConfig(Settings):
         if model is None and tokenizer is None:
             raise InputError("model_type starts from random weights, so tokenizer_name_or_path must name a tokenizer")
         return str(tokenizer or model)
+
+    def load_tokenizer(self, template: TemplateConfig) -> Tokenizer:
+        """Loads the tokenizer, as `TokenizerConfig.load` does. Raises InputError as `tokenizer_source` does too."""
+        self.tokenizer_source  # noqa: B018 - refuses contradictory flags
+        return self.tokenizer.load(self.model_name_or_path, template)
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,7 @@ class SharedConfig(Settings):
 
     data: DataConfig = DataConfig()
     folder: FolderConfig = FolderConfig()
+    tracking: TrackingConfig = TrackingConfig()
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
     process: ProcessConfig = ProcessConfig()
@@ -216,6 +222,7 @@ class StepOptions(Settings):
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAOptions = LoRAOptions()
+    routers: RouterOptions = RouterOptions()
 
     def check(self) -> None:
         check_needs(self, dict.fromkeys(("lora_alpha", "lora_dropout", "lora_export"), "lora_r"))
@@ -223,7 +230,7 @@ class StepOptions(Settings):
 
 def batch_devices(mesh: Mesh) -> int:
     """Devices that the rows of a batch are split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, *, remat: str = "none") -> Model:
@@ -241,11 +248,11 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, 
             built-in chat template adds them.
     """
     start, key = config.model.start, keys.stream(config.data.seed, keys.Stream.WEIGHTS)
-    vocab_size = len(tokenizer)
+    vocab_size = vocabulary_size(tokenizer)
     layout = {"dtype": config.mesh.compute_dtype, "remat": remat, "zero_stage": config.compute.zero_stage}
     if start.model_type is not None:
         options = {"model_type": start.model_type, "vocab_size": vocab_size, **start.config_overrides}
-        shape = config_from_dict(options, f"config_overrides of {start.model_type}")
+        shape = config_from_dict(options, f"config_overrides of {start.model_type}", strict=True)
         model = create_model(shape, head=head, key=key, mesh=mesh, **layout)
     else:
         path = str(config.model.model_name_or_path)
@@ -264,24 +271,17 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, 
 
 def with_template_rows(model: Model, data: DataConfig, tokenizer: Tokenizer) -> Model:
     """The model with a row for each token that a built-in chat template has added to the tokenizer."""
-    missing = len(tokenizer) - model.config.vocab_size if data.template.adds_tokens else 0
+    missing = vocabulary_size(tokenizer) - model.config.vocab_size if data.template.adds_tokens else 0
     if missing <= 0:
         return model
     name = data.template.chat_template
     logger.info("chat_template %s: %d rows added to the model, for the tokens that the template needs", name, missing)
-    return resize_vocabulary(model, len(tokenizer))
+    return resize_vocabulary(model, model.config.vocab_size + missing)
 
 
 def without_dropout(model: Model) -> Model:
     """The same model with every dropout rate 0."""
     config = model.config.replace(embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
-    return dataclasses.replace(model, module=model.module.clone(config=config), config=config)
-
-
-def with_special_tokens(model: Model, tokenizer: Tokenizer) -> Model:
-    """The model with the tokenizer's special ids in its config, so that the export generates and scores alike."""
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = model.config.replace(**{name: value for name, value in ids.items() if value is not None})
     return dataclasses.replace(model, module=model.module.clone(config=config), config=config)
 
 
@@ -291,8 +291,9 @@ def check_context(config: DecoderConfig, length: int, what: str) -> None:
         raise InputError(f"{what} of {length} tokens exceeds the model's context of {config.max_positions}; lower it")
 
 
-def open_run(folder: FolderConfig, config: Settings, logging_steps: int, headline: tuple[str, ...]) -> Run:
+def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]) -> Run:
     """Opens the run's folder, a context manager. Raises InputError when none is named or it already holds a run."""
+    folder = config.folder
     if not folder.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
     return Run(
@@ -302,4 +303,5 @@ def open_run(folder: FolderConfig, config: Settings, logging_steps: int, headlin
         overwrite=folder.overwrite_output_dir,
         logging_steps=logging_steps,
         headline=headline,
+        tracking=config.tracking,
     )

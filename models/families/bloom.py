@@ -5,9 +5,7 @@ from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, bias_interleaved
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
-    hidden, heads = hf.width_and_heads(
-        hf.spelling("n_embed", "hidden_size"), hf.spelling("n_head", "num_attention_heads")
-    )
+    hidden, heads = hf.width_and_heads("hidden_size", "n_head")
     hf.refuse_unless("n_inner", 4 * hidden)
     for name in ("pretraining_tp", "slow_but_exact", "attention_softmax_in_fp32"):
         hf.take(name)  # numerics: how partial sums were once split and rounded
@@ -17,7 +15,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     return DecoderConfig(
         family="bloom",
         hidden_size=hidden,
-        num_layers=hf.size(hf.spelling("n_layer", "num_hidden_layers")),
+        num_layers=hf.size("n_layer"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
@@ -25,12 +23,12 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         max_positions=hf.size("seq_length", 2048),
         position="alibi",
         embed_norm=True,
-        norm_eps=hf.take("layer_norm_epsilon", 1e-5),
+        norm_eps=hf.positive("layer_norm_epsilon", 1e-5),
         residual_from_norm=hf.take("apply_residual_connection_post_layernorm", False),
         activation="gelu_new",
         tie_embeddings=hf.take("tie_word_embeddings", True),
-        attention_dropout=hf.take("attention_dropout", 0.0),
-        residual_dropout=hf.take("hidden_dropout", 0.0),
+        attention_dropout=hf.rate("attention_dropout", 0.0),
+        residual_dropout=hf.rate("hidden_dropout", 0.0),
         initializer_range=hf.take("initializer_range", 0.02),
         **hf.common(bos=1, eos=2),
     )
@@ -60,6 +58,7 @@ BLOOM = Family(
     prefix="transformer",
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
+    aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
     tensors=(
         Tensor("transformer.word_embeddings.weight", "embed/embedding"),
         Tensor("transformer.word_embeddings_layernorm.weight", "embed_norm/scale"),

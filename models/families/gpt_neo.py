@@ -1,14 +1,29 @@
 """GPT-Neo: learned positions, unscaled attention, local windows alternating with global layers."""
 
+from typing import Any
+
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, common_to_hf, linear
+
+
+def _kinds(types: list[Any], layers: int) -> list[str]:
+    """The kind of each layer; more than `layers` or none of them when `types` is malformed."""
+    kinds: list[str] = []
+    for group in types:
+        match group:
+            case [[*names], int(times)] if times <= layers and all(isinstance(name, str) for name in names):
+                kinds += names * times
+            case _:
+                return []
+    return kinds
 
 
 def _windows_from_hf(hf: HFConfig, layers: int) -> tuple[int, ...] | None:
     window = hf.size("window_size", 256)
     types = hf.take("attention_types", [[["global", "local"], 12]])
-    kinds = [kind for names, times in types for _ in range(times) for kind in names]
-    hf.refuse_unless("attention_layers", kinds)  # the same list, written out
+    kinds = _kinds(types, layers)
+    if kinds:
+        hf.refuse_unless("attention_layers", kinds)  # the same list, written out
     if len(kinds) != layers or set(kinds) - {"global", "local"}:
         raise hf.refuse("attention_types", types, f"it must name {layers} layers, each 'global' or 'local'")
     return tuple(window if kind == "local" else 0 for kind in kinds) if "local" in kinds else None
@@ -16,6 +31,9 @@ def _windows_from_hf(hf: HFConfig, layers: int) -> tuple[int, ...] | None:
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hidden, heads = hf.width_and_heads("hidden_size", "num_heads")
+    for name in ("rotary", "rotary_dim", "rotary_pct", "rotary_emb_base"):
+        if value := hf.take(name):
+            raise hf.refuse(name, value, "this is GPT-J in its first form; load a copy whose model_type is gptj")
     for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"):
         hf.take(f"summary_{name}")  # of heads that these models do not have
     hf.take("classifier_dropout")  # of the token classification head
@@ -29,15 +47,15 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         head_dim=hidden // heads,
         intermediate_size=hf.size("intermediate_size", 4 * hidden),
         max_positions=hf.size("max_position_embeddings", 2048),
-        norm_eps=hf.take("layer_norm_epsilon", 1e-5),
+        norm_eps=hf.positive("layer_norm_epsilon", 1e-5),
         activation=hf.activation("activation_function", "gelu_new"),
         qkv_bias=False,
         attention_scale=1.0,
         windows=_windows_from_hf(hf, layers),
         tie_embeddings=hf.take("tie_word_embeddings", True),
-        embed_dropout=hf.take("embed_dropout", 0.0),
-        attention_dropout=hf.take("attention_dropout", 0.0),
-        residual_dropout=hf.take("resid_dropout", 0.0),
+        embed_dropout=hf.rate("embed_dropout", 0.0),
+        attention_dropout=hf.rate("attention_dropout", 0.0),
+        residual_dropout=hf.rate("resid_dropout", 0.0),
         initializer_range=hf.take("initializer_range", 0.02),
         **hf.common(bos=50256, eos=50256),
     )
@@ -50,7 +68,7 @@ def config_to_hf(c: DecoderConfig) -> dict[str, object]:
         "hidden_size": c.hidden_size,
         "num_layers": c.num_layers,
         "num_heads": c.num_heads,
-        "intermediate_size": c.intermediate_size,
+        "intermediate_size": None if c.intermediate_size == 4 * c.hidden_size else c.intermediate_size,
         "max_position_embeddings": c.max_positions,
         "layer_norm_epsilon": c.norm_eps,
         "activation_function": c.activation,
@@ -74,6 +92,7 @@ GPT_NEO = Family(
     prefix="transformer",
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
+    aliases={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
     tensors=(
         Tensor("transformer.wte.weight", "embed/embedding"),
         Tensor("transformer.wpe.weight", "embed_positions/embedding"),

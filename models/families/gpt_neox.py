@@ -1,5 +1,7 @@
 """GPT-NeoX and Pythia: partial rotary positions, parallel residual with two norms (or sequential), interleaved QKV."""
 
+from typing import Any
+
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.rope import rope_from_hf, rope_to_hf
 from jaxrlhf.models.hf.mapping import (
@@ -13,6 +15,28 @@ from jaxrlhf.models.hf.mapping import (
     linear_grouped,
 )
 
+_SHARE = "partial_rotary_factor"
+
+
+def _rope_from_hf(hf: HFConfig, head_dim: int) -> tuple[dict[str, Any], int]:
+    """Reads the rotary options and the number of rotated features.
+
+    transformers 4.45 to 4.57 write `partial_rotary_factor` and `rope_theta` beside `rotary_pct` and `rotary_emb_base`,
+    and read only the latter two.
+    """
+    rope = rope_from_hf(hf, extra=(_SHARE,), base_name="rotary_emb_base")
+    hf.same("rope_theta", "rotary_emb_base", rope["rotary_base"])
+    inside, older = rope.pop(_SHARE), hf.take("rotary_pct", 0.25)
+    share = older if inside is None else inside
+    hf.check_number("rotary_pct", share, positive=True)
+    rotated = int(head_dim * share)
+    if not 2 <= rotated <= head_dim:
+        raise hf.refuse("rotary_pct", share, f"it rotates {rotated} of {head_dim} features")
+    if inside is not None:
+        hf.same("rotary_pct", f"rope_parameters.{_SHARE}", share)
+    hf.same(_SHARE, "rotary_pct", share)
+    return rope, rotated
+
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hidden, heads = hf.width_and_heads("hidden_size", "num_attention_heads")
@@ -20,13 +44,8 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.refuse_unless("hidden_dropout_prob", 0)  # transformers does not read
     hf.take("classifier_dropout")  # of the token classification head
     bias = hf.take("attention_bias", True)
-    rope = rope_from_hf(hf, extra=("partial_rotary_factor",), base_name="rotary_emb_base")
-    older = hf.take("rotary_pct", 0.25)
-    share = rope.pop("partial_rotary_factor")
-    rotated = int(hidden // heads * (older if share is None else share))
-    if rotated < 2:
-        raise hf.refuse("rotary_pct", share or older, f"it rotates {rotated} of {hidden // heads} features")
-    dropout = hf.take("hidden_dropout", 0.0)
+    rope, rotated = _rope_from_hf(hf, hidden // heads)
+    dropout = hf.rate("hidden_dropout", 0.0)
     return DecoderConfig(
         family="gpt_neox",
         hidden_size=hidden,
@@ -37,14 +56,14 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         intermediate_size=hf.size("intermediate_size"),
         max_positions=hf.size("max_position_embeddings", 2048),
         rotary_dim=rotated,
-        norm_eps=hf.take("layer_norm_eps", 1e-5),
+        norm_eps=hf.positive("layer_norm_eps", 1e-5),
         residual="parallel" if hf.take("use_parallel_residual", True) else "sequential",
         activation=hf.activation("hidden_act", "gelu"),
         qkv_bias=bias,
         out_bias=bias,
         tie_embeddings=hf.take("tie_word_embeddings", False),
         embed_dropout=dropout,
-        attention_dropout=hf.take("attention_dropout", 0.0),
+        attention_dropout=hf.rate("attention_dropout", 0.0),
         residual_dropout=dropout,
         initializer_range=hf.take("initializer_range", 0.02),
         **rope,
@@ -55,7 +74,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
 def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return (
         common_to_hf(c)
-        | rope_to_hf(c, partial_rotary_factor=c.rotated_dim / c.head_dim)
+        | rope_to_hf(c, base_name="rotary_emb_base", share_name="rotary_pct")
         | {
             "hidden_size": c.hidden_size,
             "num_hidden_layers": c.num_layers,

@@ -29,16 +29,16 @@ def _from_hf(hf: HFConfig, family: str, bos: int, eos: int) -> DecoderConfig:
         position="rotary",
         rotary_dim=rotated,
         rotary_interleaved=True,
-        norm_eps=hf.take("layer_norm_epsilon", 1e-5),
+        norm_eps=hf.positive("layer_norm_epsilon", 1e-5),
         residual="parallel_shared_norm",
         activation=hf.activation("activation_function", "gelu_new"),
         qkv_bias=False,
         out_bias=False,
         tie_embeddings=hf.take("tie_word_embeddings", False),
         lm_head_bias=True,
-        embed_dropout=hf.take("embd_pdrop", 0.0),
-        attention_dropout=hf.take("attn_pdrop", 0.0),
-        residual_dropout=hf.take("resid_pdrop", 0.0),
+        embed_dropout=hf.rate("embd_pdrop", 0.0),
+        attention_dropout=hf.rate("attn_pdrop", 0.0),
+        residual_dropout=hf.rate("resid_pdrop", 0.0),
         initializer_range=hf.take("initializer_range", 0.02),
         **hf.common(bos=bos, eos=eos),
     )
@@ -60,7 +60,7 @@ def config_to_hf(c: DecoderConfig) -> dict[str, object]:
         "n_embd": c.hidden_size,
         "n_layer": c.num_layers,
         "n_head": c.num_heads,
-        "n_inner": c.intermediate_size,
+        "n_inner": None if c.intermediate_size == 4 * c.hidden_size else c.intermediate_size,
         "n_positions": c.max_positions,
         "rotary_dim": c.rotary_dim,
         "layer_norm_epsilon": c.norm_eps,
@@ -73,6 +73,12 @@ def config_to_hf(c: DecoderConfig) -> dict[str, object]:
 
 
 _H = "transformer.h.{i}."
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 def _tensors(*query_key_value: Tensor) -> tuple[Tensor, ...]:
@@ -100,6 +106,7 @@ GPTJ = Family(
     prefix="transformer",
     config_from_hf=gptj_from_hf,
     config_to_hf=config_to_hf,
+    aliases=_ALIASES,
     tensors=_tensors(
         Tensor(_H + "attn.q_proj.weight", "layers/attn/query/kernel", linear()),
         Tensor(_H + "attn.k_proj.weight", "layers/attn/key/kernel", linear()),
@@ -114,6 +121,7 @@ CODEGEN = Family(
     prefix="transformer",
     config_from_hf=codegen_from_hf,
     config_to_hf=config_to_hf,
+    aliases=_ALIASES,
     tensors=_tensors(
         Tensor(
             _H + "attn.qkv_proj.weight",

@@ -6,6 +6,13 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.rope import rope_from_hf, rope_to_hf
 from jaxrlhf.models.hf.mapping import FLAT, Family, HFConfig, Tensor, common_to_hf, linear
 
+_HEADS = "num_attention_heads"
+
+
+def kv_heads(hf: HFConfig, absent: int) -> int:
+    """The number of key/value heads; null means as many as heads."""
+    return hf.size("num_key_value_heads", absent if "num_key_value_heads" not in hf.items() else hf.size(_HEADS))
+
 
 def llama_like_from_hf(
     hf: HFConfig,
@@ -21,7 +28,7 @@ def llama_like_from_hf(
     `bos`, `eos` and `pad` are the defaults of transformers. `rope` holds what the family read itself instead of
     `rope_from_hf(hf)`.
     """
-    hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
+    hidden, heads = hf.size("hidden_size"), hf.size(_HEADS)
     fields: dict[str, Any] = {
         "hidden_size": hidden,
         "num_layers": hf.size("num_hidden_layers"),
@@ -30,14 +37,14 @@ def llama_like_from_hf(
         "head_dim": hf.size("head_dim", hidden // heads),
         "intermediate_size": hf.size("intermediate_size"),
         "norm": "rmsnorm",
-        "norm_eps": hf.take("rms_norm_eps", 1e-6),
+        "norm_eps": hf.positive("rms_norm_eps", 1e-6),
         "activation": hf.activation("hidden_act", "silu"),
         "gated_mlp": True,
         "qkv_bias": False,
         "out_bias": False,
         "mlp_bias": False,
         "tie_embeddings": hf.take("tie_word_embeddings", False),
-        "attention_dropout": hf.take("attention_dropout", 0.0),
+        "attention_dropout": hf.rate("attention_dropout", 0.0),
         "initializer_range": hf.take("initializer_range", 0.02),
     }
     rope = rope_from_hf(hf) if rope is None else rope
@@ -67,6 +74,7 @@ def llama_like_to_hf(c: DecoderConfig) -> dict[str, object]:
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
+    hf.width_and_heads("hidden_size", _HEADS)
     hf.take("pretraining_tp")  # how the matrices were once split: numerics only
     bias = hf.take("attention_bias", False)
     return llama_like_from_hf(

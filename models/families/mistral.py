@@ -1,16 +1,16 @@
 """Mistral: Llama with a sliding attention window."""
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig
 
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
-    window = hf.nullable("sliding_window", 4096)
+    window = hf.size_or_none("sliding_window", 4096)
     return llama_like_from_hf(
         hf,
         family="mistral",
-        num_kv_heads=hf.size("num_key_value_heads", 8),
+        num_kv_heads=kv_heads(hf, absent=8),
         max_positions=hf.size("max_position_embeddings", 4096 * 32),
         windows=None if window is None else (window,) * hf.size("num_hidden_layers"),
     )

@@ -32,8 +32,8 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         mlp_bias=bias,
         tie_embeddings=hf.take("tie_word_embeddings", True),
         embed_dropout=0.0,
-        attention_dropout=hf.take("attention_dropout", 0.0),
-        residual_dropout=hf.take("dropout", 0.1),
+        attention_dropout=hf.rate("attention_dropout", 0.0),
+        residual_dropout=hf.rate("dropout", 0.1),
         initializer_range=hf.take("init_std", 0.02),
         **hf.common(bos=2, eos=2, pad=1),
     )

@@ -1,21 +1,21 @@
-"""Qwen2 (biases on query, key and value) and Qwen3 (normed queries and keys): Llama with windows on chosen layers."""
+"""Qwen2 (biases on query, key and value), Qwen3 (normed queries and keys), Qwen3-MoE (experts): Llama with windows."""
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
-from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
     hf.refuse_unless("use_mrope", False)
-    window = hf.nullable("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
+    window = hf.size_or_none("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
     layers, first = hf.size("num_hidden_layers"), hf.take("max_window_layers", 28)
     hf.take("sliding_window")
     types = hf.take("layer_types")
     if types is None:
         types = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
-    if len(types) != layers or set(types) - {_FULL, _SLIDING}:
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (_FULL, _SLIDING) for kind in types):
         raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {_FULL!r} or {_SLIDING!r}")
     if window is None and _SLIDING in types:
         raise hf.refuse("layer_types", types, "it needs use_sliding_window=True and a sliding_window")
@@ -25,12 +25,13 @@ def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
 
 
 def _windows_to_hf(c: DecoderConfig) -> dict[str, object]:
-    windows = c.windows or (0,) * c.num_layers
+    if c.windows is None:  # `sliding_window` and `max_window_layers` then have no effect
+        return {"layer_types": [_FULL] * c.num_layers, "use_sliding_window": False}
     return {
-        "layer_types": [_SLIDING if w else _FULL for w in windows],
-        "use_sliding_window": any(windows),
-        "sliding_window": max(windows) or None,
-        "max_window_layers": next((i for i, w in enumerate(windows) if w), c.num_layers),
+        "layer_types": [_SLIDING if window else _FULL for window in c.windows],
+        "use_sliding_window": True,
+        "sliding_window": max(c.windows),
+        "max_window_layers": next(i for i, window in enumerate(c.windows) if window),
     }
 
 
@@ -40,7 +41,7 @@ def qwen2_from_hf(hf: HFConfig) -> DecoderConfig:
         family="qwen2",
         bos=None,
         eos=None,
-        num_kv_heads=hf.size("num_key_value_heads", 32),
+        num_kv_heads=kv_heads(hf, absent=32),
         max_positions=hf.size("max_position_embeddings", 32768),
         qkv_bias=True,
         windows=_windows_from_hf(hf),
@@ -54,7 +55,7 @@ def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
         family="qwen3",
         bos=None,
         eos=None,
-        num_kv_heads=hf.size("num_key_value_heads", 32),
+        num_kv_heads=kv_heads(hf, absent=32),
         head_dim=hf.size("head_dim", 128),
         max_positions=hf.size("max_position_embeddings", 32768),
         qkv_bias=bias,
@@ -62,6 +63,53 @@ def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
         qk_norm=True,
         windows=_windows_from_hf(hf),
     )
+
+
+def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
+    hf.take("output_router_logits")  # training always has the load-balancing loss, by its coefficient
+    layers, bias = hf.size("num_hidden_layers"), hf.take("attention_bias", False)
+    for name, sparse in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        value = hf.take(name, sparse)
+        if value != sparse:
+            raise hf.refuse(name, value, "every layer must have experts")
+    hf.take("sliding_window")
+    window, first = None, hf.take("max_window_layers")
+    if hf.take("use_sliding_window", False):
+        window = hf.size_or_none("sliding_window", 4096)
+        if first:  # the first versions of transformers left these layers whole, later ones ignore the option
+            raise hf.refuse("max_window_layers", first, "with use_sliding_window all layers slide")
+    return llama_like_from_hf(
+        hf,
+        family="qwen3_moe",
+        bos=None,
+        eos=None,
+        num_kv_heads=kv_heads(hf, absent=4),
+        max_positions=hf.size("max_position_embeddings", 32768),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        windows=None if window is None else (window,) * layers,
+        num_experts=hf.size("num_experts", 128),
+        experts_per_token=hf.size("num_experts_per_tok", 8),
+        expert_intermediate_size=hf.size("moe_intermediate_size", 768),
+        normalize_experts=hf.take("norm_topk_prob", False),
+        router_aux_loss_coef=hf.take("router_aux_loss_coef", 0.001),
+    )
+
+
+def qwen3_moe_to_hf(c: DecoderConfig) -> dict[str, object]:
+    return llama_like_to_hf(c) | {
+        "attention_bias": c.qkv_bias,
+        "use_sliding_window": c.windows is not None,
+        **({"sliding_window": c.windows[0]} if c.windows else {}),
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": c.experts_per_token,
+        "moe_intermediate_size": c.expert_size,
+        "norm_topk_prob": c.normalize_experts,
+        "router_aux_loss_coef": c.router_aux_loss_coef,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 QWEN2 = Family(
@@ -74,6 +122,11 @@ QWEN2 = Family(
     tensors=LLAMA_TENSORS,
 )
 
+_QK_NORMS = (
+    Tensor("model.layers.{i}.self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
+    Tensor("model.layers.{i}.self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
+)
+
 QWEN3 = Family(
     name="qwen3",
     classes="Qwen3",
@@ -81,9 +134,33 @@ QWEN3 = Family(
     prefix="model",
     config_from_hf=qwen3_from_hf,
     config_to_hf=lambda c: llama_like_to_hf(c) | _windows_to_hf(c) | {"attention_bias": c.qkv_bias},
+    tensors=(*LLAMA_TENSORS, *_QK_NORMS),
+)
+
+_MLP = "model.layers.{i}.mlp."
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    classes="Qwen3Moe",
+    lm_class="Qwen3MoeForCausalLM",
+    prefix="model",
+    aliases={"num_local_experts": "num_experts"},
+    config_from_hf=qwen3_moe_from_hf,
+    config_to_hf=qwen3_moe_to_hf,
     tensors=(
-        *LLAMA_TENSORS,
-        Tensor("model.layers.{i}.self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
-        Tensor("model.layers.{i}.self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
+        *(tensor for tensor in LLAMA_TENSORS if "/mlp/" not in tensor.ours),
+        *_QK_NORMS,
+        Tensor(_MLP + "gate.weight", "layers/mlp/router/kernel", linear()),
+        *(
+            Tensor(f"{_MLP}experts.{{e}}.{name}_proj.weight", f"layers/mlp/{name}/kernel", linear())
+            for name in ("up", "gate", "down")
+        ),
+    ),
+    fused_experts=(
+        FusedExperts(
+            _MLP + "experts.gate_up_proj",
+            (_MLP + "experts.{e}.gate_proj.weight", _MLP + "experts.{e}.up_proj.weight"),
+        ),
+        FusedExperts(_MLP + "experts.down_proj", (_MLP + "experts.{e}.down_proj.weight",)),
     ),
 )

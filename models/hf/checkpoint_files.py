@@ -290,6 +290,8 @@ def replace_files(staging: Path, folder: Path) -> None:
         key=lambda name: (name == CONFIG, "safetensors" not in name, name.endswith(".json"), name),
     )
     for name in names:
+        if (staging / name).is_dir():  # of a tokenizer; a rename replaces no folder
+            shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(staging / name, folder / name)
     stale = [p for p in folder.glob("model*.safetensors*") if p.name not in names]
     stale += [p for p in folder.glob("pytorch_model*.bin*") if p.name not in names]

@@ -134,6 +134,38 @@ def _llama3_scaling(file: "File", options: Options) -> Options:
     raise InputError(f"{file.path}: rope_freqs.weight holds factors that Llama 3's rule does not give")
 
 
+def _finish_gemma(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+    largest = {"gemma2": 46, "gemma3_text": 62}[
+        options["model_type"]
+    ]  # layers of the 27B models, which scale otherwise
+    by_width = options["num_hidden_layers"] == largest
+    width = options["hidden_size"] // options["num_attention_heads"]
+    options["query_pre_attn_scalar"] = width if by_width else options["head_dim"]
+
+
+def _finish_phi3(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+    width = options["hidden_size"] // options["num_attention_heads"]
+    options["partial_rotary_factor"] = metadata.get("rope.dimension_count", width) / width
+    kinds = {kind: f"rope_factors_{kind}.weight" for kind in ("long", "short")}
+    if all(name in file.names for name in kinds.values()):
+        factors = {f"{kind}_factor": _shortest(file.read(name)) for kind, name in kinds.items()}
+        options["rope_scaling"] = {"rope_type": "longrope", **factors}
+        options["original_max_position_embeddings"] = metadata.get("rope.scaling.original_context_length")
+
+
+def _finish_olmo(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+    windows = file.array("olmo2.attention.sliding_window_pattern")
+    if windows:
+        options["model_type"] = "olmo3"
+        options["layer_types"] = ["sliding_attention" if sliding else "full_attention" for sliding in windows]
+        plain = {"rope_theta": options.pop("rope_theta")}
+        scaled = options.pop("rope_scaling", None) or {"rope_type": "default"}
+        options["rope_parameters"] = {
+            "full_attention": scaled | plain,
+            "sliding_attention": {"rope_type": "default", **plain},
+        }
+
+
 def _finish_neox(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
     rotated = metadata.get("rope.dimension_count")
     if rotated is not None:
@@ -145,12 +177,38 @@ _LLAMA_ORDER = {
     for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
     for kind in ("weight", "bias")
 }
+_MINUS_ONE = {
+    "norm.weight": lambda x, options: x - 1
+}  # norms multiply by 1 + weight, which llama.cpp stores as the sum
+_GRANITE_KEYS = _LLAMA_KEYS | {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_COHERE_KEYS = {key: name for key, name in _LLAMA_KEYS.items() if "norm" not in key and "key_length" not in key}
+_COHERE_KEYS |= {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 _FUSED = ("query_key_value.weight", "query_key_value.bias")
 
 ARCHITECTURES = {
     "llama": Architecture("llama", _LLAMA_KEYS, _LLAMA_ORDER, finish=_finish_llama),
     "qwen2": Architecture("qwen2", _LLAMA_KEYS),
     "qwen3": Architecture("qwen3", _LLAMA_KEYS),
+    "gemma": Architecture("gemma", _LLAMA_KEYS, _MINUS_ONE),
+    "gemma2": Architecture("gemma2", _LLAMA_KEYS | _WINDOW | _CAPS, _MINUS_ONE, finish=_finish_gemma),
+    "gemma3": Architecture(
+        "gemma3_text",
+        _LLAMA_KEYS | _WINDOW | {"rope.freq_base_swa": "rope_local_base_freq"},
+        _MINUS_ONE,
+        finish=_finish_gemma,
+    ),
+    "smollm3": Architecture("smollm3", _LLAMA_KEYS, _LLAMA_ORDER, finish=_finish_llama),
+    "olmo2": Architecture("olmo2", _LLAMA_KEYS | _WINDOW, finish=_finish_olmo),
+    "phi3": Architecture("phi3", _LLAMA_KEYS | _WINDOW, finish=_finish_phi3),
+    "granite": Architecture("granite", _GRANITE_KEYS, _LLAMA_ORDER, finish=_finish_llama),
+    "cohere2": Architecture("cohere2", _COHERE_KEYS | _WINDOW),
     "gpt2": Architecture(
         "gpt2",
         _GPT2_KEYS,
@@ -167,6 +225,11 @@ ARCHITECTURES = {
     ),
 }
 """The supported architectures, by the file's `general.architecture`."""
+
+
+def _shortest(values: np.ndarray) -> list[float]:
+    """The shortest decimal numbers that are these float32 values."""
+    return [float(str(value)) for value in values.reshape(-1)]
 
 
 def is_gguf(name_or_path: object) -> bool:
@@ -206,7 +269,12 @@ class File:
         if entry is None:
             return None
         value = entry.contents()
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        return _shortest(np.array([value], np.float32))[0] if isinstance(value, float) else value
+
+    def array(self, key: str) -> list[Any]:
+        """The elements of a metadata array; none when it is absent."""
+        entry = self._fields.get(key)
+        return [] if entry is None else entry.contents()
 
     def under(self, prefix: str) -> Options:
         """The metadata whose keys begin with `prefix`, by the rest of the key, without arrays."""
@@ -272,9 +340,17 @@ def gguf_options(path: Path) -> Options:
     options: Options = {"model_type": architecture.model_type}
     options |= {theirs: metadata[key] for key, theirs in architecture.keys.items() if key in metadata}
     kind = metadata.get("rope.scaling.type", "none")
+    factor = metadata.get("rope.scaling.factor", 1.0)
     if kind == "linear":
-        options["rope_scaling"] = {"rope_type": "linear", "factor": metadata.get("rope.scaling.factor", 1.0)}
-    elif kind != "none":
+        options["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    elif kind == "yarn":
+        options["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": metadata.get("rope.scaling.original_context_length"),
+            "attention_factor": metadata.get("rope.scaling.attn_factor"),
+        }
+    elif kind not in ("none", "longrope"):
         raise InputError(f"{path}: rope.scaling.type {kind!r} is not supported for GGUF files")
     if "token_embd.weight" not in file.names:
         raise InputError(f"{path} has no token_embd.weight: it holds no language model")
@@ -309,7 +385,7 @@ def gguf_source(path: Path, names: Iterable[str]) -> TensorSource:
         return table.get_name(theirs.removeprefix(architecture.strip), try_suffixes=(".weight", ".bias"))
 
     known = {theirs: own for theirs in names if (own := own_name(theirs)) in file.names}
-    inert = {"rope_freqs.weight"}
+    inert = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
     known |= {own: own for own in file.names - set(known.values()) - inert}
 
     def restore(theirs: str) -> Restore | None:

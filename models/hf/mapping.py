@@ -1,4 +1,4 @@
-"""The map between Hugging Face checkpoints and our parameter tree: tensor layouts, families, a strict config reader.
+"""The map between Hugging Face checkpoints and our parameter tree: tensor layouts, families, a config reader.
 
 A family declares each tensor once (`Tensor`), and the same declaration loads and saves. A declared tensor is skipped in
 both directions if a configuration does not have its leaves (an absent bias, a tied head).
@@ -115,7 +115,11 @@ def bias_interleaved() -> Layout:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One HF tensor: its name (with `{i}` for the layer), our leaf or leaves, and the layout between them."""
+    """One HF tensor: its name (`{i}`: layer, `{e}`: expert), our leaf or leaves, and the layout between them.
+
+    Leaves are stacked: `[L, …]` where the name has `{i}`, `[L, E, …]` where it has `{e}` too. The layout sees only the
+    axes that follow.
+    """
 
     hf: str
     ours: str | tuple[str, ...]
@@ -131,25 +135,33 @@ class Tensor:
     def per_layer(self) -> bool:
         return "{i}" in self.hf
 
+    @property
+    def stacked(self) -> int:
+        """Leading axes of our leaves that the name counts."""
+        return ("{i}" in self.hf) + ("{e}" in self.hf)
+
+    def names(self, config: DecoderConfig, name: str | None = None) -> dict[str, tuple[int, ...]]:
+        """Returns the index into our leaves of each tensor in a file, by its name; `name` replaces `hf`."""
+        name = self.hf if name is None else name
+        sizes = (config.num_layers, config.num_experts)[: self.stacked]
+        return {name.format(**dict(zip("ie", index, strict=False))): index for index in np.ndindex(*sizes)}
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """One HF tensor `[E, n · out, in]` that holds the tensors of all experts of a layer; it is read, never written."""
+
+    hf: str
+    parts: tuple[str, ...]
+    """Declared names of the n tensors `[out, in]` of an expert, in their order along the second axis."""
+
 
 # Heads of other names: models/hf/score_heads.py.
 SCORE = Tensor("score.weight", "score/kernel", ROW)
 SCORE_BIAS = Tensor("score.bias", "score/bias")
 
-# Options that do not change the computation of the network, or that belong to generation, heads or bookkeeping.
-# `end_token_id` is written by DeepSpeed-Chat.
-_INERT_NAMES = """
-architectures transformers_version torch_dtype dtype use_cache _name_or_path model_type output_hidden_states
-output_attentions return_dict id2label label2id problem_type chunk_size_feed_forward is_decoder prefix
-task_specific_params gradient_checkpointing tokenizer_class num_labels finetuning_task _attn_implementation
-_attn_implementation_autoset attn_implementation use_return_dict torchscript auto_map max_length min_length do_sample
-early_stopping num_beams num_beam_groups temperature top_k top_p typical_p repetition_penalty length_penalty
-no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-suppress_tokens begin_suppress_tokens diversity_penalty decoder_start_token_id sep_token_id unk_token_id end_token_id
-pruned_heads output_past tf_legacy_loss use_bfloat16 tie_encoder_decoder cross_attention_hidden_size
-"""
-_INERT = frozenset(_INERT_NAMES.split())
+MAX_SIZE, MAX_LAYERS = 10**9, 10**4
+"""Sizes and numbers of layers beyond these are mistakes."""
 
 
 class CommonFields(TypedDict):
@@ -162,17 +174,40 @@ class CommonFields(TypedDict):
 
 
 class HFConfig:
-    """Reads a `config.json` strictly: it refuses options that no family reads, and names them.
+    """Reads the options of a `config.json`, and remembers which of them were read.
 
     Args:
         values: Content of the file.
         where: Name of the file in messages.
+        aliases: Second names of options, as `attribute_map` of the family's class in transformers lists them.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    def __init__(self, values: Mapping[str, Any], where: str, aliases: Mapping[str, str] | None = None) -> None:
+        self.where = where
         self._values = dict(values)
         self._read: set[str] = set()
-        self.where = where
+        self.ignored: list[str] = []
+        """What the options that were read hold beside what they may, for the log."""
+        for alias, name in (aliases or {}).items():
+            value = self._values.pop(alias, None)
+            if value is not None and self._values.get(name) is None:
+                self._values[name] = value
+            elif value is not None:
+                self.same(name, alias, value)
+
+    def items(self) -> dict[str, Any]:
+        """All options, with aliases under their proper name."""
+        return dict(self._values)
+
+    def unread(self) -> dict[str, Any]:
+        """The options that nothing has read."""
+        return {name: value for name, value in self._values.items() if name not in self._read}
+
+    def same(self, name: str, other: str, value: object) -> None:
+        """Raises InputError if option `name` is set and differs from `value`, which option `other` gives."""
+        found = self.take(name)
+        if found is not None and found != value:
+            raise InputError(f"{self.where}: options {name}={found!r} and {other}={value!r} contradict each other")
 
     @overload
     def take(self, name: str) -> Any: ...
@@ -181,7 +216,10 @@ class HFConfig:
     def take(self, name: str, default: Option) -> Option: ...
 
     def take(self, name: str, default: object = None) -> object:
-        """Returns an option, or `default` if it is absent or null; InputError if its type is not the default's."""
+        """Returns an option, or `default` if it is absent or null; InputError if its type is not the default's.
+
+        Numbers must be finite.
+        """
         self._read.add(name)
         value = self._values.get(name)
         if value is None:
@@ -190,28 +228,67 @@ class HFConfig:
             kinds = (float, int) if isinstance(default, float) else type(default)
             if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
                 raise InputError(f"{self.where}: option {name}={value!r} must be of type {type(default).__name__}")
+            if isinstance(default, float):
+                self.check_number(name, value)
         return value
+
+    def check_number(self, name: str, value: Any, *, positive: bool = False) -> None:
+        """Raises InputError unless `value` is a finite number of a sane size, and above 0 if `positive`."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -1e30 < value < 1e30 or (positive and not value > 0):
+            kind = "a positive number" if positive else "a finite number"
+            raise InputError(f"{self.where}: option {name}={value!r} must be {kind}")
+
+    def positive(self, name: str, default: float) -> float:
+        """Returns a number above 0, such as the epsilon of a norm."""
+        value = self.take(name, default)
+        self.check_number(name, value, positive=True)
+        return value
+
+    def rate(self, name: str, default: float) -> float:
+        """Returns a dropout rate, 0 or more and below 1."""
+        value = self.take(name, default)
+        if not 0 <= value < 1:
+            raise InputError(f"{self.where}: option {name}={value!r} must be 0 or more, and below 1")
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        """Returns an option that is a JSON object; empty if it is absent or null."""
+        value = self.take(name)
+        if value is not None and not isinstance(value, dict):
+            raise InputError(f"{self.where}: option {name}={value!r} must be an object with named values")
+        return dict(value or {})
 
     def nullable(self, name: str, default: Option) -> Option | None:
         """Returns an option, `default` if it is absent; an explicit null is None."""
         return self.take(name) if name in self._values else default
-
-    def spelling(self, *names: str) -> str:
-        """Returns the first of several names of an option that is set; the last name if none is."""
-        return next((name for name in names if self._values.get(name) is not None), names[-1])
 
     def refuse(self, name: str, value: object, why: str) -> InputError:
         """Returns the error for a value that this family does not support; the caller raises it."""
         return InputError(f"{self.where}: option {name}={value!r} is not supported: {why}")
 
     def size(self, name: str, default: int | None = None) -> int:
-        """Returns a positive integer; without a default the option is required."""
+        """Returns a positive integer up to MAX_SIZE (or MAX_LAYERS); without a default the option is required."""
         value = self.take(name)
         value = default if value is None else value
         if value is None:
             raise InputError(f"{self.where}: option {name!r} is missing")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{self.where}: option {name}={value!r} must be a positive integer")
+        most = MAX_LAYERS if name in ("num_hidden_layers", "num_layers", "n_layer") else MAX_SIZE
+        if value > most:
+            raise InputError(f"{self.where}: option {name}={value!r} is too large: at most {most} is supported")
+        return value
+
+    def size_or_none(self, name: str, default: int | None) -> int | None:
+        """Returns a positive integer, `default` if it is absent; an explicit null is None."""
+        return None if self.nullable(name, default) is None else self.size(name, default)
+
+    def positive_or_none(self, name: str, default: float | None) -> float | None:
+        """Returns a number above 0, `default` if it is absent; an explicit null is None."""
+        value = self.nullable(name, default)
+        if value is not None:
+            self.check_number(name, value, positive=True)
         return value
 
     def width_and_heads(self, width: str, heads: str) -> tuple[int, int]:
@@ -238,7 +315,10 @@ class HFConfig:
 
     def token(self, name: str, default: int | None) -> int | tuple[int, ...] | None:
         """Returns a token id (or several), `default` if it is absent; an explicit null means that there is none."""
-        value = self.take(name) if name in self._values else default
+        value = self.nullable(name, default)
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise InputError(f"{self.where}: option {name}={value!r} must be a token id or a list of them")
         return tuple(value) if isinstance(value, list) else value
 
     def common(self, bos: int | None, eos: int | None, pad: int | None = None) -> CommonFields:
@@ -251,15 +331,6 @@ class HFConfig:
             "eos_token_id": self.token("eos_token_id", eos),
             "pad_token_id": self.token("pad_token_id", pad),
         }
-
-    def finish(self) -> None:
-        """Raises InputError for options that nothing has read."""
-        unknown = sorted(set(self._values) - self._read - _INERT)
-        if unknown:
-            listed = ", ".join(f"{k}={self._values[k]!r}" for k in unknown)
-            raise InputError(
-                f"{self.where}: options this family does not know: {listed}; remove them if they are inert"
-            )
 
 
 def common_to_hf(config: DecoderConfig) -> dict[str, object]:
@@ -289,6 +360,12 @@ class Family:
     config_from_hf: Callable[[HFConfig], DecoderConfig]
     config_to_hf: Callable[[DecoderConfig], dict[str, object]]
     tensors: tuple[Tensor, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Second names of options in config.json, each with the name that `config_from_hf` reads."""
+    rewritten: frozenset[str] = frozenset()
+    """Options that an export never takes from its source, because versions of transformers read them differently."""
+    fused_experts: tuple[FusedExperts, ...] = ()
+    """Other forms of declared tensors in files."""
     heads: tuple[Tensor, ...] = field(
         default=(
             Tensor("lm_head.weight", "lm_head/kernel"),

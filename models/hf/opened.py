@@ -9,10 +9,11 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.hf.checkpoint_files import CONFIG, open_checkpoint, second_format
+from jaxrlhf.models.hf.experts import unfused
 from jaxrlhf.models.hf.gguf import gguf_source, is_gguf
 from jaxrlhf.models.hf.mapping import Family
 from jaxrlhf.models.hf.score_heads import ScoreHead, find_score_head, with_score_names
-from jaxrlhf.models.hf.tensor_names import differences, names_of, resolve_tied, unwrapped, with_declared_names
+from jaxrlhf.models.hf.tensor_names import differences, resolve_tied, unwrapped, with_declared_names
 from jaxrlhf.models.hf.tensor_source import TensorSource, refuse
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def open_model(folder: Path, config: DecoderConfig, head: str) -> Opened:
     """
     family = get_family(config.family, str(folder))
     if is_gguf(folder):
-        names = [name for tensor in family.all_tensors for name in names_of(tensor, config)]
+        names = [name for tensor in family.all_tensors for name in tensor.names(config)]
         return Opened(with_declared_names(gguf_source(folder, names), family, config), config, None, "")
     options = read_json(folder / CONFIG)
     opened = _named(open_checkpoint(folder), family, config, options)
@@ -83,6 +84,7 @@ def _without_score(source: TensorSource) -> TensorSource:
 
 def _named(source: TensorSource, family: Family, config: DecoderConfig, options: dict[str, Any]) -> Opened:
     source, wrapper = unwrapped(source, family, config)
+    source = unfused(source, family, config)
     score = find_score_head(source, options)
     source = with_declared_names(with_score_names(source, score, options), family, config)
     return Opened(source, config, score, wrapper)

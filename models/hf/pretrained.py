@@ -15,7 +15,6 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from jaxrlhf.config.files import read_json
 from jaxrlhf.config.model_folder import is_adapter
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
@@ -36,13 +35,15 @@ from jaxrlhf.models.hf.checkpoint_files import (
     staged,
     write_checkpoint,
 )
-from jaxrlhf.models.hf.gguf import gguf_options, is_gguf
-from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
+from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values
+from jaxrlhf.models.hf.gguf import is_gguf
+from jaxrlhf.models.hf.mapping import Family, Tensor
 from jaxrlhf.models.hf.opened import folder_head, open_model
 from jaxrlhf.models.hf.score_export import for_transformers
-from jaxrlhf.models.hf.score_heads import OPENRLHF_OPTIONS
-from jaxrlhf.models.hf.tensor_names import common_prefix, is_buffer, names_of
+from jaxrlhf.models.hf.tensor_names import common_prefix, is_buffer
 from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
+from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -62,34 +63,6 @@ if TYPE_CHECKING:
 Leaf = jax.ShapeDtypeStruct
 
 
-def config_from_dict(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
-    """Reads our configuration from the options of an HF config.
-
-    Args:
-        values: Options by name, with `model_type`.
-        where: Name of their source in messages.
-
-    Raises:
-        InputError: An option is missing, wrong, unknown or not supported.
-    """
-    model_type = values.get("model_type")
-    if model_type is None:
-        raise InputError(f"{where}: option 'model_type' is missing; is this a Hugging Face model config?")
-    hf = HFConfig(values, where)
-    config = get_family(model_type, where).config_from_hf(hf)
-    hf.finish()
-    return config
-
-
-def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
-    """Reads the configuration of a model folder (or hub name); for an adapter folder that of its base model."""
-    if is_gguf(name_or_path):
-        return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
-    path = base_folder(find_model_folder(name_or_path)) / CONFIG
-    values = {name: value for name, value in read_json(path).items() if name not in OPENRLHF_OPTIONS}
-    return config_from_dict(values, str(path))
-
-
 def stored_head(name_or_path: str | os.PathLike) -> str:
     """The head that a model folder (or hub name, GGUF file or adapter folder) holds, "lm" or "scalar"."""
     if is_gguf(name_or_path):
@@ -98,21 +71,8 @@ def stored_head(name_or_path: str | os.PathLike) -> str:
     return trained_head(folder) if is_adapter(folder) else folder_head(folder, read_config(folder))
 
 
-def config_to_dict(config: DecoderConfig, head: str = "lm") -> dict[str, object]:
-    """Returns the options of the HF config that `transformers` loads as the same model with this head."""
-    family = get_family(config.family, "config")
-    values = family.config_to_hf(config) | {"architectures": [family.architecture(head)]}
-    if head == "scalar":
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        # transformers finds the last token of a row by its pad id, and refuses batches without one.
-        if config.pad_token_id is None:
-            eos = config.eos_token_id
-            values["pad_token_id"] = eos[0] if isinstance(eos, tuple) else eos
-    return values
-
-
 def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
-    """The tensors of a module, each with the shapes of its leaves without the layer axis and vocabulary padding."""
+    """The tensors of a module, each with the shapes of its leaves without stacked axes and vocabulary padding."""
     shapes = leaves_by_path(param_shapes(module))
     axes = leaves_by_path(logical_axes(module))
     c = module.config
@@ -126,7 +86,7 @@ def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]
         leaves = []
         for leaf in tensor.leaves:
             dims = [c.vocab_size if a == "vocab" else s for a, s in zip(axes[leaf], shapes[leaf].shape, strict=True)]
-            leaves.append(Leaf(tuple(dims[1:] if tensor.per_layer else dims), jnp.float32))
+            leaves.append(Leaf(tuple(dims[tensor.stacked :]), jnp.float32))
         declared.append((tensor, leaves))
         covered.update(tensor.leaves)
     if missing := set(shapes) - covered:
@@ -149,7 +109,7 @@ def _check_names(
     """Raises one InputError that lists every missing, unexpected and mis-shaped tensor."""
     expected = {}
     for tensor, leaves in declared:
-        expected |= dict.fromkeys(names_of(tensor, config), _hf_shape(tensor, leaves))
+        expected |= dict.fromkeys(tensor.names(config), _hf_shape(tensor, leaves))
     # A tied head may be stored twice, and a scalar head does not need a language model's head.
     spare = {tensor.hf for tensor in family.heads}
     found = source.shapes
@@ -194,6 +154,12 @@ def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _local_index(key: tuple[tuple[int, int], ...], index: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Place of a layer's (and expert's) part in a shard; None if the shard has another part."""
+    places = tuple(i - start for i, (start, stop) in zip(index, key, strict=False) if start <= i < stop)
+    return places if len(places) == len(index) else None
+
+
 def _load_tensor(
     tensor: Tensor,
     wanted: list[Leaf],
@@ -203,21 +169,23 @@ def _load_tensor(
     config: DecoderConfig,
     dtype: np.dtype,
 ) -> dict[str, jax.Array]:
-    """Reads one declared tensor (all its layers) into the local shards of its leaves."""
+    """Reads one declared tensor (of all layers and experts) into the local shards of its leaves."""
     buffers: dict[str, dict[tuple, np.ndarray]] = {}
     for leaf in tensor.leaves:
         shape = shapes[leaf].shape
         indices = shardings[leaf].addressable_devices_indices_map(shape).values()
         keys = {_index_key(index, shape) for index in indices}
         buffers[leaf] = {key: _aligned_zeros([stop - start for start, stop in key], dtype) for key in keys}
-    skip = 1 if tensor.per_layer else 0
-    for layer, name in enumerate(names_of(tensor, config)):
+    for name, index in tensor.names(config).items():
+        if not any(_local_index(key, index) is not None for of_leaf in buffers.values() for key in of_leaf):
+            continue  # an expert that only other processes hold
         parts = tensor.layout.to_ours(_read_checked(source, name, dtype), [leaf.shape for leaf in wanted])
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             for key, buffer in buffers[leaf].items():
-                target = buffer[layer] if skip else buffer
-                window = part[tuple(slice(start, stop) for start, stop in key[skip:])]
-                target[tuple(slice(0, n) for n in window.shape)] = window
+                place = _local_index(key, index)
+                if place is not None:
+                    window = part[tuple(slice(start, stop) for start, stop in key[tensor.stacked :])]
+                    buffer[place][tuple(slice(0, n) for n in window.shape)] = window
     loaded = {}
     for leaf in tensor.leaves:
         shape, parts = shapes[leaf].shape, buffers.pop(leaf)
@@ -323,49 +291,51 @@ def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Sharding, dty
     return jax.jit(make, out_shardings=sharding)(jax.random.key(0) if key is None else key)
 
 
-def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """Gathers a parameter (or one layer of it) on the host, shard by shard.
+def _fetch(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """Gathers a parameter, or the part of a layer (and expert) `index`, on the host, shard by shard.
 
     `np.asarray(x)` would leave a host copy of the whole parameter cached in `x` for as long as `x` lives. Across hosts
     every process must call this, and all get the result.
     """
     if not x.is_fully_addressable:
-        return to_host(x if layer is None else x[layer])
-    whole = np.empty(x.shape if layer is None else x.shape[1:], x.dtype)
+        return to_host(x[index] if index else x)
+    whole = np.empty(x.shape[len(index) :], x.dtype)
     for shard in x.addressable_shards:
-        if shard.replica_id == 0:
-            index = shard.index if layer is None else shard.index[1:]
-            whole[index] = jnp.array(shard.data) if layer is None else shard.data[layer]
+        place = _local_index(_index_key(shard.index, x.shape), index)
+        if shard.replica_id == 0 and place is not None:
+            whole[shard.index[len(index) :]] = shard.data[place] if place else jnp.array(shard.data)
     return whole
 
 
-def _fetch_merged(params: dict[str, jax.Array], leaf: str, layer: int | None, lora: LoRAConfig | None) -> np.ndarray:
+def _fetch_merged(
+    params: dict[str, jax.Array], leaf: str, index: tuple[int, ...], lora: LoRAConfig | None
+) -> np.ndarray:
     """`_fetch`, with the adapters of a kernel merged into it."""
-    array = _fetch(params[leaf], layer)
+    array = _fetch(params[leaf], index)
     path, _, name = leaf.rpartition("/")
     for holder, table in TABLES.items():
         if lora is not None and leaf == table and f"{holder}/{LEAF}" in params:
-            array[list(lora.trained_tokens)] = _fetch(params[f"{holder}/{LEAF}"], None)
+            array[list(lora.trained_tokens)] = _fetch(params[f"{holder}/{LEAF}"], ())
     if lora is None or name != "kernel" or f"{path}/lora_a" not in params:
         return array
-    a, b = (_fetch(params[f"{path}/{n}"], layer) for n in ("lora_a", "lora_b"))
+    a, b = (_fetch(params[f"{path}/{n}"], index) for n in ("lora_a", "lora_b"))
     return np.asarray(merge_kernel(array, a, b, lora.scale))
 
 
 def _tensors_to_write(model: Model) -> Iterator[TensorToWrite]:
     module, params = model.module, leaves_by_path(model.params)
 
-    def make(tensor: Tensor, leaves: list[Leaf], layer: int | None) -> np.ndarray:
+    def make(tensor: Tensor, leaves: list[Leaf], index: tuple[int, ...]) -> np.ndarray:
         parts = []
         for leaf, expected in zip(tensor.leaves, leaves, strict=True):
-            array = _fetch_merged(params, leaf, layer, module.lora)
+            array = _fetch_merged(params, leaf, index, module.lora)
             parts.append(array[tuple(slice(0, n) for n in expected.shape)])
         return tensor.layout.to_hf(parts, np)
 
     for tensor, leaves in _declared(get_family(model.config.family, "config"), module.clone(lora=None)):
         shape = _hf_shape(tensor, leaves)
-        for layer, name in enumerate(names_of(tensor, model.config)):
-            yield TensorToWrite(name, shape, partial(make, tensor, leaves, layer if tensor.per_layer else None))
+        for name, index in tensor.names(model.config).items():
+            yield TensorToWrite(name, shape, partial(make, tensor, leaves, index))
 
 
 def save_pretrained(
@@ -387,7 +357,7 @@ def save_pretrained(
     Args:
         model: A language model or reward model.
         path: The folder.
-        tokenizer: Saved into the folder.
+        tokenizer: Saved into the folder. That of a reward model gets a pad token that ends no response.
         dtype: Of the tensors in the files; None: as stored.
         max_shard_bytes: Largest weights file.
         card: Becomes the folder's README.md.
@@ -421,15 +391,14 @@ def _write_export(
     config, head = model.config, model.module.head
     stored = np.dtype(dtype or next(iter(leaves_by_path(model.params).values())).dtype)
     write_checkpoint(staging, _tensors_to_write(model), stored, max_shard_bytes, taken=indexed_shards(folder))
-    values = config_to_dict(config, head) | {"dtype": str(stored)}
+    values = config_to_dict(config, head, str(stored))
     files = {CONFIG: json.dumps(values, indent=2) + "\n"}
-    if head == "lm":
-        ids = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
-        files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
+    if head == "lm" or config.generation_config:
+        files[GENERATION_CONFIG] = json.dumps(generation_values(config), indent=2) + "\n"
     if card is not None:
         files["README.md"] = render_card(card, config, head)
     if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
+        save_tokenizer(tokenizer, staging)
     for name, text in files.items():
         (staging / name).write_text(text, encoding="utf-8")
 
@@ -442,5 +411,5 @@ def model_from_overrides(model_type: str, overrides: Mapping[str, Any], **option
         overrides: Options by their HF names; the others have the family's defaults.
         options: See `create_model`.
     """
-    config = config_from_dict({"model_type": model_type, **overrides}, f"--model_type {model_type}")
+    config = config_from_dict({"model_type": model_type, **overrides}, f"--model_type {model_type}", strict=True)
     return create_model(config, **options)

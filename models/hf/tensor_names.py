@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.hf.mapping import SCORE_BIAS, Family, Tensor
+from jaxrlhf.models.hf.mapping import SCORE_BIAS, Family
 from jaxrlhf.models.hf.tensor_source import TensorSource
 
 # Modules that torch and its trainers put between the others: torch.compile, FSDP, activation checkpointing.
@@ -27,12 +27,6 @@ _BUFFERS = re.compile(
 def is_buffer(name: str) -> bool:
     """True for a tensor that carries no weights."""
     return _BUFFERS.fullmatch(name) is not None
-
-
-def names_of(tensor: Tensor, config: DecoderConfig, name: str | None = None) -> list[str]:
-    """The names of a declared tensor in files, layer by layer; `name` replaces the declared one."""
-    name = tensor.hf if name is None else name
-    return [name.format(i=i) for i in range(config.num_layers)] if tensor.per_layer else [name]
 
 
 def _renamed(source: TensorSource, names: Mapping[str, str]) -> TensorSource:
@@ -90,7 +84,7 @@ def _wrapper(names: set[str], family: Family, config: DecoderConfig) -> str:
     """What stands before the first declared tensor that is found; the shortest such text, with its dot."""
     prefix = f"{family.prefix}."
     for tensor in family.tensors:
-        name = names_of(tensor, config)[0]
+        name = next(iter(tensor.names(config)))
         for declared in (name, name.removeprefix(prefix)):
             if declared in names:
                 return ""
@@ -116,7 +110,7 @@ def with_declared_names(source: TensorSource, family: Family, config: DecoderCon
         theirs: name
         for tensor in family.all_tensors
         for alias in tensor.aliases
-        for theirs, name in zip(names_of(tensor, config, alias), names_of(tensor, config), strict=True)
+        for theirs, name in zip(tensor.names(config, alias), tensor.names(config), strict=True)
     }
     prefix, heads = f"{family.prefix}.", {tensor.hf for tensor in (*family.heads, SCORE_BIAS)}
     renamed = {name: aliases.get(name, name) for name in source.shapes}

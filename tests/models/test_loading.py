@@ -263,7 +263,6 @@ def test_integer_weights_are_refused(folder):
     [
         ({"model_type": "bert"}, r"config\.json: model type 'bert' is not supported; supported are \['"),
         ({"model_type": None}, r"'model_type' is missing"),
-        ({"sparse_attention": True}, r"options this family does not know: sparse_attention=True"),
         ({"activation_function": "tanh"}, r"activation_function='tanh' is not supported \(one of"),
         ({"add_cross_attention": True}, r"add_cross_attention=True is not supported \(only False is\)"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config"),

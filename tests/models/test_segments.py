@@ -88,9 +88,13 @@ def test_each_kernel_keeps_packed_sequences_apart(case, implementation, make_mod
     assert_same(*both(model, with_kernels(model, attention_implementation=implementation)))
 
 
-@pytest.mark.parametrize("implementation", ["auto", "xla", "pallas"])
-def test_packed_rows_on_a_mesh_with_remat_are_those_of_one_device(implementation, make_model):
-    model = make_model("bloom", num_heads=4, num_kv_heads=4, head_dim=6)
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [("bloom", "auto"), ("bloom", "xla"), ("bloom", "pallas"), ("gemma2", "auto"), ("olmo3", "pallas")],
+)
+def test_packed_rows_on_a_mesh_with_remat_are_those_of_one_device(case, implementation, make_model):
+    heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6} if case == "bloom" else {}
+    model = make_model(case, **heads)
     kernels = with_kernels(model, attention_implementation=implementation)
     kernels = kernels.replace(module=kernels.module.clone(remat="full"))
     assert_same(*both(model, kernels, make_mesh(2, 2, 2)))

@@ -94,7 +94,7 @@ def test_a_run_without_a_reward_model_learns_from_functions_and_resumes_as_if_ne
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "log", interrupting)
-        with pytest.raises(Interrupted, match="stopped after step 2"):
+        with pytest.raises(Interrupted, match="stopped during the evaluation after step 2; continue with --resume"):
             train(tmp_path / "parts", **mixed)
     resumed = train(tmp_path / "parts", resume=True, **mixed)
     chex.assert_trees_all_equal(jax.tree.leaves(jax.device_get(resumed)), jax.tree.leaves(jax.device_get(whole)))

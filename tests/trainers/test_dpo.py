@@ -15,6 +15,7 @@ import pytest
 from jaxrlhf.commands.rlhf import RLHFConfig, train_rlhf
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import load_data
+from jaxrlhf.data.demo import train_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.sharding import place_batch
@@ -135,17 +136,18 @@ def test_contradictory_or_senseless_settings_are_refused_by_name(options, messag
 
 def test_a_reference_that_does_not_fit_is_refused_before_anything_is_written(config, demo, lab, tmp_path):
     folders = {
-        "vocabulary": lab.tiny_model(demo.options | {"vocab_size": 700}),
+        "vocabulary": lab.tiny_model(demo.options | {"vocab_size": 300}),
         "context": lab.tiny_model(demo.options | {"n_positions": 16}),
     }
     messages = {
-        "vocabulary": r"reference_model_name_or_path=.*vocabulary of 700 tokens",
+        "vocabulary": r"the model to train and reference_model_name_or_path=.*have different tokenizers",
         "context": r"max_length for the reference model of 32 tokens exceeds the model's context of 16",
         "absent": r"absent",
     }
     for name, message in messages.items():
         if name in folders:
-            save_pretrained(folders[name], tmp_path / name, demo.tokenizer)
+            own = train_tokenizer(["quite another text"] * 3, 300) if name == "vocabulary" else demo.tokenizer
+            save_pretrained(folders[name], tmp_path / name, own)
         with pytest.raises(InputError, match=message):
             train_dpo(config(reference_model_name_or_path=str(tmp_path / name), output_dir=str(tmp_path / "run")))
         assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config.files import read_jsonl
+from jaxrlhf.data.demo import train_tokenizer
 from jaxrlhf.errors import InputError, Interrupted, TrainingDiverged
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
 from jaxrlhf.rl.config import PPOConfig
@@ -281,7 +282,7 @@ def test_a_built_in_chat_template_on_a_base_model_reaches_every_file_of_the_expo
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     files = [json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "generation_config.json")]
-    assert [file["eos_token_id"] for file in files] == [end, end]
+    assert [file["eos_token_id"] for file in files] == [[end, 1], [end, 1]]  # the base model's own EOS stays one
     assert (len(tokenizer), tokenizer.eos_token_id) == (size + 2, end)
     assert load_pretrained(tmp_path / "run").config.vocab_size == size + 2
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
@@ -289,7 +290,7 @@ def test_a_built_in_chat_template_on_a_base_model_reaches_every_file_of_the_expo
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     options = {"actor_model_name_or_path": str(tmp_path / "run"), "chat_template": "chatml", "max_steps": 1}
-    with pytest.raises(InputError, match=f"vocabulary of {size + 2} tokens and the reward model one of {size}"):
+    with pytest.raises(InputError, match=r"'<\|im_start\|>' has the id 512 for the actor and does not exist"):
         train("ppo", tmp_path / "ppo", **options)
 
 
@@ -350,15 +351,23 @@ def test_a_language_model_is_no_reward_model(train, demo, tmp_path):
         train("ppo", tmp_path / "run", critic_model_name_or_path=demo.lm)
 
 
-def test_vocabularies_that_differ_are_refused(train, demo, lab, tmp_path):
-    options = demo.options | {"vocab_size": demo.options["vocab_size"] + 9}
-    save_pretrained(lab.tiny_model(options, "scalar"), tmp_path / "other", demo.tokenizer)
-    with pytest.raises(InputError, match=r"vocabulary of \d+ tokens and the reward model one of \d+.*same tokenizer"):
+def test_tokenizers_that_differ_are_refused_and_padded_embeddings_are_not(train, demo, lab, tmp_path):
+    other = train_tokenizer(["quite another text, of the same number of tokens"] * 3, demo.options["vocab_size"])
+    save_pretrained(lab.tiny_model(demo.options, "scalar"), tmp_path / "other", other)
+    with pytest.raises(InputError, match=r"the actor and the reward model have different tokenizers: \d+ of"):
         train("ppo", tmp_path / "run", critic_model_name_or_path=str(tmp_path / "other"))
+    options = demo.options | {"vocab_size": demo.options["vocab_size"] + 90}
+    save_pretrained(lab.tiny_model(options, "scalar"), tmp_path / "padded", demo.tokenizer)
+    train("ppo", tmp_path / "padded-run", critic_model_name_or_path=str(tmp_path / "padded"), max_steps=1)
     small = demo.options | {"vocab_size": 100}
     save_pretrained(lab.tiny_model(small), tmp_path / "small", demo.tokenizer)
     with pytest.raises(InputError, match=r"the tokenizer of .* has \d+ tokens, the model only 100"):
         train("sft", tmp_path / "run", model_name_or_path=str(tmp_path / "small"))
+    with pytest.raises(InputError, match=r"the tokenizer has \d+ tokens, the actor only 100"):
+        train("ppo", tmp_path / "run", actor_model_name_or_path=str(tmp_path / "small"))
+    save_pretrained(lab.tiny_model(small, "scalar"), tmp_path / "small-reward", demo.tokenizer)
+    with pytest.raises(InputError, match=r"has \d+ tokens, the reward model only 100"):
+        train("ppo", tmp_path / "run", critic_model_name_or_path=str(tmp_path / "small-reward"))
 
 
 def own_config() -> PPOConfig:

@@ -1,0 +1,75 @@
+"""`jaxrlhf eval`: models side by side, reward models on pairs, verifiable answers, and lm-eval's tasks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.commands.evaluation.comparison import compare
+from jaxrlhf.commands.evaluation.page import page_of
+from jaxrlhf.commands.evaluation.report import print_comparison, print_scores, print_tasks
+from jaxrlhf.commands.evaluation.reward_models import measure
+from jaxrlhf.commands.evaluation.settings import EvalConfig
+from jaxrlhf.commands.evaluation.statistics import plain
+from jaxrlhf.commands.evaluation.tasks import run_tasks
+from jaxrlhf.config import to_dict
+from jaxrlhf.config.files import write_text_atomic
+from jaxrlhf.errors import InputError
+from jaxrlhf.runs.console import Console
+
+__all__ = ["EvalConfig", "evaluate"]
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Evaluates what the settings name: models, a reward model, or models on tasks.
+
+    Returns:
+        The results, as JSON has them.
+
+    Raises:
+        InputError: a model, the data, a reward function or a task cannot be used.
+    """
+    check_outputs(config)
+    console, shown = Console(), Console(stream=sys.stdout, quiet=config.output.json == "-")
+    if config.mode == "tasks":
+        results = run_tasks(config, console)
+        print_tasks(shown, results)
+        write_results(config, console, results)
+        return results
+    if config.mode == "responses":
+        found = compare(config, console)
+        print_comparison(shown, found, config.output.show)
+    else:
+        found = measure(config, console)
+        print_scores(shown, found, config.output.show)
+    results = plain(found.summary()) | {"settings": to_dict(config)}
+    write_results(config, console, results)
+    if config.output.jsonl is not None:
+        write_text_atomic(config.output.jsonl, "".join(found.lines()))
+        console.print(f"wrote {config.output.jsonl}")
+    if config.output.html is not None:
+        write_text_atomic(config.output.html, page_of(found))
+        console.print(f"wrote {config.output.html}")
+    return results
+
+
+def check_outputs(config: EvalConfig) -> None:
+    """Raises InputError for a file that cannot be written, before any model is loaded."""
+    for name in ("html", "json", "jsonl"):
+        path = getattr(config.output, name)
+        if path is not None and path != "-" and Path(path).is_dir():
+            raise InputError(f"{name} '{path}': is a folder; name a file")
+
+
+def write_results(config: EvalConfig, console: Console, results: dict[str, Any]) -> None:
+    """Writes the results as JSON, where the settings say."""
+    if config.output.json is None:
+        return
+    text = json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n"
+    if config.output.json == "-":
+        sys.stdout.write(text)
+    else:
+        write_text_atomic(config.output.json, text)
+        console.print(f"wrote {config.output.json}")

@@ -1,0 +1,155 @@
+"""Prints what `jaxrlhf eval` found, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxrlhf.commands.evaluation.comparison import Comparison
+from jaxrlhf.commands.evaluation.reward_models import PairReport, TextReport
+from jaxrlhf.runs.console import Console
+
+MEASURES = {"accuracy": "accuracy", "length_baseline": "longer is better", "margin": "margin"}
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+Table = tuple[str, list[str], list[list[Any]]]
+"""A title, the columns' names and the rows, for the terminal and for the page."""
+
+
+def short(name: str) -> str:
+    """The last part of a path or address."""
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each name, or the whole names where these are not distinct."""
+    found = [short(name) for name in names]
+    return found if len(set(found)) == len(found) else list(names)
+
+
+def comparison_tables(found: Comparison) -> list[Table]:
+    """Scores and pass@k of each model, and the win rates."""
+    summary, names = found.summary(), short_names(found.models)
+    rows = []
+    for name, model in zip(names, summary["models"], strict=True):
+        scores = [str(value) for value in model["scores"].values()]
+        passes = [str(value) for ks in model["pass_at_k"].values() for value in ks.values()]
+        rows.append([name, *scores, *passes, str(model["tokens"]), str(model["ended"])])
+    columns = ["model", *(name.replace("_", " ") for name in found.scores)]
+    several = len(found.pass_scores) > 1
+    first = summary["models"][0]["pass_at_k"]
+    columns += [f"pass@{k}{f' {name}' if several else ''}" for name, ks in first.items() for k in ks]
+    tables: list[Table] = [("models", [*columns, "tokens", "ended"], rows)]
+    if summary["pairs"]:
+        by_name = dict(zip(found.models, names, strict=True))
+        pairs = []
+        for p in summary["pairs"]:
+            who = [by_name[p["model"]], by_name[p["other"]], p["scorer"].replace("_", " ")]
+            pairs.append([*who, str(p["win_rate"]), str(p["score_difference"])])
+        tables.append(("paired by prompt", ["model", "against", "by", "win rate", "score difference"], pairs))
+    return tables
+
+
+def cell(found: Comparison, m: int, i: int) -> str:
+    """The responses of model `m` to prompt `i` with their scores."""
+    texts = []
+    for j, text in enumerate(found.responses[m].texts[i]):
+        scores = [f"{scores[m, i, j]:.3g}" for scores in found.scores.values()]
+        texts.append(f"[{', '.join(scores)}] {text}" if scores else text)
+    return "\n".join(texts)
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt for people: a conversation as a line for each message."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def pair_tables(found: PairReport) -> list[Table]:
+    """Measures by subset, calibration, and scores."""
+    summary = found.summary()
+    rows = [
+        [name, measures["pairs"], *(str(measures[key]) for key in MEASURES)]
+        for name, measures in summary["measures"].items()
+    ]
+    tables: list[Table] = [("pairs", ["rows", "pairs", *MEASURES.values()], rows)]
+    calibration = summary["calibration"]
+    bins = [
+        [f"{b['from']:.2f}–{b['to']:.2f}", b["pairs"], b["confidence"], str(b["accuracy"])] for b in calibration["bins"]
+    ]
+    title = f"calibration of σ(margin): ECE {calibration['ece']}, Brier {calibration['brier']}, "
+    title += f"log loss {calibration['log_loss']}"
+    tables.append((title, ["confidence", "pairs", "mean confidence", "accuracy"], bins))
+    scores = summary["scores"] | {"margin": summary["margins"]}
+    tables.append(distribution(scores))
+    return tables
+
+
+def distribution(scores: dict[str, dict[str, Any]]) -> Table:
+    """Mean, deviation and quartiles of several sets of scores."""
+    rows = [[name, values["mean"], values["std"], *map(float, values["quartiles"])] for name, values in scores.items()]
+    return "distribution", ["scores", "mean", "deviation", "least", "25 %", "median", "75 %", "largest"], rows
+
+
+def pair_lines(found: PairReport) -> list[str]:
+    """The mean of the subsets, the share of ties, and the histogram of the margins."""
+    summary = found.summary()
+    lines = [f"mean of the subsets: {summary['mean_of_subsets']}"] if summary["mean_of_subsets"] else []
+    counts, edges = summary["margins"]["counts"], summary["margins"]["edges"]
+    bars = "".join(BLOCKS[round(8 * int(count) / max(int(counts.max()), 1))] for count in counts)
+    if summary["ties"].value:
+        lines.append(f"equal scores: {summary['ties']} of the pairs, which count as wrong")
+    return [*lines, f"margins: {edges[0]:.3g} {bars} {edges[-1]:.3g}"]
+
+
+def text_tables(found: TextReport) -> list[Table]:
+    """The mean score by source, and the distribution."""
+    summary = found.summary()
+    rows = [[name, value.count, str(value)] for name, value in summary["mean_score"].items()]
+    return [("texts", ["rows", "texts", "mean score"], rows), distribution({"score": summary["scores"]})]
+
+
+def text_lines(found: TextReport) -> list[str]:
+    """The correlation with the length."""
+    value = found.summary()["length_correlation"]
+    return [] if value is None else [f"correlation of score and length: {value:.3g}"]
+
+
+def print_comparison(console: Console, found: Comparison, show: int) -> None:
+    """Prints responses side by side, and the tables."""
+    names = short_names(found.models)
+    rows = [
+        [prompt_text(found.prompts.prompts[i]), *(cell(found, m, i) for m in range(len(names)))]
+        for i in range(min(show, len(found.prompts)))
+    ]
+    if rows:
+        console.table("responses", ["prompt", *names], rows)
+    for table in comparison_tables(found):
+        console.table(*table)
+    for what, count in found.left_out.items():
+        console.print(f"left out: {count} rows, {what}")
+
+
+def print_scores(console: Console, found: PairReport | TextReport, show: int) -> None:
+    """Prints the first rows with their scores, and the tables."""
+    size = min(show, len(found.data))
+    columns = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "margin")
+    columns = columns if isinstance(found, PairReport) else ("prompt", "response", "score")
+    if size:
+        rows = [[found.row(i)[name] for name in columns] for i in range(size)]
+        console.table("rows", [name.replace("_", " ") for name in columns], rows)
+    tables = pair_tables(found) if isinstance(found, PairReport) else text_tables(found)
+    for table in tables:
+        console.table(*table)
+    for line in pair_lines(found) if isinstance(found, PairReport) else text_lines(found):
+        console.print(line)
+
+
+def print_tasks(console: Console, found: dict[str, dict[str, Any]]) -> None:
+    """Prints lm-eval's own tables."""
+    from lm_eval.utils import make_table  # pyright: ignore[reportMissingImports]
+
+    for model, results in found.items():
+        console.print(model)
+        console.print(make_table(results))
+        if results.get("groups"):
+            console.print(make_table(results, "groups"))

@@ -1,0 +1,119 @@
+"""Responses of a model behind an OpenAI-compatible server, by the standard library's HTTP client."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from jaxrlhf.commands.evaluation.generators import Responses
+from jaxrlhf.commands.evaluation.rows import Prompts
+from jaxrlhf.commands.evaluation.settings import EvalConfig
+from jaxrlhf.data.messages import as_messages
+from jaxrlhf.engine import SamplingConfig
+from jaxrlhf.errors import InputError
+from jaxrlhf.runs.console import Console
+
+TIMEOUT = 600.0  # seconds of one request
+TRIES = 6
+BUSY = (429, 503)  # statuses after which a request is sent again
+
+
+class ServerModel:
+    """A model behind a server: `http://host:port/v1`, or `…#NAME` for one of several.
+
+    Raises InputError when the server does not answer or has no such model.
+    """
+
+    def __init__(self, name: str, config: EvalConfig) -> None:
+        self.name, self.config = name, config
+        address, _, self.model = name.partition("#")
+        self.base = address.rstrip("/") + ("" if urlsplit(address).path.strip("/") else "/v1")
+        served = [entry.get("id", "") for entry in self.call("models").get("data", [])]
+        if not self.model and served:
+            self.model = served[0]
+        elif served and self.model not in served:
+            raise InputError(f"{name}: the server has no model {self.model!r}; it has {', '.join(served)}")
+
+    def fits(self, prompts: Prompts) -> np.ndarray:
+        """bool `[P]`: all; the server refuses what does not fit."""
+        return np.ones(len(prompts), bool)
+
+    def respond(self, prompts: Prompts, console: Console) -> Responses:
+        """Requests n responses to each prompt, each with a seed of its own."""
+        n, begin = self.config.sampling.samples_per_prompt, time.monotonic()
+        jobs = [(i, j) for i in range(len(prompts)) for j in range(n)]
+        with (
+            ThreadPoolExecutor(self.config.server_requests) as pool,
+            console.progress(len(jobs), description=self.name, unit="response") as bar,
+        ):
+            answers = list(bar.over(pool.map(lambda job: self.answer(prompts, job[0], job[0] * n + job[1]), jobs)))
+        texts, lengths, ended = zip(*answers, strict=True)
+        return Responses(
+            model=self.name,
+            prompts=["\n\n".join(str(m["content"]) for m in as_messages(prompt)) for prompt in prompts.prompts],
+            texts=[list(texts[i * n : (i + 1) * n]) for i in range(len(prompts))],
+            lengths=np.array(lengths).reshape(-1, n),
+            ended=np.array(ended).reshape(-1, n),
+            seconds=time.monotonic() - begin,
+        )
+
+    def answer(self, prompts: Prompts, i: int, number: int) -> tuple[str, int, bool]:
+        """One response to prompt `i`: its text, its tokens, and whether it ended by itself."""
+        body = {"model": self.model, "messages": as_messages(prompts.prompts[i])}
+        body |= request_options(self.config.sampling, self.config.data.seed + number)
+        if prompts.tools[i]:
+            body["tools"] = prompts.tools[i]
+        reply = self.call("chat/completions", body)
+        try:
+            choice = reply["choices"][0]
+            text = choice["message"].get("content") or ""
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.name}: the server's answer holds no message: {str(reply)[:200]}") from error
+        tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
+        return text, int(tokens), choice.get("finish_reason") != "length"
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A request, sent again while the server is busy. Raises InputError with the server's own words."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.base}/{path}", data, headers)
+        for tried in range(TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+                    return json.load(reply)
+            except urllib.error.HTTPError as error:
+                if error.code in BUSY and tried + 1 < TRIES:
+                    time.sleep(2.0**tried / 4)
+                    continue
+                said = error.read().decode("utf-8", "replace")[:300]
+                raise InputError(f"{self.name}: the server refused {path} with status {error.code}: {said}") from error
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "reason", error)
+                raise InputError(
+                    f"{self.name}: no usable answer from {self.base}/{path} ({reason}); check the address and that "
+                    "the server runs"
+                ) from error
+        raise AssertionError("the last try returns or raises")
+
+
+def request_options(sampling: SamplingConfig, seed: int) -> dict[str, Any]:
+    """The sampling as a request's fields; those that OpenAI's API lacks are sent only where they were changed."""
+    options: dict[str, Any] = {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed,
+    }
+    if sampling.stop_strings:
+        options["stop"] = list(sampling.stop_strings)
+    further = {"top_k": (sampling.top_k, 0), "repetition_penalty": (sampling.repetition_penalty, 1.0)}
+    further |= {"min_tokens": (sampling.min_new_tokens, 0)}
+    return options | {name: value for name, (value, default) in further.items() if value != default}

@@ -93,10 +93,17 @@ def export_model(
         save_pretrained(model, folder, tokenizer, **save_options)
 
 
+def _describe_lora(lora: LoRAConfig) -> dict[str, Any]:
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(lora).items()}
+    if not lora.trained_tokens:
+        del values["trained_tokens"]
+    return values
+
+
 def describe_model(model: Model, **more: Any) -> dict[str, Any]:
     """Describes parameters in a checkpoint for `jaxrlhf convert`, as JSON values."""
     head, lora = model.module.head, model.module.lora
-    adapters = {} if lora is None else {"lora": dataclasses.asdict(lora) | {"targets": list(lora.targets)}}
+    adapters = {} if lora is None else {"lora": _describe_lora(lora)}
     described = {"head": head, "config": config_to_dict(model.config, head)}
     described |= {"score": {name: getattr(model.config, name) for name in SCORE_FIELDS}}
     return described | {"generation_config": model.config.generation_config} | adapters | more

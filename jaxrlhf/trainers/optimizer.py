@@ -13,7 +13,7 @@ from jaxrlhf.config import Fraction, Ge, Lt, NonNegative, NonNegativeInt, Positi
 from jaxrlhf.errors import InputError
 
 Schedule = Literal["linear", "cosine", "constant"]
-DECAYED_LEAVES = ("kernel", "embedding", "lora_a", "lora_b")
+DECAYED_LEAVES = ("kernel", "embedding", "lora_a", "lora_b", "lora_rows")
 UNDECAYED_LEAVES = ("scale", "bias")
 
 

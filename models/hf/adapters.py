@@ -362,4 +362,5 @@ def load_onto_base(base: Model, folder: Path, new_head: bool) -> Model:
             f"{folder} is the adapter of a language model, not of a reward model; train one with `jaxrlhf reward` first"
         )
     logger.info("%s is an adapter of %s: it is merged into that model", folder, adapter_base(folder))
-    return merged(load_adapter(base, folder))
+    model = merged(load_adapter(base, folder))
+    return model.replace(module=model.module.clone(added_tokens=0))  # its rows are trained already

@@ -24,6 +24,7 @@ from jaxrlhf.models import (
     load_adapter,
     load_pretrained,
     merged,
+    read_config,
     save_pretrained,
     split_trainable,
 )
@@ -321,6 +322,36 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_exports_model_and_adapte
         f"layers/{p}/kernel"
         for p in ("attn/query", "attn/key", "attn/value", "attn/out", "mlp/up", "mlp/gate", "mlp/down")
     }
+
+
+def test_new_tokens_are_trained_with_the_adapters_and_the_adapter_folder_is_a_model(base, tmp_path):
+    options = {"chat_template": "chatml", "max_steps": 2, "save_steps": 1}
+    state = train_sft(sft_config(base, tmp_path / "run", **options))
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(list_checkpoints(tmp_path / "again")[-1])
+    resumed = train_sft(sft_config(base, tmp_path / "again", resume=True, **options))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(resumed.params))
+
+    rows, adapter = read_config(base / "model").vocab_size, tmp_path / "run" / "adapter"
+    assert state.module.lora.trained_tokens == (rows, rows + 1)
+    fresh = np.asarray(state.params["embed"]["embedding"][rows : rows + 2])
+    assert (np.asarray(state.params["embed_rows"]["lora_rows"]) != fresh).any(axis=1).all()
+    model, ids = load_pretrained(tmp_path / "run"), np.array([[5, rows, 9, rows + 1, 7]])
+    expected = np.asarray(model.module.apply({"params": model.params}, ids))
+    again = load_pretrained(adapter)
+    np.testing.assert_allclose(again.module.apply({"params": again.params}, ids), expected, rtol=1e-4, atol=1e-4)
+
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    with torch.no_grad():
+        found = theirs(torch.tensor(ids), use_cache=False).logits.numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+    start = {"model_name_or_path": str(adapter), "max_steps": 1}
+    with pytest.raises(InputError, match=r"lora_export=both: the start model .* is an adapter folder"):
+        train_sft(sft_config(base, tmp_path / "more", **start))
+    more = train_sft(sft_config(base, tmp_path / "more", **start | {"lora_export": "merged"}))
+    assert more.module.config.vocab_size == rows + 2 and more.module.lora.trained_tokens == ()
 
 
 def test_flags_that_cannot_work_are_refused_by_name(tmp_path, base):

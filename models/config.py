@@ -111,6 +111,12 @@ class DecoderConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
 
+    score_bias: bool = False
+    """The scalar head has a constant part, as TRL's value heads and OpenRLHF's normalised rewards have."""
+    score_skips: int | None = None
+    """At this token a scalar head repeats the value of the token before. Transformers reads a score at the last token
+    that is not padding, so also before an end token that equals the pad token."""
+
     initializer_range: float = 0.02
     bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -209,6 +215,10 @@ class DecoderConfig:
         return dataclasses.replace(self, **changes)
 
 
+SCORE_FIELDS = ("score_bias", "score_skips")
+"""Fields of DecoderConfig that a config.json has no options for."""
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters of linear maps: `y += dropout(x) A B · alpha / rank` (Hu et al. 2021, arXiv 2106.09685)."""
@@ -219,8 +229,12 @@ class LoRAConfig:
     """Dropout rate of the adapter's input; active exactly when a `dropout` RNG is passed to `apply`."""
     targets: tuple[str, ...] = (r"/(attn|mlp)/",)
     """Regular expressions, searched in the paths of the linear maps (`layers/attn/query`)."""
+    trained_tokens: tuple[int, ...] = ()
+    """Ids, ascending, of tokens whose rows in embedding and head are trained too."""
 
     def __post_init__(self) -> None:
+        if list(self.trained_tokens) != sorted(set(self.trained_tokens)):
+            raise InputError(f"LoRA trained_tokens={self.trained_tokens} must be ascending ids")
         if self.rank < 1:
             raise InputError(f"LoRA rank={self.rank} must be at least 1")
         if not self.alpha > 0:

@@ -23,6 +23,7 @@ from jaxrlhf.models.layer_options import LayerOptions, attends_alike, attention_
 from jaxrlhf.models.moe import ROUTER_SUMS, MoE
 from jaxrlhf.models.rotary import rotate
 from jaxrlhf.models.sequences import SequenceContext, sequence_context
+from jaxrlhf.models.token_rows import TokenRows, look_up, replace_rows
 from jaxrlhf.sharding import constrain
 
 # What the forward pass of a block keeps for the backward pass. "none" recomputes nothing and keeps all of it; "full"
@@ -141,6 +142,12 @@ def place_columns(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
     """The inverse of `read_columns`: zeros `[B, length]` with `x` `[B, count]` from column `start` `[B]` on."""
     blank = jnp.zeros((x.shape[0], length), x.dtype)
     return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(blank, x, start)
+
+
+def repeat_values(values: jax.Array, own: jax.Array) -> jax.Array:
+    """Replaces each of `values` `[B, T]` that is not `own` by the last own one before it; leading ones by column 0."""
+    columns = jnp.where(own, jnp.arange(values.shape[1]), 0)
+    return jnp.take_along_axis(values, jax.lax.cummax(columns, axis=1), axis=1)
 
 
 class Attention(nn.Module):
@@ -307,7 +314,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The parameters of an output head: a kernel `shape` with logical `axes`, and optionally a bias over axis 0."""
+    """The parameters of an output head: a kernel `[…, E]` with logical `axes`, and optionally a bias per output."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -319,7 +326,7 @@ class Head(nn.Module):
         kernel = _parameter(self, "kernel", nn.initializers.normal(self.stddev), self.shape, self.axes)
         if not self.use_bias:
             return kernel, None
-        return kernel, _parameter(self, "bias", nn.initializers.zeros, self.shape[:1], self.axes[:1])
+        return kernel, _parameter(self, "bias", nn.initializers.zeros, self.shape[:-1] or (1,), self.axes[:1])
 
 
 class Decoder(nn.Module):
@@ -338,6 +345,8 @@ class Decoder(nn.Module):
     """One of REMAT_POLICIES: what the backward pass recomputes of a block."""
     lora: LoRAConfig | None = None
     """Adapters (models/lora.py); None: the model has none."""
+    added_tokens: int = 0
+    """Rows that `resize_vocabulary` has added since the model was loaded; adapters train them too."""
     zero_stage: int = 3
     """How parameters lie on a mesh (models/model.py); changes no result."""
     attention_implementation: str = "auto"
@@ -353,6 +362,11 @@ class Decoder(nn.Module):
         c = self.config
         table = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
         self.embed = nn.Embed(c.padded_vocab_size, c.embedding_size, embedding_init=table, dtype=self.dtype)
+        trained = () if self.lora is None else self.lora.trained_tokens
+        if trained:
+            self.embed_rows = TokenRows((len(trained), c.embedding_size))
+            if self.head == "lm" and not c.tie_embeddings:
+                self.head_rows = TokenRows((len(trained), c.embedding_size))
         if c.position == "learned":
             table = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("position", "embed"))
             self.embed_positions = nn.Embed(
@@ -385,7 +399,7 @@ class Decoder(nn.Module):
         self.embed_drop = nn.Dropout(c.embed_dropout)
         if self.head == "scalar":
             # Stiennon et al. 2020 (arXiv 2009.01325), appendix C: N(0, 1/(d+1)) for a fresh reward head.
-            self.score = Head((c.embedding_size,), ("norm",), False, (c.embedding_size + 1) ** -0.5)
+            self.score = Head((c.embedding_size,), ("norm",), c.score_bias, (c.embedding_size + 1) ** -0.5)
         elif not c.tie_embeddings:
             shape = (c.padded_vocab_size, c.embedding_size)
             self.lm_head = Head(shape, ("vocab", "embed"), c.lm_head_bias, c.initializer_range)
@@ -393,7 +407,10 @@ class Decoder(nn.Module):
     def embed_tokens(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Computes token and position embeddings `[B, T, D]` of int ids and positions `[B, T]`."""
         c = self.config
-        x = _scaled(self.embed(input_ids), c.embed_scale)
+        x = self.embed(input_ids)
+        if self.lora is not None and self.lora.trained_tokens:
+            x = look_up(x, input_ids, self.lora.trained_tokens, self.embed_rows())
+        x = _scaled(x, c.embed_scale)
         if c.embed_scale_sqrt:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         if c.embedding_size != c.hidden_size:
@@ -436,7 +453,12 @@ class Decoder(nn.Module):
 
     def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
         """Returns the stored matrix `[V_padded, E]` of the language-model head, and its bias `[V_padded]` or None."""
-        return (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
+        tied = self.config.tie_embeddings
+        weight, bias = (self.embed.embedding, None) if tied else self.lm_head()
+        if self.lora is not None and self.lora.trained_tokens:
+            rows = self.embed_rows() if tied else self.head_rows()
+            weight = replace_rows(weight, self.lora.trained_tokens, rows)
+        return weight, bias
 
     def padded_logits(self, hidden: jax.Array) -> jax.Array:
         """Computes float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""
@@ -450,8 +472,11 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         hidden = self.hidden_states(input_ids, attention_mask, segment_ids)
         if self.head == "scalar":
-            kernel, _ = self.score()
-            return jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+            kernel, bias = self.score()
+            values = jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+            values = values if bias is None else values + bias.astype(jnp.float32)
+            skipped = self.config.score_skips
+            return values if skipped is None else repeat_values(values, input_ids != skipped)
         return self.padded_logits(hidden)[..., : self.config.vocab_size]
 
     def logprobs(

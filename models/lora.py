@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.models import token_rows
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
@@ -23,7 +24,7 @@ from jaxrlhf.models.model import Model, initial_params, leaves_by_path, param_sh
 PyTree = Any
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear map
-_ADAPTER_LEAVES = ("lora_a", "lora_b")
+_ADAPTER_LEAVES = ("lora_a", "lora_b", token_rows.LEAF)
 
 
 def _kernels(module: Decoder) -> list[str]:
@@ -86,9 +87,14 @@ def resolve_targets(module: Decoder, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def lora_module(module: Decoder, config: LoRAConfig) -> Decoder:
-    """The module with adapters on the maps that `config.targets` names (see `resolve_targets`)."""
+    """The module with adapters on the maps that `config.targets` names (see `resolve_targets`).
+
+    Rows of tokens that were added to the base (`resize_vocabulary`) are trained with them.
+    """
     targets = tuple(f"^{path}$" for path in resolve_targets(module, config.targets))
-    return module.clone(lora=dataclasses.replace(config, targets=targets))
+    rows = module.config.vocab_size
+    tokens = config.trained_tokens or tuple(range(rows - module.added_tokens, rows))
+    return module.clone(lora=dataclasses.replace(config, targets=targets, trained_tokens=tokens))
 
 
 def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None = None) -> Model:
@@ -111,7 +117,19 @@ def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None = None) -> 
         out_shardings=None if shardings is None else adapter_leaves(shardings),
     )
     fresh = init(jax.random.key(0) if key is None else key)
+    fresh = _with_rows(fresh, model, module)
     return Model(module=module, params=join(model.params, fresh), config=model.config)
+
+
+def _with_rows(fresh: PyTree, model: Model, module: Decoder) -> PyTree:
+    """The adapters with the rows of the trained tokens as they are in the model's tables."""
+    tables, flat = leaves_by_path(model.params), leaves_by_path(fresh)
+    for holder, table in token_rows.TABLES.items():
+        name = f"{holder}/{token_rows.LEAF}"
+        if name in flat and module.lora is not None:
+            rows = tables[table][jnp.asarray(module.lora.trained_tokens)].astype(jnp.float32)
+            flat[name] = jax.device_put(rows, flat[name].sharding)
+    return unflatten_dict(flat, sep="/")
 
 
 def _is_adapter(path: tuple[str, ...]) -> bool:
@@ -179,9 +197,13 @@ def merge_lora(params: PyTree, module: Decoder) -> PyTree:
     flat = leaves_by_path(params)
     for path, x in flat.items():
         map_path, _, name = path.rpartition("/")
-        a, b = (flat.get(f"{map_path}/{name}") for name in _ADAPTER_LEAVES)
+        a, b = (flat.get(f"{map_path}/{name}") for name in ("lora_a", "lora_b"))
         if name == "kernel" and a is not None and b is not None:
             flat[path] = merge_kernel(x, a, b, module.lora.scale)
+    for holder, table in token_rows.TABLES.items():
+        rows = flat.get(f"{holder}/{token_rows.LEAF}")
+        if rows is not None:
+            flat[table] = token_rows.replace_rows(flat[table], module.lora.trained_tokens, rows)
     return base_leaves(unflatten_dict(flat, sep="/"))
 
 

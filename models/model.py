@@ -250,7 +250,8 @@ def resize_vocabulary(model: Model, vocab_size: int) -> Model:
     if vocab_size < old:
         raise InputError(f"vocab_size={vocab_size} is below the model's {old}: rows can only be added")
     config = model.config.replace(vocab_size=vocab_size)
-    module = model.module.clone(config=config)
+    added = model.module.added_tokens + vocab_size - old
+    module = model.module.clone(config=config, added_tokens=added)
     shardings = model.shardings_of(module)
 
     def grow(x: jax.Array, axes: tuple[str | None, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -24,8 +24,8 @@ from jaxrlhf.data import (
 )
 from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, with_kernels
-from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder, read_json
+from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, stored_head, with_kernels
+from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import MeshConfig
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends
@@ -224,21 +224,15 @@ class ChatSession:
         yield from drawn
 
 
-def scalar_architecture(folder: Path) -> str | None:
-    """The architecture of a reward model or critic by its config.json; None for a language model."""
-    architectures = read_json(folder / CONFIG).get("architectures") or []
-    return next((name for name in architectures if name.endswith("ForSequenceClassification")), None)
-
-
 def open_session(config: ChatConfig, console: Console | None = None) -> ChatSession:
     """Opens a session with the model `config.model`. Raises InputError when it is not a language model."""
     for last in (Path(config.model) / name for name in ("ppo", "dpo")):
         if (last / CONFIG).is_file() and not (last.parent / CONFIG).is_file():
             raise InputError(f"{config.model} is the folder of a run of all steps; its chat model is {last}")
     folder = find_model_folder(config.model)
-    if scalar := scalar_architecture(folder):
+    if stored_head(folder) == "scalar":
         raise InputError(
-            f"{config.model} is a reward model or critic ({scalar}), which cannot write; "
+            f"{config.model} is a reward model or critic, which cannot write; "
             "give the folder that sft, dpo or ppo wrote"
         )
     tokenizer = config.tokenizer.load(str(folder), config.template)

@@ -16,7 +16,7 @@ from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, ModelCard, read_config
+from jaxrlhf.models import Decoder, ModelCard, read_config, score_offset
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.alarms import Alarms
 from jaxrlhf.rl.config import PPOConfig
@@ -233,7 +233,9 @@ class PPOTask:
             dtype=DTYPES[config.run.save_dtype],
             card=card,
         )
-        if state.critic is not None:
+        if state.critic is not None and score_offset(self.engine.critic_model(state)):
+            self.run.print("the critic is not exported: it adds a constant to its values, which transformers cannot")
+        elif state.critic is not None:
             export(self.engine.critic_model(state), folder / "critic", base=reward or actor)
         if state.ema_params is not None:
             export(self.engine.actor_model(state, ema=True), folder / "ema", base=actor)

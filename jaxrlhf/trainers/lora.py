@@ -11,6 +11,7 @@ from jaxrlhf.config import Ge, Lt, MayChange, NonNegativeInt, Positive, Settings
 from jaxrlhf.data import Tokenizer
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.models import (
+    SCORE_FIELDS,
     LoRAConfig,
     Model,
     add_lora,
@@ -85,5 +86,6 @@ def describe_model(model: Model, **more: Any) -> dict[str, Any]:
     """Describes parameters in a checkpoint for `jaxrlhf convert`, as JSON values."""
     head, lora = model.module.head, model.module.lora
     adapters = {} if lora is None else {"lora": dataclasses.asdict(lora) | {"targets": list(lora.targets)}}
-    described = {"head": head, "config": config_to_dict(model.config, head)}
+    score = {name: getattr(model.config, name) for name in SCORE_FIELDS}
+    described = {"head": head, "config": config_to_dict(model.config, head), "score": score}
     return described | {"generation_config": model.config.generation_config} | adapters | more

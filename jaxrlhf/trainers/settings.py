@@ -23,7 +23,9 @@ from jaxrlhf.models import (
     default_dtype,
     load_pretrained,
     resize_vocabulary,
+    score_offset,
     with_kernels,
+    without_score_offset,
 )
 from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
@@ -255,6 +257,9 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, 
     else:
         path = str(config.model.model_name_or_path)
         model = load_pretrained(path, head=head, key=key, mesh=mesh, progress=is_primary(), **layout)
+        if offset := score_offset(model):
+            logger.info("%s adds %g to every score, which is left out: it changes no comparison", path, offset)
+        model = without_score_offset(model)
     model = with_kernels(model, **config.compute.kernels)
     if start.resize_vocabulary and model.config.vocab_size < vocab_size:
         model = resize_vocabulary(model, vocab_size)

@@ -52,7 +52,6 @@ MIXTRAL = Family(
             for theirs, ours in (("w1", "gate"), ("w2", "down"), ("w3", "up"))
         ),
     ),
-    inert_tensors=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     fused_experts=(
         FusedExperts(_MLP + "experts.gate_up_proj", (_MOE + "experts.{e}.w1.weight", _MOE + "experts.{e}.w3.weight")),
         FusedExperts(_MLP + "experts.down_proj", (_MOE + "experts.{e}.w2.weight",)),

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.hf.checkpoint_files import TensorSource
 from jaxrlhf.models.hf.mapping import Family
+from jaxrlhf.models.hf.tensor_source import TensorSource
 
 
 class _Part(NamedTuple):
@@ -54,4 +54,7 @@ def unfused(source: TensorSource, family: Family, config: DecoderConfig) -> Tens
             last[part.fused] = source.read(part.fused)
         return last[part.fused][part.expert, part.start : part.stop]
 
-    return replace(source, shapes=shapes, read=read)
+    def peek(name: str) -> np.ndarray:
+        return read(name)[:1] if name in parts else source.peek(name)
+
+    return replace(source, shapes=shapes, read=read, peek=peek)

@@ -156,8 +156,9 @@ class FusedExperts:
     """Declared names of the n tensors `[out, in]` of an expert, in their order along the second axis."""
 
 
-# `v_head`: DeepSpeed-Chat; `value_head`: OpenRLHF.
-SCORE = Tensor("score.weight", "score/kernel", ROW, aliases=("v_head.weight", "value_head.weight"))
+# Heads of other names: models/hf/score_heads.py.
+SCORE = Tensor("score.weight", "score/kernel", ROW)
+SCORE_BIAS = Tensor("score.bias", "score/bias")
 
 MAX_SIZE, MAX_LAYERS = 10**9, 10**4
 """Sizes and numbers of layers beyond these are mistakes."""
@@ -363,8 +364,6 @@ class Family:
     """Second names of options in config.json, each with the name that `config_from_hf` reads."""
     rewritten: frozenset[str] = frozenset()
     """Options that an export never takes from its source, because versions of transformers read them differently."""
-    inert_tensors: tuple[str, ...] = ()
-    """Regular expressions of buffers that checkpoints may hold and that carry no weights."""
     fused_experts: tuple[FusedExperts, ...] = ()
     """Other forms of declared tensors in files."""
     heads: tuple[Tensor, ...] = field(
@@ -374,6 +373,10 @@ class Family:
             SCORE,
         )
     )
+
+    @property
+    def all_tensors(self) -> tuple[Tensor, ...]:
+        return (*self.tensors, *self.heads, SCORE_BIAS)
 
     def architecture(self, head: str) -> str:
         """Name of the transformers class of a model with this head, "lm" or "scalar"."""

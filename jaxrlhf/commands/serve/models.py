@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.commands.chat import ChatConfig, open_session, scalar_architecture
+from jaxrlhf.commands.chat import ChatConfig, open_session
 from jaxrlhf.commands.evaluation.scoring import last_scores
 from jaxrlhf.commands.serve import ServeConfig
 from jaxrlhf.commands.serve.metrics import ModelMetrics
@@ -15,7 +15,7 @@ from jaxrlhf.commands.serve.scheduler import Event, Scheduler
 from jaxrlhf.data import encode_rows, encode_texts_as_documents, pad_token_id, read_tokenizer, vocabulary_size
 from jaxrlhf.engine import SlotBatch
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged
+from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, stored_head
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.settings import batch_devices, check_context
@@ -159,5 +159,5 @@ def check_length(length: int, config: Any) -> None:
 
 def open_model(name: str, config: ServeConfig) -> Served:
     """Loads a model of either kind. Raises InputError for a folder that holds none."""
-    kind = RewardModel if scalar_architecture(find_model_folder(name)) else LanguageModel
+    kind = RewardModel if stored_head(name) == "scalar" else LanguageModel
     return kind(name, config)

@@ -146,11 +146,8 @@ class DecoderConfig:
         for name in ("embed_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{self.family} config: {name}={getattr(self, name)!r} must be 0 or more, and below 1")
-        rotates = self.position == "rotary"
-        if rotates and self.rotated_dim == self.head_dim and self.head_dim % 2:
-            raise InputError(f"{self.family} config: head_dim={self.head_dim} must be even: features rotate in pairs")
-        if rotates and self.rotated_dim <= 2 and dict(self.rope_scaling or ()).get("rope_type") == "dynamic":
-            raise InputError(f"{self.family} config: rope_type 'dynamic' needs more than {self.rotated_dim} features")
+        if self.position == "rotary":
+            self._check_rotation()
         if self.lm_head_bias and self.tie_embeddings:
             raise InputError(f"{self.family} config: a head with a bias cannot be tied to the embeddings")
         for name in ("windows", "rotary_layers"):
@@ -164,6 +161,19 @@ class DecoderConfig:
 
         if self.num_experts:
             self._check_experts()
+
+    def _check_rotation(self) -> None:
+        rotated, scaling = self.rotated_dim, dict(self.rope_scaling or ())
+        if rotated == self.head_dim and rotated % 2:
+            raise InputError(f"{self.family} config: head_dim={self.head_dim} must be even: features rotate in pairs")
+        if scaling.get("rope_type") == "dynamic" and rotated <= 2:
+            raise InputError(f"{self.family} config: rope_type 'dynamic' needs more than {rotated} rotated features")
+        for name in ("short_factor", "long_factor"):
+            factors = scaling.get(name, (1.0,) * (rotated // 2))
+            if not isinstance(factors, tuple) or len(factors) != rotated // 2:
+                raise InputError(
+                    f"{self.family} config: {name} must be a list of {rotated // 2} numbers, got {factors}"
+                )
 
     def _check_experts(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:

@@ -12,7 +12,7 @@ _MLP = "model.layers.{i}.mlp."  # transformers 5 in memory
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.take("output_router_logits")  # training always has the load-balancing loss, by its coefficient
     hf.refuse_unless("router_jitter_noise", 0.0)
-    window = hf.take("sliding_window") and hf.size("sliding_window")
+    window = hf.size_or_none("sliding_window", None)
     return llama_like_from_hf(
         hf,
         family="mixtral",

@@ -279,9 +279,16 @@ class HFConfig:
             raise InputError(f"{self.where}: option {name}={value!r} is too large: at most {most} is supported")
         return value
 
-    def size_or_none(self, name: str, default: int) -> int | None:
+    def size_or_none(self, name: str, default: int | None) -> int | None:
         """Returns a positive integer, `default` if it is absent; an explicit null is None."""
         return None if self.nullable(name, default) is None else self.size(name, default)
+
+    def positive_or_none(self, name: str, default: float | None) -> float | None:
+        """Returns a number above 0, `default` if it is absent; an explicit null is None."""
+        value = self.nullable(name, default)
+        if value is not None:
+            self.check_number(name, value, positive=True)
+        return value
 
     def width_and_heads(self, width: str, heads: str) -> tuple[int, int]:
         """Returns the hidden size and the number of heads, which must divide it."""

@@ -102,6 +102,8 @@ def check_config(name: str, original: dict, exported: dict) -> bool:
         theirs["head_dim"] = theirs["hidden_size"] // theirs["num_attention_heads"]
     if original["model_type"] == "gemma":  # its `gelu` means the approximation, which some versions do not know
         theirs["hidden_act"] = exported["hidden_act"]
+    if original["model_type"] == "olmo3":  # its default has changed since
+        theirs["rope_theta"] = exported["rope_theta"]
     different = {key: (theirs[key], ours.get(key)) for key in theirs.keys() - OWN if theirs[key] != ours.get(key)}
     if different:
         print(f"  {name}: FAILED, published and exported values differ: {different}")

@@ -118,8 +118,8 @@ def test_a_tokenizer_from_elsewhere_keeps_the_ids_of_the_model_that_it_knows(pat
     assert set(other.end_ids_of_model) == set(own.end_ids_of_model) == {END, EOM, EOT}
 
 
-def test_the_family_s_default_id_of_a_smaller_model_is_no_end_id_and_no_error():
-    config = config_from_dict({"model_type": "gpt2", "vocab_size": 310, "n_embd": 8, "n_layer": 1, "n_head": 1})
+def test_the_family_s_default_id_of_a_smaller_model_is_no_end_id_and_no_error(lab):
+    config = config_from_dict(lab.GPT2 | {"vocab_size": 310, "eos_token_id": 50256})
     assert config.eos_token_id == 50256
     tokenizer = shaped_tokenizer("vicuna")
     assert end_ids(with_model_ends(tokenizer, config)) == (tokenizer.eos_token_id,)

@@ -138,7 +138,7 @@ class FolderModel:
     def __init__(self, name: str, config: EvalConfig) -> None:
         self.name, self.config = name, config
         self.shape = read_config(name)
-        self.tokenizer = config.tokenizer.load(name, config.data.template)
+        self.tokenizer: Any = config.tokenizer.load(name, config.data.template)
         check_tokenizer_fits(vocabulary_size(self.tokenizer), self.shape, f"the tokenizer of {name}")
 
     def encode(self, prompts: Prompts) -> list[list[int]]:

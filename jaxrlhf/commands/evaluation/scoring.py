@@ -54,7 +54,7 @@ class RewardModel:
         self.config, self.name = config, str(config.reward_model_name_or_path)
         self.shape = read_config(self.name)
         setting = TokenizerConfig() if config.models else config.tokenizer
-        self.tokenizer = setting.load(self.name, config.data.template)
+        self.tokenizer: Any = setting.load(self.name, config.data.template)
         check_tokenizer_fits(vocabulary_size(self.tokenizer), self.shape, f"the tokenizer of {self.name}")
         self.mesh = config.mesh.make_mesh()
         self.rows = config.per_device_batch_size * batch_devices(self.mesh)

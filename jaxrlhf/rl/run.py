@@ -28,7 +28,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.loop import Watch, fit, unwatched
-from jaxrlhf.trainers.lora import describe_model, export_model
+from jaxrlhf.trainers.lora import check_base, describe_model, export_model
 from jaxrlhf.trainers.optimizer import updates_made
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, open_run
 from jaxrlhf.trainers.sft import sft_metrics, sft_sums
@@ -283,6 +283,8 @@ def train_ppo(config: PPOConfig) -> PPOState:
     actor, reward = check_models(config), config.models.reward_model_name_or_path
     config = joined(config)
     with open_run(config, config.run.logging_steps, HEADLINE) as run:
+        for model in (actor, reward):
+            check_base(config.lora, model)
         tokenizer = config.models.tokenizer.load(actor, config.data.template)
         if reward is not None:  # fails early when the model cannot be used
             check_reads_tokens(tokenizer, read_config(actor), reward, ("the actor", "the reward model"))

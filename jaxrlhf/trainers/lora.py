@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 import jax
 
 from jaxrlhf.config import Ge, Lt, MayChange, NonNegativeInt, Positive, Settings, alias, check_needs
+from jaxrlhf.config.model_folder import is_adapter
 from jaxrlhf.data import Tokenizer
 from jaxrlhf.distributed import is_primary
+from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     SCORE_FIELDS,
     LoRAConfig,
@@ -61,6 +63,15 @@ def with_adapters(
     model = add_lora(model, LoRAConfig(rank, options.lora_alpha, options.lora_dropout, targets), key)
     trainable, frozen = split_trainable(model.params, model.module)
     return model.replace(params=join(trainable, cast_matrices(frozen, model.module.dtype)))
+
+
+def check_base(options: LoRAOptions, base: str | None) -> None:
+    """Raises InputError if the run exports an adapter whose base would be an adapter folder, which PEFT cannot load."""
+    if options.lora_r and options.lora_export != "merged" and base is not None and is_adapter(Path(base)):
+        raise InputError(
+            f"lora_export={options.lora_export}: the start model {base} is an adapter folder, and an adapter needs a "
+            f"merged base: jaxrlhf convert --input {base} --to hf makes one; or set lora_export to merged"
+        )
 
 
 def export_model(

@@ -22,7 +22,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
 from jaxrlhf.trainers.loop import Announce, Watch, fit, unwatched
-from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
+from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, updates_made
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.settings import (
@@ -217,6 +217,7 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
     config = joined(config)
     with open_run(config, config.run.logging_steps, recipe.headline) as run:
         mesh = config.mesh.make_mesh()
+        check_base(config.lora, config.model.model_name_or_path)
         tokenizer = config.model.load_tokenizer(config.data.template)  # fails early when the model cannot be used
         model = load_model(config, recipe.head, mesh, tokenizer, remat=config.run.remat)
         key = keys.stream(config.data.seed, keys.Stream.ADAPTERS)

@@ -246,7 +246,11 @@ def load_adapter(model: Model, path: str | os.PathLike) -> Model:
     options = read_adapter_options(folder / ADAPTER_CONFIG)
     tensors, metadata = read_adapter_tensors(folder / ADAPTER_WEIGHTS)
     prefix = get_family(model.config.family, "config").prefix
-    names = {name.replace(".default.weight", ".weight").removeprefix(_PREFIX): name for name in tensors}
+    names = {
+        name.replace(".default.weight", ".weight").replace(".modules_to_save.", ".").removeprefix(_PREFIX): name
+        for name in tensors
+        if ".original_module." not in name  # PEFT's copy of the base's module
+    }
     if not any(name.startswith(f"{prefix}.") for name in names):  # trained on the base model's class
         names = {name if name.startswith("score.") else f"{prefix}.{name}": old for name, old in names.items()}
     tensors = {name: tensors[old] for name, old in names.items()}

@@ -43,7 +43,7 @@ def read_tokenizer(path: str | Path) -> Any:
         folder = materialize_demo(default_cache()).tokenizer
     if not folder.is_dir() and (looks_like_path(name) or folder.exists()):
         raise InputError(f"tokenizer folder '{name}': no such folder; check the path")
-    if folder.is_dir() and is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
+    if folder.is_dir() and is_adapter(folder) and not tokenizer_files(folder):
         return read_tokenizer(adapter_base(folder))
     if folder.is_dir():
         name = str(folder)

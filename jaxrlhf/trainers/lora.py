@@ -97,6 +97,6 @@ def describe_model(model: Model, **more: Any) -> dict[str, Any]:
     """Describes parameters in a checkpoint for `jaxrlhf convert`, as JSON values."""
     head, lora = model.module.head, model.module.lora
     adapters = {} if lora is None else {"lora": dataclasses.asdict(lora) | {"targets": list(lora.targets)}}
-    score = {name: getattr(model.config, name) for name in SCORE_FIELDS}
-    described = {"head": head, "config": config_to_dict(model.config, head), "score": score}
+    described = {"head": head, "config": config_to_dict(model.config, head)}
+    described |= {"score": {name: getattr(model.config, name) for name in SCORE_FIELDS}}
     return described | {"generation_config": model.config.generation_config} | adapters | more

@@ -69,6 +69,7 @@ def take_rows(
         InputError: Shapes and ids do not fit the base, or embedding and head were trained apart though they are tied.
     """
     modules, found = _modules(model.module), {}
+    _check_saved(folder, options, modules, tensors)
     for holder, name in modules.items():
         delta, whole = tensors.pop(f"{name}.{_DELTA}", None), tensors.pop(f"{name}.weight", None)
         if delta is not None:
@@ -87,6 +88,17 @@ def take_rows(
         for i, row in found.get(holder, {}).items():
             rows[holder][tokens.index(i)] = row
     return model, TrainedRows(tokens, rows)
+
+
+def _check_saved(folder: Path, options: AdapterOptions, modules: dict[str, str], tensors: dict[str, Any]) -> None:
+    """Raises InputError for a module that was saved whole and is no token table or head, or is not in the file."""
+    for name in sorted(options.saved - {"score", "classifier"}):  # PEFT lists both for any reward model
+        module = next((module for module in modules.values() if f".{module}".endswith(f".{name}")), None)
+        if module is None or f"{module}.weight" not in tensors:
+            why = "is not supported" if module is None else f"lacks {module}.weight in the file"
+            raise InputError(
+                f"{folder}: modules_to_save={name!r} {why}; merge this adapter with peft and load the result"
+            )
 
 
 def _listed(folder: Path, model: Model, name: str, options: AdapterOptions, delta: np.ndarray) -> dict[int, Any]:

@@ -16,8 +16,8 @@ import numpy as np
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.hf.tensor_source import TensorSource
 
-OPENRLHF_OPTIONS = ("value_head_prefix", "normalize_reward", "mean", "std")
-"""Options that OpenRLHF adds to a config.json."""
+OPENRLHF_OPTIONS = ("value_head_prefix", "normalize_reward")
+"""Options by which a config.json of OpenRLHF is known; `mean` and `std` belong to the second."""
 WEIGHT, BIAS = "score.weight", "score.bias"
 _TRL = "v_head.summary"
 _PLAIN = ("score", "v_head", "value_head")  # transformers and OpenRLHF; DeepSpeed-Chat; older OpenRLHF
@@ -76,7 +76,7 @@ def find_score_head(source: TensorSource, options: Mapping[str, Any]) -> ScoreHe
     classes = options.get("architectures")
     classes = classes if isinstance(classes, list) else []
     theirs = any(str(kind).endswith("ForSequenceClassification") for kind in classes)
-    openrlhf = any(option in options for option in OPENRLHF_OPTIONS[:2])
+    openrlhf = any(option in options for option in OPENRLHF_OPTIONS)
     bias = f"{name}.bias" in source.shapes or bool(options.get("normalize_reward"))
     return ScoreHead(name, bias, skips_pad=theirs and not openrlhf)
 

@@ -280,3 +280,20 @@ def test_a_folder_with_weights_of_its_own_is_no_adapter(saved, tmp_path, make_mo
     jax.tree.map(
         np.testing.assert_array_equal, load_pretrained(folder).params["layers"], make_model("llama").params["layers"]
     )
+
+
+def test_adapters_of_reward_models_as_peft_saves_them(make_model, tmp_path, ids):
+    """PEFT lists `classifier` beside `score` for any sequence classification."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForSequenceClassification
+
+    save_pretrained(make_model("llama", head="scalar"), tmp_path / "base")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits[:, 0].numpy()
+    ours = load_pretrained(tmp_path / "adapter", head="scalar", new_head=False)
+    np.testing.assert_allclose(logits(ours, ids)[:, -1], expected, rtol=1e-4, atol=1e-4)

@@ -83,7 +83,6 @@ def test_options_that_a_user_typed_must_be_known():
         ("normalizer_type", "RunningMeanStd", "several scores"),
         ("gating_temperature", 10, "a gate"),
         ("num_objectives", 19, "several scores"),
-        ("normalize_reward", True, "mean and standard deviation"),
         ("rope_interleaved", True, "another order"),
         ("pruned_heads", {"0": [1]}, "same shape"),
     ],

@@ -8,21 +8,25 @@ PYTHON ?= python3
 PYTHON312 ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
+# What test-compat reads exports with, besides the transformers of .venv.
+COMPAT_VERSIONS ?= 4.41.2 4.48.3 4.52.4 4.57.6
 
 VENV := .venv
 NEWEST := .venv312
+COMPAT := .venv-compat
 SOURCES := $(wildcard jaxrlhf models sharding kernels scripts benchmarks docs examples tests)
 # Editable installs warn about folders named like the package; that is how this repository is laid out.
 PIP_INSTALL := -m pip install --disable-pip-version-check $(PIP_ARGS)
 QUIET_BUILD := PYTHONWARNINGS=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-newest newest-suite lint format docs clean
+.PHONY: help venv demo test test-newest newest-suite test-compat lint format docs clean
 
 help:
 	@echo "make demo         train a small model through all three steps on the embedded data, on CPU"
 	@echo "make test         the test suite"
 	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch and the longest runs"
+	@echo "make test-compat  exports, read by older versions of transformers and looked up in llama.cpp's tables"
 	@echo "make lint         ruff check, ruff format --check and pyright;  make format  rewrites the files"
 	@echo "make docs         the documentation site in site/; fails on a broken link"
 	@echo "make venv         only the set-up of test and lint;  make clean  removes what was installed and cached"
@@ -63,6 +67,30 @@ test-newest:
 newest-suite: $(NEWEST)/.suite
 	$(NEWEST)/bin/python -m pytest -m "not long" $(PYTEST_ARGS)
 
+test-compat: $(VENV)/.dev $(COMPAT_VERSIONS:%=$(COMPAT)/%/.ready) $(COMPAT)/gguf/.ready
+	rm -rf $(COMPAT)/exports
+	JAX_PLATFORMS=cpu $(VENV)/bin/python tests/compat/write_exports.py $(COMPAT)/exports
+	@export HF_HUB_OFFLINE=1; failed=; \
+	for python in $(COMPAT_VERSIONS:%=$(COMPAT)/%/bin/python) $(VENV)/bin/python; do \
+	  $$python tests/compat/read_exports.py $(COMPAT)/exports || failed="$$failed $$python"; \
+	done; \
+	$(COMPAT)/gguf/bin/python tests/compat/name_tensors.py $(COMPAT)/exports || failed="$$failed gguf"; \
+	if [ -n "$$failed" ]; then echo "test-compat: FAILED with$$failed" >&2; exit 1; fi
+
+# Each version of transformers in an environment of its own, which borrows torch from .venv.
+$(COMPAT)/%/.ready: $(VENV)/.dev
+	@echo "==> installing transformers $* into $(COMPAT)/$*"
+	$(VENV)/bin/python -m venv --clear $(COMPAT)/$*
+	$(COMPAT)/$*/bin/python $(PIP_INSTALL) transformers==$* safetensors numpy jinja2
+	@$(COMPAT)/$*/bin/python -c "import site, sys; open(site.getsitepackages()[0] + '/torch.pth', 'w').write(sys.argv[1])" \
+	  "$$($(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')"
+	@touch $@
+
+$(COMPAT)/gguf/.ready: $(VENV)/.dev
+	$(VENV)/bin/python -m venv --clear $(COMPAT)/gguf
+	$(COMPAT)/gguf/bin/python $(PIP_INSTALL) gguf
+	@touch $@
+
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) must be Python 3.11 or newer; name another one with PYTHON=..." >&2; exit 1; }
@@ -93,5 +121,5 @@ $(NEWEST)/.suite: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(COMPAT) build dist site *.egg-info .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

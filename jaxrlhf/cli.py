@@ -58,6 +58,7 @@ OTHERS = {
         "jaxrlhf.commands.eval", "EvalConfig", "evaluate", "compare models, measure a reward model, run lm-eval's tasks"
     ),
     "chat": Command("jaxrlhf.commands.chat", "ChatConfig", "chat", "talk to a model"),
+    "serve": Command("jaxrlhf.commands.serve", "ServeConfig", "serve", "OpenAI-compatible server with a chat page"),
     "convert": Command(
         "jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint", False
     ),

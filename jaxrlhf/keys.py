@@ -22,6 +22,7 @@ class Stream(IntEnum):
     CRITIC_ADAPTERS = 7
     MINIBATCHES = 8
     CHAT = 9
+    SERVING = 10
 
 
 def stream(seed: int, purpose: Stream, *numbers: int | jax.Array) -> jax.Array:

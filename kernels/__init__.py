@@ -6,6 +6,7 @@ from jaxrlhf.kernels.decode_attention import append_attention, decode_attention
 from jaxrlhf.kernels.flash_attention import flash_attention, varies
 from jaxrlhf.kernels.head_attention import head_attention
 from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, Cache, entries, write_columns
+from jaxrlhf.kernels.live_blocks import live_attention
 from jaxrlhf.kernels.logprobs import HeadPlacement, gathered_blocks, logprob_blocks, project_logits, token_logprobs
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "flash_attention",
     "gathered_blocks",
     "head_attention",
+    "live_attention",
     "log_once",
     "logprob_blocks",
     "project_logits",

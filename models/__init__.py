@@ -1,13 +1,14 @@
 """Decoder models in Flax linen, their Hugging Face families, and checkpoints in and out."""
 
-from jaxrlhf.models.config import DecoderConfig, LoRAConfig
+from jaxrlhf.models.config import SCORE_FIELDS, DecoderConfig, LoRAConfig
 from jaxrlhf.models.decode import GenerationView, decode_step, generation_view, init_cache, prefill
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.models.hf.adapters import load_adapter, save_adapter
 from jaxrlhf.models.hf.card import ModelCard
 from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
 from jaxrlhf.models.hf.generation_config import generation_end_ids, with_token_ids
-from jaxrlhf.models.hf.pretrained import load_pretrained, model_from_overrides, save_pretrained
+from jaxrlhf.models.hf.pretrained import load_pretrained, model_from_overrides, save_pretrained, stored_head
+from jaxrlhf.models.hf.score_export import for_transformers, score_offset, without_score_offset
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable
 from jaxrlhf.models.model import (
@@ -29,12 +30,15 @@ from jaxrlhf.models.model import (
     with_kernels,
     working_copy,
 )
+from jaxrlhf.models.moe import ROUTER_SUMS, RouterSums
 from jaxrlhf.models.vocabulary import check_same_rows, check_tokenizer_fits
 
 __all__ = [
     "KERNEL_OPTIONS",
     "KNOWN",
     "REMAT_POLICIES",
+    "ROUTER_SUMS",
+    "SCORE_FIELDS",
     "Decoder",
     "DecoderConfig",
     "GenerationView",
@@ -42,6 +46,7 @@ __all__ = [
     "LoRAConfig",
     "Model",
     "ModelCard",
+    "RouterSums",
     "add_lora",
     "base_leaves",
     "cast_matrices",
@@ -53,6 +58,7 @@ __all__ = [
     "create_model",
     "decode_step",
     "default_dtype",
+    "for_transformers",
     "frozen_copy",
     "frozen_stage",
     "generation_end_ids",
@@ -74,10 +80,13 @@ __all__ = [
     "resize_vocabulary",
     "save_adapter",
     "save_pretrained",
+    "score_offset",
     "split_trainable",
+    "stored_head",
     "trained_head",
     "with_head",
     "with_kernels",
     "with_token_ids",
+    "without_score_offset",
     "working_copy",
 ]

@@ -19,6 +19,8 @@ from jaxrlhf.kernels import (
     entries,
     flash_attention,
     head_attention,
+    live_attention,
+    live_blocks,
     log_once,
     varies,
     write_columns,
@@ -112,6 +114,8 @@ def attend_to_cache(
 ) -> tuple[jax.Array, Cache]:
     """Decoding: writes one token's key and value into the cache, and attends to the cache.
 
+    The implementation "auto" reads a cache of several blocks up to its longest row on a CPU (kernels/live_blocks.py).
+
     Args:
         query: `[B, H, 1, D]`; it sees columns `start` … `column`.
         key: `[B, H_kv, 1, D]`.
@@ -132,6 +136,8 @@ def attend_to_cache(
     scale, window = float(options.scale), int(options.window)
     if implementation == "xla":
         keys, values, *scales = cache = write_columns(cache, entries(key, value, cache), column)
+        if options.implementation == "auto" and platform() == "cpu" and keys.shape[2] > live_blocks.COLUMNS:
+            return _by_live_blocks(query[:, :, 0], cache, start, length, options)[:, :, None], cache
         pair = (scales[0], scales[1]) if scales else None
         attend = partial(decode_attention, scale=scale, window=window, softcap=options.softcap, implementation="xla")
         output = attend(query[:, :, 0], keys, values, start, length, alibi_slopes=options.alibi_slopes, scales=pair)
@@ -147,6 +153,18 @@ def attend_to_cache(
     with _as_input_error():
         output, *new = _by_heads(call, query[:, :, 0], held, (start, length), options.alibi_slopes, len(cache))
     return output[:, :, None], tuple(new)
+
+
+def _by_live_blocks(
+    query: jax.Array, cache: Cache, start: jax.Array, length: jax.Array, options: AttentionOptions
+) -> jax.Array:
+    """Attention of query `[B, H, D]` to the cache on CPUs."""
+
+    def call(query, cache, rows, slopes):
+        numbers = {"scale": float(options.scale), "window": int(options.window), "softcap": options.softcap}
+        return (live_attention(query, tuple(cache), *rows, **numbers, alibi_slopes=slopes),)
+
+    return _by_heads(call, query, cache, (start, length), options.alibi_slopes)[0]
 
 
 def attend_to_sequence(

@@ -78,6 +78,15 @@ class DecoderConfig:
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
+    num_experts: int = 0
+    """MLPs of each layer that a router chooses from; 0: one MLP for all tokens."""
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    """Width of an expert; 0 means intermediate_size."""
+    normalize_experts: bool = True
+    """The weights of a token's experts add up to 1 (Qwen3-MoE's norm_topk_prob)."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss in training, unless the run sets another."""
     qk_norm: bool = False
     """RMS norm over head_dim of queries and keys before rotation (Qwen3)."""
     qk_norm_joint: bool = False
@@ -101,6 +110,12 @@ class DecoderConfig:
     embed_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+
+    score_bias: bool = False
+    """The scalar head has a constant part, as TRL's value heads and OpenRLHF's normalised rewards have."""
+    score_skips: int | None = None
+    """At this token a scalar head repeats the value of the token before. Transformers reads a score at the last token
+    that is not padding, so also before an end token that equals the pad token."""
 
     initializer_range: float = 0.02
     bos_token_id: int | tuple[int, ...] | None = None
@@ -137,11 +152,8 @@ class DecoderConfig:
         for name in ("embed_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{self.family} config: {name}={getattr(self, name)!r} must be 0 or more, and below 1")
-        rotates = self.position == "rotary"
-        if rotates and self.rotated_dim == self.head_dim and self.head_dim % 2:
-            raise InputError(f"{self.family} config: head_dim={self.head_dim} must be even: features rotate in pairs")
-        if rotates and self.rotated_dim <= 2 and dict(self.rope_scaling or ()).get("rope_type") == "dynamic":
-            raise InputError(f"{self.family} config: rope_type 'dynamic' needs more than {self.rotated_dim} features")
+        if self.position == "rotary":
+            self._check_rotation()
         if self.lm_head_bias and self.tie_embeddings:
             raise InputError(f"{self.family} config: a head with a bias cannot be tied to the embeddings")
         for name in ("windows", "rotary_layers"):
@@ -152,6 +164,36 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{self.family} config: {name}={value!r} must be positive")
+
+        if self.num_experts:
+            self._check_experts()
+
+    def _check_rotation(self) -> None:
+        rotated, scaling = self.rotated_dim, dict(self.rope_scaling or ())
+        if rotated == self.head_dim and rotated % 2:
+            raise InputError(f"{self.family} config: head_dim={self.head_dim} must be even: features rotate in pairs")
+        if scaling.get("rope_type") == "dynamic" and rotated <= 2:
+            raise InputError(f"{self.family} config: rope_type 'dynamic' needs more than {rotated} rotated features")
+        for name in ("short_factor", "long_factor"):
+            factors = scaling.get(name, (1.0,) * (rotated // 2))
+            if not isinstance(factors, tuple) or len(factors) != rotated // 2:
+                raise InputError(
+                    f"{self.family} config: {name} must be a list of {rotated // 2} numbers, got {factors}"
+                )
+
+    def _check_experts(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise InputError(
+                f"{self.family} config: num_experts_per_tok={self.experts_per_token} must be from 1 to the number of "
+                f"experts, {self.num_experts}"
+            )
+        if self.mlp_bias or not self.gated_mlp:
+            raise InputError(f"{self.family} config: experts are gated MLPs without biases")
+
+    @property
+    def expert_size(self) -> int:
+        """Width of an expert, or of the one MLP of a model without experts."""
+        return self.expert_intermediate_size or self.intermediate_size
 
     @property
     def embedding_size(self) -> int:
@@ -173,6 +215,10 @@ class DecoderConfig:
         return dataclasses.replace(self, **changes)
 
 
+SCORE_FIELDS = ("score_bias", "score_skips")
+"""Fields of DecoderConfig that a config.json has no options for."""
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters of linear maps: `y += dropout(x) A B · alpha / rank` (Hu et al. 2021, arXiv 2106.09685)."""
@@ -183,8 +229,12 @@ class LoRAConfig:
     """Dropout rate of the adapter's input; active exactly when a `dropout` RNG is passed to `apply`."""
     targets: tuple[str, ...] = (r"/(attn|mlp)/",)
     """Regular expressions, searched in the paths of the linear maps (`layers/attn/query`)."""
+    trained_tokens: tuple[int, ...] = ()
+    """Ids, ascending, of tokens whose rows in embedding and head are trained too."""
 
     def __post_init__(self) -> None:
+        if list(self.trained_tokens) != sorted(set(self.trained_tokens)):
+            raise InputError(f"LoRA trained_tokens={self.trained_tokens} must be ascending ids")
         if self.rank < 1:
             raise InputError(f"LoRA rank={self.rank} must be at least 1")
         if not self.alpha > 0:

@@ -119,6 +119,7 @@ def _run(
         module.dtype,
         qkv_groups=view.qkv_groups,
         attention_implementation=module.attention_implementation,
+        expert_implementation=module.expert_implementation,
     )
     # flax types the result of `apply` as if it were mutable, with the variables beside it.
     x = cast(jax.Array, module.apply(outer, input_ids, positions, method="embed_tokens"))

@@ -15,20 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import LIBRARIES, Cache, entries, project_logits, write_columns
+from jaxrlhf.models.activations import ACTIVATION_FUNCTIONS
 from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.layer_options import LayerOptions, attends_alike, attention_options, layer_options
+from jaxrlhf.models.moe import ROUTER_SUMS, MoE
 from jaxrlhf.models.rotary import rotate
 from jaxrlhf.models.sequences import SequenceContext, sequence_context
+from jaxrlhf.models.token_rows import TokenRows, look_up, replace_rows
 from jaxrlhf.sharding import constrain
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: nn.gelu(x, approximate=True),
-    "silu": nn.silu,
-}
 
 # What the forward pass of a block keeps for the backward pass. "none" recomputes nothing and keeps all of it; "full"
 # keeps the block's input only; "dots" keeps the results of its projections.
@@ -148,6 +144,12 @@ def place_columns(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
     return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(blank, x, start)
 
 
+def repeat_values(values: jax.Array, own: jax.Array) -> jax.Array:
+    """Replaces each of `values` `[B, T]` that is not `own` by the last own one before it; leading ones by column 0."""
+    columns = jnp.where(own, jnp.arange(values.shape[1]), 0)
+    return jnp.take_along_axis(values, jax.lax.cummax(columns, axis=1), axis=1)
+
+
 class Attention(nn.Module):
     """Self-attention.
 
@@ -249,7 +251,7 @@ class MLP(nn.Module):
         c = self.config
         wide = ((c.hidden_size,), (c.intermediate_size,), ("embed",), ("mlp",), c.mlp_bias, self.dtype, self.lora)
         hidden = Projection(c, *wide, name="up")(x)
-        activation = _ACTIVATIONS[c.activation]
+        activation = ACTIVATION_FUNCTIONS[c.activation]
         hidden = activation(Projection(c, *wide, name="gate")(x)) * hidden if c.gated_mlp else activation(hidden)
         hidden = constrain(hidden, "batch", None, "mlp")
         narrow = ((c.intermediate_size,), (c.hidden_size,), ("mlp",), ("embed",), c.mlp_bias, self.dtype, self.lora)
@@ -264,6 +266,14 @@ class Block(nn.Module):
     lora: LoRAConfig | None = None
     qkv_groups: int = 0
     attention_implementation: str = "auto"
+    expert_implementation: str = "auto"
+
+    def _mlp(self, context: SequenceContext | DecodeContext) -> Callable[[jax.Array], jax.Array]:
+        """The feed-forward part: one MLP, or experts."""
+        if not self.config.num_experts:
+            return MLP(self.config, self.dtype, self.lora, name="mlp")
+        experts = MoE(self.config, self.dtype, self.expert_implementation, name="mlp")
+        return partial(experts, real=context.key_mask if isinstance(context, SequenceContext) else None)
 
     def _added(self, x: jax.Array, name: str) -> jax.Array:
         """What the result of attention or MLP (`name`) adds to the sum: normed, dropped and scaled as configured."""
@@ -279,7 +289,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         attend = Attention(c, self.dtype, self.lora, self.qkv_groups, self.attention_implementation, name="attn")
-        mlp = MLP(c, self.dtype, self.lora, name="mlp")
+        mlp = self._mlp(context)
         shared = c.residual == "parallel_shared_norm"
 
         def norm(x: jax.Array, name: str) -> jax.Array:
@@ -304,7 +314,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The parameters of an output head: a kernel `shape` with logical `axes`, and optionally a bias over axis 0."""
+    """The parameters of an output head: a kernel `[…, E]` with logical `axes`, and optionally a bias per output."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -316,7 +326,7 @@ class Head(nn.Module):
         kernel = _parameter(self, "kernel", nn.initializers.normal(self.stddev), self.shape, self.axes)
         if not self.use_bias:
             return kernel, None
-        return kernel, _parameter(self, "bias", nn.initializers.zeros, self.shape[:1], self.axes[:1])
+        return kernel, _parameter(self, "bias", nn.initializers.zeros, self.shape[:-1] or (1,), self.axes[:1])
 
 
 class Decoder(nn.Module):
@@ -335,12 +345,16 @@ class Decoder(nn.Module):
     """One of REMAT_POLICIES: what the backward pass recomputes of a block."""
     lora: LoRAConfig | None = None
     """Adapters (models/lora.py); None: the model has none."""
+    added_tokens: int = 0
+    """Rows that `resize_vocabulary` has added since the model was loaded; adapters train them too."""
     zero_stage: int = 3
     """How parameters lie on a mesh (models/model.py); changes no result."""
     attention_implementation: str = "auto"
     """One of kernels.IMPLEMENTATIONS. "cudnn" and "tokamax" apply to training and scoring; generation uses "auto"."""
     logprob_implementation: str = "auto"
     """Kernel of token log-probs."""
+    expert_implementation: str = "auto"
+    """One of models.moe.EXPERT_IMPLEMENTATIONS."""
     kv_cache_dtype: str = "auto"
     """One of kernels.KV_CACHE_DTYPES: how generation stores keys and values."""
 
@@ -348,6 +362,11 @@ class Decoder(nn.Module):
         c = self.config
         table = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
         self.embed = nn.Embed(c.padded_vocab_size, c.embedding_size, embedding_init=table, dtype=self.dtype)
+        trained = () if self.lora is None else self.lora.trained_tokens
+        if trained:
+            self.embed_rows = TokenRows((len(trained), c.embedding_size))
+            if self.head == "lm" and not c.tie_embeddings:
+                self.head_rows = TokenRows((len(trained), c.embedding_size))
         if c.position == "learned":
             table = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("position", "embed"))
             self.embed_positions = nn.Embed(
@@ -363,18 +382,24 @@ class Decoder(nn.Module):
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, ROUTER_SUMS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, (nn.broadcast, 0)),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.lora, attention_implementation=self.attention_implementation)
+        )(
+            c,
+            self.dtype,
+            self.lora,
+            attention_implementation=self.attention_implementation,
+            expert_implementation=self.expert_implementation,
+        )
         if c.final_norm:
             self.final_norm = Norm(c, self.dtype)
         self.embed_drop = nn.Dropout(c.embed_dropout)
         if self.head == "scalar":
             # Stiennon et al. 2020 (arXiv 2009.01325), appendix C: N(0, 1/(d+1)) for a fresh reward head.
-            self.score = Head((c.embedding_size,), ("norm",), False, (c.embedding_size + 1) ** -0.5)
+            self.score = Head((c.embedding_size,), ("norm",), c.score_bias, (c.embedding_size + 1) ** -0.5)
         elif not c.tie_embeddings:
             shape = (c.padded_vocab_size, c.embedding_size)
             self.lm_head = Head(shape, ("vocab", "embed"), c.lm_head_bias, c.initializer_range)
@@ -382,7 +407,10 @@ class Decoder(nn.Module):
     def embed_tokens(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Computes token and position embeddings `[B, T, D]` of int ids and positions `[B, T]`."""
         c = self.config
-        x = _scaled(self.embed(input_ids), c.embed_scale)
+        x = self.embed(input_ids)
+        if self.lora is not None and self.lora.trained_tokens:
+            x = look_up(x, input_ids, self.lora.trained_tokens, self.embed_rows())
+        x = _scaled(x, c.embed_scale)
         if c.embed_scale_sqrt:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         if c.embedding_size != c.hidden_size:
@@ -425,7 +453,12 @@ class Decoder(nn.Module):
 
     def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
         """Returns the stored matrix `[V_padded, E]` of the language-model head, and its bias `[V_padded]` or None."""
-        return (self.embed.embedding, None) if self.config.tie_embeddings else self.lm_head()
+        tied = self.config.tie_embeddings
+        weight, bias = (self.embed.embedding, None) if tied else self.lm_head()
+        if self.lora is not None and self.lora.trained_tokens:
+            rows = self.embed_rows() if tied else self.head_rows()
+            weight = replace_rows(weight, self.lora.trained_tokens, rows)
+        return weight, bias
 
     def padded_logits(self, hidden: jax.Array) -> jax.Array:
         """Computes float32 logits `[…, V_padded]` of final hidden states `[…, E]`; padded columns are -1e30."""
@@ -439,8 +472,11 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         hidden = self.hidden_states(input_ids, attention_mask, segment_ids)
         if self.head == "scalar":
-            kernel, _ = self.score()
-            return jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+            kernel, bias = self.score()
+            values = jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
+            values = values if bias is None else values + bias.astype(jnp.float32)
+            skipped = self.config.score_skips
+            return values if skipped is None else repeat_values(values, input_ids != skipped)
         return self.padded_logits(hidden)[..., : self.config.vocab_size]
 
     def logprobs(

@@ -1,17 +1,11 @@
 """Token log-probs as the decoder calls them: splits the output head over a mesh."""
 
 import jax
-from jax.sharding import PartitionSpec
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import HeadPlacement, choose, token_logprobs
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.sharding import REPLICATED_RULES, current_rules, resolve_spec
-
-
-def _axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
-    entry = spec[dimension] if dimension < len(spec) else None
-    return (entry,) if isinstance(entry, str) else entry or ()
+from jaxrlhf.sharding import REPLICATED_RULES, current_rules, mesh_axes, resolve_spec
 
 
 def head_placement(weight: tuple[int, ...], rows: int, zero_stage: int) -> HeadPlacement | None:
@@ -30,9 +24,9 @@ def head_placement(weight: tuple[int, ...], rows: int, zero_stage: int) -> HeadP
         return None
     mesh, rules = current
     stored = rules if zero_stage == 3 else REPLICATED_RULES
-    batch = _axes(resolve_spec(("batch",), (rows,), mesh, rules), 0)
+    batch = mesh_axes(resolve_spec(("batch",), (rows,), mesh, rules), 0)
     spec = resolve_spec(("vocab", "embed"), weight, mesh, stored)
-    vocab, width = _axes(spec, 0), _axes(spec, 1)
+    vocab, width = mesh_axes(spec, 0), mesh_axes(spec, 1)
     return HeadPlacement(mesh, batch, vocab, tuple(axis for axis in width if axis in batch))
 
 

@@ -95,6 +95,18 @@ def _qwen3(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameter
     return _llama_like("qwen3", 151936, hidden, layers, heads, mlp, parameters, **own)
 
 
+def _qwen3_moe(hidden: int, layers: int, heads: tuple[int, int], mlp: int, expert: int, parameters: int) -> KnownModel:
+    own = {"rope_theta": 1000000.0, "max_position_embeddings": 40960, "head_dim": 128, "num_experts": 128}
+    own |= {"num_experts_per_tok": 8, "moe_intermediate_size": expert, "norm_topk_prob": True}
+    own |= {"bos_token_id": 151643, "eos_token_id": 151645}
+    return _llama_like("qwen3_moe", 151936, hidden, layers, heads, mlp, parameters, **own)
+
+
+def _mixtral(vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int) -> KnownModel:
+    own = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "rope_theta": 1000000.0}
+    return _llama_like("mixtral", vocab, hidden, layers, heads, mlp, parameters, **own)
+
+
 def _gemma2(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: object) -> KnownModel:
     return _llama_like("gemma2", 256000, hidden, layers, heads, mlp, parameters, **own)
 
@@ -169,6 +181,8 @@ KNOWN: dict[str, KnownModel] = {
     "mistral-7b": _llama_like(
         "mistral", 32000, 4096, 32, (32, 8), 14336, 7_241_732_096, max_position_embeddings=32768, rms_norm_eps=1e-5
     ),
+    "mixtral-8x7b": _mixtral(32000, 4096, 32, (32, 8), 14336, 46_702_792_704),
+    "mixtral-8x22b": _mixtral(32768, 6144, 56, (48, 8), 16384, 140_630_071_296),
     "qwen2-0.5b": _qwen2(151936, 896, 24, (14, 2), 4864, 494_032_768, **_TIED),
     "qwen2-1.5b": _qwen2(151936, 1536, 28, (12, 2), 8960, 1_543_714_304, **_TIED),
     "qwen2-7b": _qwen2(152064, 3584, 28, (28, 4), 18944, 7_615_616_512),
@@ -182,6 +196,8 @@ KNOWN: dict[str, KnownModel] = {
     "qwen3-8b": _qwen3(4096, 36, (32, 8), 12288, 8_190_735_360),
     "qwen3-14b": _qwen3(5120, 40, (40, 8), 17408, 14_768_307_200),
     "qwen3-32b": _qwen3(5120, 64, (64, 8), 25600, 32_762_123_264),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 48, (32, 4), 6144, 768, 30_532_122_624),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 94, (64, 4), 12288, 1536, 235_093_634_560),
     "gemma-2b": _llama_like("gemma", 256000, 2048, 18, (8, 1), 16384, 2_506_172_416),
     "gemma-7b": _llama_like("gemma", 256000, 3072, 28, (16, 16), 24576, 8_537_680_896),
     "gemma-2-2b": _gemma2(2304, 26, (8, 4), 9216, 2_614_341_888),

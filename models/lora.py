@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.models import token_rows
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
@@ -23,15 +24,23 @@ from jaxrlhf.models.model import Model, initial_params, leaves_by_path, param_sh
 PyTree = Any
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear map
-_ADAPTER_LEAVES = ("lora_a", "lora_b")
+_ADAPTER_LEAVES = ("lora_a", "lora_b", token_rows.LEAF)
 
 
-def linear_maps(module: Decoder) -> list[str]:
-    """Returns the paths of the linear maps that may have adapters (`layers/attn/query`, …); output heads may not."""
+def _kernels(module: Decoder) -> list[str]:
+    """The paths of all linear maps but the output heads."""
     paths = leaves_by_path(param_shapes(module.clone(lora=None)))
     return [
         p.removesuffix("/kernel") for p in paths if p.endswith("/kernel") and not p.startswith(("lm_head", "score"))
     ]
+
+
+def linear_maps(module: Decoder) -> list[str]:
+    """Returns the paths of the linear maps that may have adapters: `layers/attn/query`, …
+
+    Output heads may not, and neither may routers and experts.
+    """
+    return [path for path in _kernels(module) if not (module.config.num_experts and "/mlp/" in path)]
 
 
 def hf_module_names(config: DecoderConfig) -> dict[str, str]:
@@ -59,24 +68,33 @@ def resolve_targets(module: Decoder, targets: Sequence[str]) -> tuple[str, ...]:
     """
     paths = linear_maps(module)
     theirs = hf_module_names(module.config)
-    chosen: set[str] = set()
-    for target in targets or LoRAConfig.targets:
+
+    def matching(target: str, paths: Sequence[str]) -> set[str]:
         pattern = LoRAConfig(rank=1, targets=("" if target == ALL_LINEAR else target,))
         found = {p for p in paths if pattern.matches(p) or f".{theirs[p]}".endswith(f".{target}")}
-        found = found or {p for p in paths if re.search(target, theirs[p].format(i=0))}
+        return found or {p for p in paths if re.search(target, theirs[p].format(i=0, e=0))}
+
+    chosen: set[str] = set()
+    for target in targets or LoRAConfig.targets:
+        found = matching(target, paths)
         if not found:
             known = "\n  ".join(f"{p}  ({theirs[p].format(i='N')})" for p in paths)
-            raise InputError(
-                f"LoRA target {target!r} matches no linear map of {module.config.family}; there are\n  {known}"
-            )
+            experts = matching(target, _kernels(module))
+            why = "names experts or routers, which cannot have adapters" if experts else "matches no linear map"
+            raise InputError(f"LoRA target {target!r} {why} of {module.config.family}; there are\n  {known}")
         chosen |= found
     return tuple(p for p in paths if p in chosen)
 
 
 def lora_module(module: Decoder, config: LoRAConfig) -> Decoder:
-    """The module with adapters on the maps that `config.targets` names (see `resolve_targets`)."""
+    """The module with adapters on the maps that `config.targets` names (see `resolve_targets`).
+
+    Rows of tokens that were added to the base (`resize_vocabulary`) are trained with them.
+    """
     targets = tuple(f"^{path}$" for path in resolve_targets(module, config.targets))
-    return module.clone(lora=dataclasses.replace(config, targets=targets))
+    rows = module.config.vocab_size
+    tokens = config.trained_tokens or tuple(range(rows - module.added_tokens, rows))
+    return module.clone(lora=dataclasses.replace(config, targets=targets, trained_tokens=tokens))
 
 
 def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None = None) -> Model:
@@ -99,7 +117,19 @@ def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None = None) -> 
         out_shardings=None if shardings is None else adapter_leaves(shardings),
     )
     fresh = init(jax.random.key(0) if key is None else key)
+    fresh = _with_rows(fresh, model, module)
     return Model(module=module, params=join(model.params, fresh), config=model.config)
+
+
+def _with_rows(fresh: PyTree, model: Model, module: Decoder) -> PyTree:
+    """The adapters with the rows of the trained tokens as they are in the model's tables."""
+    tables, flat = leaves_by_path(model.params), leaves_by_path(fresh)
+    for holder, table in token_rows.TABLES.items():
+        name = f"{holder}/{token_rows.LEAF}"
+        if name in flat and module.lora is not None:
+            rows = tables[table][jnp.asarray(module.lora.trained_tokens)].astype(jnp.float32)
+            flat[name] = jax.device_put(rows, flat[name].sharding)
+    return unflatten_dict(flat, sep="/")
 
 
 def _is_adapter(path: tuple[str, ...]) -> bool:
@@ -167,9 +197,13 @@ def merge_lora(params: PyTree, module: Decoder) -> PyTree:
     flat = leaves_by_path(params)
     for path, x in flat.items():
         map_path, _, name = path.rpartition("/")
-        a, b = (flat.get(f"{map_path}/{name}") for name in _ADAPTER_LEAVES)
+        a, b = (flat.get(f"{map_path}/{name}") for name in ("lora_a", "lora_b"))
         if name == "kernel" and a is not None and b is not None:
             flat[path] = merge_kernel(x, a, b, module.lora.scale)
+    for holder, table in token_rows.TABLES.items():
+        rows = flat.get(f"{holder}/{token_rows.LEAF}")
+        if rows is not None:
+            flat[table] = token_rows.replace_rows(flat[table], module.lora.trained_tokens, rows)
     return base_leaves(unflatten_dict(flat, sep="/"))
 
 

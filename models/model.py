@@ -17,6 +17,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import IMPLEMENTATIONS, KERNELS, KV_CACHE_DTYPES
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
+from jaxrlhf.models.moe import EXPERT_IMPLEMENTATIONS
 from jaxrlhf.sharding import REPLICATED_RULES, TRAIN_RULES, Rules, check_divisible, constrain, tree_shardings, use
 
 PyTree = Any
@@ -89,10 +90,11 @@ def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> 
         rules: None: those of `module.zero_stage`. Stage 0 replicates parameters over `fsdp`, the others split them.
 
     Raises:
-        InputError: The mesh axis `tensor` does not divide the heads or the MLP.
+        InputError: The mesh axis `tensor` does not divide the heads or the MLP, or `expert` not the experts.
     """
     c = module.config
-    check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.intermediate_size})
+    check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.expert_size})
+    check_divisible(mesh, {"num_experts": c.num_experts}, axis="expert")
     rules = rules or storage_rules(module)
     return tree_shardings(logical_axes(module), param_shapes(module), mesh, rules)
 
@@ -198,6 +200,7 @@ def create_model(
 KERNEL_OPTIONS = {
     "attention_implementation": IMPLEMENTATIONS,
     "logprob_implementation": KERNELS["token_logprobs"],
+    "expert_implementation": EXPERT_IMPLEMENTATIONS,
     "kv_cache_dtype": tuple(KV_CACHE_DTYPES),
 }
 
@@ -247,7 +250,8 @@ def resize_vocabulary(model: Model, vocab_size: int) -> Model:
     if vocab_size < old:
         raise InputError(f"vocab_size={vocab_size} is below the model's {old}: rows can only be added")
     config = model.config.replace(vocab_size=vocab_size)
-    module = model.module.clone(config=config)
+    added = model.module.added_tokens + vocab_size - old
+    module = model.module.clone(config=config, added_tokens=added)
     shardings = model.shardings_of(module)
 
     def grow(x: jax.Array, axes: tuple[str | None, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:

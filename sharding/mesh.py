@@ -1,5 +1,6 @@
-"""The one device mesh: axes `data` (replicas), `fsdp` (sharded parameters), `tensor` (model parallel).
+"""The one device mesh, with the axes `data` (replicas), `fsdp` (sharded parameters), `expert` and `tensor`.
 
+`expert` splits the experts of sparse models; `tensor` splits each layer.
 Generation sees the same devices in the same order through a second mesh, which splits the `fsdp` axis in two.
 """
 
@@ -14,25 +15,28 @@ from jax.sharding import AxisType, Mesh
 
 from jaxrlhf.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
-GENERATE_AXES = ("data", "fsdp", "replica", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
+GENERATE_AXES = ("data", "fsdp", "replica", "expert", "tensor")
 Device = Any  # jax.Device, which is not a type to type checkers
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Device] | None = None) -> Mesh:
-    """Creates a mesh of `data × fsdp × tensor` devices.
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, *, devices: Sequence[Device] | None = None
+) -> Mesh:
+    """Creates a mesh of `data × fsdp × expert × tensor` devices.
 
     Args:
         data: Replicas; like the other sizes, -1 for all remaining devices.
         fsdp: Devices that share the parameters of a replica.
         tensor: Devices that compute a layer together.
+        expert: Devices that the experts of a replica are split over; the batch is split over them too.
         devices: None: all devices of the run.
 
     Raises:
         InputError: The sizes do not use every device exactly once, or several are -1.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise InputError(f"mesh sizes must be positive, with at most one -1 (all remaining devices); got {sizes}")
@@ -43,14 +47,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
                 f"mesh {sizes}: {fixed} does not divide the {len(devices)} devices; change {free[0]}'s peers"
             )
         sizes[free[0]] = len(devices) // fixed
-    shape = sizes["data"], sizes["fsdp"], sizes["tensor"]
+    shape = (sizes["data"], sizes["fsdp"], sizes["expert"], sizes["tensor"])
     total = math.prod(shape)
     if total != len(devices):
         raise InputError(
-            f"mesh data={shape[0]} × fsdp={shape[1]} × tensor={shape[2]} needs {total} devices, "
-            f"but {len(devices)} are present; set one size to -1 to use all of them"
+            f"mesh {' × '.join(f'{name}={size}' for name, size in sizes.items())} needs {total} devices, but "
+            f"{len(devices)} are present; set one size to -1 to use all of them"
         )
-    auto = (AxisType.Auto,) * 3
+    auto = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu":
         # a mesh axis may use part of a torus axis (tensor=8 on a slice of 4x4x4)
         return Mesh(create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=auto)
@@ -59,21 +63,22 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     return Mesh(arrange_hosts(np.asarray(devices), shape), AXES, axis_types=auto)
 
 
-def arrange_hosts(devices: np.ndarray, sizes: tuple[int, int, int]) -> np.ndarray:
+def arrange_hosts(devices: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     """Arranges devices of several hosts as a mesh whose neighbours along `fsdp` are on different hosts.
 
     Generation splits `fsdp` into a slow part for tensor parallelism and a fast part for the batch (`generate_mesh`).
     This order keeps the slow part within a host, where links are fast. (On TPUs JAX arranges the mesh by the topology
-    instead.)
+    instead.) `expert` and `tensor`, which exchange activations in every layer, stay within a host where they fit.
 
     Args:
         devices: `[N]`.
-        sizes: Of data, fsdp and tensor; their product is N.
+        sizes: Of AXES; their product is N.
 
     Returns:
         The devices, as an array of shape `sizes`.
     """
-    data, fsdp, tensor = sizes
+    data, fsdp, *inner = sizes
+    tensor = math.prod(inner)
     ordered = np.array(sorted(devices, key=lambda d: (d.process_index, d.id)), dtype=object)
     local = len(devices) // len({d.process_index for d in devices})
     if local % tensor or (fsdp * tensor) % local:
@@ -86,8 +91,9 @@ def generate_mesh(mesh: Mesh, num_heads: int, tensor_parallel: int | None = None
     """Returns the view of `mesh` that generation uses: groups of devices that generate together, axes GENERATE_AXES.
 
     A group spans the `tensor` axis and the slow part of `fsdp`. The fast part becomes the axis `replica`, which splits
-    the batch as `data` does. Storage splits a dimension over (tensor, fsdp), so a group's share of it is one contiguous
-    piece. Resharding is then a plain all-gather over `replica`, or nothing where `replica` is 1.
+    the batch as `data` and `expert` do. Storage splits a dimension over (tensor, fsdp, expert), so a group's share of
+    it is one contiguous piece. Resharding is then a plain all-gather over `replica` and `expert`, or nothing where
+    these are 1. Experts stay where `expert` has put them.
 
     Args:
         mesh: The training mesh.
@@ -103,7 +109,7 @@ def generate_mesh(mesh: Mesh, num_heads: int, tensor_parallel: int | None = None
             f"generate_tensor_parallel={tensor_parallel} does not divide the model's num_heads={num_heads}; choose a "
             f"divisor of {num_heads}"
         )
-    data, fsdp, tensor = (mesh.shape[name] for name in AXES)
+    data, fsdp, expert, tensor = (mesh.shape[name] for name in AXES)
     allowed = [tensor * part for part in range(1, fsdp + 1) if fsdp % part == 0]
     if tensor_parallel not in allowed:
         raise InputError(
@@ -111,8 +117,8 @@ def generate_mesh(mesh: Mesh, num_heads: int, tensor_parallel: int | None = None
             f"tensor={tensor}: it must be tensor times a divisor of fsdp, one of {', '.join(map(str, allowed))}"
         )
     part = tensor_parallel // tensor
-    devices = mesh.devices.reshape(data, part, fsdp // part, tensor)
-    return Mesh(devices, GENERATE_AXES, axis_types=(AxisType.Auto,) * 4)
+    devices = mesh.devices.reshape(data, part, fsdp // part, expert, tensor)
+    return Mesh(devices, GENERATE_AXES, axis_types=(AxisType.Auto,) * len(GENERATE_AXES))
 
 
 def default_tensor_parallel(mesh: Mesh, num_heads: int) -> int:
@@ -123,16 +129,16 @@ def default_tensor_parallel(mesh: Mesh, num_heads: int) -> int:
     replica = mesh.devices[0]
     first = replica.flat[0]
     local = sum(d.process_index == first.process_index for d in replica.flat)
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    _, fsdp, expert, tensor = (mesh.shape[name] for name in AXES)
     parts = [p for p in range(1, fsdp + 1) if fsdp % p == 0 and num_heads % (p * tensor) == 0]
-    return tensor * max([p for p in parts if p * tensor <= local], default=1)
+    return tensor * max([p for p in parts if p * expert * tensor <= local], default=1)
 
 
-def check_divisible(mesh: Mesh, sizes: Mapping[str, int]) -> None:
-    """Raises InputError when the `tensor` axis does not divide the model dimensions `sizes`, by name (heads, mlp)."""
-    tensor = mesh.shape["tensor"]
+def check_divisible(mesh: Mesh, sizes: Mapping[str, int], axis: str = "tensor") -> None:
+    """Raises InputError when a mesh axis does not divide the model dimensions `sizes`, by name (heads, mlp)."""
+    parts = mesh.shape[axis]
     for name, size in sizes.items():
-        if size % tensor:
+        if size % parts:
             raise InputError(
-                f"mesh tensor={tensor} does not divide the model's {name}={size}; choose a divisor of {size}"
+                f"mesh {axis}={parts} does not divide the model's {name}={size}; choose a divisor of {size}"
             )

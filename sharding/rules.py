@@ -3,7 +3,8 @@
 A rule names the mesh axes that a logical axis wants, in order of preference. Rules are tried from the top; each takes
 the longest prefix of its axes that are still unused in this array and divide the dimension. So `fsdp` goes to the
 dimension that decode tensor-parallelism splits (heads, mlp, vocab), because resharding for generation then moves no
-bytes. It falls back to `embed` where that dimension does not divide.
+bytes. It falls back to `embed` where that dimension does not divide. The mesh axis `expert` splits the experts of a
+sparse model, in every table; parameters outside the experts it splits as `fsdp` does.
 """
 
 import math
@@ -17,21 +18,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 LogicalAxes = tuple[str | None, ...]
 
-_MODEL_AXES: Rules = (
-    ("vocab", ("tensor", "fsdp")),
-    ("heads", ("tensor", "fsdp")),
-    ("kv_heads", ("tensor", "fsdp")),
-    ("mlp", ("tensor", "fsdp")),
-)
+_SPLIT = ("vocab", "heads", "kv_heads", "mlp")
+_EXPERT: Rules = (("expert", ("expert",)),)
+
+
+def _split_over(*mesh_axes: str) -> Rules:
+    """Experts over `expert`, and the dimensions that decode splits over these axes."""
+    return (*_EXPERT, *((name, mesh_axes) for name in _SPLIT))
+
 
 # Fully sharded parameters; the batch is split over the same devices.
-TRAIN_RULES: Rules = (("batch", ("data", "fsdp")), *_MODEL_AXES, ("embed", ("fsdp",)))
+TRAIN_RULES: Rules = (
+    ("batch", ("data", "fsdp", "expert")),
+    *_split_over("tensor", "fsdp", "expert"),
+    ("embed", ("fsdp", "expert")),
+)
 
-# Plain data parallelism: only `tensor` splits the parameters.
-REPLICATED_RULES: Rules = (("batch", ("data", "fsdp")), *((name, ("tensor",)) for name, _ in _MODEL_AXES))
+# Plain data parallelism: only `tensor` splits the parameters, and `expert` those of the experts.
+REPLICATED_RULES: Rules = (("batch", ("data", "fsdp", "expert")), *_split_over("tensor"))
 
 # On `generate_mesh`: tensor-parallel over tensor × the slow part of fsdp; the batch is split over the rest.
-GENERATE_RULES: Rules = (("batch", ("data", "replica")), *_MODEL_AXES)
+GENERATE_RULES: Rules = (("batch", ("data", "replica", "expert")), *_split_over("tensor", "fsdp"))
 
 
 def resolve_spec(
@@ -73,6 +80,12 @@ def resolve_spec(
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
+
+
+def mesh_axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
+    """Mesh axes that split a dimension of an array with this spec."""
+    entry = spec[dimension] if dimension < len(spec) else None
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def named_sharding(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules) -> NamedSharding:
@@ -119,12 +132,11 @@ def split(axis: str, size: int) -> int:
     if current is None:
         return 1
     mesh, rules = current
-    entry = (*resolve_spec((axis,), (size,), mesh, rules), None)[0]
-    return math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
+    return math.prod(mesh.shape[name] for name in mesh_axes(resolve_spec((axis,), (size,), mesh, rules), 0))
 
 
 # Half-way between storage over `embed` and GENERATE_RULES, on `generate_mesh`.
-_HALF_WAY_RULES: Rules = (*_MODEL_AXES, ("embed", ("replica",)))
+_HALF_WAY_RULES: Rules = (*_split_over("tensor", "fsdp"), ("embed", ("replica", "expert")))
 
 
 def reshard(x: jax.Array, axes: LogicalAxes, stored: Rules) -> jax.Array:
@@ -142,9 +154,9 @@ def reshard(x: jax.Array, axes: LogicalAxes, stored: Rules) -> jax.Array:
     if current is None:
         return x
     mesh, _ = current
-    sizes = {"data": mesh.shape["data"], "tensor": mesh.shape["tensor"]}
+    sizes = {name: mesh.shape[name] for name in ("data", "expert", "tensor")}
     sizes["fsdp"] = mesh.shape["fsdp"] * mesh.shape["replica"]
     spec = resolve_spec(axes, x.shape, sizes, stored)
-    if any(axis == "embed" and entry == "fsdp" for axis, entry in zip(axes, spec, strict=False)):
+    if any(axis == "embed" and entry is not None for axis, entry in zip(axes, spec, strict=False)):
         x = jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, _HALF_WAY_RULES))
     return constrain(x, *axes)

@@ -26,6 +26,7 @@ FIRST_BATCH = 8
 ITERATION = (*PHASES, "ppo")
 USED_BY = {
     "logprob_implementation": ("logprobs", "score", "train", "ppo"),
+    "expert_implementation": ("generate", "score", "train", "ppo"),
     "kv_cache_dtype": ("decode", "generate", "ppo"),
     "micro_batch": ("score", "train", "ppo"),
     "remat_policy": ("train", "ppo"),

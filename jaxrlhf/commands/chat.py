@@ -24,8 +24,8 @@ from jaxrlhf.data import (
 )
 from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, with_kernels
-from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder, read_json
+from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, stored_head, with_kernels
+from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import MeshConfig
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends
@@ -57,43 +57,65 @@ class ChatConfig(Settings):
 class StreamedText:
     """Decodes a growing list of token ids and returns the new text, in whole characters.
 
-    All tokens are decoded each time, so spaces and merged characters are those of the whole text. White space before
-    the first word is dropped. The text ends before the first of the `stops` in it; a possible beginning of a stop is
-    held back.
+    Each token is decoded with those before it, back to the one before the last whole character, so spaces and merged
+    characters are those of the whole text. The text ends before the first of the `stops` in it; a possible beginning of
+    a stop is held back.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        stops: Texts that end the text.
+        strip: Drop white space before the first word.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), strip: bool = True) -> None:
+        self.tokenizer, self.stops, self.strip = tokenizer, stops, strip
         self.ids: list[int] = []
         self.text = ""
         """Text returned so far."""
+        self.decoded = ""
+        """All text of whole characters so far, held back or not."""
         self.stopped = False
         """True once the text has reached a stop; further tokens change nothing."""
+        self._whole = ""
+        self._begin = self._end = 0
+        # `_whole` is the text of ids[:_end]; tokens are decoded from _begin on.
 
     def add(self, token: int) -> str:
         """Returns the text that this token completes; empty while a character is incomplete."""
         self.ids.append(int(token))
-        return self._new(self._decode().rstrip(BROKEN), hold=True)
+        self._decode(final=False)
+        return self._new(hold=True)
 
     def finish(self) -> str:
         """Returns the text held back: pieces of a character or of a stop that was never completed."""
-        return self._new(self._decode(), hold=False)
+        self._decode(final=True)
+        return self._new(hold=False)
 
-    def _decode(self) -> str:
+    def _decode(self, final: bool) -> None:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(self.ids, **options).lstrip()
+        before, now = (
+            self.tokenizer.decode(ids, **options)
+            for ids in (self.ids[self._begin : self._end], self.ids[self._begin :])
+        )
+        # Some tokenizers decode a run of byte tokens as a whole and spoil it while its last character is incomplete.
+        if not now.startswith(before):
+            return
+        new = now[len(before) :]
+        complete = new if final else new.rstrip(BROKEN)
+        text = self._whole + complete
+        self.decoded = text.lstrip() if self.strip else text
+        if new and new == complete:
+            self._whole, self._begin, self._end = text, self._end, len(self.ids)
 
-    def _new(self, text: str, hold: bool) -> str:
+    def _new(self, hold: bool) -> str:
+        text = self.decoded
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, text = True, text[: min(found)]
         elif hold:
             begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
             text = text[: len(text) - max(begun, default=0)]
-        # Some tokenizers decode a run of byte tokens as a whole and spoil it while its last character is incomplete.
-        if not text.startswith(self.text):
-            return ""
-        new, self.text = text[len(self.text) :], text
+        new, self.text = text[len(self.text) :], max(text, self.text, key=len)
         return new
 
 
@@ -208,11 +230,9 @@ def open_session(config: ChatConfig, console: Console | None = None) -> ChatSess
         if (last / CONFIG).is_file() and not (last.parent / CONFIG).is_file():
             raise InputError(f"{config.model} is the folder of a run of all steps; its chat model is {last}")
     folder = find_model_folder(config.model)
-    architectures = read_json(folder / CONFIG).get("architectures") or []
-    scalar = [name for name in architectures if name.endswith("ForSequenceClassification")]
-    if scalar:
+    if stored_head(folder) == "scalar":
         raise InputError(
-            f"{config.model} is a reward model or critic ({scalar[0]}), which cannot write; "
+            f"{config.model} is a reward model or critic, which cannot write; "
             "give the folder that sft, dpo or ppo wrote"
         )
     tokenizer = config.tokenizer.load(str(folder), config.template)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.config import PathName, Settings, alias
-from jaxrlhf.config.files import read_json
 from jaxrlhf.data import read_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -17,6 +16,7 @@ from jaxrlhf.models import (
     LoRAConfig,
     Model,
     config_from_dict,
+    for_transformers,
     join,
     load_adapter,
     load_pretrained,
@@ -25,6 +25,7 @@ from jaxrlhf.models import (
     param_shardings,
     save_pretrained,
     split_trainable,
+    stored_head,
 )
 from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
 from jaxrlhf.trainers.lora import describe_model
@@ -36,7 +37,7 @@ from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends, with_s
 class ConvertConfig(Settings):
     """Conversion of a model."""
 
-    HIDDEN = frozenset({"mesh_data", "mesh_tensor", "dtype"})
+    HIDDEN = frozenset({"mesh_data", "mesh_expert", "mesh_tensor", "dtype"})
 
     input: PathName[str]
     """Hugging Face folder (or hub name), run folder, or checkpoint-N folder."""
@@ -74,10 +75,7 @@ class ConvertConfig(Settings):
 def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
     head = config.head
     if head == "auto":
-        from jaxrlhf.models.hf.checkpoint_files import find_model_folder
-
-        names = read_json(find_model_folder(config.input) / "config.json").get("architectures") or [""]
-        head = "scalar" if names[0].endswith("ForSequenceClassification") else "lm"
+        head = stored_head(config.input)
     model = load_pretrained(
         config.input,
         head=head,
@@ -110,9 +108,9 @@ def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
         raise InputError(f"{folder} holds no parameters {name!r}; it has {', '.join(exports)}")
     info = exports[name]
     config = config_from_dict(info["config"], f"{folder}/metadata.json")
-    config = config.replace(generation_config=info.get("generation_config", ""))
+    config = config.replace(generation_config=info.get("generation_config", ""), **info.get("score", {}))
     lora = info.get("lora")
-    lora = LoRAConfig(**lora | {"targets": tuple(lora["targets"])}) if lora else None
+    lora = LoRAConfig(**lora | {k: tuple(v) for k, v in lora.items() if isinstance(v, list)}) if lora else None
     module = Decoder(config, head=info["head"], lora=lora)
     stored = jnp.dtype(info.get("dtype", "float32"))
     like = jax.tree.map(
@@ -163,6 +161,7 @@ def convert(config: ConvertConfig) -> None:
     if config.tokenizer.eos_token_ids:
         model = _with_end_ids(model, tokenizer, config.tokenizer.eos_token_ids)
     if config.target == "hf":
+        model, tokenizer = for_transformers(model, tokenizer)
         save_pretrained(model, config.output, tokenizer, dtype=dtype)
     else:
         stored = jax.tree.map(lambda x: x.astype(dtype), model.params)

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.config.model_folder import adapter_base, is_adapter
 from jaxrlhf.data.cache import default_cache
 from jaxrlhf.data.files import first_line
 from jaxrlhf.data.sources import looks_like_path
@@ -42,6 +43,8 @@ def read_tokenizer(path: str | Path) -> Any:
         folder = materialize_demo(default_cache()).tokenizer
     if not folder.is_dir() and (looks_like_path(name) or folder.exists()):
         raise InputError(f"tokenizer folder '{name}': no such folder; check the path")
+    if folder.is_dir() and is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
+        return read_tokenizer(adapter_base(folder))
     if folder.is_dir():
         name = str(folder)
         declared = check_tokenizer_files(folder)

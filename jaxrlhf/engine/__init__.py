@@ -4,5 +4,16 @@ from jaxrlhf.engine.decoding import Requests
 from jaxrlhf.engine.generation import Rollout, generate
 from jaxrlhf.engine.hybrid import HybridEngine
 from jaxrlhf.engine.sampling import GenerationConfig, SamplingConfig
+from jaxrlhf.engine.slots import Sampled, SlotBatch, SlotSampling
 
-__all__ = ["GenerationConfig", "HybridEngine", "Requests", "Rollout", "SamplingConfig", "generate"]
+__all__ = [
+    "GenerationConfig",
+    "HybridEngine",
+    "Requests",
+    "Rollout",
+    "Sampled",
+    "SamplingConfig",
+    "SlotBatch",
+    "SlotSampling",
+    "generate",
+]

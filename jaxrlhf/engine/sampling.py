@@ -1,6 +1,6 @@
 """Sampling the next token with one random key per row, and the end of a response (docs/generation.md)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -100,18 +100,50 @@ class GenerationConfig(Settings):
     once."""
 
 
-def truncate_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Applies top-k, then top-p, to float32 logits `[B, V]`: excluded entries become -1e30. Ties at the edge stay."""
-    if 0 < config.top_k < logits.shape[-1]:
-        edge = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
-        logits = jnp.where(logits < edge, _EXCLUDED, logits)
-    if config.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        edge = jnp.min(jnp.where(before < config.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < edge, _EXCLUDED, logits)
-    return logits
+def truncate_logits(logits: jax.Array, top_k: int | jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """Applies top-k, then top-p, to float32 logits `[B, V]`: excluded entries become -1e30. Ties at the edge stay.
+
+    Args:
+        logits: `[B, V]`.
+        top_k: Number of tokens to keep, one for all rows or `[B]`; 0: all.
+        top_p: Probability that the kept tokens reach, one for all rows or `[B]`; 1: all.
+    """
+
+    def to_top_k(logits: jax.Array) -> jax.Array:
+        most = jnp.where(jnp.asarray(top_k) > 0, top_k, logits.shape[-1])
+        return _keep_largest(logits, jnp.ones_like(logits), most)
+
+    def to_top_p(logits: jax.Array) -> jax.Array:
+        most = jnp.where(jnp.asarray(top_p) < 1, top_p, 2.0)
+        return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), most)
+
+    return _where_any(top_p < 1, to_top_p, _where_any(top_k > 0, to_top_k, logits))
+
+
+def _where_any(wanted: bool | jax.Array, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`change(x)` if anything is wanted, else `x`."""
+    if isinstance(wanted, bool):
+        return change(x) if wanted else x
+    return jax.lax.cond(jnp.any(wanted), change, lambda x: x, x)
+
+
+def _keep_largest(logits: jax.Array, weights: jax.Array, most: jax.Array) -> jax.Array:
+    """Keeps each entry of `logits` `[B, V]` above which the `weights` sum to less than `most`, one or `[B]`.
+
+    The smallest such logit is found by bisection over the bits of a float, which takes 32 passes. A sort takes far
+    longer: 60 times on a CPU, for 50,000 tokens.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)  # integers in the order of the floats
+
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        enough = jnp.sum(jnp.where(order > middle[:, None], weights, 0.0), axis=-1) < most
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    edge, _ = jax.lax.fori_loop(0, 32, halve, (order.min(axis=-1), order.max(axis=-1)))
+    return jnp.where(order < edge[:, None], _EXCLUDED, logits)
 
 
 def is_eos(tokens: jax.Array, config: SamplingConfig) -> jax.Array:
@@ -169,6 +201,7 @@ def sample_token(
     *,
     seen: jax.Array | None = None,
     temperature: jax.Array | None = None,
+    truncation: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Samples one token per row.
 
@@ -182,6 +215,7 @@ def sample_token(
         config: Temperature, top-k, top-p and the other options.
         seen: bool `[B, V]`: tokens that the repetition penalty applies to.
         temperature: `[B]`, replaces the config's; 0 makes its row greedy.
+        truncation: top_k and top_p, `[B]` each, replace the config's.
 
     Returns:
         Tokens int32 `[B]`, and their log-probs float32 `[B]`.
@@ -201,7 +235,9 @@ def sample_token(
         tokens = jnp.argmax(allowed, axis=-1)
     else:
         keys = jax.vmap(jax.random.fold_in)(row_keys, step)
-        tokens = jax.vmap(jax.random.categorical)(keys, truncate_logits(allowed, config))
+        tokens = jax.vmap(jax.random.categorical)(
+            keys, truncate_logits(allowed, *(truncation or (config.top_k, config.top_p)))
+        )
         if temperature is not None:
             tokens = jnp.where(temperature > 0, tokens, jnp.argmax(allowed, axis=-1))
     picked = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]

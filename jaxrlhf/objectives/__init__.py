@@ -45,6 +45,7 @@ from jaxrlhf.objectives.rewards import (
     penalised_scores,
     standardised,
 )
+from jaxrlhf.objectives.routers import load_balancing_loss, router_z_loss
 from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pairwise_loss
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "kl_estimate",
     "kl_penalty_rewards",
     "last_token_index",
+    "load_balancing_loss",
     "loss_weights",
     "masked_mean",
     "masked_sum",
@@ -73,6 +75,7 @@ __all__ = [
     "ratio_variance",
     "reward_to_go",
     "rloo_advantages",
+    "router_z_loss",
     "score_at_last_token",
     "score_at_segment_ends",
     "segment_sums",

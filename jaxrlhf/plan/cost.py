@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.memory import MODELS, TRAINED, cache_bytes, generation_view_bytes
 from jaxrlhf.plan.programs import System, local_shape, tree_bytes
-from jaxrlhf.plan.roofline import Cost, adam, forward, itemsize, total
+from jaxrlhf.plan.roofline import Cost, adam, expert_elements, forward, itemsize, read_share, total
 from jaxrlhf.plan.settings import PlanConfig
 
 ACTIVATION_PASSES = 16  # times that a layer reads or writes an array `[B, T, D]` or its like in one forward pass
@@ -51,6 +51,16 @@ class Links:
         sums = self.reduce(tokens * c.hidden_size * itemsize(module), tensor) * (2 * c.num_layers)
         return Cost(exposed=sums.hidden, links=sums.links)
 
+    def expert_exchange(self, system: System, name: str, tokens: float) -> Cost:
+        """The gather of tokens for experts and the scatter of their sums, in each layer of one pass, which waits."""
+        module, expert = system.modules[name], system.expert
+        c = module.config
+        if not c.num_experts:
+            return Cost()
+        once = self.gather(expert * tokens * c.hidden_size * itemsize(module), expert, system.tensor)
+        moved = once * (2 * c.num_layers)
+        return Cost(exposed=moved.hidden, links=moved.links)
+
 
 def _elements(tree: object) -> int:
     """Elements on one device."""
@@ -60,8 +70,9 @@ def _elements(tree: object) -> int:
 def _passes(system: System, name: str, rows: float, forwards: int, backwards: int, links: Links) -> Cost:
     """`forwards` and `backwards` through a model by the train rules, on a device with `rows` rows of the batch."""
     module, length = system.modules[name], system.length
-    c, tensor, fsdp = module.config, system.tensor, system.mesh.shape["fsdp"]
-    once = forward(module, rows, length, length, system.config.sampling.max_new_tokens, padded=True) * (1 / tensor)
+    c, tensor, fsdp, expert = module.config, system.tensor, system.mesh.shape["fsdp"], system.expert
+    headed = system.config.sampling.max_new_tokens
+    once = forward(module, rows, length, length, headed, padded=True, expert=expert) * (1 / tensor)
     stream = rows * length * c.hidden_size * itemsize(module)
     scores = 4 * rows * c.num_heads / tensor * length * length
     activations = Cost(bytes=c.num_layers * (ACTIVATION_PASSES * stream + 4 * scores))
@@ -69,20 +80,25 @@ def _passes(system: System, name: str, rows: float, forwards: int, backwards: in
     cost = (once + activations) * (forwards + (1 if module.lora is not None else 2) * backwards)
     passes = forwards + backwards
     if module.zero_stage == 3:
-        cost += links.gather(once.bytes, fsdp, tensor) * passes
+        experts = expert_elements(module) * itemsize(module) / (tensor * expert)
+        cost += links.gather(once.bytes - experts, fsdp * expert, tensor) * passes
+        cost += links.gather(experts, fsdp, tensor * expert) * passes
+    cost += links.expert_exchange(system, name, rows * length) * passes
     return cost + links.layer_sums(system, name, tensor, rows * length) * passes
 
 
 def _update(system: System, name: str, links: Links) -> Cost:
     """Reduction of the gradients, and Adam."""
     module, trainable = system.modules[name], system.trainable(name)
-    data, fsdp, tensor = (system.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    data, fsdp, expert, tensor = (system.mesh.shape[axis] for axis in ("data", "fsdp", "expert", "tensor"))
     local = _elements(trainable)
-    whole = 4 * sum(x.size for x in jax.tree.leaves(trainable)) / tensor
-    cost = adam(local) + (links.gather if module.zero_stage >= 2 else links.reduce)(whole, fsdp, tensor)
+    experts = 0 if module.lora is not None else 4 * expert_elements(module) / (tensor * expert)
+    whole = 4 * sum(x.size for x in jax.tree.leaves(trainable)) / tensor - expert * experts
+    reduce = links.gather if module.zero_stage >= 2 else links.reduce
+    cost = adam(local) + reduce(whole, fsdp * expert, tensor) + reduce(experts, fsdp, tensor * expert)
     if module.zero_stage in (1, 2):  # the working copy
-        cost += links.gather(whole / 2, fsdp, tensor)
-    cost += links.reduce(4 * local, data, fsdp * tensor)
+        cost += links.gather(whole / 2, fsdp * expert, tensor) + links.gather(experts / 2, fsdp, tensor * expert)
+    cost += links.reduce(4 * local, data, fsdp * expert * tensor)
     if f"{name}_optimizer" in system.on_host:
         cost += Cost(host=2 * tree_bytes(system.trees[f"{name}_optimizer"]))
     return cost
@@ -95,15 +111,15 @@ def _generate(system: System, links: Links) -> dict[str, Cost]:
     rows, prompt = system.generate_rows * tensor / system.mesh.size, config.data.max_prompt_seq_len
     view = generation_view_bytes(system)
     arriving = max(0, view - _elements(params) * itemsize(module))
-    groups = max(1, system.mesh.shape["fsdp"] * system.tensor // tensor)
+    groups = max(1, system.mesh.shape["fsdp"] * system.expert * system.tensor // tensor)
     reshard = Cost(bytes=tree_bytes(params) + view, exposed=arriving / links.bandwidth(groups, tensor), links=arriving)
 
     def step(queries: int, keys: int, traffic: float) -> Cost:
         """Pass over `queries` tokens per row; `traffic`: bytes besides the weights, which lie as the view has them."""
         cost = forward(module, rows, queries, keys, 1, padded=True) * (1 / tensor)
-        return dataclasses.replace(cost, bytes=view + traffic) + links.layer_sums(
-            system, "actor", tensor, rows * queries
-        )
+        read = generation_view_bytes(system, experts=read_share(module, rows * queries, system.expert, padded=True))
+        cost = dataclasses.replace(cost, bytes=read + traffic) + links.expert_exchange(system, "actor", rows * queries)
+        return cost + links.layer_sums(system, "actor", tensor, rows * queries)
 
     prefill = step(prompt, prompt, ACTIVATION_PASSES * rows * prompt * c.hidden_size * itemsize(module) * c.num_layers)
     decode = step(1, system.length, cache_bytes(system)) * (config.sampling.max_new_tokens - 1)

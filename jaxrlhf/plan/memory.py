@@ -39,7 +39,7 @@ from jaxrlhf.plan.programs import (
     rollout,
     tree_bytes,
 )
-from jaxrlhf.plan.roofline import cached_vector_bytes, flat_shapes, itemsize
+from jaxrlhf.plan.roofline import cached_vector_bytes, expert_elements, flat_shapes, itemsize
 from jaxrlhf.rl import actor_logprobs, critic_values
 from jaxrlhf.sharding import GENERATE_RULES, REPLICATED_RULES, named_sharding, tree_shardings
 
@@ -85,7 +85,8 @@ def local_module(module: Decoder, tensor: int) -> Decoder:
     c = module.config
     heads = c.num_heads // tensor
     shares = {"num_heads": heads, "num_kv_heads": math.gcd(heads, max(1, c.num_kv_heads // tensor))}
-    return module.clone(config=c.replace(intermediate_size=c.intermediate_size // tensor, **shares))
+    shares |= {name: getattr(c, name) // tensor for name in ("intermediate_size", "expert_intermediate_size")}
+    return module.clone(config=c.replace(**shares))
 
 
 @lru_cache(maxsize=256)
@@ -121,9 +122,21 @@ def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
     )
 
 
-def residual_bytes(module: Decoder, rows: int, length: int, longest: int, tensor: int) -> int:
-    """Bytes kept for the backward pass on a device with `rows` rows, one of `tensor` that share heads and MLP."""
-    return _residuals(cast(Any, local_module(module, tensor)), rows, length, longest)
+def residual_bytes(module: Decoder, rows: int, length: int, longest: int, tensor: int, expert: int = 1) -> int:
+    """Bytes kept for the backward pass on a device with `rows` rows, one of `tensor` that share heads and MLP.
+
+    Of `expert` devices that split the experts, each has room for all choices of all their tokens. (As many experts on
+    one device, each with its own tokens, take as much where every expert computes every token.)
+    """
+    local = local_module(module, tensor)
+    kept = _residuals(cast(Any, local), rows, length, longest)
+    if expert > 1 and local.config.num_experts > 1 and local.expert_implementation == "ragged":
+        few, more = (
+            _residuals(cast(Any, local.clone(config=local.config.replace(experts_per_token=k))), rows, length, longest)
+            for k in (1, 2)
+        )
+        kept += (expert - 1) * local.config.experts_per_token * (more - few)
+    return kept
 
 
 def score_bytes(module: Decoder, rows: int, queries: int, keys: int, tensor: int) -> int:
@@ -131,10 +144,23 @@ def score_bytes(module: Decoder, rows: int, queries: int, keys: int, tensor: int
     return 4 * rows * (module.config.num_heads // tensor) * queries * keys
 
 
-def layer_weights(module: Decoder, tensor: int) -> int:
-    """Bytes of one layer's weights in the compute dtype, gathered over fsdp."""
-    shapes = [x.shape[1:] for path, x in flat_shapes(module.clone(lora=None)).items() if path[0] == "layers"]
-    return sum(math.prod(shape) for shape in shapes if len(shape) > 1) * itemsize(module) // tensor
+def layer_weights(module: Decoder, tensor: int, expert: int = 1) -> int:
+    """Bytes of one layer's weights in the compute dtype, gathered over all axes but `tensor`, experts but `expert`."""
+    module = module.clone(lora=None)
+    shapes = [x.shape[1:] for path, x in flat_shapes(module).items() if path[0] == "layers"]
+    experts = expert_elements(module) // module.config.num_layers
+    elements = sum(math.prod(shape) for shape in shapes if len(shape) > 1) - experts + experts // expert
+    return elements * itemsize(module) // tensor
+
+
+def mlp_width(module: Decoder, expert: int) -> int:
+    """Hidden elements of the MLP per token of a device, before `tensor` splits them."""
+    c = module.config
+    if not c.num_experts:
+        return c.intermediate_size
+    if module.expert_implementation == "ragged":
+        return expert * c.experts_per_token * (c.expert_size + c.hidden_size)
+    return c.num_experts * c.expert_size
 
 
 def _flat_axes(module: Decoder) -> dict[tuple[str, ...], tuple[str | None, ...]]:
@@ -142,8 +168,11 @@ def _flat_axes(module: Decoder) -> dict[tuple[str, ...], tuple[str | None, ...]]
     return cast(Any, flatten_dict(logical_axes(module)))
 
 
-def generation_view_bytes(system: System, platform: str = "") -> int:
-    """Bytes of the weights as decoding reads them: cast, one array per layer, split for tensor parallelism."""
+def generation_view_bytes(system: System, platform: str = "", experts: float = 1.0) -> int:
+    """Bytes of the weights as decoding reads them: cast, one array per layer, split for tensor parallelism.
+
+    `experts`: the share of the experts that is counted.
+    """
     module = system.modules["actor"].clone(lora=None)
     axes, total = _flat_axes(module), 0
     for path, x in flat_shapes(module).items():
@@ -151,7 +180,8 @@ def generation_view_bytes(system: System, platform: str = "") -> int:
         shape = x.shape[stacked:]
         sharding = named_sharding(axes[path][stacked:], shape, system.generate_mesh, GENERATE_RULES)
         size = itemsize(module) if len(shape) > 1 else x.dtype.itemsize
-        total += array_bytes(sharding.shard_shape(shape), size, platform) * (x.shape[0] if stacked else 1)
+        share = experts if "expert" in axes[path] else 1.0
+        total += int(share * array_bytes(sharding.shard_shape(shape), size, platform)) * (x.shape[0] if stacked else 1)
     return total
 
 
@@ -189,8 +219,13 @@ def cache_bytes(system: System, platform: str = "") -> int:
 
 
 def _gathers(system: System, name: str) -> bool:
-    """True for a model whose layers are gathered over fsdp one by one."""
-    return system.modules[name].zero_stage == 3 and system.mesh.shape["fsdp"] > 1
+    """True for a model whose layers are gathered over fsdp and expert one by one."""
+    return system.modules[name].zero_stage == 3 and _stored_parts(system) > 1
+
+
+def _stored_parts(system: System) -> int:
+    """Devices that split the storage of parameters outside the experts, besides `tensor`."""
+    return system.mesh.shape["fsdp"] * system.expert
 
 
 def _sharded_bytes(shapes: PyTree, shardings: PyTree) -> int:
@@ -200,9 +235,9 @@ def _sharded_bytes(shapes: PyTree, shardings: PyTree) -> int:
 
 
 def _working_copy(system: System, name: str, params: PyTree, trained: bool = False) -> int:
-    """Bytes of `jaxrlhf.models.working_copy`: the parameters gathered over fsdp, at ZeRO stages 1 and 2."""
+    """Bytes of `jaxrlhf.models.working_copy`: parameters gathered over fsdp and expert, at ZeRO stages 1 and 2."""
     module = system.modules[name]
-    if module.zero_stage in (0, 3) or system.mesh.shape["fsdp"] == 1:
+    if module.zero_stage in (0, 3) or _stored_parts(system) == 1:
         return 0
     head = trained_head(module) if trained and module.lora is None else None
     shapes = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype, head), params)
@@ -281,7 +316,9 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
     layers = factors.backward_layers if backward else factors.forward_layers
     layer = {
         "attention scores": int(((3 if backward else 1) + itemsize(module) / 8) * scores),
-        "gathered layer weights": layers * layer_weights(module, system.tensor) if _gathers(system, name) else 0,
+        "gathered layer weights": layers * layer_weights(module, system.tensor, system.expert)
+        if _gathers(system, name)
+        else 0,
     }
     head = _head_scratch(system, name, rows, backward) if module.head == "lm" else {}
     return _largest(layer, head)
@@ -317,7 +354,7 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     names = ("actor", "actor_optimizer", "critic", "critic_optimizer", "ema")
     arguments = _on_device(system, platform, names) | {"batch": tree_bytes(experience(system), platform)}
     shape = rows, system.length, config.sampling.max_new_tokens
-    kept = [residual_bytes(system.modules[name], *shape, system.tensor) for name in TRAINED]
+    kept = [residual_bytes(system.modules[name], *shape, system.tensor, system.expert) for name in TRAINED]
     loops = config.run.gradient_accumulation_steps > 1
     backward = {
         "gradient layout copies": _layout_copies(system) if factors.layout_copies and not loops else 0,
@@ -374,7 +411,9 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     rows = max(1, system.generate_rows * tensor // system.generate_mesh.size)
     prompt = system.config.data.max_prompt_seq_len
     tokens = rows * prompt
-    activations = tokens * c.hidden_size * (4 + 3 * size) + tokens * c.intermediate_size // tensor * 2 * size
+    activations = (
+        tokens * c.hidden_size * (4 + 3 * size) + tokens * mlp_width(module, system.expert) // tensor * 2 * size
+    )
     activations += int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + size / 4))
     prompt_cache = cache_bytes(system) * prompt // system.length
     # Query, key and value of a prompt are one array, which stays until the cache is filled.

@@ -154,6 +154,11 @@ class System:
         return self.config.data.max_prompt_seq_len + self.config.sampling.max_new_tokens
 
     @property
+    def expert(self) -> int:
+        """Devices that split the experts, if there are any, and otherwise parameters."""
+        return self.mesh.shape["expert"]
+
+    @property
     def tensor(self) -> int:
         """Devices that split heads and MLP in training."""
         return self.mesh.shape["tensor"]
@@ -195,14 +200,20 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     """
     ppo = config.planned
     devices = absent_devices(config.accelerator, config.devices) if devices is None else devices
-    mesh = make_mesh(ppo.mesh.mesh_data, ppo.mesh.mesh_fsdp, ppo.mesh.mesh_tensor, devices=devices)
+    sizes = ppo.mesh.mesh_data, ppo.mesh.mesh_fsdp, ppo.mesh.mesh_tensor, ppo.mesh.mesh_expert
+    mesh = make_mesh(*sizes, devices=devices)
     lengths = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens, "max_prompt_seq_len + max_new_tokens"
     actor, reward = model_config("actor", config.actor, *lengths), model_config("reward", config.reward, *lengths)
     check_same_rows(actor, reward, (f"actor={config.actor}", f"reward={config.reward}"))
 
+    # As `auto` chooses on the planned devices; the planner's own say nothing about them.
+    experts = "ragged" if config.accelerator.platform == "tpu" else "dense"
+
     def model(shape: DecoderConfig, head: str, stage: int, kv_cache_dtype: str = "auto") -> Model:
         dtype, remat = ppo.mesh.compute_dtype, ppo.run.remat
-        module = Decoder(shape, head, dtype, remat, zero_stage=stage, kv_cache_dtype=kv_cache_dtype)
+        module = Decoder(
+            shape, head, dtype, remat, zero_stage=stage, kv_cache_dtype=kv_cache_dtype, expert_implementation=experts
+        )
         return Model(module, param_shapes(module), shape)
 
     stage = ppo.compute.zero_stage

@@ -5,11 +5,13 @@ from itertools import accumulate
 from pathlib import Path
 
 from jaxrlhf.config import to_dict
+from jaxrlhf.models import count_params, param_shapes
 from jaxrlhf.plan.compile import Compiled
 from jaxrlhf.plan.cost import RunCost
 from jaxrlhf.plan.devices import GIB
 from jaxrlhf.plan.memory import ProgramMemory
 from jaxrlhf.plan.programs import PROGRAMS, System
+from jaxrlhf.plan.roofline import active_params
 from jaxrlhf.plan.search import Nearest
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.runs.console import Console
@@ -122,6 +124,7 @@ def as_dict(plan: Plan) -> dict[str, object]:
         "peak_bytes_per_device": plan.peak,
         "host_bytes_per_device": plan.host_bytes,
         "mesh": dict(plan.system.mesh.shape),
+        "parameters": {name: _parameters(plan, name) for name in ("actor", "critic")},
         "generate_tensor_parallel": plan.system.generate_tensor,
         "rollout_rows": plan.system.rows,
         **{name: _program_values(plan, name) for name in PROGRAMS},
@@ -132,6 +135,12 @@ def as_dict(plan: Plan) -> dict[str, object]:
         "device": dataclasses.asdict(plan.config.accelerator),
         "settings": to_dict(plan.config),
     }
+
+
+def _parameters(plan: Plan, name: str) -> dict[str, int]:
+    """Parameters of a model, and those that compute one token; adapters are not counted."""
+    module = plan.system.modules[name].clone(lora=None)
+    return {"total": count_params(param_shapes(module)), "active": active_params(module)}
 
 
 def _nearest(found: Nearest | None) -> dict[str, object] | None:
@@ -179,6 +188,10 @@ def show(plan: Plan, console: Console) -> None:
         f"{cost.seconds_per_iteration:.3g} s per iteration at {config.roofline_share:.0%} of the roofline, "
         f"{cost.tokens_per_second:,.0f} tokens/s; {cost.iterations} iterations in {cost.hours:.2f} h{price}"
     )
+    for name in ("actor", "critic"):
+        if plan.system.modules[name].config.num_experts:
+            counts = _parameters(plan, name)
+            console.print(f"{name}: {counts['total']:,} parameters, of which {counts['active']:,} compute each token")
     if plan.host_bytes:
         console.print(f"host memory: {gib(plan.host_bytes * config.accelerator.devices_per_host)} GiB per host")
     for line in verdict(plan):

@@ -7,8 +7,9 @@ Both commands use the same formulas and count in two ways, chosen by `padded`:
 - `padded=True` counts what plain XLA computes with static shapes: attention multiplies masked positions too, and the
   head has the rows that pad the vocabulary. The planner predicts programs, so it counts this way.
 
-Both count matrix products only, read weights once per pass, and run the head on response tokens alone. Times are lower
-bounds: no latency, and every kernel at its peak.
+Both count matrix products only, read weights once per pass, and run the head on response tokens alone. Of a sparse
+model's experts they count those that tokens choose, evenly spread; `padded` counts all of them for every token where
+the module's `expert_implementation` is "dense". Times are lower bounds: no latency, and every kernel at its peak.
 """
 
 import math
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from jaxrlhf.kernels import KV_CACHE_DTYPES
-from jaxrlhf.models import Decoder, count_params, param_shapes
+from jaxrlhf.models import Decoder, count_params, logical_axes, param_shapes
 
 ADAM_BYTES = 28  # per trained element: gradient, weight and two moments read, weight and moments written, in float32
 
@@ -91,12 +92,39 @@ def flat_shapes(module: Decoder) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
 
 
 def matrices(module: Decoder, padded: bool = False) -> tuple[int, int]:
-    """(elements of the matrices that multiply every token, elements of the output head), without adapters."""
+    """(elements of the matrices that multiply every token, those of the output head), without experts or adapters."""
     c = module.config
     flat = flat_shapes(module).items()
     kernels = (x for path, x in flat if path[-1] == "kernel" and path[0] not in ("lm_head", "score"))
     vocab = c.padded_vocab_size if padded else c.vocab_size
-    return sum(x.size for x in kernels), c.embedding_size * (vocab if module.head == "lm" else 1)
+    body = sum(x.size for x in kernels) - expert_elements(module)
+    return body, c.embedding_size * (vocab if module.head == "lm" else 1)
+
+
+def expert_elements(module: Decoder) -> int:
+    """Elements of all experts of all layers; 0 for a model without experts."""
+    axes: dict[tuple[str, ...], tuple[str | None, ...]] = cast(Any, flatten_dict(logical_axes(module)))
+    return sum(x.size for path, x in flat_shapes(module).items() if "expert" in axes[path])
+
+
+def active_params(module: Decoder) -> int:
+    """Parameters that compute one token: all but the experts that its routers do not choose."""
+    c = module.config
+    idle = expert_elements(module) * (c.num_experts - c.experts_per_token) // max(c.num_experts, 1)
+    return count_params(param_shapes(module)) - idle
+
+
+def computed_share(module: Decoder, padded: bool) -> float:
+    """Share of the experts that compute each token."""
+    c = module.config
+    if not c.num_experts or (padded and module.expert_implementation == "dense"):
+        return 1.0
+    return c.experts_per_token / c.num_experts
+
+
+def read_share(module: Decoder, tokens: float, devices: int = 1, padded: bool = False) -> float:
+    """Share of its experts that a device reads in a pass over `tokens` tokens of each of `devices` that split them."""
+    return min(1.0, tokens * devices * computed_share(module, padded))
 
 
 def _adapters(module: Decoder) -> int:
@@ -132,7 +160,9 @@ def _attention_flops(module: Decoder, rows: float, pairs: float) -> float:
     return 4.0 * rows * pairs * module.config.num_heads * module.config.head_dim
 
 
-def forward(module: Decoder, rows: float, queries: int, keys: int, headed: int, *, padded: bool = False) -> Cost:
+def forward(
+    module: Decoder, rows: float, queries: int, keys: int, headed: int, *, padded: bool = False, expert: int = 1
+) -> Cost:
     """Forward pass over `rows × queries` tokens; it reads the weights once.
 
     Args:
@@ -142,11 +172,15 @@ def forward(module: Decoder, rows: float, queries: int, keys: int, headed: int, 
         keys: Positions per row that attention sees, `queries` among them.
         headed: Tokens per row that reach the output head.
         padded: Count masked positions and padded vocabulary rows.
+        expert: Devices that split the experts, each with as many tokens of its own.
     """
     body, head = matrices(module, padded)
-    flops = 2.0 * rows * (queries * (body + _adapters(module)) + headed * head)
+    experts = expert_elements(module)
+    used = body + _adapters(module) + experts * computed_share(module, padded)
+    flops = 2.0 * rows * (queries * used + headed * head)
     flops += _attention_flops(module, rows, attention_pairs(module, queries, keys, padded))
-    return Cost(flops, float((body + head) * itemsize(module)))
+    read = body + head + experts / expert * read_share(module, rows * queries, expert, padded)
+    return Cost(flops, float(read * itemsize(module)))
 
 
 def cached_vector_bytes(module: Decoder, lanes: int = 1) -> int:

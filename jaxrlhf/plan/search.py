@@ -95,7 +95,7 @@ def _tensor_parallel(c: PlanConfig) -> Mapping[str, object]:
     """
     system = build_system(c)
     configs = [system.modules[name].config for name in ("actor", "critic")]
-    sizes = [size for x in configs for size in (x.num_heads, x.intermediate_size)]
+    sizes = [size for x in configs for size in (x.num_heads, x.expert_size)]
     together = system.mesh.shape["fsdp"] * system.tensor
     wanted = math.gcd(c.accelerator.devices_per_host, together, *sizes)
     if wanted <= system.tensor:

@@ -10,7 +10,8 @@ from jaxrlhf.plan.devices import OVERRIDES, Device, find_device, topology_of
 from jaxrlhf.rl.config import PPOConfig
 
 SHOWN = {
-    *("mesh_data", "mesh_fsdp", "mesh_tensor", "generate_tensor_parallel", "generation_batches", "kv_cache_dtype"),
+    *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"),
+    *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype"),
     *("dtype", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs"),
     *("max_prompt_seq_len", "max_new_tokens", "lora_r", "lora_target_modules", "critic_lora_r"),
     *("critic_lora_target_modules", "zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),

@@ -253,4 +253,5 @@ def _first_state(
         critic_optimizer=critic_optimizer,
         hyperparameters=hyperparameters,
         mesh=mesh,
+        routers=config.routers,
     )

@@ -113,6 +113,7 @@ class RLHFEngine:
         for model, name in ((actor, "actor"), (scalar, "reward model")):
             if model is not None:
                 check_context(model.config, longest, f"max_prompt_seq_len + max_new_tokens for the {name}")
+        config.routers.check_models(*(model.config for model in (actor, critic) if model is not None))
         same = critic is reward
         actor = merged(with_special_tokens(with_kernels(actor, **kernels), self.tokenizer))
         if reward is not None:

@@ -16,7 +16,7 @@ from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, ModelCard, read_config
+from jaxrlhf.models import Decoder, ModelCard, read_config, score_offset
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.alarms import Alarms
 from jaxrlhf.rl.config import PPOConfig
@@ -28,7 +28,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.loop import Watch, fit, unwatched
-from jaxrlhf.trainers.lora import describe_model, export_model
+from jaxrlhf.trainers.lora import check_base, describe_model, export_model
 from jaxrlhf.trainers.optimizer import updates_made
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, open_run
 from jaxrlhf.trainers.sft import sft_metrics, sft_sums
@@ -233,7 +233,9 @@ class PPOTask:
             dtype=DTYPES[config.run.save_dtype],
             card=card,
         )
-        if state.critic is not None:
+        if state.critic is not None and score_offset(self.engine.critic_model(state)):
+            self.run.print("the critic is not exported: it adds a constant to its values, which transformers cannot")
+        elif state.critic is not None:
             export(self.engine.critic_model(state), folder / "critic", base=reward or actor)
         if state.ema_params is not None:
             export(self.engine.actor_model(state, ema=True), folder / "ema", base=actor)
@@ -281,6 +283,8 @@ def train_ppo(config: PPOConfig) -> PPOState:
     actor, reward = check_models(config), config.models.reward_model_name_or_path
     config = joined(config)
     with open_run(config, config.run.logging_steps, HEADLINE) as run:
+        for model in (actor, reward):
+            check_base(config.lora, model)
         tokenizer = config.models.tokenizer.load(actor, config.data.template)
         if reward is not None:  # fails early when the model cannot be used
             check_reads_tokens(tokenizer, read_config(actor), reward, ("the actor", "the reward model"))

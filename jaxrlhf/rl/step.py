@@ -24,6 +24,7 @@ from jaxrlhf.rl.experience import (
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, model_gradients
+from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.sft import sft_loss, token_count
 
 PyTree = Any
@@ -54,6 +55,8 @@ class PPOState(flax.struct.PyTreeNode):
     mesh: Mesh | None = flax.struct.field(pytree_node=False)
     score_moments: objectives.Moments | None = None
     """Moments of all scores so far, for score_normalization="running"."""
+    routers: RouterOptions = flax.struct.field(pytree_node=False, default=RouterOptions())
+    """Weights of the losses of routers, of actor and critic."""
 
 
 class _Trained(NamedTuple):
@@ -295,10 +298,12 @@ def _actor_gradients(
     h = state.hyperparameters
     tokens_in_batch = jnp.sum(batch["response_mask"])
 
-    def loss_of(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_of(
+        module: Decoder, params: PyTree, b: dict[str, jax.Array], _: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = join(params, frozen)
         sequences = b["tokens"], b["mask"], h.temperature, b["response_mask"], longest
-        logprobs, entropy = actor_logprobs(state.actor, params, *sequences)
+        logprobs, entropy = actor_logprobs(module, params, *sequences)
         loss, stats = objectives.policy_loss(
             logprobs,
             b["logprobs"],
@@ -326,7 +331,9 @@ def _actor_gradients(
             loss -= h.entropy_coef * stats["loss/entropy_avg"]
         return loss, stats
 
-    policy, stats, grads = model_gradients(loss_of, state.actor, params, batch, h.micro_batches, state.mesh)
+    policy, stats, grads, routed = model_gradients(
+        loss_of, state.actor, params, batch, h.micro_batches, state.mesh, routers=state.routers
+    )
     metrics = {
         "loss/policy_avg": policy,
         "policy/approxkl_avg": stats.pop("approx_kl"),
@@ -334,21 +341,23 @@ def _actor_gradients(
         "val/ratio": 1 + stats["ratio_shift"],
         "val/ratio_var": objectives.ratio_variance(stats),
     }
-    return metrics | {name: value for name, value in stats.items() if name.startswith("loss/")}, grads
+    metrics |= {name: value for name, value in stats.items() if name.startswith("loss/")}
+    return metrics | routed, grads
 
 
 def _ptx_gradients(
     state: PPOState, frozen: PyTree, params: PyTree, ptx: dict[str, jax.Array]
 ) -> tuple[jax.Array, PyTree]:
-    """Loss on pretraining text in nats per token, and the gradients of `ptx_coef` times it."""
+    """Loss on pretraining text in nats per token, and gradients of `ptx_coef` times it; no losses of routers."""
     h = state.hyperparameters
 
-    def loss_of(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
-        loss, _ = sft_loss(state.actor, join(params, frozen), b, token_count(ptx), None)
+    def loss_of(module: Decoder, params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+        loss, _ = sft_loss(module, join(params, frozen), b, token_count(ptx), None)
         return h.ptx_coef * loss, loss
 
-    _, loss, grads = model_gradients(loss_of, state.actor, params, ptx, h.micro_batches, state.mesh)
-    return loss, grads
+    routers = RouterOptions(router_aux_loss_coef=0.0)
+    result = model_gradients(loss_of, state.actor, params, ptx, h.micro_batches, state.mesh, routers=routers)
+    return result.stats, result.grads
 
 
 def _critic_gradients(
@@ -358,12 +367,14 @@ def _critic_gradients(
     h = state.hyperparameters
     tokens_in_batch = jnp.sum(batch["response_mask"])
 
-    def loss_of(params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
-        values = critic_values(critic, join(params, frozen), b["tokens"], b["mask"])
+    def loss_of(module: Decoder, params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+        values = critic_values(module, join(params, frozen), b["tokens"], b["mask"])
         return objectives.value_loss(
             values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
         )
 
-    value, clipfrac, grads = model_gradients(loss_of, critic, params, batch, h.micro_batches, state.mesh)
+    value, clipfrac, grads, routed = model_gradients(
+        loss_of, critic, params, batch, h.micro_batches, state.mesh, routers=state.routers
+    )
     metrics = {"loss/value_avg": value, "val/clipfrac_avg": clipfrac, "val/grad_norm": optax.tree.norm(grads)}
-    return metrics, grads
+    return metrics | {f"val/{name}": x for name, x in routed.items()}, grads

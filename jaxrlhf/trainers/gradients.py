@@ -1,14 +1,15 @@
 """Gradients inside a jitted step: accumulated over micro-batches, then applied. Scoring uses the same micro-batches."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxrlhf.models import Decoder, logical_axes, param_shardings, split_trainable, working_copy
+from jaxrlhf.models import Decoder, RouterSums, logical_axes, param_shardings, split_trainable, working_copy
 from jaxrlhf.sharding import (
     REPLICATED_RULES,
     TRAIN_RULES,
@@ -19,6 +20,7 @@ from jaxrlhf.sharding import (
     optimizer_shardings,
     tree_shardings,
 )
+from jaxrlhf.trainers.routers import Recorder, RouterOptions, router_loss, router_metrics
 
 PyTree = Any
 
@@ -50,6 +52,22 @@ def map_rows(function: Callable[[PyTree], PyTree], batch: PyTree, parts: int) ->
     return join_rows(jax.lax.map(function, split_rows(batch, parts)))
 
 
+def sum_parts(
+    function: Callable[[PyTree, jax.Array | None], PyTree], batch: PyTree, parts: int, key: jax.Array | None
+) -> PyTree:
+    """The sum of `function(rows, key)` over `parts` micro-batches, each with a key of its own."""
+    if parts == 1:
+        return function(batch, key)
+
+    def add(total: PyTree, part: tuple[PyTree, Any]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    rows = (split_rows(batch, parts), None if key is None else jax.random.split(key, parts))
+    shapes = jax.eval_shape(lambda r: function(*r), jax.tree.map(lambda x: x[0], rows))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), rows)
+    return total
+
+
 def accumulate_gradients(
     loss: Callable[..., tuple[jax.Array, PyTree]],
     params: PyTree,
@@ -64,25 +82,22 @@ def accumulate_gradients(
     `pin` is applied to the gradients of each micro-batch before they are added.
     """
 
-    def gradient(params: PyTree, rows: PyTree, key: jax.Array | None) -> tuple[tuple[jax.Array, PyTree], PyTree]:
-        result, grads = jax.value_and_grad(loss, has_aux=True)(params, rows, key)
-        return result, pin(grads)
+    def gradient(rows: PyTree, key: jax.Array | None) -> tuple[jax.Array, PyTree, PyTree]:
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, rows, key)
+        return value, stats, pin(grads)
 
-    if parts == 1:
-        (value, stats), grads = gradient(params, batch, key)
-        return value, stats, grads
-    keys = None if key is None else jax.random.split(key, parts)
+    return sum_parts(gradient, batch, parts, key)
 
-    def add(total: PyTree, rows: tuple[PyTree, Any]) -> tuple[PyTree, None]:
-        (value, stats), grads = gradient(params, *rows)
-        return jax.tree.map(jnp.add, total, (value, stats, grads)), None
 
-    rows = (split_rows(batch, parts), keys)
-    first = jax.tree.map(lambda x: x[0], rows)
-    shapes = jax.eval_shape(lambda p, r: gradient(p, *r), params, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][0], shapes[0][1], shapes[1]))
-    total, _ = jax.lax.scan(add, zeros, rows)
-    return total
+class Gradients(NamedTuple):
+    """The result of `model_gradients`."""
+
+    loss: jax.Array
+    """Without the losses of routers, which its gradients have."""
+    stats: PyTree
+    grads: PyTree
+    routers: dict[str, jax.Array]
+    """`router_metrics`; empty for a model without experts."""
 
 
 def model_gradients(
@@ -93,11 +108,23 @@ def model_gradients(
     parts: int,
     mesh: Mesh | None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, PyTree, PyTree]:
+    routers: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
+) -> Gradients:
     """`accumulate_gradients` for a model's trainable leaves (`split_trainable`) as its ZeRO stage has it.
 
     The passes read a working copy (stages 1 and 2). Gradients are float32; they lie whole on every device below stage
     2 (all-reduced), else like the parameters (reduce-scattered).
+
+    Args:
+        loss: `loss(module, params, rows, key)` returns a scalar and stats, sums over global denominators. It must use
+            the module that it gets: that one records the routers.
+        module: The model.
+        trainable: Its leaves that are trained.
+        batch: Arrays `[B, …]`.
+        parts: Micro-batches.
+        mesh: The training mesh.
+        key: Of dropout.
+        routers: Weights of the losses of routers.
     """
     axes = split_trainable(logical_axes(module), module)[0]
     rules = REPLICATED_RULES if module.zero_stage < 2 else TRAIN_RULES
@@ -106,7 +133,26 @@ def model_gradients(
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         return grads if mesh is None else constrain_tree(grads, tree_shardings(axes, grads, mesh, rules))
 
-    return accumulate_gradients(loss, working_copy(trainable, axes, module, mesh, trained=True), batch, parts, key, pin)
+    params = working_copy(trainable, axes, module, mesh, trained=True)
+    if not module.config.num_experts:
+        return Gradients(*accumulate_gradients(partial(loss, module), params, batch, parts, key, pin), {})
+    coefficients = routers.coefficients(module.config)
+
+    def recorded(params: PyTree, rows: PyTree, key: jax.Array | None) -> tuple[jax.Array, PyTree, RouterSums]:
+        recorder = Recorder(module)
+        return *loss(recorder, params, rows, key), recorder.sums
+
+    def counted(rows: PyTree, key: jax.Array | None) -> RouterSums:
+        return jax.lax.stop_gradient(recorded(params, rows, key)[2])
+
+    whole = sum_parts(counted, batch, parts, key) if parts > 1 and any(coefficients) else None
+
+    def total(params: PyTree, rows: PyTree, key: jax.Array | None) -> tuple[jax.Array, tuple]:
+        value, stats, sums = recorded(params, rows, key)
+        return value + router_loss(sums, sums if whole is None else whole, coefficients), (value, stats, sums)
+
+    _, (value, stats, sums), grads = accumulate_gradients(total, params, batch, parts, key, pin)
+    return Gradients(value, stats, grads, router_metrics(sums))
 
 
 def frozen_working_copy(frozen: PyTree, module: Decoder, mesh: Mesh | None) -> PyTree:

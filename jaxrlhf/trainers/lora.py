@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 import jax
 
 from jaxrlhf.config import Ge, Lt, MayChange, NonNegativeInt, Positive, Settings, alias, check_needs
+from jaxrlhf.config.model_folder import is_adapter
 from jaxrlhf.data import Tokenizer
 from jaxrlhf.distributed import is_primary
+from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
+    SCORE_FIELDS,
     LoRAConfig,
     Model,
     add_lora,
@@ -62,6 +65,15 @@ def with_adapters(
     return model.replace(params=join(trainable, cast_matrices(frozen, model.module.dtype)))
 
 
+def check_base(options: LoRAOptions, base: str | None) -> None:
+    """Raises InputError if the run exports an adapter whose base would be an adapter folder, which PEFT cannot load."""
+    if options.lora_r and options.lora_export != "merged" and base is not None and is_adapter(Path(base)):
+        raise InputError(
+            f"lora_export={options.lora_export}: the start model {base} is an adapter folder, and an adapter needs a "
+            f"merged base: jaxrlhf convert --input {base} --to hf makes one; or set lora_export to merged"
+        )
+
+
 def export_model(
     model: Model, folder: Path, tokenizer: Tokenizer, export: str, base: str | None, **save_options: Any
 ) -> None:
@@ -85,5 +97,6 @@ def describe_model(model: Model, **more: Any) -> dict[str, Any]:
     """Describes parameters in a checkpoint for `jaxrlhf convert`, as JSON values."""
     head, lora = model.module.head, model.module.lora
     adapters = {} if lora is None else {"lora": dataclasses.asdict(lora) | {"targets": list(lora.targets)}}
-    described = {"head": head, "config": config_to_dict(model.config, head)}
+    score = {name: getattr(model.config, name) for name in SCORE_FIELDS}
+    described = {"head": head, "config": config_to_dict(model.config, head), "score": score}
     return described | {"generation_config": model.config.generation_config} | adapters | more

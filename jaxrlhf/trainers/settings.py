@@ -24,12 +24,15 @@ from jaxrlhf.models import (
     default_dtype,
     load_pretrained,
     resize_vocabulary,
+    score_offset,
     with_kernels,
+    without_score_offset,
 )
 from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,8 @@ class MeshConfig(Settings, may_change=True):
     """Devices that parameters and optimizer state are sharded over; -1: all remaining devices."""
     mesh_tensor: int = 1
     """Devices that heads and MLP are split over."""
+    mesh_expert: int = 1
+    """Devices that the experts of a sparse model are split over; they split the batch too."""
     dtype: Lasting[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
 
@@ -55,7 +60,7 @@ class MeshConfig(Settings, may_change=True):
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
     def make_mesh(self) -> Mesh:
-        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
+        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor, self.mesh_expert)
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,15 @@ class ComputeConfig(Settings):
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
     CPU); auto: the fastest one measured."""
+    expert_implementation: Literal["auto", "ragged", "dense"] = "auto"
+    """Experts of sparse models: ragged, on tokens sorted by expert; dense, every expert on every token; auto: ragged
+    where XLA or JAX has an efficient form of it."""
 
     @property
     def kernels(self) -> dict[str, str]:
         """Arguments of `jaxrlhf.models.with_kernels`."""
-        return {name: getattr(self, name) for name in ("attention_implementation", "logprob_implementation")}
+        names = ("attention_implementation", "logprob_implementation", "expert_implementation")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -234,6 +243,7 @@ class StepOptions(Settings):
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAOptions = LoRAOptions()
+    routers: RouterOptions = RouterOptions()
 
     def check(self) -> None:
         check_needs(self, dict.fromkeys(("lora_alpha", "lora_dropout", "lora_export"), "lora_r"))
@@ -241,7 +251,7 @@ class StepOptions(Settings):
 
 def batch_devices(mesh: Mesh) -> int:
     """Devices that the rows of a batch are split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, *, remat: str = "none") -> Model:
@@ -268,6 +278,9 @@ def load_model(config: StepConfig, head: str, mesh: Mesh, tokenizer: Tokenizer, 
     else:
         path = str(config.model.model_name_or_path)
         model = load_pretrained(path, head=head, key=key, mesh=mesh, progress=is_primary(), **layout)
+        if offset := score_offset(model):
+            logger.info("%s adds %g to every score, which is left out: it changes no comparison", path, offset)
+        model = without_score_offset(model)
     model = with_kernels(model, **config.compute.kernels)
     if start.resize_vocabulary and model.config.vocab_size < vocab_size:
         model = resize_vocabulary(model, vocab_size)

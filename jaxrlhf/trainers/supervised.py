@@ -22,8 +22,9 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
 from jaxrlhf.trainers.loop import Announce, Watch, fit, unwatched
-from jaxrlhf.trainers.lora import describe_model, export_model, with_adapters
+from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, updates_made
+from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.settings import (
     DTYPES,
     StepConfig,
@@ -83,9 +84,15 @@ def has_dropout(module: Decoder) -> bool:
     return max(c.embed_dropout, c.attention_dropout, c.residual_dropout, lora.dropout if lora else 0) > 0
 
 
-@partial(jax.jit, static_argnames=("objective", "micro_batches"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("objective", "micro_batches", "routers"), donate_argnums=0)
 def train_step(
-    state: TrainState, batch: Batch, key: jax.Array, *, objective: Objective, micro_batches: int
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    objective: Objective,
+    micro_batches: int,
+    routers: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one optimizer step on a batch.
 
@@ -98,10 +105,11 @@ def train_step(
         key: of dropout.
         objective: the loss.
         micro_batches: chunks that the batch is worked through in; their number does not change the result.
+        routers: weights of the losses of routers.
 
     Returns:
-        The new state, and `loss`, `grad_norm`, `guard/skipped_updates`, `tokens` (`token_sum`) and the
-        objective's stats.
+        The new state, and `loss`, `grad_norm`, `guard/skipped_updates`, `tokens` (`token_sum`), the objective's stats,
+        and `router_metrics` of a model with experts. `loss` has no losses of routers in it.
     """
     with use(state.mesh, TRAIN_RULES):
         count, tokens = objective.count(batch), token_sum(batch)
@@ -109,19 +117,21 @@ def train_step(
 
         read = frozen_working_copy(frozen, state.module, state.mesh)
 
-        def loss(trainable: PyTree, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return objective.loss(state.module, join(trainable, read), rows, count, key)
+        def loss(
+            module: Decoder, trainable: PyTree, rows: Batch, key: jax.Array | None
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return objective.loss(module, join(trainable, read), rows, count, key)
 
         dropout_key = jax.random.fold_in(key, state.step) if has_dropout(state.module) else None
-        value, stats, grads = model_gradients(
-            loss, state.module, trainable, batch, micro_batches, state.mesh, dropout_key
+        value, stats, grads, routed = model_gradients(
+            loss, state.module, trainable, batch, micro_batches, state.mesh, dropout_key, routers
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         trainable, opt_state = apply_gradients(
             state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh, finite
         )
-    metrics = {"loss": value, "grad_norm": norm, "guard/skipped_updates": ~finite, "tokens": tokens, **stats}
+    metrics = {"loss": value, "grad_norm": norm, "guard/skipped_updates": ~finite, "tokens": tokens, **stats, **routed}
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
 
@@ -207,11 +217,13 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
     config = joined(config)
     with open_run(config, config.run.logging_steps, recipe.headline) as run:
         mesh = config.mesh.make_mesh()
+        check_base(config.lora, config.model.model_name_or_path)
         tokenizer = config.model.load_tokenizer(config.data.template)  # fails early when the model cannot be used
         model = load_model(config, recipe.head, mesh, tokenizer, remat=config.run.remat)
         key = keys.stream(config.data.seed, keys.Stream.ADAPTERS)
         model = with_adapters(with_special_tokens(model, tokenizer), config.lora, key)
         check_context(model.config, config.data.max_length, "max_length")
+        config.routers.check_models(model.config)
         task = SupervisedTask(run, config, recipe, model, tokenizer, load_data(config.data, tokenizer, recipe.name))
         return fit(run, config.run, task, task.initial_state(), resume=config.folder.resume)
 
@@ -270,7 +282,12 @@ class SupervisedTask:
         batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows))
         self._newest = self._extend(state.params, place_batch(batch, self.mesh))
         state, metrics = self._update(
-            state, self._newest, self.key, objective=self.recipe.objective, micro_batches=self.micro_batches
+            state,
+            self._newest,
+            self.key,
+            objective=self.recipe.objective,
+            micro_batches=self.micro_batches,
+            routers=self.config.routers,
         )
         metrics = to_host(metrics)
         tokens = metrics.pop("tokens")

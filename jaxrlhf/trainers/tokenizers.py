@@ -20,6 +20,8 @@ from jaxrlhf.models import (
     Model,
     check_same_rows,
     check_tokenizer_fits,
+    config_from_dict,
+    config_to_dict,
     generation_end_ids,
     read_config,
     with_token_ids,
@@ -66,7 +68,16 @@ def with_model_ends(
     files = {}
     if config is not None:
         files = {f"config.json{of}": config.eos_token_id, f"generation_config.json{of}": generation_end_ids(config)}
+        unset = _end_of_family(config)  # small models made from a family's defaults have an id that none of them has
+        files = {name: None if ids == unset else ids for name, ids in files.items()}
     return with_end_ids(tokenizer, files, given, other_tokenizer=other_tokenizer)
+
+
+def _end_of_family(config: DecoderConfig) -> int | None:
+    """The end id that configs of this family have by default, where it is beyond this model's vocabulary."""
+    options = {name: value for name, value in config_to_dict(config).items() if name != "eos_token_id"}
+    default = config_from_dict(options).eos_token_id
+    return default if isinstance(default, int) and default >= config.vocab_size else None
 
 
 def check_reads_tokens(tokenizer: Tokenizer, actor: DecoderConfig, model: str, names: tuple[str, str]) -> None:

@@ -11,10 +11,11 @@ from jaxrlhf.models.families.gptj import CODEGEN, GPTJ
 from jaxrlhf.models.families.granite import GRANITE
 from jaxrlhf.models.families.llama import LLAMA
 from jaxrlhf.models.families.mistral import MISTRAL
+from jaxrlhf.models.families.mixtral import MIXTRAL
 from jaxrlhf.models.families.olmo import OLMO2, OLMO3
 from jaxrlhf.models.families.opt import OPT
 from jaxrlhf.models.families.phi3 import PHI3
-from jaxrlhf.models.families.qwen import QWEN2, QWEN3
+from jaxrlhf.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from jaxrlhf.models.families.smollm3 import SMOLLM3
 from jaxrlhf.models.hf.mapping import Family
 
@@ -27,11 +28,13 @@ _LLAMA_LIKE = (
     GRANITE,
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     OLMO2,
     OLMO3,
     PHI3,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     SMOLLM3,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_FIRST, *_LLAMA_LIKE)}

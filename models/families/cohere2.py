@@ -10,7 +10,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hidden, heads = hf.width_and_heads("hidden_size", "num_attention_heads")
     hf.refuse_unless("head_dim", hidden // heads)
     bias, period = hf.take("attention_bias", False), hf.size("sliding_window_pattern", 4)
-    windows = windows_from_hf(hf, hf.nullable("sliding_window", 4096), lambda i: bool((i + 1) % period))
+    windows = windows_from_hf(hf, hf.size_or_none("sliding_window", 4096), lambda i: bool((i + 1) % period))
     rotated = tuple(map(bool, windows or (0,) * hf.size("num_hidden_layers")))
     return llama_like_from_hf(
         hf,
@@ -23,7 +23,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         rotary_layers=None if all(rotated) else rotated,
         norm="layernorm",
         norm_bias=False,
-        norm_eps=hf.take("layer_norm_eps", 1e-5),
+        norm_eps=hf.positive("layer_norm_eps", 1e-5),
         residual="parallel_shared_norm",
         qkv_bias=bias,
         out_bias=bias,

@@ -37,14 +37,14 @@ def _gemma_like(hf: HFConfig, kv_heads: int, **own: Any) -> DecoderConfig:
 
 def _sandwiched(hf: HFConfig, *, period: int, final_softcap: float | None, **own: Any) -> DecoderConfig:
     """Gemma 2 and 3: every `period`-th layer sees everything, the others a window."""
-    window = hf.nullable("sliding_window", 4096)
+    window = hf.size_or_none("sliding_window", 4096)
     return _gemma_like(
         hf,
         kv_heads=4,
         norm_placement="sandwich",
         attention_scale=hf.size("query_pre_attn_scalar", 256) ** -0.5,
         activation=hf.activation("hidden_activation", _TANH),
-        logit_softcap=hf.nullable("final_logit_softcapping", final_softcap),
+        logit_softcap=hf.positive_or_none("final_logit_softcapping", final_softcap),
         windows=windows_from_hf(hf, window, lambda i: bool((i + 1) % period)),
         **own,
     )
@@ -69,7 +69,7 @@ def gemma2_from_hf(hf: HFConfig) -> DecoderConfig:
         final_softcap=30.0,
         family="gemma2",
         max_positions=hf.size("max_position_embeddings", 8192),
-        attention_softcap=hf.nullable("attn_logit_softcapping", 50.0),
+        attention_softcap=hf.positive_or_none("attn_logit_softcapping", 50.0),
     )
 
 
@@ -121,8 +121,8 @@ GEMMA = Family(
     prefix="model",
     config_from_hf=gemma_from_hf,
     config_to_hf=gemma_to_hf,
+    rewritten=frozenset({"hidden_act"}),  # 4.48 to 4.57 take the gelu of the first releases at its word
     tensors=LLAMA_TENSORS,
-    rewritten=("hidden_act",),
 )
 
 GEMMA2 = Family(

@@ -84,5 +84,4 @@ GPT2 = Family(
         Tensor("transformer.ln_f.weight", "final_norm/scale"),
         Tensor("transformer.ln_f.bias", "final_norm/bias"),
     ),
-    inert_tensors=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
 )

@@ -112,5 +112,4 @@ GPT_NEO = Family(
         Tensor("transformer.ln_f.weight", "final_norm/scale"),
         Tensor("transformer.ln_f.bias", "final_norm/bias"),
     ),
-    inert_tensors=(r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)",),
 )

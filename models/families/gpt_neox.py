@@ -121,8 +121,4 @@ GPT_NEOX = Family(
     ),
     # Published files say embed_out; transformers 5 reads both names.
     heads=(Tensor("embed_out.weight", "lm_head/kernel", aliases=("lm_head.weight",)), SCORE),
-    inert_tensors=(
-        r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)",
-        r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq",
-    ),
 )

@@ -112,7 +112,6 @@ GPTJ = Family(
         Tensor(_H + "attn.k_proj.weight", "layers/attn/key/kernel", linear()),
         Tensor(_H + "attn.v_proj.weight", "layers/attn/value/kernel", linear()),
     ),
-    inert_tensors=_BUFFERS,
 )
 
 CODEGEN = Family(
@@ -130,5 +129,4 @@ CODEGEN = Family(
             linear_grouped(_CODEGEN_PARTITIONS),
         ),
     ),
-    inert_tensors=_BUFFERS,
 )

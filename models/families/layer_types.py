@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.families.rope import scaling_of, scaling_to_hf
+from jaxrlhf.models.families.rope import check_equal, scaling_of, scaling_to_hf, with_rope_type
 from jaxrlhf.models.hf.mapping import HFConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -45,25 +45,32 @@ def ropes_from_hf(hf: HFConfig, base: float, local_base: float, local_name: str 
         local_base: The same of sliding layers.
         local_name: Older name of the base frequency of sliding layers; None: the family had none.
     """
-    given = hf.take("rope_parameters") or {}
-    if not isinstance(given, dict) or not set(given) <= {FULL, SLIDING}:
+    given, scaling = hf.table("rope_parameters"), hf.table("rope_scaling")
+    tables = [given.get(kind) or {} for kind in (FULL, SLIDING)]
+    if not set(given) <= {FULL, SLIDING} or not all(isinstance(table, dict) for table in tables):
         raise hf.refuse("rope_parameters", given, f"it must have the entries {FULL!r} and {SLIDING!r}")
-    full = dict(given.get(FULL) or {}) | (hf.take("rope_scaling") or {})
-    local = dict(given.get(SLIDING) or {})
-    older = hf.take("rope_theta", base)
+    full, local = (with_rope_type(hf, "rope_parameters", dict(table)) for table in tables)
+    if scaling:
+        scaling = with_rope_type(hf, "rope_scaling", scaling)
+        check_equal(hf, scaling, full if tables[0] else {})
+        full |= scaling
+    older = hf.positive("rope_theta", base)
     if local_name is None and older != base and "rope_theta" not in local:
         why = "versions of transformers read it differently for sliding layers; set rope_parameters of both layer types"
         raise hf.refuse("rope_theta", older, why)
     theta = full.pop("rope_theta", older)
-    local_theta = local.pop("rope_theta", local_base if local_name is None else hf.take(local_name, local_base))
-    kinds = [x.pop("rope_type", None) or x.pop("type", None) or "default" for x in (full, local)]
-    if kinds[1] != "default" or local:
+    local_theta = local.pop("rope_theta", local_base if local_name is None else hf.positive(local_name, local_base))
+    for value in (theta, local_theta):
+        hf.check_number("rope_parameters.rope_theta", value, positive=True)
+    hf.same("rope_theta", f"rope_parameters.{FULL}.rope_theta", theta)
+    if local_name is not None:
+        hf.same(local_name, f"rope_parameters.{SLIDING}.rope_theta", local_theta)
+    if local.pop("rope_type") != "default" or local:
         raise hf.refuse("rope_parameters", given, f"{SLIDING!r} may only have rope_type 'default'")
-    full.pop("type", None)
     return {
         "position": "rotary",
         "rotary_base": float(theta),
-        "rope_scaling": scaling_of(hf, kinds[0], full),
+        "rope_scaling": scaling_of(hf, full.pop("rope_type"), full),
         "local_rotary_base": float(local_theta),
     }
 

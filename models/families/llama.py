@@ -131,5 +131,4 @@ LLAMA = Family(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     tensors=LLAMA_TENSORS,
-    inert_tensors=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

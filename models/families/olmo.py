@@ -19,7 +19,7 @@ def _olmo_like(hf: HFConfig, **own: Any) -> DecoderConfig:
         eos=50279,
         pad=1,
         max_positions=hf.size("max_position_embeddings", 2048),
-        norm_eps=hf.take("rms_norm_eps", 1e-5),
+        norm_eps=hf.positive("rms_norm_eps", 1e-5),
         norm_placement="branch",
         qk_norm=True,
         qk_norm_joint=True,
@@ -37,7 +37,7 @@ def olmo3_from_hf(hf: HFConfig) -> DecoderConfig:
     return _olmo_like(
         hf,
         family="olmo3",
-        windows=windows_from_hf(hf, hf.nullable("sliding_window", 4096), lambda i: (i + 1) % 4 != 0),
+        windows=windows_from_hf(hf, hf.size_or_none("sliding_window", 4096), lambda i: (i + 1) % 4 != 0),
         rope=ropes_from_hf(hf, base=5e5, local_base=5e5),
     )
 

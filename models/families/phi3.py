@@ -25,8 +25,9 @@ def _rope(hf: HFConfig, head_dim: int) -> dict[str, Any]:
     if kind == "longrope":
         parameters[_ORIGINAL] = original
         for name in ("short_factor", "long_factor"):
-            if len(parameters.get(name) or ()) != rotated // 2:
-                raise hf.refuse(name, parameters.get(name), f"it must have {rotated // 2} numbers")
+            factors = parameters.get(name)
+            if not isinstance(factors, list) or len(factors) != rotated // 2:
+                raise hf.refuse(name, factors, f"it must have {rotated // 2} numbers")
     return {
         "position": "rotary",
         "rotary_base": base,
@@ -37,7 +38,7 @@ def _rope(hf: HFConfig, head_dim: int) -> dict[str, Any]:
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
-    window = hf.take("sliding_window")
+    window = hf.size_or_none("sliding_window", None)
     hf.take("embd_pdrop")  # transformers' Phi-3 never applies it
     return llama_like_from_hf(
         hf,
@@ -47,9 +48,9 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         rope=_rope(hf, hf.size("head_dim", hidden // heads)),
         family="phi3",
         max_positions=hf.size("max_position_embeddings", 4096),
-        norm_eps=hf.take("rms_norm_eps", 1e-5),
+        norm_eps=hf.positive("rms_norm_eps", 1e-5),
         windows=None if window is None else (window,) * hf.size("num_hidden_layers"),
-        residual_dropout=hf.take("resid_pdrop", 0.0),
+        residual_dropout=hf.rate("resid_pdrop", 0.0),
     )
 
 

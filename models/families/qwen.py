@@ -1,8 +1,8 @@
-"""Qwen2 (biases on query, key and value) and Qwen3 (normed queries and keys): Llama with windows on chosen layers."""
+"""Qwen2 (biases on query, key and value), Qwen3 (normed queries and keys), Qwen3-MoE (experts): Llama with windows."""
 
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
-from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
+from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -65,6 +65,53 @@ def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
+def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
+    hf.take("output_router_logits")  # training always has the load-balancing loss, by its coefficient
+    layers, bias = hf.size("num_hidden_layers"), hf.take("attention_bias", False)
+    for name, sparse in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        value = hf.take(name, sparse)
+        if value != sparse:
+            raise hf.refuse(name, value, "every layer must have experts")
+    hf.take("sliding_window")
+    window, first = None, hf.take("max_window_layers")
+    if hf.take("use_sliding_window", False):
+        window = hf.size_or_none("sliding_window", 4096)
+        if first:  # the first versions of transformers left these layers whole, later ones ignore the option
+            raise hf.refuse("max_window_layers", first, "with use_sliding_window all layers slide")
+    return llama_like_from_hf(
+        hf,
+        family="qwen3_moe",
+        bos=None,
+        eos=None,
+        num_kv_heads=kv_heads(hf, absent=4),
+        max_positions=hf.size("max_position_embeddings", 32768),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        windows=None if window is None else (window,) * layers,
+        num_experts=hf.size("num_experts", 128),
+        experts_per_token=hf.size("num_experts_per_tok", 8),
+        expert_intermediate_size=hf.size("moe_intermediate_size", 768),
+        normalize_experts=hf.take("norm_topk_prob", False),
+        router_aux_loss_coef=hf.take("router_aux_loss_coef", 0.001),
+    )
+
+
+def qwen3_moe_to_hf(c: DecoderConfig) -> dict[str, object]:
+    return llama_like_to_hf(c) | {
+        "attention_bias": c.qkv_bias,
+        "use_sliding_window": c.windows is not None,
+        **({"sliding_window": c.windows[0]} if c.windows else {}),
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": c.experts_per_token,
+        "moe_intermediate_size": c.expert_size,
+        "norm_topk_prob": c.normalize_experts,
+        "router_aux_loss_coef": c.router_aux_loss_coef,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
 QWEN2 = Family(
     name="qwen2",
     classes="Qwen2",
@@ -75,6 +122,11 @@ QWEN2 = Family(
     tensors=LLAMA_TENSORS,
 )
 
+_QK_NORMS = (
+    Tensor("model.layers.{i}.self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
+    Tensor("model.layers.{i}.self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
+)
+
 QWEN3 = Family(
     name="qwen3",
     classes="Qwen3",
@@ -82,9 +134,33 @@ QWEN3 = Family(
     prefix="model",
     config_from_hf=qwen3_from_hf,
     config_to_hf=lambda c: llama_like_to_hf(c) | _windows_to_hf(c) | {"attention_bias": c.qkv_bias},
+    tensors=(*LLAMA_TENSORS, *_QK_NORMS),
+)
+
+_MLP = "model.layers.{i}.mlp."
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    classes="Qwen3Moe",
+    lm_class="Qwen3MoeForCausalLM",
+    prefix="model",
+    aliases={"num_local_experts": "num_experts"},
+    config_from_hf=qwen3_moe_from_hf,
+    config_to_hf=qwen3_moe_to_hf,
     tensors=(
-        *LLAMA_TENSORS,
-        Tensor("model.layers.{i}.self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
-        Tensor("model.layers.{i}.self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
+        *(tensor for tensor in LLAMA_TENSORS if "/mlp/" not in tensor.ours),
+        *_QK_NORMS,
+        Tensor(_MLP + "gate.weight", "layers/mlp/router/kernel", linear()),
+        *(
+            Tensor(f"{_MLP}experts.{{e}}.{name}_proj.weight", f"layers/mlp/{name}/kernel", linear())
+            for name in ("up", "gate", "down")
+        ),
+    ),
+    fused_experts=(
+        FusedExperts(
+            _MLP + "experts.gate_up_proj",
+            (_MLP + "experts.{e}.gate_proj.weight", _MLP + "experts.{e}.up_proj.weight"),
+        ),
+        FusedExperts(_MLP + "experts.down_proj", (_MLP + "experts.{e}.down_proj.weight",)),
     ),
 )

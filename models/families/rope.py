@@ -13,7 +13,15 @@ from jaxrlhf.models.rotary import ROPE_TYPES
 
 _ORIGINAL = "original_max_position_embeddings"
 _SHARE = "partial_rotary_factor"
-ROPE_OPTIONS = {"rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct", _SHARE}
+ROPE_OPTIONS = {
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rope_local_base_freq",
+    "rotary_emb_base",
+    "rotary_pct",
+}
+ROPE_OPTIONS |= {_SHARE}
 """All spellings. An export holds those that agree with each other, whatever the source had."""
 
 
@@ -48,18 +56,18 @@ def rope_parameters(
     """
     older, today = hf.table("rope_scaling"), hf.table("rope_parameters")
     name = "rope_scaling" if older else "rope_parameters"
-    parameters = _with_rope_type(hf, name, older or today)
+    parameters = with_rope_type(hf, name, older or today)
     base = parameters.pop("rope_theta", None)
     if base is None:
         base = hf.positive(base_name, default_base)
     hf.check_number(f"{name}.rope_theta", base, positive=True)
     hf.same(base_name, f"{name}.rope_theta", base)
     if older and today:
-        _check_equal(hf, parameters | {"rope_theta": base}, _with_rope_type(hf, "rope_parameters", today))
+        check_equal(hf, parameters | {"rope_theta": base}, with_rope_type(hf, "rope_parameters", today))
     return float(base), parameters.pop("rope_type"), parameters
 
 
-def _with_rope_type(hf: HFConfig, name: str, table: dict[str, Any]) -> dict[str, Any]:
+def with_rope_type(hf: HFConfig, name: str, table: dict[str, Any]) -> dict[str, Any]:
     """A table with `rope_type`, which was once called `type`."""
     older, today = table.pop("type", None), table.get("rope_type")
     if None not in (older, today) and older != today:
@@ -67,7 +75,7 @@ def _with_rope_type(hf: HFConfig, name: str, table: dict[str, Any]) -> dict[str,
     return table | {"rope_type": (older if today is None else today) or "default"}
 
 
-def _check_equal(hf: HFConfig, older: dict[str, Any], today: dict[str, Any]) -> None:
+def check_equal(hf: HFConfig, older: dict[str, Any], today: dict[str, Any]) -> None:
     """Raises InputError if a parameter differs between `rope_scaling` and `rope_parameters`."""
     for name in sorted(older.keys() & today.keys()):
         if older[name] != today[name]:

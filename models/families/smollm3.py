@@ -21,7 +21,7 @@ def _rotary_layers(hf: HFConfig) -> tuple[bool, ...]:
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     bias = hf.take("attention_bias", False)
     rotated = _rotary_layers(hf)
-    window = hf.take("sliding_window")
+    window = hf.size_or_none("sliding_window", None)
     window = window if hf.take("use_sliding_window", False) else None
     return llama_like_from_hf(
         hf,

@@ -6,12 +6,12 @@ so the rank is the sum and the scale stays. Loading gives every part the whole A
 """
 
 import json
+import logging
 import math
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +19,26 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from jaxrlhf.config.files import read_json
+from jaxrlhf.config.model_folder import ADAPTER_CONFIG, adapter_base
 from jaxrlhf.distributed import barrier, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
-from jaxrlhf.models.hf.checkpoint_files import all_finite, open_safetensors, refuse, staged
+from jaxrlhf.models.hf.adapter_files import ADAPTER_WEIGHTS, read_adapter_options, read_adapter_tensors
+from jaxrlhf.models.hf.adapter_tokens import rows_to_peft, take_rows, token_options
+from jaxrlhf.models.hf.checkpoint_files import staged
 from jaxrlhf.models.hf.mapping import Layout
-from jaxrlhf.models.lora import join, linear_maps
+from jaxrlhf.models.hf.score_export import score_offset
+from jaxrlhf.models.hf.tensor_source import all_finite, refuse
+from jaxrlhf.models.lora import join, linear_maps, merged
 from jaxrlhf.models.model import Model, leaves_by_path, param_shapes
+from jaxrlhf.models.token_rows import LEAF
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
+
 _PREFIX = "base_model.model."
 _TARGETS = "jaxrlhf_targets"  # in the weights' metadata, which PEFT does not read: the paths of our linear maps
-
-# Options of PEFT that this file reads, or that do not change the computation of a saved adapter.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "bias"}
-_READ |= {"modules_to_save", "init_lora_weights"}
-_INERT = {"task_type", "base_model_name_or_path", "target_modules", "exclude_modules", "fan_in_fan_out", "auto_mapping"}
-_INERT |= {"inference_mode", "revision", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
-_INERT |= {"eva_config", "ensure_weight_tying"}
-# Initialisations that leave the base as it was (PiSSA and similar ones move a part of it into the adapter).
-_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class _Linear(NamedTuple):
@@ -148,6 +145,8 @@ def _adapter_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
             name = _PREFIX + linear.name.format(i=layer)
             yield f"{name}.lora_A.weight", a
             yield f"{name}.lora_B.weight", linear.b_to_hf(parts)
+    for name, rows in rows_to_peft(model):
+        yield f"{_PREFIX}{name}", rows
     if model.module.head == "scalar":
         yield f"{_PREFIX}score.weight", fetch("score/kernel").reshape(1, -1)
 
@@ -172,7 +171,7 @@ def _config_to_peft(module: Decoder, base: str | None) -> dict[str, object]:
         "fan_in_fan_out": all(linear.is_conv1d for linear in linears),
         "bias": "none",
         "inference_mode": True,
-    }
+    } | token_options(module)
 
 
 def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path: str | None = None) -> None:
@@ -190,6 +189,8 @@ def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path:
         InputError: The model has no adapters, or they are not finite.
         StorageError: Writing fails.
     """
+    if score_offset(model):
+        raise InputError("the model adds a constant to its scores, which an adapter cannot hold; export it merged")
     tensors = {name: np.ascontiguousarray(x) for name, x in _adapter_tensors(model)}
     if bad := [name for name, x in tensors.items() if not all_finite(x)]:
         raise InputError(f"{', '.join(bad)}: NaN or infinite; the model has diverged and its adapter is not saved")
@@ -205,38 +206,6 @@ def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path:
             for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
                 os.replace(staging / name, folder / name)
     barrier(f"writing the adapter {folder}")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type={config.get('peft_type')!r} is not supported, only 'LORA' is")
-    refused = {name: value for name, value in config.items() if name not in _READ | _INERT and value}
-    if config.get("bias", "none") != "none":
-        refused["bias"] = config["bias"]
-    if config.get("init_lora_weights") not in _KEEP_BASE:
-        refused["init_lora_weights"] = config["init_lora_weights"]
-    if set(config.get("modules_to_save") or ()) - {"score"}:
-        refused["modules_to_save"] = config["modules_to_save"]
-    if refused:
-        shown = ", ".join(f"{name}={value!r}" for name, value in refused.items())
-        raise InputError(f"{path}: not supported: {shown}; merge this adapter with peft and load the merged model")
-    return config
-
-
-def _read_weights(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-    if not path.is_file():
-        raise InputError(f"{path.parent} has no {path.name}; save the adapter with peft's save_pretrained")
-    source = open_safetensors(path)
-    tensors = {name: source.read(name) for name in source.shapes}
-    if bad := [name for name, x in tensors.items() if not all_finite(x)]:
-        raise InputError(f"{path}: NaN or infinite values in {', '.join(bad)}; the adapter is damaged")
-    return {name: x.astype(np.float32) for name, x in tensors.items()}, source.metadata
-
-
-def _of_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def _split_by_part(linear: _Linear, a: np.ndarray, bs: list[np.ndarray], own: list[str]) -> dict[str, tuple] | None:
@@ -274,37 +243,40 @@ def load_adapter(model: Model, path: str | os.PathLike) -> Model:
     if model.module.lora is not None:
         raise InputError("the model has LoRA adapters already; merge them first")
     folder = Path(path)
-    config = _read_config(folder / ADAPTER_CONFIG)
-    tensors, metadata = _read_weights(folder / ADAPTER_WEIGHTS)
+    options = read_adapter_options(folder / ADAPTER_CONFIG)
+    tensors, metadata = read_adapter_tensors(folder / ADAPTER_WEIGHTS)
     prefix = get_family(model.config.family, "config").prefix
-    names = {name.replace(".default.weight", ".weight").removeprefix(_PREFIX): name for name in tensors}
+    names = {
+        name.replace(".default.weight", ".weight").replace(".modules_to_save.", ".").removeprefix(_PREFIX): name
+        for name in tensors
+        if ".original_module." not in name  # PEFT's copy of the base's module
+    }
     if not any(name.startswith(f"{prefix}.") for name in names):  # trained on the base model's class
         names = {name if name.startswith("score.") else f"{prefix}.{name}": old for name, old in names.items()}
     tensors = {name: tensors[old] for name, old in names.items()}
+    model, trained = take_rows(folder, model, options, tensors)
     linears = [x for x in _linears(model.module) if any(f"{n}.lora_A.weight" in tensors for n in _modules(x, model))]
     score = tensors.pop("score.weight", None)
     _check(folder, model, linears, tensors, score)
 
     hint = set(filter(None, metadata.get(_TARGETS, "").split(",")))
-    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    root = bool(config.get("use_rslora"))
-    base_scale = alpha / (rank**0.5 if root else rank)
     collected: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for linear in linears:
         for module in _modules(linear, model):
             a, b = (tensors[f"{module}.lora_{x}.weight"] for x in "AB")
-            own_rank, own_alpha = len(a), _of_pattern(config.get("alpha_pattern"), module, alpha)
-            scale = own_alpha / (own_rank**0.5 if root else own_rank) / base_scale
-            for leaf, pair in _pairs_of(linear, a, b, hint, scale, rank).items():
+            scale = options.scale_of(module, len(a)) / options.scale
+            for leaf, pair in _pairs_of(linear, a, b, hint, scale, options.rank).items():
                 collected.setdefault(leaf, []).append(pair)
     largest = max(len(a) for pairs in collected.values() for a, _ in pairs)
     lora = LoRAConfig(
         rank=largest,
-        alpha=alpha if largest == rank and not root else base_scale * largest,
-        dropout=config.get("lora_dropout", 0.0),
+        alpha=options.alpha if largest == options.rank and not options.root else options.scale * largest,
+        dropout=options.dropout,
         targets=tuple(f"^{leaf}$" for leaf in linear_maps(model.module) if leaf in collected),
+        trained_tokens=trained.tokens,
     )
-    return _with_adapters(model, lora, collected, linears, score)
+    flat = {f"{holder}/{LEAF}": rows for holder, rows in trained.rows.items()}
+    return _with_adapters(model, lora, flat | _kernels(lora, collected, linears), score)
 
 
 def _modules(linear: _Linear, model: Model) -> list[str]:
@@ -337,10 +309,8 @@ def _check(folder: Path, model: Model, linears: list[_Linear], tensors: dict, sc
     refuse(f"the adapter {folder} does not fit this {model.config.family} model", problems)
 
 
-def _with_adapters(
-    model: Model, lora: LoRAConfig, collected: dict, linears: list[_Linear], score: np.ndarray | None
-) -> Model:
-    module = model.module.clone(lora=lora)
+def _kernels(lora: LoRAConfig, collected: dict, linears: list[_Linear]) -> dict[str, np.ndarray]:
+    """The leaves of adapters, padded to one rank and stacked."""
     flat: dict[str, np.ndarray] = {}
     for linear in linears:
         for path in set(linear.paths) & set(collected):
@@ -351,10 +321,45 @@ def _with_adapters(
             a = np.stack([a.T.reshape(*linear.inputs, lora.rank) for a, _ in pairs])
             b = np.stack([b for _, b in pairs])
             flat |= {f"{path}/lora_{n}": x if linear.per_layer else x[0] for n, x in (("a", a), ("b", b))}
+    return flat
+
+
+def _with_adapters(model: Model, lora: LoRAConfig, flat: dict[str, np.ndarray], score: np.ndarray | None) -> Model:
+    module = model.module.clone(lora=lora)
     params = dict(model.params)
     if score is not None:
-        flat["score/kernel"] = score.reshape(-1)
+        flat = flat | {"score/kernel": score.reshape(-1)}
         params.pop("score")
     shardings = leaves_by_path(model.shardings_of(module) or {})
     placed = {name: jax.device_put(x, shardings.get(name)) for name, x in flat.items()}
     return Model(module=module, params=join(params, unflatten_dict(placed, sep="/")), config=model.config)
+
+
+def trained_head(folder: Path) -> str:
+    """The head that an adapter folder was trained with: "scalar" for a reward model's, else "lm"."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    saved = config.get("modules_to_save")
+    scores = config.get("task_type") == "SEQ_CLS" or (isinstance(saved, list) and "score" in saved)
+    return "scalar" if scores else "lm"
+
+
+def load_onto_base(base: Model, folder: Path, new_head: bool) -> Model:
+    """Merges an adapter folder into its base model.
+
+    Args:
+        base: The base model, with the head that is wanted.
+        folder: The adapter.
+        new_head: A scalar head may be fresh, where neither base nor adapter has one.
+
+    Raises:
+        InputError: As `load_adapter`, or the adapter was trained with another head.
+    """
+    head, trained = base.module.head, trained_head(folder)
+    if head == "lm" and trained == "scalar":
+        raise InputError(f"{folder} is the adapter of a reward model, not of a language model; load it as one")
+    if head == "scalar" and trained == "lm" and not new_head:
+        raise InputError(
+            f"{folder} is the adapter of a language model, not of a reward model; train one with `jaxrlhf reward` first"
+        )
+    logger.info("%s is an adapter of %s: it is merged into that model", folder, adapter_base(folder))
+    return merged(load_adapter(base, folder))

@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ import ml_dtypes
 import numpy as np
 
 from jaxrlhf.config.files import read_json
+from jaxrlhf.config.model_folder import ADAPTER_CONFIG, adapter_base, is_adapter
 from jaxrlhf.errors import InputError, StorageError
+from jaxrlhf.models.hf.hub import download
+from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
+from jaxrlhf.models.hf.torch_files import open_bin
 
 CONFIG = "config.json"
 _SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
-_DTYPES = {
+FLOATS = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
@@ -30,72 +35,60 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class TensorSource:
-    """The tensors of a checkpoint, read one at a time."""
-
-    where: str
-    """File or folder, for messages."""
-    shapes: dict[str, tuple[int, ...]]
-    """Shapes by the names of the tensors."""
-    read: Callable[[str], np.ndarray]
-    """Reads the tensor of a name."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """Metadata of a single safetensors file."""
-
-
-def refuse(what: str, problems: Sequence[str]) -> None:
-    """Raises one InputError that lists up to 20 problems under `what`; does nothing without problems."""
-    if problems:
-        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise InputError("\n  ".join([f"{what}:", *problems[:20], *more]))
-
-
-def all_finite(array: np.ndarray) -> bool:
-    """True if no value is NaN or infinite."""
-    if array.dtype == np.float32:  # the sum decides nearly every case without a temporary array
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(array.sum()):
-                return True
-    return bool(np.isfinite(array).all())
-
-
 def find_model_folder(name_or_path: str | os.PathLike) -> Path:
     """Returns the local folder of a model: the path itself, or the hub snapshot of `owner/name`, downloaded or cached.
+
+    It holds a config.json, or the adapter_config.json of an adapter. A GGUF file stands for itself.
 
     Raises:
         InputError: Neither exists, or the folder has no config.json.
     """
     path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        return path
     if path.is_dir():
-        if not (path / CONFIG).is_file():
+        if not (path / CONFIG).is_file() and not is_adapter(path):
             raise InputError(f"model folder {path} has no {CONFIG}; it must be a Hugging Face model folder")
         return path
     text = str(name_or_path)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise InputError(f"model folder {text} does not exist (or is not a folder)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    return download(text)
 
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
-    print(f"fetching {text} from the model hub…", flush=True)
+
+def base_folder(folder: Path) -> Path:
+    """Returns the folder that describes a model: the base model's for an adapter, any other one itself.
+
+    Raises:
+        InputError: The base of an adapter is not there, or is an adapter too.
+    """
+    if not is_adapter(folder):
+        return folder
+    name = adapter_base(folder)
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+        base = find_model_folder(name)
+    except InputError as error:
         raise InputError(
-            f"model {text!r} is neither a local folder nor could it be fetched from the hub: {reason}"
+            f"{folder} is an adapter of the base model {name!r}, which is needed too: {error}. Put it there, or set "
+            f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
         ) from error
+    if is_adapter(base):
+        raise InputError(
+            f"{folder} is an adapter of {name!r}, which is an adapter too; merge that one first, with "
+            f"jaxrlhf convert --input {name} --to hf"
+        )
+    return base
 
 
 def fingerprint(folder: Path, blocks: int = 64, size: int = 4096) -> dict[str, str]:
-    """Hashes the config and weights of a model folder, by file name.
+    """Hashes the config and weights of a model or adapter folder, by file name.
 
     Each hash covers the length and `blocks` evenly spread blocks of `size` bytes. Two models that were trained
     differently differ everywhere, so these blocks are enough to tell them apart.
     """
     hashes = {}
-    for path in sorted([folder / CONFIG, *folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]):
+    patterns = (CONFIG, "model*.safetensors*", "pytorch_model*.bin*", "adapter_*")
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         length = path.stat().st_size
         digest = hashlib.blake2b(str(length).encode(), digest_size=8)
         with open(path, "rb") as file:
@@ -112,26 +105,59 @@ def open_checkpoint(folder: Path) -> TensorSource:
     Raises:
         InputError: Files are missing or damaged.
     """
-    for single, opener in ((_SAFETENSORS, open_safetensors), (_BIN, _open_bin)):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"{index} has no weight_map; download the checkpoint again")
-            files = sorted(set(weight_map.values()))
-            absent = [f for f in files if not (folder / f).is_file()]
-            if absent:
-                raise InputError(f"{index} names files that are not in {folder}: {', '.join(absent)}")
-            return _merge(str(folder), [opener(folder / f) for f in files])
-        if (folder / single).is_file():
-            return opener(folder / single)
+    for source in _formats(folder):
+        return source()
     raise InputError(f"model folder {folder} holds no weights ({_SAFETENSORS} or {_BIN}, whole or with an index)")
 
 
-def _merge(where: str, sources: list[TensorSource]) -> TensorSource:
-    readers = {name: source.read for source in sources for name in source.shapes}
-    shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
-    return TensorSource(where, shapes, lambda name: readers[name](name))
+def second_format(folder: Path) -> TensorSource | None:
+    """The weights of a folder in the format that `open_checkpoint` does not choose; None without such files.
+
+    Raises:
+        InputError: As `open_checkpoint`.
+    """
+    others = list(_formats(folder))[1:]
+    return others[0]() if others else None
+
+
+def _formats(folder: Path) -> Iterator[Callable[[], TensorSource]]:
+    """What opens the weights in a folder, format by format; the preferred one comes first."""
+    for single, opener in ((_SAFETENSORS, open_safetensors), (_BIN, open_bin)):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            yield partial(_open_shards, index, opener)
+        elif (folder / single).is_file():
+            yield partial(opener, folder / single)
+
+
+def _open_shards(index: Path, opener: Callable[[Path], TensorSource]) -> TensorSource:
+    """Opens the files of an index, which must stand beside it and hold exactly the tensors that it lists."""
+    folder, weight_map = index.parent, read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map; download the checkpoint again")
+    outside = sorted({repr(f) for f in weight_map.values() if not isinstance(f, str) or not f or Path(f).name != f})
+    if outside:
+        raise InputError(f"{index} names files outside its folder: {', '.join(outside)}; it must name files beside it")
+    files = sorted(set(weight_map.values()))
+    absent = [f for f in files if not (folder / f).is_file()]
+    if absent:
+        raise InputError(f"{index} names files that are not in {folder}: {', '.join(absent)}")
+    sources = {f: opener(folder / f) for f in files}
+    held = {name: f for f, source in sources.items() for name in source.shapes}
+    problems = [
+        f"missing {name}: listed in {f}, which does not hold it"
+        for name, f in sorted(weight_map.items())
+        if name not in sources[f].shapes
+    ]
+    problems += [
+        f"{name} is in {f}, but not in the index" for name, f in sorted(held.items()) if name not in weight_map
+    ]
+    refuse(f"{index} does not fit its files; download the checkpoint again", problems)
+    readers = {name: sources[f] for name, f in weight_map.items()}
+    shapes = {name: source.shapes[name] for name, source in readers.items()}
+    return TensorSource(
+        str(folder), shapes, lambda name: readers[name].read(name), peek=lambda name: readers[name].peek(name)
+    )
 
 
 def open_safetensors(path: Path) -> TensorSource:
@@ -140,39 +166,23 @@ def open_safetensors(path: Path) -> TensorSource:
 
     try:
         with safe_open(str(path), framework="np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+            dtypes = {name: found.get_dtype() for name, found in slices.items()}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}); it may be truncated") from error
 
-    def read(name: str) -> np.ndarray:
+    def get(name: str, rows: slice | None) -> np.ndarray:
+        if dtypes[name].startswith(("F8_", "F6_", "F4")):
+            raise InputError(f"{path}: tensor {name} is {dtypes[name]}; quantised checkpoints are not supported")
         # Opened each time: a file that stays mapped would count in full as this process's memory.
         with safe_open(str(path), framework="np") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name) if rows is None or not shapes[name] else file.get_slice(name)[rows]
 
-    return TensorSource(str(path), shapes, read, metadata)
-
-
-def _open_bin(path: Path) -> TensorSource:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{path} is an old PyTorch checkpoint; reading it needs torch (pip install torch), or convert it first"
-        ) from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for damaged or unsafe pickles
-        raise InputError(f"{path} cannot be read safely as a state dict: {type(error).__name__}: {error}") from error
-    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-    def read(name: str) -> np.ndarray:
-        tensor = state[name].detach()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
-
-    return TensorSource(str(path), {name: tuple(value.shape) for name, value in state.items()}, read)
+    return TensorSource(
+        str(path), shapes, lambda name: get(name, None), metadata, peek=lambda name: get(name, slice(0, 1))
+    )
 
 
 @dataclass(frozen=True)
@@ -205,8 +215,8 @@ def write_checkpoint(
         InputError: `dtype` cannot be exported, or values are not finite in it.
     """
     dtype = np.dtype(dtype)
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype {dtype} cannot be exported; one of {[str(d) for d in _DTYPES]} can")
+    if dtype not in FLOATS:
+        raise InputError(f"dtype {dtype} cannot be exported; one of {[str(d) for d in FLOATS]} can")
     shards: list[list[TensorToWrite]] = [[]]
     size = total = 0
     for tensor in tensors:
@@ -244,7 +254,7 @@ def _write_safetensors(path: Path, tensors: list[TensorToWrite], dtype: np.dtype
     offset = 0
     for tensor in tensors:
         end = offset + math.prod(tensor.shape) * dtype.itemsize
-        header[tensor.name] = {"dtype": _DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[tensor.name] = {"dtype": FLOATS[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -19,10 +19,11 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.families.rope import ROPE_OPTIONS
-from jaxrlhf.models.hf.checkpoint_files import CONFIG, find_model_folder
+from jaxrlhf.models.hf.checkpoint_files import CONFIG, base_folder, find_model_folder
 from jaxrlhf.models.hf.generation_config import with_generation_config
 from jaxrlhf.models.hf.gguf import gguf_options, is_gguf
 from jaxrlhf.models.hf.mapping import Family, HFConfig
+from jaxrlhf.models.hf.score_heads import OPENRLHF_OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -122,11 +123,13 @@ def _check_architectures(hf: HFConfig, family: Family) -> None:
 
 
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
-    """Reads the configuration of a model folder (or hub name)."""
+    """Reads the configuration of a model folder (or hub name); for an adapter folder that of its base model."""
     if is_gguf(name_or_path):
         return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
-    path = find_model_folder(name_or_path) / CONFIG
-    return with_generation_config(config_from_dict(read_json(path), str(path)), path.parent)
+    path = base_folder(find_model_folder(name_or_path)) / CONFIG
+    # The loader applies these (models/hf/score_heads.py).
+    values = {name: value for name, value in read_json(path).items() if name not in OPENRLHF_OPTIONS}
+    return with_generation_config(config_from_dict(values, str(path)), path.parent)
 
 
 def config_to_dict(config: DecoderConfig, head: str = "lm", dtype: str | None = None) -> dict[str, object]:
@@ -146,10 +149,6 @@ def config_to_dict(config: DecoderConfig, head: str = "lm", dtype: str | None = 
     if head == "scalar":
         values = {name: value for name, value in values.items() if name not in _LABELS}
         values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        # transformers finds the last token of a row by its pad id, and refuses batches without one.
-        if config.pad_token_id is None:
-            eos = config.eos_token_id
-            values["pad_token_id"] = eos[0] if isinstance(eos, tuple) else eos
     return dict(sorted(values.items()))
 
 
@@ -163,5 +162,5 @@ def _with_source(config: DecoderConfig, family: Family) -> dict[str, object]:
         return written
     source = json.loads(config.source)
     before = family.config_to_hf(family.config_from_hf(HFConfig(source, "config")))
-    kept = {name: value for name, value in source.items() if name not in {*ROPE_OPTIONS, *family.rewritten}}
+    kept = {name: value for name, value in source.items() if name not in ROPE_OPTIONS | family.rewritten}
     return written | {name: value for name, value in kept.items() if before.get(name) == written.get(name)}

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.hf.checkpoint_files import TensorSource
 from jaxrlhf.models.hf.mapping import HFConfig
+from jaxrlhf.models.hf.tensor_source import TensorSource
 from jaxrlhf.models.rotary import inverse_frequencies, ropes
 
 Options = dict[str, Any]

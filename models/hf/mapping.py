@@ -115,7 +115,11 @@ def bias_interleaved() -> Layout:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One HF tensor: its name (with `{i}` for the layer), our leaf or leaves, and the layout between them."""
+    """One HF tensor: its name (`{i}`: layer, `{e}`: expert), our leaf or leaves, and the layout between them.
+
+    Leaves are stacked: `[L, …]` where the name has `{i}`, `[L, E, …]` where it has `{e}` too. The layout sees only the
+    axes that follow.
+    """
 
     hf: str
     ours: str | tuple[str, ...]
@@ -131,9 +135,30 @@ class Tensor:
     def per_layer(self) -> bool:
         return "{i}" in self.hf
 
+    @property
+    def stacked(self) -> int:
+        """Leading axes of our leaves that the name counts."""
+        return ("{i}" in self.hf) + ("{e}" in self.hf)
 
-# `v_head`: DeepSpeed-Chat; `value_head`: OpenRLHF.
-SCORE = Tensor("score.weight", "score/kernel", ROW, aliases=("v_head.weight", "value_head.weight"))
+    def names(self, config: DecoderConfig, name: str | None = None) -> dict[str, tuple[int, ...]]:
+        """Returns the index into our leaves of each tensor in a file, by its name; `name` replaces `hf`."""
+        name = self.hf if name is None else name
+        sizes = (config.num_layers, config.num_experts)[: self.stacked]
+        return {name.format(**dict(zip("ie", index, strict=False))): index for index in np.ndindex(*sizes)}
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """One HF tensor `[E, n · out, in]` that holds the tensors of all experts of a layer; it is read, never written."""
+
+    hf: str
+    parts: tuple[str, ...]
+    """Declared names of the n tensors `[out, in]` of an expert, in their order along the second axis."""
+
+
+# Heads of other names: models/hf/score_heads.py.
+SCORE = Tensor("score.weight", "score/kernel", ROW)
+SCORE_BIAS = Tensor("score.bias", "score/bias")
 
 MAX_SIZE, MAX_LAYERS = 10**9, 10**4
 """Sizes and numbers of layers beyond these are mistakes."""
@@ -255,9 +280,16 @@ class HFConfig:
             raise InputError(f"{self.where}: option {name}={value!r} is too large: at most {most} is supported")
         return value
 
-    def size_or_none(self, name: str, default: int) -> int | None:
+    def size_or_none(self, name: str, default: int | None) -> int | None:
         """Returns a positive integer, `default` if it is absent; an explicit null is None."""
         return None if self.nullable(name, default) is None else self.size(name, default)
+
+    def positive_or_none(self, name: str, default: float | None) -> float | None:
+        """Returns a number above 0, `default` if it is absent; an explicit null is None."""
+        value = self.nullable(name, default)
+        if value is not None:
+            self.check_number(name, value, positive=True)
+        return value
 
     def width_and_heads(self, width: str, heads: str) -> tuple[int, int]:
         """Returns the hidden size and the number of heads, which must divide it."""
@@ -330,10 +362,10 @@ class Family:
     tensors: tuple[Tensor, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Second names of options in config.json, each with the name that `config_from_hf` reads."""
-    inert_tensors: tuple[str, ...] = ()
-    """Regular expressions of buffers that checkpoints may hold and that carry no weights."""
-    rewritten: tuple[str, ...] = ()
-    """Options that published configs spell wrongly: an export has ours, not the source's."""
+    rewritten: frozenset[str] = frozenset()
+    """Options that an export never takes from its source, because versions of transformers read them differently."""
+    fused_experts: tuple[FusedExperts, ...] = ()
+    """Other forms of declared tensors in files."""
     heads: tuple[Tensor, ...] = field(
         default=(
             Tensor("lm_head.weight", "lm_head/kernel"),
@@ -341,6 +373,10 @@ class Family:
             SCORE,
         )
     )
+
+    @property
+    def all_tensors(self) -> tuple[Tensor, ...]:
+        return (*self.tensors, *self.heads, SCORE_BIAS)
 
     def architecture(self, head: str) -> str:
         """Name of the transformers class of a model with this head, "lm" or "scalar"."""

@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,31 +15,35 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from jaxrlhf.config.model_folder import is_adapter
 from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.config import LoRAConfig
+from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
+from jaxrlhf.models.hf.adapters import load_onto_base, trained_head
 from jaxrlhf.models.hf.card import ModelCard, render_card
 from jaxrlhf.models.hf.checkpoint_files import (
     CONFIG,
-    TensorSource,
+    FLOATS,
     TensorToWrite,
-    all_finite,
+    base_folder,
     find_model_folder,
     fingerprint,
     indexed_shards,
-    open_checkpoint,
-    refuse,
     replace_files,
     staged,
     write_checkpoint,
 )
 from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
 from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values
-from jaxrlhf.models.hf.gguf import gguf_source, is_gguf
+from jaxrlhf.models.hf.gguf import is_gguf
 from jaxrlhf.models.hf.mapping import Family, Tensor
-from jaxrlhf.models.hf.tokenizer_export import save_tokenizer, with_pad_token
+from jaxrlhf.models.hf.opened import folder_head, open_model
+from jaxrlhf.models.hf.score_export import for_transformers
+from jaxrlhf.models.hf.tensor_names import common_prefix, is_buffer
+from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
+from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
 from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
@@ -52,6 +54,7 @@ from jaxrlhf.models.model import (
     param_shapes,
     param_shardings,
 )
+from jaxrlhf.models.token_rows import LEAF, TABLES
 from jaxrlhf.runs.console import Console
 
 if TYPE_CHECKING:
@@ -60,13 +63,21 @@ if TYPE_CHECKING:
 Leaf = jax.ShapeDtypeStruct
 
 
+def stored_head(name_or_path: str | os.PathLike) -> str:
+    """The head that a model folder (or hub name, GGUF file or adapter folder) holds, "lm" or "scalar"."""
+    if is_gguf(name_or_path):
+        return "lm"
+    folder = find_model_folder(name_or_path)
+    return trained_head(folder) if is_adapter(folder) else folder_head(folder, read_config(folder))
+
+
 def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
-    """The tensors of a module, each with the shapes of its leaves without the layer axis and vocabulary padding."""
+    """The tensors of a module, each with the shapes of its leaves without stacked axes and vocabulary padding."""
     shapes = leaves_by_path(param_shapes(module))
     axes = leaves_by_path(logical_axes(module))
     c = module.config
     declared, covered = [], set()
-    for tensor in (*family.tensors, *family.heads):
+    for tensor in family.all_tensors:
         present = [leaf in shapes for leaf in tensor.leaves]
         if not any(present):
             continue
@@ -75,7 +86,7 @@ def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]
         leaves = []
         for leaf in tensor.leaves:
             dims = [c.vocab_size if a == "vocab" else s for a, s in zip(axes[leaf], shapes[leaf].shape, strict=True)]
-            leaves.append(Leaf(tuple(dims[1:] if tensor.per_layer else dims), jnp.float32))
+            leaves.append(Leaf(tuple(dims[tensor.stacked :]), jnp.float32))
         declared.append((tensor, leaves))
         covered.update(tensor.leaves)
     if missing := set(shapes) - covered:
@@ -87,76 +98,48 @@ def _hf_shape(tensor: Tensor, leaves: list[Leaf]) -> tuple[int, ...]:
     return jax.eval_shape(lambda *parts: tensor.layout.to_hf(parts, jnp), *leaves).shape
 
 
-def _names(tensor: Tensor, layers: int) -> list[str]:
-    return [tensor.hf.format(i=i) for i in range(layers)] if tensor.per_layer else [tensor.hf]
-
-
-# DeepSpeed-Chat saves its reward models under this attribute's name, misspelt in its first releases.
-_WRAPPERS = ("rwtransformer.", "rwtranrsformer.")
-
-
-def _with_our_names(source: TensorSource, family: Family, layers: int) -> TensorSource:
-    """Renames tensors as the family declares them: wrappers stripped, aliases resolved, the base model's prefix added.
-
-    Files saved from the base model lack its prefix; heads never have it.
-    """
-    aliases = {
-        alias.format(i=i): name
-        for tensor in (*family.tensors, *family.heads)
-        for alias in tensor.aliases
-        for i, name in enumerate(_names(tensor, layers))
-    }
-    prefix, heads = family.prefix + ".", {tensor.hf for tensor in family.heads}
-    stripped = {name: next((name[len(w) :] for w in _WRAPPERS if name.startswith(w)), name) for name in source.shapes}
-    renamed = {name: aliases.get(short, short) for name, short in stripped.items()}
-    if not any(short.startswith(prefix) for short in renamed.values()):
-        renamed = {name: short if short in heads else prefix + short for name, short in renamed.items()}
-    original = {new: old for old, new in renamed.items()}
-    if len(original) < len(renamed):
-        twice = sorted(old for old, new in renamed.items() if original[new] != old)
-        raise InputError(f"{source.where}: {', '.join(twice)} stored twice under different names")
-    shapes = {new: source.shapes[old] for new, old in original.items()}
-    return replace(source, shapes=shapes, read=lambda name: source.read(original[name]))
-
-
-def _open_source(folder: Path, family: Family, layers: int) -> TensorSource:
-    """Opens a model folder's weights, or a GGUF file."""
-    if not is_gguf(folder):
-        return open_checkpoint(folder)
-    names = [name for tensor in (*family.tensors, *family.heads) for name in _names(tensor, layers)]
-    return gguf_source(folder, names)
-
-
 def _check_names(
-    source: TensorSource, family: Family, declared: list[tuple[Tensor, list[Leaf]]], layers: int, optional: set[str]
+    source: TensorSource,
+    family: Family,
+    declared: list[tuple[Tensor, list[Leaf]]],
+    config: DecoderConfig,
+    optional: set[str],
+    wrapper: str,
 ) -> None:
     """Raises one InputError that lists every missing, unexpected and mis-shaped tensor."""
     expected = {}
     for tensor, leaves in declared:
-        expected |= dict.fromkeys(_names(tensor, layers), _hf_shape(tensor, leaves))
+        expected |= dict.fromkeys(tensor.names(config), _hf_shape(tensor, leaves))
     # A tied head may be stored twice, and a scalar head does not need a language model's head.
     spare = {tensor.hf for tensor in family.heads}
-    inert = re.compile("|".join(family.inert_tensors) or r"(?!)")
     found = source.shapes
     problems = [f"missing {name} {expected[name]}" for name in sorted(set(expected) - set(found) - optional)]
-    unexpected = (name for name in sorted(set(found) - set(expected) - spare) if not inert.fullmatch(name))
+    unexpected = (name for name in sorted(set(found) - set(expected) - spare) if not is_buffer(name))
     problems += [f"unexpected {name} {found[name]}" for name in unexpected]
     for name in sorted(set(expected) & set(found)):
         if found[name] != expected[name]:
             problems.append(f"{name} has shape {found[name]}, the config asks for {expected[name]}")
-    refuse(f"{source.where} does not fit its config.json", problems)
+    common = wrapper or common_prefix(found)
+    within = f" (tensor names in the file begin with {common!r})" if common != f"{family.prefix}." and common else ""
+    refuse(f"{source.where} does not fit its config.json{within}", problems)
 
 
 def _index_key(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
 
 
-def _read_checked(source: TensorSource, name: str) -> np.ndarray:
+def _read_checked(source: TensorSource, name: str, dtype: np.dtype) -> np.ndarray:
+    """Reads a tensor that will be stored in `dtype`."""
     array = source.read(name)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if array.dtype not in FLOATS:
         raise InputError(f"{source.where}: tensor {name} is {array.dtype}; quantised checkpoints are not supported")
     if not all_finite(array):
         raise InputError(f"{source.where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+    if jnp.finfo(array.dtype).max > jnp.finfo(dtype).max:
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype)
+        if not all_finite(array):
+            raise InputError(f"{source.where}: tensor {name} holds values too large for {dtype}")
     return array
 
 
@@ -171,30 +154,38 @@ def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _local_index(key: tuple[tuple[int, int], ...], index: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Place of a layer's (and expert's) part in a shard; None if the shard has another part."""
+    places = tuple(i - start for i, (start, stop) in zip(index, key, strict=False) if start <= i < stop)
+    return places if len(places) == len(index) else None
+
+
 def _load_tensor(
     tensor: Tensor,
     wanted: list[Leaf],
     source: TensorSource,
     shapes: dict[str, Leaf],
     shardings: Mapping[str, Sharding],
-    layers: int,
+    config: DecoderConfig,
     dtype: np.dtype,
 ) -> dict[str, jax.Array]:
-    """Reads one declared tensor (all its layers) into the local shards of its leaves."""
+    """Reads one declared tensor (of all layers and experts) into the local shards of its leaves."""
     buffers: dict[str, dict[tuple, np.ndarray]] = {}
     for leaf in tensor.leaves:
         shape = shapes[leaf].shape
         indices = shardings[leaf].addressable_devices_indices_map(shape).values()
         keys = {_index_key(index, shape) for index in indices}
         buffers[leaf] = {key: _aligned_zeros([stop - start for start, stop in key], dtype) for key in keys}
-    skip = 1 if tensor.per_layer else 0
-    for layer, name in enumerate(_names(tensor, layers)):
-        parts = tensor.layout.to_ours(_read_checked(source, name), [leaf.shape for leaf in wanted])
+    for name, index in tensor.names(config).items():
+        if not any(_local_index(key, index) is not None for of_leaf in buffers.values() for key in of_leaf):
+            continue  # an expert that only other processes hold
+        parts = tensor.layout.to_ours(_read_checked(source, name, dtype), [leaf.shape for leaf in wanted])
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             for key, buffer in buffers[leaf].items():
-                target = buffer[layer] if skip else buffer
-                window = part[tuple(slice(start, stop) for start, stop in key[skip:])]
-                target[tuple(slice(0, n) for n in window.shape)] = window
+                place = _local_index(key, index)
+                if place is not None:
+                    window = part[tuple(slice(start, stop) for start, stop in key[tensor.stacked :])]
+                    buffer[place][tuple(slice(0, n) for n in window.shape)] = window
     loaded = {}
     for leaf in tensor.leaves:
         shape, parts = shapes[leaf].shape, buffers.pop(leaf)
@@ -237,17 +228,30 @@ def load_pretrained(
         InputError: The folder is missing or unreadable, a family or option is not supported, files differ between the
             processes of the mesh, or tensors are missing, unexpected or mis-shaped (the message lists them).
     """
-    folder = Path(name_or_path) if is_gguf(name_or_path) else find_model_folder(name_or_path)
-    config = read_config(folder)
+    folder = find_model_folder(name_or_path)
     if mesh is not None and mesh.is_multi_process:
         hashes = fingerprint(folder).items()
         check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
+    if is_adapter(folder):  # the head's check is left to the adapter, which may bring it
+        base = load_pretrained(
+            base_folder(folder),
+            head=head,
+            mesh=mesh,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            key=key,
+            remat=remat,
+            zero_stage=zero_stage,
+            progress=progress,
+        )
+        return load_onto_base(base, folder, new_head)
+    opened = open_model(folder, read_config(folder), head)
+    source, config = opened.source, opened.config
     module = make_module(config, head, dtype, remat, zero_stage)
     family = get_family(config.family, str(folder))
-    source = _with_our_names(_open_source(folder, family, config.num_layers), family, config.num_layers)
     declared = _declared(family, module)
-    fresh = _missing_head(folder, source, declared, head, new_head)
-    _check_names(source, family, declared, config.num_layers, optional=fresh)
+    fresh = _missing_head(folder, source, declared, new_head)
+    _check_names(source, family, declared, config, optional=fresh, wrapper=opened.wrapper)
 
     shapes = leaves_by_path(param_shapes(module))
     if mesh is None:
@@ -259,18 +263,16 @@ def load_pretrained(
     console, label = Console(quiet=not progress), f"loading {folder.name or folder}"
     with console.progress(len(stored), description=label, unit="tensor", transient=True) as bar:
         for tensor, leaves in bar.over(stored):
-            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config.num_layers, np.dtype(param_dtype))
+            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config, np.dtype(param_dtype))
     if fresh:
         params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
     return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
 
 
 def _missing_head(
-    folder: Path, source: TensorSource, declared: list[tuple[Tensor, list[Leaf]]], head: str, new_head: bool
+    folder: Path, source: TensorSource, declared: list[tuple[Tensor, list[Leaf]]], new_head: bool
 ) -> set[str]:
-    """Name of the scalar head's tensor if the checkpoint lacks it; InputError for a checkpoint with another head."""
-    if head == "lm" and any(name in source.shapes for name in ("score.weight", "v_head.weight")):
-        raise InputError(f"{folder} is a reward model (it has a scalar head), not a language model; load it as one")
+    """Name of the scalar head's tensor if the checkpoint lacks it; InputError without `new_head`."""
     fresh = {t.hf for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
     if fresh and not new_head:
         raise InputError(
@@ -289,46 +291,51 @@ def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Sharding, dty
     return jax.jit(make, out_shardings=sharding)(jax.random.key(0) if key is None else key)
 
 
-def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """Gathers a parameter (or one layer of it) on the host, shard by shard.
+def _fetch(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """Gathers a parameter, or the part of a layer (and expert) `index`, on the host, shard by shard.
 
     `np.asarray(x)` would leave a host copy of the whole parameter cached in `x` for as long as `x` lives. Across hosts
     every process must call this, and all get the result.
     """
     if not x.is_fully_addressable:
-        return to_host(x if layer is None else x[layer])
-    whole = np.empty(x.shape if layer is None else x.shape[1:], x.dtype)
+        return to_host(x[index] if index else x)
+    whole = np.empty(x.shape[len(index) :], x.dtype)
     for shard in x.addressable_shards:
-        if shard.replica_id == 0:
-            index = shard.index if layer is None else shard.index[1:]
-            whole[index] = jnp.array(shard.data) if layer is None else shard.data[layer]
+        place = _local_index(_index_key(shard.index, x.shape), index)
+        if shard.replica_id == 0 and place is not None:
+            whole[shard.index[len(index) :]] = shard.data[place] if place else jnp.array(shard.data)
     return whole
 
 
-def _fetch_merged(params: dict[str, jax.Array], leaf: str, layer: int | None, lora: LoRAConfig | None) -> np.ndarray:
+def _fetch_merged(
+    params: dict[str, jax.Array], leaf: str, index: tuple[int, ...], lora: LoRAConfig | None
+) -> np.ndarray:
     """`_fetch`, with the adapters of a kernel merged into it."""
-    array = _fetch(params[leaf], layer)
+    array = _fetch(params[leaf], index)
     path, _, name = leaf.rpartition("/")
+    for holder, table in TABLES.items():
+        if lora is not None and leaf == table and f"{holder}/{LEAF}" in params:
+            array[list(lora.trained_tokens)] = _fetch(params[f"{holder}/{LEAF}"], ())
     if lora is None or name != "kernel" or f"{path}/lora_a" not in params:
         return array
-    a, b = (_fetch(params[f"{path}/{n}"], layer) for n in ("lora_a", "lora_b"))
+    a, b = (_fetch(params[f"{path}/{n}"], index) for n in ("lora_a", "lora_b"))
     return np.asarray(merge_kernel(array, a, b, lora.scale))
 
 
 def _tensors_to_write(model: Model) -> Iterator[TensorToWrite]:
     module, params = model.module, leaves_by_path(model.params)
 
-    def make(tensor: Tensor, leaves: list[Leaf], layer: int | None) -> np.ndarray:
+    def make(tensor: Tensor, leaves: list[Leaf], index: tuple[int, ...]) -> np.ndarray:
         parts = []
         for leaf, expected in zip(tensor.leaves, leaves, strict=True):
-            array = _fetch_merged(params, leaf, layer, module.lora)
+            array = _fetch_merged(params, leaf, index, module.lora)
             parts.append(array[tuple(slice(0, n) for n in expected.shape)])
         return tensor.layout.to_hf(parts, np)
 
     for tensor, leaves in _declared(get_family(model.config.family, "config"), module.clone(lora=None)):
         shape = _hf_shape(tensor, leaves)
-        for layer, name in enumerate(_names(tensor, model.config.num_layers)):
-            yield TensorToWrite(name, shape, partial(make, tensor, leaves, layer if tensor.per_layer else None))
+        for name, index in tensor.names(model.config).items():
+            yield TensorToWrite(name, shape, partial(make, tensor, leaves, index))
 
 
 def save_pretrained(
@@ -343,7 +350,8 @@ def save_pretrained(
     """Writes a folder that `transformers` and `load_pretrained` load: weights, config, generation config, tokenizer.
 
     Tensors are gathered one at a time. Files are written to a folder beside the target and then renamed into place, so
-    an interrupted save leaves an older export intact. Adapters are merged (`save_adapter` writes them separately).
+    an interrupted save leaves an older export intact. A reward model gets a pad token that ends no text. Adapters are
+    merged (`save_adapter` writes them separately).
     Every process of a run must call this; the first one writes.
 
     Args:
@@ -355,12 +363,12 @@ def save_pretrained(
         card: Becomes the folder's README.md.
 
     Raises:
-        InputError: Parameters are not finite, or too large for `dtype`.
+        InputError: Parameters are not finite, or too large for `dtype`; or a reward model adds a constant to its
+            scores, which transformers cannot express.
         StorageError: Writing fails.
     """
     folder = Path(path)
-    if tokenizer is not None and model.module.head == "scalar":
-        model, tokenizer = with_pad_token(model, tokenizer)
+    model, tokenizer = for_transformers(model, tokenizer)
     if is_primary():
         with staged(folder, ".export") as staging:
             _write_export(model, staging, folder, tokenizer, dtype, max_shard_bytes, card)

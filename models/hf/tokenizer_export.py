@@ -1,22 +1,14 @@
-"""A tokenizer in an export: the chat template of the run beside the source's others, and a pad token that ends nothing.
-
-transformers finds the last token of a row, whose score a reward model gives, as the last one that is not the pad token.
-So the pad token of a reward model must not be one that ends a response.
-"""
+"""A tokenizer in an export: the chat template of the run beside the source's others, for transformers 4 and 5."""
 
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxrlhf.config.files import read_json
-from jaxrlhf.models.model import Model, resize_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PAD = "<|pad|>"
-"""The token that a tokenizer gets when it has no special token to pad with."""
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
@@ -31,10 +23,10 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = {"default": tokenizer.chat_template, **others}
     tokenizer.save_pretrained(folder)
-    _write_for_transformers_4(folder)
+    write_for_transformers_4(folder)
 
 
-def _write_for_transformers_4(folder: Path) -> None:
+def write_for_transformers_4(folder: Path) -> None:
     """Completes the tokenizer_config.json that transformers 5 has written into `folder`; 5 reads it as before.
 
     Transformers 4 does not know the class that 5 names, reads chat templates from this file only (4.51 and later also
@@ -80,47 +72,3 @@ def _chat_templates(folder: Path) -> dict[str, str]:
     paths = {"default": folder / "chat_template.jinja"}
     paths |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
-
-
-def with_pad_token(model: Model, tokenizer: "PreTrainedTokenizerBase") -> tuple[Model, "PreTrainedTokenizerBase"]:
-    """A reward model and its tokenizer with one pad token that ends no response, in both.
-
-    It is the tokenizer's own where that is none of the end ids, else one of its other special tokens, such as a
-    reserved one. A tokenizer without any gets `PAD`, and the model a row for it.
-    """
-    eos = model.config.eos_token_id
-    end: Any = tokenizer.eos_token_id
-    pad: Any = tokenizer.pad_token_id
-    ends = {*(eos if isinstance(eos, tuple) else (eos,)), end}
-    if pad is None or pad in ends:
-        tokenizer = copy.deepcopy(tokenizer)  # the run's stays as it is
-        tokenizer.pad_token = _free_token(tokenizer, ends)
-        if tokenizer.pad_token is None:
-            tokenizer.add_special_tokens({"pad_token": PAD})
-        pad = tokenizer.pad_token_id
-    return _with_pad_id(model, pad), tokenizer
-
-
-def _free_token(tokenizer: "PreTrainedTokenizerBase", ends: set[Any]) -> str | None:
-    """The special token that is best to pad with; None when all of them end responses."""
-    special = set(tokenizer.all_special_ids)
-    tokens = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in special}
-    free = [(i, token) for i, token in tokens.items() if i not in ends and token]
-
-    def rank(item: tuple[int, str]) -> tuple[bool, ...]:
-        i, token = item
-        name = token.lower()
-        return "pad" not in name, "reserved" not in name, token != tokenizer.unk_token, i == tokenizer.bos_token_id
-
-    return min(free, key=rank)[1] if free else None
-
-
-def _with_pad_id(model: Model, pad: int) -> Model:
-    config = model.config.replace(pad_token_id=pad)
-    if config.generation_config:
-        values = json.loads(config.generation_config) | {"pad_token_id": pad}
-        config = config.replace(generation_config=json.dumps(values))
-    if pad >= config.padded_vocab_size:
-        model = resize_vocabulary(model, pad + 1)
-    config = config.replace(vocab_size=max(config.vocab_size, pad + 1))  # a row of the table's padding will do
-    return model.replace(module=model.module.clone(config=config), config=config)

@@ -7,8 +7,10 @@ from jaxrlhf import cli
 from jaxrlhf.config import load_yaml, save_yaml, settings, to_dict
 
 REQUIRED = {
+    "serve": {"model": ("model",)},
     "sample": {"model_name_or_path": "m", "output_file": "x.jsonl", "reward_model_name_or_path": "r"},
     "chat": {"model": "m"},
+    "eval": {"models": ("m",), "data_path": ("demo",)},
     "convert": {"input": "a", "output": "b"},
     "plan": {"device": "a100-80g", "actor": "opt-125m"},
     "grpo": {"samples_per_prompt": 4},

@@ -37,6 +37,9 @@ FAMILIES |= {
     "mistral": _GROUPED | {"sliding_window": 5},
     "qwen2": _GROUPED,
     "qwen3": _GROUPED | {"head_dim": 10},
+    "mixtral": _GROUPED | {"num_local_experts": 4, "sliding_window": 5},
+    "qwen3_moe": _GROUPED
+    | {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True},
     "gemma": _GEMMA,
     "gemma2": _GEMMA | {"sliding_window": 5, "query_pre_attn_scalar": 8} | _CAPS,
     "gemma3_text": _GEMMA

@@ -1,4 +1,4 @@
-"""One PPO iteration is the same on every mesh, decode group and ZeRO stage, offloaded or not."""
+"""One PPO iteration is the same on every mesh, decode group and ZeRO stage, offloaded or not, dense or sparse."""
 
 import itertools
 from typing import NamedTuple
@@ -17,6 +17,7 @@ class Layout(NamedTuple):
     tensor_parallel: int
     stages: tuple[int, int, int, int] = (3, 3, 3, 3)
     offload: bool = False
+    expert: int = 1
 
 
 ONE = Layout((1, 1, 1), 1)
@@ -34,6 +35,15 @@ LAYOUTS = [
     Layout((5, 1, 1), 1, (3, 2, 0, 0)),
 ]
 
+EXPERT_LAYOUTS = [
+    Layout((1, 1, 1), 1, expert=4),
+    Layout((1, 4, 1), 2, (3, 1, 3, 0), expert=2),
+    Layout((2, 1, 2), 2, (2, 3, 0, 0), offload=True, expert=2),
+    Layout((1, 2, 1), 1, (0, 2, 0, 3), expert=4),
+    Layout((1, 2, 2), 4, expert=2),
+    Layout((1, 8, 1), 8),
+]
+
 
 def full_matrix() -> list[Layout]:
     """Every mesh of 8 devices × every legal decode group × every stage (the same for all models)."""
@@ -47,21 +57,33 @@ def full_matrix() -> list[Layout]:
 
 
 def pytest_generate_tests(metafunc):
+    if "expert_layout" in metafunc.fixturenames:
+        metafunc.parametrize("expert_layout", EXPERT_LAYOUTS, ids=str)
     if "layout" in metafunc.fixturenames:
         layouts = full_matrix() if metafunc.config.getoption("full_matrix") else LAYOUTS
         metafunc.parametrize("layout", layouts, ids=str)
 
 
-@pytest.fixture(scope="module")
-def adam(lab):
+def make_adam(lab, options):
     """Adam whose epsilon keeps the rounding of tiny gradients from being blown up by its first, sign-like step."""
     config = OptimizerConfig(learning_rate=1e-2, adam_epsilon=1e-3, lr_scheduler_type="constant", weight_decay=0.1)
-    return {head: make_optimizer(config, 10, lab.tiny_model(head=head).params) for head in ("lm", "scalar")}
+    return {head: make_optimizer(config, 10, lab.tiny_model(options, head=head).params) for head in ("lm", "scalar")}
 
 
-def iterate(lab, adam, layout: Layout):
+@pytest.fixture(scope="module")
+def adam(lab):
+    return make_adam(lab, lab.LLAMA)
+
+
+@pytest.fixture(scope="module")
+def adam_of_experts(lab):
+    return make_adam(lab, lab.MIXTRAL)
+
+
+def iterate(lab, adam, layout: Layout, **options):
     """Sampled rollout, metrics and new parameters of one PPO iteration; shardings before and after; what was freed."""
-    models = lab.Setup(lab.mesh_of(*layout.mesh), layout.tensor_parallel, layout.stages, layout.offload)
+    mesh = lab.mesh_of(*layout.mesh, layout.expert)
+    models = lab.Setup(mesh, layout.tensor_parallel, layout.stages, layout.offload, **options)
     rollout = models.rollout(lab.sampling)
     experience = models.experience(rollout)
     state = models.state(adam["lm"], critic_optimizer=adam["scalar"])
@@ -79,6 +101,11 @@ def on_one_device(lab, adam):
     return iterate(lab, adam, ONE)[0]
 
 
+@pytest.fixture(scope="module")
+def experts_on_one_device(lab, adam_of_experts):
+    return iterate(lab, adam_of_experts, ONE, options=lab.MIXTRAL)[0]
+
+
 @pytest.fixture(autouse=True)
 def release_programs_of_many_layouts(request):
     yield
@@ -90,9 +117,8 @@ def axes_of(sharding) -> set[str]:
     return {axis for entry in sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
 
 
-def test_one_iteration_is_the_same_in_every_layout(layout, lab, adam, on_one_device):
-    (rollout, experience, metrics, state), before, after, deleted = iterate(lab, adam, layout)
-    expected = on_one_device
+def assert_same_iteration(got, expected):
+    (rollout, experience, metrics, state), before, after, deleted = got
     np.testing.assert_array_equal(rollout.tokens, expected[0].tokens)
     np.testing.assert_array_equal(rollout.mask, expected[0].mask)
     chex.assert_trees_all_close(experience, expected[1], rtol=0, atol=3e-5)
@@ -106,6 +132,12 @@ def test_one_iteration_is_the_same_in_every_layout(layout, lab, adam, on_one_dev
             assert one.is_equivalent_to(other, x.ndim), f"{x.shape}: {one} became {other}"
             assert one.memory_kind == other.memory_kind
     assert all(deleted)
+
+
+def test_one_iteration_is_the_same_in_every_layout(layout, lab, adam, on_one_device):
+    got = iterate(lab, adam, layout)
+    assert_same_iteration(got, on_one_device)
+    state, after = got[0][3], got[2]
     big = {name for name, size in zip(("fsdp", "tensor"), layout.mesh[1:], strict=True) if size in (2, 4, 8)}
     for params, stage in ((after.actor_params, layout.stages[0]), (after.critic_params, layout.stages[1])):
         assert axes_of(params["layers"]["mlp"]["up"]["kernel"]) == (big if stage else big - {"fsdp"})
@@ -113,6 +145,15 @@ def test_one_iteration_is_the_same_in_every_layout(layout, lab, adam, on_one_dev
         s for s, x in zip(*map(jax.tree.leaves, (after.actor_opt_state, state.actor_opt_state)), strict=True) if x.ndim
     ]
     assert {s.memory_kind for s in moments} == {"pinned_host" if layout.offload else "device"}
+
+
+def test_one_iteration_with_experts_is_the_same_in_every_layout(
+    expert_layout, lab, adam_of_experts, experts_on_one_device
+):
+    got = iterate(lab, adam_of_experts, expert_layout, options=lab.MIXTRAL)
+    assert_same_iteration(got, experts_on_one_device)
+    for params in (got[2].actor_params, got[2].critic_params):
+        assert ("expert" in axes_of(params["layers"]["mlp"]["up"]["kernel"])) == (expert_layout.expert > 1)
 
 
 def test_parameters_move_far_more_than_layouts_differ(setup, on_one_device):

@@ -48,7 +48,7 @@ def oracle(temperature, top_k, top_p, logits=LOGITS) -> np.ndarray:
 def test_frequencies_follow_the_truncated_distribution(temperature, top_k, top_p):
     config = SamplingConfig(1, temperature=temperature, top_k=top_k, top_p=top_p)
     expected = oracle(temperature, top_k, top_p)
-    allowed = np.asarray(truncate_logits(jnp.asarray(LOGITS[None] / temperature), config))[0] > -1e29
+    allowed = np.asarray(truncate_logits(jnp.asarray(LOGITS[None] / temperature), top_k, top_p))[0] > -1e29
     np.testing.assert_array_equal(allowed, expected > 0)
     tokens, _ = draw(config)
     counts = np.bincount(tokens, minlength=VOCAB)
@@ -75,12 +75,26 @@ def test_greedy_takes_the_largest_logit_and_reports_its_logprob_at_temperature_o
 
 def test_ties_at_the_edge_of_top_k_and_top_p_all_stay():
     logits = jnp.asarray([[3.0, 1.0, 1.0, 1.0, -2.0]])
-    top_k = np.asarray(truncate_logits(logits, SamplingConfig(1, top_k=2)))[0]
-    top_p = np.asarray(truncate_logits(logits, SamplingConfig(1, top_p=0.8)))[0]
+    top_k = np.asarray(truncate_logits(logits, 2, 1.0))[0]
+    top_p = np.asarray(truncate_logits(logits, 0, 0.8))[0]
     for kept in (top_k, top_p):
         np.testing.assert_array_equal(kept > -1e29, [True, True, True, True, False])
-    everything = np.asarray(truncate_logits(logits, SamplingConfig(1, top_k=99)))
+    everything = np.asarray(truncate_logits(logits, 99, 1.0))
     np.testing.assert_array_equal(everything, logits)
+
+
+def test_top_k_and_top_p_of_rows_are_their_own():
+    rng = np.random.default_rng(4)
+    logits = jnp.asarray(rng.normal(0, 2, (60, 300)).astype(np.float32).round(1))
+    top_k, top_p = rng.choice([0, 1, 5, 40, 300], 60), rng.choice([1.0, 0.95, 0.5, 1e-3], 60).astype(np.float32)
+    got = np.asarray(truncate_logits(logits, jnp.asarray(top_k), jnp.asarray(top_p)))
+    for i, (k, p) in enumerate(zip(top_k.tolist(), top_p.tolist(), strict=True)):
+        row = np.asarray(logits[i], np.float64)
+        inside = row >= np.sort(row)[::-1][k - 1] if k else np.ones_like(row, bool)
+        mass = np.exp(np.where(inside, row, -np.inf))
+        before = np.array([mass[row > x].sum() for x in row]) / mass.sum()
+        np.testing.assert_array_equal(got[i] > -1e29, inside & ((before < p) | (p == 1)))
+    np.testing.assert_array_equal(got[(top_k == 0) & (top_p == 1)], logits[(top_k == 0) & (top_p == 1)])
 
 
 def test_a_draw_depends_on_its_own_key_and_the_step_alone():

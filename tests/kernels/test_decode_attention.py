@@ -17,6 +17,8 @@ from jaxrlhf.kernels import (
     decode_attention,
     decode_tpu,
     flash_attention,
+    live_attention,
+    live_blocks,
     pallas,
     token_logprobs,
 )
@@ -131,6 +133,33 @@ def test_the_newest_entry_is_appended_and_seen_in_a_cache_of_any_dtype(problem, 
         untouched = (np.arange(new.shape[2]) != column[:, None])[:, None]
         untouched = np.broadcast_to(untouched if new.ndim == 3 else untouched[..., None], new.shape)
         np.testing.assert_array_equal(new[untouched], old[untouched])
+
+
+@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
+def test_blocks_up_to_the_longest_row_equal_the_oracle_in_a_cache_of_any_dtype(problem, name, monkeypatch):
+    (query, key, value, start, length), options, _, _ = make(problem)
+    cache, meant = stored(key, value, name)
+    monkeypatch.setattr(live_blocks, "COLUMNS", 16)
+    got = live_attention(query, cache, start, length, **options)
+    np.testing.assert_allclose(got, oracle(query, *meant, start, length, *options.values()), rtol=0, atol=1e-5)
+
+
+def test_blocks_cap_scores_as_all_columns_at_once_do(monkeypatch):
+    monkeypatch.setattr(live_blocks, "COLUMNS", 16)
+    (query, key, value, start, length), options, _, _ = make(PROBLEMS[3])
+    capped = options | {"softcap": 0.5}
+    got = live_attention(query, (key, value), start, length, **capped)
+    expected = decode_attention(query, key, value, start, length, **capped, implementation="xla")
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def test_blocks_beyond_a_row_change_no_bit_of_it(monkeypatch):
+    monkeypatch.setattr(live_blocks, "COLUMNS", 16)
+    (query, key, value, _, _), options, _, _ = make(PROBLEMS[3])
+    start, alone, among = np.zeros(6, np.int32), np.full(6, 21, np.int32), np.array([21, 70, 60, 50, 40, 30], np.int32)
+    rows = [live_attention(query, (key, value), start, length, **options)[0] for length in (alone, among)]
+    np.testing.assert_array_equal(*rows)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=ids)

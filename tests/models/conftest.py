@@ -31,6 +31,9 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_
 _FACTORS = {"short_factor": [1.0, 1.2], "long_factor": [1.5, 4.0], "rope_theta": 10000.0}
 _SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 
+_MIXTRAL = _LLAMA | {"num_local_experts": 4}
+_QWEN_MOE = _QWEN | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 8}
+
 CASES: dict[str, tuple[str, dict]] = {
     "gpt2": ("gpt2", _GPT2),
     "gpt2-options": (
@@ -81,6 +84,21 @@ CASES: dict[str, tuple[str, dict]] = {
     "qwen2": ("qwen2", _QWEN | _SLIDING),
     "qwen3": ("qwen3", _QWEN | {"head_dim": 10, "tie_word_embeddings": True}),
     "qwen3-options": ("qwen3", _QWEN | _SLIDING | {"head_dim": 8, "attention_bias": True, "rms_norm_eps": 1e-3}),
+    "mixtral": ("mixtral", _MIXTRAL),
+    "mixtral-options": (
+        "mixtral",
+        _MIXTRAL
+        | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 3, "hidden_act": "gelu", "head_dim": 10}
+        | {"tie_word_embeddings": True, "router_aux_loss_coef": 0.02, "rms_norm_eps": 1e-3}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    "qwen3_moe": ("qwen3_moe", _QWEN_MOE),
+    "qwen3_moe-options": (
+        "qwen3_moe",
+        _QWEN_MOE
+        | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 3, "attention_bias": True}
+        | {"tie_word_embeddings": True, "num_experts_per_tok": 6, "rms_norm_eps": 1e-3},
+    ),
     "bloom": ("bloom", _BLOOM),
     "bloom-options": ("bloom", _BLOOM | {"apply_residual_connection_post_layernorm": True, "n_head": 6}),
     "gpt_neox": ("gpt_neox", _NEOX),

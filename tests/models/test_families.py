@@ -49,7 +49,7 @@ def test_configs_come_back_from_their_export(case, make_model):
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True.*only causal"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types=.*must name 2 layers, each 'full_attention' or"),
         ("gemma2", {"sliding_window": None}, "layer_types=.*sliding layers need a sliding_window"),
-        ("gemma2", {"final_logit_softcapping": -1.0}, "logit_softcap=-1.0 must be positive"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0 must be a positive number"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ("gemma3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters=.*entries 'full_attention' and"),
         (

@@ -44,9 +44,8 @@ def test_a_conversion_writes_the_end_ids_that_the_user_gives(lab, tmp_path):
     save_pretrained(lab.tiny_model(lab.LLAMA | {"vocab_size": 310}), tmp_path / "in", tokenizer)
     (tmp_path / "in" / "generation_config.json").write_text(json.dumps({"eos_token_id": 301, "top_k": 20}))
     out = str(tmp_path / "out")
-    convert(
-        ConvertConfig.create(input=str(tmp_path / "in"), output=out, target="hf", eos_token_ids=("<|eot_id|>", 301))
-    )
+    options = {"target": "hf", "eos_token_ids": ("<|eot_id|>", 301)}
+    convert(ConvertConfig.create(input=str(tmp_path / "in"), output=out, **options))
     assert written(tmp_path / "out", "config.json")["eos_token_id"] == [305, 301]
     generation = written(tmp_path / "out")
     assert (generation["eos_token_id"], generation["top_k"]) == ([305, 301], 20)

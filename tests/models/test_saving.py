@@ -246,7 +246,8 @@ def test_reward_models_say_so_and_get_a_pad_token(make_model, tmp_path):
     save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
-    assert len(config["id2label"]) == 1 and config["pad_token_id"] == config["eos_token_id"] == 2
+    assert len(config["id2label"]) == 1 and config["eos_token_id"] == 2
+    assert config["pad_token_id"] == config["vocab_size"] - 1 == model.config.vocab_size  # a row that no text has
     assert not (tmp_path / "generation_config.json").exists()
     again = load_pretrained(tmp_path, head="scalar", new_head=False)
     np.testing.assert_array_equal(again.params["score"]["kernel"], model.params["score"]["kernel"])

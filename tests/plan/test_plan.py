@@ -69,6 +69,21 @@ def odd(lab, demo, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def sparse(lab, demo, tmp_path_factory):
+    """Models with experts."""
+    folder = tmp_path_factory.mktemp("sparse")
+    options = lab.MIXTRAL | {"vocab_size": len(demo.tokenizer)}
+    for name, head, seed in (("lm", "lm", 0), ("reward", "scalar", 1)):
+        save_pretrained(lab.tiny_model(options, head, seed), folder / name, demo.tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("layout", [{"mesh_fsdp": 2, "mesh_expert": 4}, {"mesh_expert": 2, "zero_stage": 1}], ids=str)
+def test_resident_arrays_of_sparse_models_are_those_of_a_real_engine(sparse, demo, layout):
+    assert_resident_arrays(sparse, demo, layout)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -79,9 +94,13 @@ def odd(lab, demo, tmp_path_factory):
     ids=["whole", "adapters", "stages"],
 )
 def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
+    assert_resident_arrays(odd, demo, layout)
+
+
+def assert_resident_arrays(folder, demo, layout):
     plan = PlanConfig.create(
-        actor=str(odd / "lm"),
-        reward=str(odd / "reward"),
+        actor=str(folder / "lm"),
+        reward=str(folder / "reward"),
         device="a100-80g",
         devices=8,
         dtype="float32",

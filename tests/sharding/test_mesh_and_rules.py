@@ -31,7 +31,12 @@ from jaxrlhf.sharding.mesh import arrange_hosts
 
 @pytest.mark.parametrize(
     ("asked", "sizes"),
-    [({}, (1, 8, 1)), ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)), ({"fsdp": 4, "tensor": -1}, (1, 4, 2))],
+    [
+        ({}, (1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"fsdp": 4, "tensor": -1}, (1, 4, 1, 2)),
+        ({"fsdp": 2, "expert": -1}, (1, 2, 4, 1)),
+    ],
 )
 def test_minus_one_takes_all_remaining_devices(asked, sizes):
     mesh = make_mesh(**asked)
@@ -145,19 +150,52 @@ class Chip:
 
 @pytest.mark.parametrize(
     ("sizes", "per_host", "group"),
-    [((1, 16, 1), 4, 4), ((1, 8, 2), 4, 4), ((2, 8, 1), 4, 4), ((4, 2, 2), 4, 4), ((1, 16, 1), 8, 8)],
+    [
+        ((1, 16, 1, 1), 4, 4),
+        ((1, 8, 1, 2), 4, 4),
+        ((2, 8, 1, 1), 4, 4),
+        ((4, 2, 1, 2), 4, 4),
+        ((1, 16, 1, 1), 8, 8),
+        ((1, 8, 2, 1), 4, 2),
+        ((1, 4, 2, 2), 4, 2),
+    ],
 )
 def test_the_default_group_is_the_devices_of_one_host_and_storage_neighbours_are_not(sizes, per_host, group):
     devices = [Chip(number, per_host) for number in range(16)]
     mesh = SimpleNamespace(devices=arrange_hosts(np.array(devices), sizes), shape=dict(zip(AXES, sizes, strict=True)))
     assert {d.id for d in mesh.devices.flat} == set(range(16))
     assert default_tensor_parallel(mesh, num_heads=16) == group
-    data, fsdp, tensor = sizes
+    data, fsdp, expert, tensor = sizes
     part = group // tensor
-    view = mesh.devices.reshape(data, part, fsdp // part, tensor)
+    view = mesh.devices.reshape(data, part, fsdp // part, expert, tensor)
     for a, b in np.ndindex(data, fsdp // part):
-        assert len({d.process_index for d in view[a, :, b, :].flat}) == 1
+        assert len({d.process_index for d in view[a, :, b].flat}) == 1
     assert default_tensor_parallel(mesh, num_heads=12) == min(group, 4)
+
+
+@pytest.mark.parametrize(
+    ("rules", "axes", "shape", "expected"),
+    [
+        (TRAIN_RULES, ("expert", "embed", "mlp"), (4, 32, 48), P("expert", None, "fsdp")),
+        (TRAIN_RULES, ("expert", "embed", "mlp"), (4, 32, 49), P("expert", "fsdp")),
+        (TRAIN_RULES, ("embed", "heads", "head_dim"), (32, 8, 4), P(None, ("fsdp", "expert"))),
+        (TRAIN_RULES, ("batch", None), (8, 3), P(("fsdp", "expert"))),
+        (REPLICATED_RULES, ("expert", "embed", "mlp"), (4, 32, 48), P("expert")),
+        (REPLICATED_RULES, ("embed", "heads", "head_dim"), (32, 8, 4), P()),
+    ],
+)
+def test_the_expert_axis_splits_experts_and_otherwise_as_fsdp_does(rules, axes, shape, expected):
+    assert resolve_spec(axes, shape, make_mesh(fsdp=4, expert=2), rules) == expected
+
+
+def test_generation_leaves_experts_in_place_and_gathers_the_rest_over_their_axis():
+    mesh = make_mesh(fsdp=4, expert=2)
+    view = generate_mesh(mesh, 8, 2)
+    assert dict(view.shape) == {"data": 1, "fsdp": 2, "replica": 2, "expert": 2, "tensor": 1}
+    assert list(view.devices.flat) == list(mesh.devices.flat)
+    assert resolve_spec(("expert", "embed", "mlp"), (4, 32, 48), view, GENERATE_RULES) == P("expert", None, "fsdp")
+    assert resolve_spec(("embed", "heads", "head_dim"), (32, 8, 4), view, GENERATE_RULES) == P(None, "fsdp")
+    assert resolve_spec(("batch", None), (8, 3), view, GENERATE_RULES) == P(("replica", "expert"))
 
 
 def test_axes_must_fit_the_rank():

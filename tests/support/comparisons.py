@@ -1,5 +1,7 @@
 """Comparisons that several test files make: rollouts, files of models, relative errors."""
 
+import re
+
 import numpy as np
 
 from jaxrlhf.models.hf.checkpoint_files import open_checkpoint
@@ -22,3 +24,22 @@ def relative_error(got, expected, floor=0.0):
     """Largest absolute difference over the largest expected value, or over `floor` where that is larger."""
     assert got.shape == expected.shape
     return np.abs(got - expected).max() / max(np.abs(expected).max(), floor)
+
+
+def fused_experts(tensors):
+    """Tensors in files by their names in transformers' modules, which hold the experts of a layer in one."""
+    stacks, fused = {}, {}
+    for name, x in tensors.items():
+        found = re.fullmatch(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight", name)
+        if found:
+            stacks.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = x
+        else:
+            fused[name.replace("block_sparse_moe", "mlp")] = x
+    for layer, kinds in stacks.items():
+        kinds = {kind: np.stack([part[e] for e in sorted(part)]) for kind, part in kinds.items()}
+        gate, up, down = (
+            kinds.get(a, kinds.get(b)) for a, b in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+        )
+        fused[f"{layer}.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        fused[f"{layer}.mlp.experts.down_proj"] = down
+    return fused

@@ -15,6 +15,7 @@ from jaxrlhf.sharding import make_mesh, offloaded, optimizer_shardings, place
 
 LLAMA = {"model_type": "llama", "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
 LLAMA |= {"num_key_value_heads": 8, "intermediate_size": 64, "max_position_embeddings": 64}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 16}
 GPT2 = {"model_type": "gpt2", "vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}
 GPT2 |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 
@@ -40,8 +41,8 @@ def tiny_model(options=LLAMA, head="lm", seed=0, mesh=None, scale=0.3, dtype=jnp
     return Model(module=module, params=place(params, shardings), config=config)
 
 
-def mesh_of(data=1, fsdp=1, tensor=1):
-    return make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
+def mesh_of(data=1, fsdp=1, tensor=1, expert=1):
+    return make_mesh(data, fsdp, tensor, expert, devices=jax.devices()[: data * fsdp * tensor * expert])
 
 
 def prompts(rows=ROWS, width=PROMPT, seed=0, vocab=101):
@@ -131,6 +132,7 @@ def lab():
         prompts=prompts,
         Setup=Setup,
         LLAMA=LLAMA,
+        MIXTRAL=MIXTRAL,
         GPT2=GPT2,
         ROWS=ROWS,
         PROMPT=PROMPT,

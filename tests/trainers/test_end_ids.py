@@ -8,15 +8,16 @@ from end_tokenizers import shaped_tokenizer
 
 from jaxrlhf.commands.chat import ChatConfig, open_session
 from jaxrlhf.commands.sample import SampleConfig, Sampler
+from jaxrlhf.data import end_ids
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import save_pretrained
+from jaxrlhf.models import config_from_dict, save_pretrained
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
-from jaxrlhf.trainers.tokenizers import TokenizerConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends
 
 pytest.importorskip("transformers")
 
@@ -115,3 +116,12 @@ def test_a_tokenizer_from_elsewhere_keeps_the_ids_of_the_model_that_it_knows(pat
     other = TokenizerConfig(str(paths / "reward")).load(str(paths / "lm"), rl_settings(paths).data.template)
     own = TokenizerConfig().load(str(paths / "lm"), rl_settings(paths).data.template)
     assert set(other.end_ids_of_model) == set(own.end_ids_of_model) == {END, EOM, EOT}
+
+
+def test_the_family_s_default_id_of_a_smaller_model_is_no_end_id_and_no_error(lab):
+    config = config_from_dict(lab.GPT2 | {"vocab_size": 310, "eos_token_id": 50256})
+    assert config.eos_token_id == 50256
+    tokenizer = shaped_tokenizer("vicuna")
+    assert end_ids(with_model_ends(tokenizer, config)) == (tokenizer.eos_token_id,)
+    with pytest.raises(InputError, match=r"config.json: eos_token_id=400 is outside the tokenizer's vocabulary"):
+        with_model_ends(tokenizer, config.replace(eos_token_id=400))

@@ -89,8 +89,8 @@ def test_the_gradient_of_the_head_is_never_rounded_to_the_compute_dtype(lab, tie
         options = lab.LLAMA | {"tie_word_embeddings": tied}
         model = lab.tiny_model(options, mesh=mesh, dtype=jnp.bfloat16, zero_stage=stage)
 
-        def loss(params, rows, key):
-            return -model.module.apply({"params": params}, rows, method="logprobs")[0].mean(), {}
+        def loss(module, params, rows, key):
+            return -module.apply({"params": params}, rows, method="logprobs")[0].mean(), {}
 
         @jax.jit
         def step(params, rows):

@@ -73,7 +73,6 @@ class Comparison:
             "scores": {name: mean_and_error(scores[m], groups) for name, scores in self.scores.items()},
             "pass_at_k": {name: self.passes(name, m) for name in self.pass_scores},
             "seconds": responses.seconds,
-            "tokens_per_second": float(responses.lengths.sum()) / max(responses.seconds, 1e-9),
         }
 
     def passes(self, name: str, m: int) -> dict[int, Estimate]:

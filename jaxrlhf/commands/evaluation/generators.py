@@ -12,10 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf import keys
-from jaxrlhf.commands.chat import end_ids
 from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
-from jaxrlhf.data import encode_prompts, encode_stops, length_bucket, load_tokenizer, pad_token_id, plain_response
+from jaxrlhf.data import (
+    encode_prompts,
+    encode_stops,
+    end_ids,
+    length_bucket,
+    pad_token_id,
+    plain_response,
+    vocabulary_size,
+    without_end,
+)
 from jaxrlhf.data.batches import fill
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, read_config, with_kernels
@@ -33,7 +41,7 @@ class Responses:
         texts: `[P][n]`.
         lengths: int `[P, n]`: tokens.
         ended: bool `[P, n]`: ended by EOS or a stop string, before the longest length.
-        seconds: duration, without loading the model.
+        seconds: duration with compilation, without loading the model.
     """
 
     model: str
@@ -131,8 +139,8 @@ class FolderModel:
     def __init__(self, name: str, config: EvalConfig) -> None:
         self.name, self.config = name, config
         self.shape = read_config(name)
-        self.tokenizer = load_tokenizer(config.tokenizer.tokenizer_name_or_path or name, config.data.template)
-        check_tokenizer_fits(len(self.tokenizer), self.shape, f"the tokenizer of {name}")
+        self.tokenizer: Any = config.tokenizer.load(name, config.data.template)
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), self.shape, f"the tokenizer of {name}")
 
     def encode(self, prompts: Prompts) -> list[list[int]]:
         """Token ids of the prompts, rendered by the model's own chat template."""
@@ -149,7 +157,7 @@ class FolderModel:
         config, mesh = self.config, self.config.mesh.make_mesh()
         engine = HybridEngine(self._load(mesh), mesh)
         sampling = dataclasses.replace(
-            config.sampling, eos_token_id=self.ends, pad_token_id=pad_token_id(self.tokenizer)
+            config.sampling, eos_token_id=end_ids(self.tokenizer), pad_token_id=pad_token_id(self.tokenizer)
         )
         ending = with_stops(sampling, self.tokenizer, sampling.stop_strings)
         ids, key = self.encode(prompts), keys.stream(config.data.seed, keys.Stream.EVALUATION)
@@ -159,9 +167,9 @@ class FolderModel:
         with console.progress(len(ids), description=self.name, unit="prompt") as bar:
             found = generate_all(engine, ids, key, ending, rows=rows, slots=slots, on_batch=bar.update)
         seconds = time.monotonic() - begin
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         full = [
-            [self.tokenizer.decode(r, skip_special_tokens=True, clean_up_tokenization_spaces=False) for r in responses]
-            for responses in found
+            [self.tokenizer.decode(without_end(self.tokenizer, r), **plain) for r in responses] for responses in found
         ]
         texts = [[plain_response(self.tokenizer, cut(text, sampling.stop_strings)) for text in row] for row in full]
         stopped = np.array([[cut(text, sampling.stop_strings) != text for text in row] for row in full])
@@ -170,14 +178,13 @@ class FolderModel:
             prompts=[self._prompt_text(prompt, own) for prompt, own in zip(prompts.prompts, ids, strict=True)],
             texts=texts,
             lengths=np.array([[len(r) for r in responses] for responses in found]),
-            ended=stopped | np.array([[ending.ended(r) for r in responses] for responses in found]),
+            ended=stopped | np.array([[ending.ended(r.tolist()) for r in responses] for responses in found]),
             seconds=seconds,
         )
 
     def _load(self, mesh: Mesh) -> Any:
         dtype = self.config.mesh.compute_dtype
         model = merged(load_pretrained(self.name, mesh=mesh, dtype=dtype, param_dtype=dtype))
-        self.ends = end_ids(model, self.tokenizer)
         return with_kernels(model, kv_cache_dtype=self.config.generation.kv_cache_dtype)
 
     def _prompt_text(self, prompt: Any, ids: list[int]) -> str:

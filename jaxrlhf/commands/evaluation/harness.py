@@ -22,9 +22,8 @@ from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
 from jaxrlhf import keys
-from jaxrlhf.commands.chat import end_ids
 from jaxrlhf.commands.evaluation.generators import cut, generate_all, with_stops
-from jaxrlhf.data import length_bucket, pad_token_id, read_tokenizer
+from jaxrlhf.data import end_ids, length_bucket, pad_token_id, read_tokenizer, vocabulary_size
 from jaxrlhf.data.batches import fill
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import HybridEngine, SamplingConfig
@@ -36,6 +35,7 @@ from jaxrlhf.models import (
     load_pretrained,
     logical_axes,
     merged,
+    read_config,
     with_kernels,
     working_copy,
 )
@@ -43,6 +43,7 @@ from jaxrlhf.models.decoder import read_columns
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, make_mesh, place_batch, use
 from jaxrlhf.trainers.settings import DTYPES, batch_devices
+from jaxrlhf.trainers.tokenizers import with_model_ends
 
 MAX_GEN_TOKS = 256
 COLUMNS = 64  # continuation tokens whose logits are in memory together
@@ -143,13 +144,14 @@ class JaxLM(TemplateLM):
         if unknown:
             raise InputError(f"model_args: {', '.join(sorted(unknown))}: the model jaxrlhf has no such argument")
         self.pretrained, self.add_bos_token = str(pretrained), add_bos_token
-        self.tokenizer: Any = read_tokenizer(tokenizer or pretrained)
+        other = tokenizer not in (None, pretrained)
+        plain = read_tokenizer(tokenizer or pretrained)
+        self.tokenizer: Any = with_model_ends(plain, read_config(pretrained), other_tokenizer=other)
         self.mesh = make_mesh(*mesh)
         precision = default_dtype() if dtype == "auto" else DTYPES[dtype]
         model = merged(load_pretrained(pretrained, mesh=self.mesh, dtype=precision, param_dtype=precision))
-        check_tokenizer_fits(len(self.tokenizer), model.config, "the tokenizer")
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), model.config, "the tokenizer")
         self.engine = HybridEngine(with_kernels(model, kv_cache_dtype=kv_cache_dtype), self.mesh)
-        self.ends = end_ids(model, self.tokenizer)
         self.max_length = int(max_length or model.config.max_positions)
         if self.max_length > model.config.max_positions:
             raise InputError(f"max_length={max_length} exceeds the model's context of {model.config.max_positions}")
@@ -331,7 +333,7 @@ class JaxLM(TemplateLM):
         sampling = SamplingConfig(
             longest,
             temperature=(temperature or 1.0) if samples else 0.0,
-            eos_token_id=self.ends,
+            eos_token_id=end_ids(self.tokenizer),
             pad_token_id=pad_token_id(self.tokenizer),
             **options,
         )

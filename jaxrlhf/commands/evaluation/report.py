@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from jaxrlhf.commands.evaluation.comparison import Comparison
 from jaxrlhf.commands.evaluation.reward_models import PairReport, TextReport
+from jaxrlhf.commands.evaluation.settings import is_server
 from jaxrlhf.runs.console import Console
 
 MEASURES = {"accuracy": "accuracy", "length_baseline": "longer is better", "margin": "margin"}
@@ -17,7 +19,10 @@ Table = tuple[str, list[str], list[list[Any]]]
 
 
 def short(name: str) -> str:
-    """The last part of a path or address."""
+    """The last part of a path; the model's name or the host of a server."""
+    if is_server(name):
+        address, _, model = name.partition("#")
+        return model or urlsplit(address).netloc
     return name.rstrip("/").rpartition("/")[2] or name
 
 
@@ -34,12 +39,12 @@ def comparison_tables(found: Comparison) -> list[Table]:
     for name, model in zip(names, summary["models"], strict=True):
         scores = [str(value) for value in model["scores"].values()]
         passes = [str(value) for ks in model["pass_at_k"].values() for value in ks.values()]
-        rows.append([name, *scores, *passes, str(model["tokens"]), str(model["ended"]), model["tokens_per_second"]])
+        rows.append([name, *scores, *passes, str(model["tokens"]), str(model["ended"])])
     columns = ["model", *(name.replace("_", " ") for name in found.scores)]
     several = len(found.pass_scores) > 1
     first = summary["models"][0]["pass_at_k"]
     columns += [f"pass@{k}{f' {name}' if several else ''}" for name, ks in first.items() for k in ks]
-    tables: list[Table] = [("models", [*columns, "tokens", "ended", "tokens/s"], rows)]
+    tables: list[Table] = [("models", [*columns, "tokens", "ended"], rows)]
     if summary["pairs"]:
         by_name = dict(zip(found.models, names, strict=True))
         pairs = []

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
-from jaxrlhf.data import EncodedRow, encode_rows, length_bucket, load_tokenizer, pad_token_id
+from jaxrlhf.data import EncodedRow, encode_rows, length_bucket, pad_token_id, vocabulary_size
 from jaxrlhf.data.batches import fill
 from jaxrlhf.data.tokenized import Encoding, fit
 from jaxrlhf.distributed import to_host
@@ -28,6 +28,7 @@ from jaxrlhf.models import (
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
 from jaxrlhf.trainers.settings import batch_devices
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 
 @partial(jax.jit, static_argnames=("module", "mesh"))
@@ -52,9 +53,9 @@ class RewardModel:
     def __init__(self, config: EvalConfig) -> None:
         self.config, self.name = config, str(config.reward_model_name_or_path)
         self.shape = read_config(self.name)
-        named = None if config.models else config.tokenizer.tokenizer_name_or_path
-        self.tokenizer = load_tokenizer(named or self.name, config.data.template)
-        check_tokenizer_fits(len(self.tokenizer), self.shape, f"the tokenizer of {named or self.name}")
+        setting = TokenizerConfig() if config.models else config.tokenizer
+        self.tokenizer: Any = setting.load(self.name, config.data.template)
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), self.shape, f"the tokenizer of {self.name}")
         self.mesh = config.mesh.make_mesh()
         self.rows = config.per_device_batch_size * batch_devices(self.mesh)
 

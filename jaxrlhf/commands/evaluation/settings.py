@@ -18,7 +18,8 @@ from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import RewardsConfig
-from jaxrlhf.trainers.settings import MeshConfig, TokenizerConfig
+from jaxrlhf.trainers.settings import MeshConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 SERVER = ("http://", "https://")
 

@@ -1,0 +1,163 @@
+"""The models of a server: a language model with its slots, and a reward model with its scoring program."""
+
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.commands.chat import ChatConfig, open_session
+from jaxrlhf.commands.evaluation.scoring import last_scores
+from jaxrlhf.commands.serve import ServeConfig
+from jaxrlhf.commands.serve.metrics import ModelMetrics
+from jaxrlhf.commands.serve.scheduler import Event, Scheduler
+from jaxrlhf.data import encode_rows, encode_texts_as_documents, pad_token_id, read_tokenizer, vocabulary_size
+from jaxrlhf.engine import SlotBatch
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, stored_head
+from jaxrlhf.models.hf.checkpoint_files import find_model_folder
+from jaxrlhf.sharding import place_batch
+from jaxrlhf.trainers.settings import batch_devices, check_context
+
+LONGEST = 4096  # of max_model_len's default
+SCORED = 8  # texts that are scored at a time
+
+
+class Served:
+    """What every model of a server has."""
+
+    name: str
+    tokenizer: Any
+    length: int
+    """Most tokens of a prompt and its response, or of a text to score."""
+    notices: tuple[str, ...] = ()
+    """What the user should know about it."""
+
+    def warm_up(self) -> None:
+        """Compiles every program that requests run."""
+        raise NotImplementedError
+
+    def start(self, on_failure: Callable[[], object]) -> None:
+        """Starts to take requests."""
+
+    def close(self) -> None:
+        """Ends every request. Raises the error that has ended the model's thread."""
+
+
+class LanguageModel(Served):
+    """A language model, its slots and their scheduler."""
+
+    def __init__(self, name: str, config: ServeConfig) -> None:
+        parts = (config.tokenizer, config.template)
+        chat = ChatConfig(name, *parts, generation=config.generation, mesh=config.mesh)
+        session = open_session(chat)
+        self.name, self.tokenizer, self.max_queue = name, session.tokenizer, config.max_queue
+        self.length = min(session.context, LONGEST) if config.max_model_len is None else config.max_model_len
+        self.vocabulary = session.engine.config.vocab_size
+        check_length(self.length, session.engine.config)
+        own = read_tokenizer(config.tokenizer.tokenizer_name_or_path or find_model_folder(name)).chat_template
+        chosen = config.template.chat_template is not None or config.template != ServeConfig.template
+        if not own and not chosen:
+            self.notices = ("has no chat template, so the default prompt_template renders conversations",)
+        self.metrics = ModelMetrics()
+        self.scheduler = Scheduler(
+            SlotBatch(session.engine, config.max_slots, self.length),
+            session.sampling.eos_ids,
+            config.max_queue,
+            self._observe,
+        )
+
+    def _observe(self, event: Event, seconds: float) -> None:
+        if event.token is not None:
+            self.metrics.token(event.job.received == 1, seconds, len(event.job.prompt))
+
+    def warm_up(self) -> None:
+        self.scheduler.batch.warm_up()
+
+    def start(self, on_failure: Callable[[], object]) -> None:
+        self.scheduler.start(on_failure)
+
+    def close(self) -> None:
+        self.scheduler.close()
+        if self.scheduler.error is not None:
+            raise self.scheduler.error
+
+
+class RewardModel(Served):
+    """A reward model."""
+
+    def __init__(self, name: str, config: ServeConfig) -> None:
+        self.name, self.mesh, dtype = name, config.mesh.make_mesh(), config.mesh.compute_dtype
+        folder = find_model_folder(name)
+        self.tokenizer = config.tokenizer.load(str(folder), config.template)
+        options = {"dtype": dtype, "param_dtype": dtype, "new_head": False}
+        self.model = merged(load_pretrained(folder, head="scalar", mesh=self.mesh, **options))
+        check_tokenizer_fits(vocabulary_size(self.tokenizer), self.model.config, "the tokenizer")
+        context = self.model.config.max_positions
+        self.length = min(context, LONGEST) if config.max_model_len is None else config.max_model_len
+        check_length(self.length, self.model.config)
+        self.scored = 0
+        self._lock = threading.Lock()
+
+    @cached_property
+    def rows(self) -> int:
+        """Texts of one program: SCORED, rounded up to what the devices divide."""
+        devices = batch_devices(self.mesh)
+        return -(-SCORED // devices) * devices
+
+    def widths(self) -> list[int]:
+        """The lengths of texts, each with a program of its own."""
+        widths = [32]
+        while widths[-1] < self.length:
+            widths.append(2 * widths[-1])
+        return [*(width for width in widths if width < self.length), self.length]
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        return encode_texts_as_documents(self.tokenizer, texts)
+
+    def encode_conversations(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
+        """Token ids of conversations that end with the assistant's message, as the model was trained on."""
+        prompts, last = [c[:-1] for c in conversations], [[c[-1:]] for c in conversations]
+        rows = encode_rows(self.tokenizer, prompts, last)
+        for i, row in enumerate(rows):
+            if isinstance(row, str):
+                raise InputError(f"conversation {i}: {row}")
+        return [[*row.prompt, *row.responses[0][0]] for row in rows if not isinstance(row, str)]
+
+    def scores(self, rows: list[list[int]]) -> list[float]:
+        """Scores texts; any thread may call it."""
+        result = []
+        with self._lock:
+            for start in range(0, len(rows), self.rows):
+                result += self._scores(rows[start : start + self.rows])
+            self.scored += len(rows)
+        return result
+
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        width = next(width for width in self.widths() if width >= max(map(len, rows)))
+        ids = np.full((self.rows, width), pad_token_id(self.tokenizer), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        mask[:, 0] = True  # a row that attends to nothing gives NaN in some attention kernels
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = row, True
+        arrays = place_batch((ids, mask), self.mesh)
+        scores = last_scores(self.model.params, *arrays, module=self.model.module, mesh=self.mesh)
+        return np.asarray(scores).tolist()[: len(rows)]
+
+    def warm_up(self) -> None:
+        for width in self.widths():
+            self._scores([[pad_token_id(self.tokenizer)] * width])
+
+
+def check_length(length: int, config: Any) -> None:
+    """Refuses a max_model_len without room for a prompt and a response, or beyond the model's context."""
+    if length < 2:
+        raise InputError(f"max_model_len={length} must be at least 2: a prompt and a response have a token each")
+    check_context(config, length, "max_model_len")
+
+
+def open_model(name: str, config: ServeConfig) -> Served:
+    """Loads a model of either kind. Raises InputError for a folder that holds none."""
+    kind = RewardModel if stored_head(name) == "scalar" else LanguageModel
+    return kind(name, config)

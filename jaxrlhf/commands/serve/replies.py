@@ -1,0 +1,165 @@
+"""Turns the tokens of samples into OpenAI's responses: text, finish reasons, log-probs, usage, chunks of a stream."""
+
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxrlhf.commands.chat import BROKEN, StreamedText
+from jaxrlhf.commands.serve.requests import Generation
+from jaxrlhf.commands.serve.scheduler import Event
+
+
+class Entry(NamedTuple):
+    """A token whose log-prob is reported."""
+
+    event: Event
+    start: int
+    """The character of the text that it begins at."""
+
+
+class Piece(NamedTuple):
+    """What an event adds to a choice."""
+
+    text: str
+    entries: list[Entry]
+    finish: str | None
+
+
+class Choice:
+    """One sample of a request as it grows.
+
+    Args:
+        index: Its number among the choices of the request.
+        tokenizer: The model's.
+        stops: Texts that end it; they are not shown.
+        strip: Drop white space at the start, as in a chat.
+        ends: Token ids that end a response; they are not shown.
+    """
+
+    def __init__(self, index: int, tokenizer: Any, stops: tuple[str, ...], strip: bool, ends: frozenset[int]) -> None:
+        self.index, self.ends = index, ends
+        self.stream = StreamedText(tokenizer, stops, strip)
+        self.tokens = 0
+        """Tokens sampled, the end token included."""
+        self.finish: str | None = None
+        self._held: list[Entry] = []
+
+    def add(self, event: Event) -> Piece:
+        """Takes the next event: the text and the log-probs that it makes certain."""
+        self.tokens += 1
+        text = ""
+        if event.token is not None and event.token not in self.ends:
+            self._held.append(Entry(event, len(self.stream.decoded)))
+            text = self.stream.add(event.token)
+        self.finish = event.finish
+        if event.finish and not self.stream.stopped:
+            text += self.stream.finish()
+        if self.stream.stopped:
+            self.finish = "stop"
+        shown = len(self.stream.text)
+        everything = self.finish is not None and not self.stream.stopped
+        released = [entry for entry in self._held if everything or entry.start < shown]
+        self._held = self._held[len(released) :]
+        return Piece(text, released, self.finish)
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Builds the objects of one request.
+
+    Attributes:
+        chat: A chat, or a completion.
+        wants: The request.
+        tokenizer: The model's.
+        prompt_tokens: Of all prompts.
+        id: The request's id.
+        created: When it came, in seconds since 1970.
+    """
+
+    chat: bool
+    wants: Generation
+    tokenizer: Any
+    prompt_tokens: int
+    id: str
+    created: int
+
+    @classmethod
+    def of(cls, chat: bool, wants: Generation, tokenizer: Any, prompt_tokens: int) -> "Replies":
+        name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        return cls(chat, wants, tokenizer, prompt_tokens, name, int(time.time()))
+
+    def response(self, choices: list[Choice], pieces: list[list[Piece]]) -> dict[str, Any]:
+        """The response of a request that is not streamed."""
+        result = []
+        for choice, own in zip(choices, pieces, strict=True):
+            text = "".join(piece.text for piece in own)
+            entries = [entry for piece in own for entry in piece.entries]
+            held: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish}
+            held |= {"logprobs": self._logprobs(entries)}
+            held |= (
+                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+            )
+            result.append(held)
+        return self._object("chat.completion", choices=result, usage=self.usage(choices))
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first chunk of a choice of a chat, with its role."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, [], None)
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A chunk of a stream."""
+        return self._chunk(index, {"content": piece.text} if piece.text else {}, piece.entries, piece.finish)
+
+    def last(self, choices: list[Choice]) -> dict[str, Any]:
+        """The chunk that holds the usage."""
+        return self._object("chat.completion.chunk", choices=[], usage=self.usage(choices))
+
+    def usage(self, choices: list[Choice]) -> dict[str, int]:
+        generated = sum(choice.tokens for choice in choices)
+        total = self.prompt_tokens + generated
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": generated, "total_tokens": total}
+
+    def _object(self, kind: str, **rest: Any) -> dict[str, Any]:
+        kind = kind if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.wants.model} | rest
+
+    def _chunk(self, index: int, delta: dict[str, Any], entries: list[Entry], finish: str | None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": self._logprobs(entries)}
+        choice |= {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        usage = {"usage": None} if self.wants.include_usage else {}
+        return self._object("chat.completion.chunk", choices=[choice], **usage)
+
+    def _logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
+        if not self.wants.logprobs:
+            return None
+        if self.chat:
+            content = [
+                self._token(entry.event.token, entry.event.logprob)
+                | {"top_logprobs": [self._token(*top) for top in entry.event.top]}
+                for entry in entries
+            ]
+            return {"content": content, "refusal": None}
+        tops = [{self.token_text(token): logprob for token, logprob in entry.event.top} for entry in entries]
+        return {
+            "tokens": [self.token_text(entry.event.token) for entry in entries],
+            "token_logprobs": [entry.event.logprob for entry in entries],
+            "top_logprobs": tops if self.wants.top_logprobs else None,
+            "text_offset": [entry.start for entry in entries],
+        }
+
+    def _token(self, token: int | None, logprob: float) -> dict[str, Any]:
+        text = self.token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": None if BROKEN in text else list(text.encode())}
+
+    def token_text(self, token: int | None) -> str:
+        """The text of one token; a part of a character is U+FFFD."""
+        text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        return f" {text}" if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
+
+
+def total_tokens(prompts: Iterable[list[int]]) -> int:
+    """Tokens of all prompts."""
+    return sum(map(len, prompts))

@@ -1,13 +1,19 @@
 """The console command `jaxrlhf COMMAND`."""
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
 from typing import NamedTuple
 
+from jaxrlhf.config.placeholders import placeholders
+from jaxrlhf.config.secrets import redacted
 from jaxrlhf.errors import InputError, Interrupted, RunError
 from jaxrlhf.xla_flags import set_xla_flags
+
+PIPE_CLOSED = 141
+"""Exit status when the reader of the output is gone, as of a process that SIGPIPE ends."""
 
 
 class Command(NamedTuple):
@@ -97,6 +103,19 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or that of the error's kind (`jaxrlhf.errors`)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    asks_for_help = not argv or argv[0] == "help" or bool({"-h", "--help"} & set(argv))
+    try:
+        with placeholders() if asks_for_help else contextlib.nullcontext():
+            status = main_of(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as in `jaxrlhf --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes once more, and fails
+        return PIPE_CLOSED
+    return status
+
+
+def main_of(argv: list[str]) -> int:
+    """`main`, of the words of a command."""
     verbose = "--verbose" in argv
     argv = [word for word in argv if word != "--verbose"]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -122,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"jaxrlhf: {stop}", file=sys.stderr)
         return stop.status
     except RunError as error:
-        print(f"jaxrlhf: error: {error}", file=sys.stderr)
+        print(redacted(f"jaxrlhf: error: {error}"), file=sys.stderr)
         tell_others(error, error.status)
         return error.status
     except KeyboardInterrupt as error:
@@ -140,15 +159,26 @@ def tell_others(error: BaseException, status: int) -> None:
 def run(name: str, command: Command, argv: list[str], verbose: bool = False) -> int:
     # Transformers and tokenizers say much that is of no use here; ours is shown.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found", which nobody needs
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(hide_secrets)
     logging.getLogger("jaxrlhf").setLevel(logging.INFO)
     logging.getLogger("jaxrlhf.kernels").setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback per thread for what we say once
     from jaxrlhf.config import parse
+    from jaxrlhf.config.compilation import CompilationConfig, use_compilation_cache
 
     config = parse(command.config_class(), argv, f"jaxrlhf {name}", command.help, owners)
+    use_compilation_cache(getattr(config, "compilation", CompilationConfig()))
     getattr(importlib.import_module(command.module), command.function)(config)
     return 0
+
+
+def hide_secrets(record: logging.LogRecord) -> bool:
+    """Replaces secrets in a log record (a filter)."""
+    record.msg, record.args = redacted(record.getMessage()), None
+    return True
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ class Iteration:
         keys = jax.random.split(jax.random.key(config.seed))
         models = make(actor, key=keys[0]), make(critic, head="scalar", key=keys[1])
         ids = {name: getattr(actor, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        tokenizer: Any = SimpleNamespace(**(ids | {"eos_token_id": ids["eos_token_id"] or 0}))
+        eos = ids["eos_token_id"]
+        ids["eos_token_id"] = eos[0] if isinstance(eos, tuple) else eos or 0
+        tokenizer: Any = SimpleNamespace(**ids)
         self.engine = RLHFEngine(*models, tokenizer, num_total_iters=1, config=ppo)
         self.trainer = PPOTrainer(self.engine)
         self.trainer.sampling = ppo.sampling  # no EOS: responses have a fixed length

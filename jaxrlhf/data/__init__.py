@@ -3,7 +3,7 @@
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData, eval_batches, length_bucket
 from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
 from jaxrlhf.data.encoding import encode_stops
-from jaxrlhf.data.ends import end_ids, knows_model, with_end_ids
+from jaxrlhf.data.ends import end_ids, knows_model, with_end_ids, without_end
 from jaxrlhf.data.loading import DataConfig, load_data
 from jaxrlhf.data.order import epoch_permutation
 from jaxrlhf.data.rendering import (
@@ -62,5 +62,6 @@ __all__ = [
     "vocabulary_size",
     "with_end_ids",
     "with_template",
+    "without_end",
     "write_demo",
 ]

@@ -10,8 +10,10 @@ import copy
 import functools
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxrlhf.data.encoding import SpecialTokens
 from jaxrlhf.data.renderer import renderer_of_transformers
@@ -37,6 +39,11 @@ def end_ids(tokenizer: Any) -> tuple[int, ...]:
         return given
     found = (tokenizer.eos_token_id, turn_end(tokenizer), *getattr(tokenizer, "end_ids_of_model", ()))
     return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+def without_end(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
+    """The ids of a sampled response without the one that ended it; not every tokenizer skips it as a special token."""
+    return ids[:-1] if len(ids) and int(ids[-1]) in end_ids(tokenizer) else ids
 
 
 def knows_model(tokenizer: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.encoding import Encoded, SpecialTokens, Text, encode, encode_continuations
-from jaxrlhf.data.ends import closing_ids, end_ids, names_of, turn_of
+from jaxrlhf.data.ends import closing_ids, end_ids, names_of, turn_of, without_end
 from jaxrlhf.data.renderer import (
     Message,
     Prompt,
@@ -221,8 +221,7 @@ def plain_response(tokenizer: Any, text: str) -> str:
 def answer_text(tokenizer: Any, ids: Sequence[int] | np.ndarray, stop_strings: Sequence[str] = ()) -> str:
     """Decodes a generated response, without special tokens, the end id or stop string that ended it, and the
     template's text."""
-    ids = ids[:-1] if len(ids) and int(ids[-1]) in end_ids(tokenizer) else ids
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(without_end(tokenizer, ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     stop = next((s for s in stop_strings if text.endswith(s)), "")
     return plain_response(tokenizer, text.removesuffix(stop))
 

@@ -35,7 +35,7 @@ Config = TypeVar("Config", bound=Settings)
 
 SEEN = 10.0  # seconds after which a shared file system shows what another machine has written
 VERDICT = 5.0  # seconds in which the cause of a broken collective becomes known
-MAY_DIFFER = ("data_cache_dir",)  # settings that may differ between the processes
+MAY_DIFFER = ("data_cache_dir", "compilation_cache")  # settings that may differ between the processes
 
 _lifeline: Lifeline | None = None
 

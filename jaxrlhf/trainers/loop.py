@@ -146,10 +146,12 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         loop = _Loop(run, config, task, start, stopped)
         loop.evaluate_at_start(state)
-        for index in range(start, task.total_steps):
-            state = loop.step(state, index)
-            bar.update()
-            loop.finish_step(state, index + 1)
+        with tracing(run, config.profiled) as trace:
+            for index in range(start, task.total_steps):
+                trace(index + 1)
+                state = loop.step(state, index)
+                bar.update()
+                loop.finish_step(state, index + 1)
     best = loop.best.step
     if config.export_best and best not in (None, task.total_steps):
         with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
@@ -263,6 +265,35 @@ def _evaluations(run: Run) -> list[dict[str, Any]]:
 
 def evaluated(run: Run, step: int) -> bool:
     return from_primary("looking for an evaluation", lambda: any(r["step"] == step for r in _evaluations(run)))
+
+
+@contextmanager
+def tracing(run: Run, steps: range) -> Iterator[Callable[[int], None]]:
+    """Traces `steps` with JAX's profiler into the folder `profile` of the run, on process 0.
+
+    Yields a function to call before each step with its number, counted from 1.
+    """
+    folder, active = run.output_dir / "profile", False
+
+    def stop() -> None:
+        nonlocal active
+        if active:
+            active = False
+            jax.profiler.stop_trace()
+            run.print(f"profile: {folder}; xprof --logdir {folder} shows it")
+
+    def before(step: int) -> None:
+        nonlocal active
+        if step not in steps:
+            stop()
+        elif not active and is_primary():
+            jax.profiler.start_trace(folder)
+            active = True
+
+    try:
+        yield before
+    finally:
+        stop()
 
 
 class Best(NamedTuple):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PathName, PositiveInt, Settings, alias, check_needs
+from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import DataConfig, TemplateConfig, Tokenizer, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
@@ -177,12 +178,31 @@ class RunConfig(Settings, may_change=True):
     """End the run after this many steps in a row without a finite update; such steps change nothing."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
+    profile_steps: str = ""
+    """Steps to trace, as in 3:5 (both included), counted from 1; the trace lies in output_dir/profile, for XProf and
+    TensorBoard. Empty: none."""
 
     def check(self) -> None:
         if self.max_steps < 1 and self.max_steps != -1:
             raise InputError(f"max_steps={self.max_steps} must be at least 1, or -1 for num_train_epochs")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
             raise InputError(f"num_train_epochs={self.num_train_epochs} must be above 0 when max_steps is not given")
+        self.profiled  # noqa: B018 - refuses text that is no range
+
+    @property
+    def profiled(self) -> range:
+        """The steps to trace, counted from 1; empty for none. Raises InputError for text that is no range."""
+        first, colon, last = self.profile_steps.partition(":")
+        if not self.profile_steps:
+            return range(0)
+        if not (first.isdecimal() and (last if colon else first).isdecimal()):
+            raise InputError(f"profile_steps={self.profile_steps!r} must be FIRST:LAST, such as 3:5, or one step")
+        steps = range(int(first), int(last if colon else first) + 1)
+        if not steps or steps[0] < 1:
+            raise InputError(
+                f"profile_steps={self.profile_steps!r} must begin at 1 or later, and end where it begins or later"
+            )
+        return steps
 
     @property
     def remat(self) -> str:
@@ -205,6 +225,7 @@ class SharedConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
+    compilation: CompilationConfig = CompilationConfig()
     process: ProcessConfig = ProcessConfig()
 
 

@@ -38,12 +38,14 @@ FLOATS = {
 def find_model_folder(name_or_path: str | os.PathLike) -> Path:
     """Returns the local folder of a model: the path itself, or the hub snapshot of `owner/name`, downloaded or cached.
 
-    It holds a config.json, or the adapter_config.json of an adapter.
+    It holds a config.json, or the adapter_config.json of an adapter. A GGUF file stands for itself.
 
     Raises:
         InputError: Neither exists, or the folder has no config.json.
     """
     path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        return path
     if path.is_dir():
         if not (path / CONFIG).is_file() and not is_adapter(path):
             raise InputError(f"model folder {path} has no {CONFIG}; it must be a Hugging Face model folder")

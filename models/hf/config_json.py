@@ -41,6 +41,7 @@ _SCORES = "reward models with several scores, a gate or a normaliser of their ow
 _REFUSED = (
     _Refused(r"quantization_config|compression_config", _QUANTISED),
     _Refused(r"score_\w+|normalizer_type|gating_\w+|num_objectives", _SCORES),
+    _Refused(r"normalize_reward", "the mean and standard deviation of the config are not applied to rewards"),
     _Refused(r"rope_interleaved", "the rows of query and key are in another order than transformers expects"),
     _Refused(r"pruned_heads|per_layer_config", "all layers must have the same shape"),
 )
@@ -51,11 +52,10 @@ _WRAPPERS += ("PeftModelForCausalLM", "PeftModelForSequenceClassification")
 _USUAL = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "model_type"}
 _USUAL |= {"id2label", "label2id", "problem_type", "is_encoder_decoder", "is_decoder", "tokenizer_class"}
 _USUAL |= {"output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward"}
-_USUAL |= {*OPENRLHF_OPTIONS}  # read with the weights
 # Options that do not travel: an export has its own, or they point to code and files that it does not have.
-# OpenRLHF's: an export names the head `score`, and holds its normalisation in the weights.
+# `value_head_prefix`: an export names the head `score`.
 _NOT_EXPORTED = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map"}
-_NOT_EXPORTED |= {"custom_pipelines", "quantization_config", *OPENRLHF_OPTIONS}
+_NOT_EXPORTED |= {"custom_pipelines", "quantization_config", "value_head_prefix"}
 _LABELS = ("id2label", "label2id", "num_labels", "_num_labels", "problem_type")
 
 
@@ -127,7 +127,9 @@ def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     if is_gguf(name_or_path):
         return config_from_dict(gguf_options(Path(name_or_path)), str(name_or_path))
     path = base_folder(find_model_folder(name_or_path)) / CONFIG
-    return with_generation_config(config_from_dict(read_json(path), str(path)), path.parent)
+    # The loader applies these (models/hf/score_heads.py).
+    values = {name: value for name, value in read_json(path).items() if name not in OPENRLHF_OPTIONS}
+    return with_generation_config(config_from_dict(values, str(path)), path.parent)
 
 
 def config_to_dict(config: DecoderConfig, head: str = "lm", dtype: str | None = None) -> dict[str, object]:
@@ -147,10 +149,6 @@ def config_to_dict(config: DecoderConfig, head: str = "lm", dtype: str | None = 
     if head == "scalar":
         values = {name: value for name, value in values.items() if name not in _LABELS}
         values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        # transformers finds the last token of a row by its pad id, and refuses batches without one.
-        if config.pad_token_id is None:
-            eos = config.eos_token_id
-            values["pad_token_id"] = eos[0] if isinstance(eos, tuple) else eos
     return dict(sorted(values.items()))
 
 

@@ -228,7 +228,7 @@ def load_pretrained(
         InputError: The folder is missing or unreadable, a family or option is not supported, files differ between the
             processes of the mesh, or tensors are missing, unexpected or mis-shaped (the message lists them).
     """
-    folder = Path(name_or_path) if is_gguf(name_or_path) else find_model_folder(name_or_path)
+    folder = find_model_folder(name_or_path)
     if mesh is not None and mesh.is_multi_process:
         hashes = fingerprint(folder).items()
         check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})

@@ -182,7 +182,7 @@ def test_the_page_fits_its_window_light_and_dark_and_loads_from_nowhere_else(pag
     page.command("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=1, mobile=width < 500)
     page.set("max_tokens", "8")
     page.one("#compare").click()
-    page.ask("What is hot? " + "long" * 60)
+    page.ask("hot" * 20)
     colours = set()
     for scheme in ("light", "dark"):
         page.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])

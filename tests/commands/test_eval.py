@@ -12,6 +12,7 @@ import pytest
 from jaxrlhf import cli, keys
 from jaxrlhf.commands.eval import EvalConfig, evaluate
 from jaxrlhf.commands.evaluation.generators import cut, with_stops
+from jaxrlhf.commands.evaluation.report import short_names
 from jaxrlhf.commands.evaluation.rows import holds_pairs, read_prompts
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import DataConfig, encode_prompts, encode_rows
@@ -220,6 +221,7 @@ def test_a_server_gets_every_prompt_with_its_own_seed_and_the_sampling(server, q
         assert row["responses"][address] == [f"{42 + i * 2 + j}: {prompt}" for j in range(2)]
     assert results["pairs"][0]["win_rate"]["value"] == 0.5
     assert "secret" not in json.dumps(results)
+    assert short_names([f"{address}#second", address]) == ["second", address.removeprefix("http://")]
 
 
 def test_a_server_that_refuses_or_is_not_there_is_named_with_its_words(server, questions, demo):

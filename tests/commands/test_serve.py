@@ -4,6 +4,8 @@ import contextlib
 import functools
 import itertools
 import json
+import math
+import queue
 import random
 import re
 import socket
@@ -20,9 +22,10 @@ from serving import one_device, serving  # noqa: F401 - a fixture
 from jaxrlhf.commands.chat import ChatConfig, open_session
 from jaxrlhf.commands.evaluation.scoring import last_scores
 from jaxrlhf.commands.serve import ServeConfig, Server, check_preferences, listen
+from jaxrlhf.commands.serve.scheduler import Job, Scheduler, Stopped
 from jaxrlhf.config import parse
 from jaxrlhf.data import DataConfig, encode_conversation, encode_rows, load_data
-from jaxrlhf.engine import SamplingConfig
+from jaxrlhf.engine import SamplingConfig, SlotSampling
 from jaxrlhf.engine.slots import slot_join, slot_step
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import Console
@@ -371,6 +374,26 @@ def test_random_requests_and_cancellations_lose_and_mix_up_nothing(server, demo,
     for answer, right, left in zip(got, expected, leaving, strict=True):
         assert right.startswith(answer) if left else answer == right
     wait_for(lambda: busy(server, demo) == 0)
+
+
+def test_a_model_that_fails_ends_its_requests_and_takes_no_more():
+    class Broken:
+        slots = 2
+
+        def join(self, prompt, samples):
+            raise MemoryError("no room")
+
+    events, failed = queue.Queue(), threading.Event()
+    scheduler = Scheduler(Broken(), (1,), 4, lambda event, seconds: None)
+    jobs = [Job([5, 6], SlotSampling(0), 8, 0, math.inf, events.put) for _ in range(3)]
+    scheduler.submit(jobs)
+    scheduler.start(failed.set)
+    assert failed.wait(60)
+    assert {events.get(timeout=60).finish for _ in jobs} == {"error"}
+    with pytest.raises(Stopped):
+        scheduler.submit(jobs[:1])
+    scheduler.close()
+    assert isinstance(scheduler.error, MemoryError)
 
 
 # ---- scores, votes, metrics, the page

@@ -6,13 +6,20 @@ Exits with 1 if llama.cpp knows an architecture, but not the name of one of its 
 """
 
 import json
+import re
 import struct
 import sys
 from pathlib import Path
 
 import gguf
 
-ARCHITECTURES = {"gpt_neox": "GPTNEOX", "mistral": "LLAMA", "gemma3_text": "GEMMA3"}
+ARCHITECTURES = {
+    "gpt_neox": "GPTNEOX",
+    "mistral": "LLAMA",
+    "gemma3_text": "GEMMA3",
+    "mixtral": "LLAMA",
+    "qwen3_moe": "QWEN3MOE",
+}
 """GGUF architectures that are not named as the `model_type`."""
 
 
@@ -21,8 +28,8 @@ TIED = ("gemma", "gemma2", "cohere2")
 
 
 def is_known(table: gguf.TensorNameMap, name: str) -> bool:
-    """Whether a name is in a table; llama.cpp's converter drops the prefix of BLOOM's base model."""
-    names = (name, name.removeprefix("transformer."))
+    """Whether a name is in a table; llama.cpp's converter drops the prefix of BLOOM's base model, and joins experts."""
+    names = (name, name.removeprefix("transformer."), re.sub(r"\.experts\.\d+\.", ".experts.", name))
     return any(table.get_name(each, try_suffixes=(".weight", ".bias")) is not None for each in names)
 
 

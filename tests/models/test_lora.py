@@ -365,7 +365,7 @@ def test_bad_adapter_folders_are_refused_with_what_is_wrong(saved, make_model):
     refused(changed(folder, "ia3", config={"peft_type": "IA3"}), "peft_type='IA3' is not supported")
     refused(changed(folder, "dora", config={"use_dora": True, "bias": "all"}), "use_dora=True, bias='all'")
     refused(changed(folder, "pissa", config={"init_lora_weights": "pissa"}), "init_lora_weights='pissa'")
-    refused(changed(folder, "embeddings", config={"modules_to_save": ["embed_tokens"]}), "embed_tokens")
+    refused(changed(folder, "modules", config={"modules_to_save": ["mlp"]}), "modules_to_save='mlp' is not supported")
     refused(
         changed(folder, "absent", tensors=lambda t: t.pop(q.format("B"))),
         "missing model.layers.1.self_attn.q_proj.lora_B",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config.files import read_jsonl
+from jaxrlhf.data import eval_batches
 from jaxrlhf.data.demo import train_tokenizer
 from jaxrlhf.errors import InputError, Interrupted, TrainingDiverged
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
@@ -20,6 +21,7 @@ from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
+from jaxrlhf.trainers import supervised
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
@@ -118,6 +120,32 @@ def test_ten_steps_equal_five_a_stop_and_five(finished, train, tmp_path, sigint_
     assert [r["step"] for r in expected if any(k.startswith("eval/") for k in r)] == [0, STEPS]
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "when"), [(0, "before the first step"), (2, "after step 2")])
+def test_a_stop_in_an_evaluation_ends_it_within_a_batch_and_a_resume_makes_up_for_it(
+    train, tmp_path, monkeypatch, number, when
+):
+    options = {"max_steps": 4, "eval_steps": 2, "packing": False, "per_device_eval_batch_size": 1}
+    train("sft", tmp_path / "whole", **options)
+    begun, measured = [], []
+
+    def batches(*args, **kwargs):
+        begun.append(kwargs)
+        for i, batch in enumerate(eval_batches(*args, **kwargs)):
+            if len(begun) == number // 2 + 1 and i == 1:
+                signal.raise_signal(signal.SIGTERM)  # in this thread: handled before the next line
+            yield batch
+            measured.append(len(begun))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "eval_batches", batches)
+        with pytest.raises(Interrupted, match=f"stopped during the evaluation {when}; continue with --resume"):
+            train("sft", tmp_path / "parts", **options)
+    assert measured.count(number // 2 + 1) == 1, "the batch at work is finished, the next not begun"
+    assert [path.name for path in list_checkpoints(tmp_path / "parts")] == ["checkpoint-2"] * (number > 0)
+    train("sft", tmp_path / "parts", resume=True, **options)
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
 
 
 def resumes_in_another_layout(finished, train, folder):

@@ -22,6 +22,7 @@ from jaxrlhf.data import (
     pad_token_id,
     plain_response,
     vocabulary_size,
+    without_end,
 )
 from jaxrlhf.data.batches import fill
 from jaxrlhf.engine import HybridEngine, SamplingConfig
@@ -166,9 +167,9 @@ class FolderModel:
         with console.progress(len(ids), description=self.name, unit="prompt") as bar:
             found = generate_all(engine, ids, key, ending, rows=rows, slots=slots, on_batch=bar.update)
         seconds = time.monotonic() - begin
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         full = [
-            [self.tokenizer.decode(r, skip_special_tokens=True, clean_up_tokenization_spaces=False) for r in responses]
-            for responses in found
+            [self.tokenizer.decode(without_end(self.tokenizer, r), **plain) for r in responses] for responses in found
         ]
         texts = [[plain_response(self.tokenizer, cut(text, sampling.stop_strings)) for text in row] for row in full]
         stopped = np.array([[cut(text, sampling.stop_strings) != text for text in row] for row in full])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from jaxrlhf.commands.evaluation.comparison import Comparison
 from jaxrlhf.commands.evaluation.reward_models import PairReport, TextReport
+from jaxrlhf.commands.evaluation.settings import is_server
 from jaxrlhf.runs.console import Console
 
 MEASURES = {"accuracy": "accuracy", "length_baseline": "longer is better", "margin": "margin"}
@@ -17,7 +19,10 @@ Table = tuple[str, list[str], list[list[Any]]]
 
 
 def short(name: str) -> str:
-    """The last part of a path or address."""
+    """The last part of a path; the model's name or the host of a server."""
+    if is_server(name):
+        address, _, model = name.partition("#")
+        return model or urlsplit(address).netloc
     return name.rstrip("/").rpartition("/")[2] or name
 
 

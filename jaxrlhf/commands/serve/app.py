@@ -81,7 +81,10 @@ def create_app(
         assert isinstance(error, HTTPException)
         return error_response(ApiError(f"{error.detail}: see docs/serving.md", status=error.status_code))
 
-    return Starlette(routes=routes, exception_handlers={HTTPException: http_error})
+    async def server_error(_: Request, error: Exception) -> Response:
+        return error_response(ApiError(f"the server has failed ({type(error).__name__}); see its log", status=500))
+
+    return Starlette(routes=routes, exception_handlers={HTTPException: http_error, Exception: server_error})
 
 
 async def read_body(request: Request) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from jaxrlhf.runs.trackers.base import Cell, TrackedRun, slug
 
 WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 """Modes in which nothing is sent."""
+START_SECONDS = 25
+"""Time that the server has to answer; below what the end of a run waits for."""
 
 
 class WeightsAndBiases:
@@ -40,7 +42,8 @@ class WeightsAndBiases:
 
         project = run.project or os.environ.get("WANDB_PROJECT") or "jaxrlhf"
         # Its metadata holds the command line, and its copy of the console what is printed.
-        settings = wandb.Settings(console="off", x_disable_meta=redacted(sys.argv) != sys.argv, silent=True)
+        hide = redacted(sys.argv) != sys.argv
+        settings = wandb.Settings(console="off", silent=True, x_disable_meta=hide, init_timeout=START_SECONDS)
         identity = {"id": run.known["id"], "resume": "allow"} if "id" in run.known else {}
         self._run = wandb.init(
             project=project, name=run.name, dir=run.folder, config=dict(run.config), settings=settings, **identity

@@ -41,7 +41,10 @@ _SCORES = "reward models with several scores, a gate or a normaliser of their ow
 _REFUSED = (
     _Refused(r"quantization_config|compression_config", _QUANTISED),
     _Refused(r"score_\w+|normalizer_type|gating_\w+|num_objectives", _SCORES),
-    _Refused(r"normalize_reward", "the mean and standard deviation of the config are not applied to rewards"),
+    _Refused(
+        r"normalize_reward",
+        "the mean and standard deviation belong to the head; load the whole folder, which applies them",
+    ),
     _Refused(r"rope_interleaved", "the rows of query and key are in another order than transformers expects"),
     _Refused(r"pruned_heads|per_layer_config", "all layers must have the same shape"),
 )

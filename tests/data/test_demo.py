@@ -91,7 +91,7 @@ def test_data_path_demo_means_this_data(tmp_path, rows):
     config = DataConfig(data_path="demo", data_split="2,4,4", max_length=64, data_cache_dir=str(tmp_path))
     tokenizer = load_tokenizer(materialize_demo(tmp_path).tokenizer)
     train, evaluation = load_data(config, tokenizer, "reward")
-    assert len(evaluation) == 300
+    assert len(evaluation) == config.max_eval_samples == 256, "of 300 rows"
     assert abs(len(train) - 2400) < 100, "the split is one of prompts, which have several rows"
     assert evaluation.text(0)["chosen"] == f" {rows['eval'][0]['chosen']}"
     assert train.counts["truncated_prompts"] == train.counts["skipped"] == 0

@@ -1,5 +1,6 @@
 """The embedded demo data: the same for everyone, with a preference that a plain function can check."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -90,8 +91,10 @@ def test_everything_fits_the_demo_lengths_and_survives_decoding(demo, rows):
 def test_data_path_demo_means_this_data(tmp_path, rows):
     config = DataConfig(data_path="demo", data_split="2,4,4", max_length=64, data_cache_dir=str(tmp_path))
     tokenizer = load_tokenizer(materialize_demo(tmp_path).tokenizer)
+    assert len(load_data(config, tokenizer, "reward")[1]) == config.max_eval_samples == 256
+    config = dataclasses.replace(config, max_eval_samples=0)
     train, evaluation = load_data(config, tokenizer, "reward")
-    assert len(evaluation) == config.max_eval_samples == 256, "of 300 rows"
+    assert len(evaluation) == 300
     assert abs(len(train) - 2400) < 100, "the split is one of prompts, which have several rows"
     assert evaluation.text(0)["chosen"] == f" {rows['eval'][0]['chosen']}"
     assert train.counts["truncated_prompts"] == train.counts["skipped"] == 0

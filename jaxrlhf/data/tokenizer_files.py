@@ -77,7 +77,10 @@ def read_gguf_tokenizer(path: Path) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
-        raise InputError(f"{path}: reading GGUF needs the package gguf; pip install 'jaxrlhf[gguf]'") from error
+        raise InputError(
+            f"{path}: transformers reads the tokenizer of a GGUF file with the packages gguf and torch; install them "
+            "(pip install 'jaxrlhf[gguf]' torch), or name a tokenizer folder with tokenizer_name_or_path"
+        ) from error
     except Exception as error:  # transformers raises bare exceptions for metadata that it does not know
         raise InputError(
             f"{path}: holds no tokenizer that can be read ({first_line(error)}); name one with tokenizer_name_or_path"

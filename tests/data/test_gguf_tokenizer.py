@@ -6,6 +6,7 @@ from jaxrlhf.data import load_tokenizer
 from jaxrlhf.errors import InputError
 
 gguf = pytest.importorskip("gguf")
+pytest.importorskip("torch")  # transformers' reader needs it
 
 LETTERS = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))] + [chr(256 + i) for i in range(68)]
 

@@ -131,14 +131,17 @@ def wandb_records(data):
 
 
 def test_wandb_continues_one_run_and_gets_each_metric_of_a_step_once(tmp_path, places):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
-    def keep_first():  # wandb names the folder by the second, and both runs may begin in one
+    def keep_first():
+        wandb.teardown()  # a resume is another process
+        # wandb names the folder by the second, and both runs may begin in one.
         (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
         folder.rename(folder.with_name("offline-run-0"))
 
     resumed_run(tmp_path / "run", "wandb", between=keep_first)
+    wandb.teardown()  # only then its files are complete
     known = json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]
     values, ids, settings, exits = {}, set(), {}, []
     for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.kernels import KV_CACHE_DTYPES, Cache
-from jaxrlhf.models.decoder import Block, DecodeContext, Decoder
+from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.layer_options import layer_options
+from jaxrlhf.models.layers import Block, DecodeContext
 from jaxrlhf.models.lora import merge_lora
 from jaxrlhf.models.model import logical_axes, storage_rules
 from jaxrlhf.models.rotary import rotation

@@ -1,28 +1,23 @@
-"""The one decoder: embeddings, scanned blocks and a language-model or scalar head, as Flax linen modules.
+"""The one decoder: embeddings, scanned blocks and a language-model or scalar head, as a Flax linen module.
 
 Training and scoring scan `Block` over stacked parameters. Prefill and decode (models/decode.py) run it layer by layer
 with an explicit key/value cache. Dropout is active exactly when a `dropout` RNG is passed to `apply`.
 """
 
-import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import LIBRARIES, Cache, entries, project_logits, write_columns
-from jaxrlhf.models.activations import ACTIVATION_FUNCTIONS
-from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_sequence
+from jaxrlhf.kernels import project_logits
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
-from jaxrlhf.models.layer_options import LayerOptions, attends_alike, attention_options, layer_options
-from jaxrlhf.models.moe import ROUTER_SUMS, MoE
-from jaxrlhf.models.rotary import rotate
-from jaxrlhf.models.sequences import SequenceContext, sequence_context
+from jaxrlhf.models.layer_options import layer_options
+from jaxrlhf.models.layers import Block, Head, Norm, Projection, scaled
+from jaxrlhf.models.moe import ROUTER_SUMS
+from jaxrlhf.models.sequences import sequence_context
 from jaxrlhf.models.token_rows import TokenRows, look_up, replace_rows
 from jaxrlhf.sharding import constrain
 
@@ -33,103 +28,6 @@ REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class DecodeContext(flax.struct.PyTreeNode):
-    """Facts about one decode step that the attention of every layer needs."""
-
-    start: jax.Array
-    """int `[B]`: first live cache column of each row."""
-    column: jax.Array
-    """int scalar or `[B]`: cache column of the one new token."""
-    rotation: tuple[jax.Array, jax.Array] | None
-    """cos and sin of the new token as `rotation` returns them; None without rotary positions."""
-
-
-def _parameter(
-    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...], axes: tuple[str | None, ...]
-) -> jax.Array:
-    """A parameter of `module` with logical axes, which flax strips from what it returns."""
-    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last `axes` axes, computed in float32."""
-
-    config: DecoderConfig
-    dtype: jnp.dtype
-    kind: str | None = None
-    axes: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c, kind = self.config, self.kind or self.config.norm
-        shape, over = x.shape[-self.axes :], tuple(range(-self.axes, 0))
-        size = math.prod(shape)
-        init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
-        scale = _parameter(self, "scale", init, (size,), ("norm",)).astype(jnp.float32).reshape(shape)
-        x = x.astype(jnp.float32)
-        if kind == "layernorm":
-            x = x - x.mean(over, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(over, keepdims=True) + c.norm_eps)
-        x = x * (1 + scale if c.norm_plus_one else scale)
-        if kind == "layernorm" and c.norm_bias:
-            bias = _parameter(self, "bias", nn.initializers.zeros, (size,), ("norm",))
-            x = x + bias.astype(jnp.float32).reshape(shape)
-        return x.astype(self.dtype)
-
-
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
-    """`x · factor`, computed in float32: a factor that is rounded to 16 bits would shift all of `x` alike."""
-    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
-    """Contracts the last `count` axes of `x` with the first ones of `kernel`."""
-    dims = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
-    return jax.lax.dot_general(x, kernel, (dims, ((), ())))
-
-
-class Projection(nn.Module):
-    """A linear map that contracts the last `len(in_axes)` axes of its input.
-
-    Logical axes name the axes of kernel and bias. With adapters at this path there are two more leaves: `lora_a`
-    `[in…, r]` and `lora_b` `[r, out…]`.
-    """
-
-    config: DecoderConfig
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    in_axes: tuple[str | None, ...]
-    out_axes: tuple[str | None, ...]
-    use_bias: bool
-    dtype: jnp.dtype
-    lora: LoRAConfig | None = None
-
-    def _adapter(self, x: jax.Array, rank: int, rate: float) -> jax.Array:
-        bound = math.prod(self.in_shape) ** -0.5
-
-        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)  # as PEFT initialises A
-
-        a = _parameter(self, "lora_a", uniform, (*self.in_shape, rank), (*self.in_axes, None))
-        b = _parameter(self, "lora_b", nn.initializers.zeros, (rank, *self.out_shape), (None, *self.out_axes))
-        x = nn.Dropout(rate, deterministic=rate == 0 or not self.has_rng("dropout"))(x)
-        return _contract(_contract(x, a.astype(self.dtype), len(self.in_shape)), b.astype(self.dtype), 1)
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(self.config.initializer_range)
-        kernel = _parameter(self, "kernel", init, self.in_shape + self.out_shape, self.in_axes + self.out_axes)
-        x = x.astype(self.dtype)
-        y = _contract(x, kernel.astype(self.dtype), len(self.in_shape))
-        if self.use_bias:
-            axes = self.out_axes if self.out_axes != ("embed",) else ("norm",)
-            bias = _parameter(self, "bias", nn.initializers.zeros, self.out_shape, axes)
-            y = y + bias.astype(self.dtype)
-        if self.lora is not None and self.lora.matches("/".join(self.path)):
-            y = y + self._adapter(x, self.lora.rank, self.lora.dropout) * self.lora.scale
-        return y
 
 
 def read_columns(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
@@ -148,185 +46,6 @@ def repeat_values(values: jax.Array, own: jax.Array) -> jax.Array:
     """Replaces each of `values` `[B, T]` that is not `own` by the last own one before it; leading ones by column 0."""
     columns = jnp.where(own, jnp.arange(values.shape[1]), 0)
     return jnp.take_along_axis(values, jax.lax.cummax(columns, axis=1), axis=1)
-
-
-class Attention(nn.Module):
-    """Self-attention.
-
-    With `qkv_groups` g > 0 query, key and value are one map `qkv`, which models/decode.py builds. Group i of g holds
-    the query heads, then the key heads, then the value heads of shard i.
-    """
-
-    config: DecoderConfig
-    dtype: jnp.dtype
-    lora: LoRAConfig | None = None
-    qkv_groups: int = 0
-    implementation: str = "auto"
-
-    def _heads(self, x: jax.Array) -> list[jax.Array]:
-        """Query, key and value, each `[B, T, heads, D]`."""
-        c, g = self.config, self.qkv_groups
-        counts = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
-
-        def project(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-            shapes = ((c.hidden_size,), (*shape, c.head_dim), ("embed",), (*axes, "head_dim"))
-            return Projection(c, *shapes, c.qkv_bias, self.dtype, self.lora, name=name)(x)
-
-        if not g:
-            names = (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads"))
-            return [project(name, (n,), (axis,)) for (name, axis), n in zip(names, counts, strict=True)]
-        fused = project("qkv", (g, sum(counts) // g), ("heads", None))
-        parts = jnp.split(fused, (counts[0] // g, (counts[0] + counts[1]) // g), axis=-2)
-        return [part.reshape(*x.shape[:2], n, c.head_dim) for part, n in zip(parts, counts, strict=True)]
-
-    def _options(self, options: LayerOptions, generates: bool) -> AttentionOptions:
-        c, implementation = self.config, self.implementation
-        if implementation in LIBRARIES and generates:
-            implementation = "auto"  # libraries support neither left padding nor a single query
-        if attends_alike(c):
-            options = layer_options(c)[0]  # as plain numbers, which some kernels need
-        return attention_options(c, options, implementation)
-
-    def _positioned(
-        self, query: jax.Array, key: jax.Array, context: SequenceContext | DecodeContext, options: LayerOptions
-    ) -> tuple[jax.Array, jax.Array]:
-        """Query and key `[B, H, T, D]`, rotated as this layer rotates."""
-        if context.rotation is None:
-            return query, key
-        cos, sin = context.rotation if options.rope is None else (x[options.rope] for x in context.rotation)
-        query, key = (rotate(x, cos, sin, interleaved=self.config.rotary_interleaved) for x in (query, key))
-        return query, key
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, context: SequenceContext | DecodeContext, options: LayerOptions, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
-        c = self.config
-        query, key, value = self._heads(x)
-        if c.qk_norm:
-            axes = 2 if c.qk_norm_joint else 1
-            query = Norm(c, self.dtype, kind="rmsnorm", axes=axes, name="query_norm")(query)
-            key = Norm(c, self.dtype, kind="rmsnorm", axes=axes, name="key_norm")(key)
-        query, key, value = (
-            constrain(part.swapaxes(1, 2), "batch", axis, None, None)
-            for part, axis in ((query, "heads"), (key, "kv_heads"), (value, "kv_heads"))
-        )
-        query, key = self._positioned(query, key, context, options)
-
-        how = self._options(options, generates=cache is not None)
-        if self.is_initializing():
-            output = query  # initialisation only creates parameters: the output of attention does not matter
-        elif isinstance(context, DecodeContext):
-            assert cache is not None
-            output, cache = attend_to_cache(query, key, value, cache, context.start, context.column, how)
-        else:
-            if cache is not None:
-                cache = write_columns(cache, entries(key, value, cache), 0)
-            rate = c.attention_dropout
-            output = attend_to_sequence(
-                query,
-                key,
-                value,
-                context,
-                how,
-                prefill=cache is not None,
-                dropout=(rate, self.make_rng("dropout")) if rate > 0 and self.has_rng("dropout") else None,
-            )
-        output = constrain(output.swapaxes(1, 2), "batch", None, "heads", None)
-        shapes = (c.num_heads, c.head_dim), (c.hidden_size,)
-        axes = ("heads", "head_dim"), ("embed",)
-        out = Projection(c, *shapes, *axes, c.out_bias, self.dtype, self.lora, name="out")
-        return out(output), cache
-
-
-class MLP(nn.Module):
-    """The feed-forward part of a block, gated or not."""
-
-    config: DecoderConfig
-    dtype: jnp.dtype
-    lora: LoRAConfig | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        wide = ((c.hidden_size,), (c.intermediate_size,), ("embed",), ("mlp",), c.mlp_bias, self.dtype, self.lora)
-        hidden = Projection(c, *wide, name="up")(x)
-        activation = ACTIVATION_FUNCTIONS[c.activation]
-        hidden = activation(Projection(c, *wide, name="gate")(x)) * hidden if c.gated_mlp else activation(hidden)
-        hidden = constrain(hidden, "batch", None, "mlp")
-        narrow = ((c.intermediate_size,), (c.hidden_size,), ("mlp",), ("embed",), c.mlp_bias, self.dtype, self.lora)
-        return Projection(c, *narrow, name="down")(hidden)
-
-
-class Block(nn.Module):
-    """One transformer layer. Returns the new hidden states and, when a cache was given, the updated cache."""
-
-    config: DecoderConfig
-    dtype: jnp.dtype
-    lora: LoRAConfig | None = None
-    qkv_groups: int = 0
-    attention_implementation: str = "auto"
-    expert_implementation: str = "auto"
-
-    def _mlp(self, context: SequenceContext | DecodeContext) -> Callable[[jax.Array], jax.Array]:
-        """The feed-forward part: one MLP, or experts."""
-        if not self.config.num_experts:
-            return MLP(self.config, self.dtype, self.lora, name="mlp")
-        experts = MoE(self.config, self.dtype, self.expert_implementation, name="mlp")
-        return partial(experts, real=context.key_mask if isinstance(context, SequenceContext) else None)
-
-    def _added(self, x: jax.Array, name: str) -> jax.Array:
-        """What the result of attention or MLP (`name`) adds to the sum: normed, dropped and scaled as configured."""
-        c, rate = self.config, self.config.residual_dropout
-        if c.norm_placement in ("branch", "sandwich"):
-            x = Norm(c, self.dtype, name=f"{name}_out_norm")(x)
-        x = nn.Dropout(rate, deterministic=rate == 0 or not self.has_rng("dropout"))(x)
-        return _scaled(x, c.residual_scale)
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, context: SequenceContext | DecodeContext, options: LayerOptions, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        c = self.config
-        attend = Attention(c, self.dtype, self.lora, self.qkv_groups, self.attention_implementation, name="attn")
-        mlp = self._mlp(context)
-        shared = c.residual == "parallel_shared_norm"
-
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return x if c.norm_placement == "branch" else Norm(c, self.dtype, name=name)(x)
-
-        if c.residual != "sequential":
-            normed = norm(x, "attn_norm")
-            attended, cache = attend(normed, context, options, cache)
-            produced = mlp(normed if shared else norm(x, "mlp_norm"))
-            x = x + self._added(attended, "attn") + self._added(produced, "mlp")
-        elif c.norm_placement == "post":
-            attended, cache = attend(x, context, options, cache)
-            x = norm(x + self._added(attended, "attn"), "attn_norm")
-            x = norm(x + self._added(mlp(x), "mlp"), "mlp_norm")
-        else:
-            normed = norm(x, "attn_norm")
-            attended, cache = attend(normed, context, options, cache)
-            x = (normed if c.residual_from_norm else x) + self._added(attended, "attn")
-            normed = norm(x, "mlp_norm")
-            x = (normed if c.residual_from_norm else x) + self._added(mlp(normed), "mlp")
-        return constrain(x, "batch", None, None), cache
-
-
-class Head(nn.Module):
-    """The parameters of an output head: a kernel `[…, E]` with logical `axes`, and optionally a bias per output."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    use_bias: bool
-    stddev: float
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
-        kernel = _parameter(self, "kernel", nn.initializers.normal(self.stddev), self.shape, self.axes)
-        if not self.use_bias:
-            return kernel, None
-        return kernel, _parameter(self, "bias", nn.initializers.zeros, self.shape[:-1] or (1,), self.axes[:1])
 
 
 class Decoder(nn.Module):
@@ -410,7 +129,7 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         if self.lora is not None and self.lora.trained_tokens:
             x = look_up(x, input_ids, self.lora.trained_tokens, self.embed_rows())
-        x = _scaled(x, c.embed_scale)
+        x = scaled(x, c.embed_scale)
         if c.embed_scale_sqrt:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         if c.embedding_size != c.hidden_size:

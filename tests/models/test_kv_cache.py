@@ -55,7 +55,7 @@ def rounded_logits(model, ids, mask, answer, name, monkeypatch):
         return tuple(widened(x, jnp.float32) * scale[..., None] for x, scale in parts)
 
     with monkeypatch.context() as patch:
-        for module in ("jaxrlhf.models.attend", "jaxrlhf.models.decoder"):
+        for module in ("jaxrlhf.models.attend", "jaxrlhf.models.layers"):
             patch.setattr(f"{module}.entries", entries)
         return logits_of(model, ids, mask, answer)
 

@@ -169,7 +169,7 @@ def turn_of(template: str, names: tuple[tuple[str, str], ...]) -> Turn:
     before = before.removeprefix(prompt) if before.startswith(prompt) else ""
     try:
         (longer,), _ = render([[*messages, {"role": "user", "content": PROBE}]], **options)
-    except Exception:
+    except Exception:  # a template of single turns refuses a second question, in any way it likes
         return Turn(before, after)
     return Turn(before, after, longer.split(PROBE)[1] if longer.count(PROBE) == 2 else "")
 

@@ -76,7 +76,7 @@ def verdict(folder: Path) -> tuple[str, bool]:
     why = limit(folder.name)
     try:
         found = difference(folder)
-    except Exception as error:
+    except Exception as error:  # old versions refuse in many ways, and the table shows each
         return f"refused: {' '.join(str(error).split())[:120]}{f' ({why})' if why else ''}", bool(why)
     equal = found < TOLERANCE
     if equal:

@@ -77,8 +77,7 @@ class Background:
             call, arguments = item
             try:
                 call(*arguments)
-            # A tracker may fail in any way, and none of them is worth a training run; it is said once.
-            except Exception as error:
+            except Exception as error:  # a tracker may fail in any way, and no failure may end a training run
                 self._broken = True
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 self._say(redacted(f"{self.name}: {reason}; the run goes on without it, its files are complete"))

@@ -1,38 +1,25 @@
 """Qwen2 (biases on query, key and value), Qwen3 (normed queries and keys), Qwen3-MoE (experts): Llama with windows."""
 
 from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.families.layer_types import FULL, windows_from_hf, windows_to_hf
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
     hf.refuse_unless("use_mrope", False)
     window = hf.size_or_none("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
-    layers, first = hf.size("num_hidden_layers"), hf.take("max_window_layers", 28)
+    first = hf.take("max_window_layers", 28)
     hf.take("sliding_window")
-    types = hf.take("layer_types")
-    if types is None:
-        types = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or any(kind not in (_FULL, _SLIDING) for kind in types):
-        raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {_FULL!r} or {_SLIDING!r}")
-    if window is None and _SLIDING in types:
-        raise hf.refuse("layer_types", types, "it needs use_sliding_window=True and a sliding_window")
-    if window is None or _SLIDING not in types:
-        return None
-    return tuple(0 if kind == _FULL else window for kind in types)
+    needs = "it needs use_sliding_window=True and a sliding_window"
+    return windows_from_hf(hf, window, lambda i: window is not None and i >= first, needs)
 
 
 def _windows_to_hf(c: DecoderConfig) -> dict[str, object]:
     if c.windows is None:  # `sliding_window` and `max_window_layers` then have no effect
-        return {"layer_types": [_FULL] * c.num_layers, "use_sliding_window": False}
-    return {
-        "layer_types": [_SLIDING if window else _FULL for window in c.windows],
-        "use_sliding_window": True,
-        "sliding_window": max(c.windows),
-        "max_window_layers": next(i for i, window in enumerate(c.windows) if window),
-    }
+        return {"layer_types": [FULL] * c.num_layers, "use_sliding_window": False}
+    first = next(i for i, window in enumerate(c.windows) if window)
+    return windows_to_hf(c) | {"use_sliding_window": True, "max_window_layers": first}
 
 
 def qwen2_from_hf(hf: HFConfig) -> DecoderConfig:

@@ -42,6 +42,17 @@ def windows_to_hf(c: DecoderConfig) -> dict[str, object]:
     return {"layer_types": [SLIDING if window else FULL for window in windows], "sliding_window": max(windows) or None}
 
 
+def one_window_from_hf(hf: HFConfig, default: int | None) -> tuple[int, ...] | None:
+    """Reads `sliding_window` as the window of every layer; None without one."""
+    window = hf.size_or_none("sliding_window", default)
+    return None if window is None else (window,) * hf.size("num_hidden_layers")
+
+
+def one_window_to_hf(c: DecoderConfig) -> dict[str, object]:
+    """The inverse of `one_window_from_hf`."""
+    return {"sliding_window": c.windows[0] if c.windows else None}
+
+
 def ropes_from_hf(hf: HFConfig, base: float, local_base: float, local_name: str | None = None) -> dict[str, Any]:
     """Reads rope parameters by layer type: sliding layers have a base of their own and no scaling.
 

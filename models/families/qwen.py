@@ -1,7 +1,13 @@
 """Qwen2 (biases on query, key and value), Qwen3 (normed queries and keys), Qwen3-MoE (experts): Llama with windows."""
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.families.layer_types import FULL, windows_from_hf, windows_to_hf
+from jaxrlhf.models.families.layer_types import (
+    FULL,
+    one_window_from_hf,
+    one_window_to_hf,
+    windows_from_hf,
+    windows_to_hf,
+)
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
 
@@ -54,17 +60,15 @@ def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
 
 def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.take("output_router_logits")  # training always has the load-balancing loss, by its coefficient
-    layers, bias = hf.size("num_hidden_layers"), hf.take("attention_bias", False)
+    bias = hf.take("attention_bias", False)
     for name, sparse in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         value = hf.take(name, sparse)
         if value != sparse:
             raise hf.refuse(name, value, "every layer must have experts")
     hf.take("sliding_window")
-    window, first = None, hf.take("max_window_layers")
-    if hf.take("use_sliding_window", False):
-        window = hf.size_or_none("sliding_window", 4096)
-        if first:  # the first versions of transformers left these layers whole, later ones ignore the option
-            raise hf.refuse("max_window_layers", first, "with use_sliding_window all layers slide")
+    first, slides = hf.take("max_window_layers"), hf.take("use_sliding_window", False)
+    if first and slides:  # the first versions of transformers left these layers whole, later ones ignore the option
+        raise hf.refuse("max_window_layers", first, "with use_sliding_window all layers slide")
     return llama_like_from_hf(
         hf,
         family="qwen3_moe",
@@ -75,7 +79,7 @@ def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,
-        windows=None if window is None else (window,) * layers,
+        windows=one_window_from_hf(hf, 4096) if slides else None,
         num_experts=hf.size("num_experts", 128),
         experts_per_token=hf.size("num_experts_per_tok", 8),
         expert_intermediate_size=hf.size("moe_intermediate_size", 768),
@@ -88,7 +92,7 @@ def qwen3_moe_to_hf(c: DecoderConfig) -> dict[str, object]:
     return llama_like_to_hf(c) | {
         "attention_bias": c.qkv_bias,
         "use_sliding_window": c.windows is not None,
-        **({"sliding_window": c.windows[0]} if c.windows else {}),
+        **(one_window_to_hf(c) if c.windows else {}),
         "num_experts": c.num_experts,
         "num_experts_per_tok": c.experts_per_token,
         "moe_intermediate_size": c.expert_size,

@@ -8,7 +8,7 @@ from jaxrlhf.models.families.layer_types import (
     windows_from_hf,
     windows_to_hf,
 )
-from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, QK_NORMS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
 
 
@@ -113,11 +113,6 @@ QWEN2 = Family(
     tensors=LLAMA_TENSORS,
 )
 
-_QK_NORMS = (
-    Tensor("model.layers.{i}.self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
-    Tensor("model.layers.{i}.self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
-)
-
 QWEN3 = Family(
     name="qwen3",
     classes="Qwen3",
@@ -125,7 +120,7 @@ QWEN3 = Family(
     prefix="model",
     config_from_hf=qwen3_from_hf,
     config_to_hf=lambda c: llama_like_to_hf(c) | _windows_to_hf(c) | {"attention_bias": c.qkv_bias},
-    tensors=(*LLAMA_TENSORS, *_QK_NORMS),
+    tensors=(*LLAMA_TENSORS, *QK_NORMS),
 )
 
 _MLP = "model.layers.{i}.mlp."
@@ -140,7 +135,7 @@ QWEN3_MOE = Family(
     config_to_hf=qwen3_moe_to_hf,
     tensors=(
         *(tensor for tensor in LLAMA_TENSORS if "/mlp/" not in tensor.ours),
-        *_QK_NORMS,
+        *QK_NORMS,
         Tensor(_MLP + "gate.weight", "layers/mlp/router/kernel", linear()),
         *(
             Tensor(f"{_MLP}experts.{{e}}.{name}_proj.weight", f"layers/mlp/{name}/kernel", linear())

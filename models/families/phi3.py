@@ -5,7 +5,7 @@ from typing import Any
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.layer_types import one_window_from_hf, one_window_to_hf
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
-from jaxrlhf.models.families.rope import rope_parameters, rope_to_hf, scaling_of, scaling_to_hf
+from jaxrlhf.models.families.rope import rope_parameters, rope_to_hf, rotated_share, scaling_of, scaling_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, linear_fused
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -55,7 +55,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
 
 
 def config_to_hf(c: DecoderConfig) -> dict[str, object]:
-    share = c.rotated_dim / c.head_dim
+    share = rotated_share(c)
     values = llama_like_to_hf(c) | rope_to_hf(c, partial_rotary_factor=share)
     values |= one_window_to_hf(c) | {"resid_pdrop": c.residual_dropout}
     values |= {name: value for name, value in c.rope_scaling or () if name == _ORIGINAL}

@@ -116,6 +116,13 @@ def test_the_original_context_of_phi_3_is_the_option_beside_its_rope_parameters(
     assert (config.rotary_dim, scaling["rope_type"], scaling["original_max_position_embeddings"]) == (6, "longrope", 16)
 
 
+def test_the_share_that_phi_3_writes_gives_the_same_number_of_rotated_features():
+    phi3 = _LLAMA | {"model_type": "phi3", "head_dim": 44, "partial_rotary_factor": 0.69}
+    config = config_from_dict(phi3)
+    assert config.rotary_dim == 30  # 30 / 44 · 44 is a little below 30 in floating point
+    assert config_from_dict(config_to_dict(config)) == config
+
+
 def test_the_first_gemma_says_gelu_and_means_its_tanh_form():
     gemma = _LLAMA | {"model_type": "gemma", "hidden_act": "gelu", "head_dim": 8}
     config = config_from_dict(gemma)

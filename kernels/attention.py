@@ -40,6 +40,11 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
+def soft_capped(x: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap · tanh(x / softcap); `x` itself without a soft-cap."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
 def block_scores(products, rows, columns, bounds, slope, alibi: bool) -> tuple[jax.Array, jax.Array]:
     """Scores of one block of causal attention from its products, and which of them its mask leaves.
 
@@ -83,8 +88,7 @@ def attention(
     scores = jnp.einsum("bhgtd,bhsd->bhgts", grouped, key, preferred_element_type=jnp.float32) * scale
     if scales is not None:
         scores *= scales[0][:, :, None, None]
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = soft_capped(scores, softcap)
     if alibi_slopes is not None:
         assert positions is not None
         slopes = alibi_slopes.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)

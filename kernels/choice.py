@@ -138,8 +138,16 @@ def choose(
 
     Models call this and pass the result on; kernels that are called directly decide without a log entry.
     """
-    facts = {"dtype": dtype, "head_dim": head_dim, "alibi": alibi, "varies": varies, "packed": packed}
-    choice = decide(kernel, implementation, softcap=softcap, **facts)
+    choice = decide(
+        kernel,
+        implementation,
+        dtype=dtype,
+        head_dim=head_dim,
+        alibi=alibi,
+        varies=varies,
+        packed=packed,
+        softcap=softcap,
+    )
     shape = f"{jnp.dtype(dtype).name}, {'width' if kernel == 'token_logprobs' else 'head size'} {head_dim}"
     log_once(f"{kernel} ({shape}{', ALiBi' if alibi else ''}): {choice.implementation}: {choice.reason}")
     return choice.implementation

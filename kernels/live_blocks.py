@@ -7,7 +7,7 @@ of a row changes nothing of that row's result, not even its rounding, so a row d
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels.attention import NEGATIVE
+from jaxrlhf.kernels.attention import NEGATIVE, soft_capped
 from jaxrlhf.kernels.kv_cache import Cache, widened
 
 COLUMNS = 256
@@ -49,8 +49,7 @@ def live_attention(
         scores = jnp.einsum("bhgd,bhsd->bhgs", grouped, key, preferred_element_type=jnp.float32) * scale
         if scales:
             scores *= scales[0][:, :, None]
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
+        scores = soft_capped(scores, softcap)
         if slopes is not None:
             scores += slopes * (at - (length[:, None] - 1)).astype(jnp.float32)[:, None, None]
         scores = jnp.where(live[:, None, None], scores, NEGATIVE)

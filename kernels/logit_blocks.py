@@ -7,7 +7,7 @@ z - largest, and its label's logit. Kernels and plain XLA share these functions.
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels.attention import NEGATIVE
+from jaxrlhf.kernels.attention import NEGATIVE, soft_capped
 
 Statistics = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -27,9 +27,7 @@ def scaled(
     """Logits `[t, v]` over temperature of products with the head; `columns` `[1, v]` are its vocabulary entries, dead
     where negative: NEGATIVE there, whatever the head holds. `softcap` turns logits z into softcap · tanh(z / softcap)
     before the temperature."""
-    logits = products if bias is None else products + bias
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    logits = soft_capped(products if bias is None else products + bias, softcap)
     return jnp.where(columns >= 0, logits / temperature, NEGATIVE)
 
 

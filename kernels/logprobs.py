@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.kernels import pallas
-from jaxrlhf.kernels.attention import NEGATIVE
+from jaxrlhf.kernels.attention import NEGATIVE, soft_capped
 from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.logit_blocks import Statistics, empty_statistics, logit_gradient, merge, rescaled, scaled
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, head_blocks, logit_gradient_of, statistics_of
@@ -43,8 +43,7 @@ def project_logits(
         logits = logits + bias.astype(jnp.float32)
     if scale != 1:
         logits = logits * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    logits = soft_capped(logits, softcap)
     if weight.shape[0] != vocab_size:
         logits = jnp.where(jnp.arange(weight.shape[0]) < vocab_size, logits, NEGATIVE)
     return logits

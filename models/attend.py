@@ -161,8 +161,16 @@ def _by_live_blocks(
     """Attention of query `[B, H, D]` to the cache on CPUs."""
 
     def call(query, cache, rows, slopes):
-        numbers = {"scale": float(options.scale), "window": int(options.window), "softcap": options.softcap}
-        return (live_attention(query, tuple(cache), *rows, **numbers, alibi_slopes=slopes),)
+        output = live_attention(
+            query,
+            tuple(cache),
+            *rows,
+            scale=float(options.scale),
+            window=int(options.window),
+            softcap=options.softcap,
+            alibi_slopes=slopes,
+        )
+        return (output,)
 
     return _by_heads(call, query, cache, (start, length), options.alibi_slopes)[0]
 
@@ -216,9 +224,18 @@ def attend_to_sequence(
     if implementation == "xla":
         mask = attention_mask(context.key_mask, query.shape[2], window=options.window, starts=context.starts)
         rate, dropout_key = dropout or (0.0, None)
-        attend = partial(attention, scale=options.scale, softcap=options.softcap, alibi_slopes=slopes)
-        places = {"positions": context.positions, "dropout_rate": rate, "dropout_key": dropout_key}
-        return attend(query, key, value, mask, **places)
+        return attention(
+            query,
+            key,
+            value,
+            mask,
+            scale=options.scale,
+            softcap=options.softcap,
+            alibi_slopes=slopes,
+            positions=context.positions,
+            dropout_rate=rate,
+            dropout_key=dropout_key,
+        )
     start, length, unfit = _span(context.key_mask)
     if context.starts is not None:
         start = context.starts

@@ -63,9 +63,15 @@ def head_logprobs(
     # s · z / t is z / (t / s), and c · tanh(s · z / c) / t is the same with c / s in place of c.
     scale, softcap = config.logit_scale, config.logit_softcap
     softcap = None if softcap is None else softcap / scale
-    facts = {"dtype": hidden.dtype, "head_dim": hidden.shape[-1], "alibi": False, "softcap": softcap is not None}
     try:
-        chosen = choose("token_logprobs", implementation, **facts)
+        chosen = choose(
+            "token_logprobs",
+            implementation,
+            dtype=hidden.dtype,
+            head_dim=hidden.shape[-1],
+            alibi=False,
+            softcap=softcap is not None,
+        )
         return token_logprobs(
             hidden,
             weight,

@@ -60,13 +60,12 @@ def ropes(config: DecoderConfig) -> tuple[tuple[Rope | None, ...], tuple[int, ..
     """Returns the kinds of rotation of a model's layers (None: not rotated), and the index of each layer's kind."""
     windows = config.windows or (0,) * config.num_layers
     rotated = config.rotary_layers or (True,) * config.num_layers
-    shape = config.rotated_dim, config.max_positions
-    general = Rope(shape[0], config.rotary_base, shape[1], dict(config.rope_scaling or ()))
-    local = general if config.local_rotary_base is None else Rope(shape[0], config.local_rotary_base, shape[1])
+    dim, longest = config.rotated_dim, config.max_positions
+    general = Rope(dim, config.rotary_base, longest, dict(config.rope_scaling or ()))
+    local = general if config.local_rotary_base is None else Rope(dim, config.local_rotary_base, longest)
     layers = [(local if window else general) if on else None for window, on in zip(windows, rotated, strict=True)]
-    kinds: list[Rope | None] = []
-    kinds += [kind for i, kind in enumerate(layers) if kind not in layers[:i]]
-    return tuple(kinds), tuple(kinds.index(kind) for kind in layers)
+    kinds = tuple(dict.fromkeys(layers))
+    return kinds, tuple(kinds.index(kind) for kind in layers)
 
 
 def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.layer_types import ropes_from_hf, ropes_to_hf, windows_from_hf, windows_to_hf
-from jaxrlhf.models.families.llama import LLAMA_MAPS, LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.families.llama import LLAMA_MAPS, LLAMA_TENSORS, QK_NORMS, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
 
 _TANH = "gelu_pytorch_tanh"
@@ -142,9 +142,5 @@ GEMMA3 = Family(
     prefix="model",
     config_from_hf=gemma3_from_hf,
     config_to_hf=lambda c: gemma2_to_hf(c) | ropes_to_hf(c, local_name=_LOCAL_BASE),
-    tensors=(
-        *GEMMA2_TENSORS,
-        Tensor(_L + "self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
-        Tensor(_L + "self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
-    ),
+    tensors=(*GEMMA2_TENSORS, *QK_NORMS),
 )

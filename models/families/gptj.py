@@ -97,8 +97,6 @@ def _tensors(*query_key_value: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-_BUFFERS = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions|causal_mask)",)
-
 GPTJ = Family(
     name="gptj",
     classes="GPTJ",

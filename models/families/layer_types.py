@@ -10,23 +10,29 @@ from jaxrlhf.models.hf.mapping import HFConfig
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def windows_from_hf(hf: HFConfig, window: int | None, slides: Callable[[int], bool]) -> tuple[int, ...] | None:
+def windows_from_hf(
+    hf: HFConfig,
+    window: int | None,
+    slides: Callable[[int], bool],
+    needs: str = "sliding layers need a sliding_window",
+) -> tuple[int, ...] | None:
     """Reads `layer_types` as the window of each layer, 0 for none; None if no layer has one.
 
     Args:
         hf: The config.
         window: Its sliding window.
         slides: Whether layer i has the window if the config has no `layer_types`.
+        needs: The error for layers that slide without a window.
     """
     layers, types = hf.size("num_hidden_layers"), hf.take("layer_types")
     if types is None:
         types = [SLIDING if slides(i) else FULL for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (FULL, SLIDING) for kind in types):
         raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {FULL!r} or {SLIDING!r}")
     if SLIDING not in types:
         return None
     if window is None:
-        raise hf.refuse("layer_types", types, "sliding layers need a sliding_window")
+        raise hf.refuse("layer_types", types, needs)
     return tuple(window if kind == SLIDING else 0 for kind in types)
 
 
@@ -34,6 +40,17 @@ def windows_to_hf(c: DecoderConfig) -> dict[str, object]:
     """The inverse of `windows_from_hf`."""
     windows = c.windows or (0,) * c.num_layers
     return {"layer_types": [SLIDING if window else FULL for window in windows], "sliding_window": max(windows) or None}
+
+
+def one_window_from_hf(hf: HFConfig, default: int | None) -> tuple[int, ...] | None:
+    """Reads `sliding_window` as the window of every layer; None without one."""
+    window = hf.size_or_none("sliding_window", default)
+    return None if window is None else (window,) * hf.size("num_hidden_layers")
+
+
+def one_window_to_hf(c: DecoderConfig) -> dict[str, object]:
+    """The inverse of `one_window_from_hf`."""
+    return {"sliding_window": c.windows[0] if c.windows else None}
 
 
 def ropes_from_hf(hf: HFConfig, base: float, local_base: float, local_name: str | None = None) -> dict[str, Any]:

@@ -123,6 +123,12 @@ LLAMA_TENSORS = (
     Tensor(_L + "post_attention_layernorm.weight", "layers/mlp_norm/scale"),
 )
 
+QK_NORMS = (
+    Tensor(_L + "self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
+    Tensor(_L + "self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
+)
+"""Norms of queries and keys, in the families that have them."""
+
 LLAMA = Family(
     name="llama",
     classes="Llama",

@@ -1,6 +1,7 @@
 """Mixtral: Mistral with experts in place of the MLP of every layer."""
 
 from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.families.layer_types import one_window_from_hf, one_window_to_hf
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.families.rope import rope_from_hf
 from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
@@ -12,7 +13,6 @@ _MLP = "model.layers.{i}.mlp."  # transformers 5 in memory
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.take("output_router_logits")  # training always has the load-balancing loss, by its coefficient
     hf.refuse_unless("router_jitter_noise", 0.0)
-    window = hf.size_or_none("sliding_window", None)
     return llama_like_from_hf(
         hf,
         family="mixtral",
@@ -20,7 +20,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         num_kv_heads=kv_heads(hf, absent=8),
         max_positions=hf.size("max_position_embeddings", 4096 * 32),
         norm_eps=hf.positive("rms_norm_eps", 1e-5),
-        windows=None if window is None else (window,) * hf.size("num_hidden_layers"),
+        windows=one_window_from_hf(hf, None),
         num_experts=hf.size("num_local_experts", 8),
         experts_per_token=hf.size("num_experts_per_tok", 2),
         router_aux_loss_coef=hf.take("router_aux_loss_coef", 0.001),
@@ -29,7 +29,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
 
 def config_to_hf(c: DecoderConfig) -> dict[str, object]:
     return llama_like_to_hf(c) | {
-        "sliding_window": c.windows[0] if c.windows else None,
+        **one_window_to_hf(c),
         "num_local_experts": c.num_experts,
         "num_experts_per_tok": c.experts_per_token,
         "router_aux_loss_coef": c.router_aux_loss_coef,

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.layer_types import ropes_from_hf, ropes_to_hf, windows_from_hf, windows_to_hf
-from jaxrlhf.models.families.llama import LLAMA_MAPS, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.families.llama import LLAMA_MAPS, QK_NORMS, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor
 
 
@@ -50,8 +50,7 @@ _L = "model.layers.{i}."
 
 OLMO2_TENSORS = (
     *LLAMA_MAPS,
-    Tensor(_L + "self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
-    Tensor(_L + "self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
+    *QK_NORMS,
     Tensor(_L + "post_attention_layernorm.weight", "layers/attn_out_norm/scale"),
     Tensor(_L + "post_feedforward_layernorm.weight", "layers/mlp_out_norm/scale"),
 )

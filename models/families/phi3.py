@@ -3,8 +3,9 @@
 from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.families.layer_types import one_window_from_hf, one_window_to_hf
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
-from jaxrlhf.models.families.rope import rope_parameters, rope_to_hf, scaling_of, scaling_to_hf
+from jaxrlhf.models.families.rope import rope_parameters, rope_to_hf, rotated_share, scaling_of, scaling_to_hf
 from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, linear_fused
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -38,7 +39,6 @@ def _rope(hf: HFConfig, head_dim: int) -> dict[str, Any]:
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
-    window = hf.size_or_none("sliding_window", None)
     hf.take("embd_pdrop")  # transformers' Phi-3 never applies it
     return llama_like_from_hf(
         hf,
@@ -49,15 +49,15 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         family="phi3",
         max_positions=hf.size("max_position_embeddings", 4096),
         norm_eps=hf.positive("rms_norm_eps", 1e-5),
-        windows=None if window is None else (window,) * hf.size("num_hidden_layers"),
+        windows=one_window_from_hf(hf, None),
         residual_dropout=hf.rate("resid_pdrop", 0.0),
     )
 
 
 def config_to_hf(c: DecoderConfig) -> dict[str, object]:
-    share = c.rotated_dim / c.head_dim
+    share = rotated_share(c)
     values = llama_like_to_hf(c) | rope_to_hf(c, partial_rotary_factor=share)
-    values |= {"sliding_window": c.windows[0] if c.windows else None, "resid_pdrop": c.residual_dropout}
+    values |= one_window_to_hf(c) | {"resid_pdrop": c.residual_dropout}
     values |= {name: value for name, value in c.rope_scaling or () if name == _ORIGINAL}
     if c.rope_scaling and {name for name, _ in c.rope_scaling} == {
         "rope_type",

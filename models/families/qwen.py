@@ -1,38 +1,31 @@
 """Qwen2 (biases on query, key and value), Qwen3 (normed queries and keys), Qwen3-MoE (experts): Llama with windows."""
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.families.llama import LLAMA_TENSORS, kv_heads, llama_like_from_hf, llama_like_to_hf
+from jaxrlhf.models.families.layer_types import (
+    FULL,
+    one_window_from_hf,
+    one_window_to_hf,
+    windows_from_hf,
+    windows_to_hf,
+)
+from jaxrlhf.models.families.llama import LLAMA_TENSORS, QK_NORMS, kv_heads, llama_like_from_hf, llama_like_to_hf
 from jaxrlhf.models.hf.mapping import Family, FusedExperts, HFConfig, Tensor, linear
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _windows_from_hf(hf: HFConfig) -> tuple[int, ...] | None:
     hf.refuse_unless("use_mrope", False)
     window = hf.size_or_none("sliding_window", 4096) if hf.take("use_sliding_window", False) else None
-    layers, first = hf.size("num_hidden_layers"), hf.take("max_window_layers", 28)
+    first = hf.take("max_window_layers", 28)
     hf.take("sliding_window")
-    types = hf.take("layer_types")
-    if types is None:
-        types = [_FULL if window is None or i < first else _SLIDING for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or any(kind not in (_FULL, _SLIDING) for kind in types):
-        raise hf.refuse("layer_types", types, f"it must name {layers} layers, each {_FULL!r} or {_SLIDING!r}")
-    if window is None and _SLIDING in types:
-        raise hf.refuse("layer_types", types, "it needs use_sliding_window=True and a sliding_window")
-    if window is None or _SLIDING not in types:
-        return None
-    return tuple(0 if kind == _FULL else window for kind in types)
+    needs = "it needs use_sliding_window=True and a sliding_window"
+    return windows_from_hf(hf, window, lambda i: window is not None and i >= first, needs)
 
 
 def _windows_to_hf(c: DecoderConfig) -> dict[str, object]:
     if c.windows is None:  # `sliding_window` and `max_window_layers` then have no effect
-        return {"layer_types": [_FULL] * c.num_layers, "use_sliding_window": False}
-    return {
-        "layer_types": [_SLIDING if window else _FULL for window in c.windows],
-        "use_sliding_window": True,
-        "sliding_window": max(c.windows),
-        "max_window_layers": next(i for i, window in enumerate(c.windows) if window),
-    }
+        return {"layer_types": [FULL] * c.num_layers, "use_sliding_window": False}
+    first = next(i for i, window in enumerate(c.windows) if window)
+    return windows_to_hf(c) | {"use_sliding_window": True, "max_window_layers": first}
 
 
 def qwen2_from_hf(hf: HFConfig) -> DecoderConfig:
@@ -67,17 +60,15 @@ def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
 
 def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.take("output_router_logits")  # training always has the load-balancing loss, by its coefficient
-    layers, bias = hf.size("num_hidden_layers"), hf.take("attention_bias", False)
+    bias = hf.take("attention_bias", False)
     for name, sparse in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         value = hf.take(name, sparse)
         if value != sparse:
             raise hf.refuse(name, value, "every layer must have experts")
     hf.take("sliding_window")
-    window, first = None, hf.take("max_window_layers")
-    if hf.take("use_sliding_window", False):
-        window = hf.size_or_none("sliding_window", 4096)
-        if first:  # the first versions of transformers left these layers whole, later ones ignore the option
-            raise hf.refuse("max_window_layers", first, "with use_sliding_window all layers slide")
+    first, slides = hf.take("max_window_layers"), hf.take("use_sliding_window", False)
+    if first and slides:  # the first versions of transformers left these layers whole, later ones ignore the option
+        raise hf.refuse("max_window_layers", first, "with use_sliding_window all layers slide")
     return llama_like_from_hf(
         hf,
         family="qwen3_moe",
@@ -88,7 +79,7 @@ def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,
-        windows=None if window is None else (window,) * layers,
+        windows=one_window_from_hf(hf, 4096) if slides else None,
         num_experts=hf.size("num_experts", 128),
         experts_per_token=hf.size("num_experts_per_tok", 8),
         expert_intermediate_size=hf.size("moe_intermediate_size", 768),
@@ -101,7 +92,7 @@ def qwen3_moe_to_hf(c: DecoderConfig) -> dict[str, object]:
     return llama_like_to_hf(c) | {
         "attention_bias": c.qkv_bias,
         "use_sliding_window": c.windows is not None,
-        **({"sliding_window": c.windows[0]} if c.windows else {}),
+        **(one_window_to_hf(c) if c.windows else {}),
         "num_experts": c.num_experts,
         "num_experts_per_tok": c.experts_per_token,
         "moe_intermediate_size": c.expert_size,
@@ -122,11 +113,6 @@ QWEN2 = Family(
     tensors=LLAMA_TENSORS,
 )
 
-_QK_NORMS = (
-    Tensor("model.layers.{i}.self_attn.q_norm.weight", "layers/attn/query_norm/scale"),
-    Tensor("model.layers.{i}.self_attn.k_norm.weight", "layers/attn/key_norm/scale"),
-)
-
 QWEN3 = Family(
     name="qwen3",
     classes="Qwen3",
@@ -134,7 +120,7 @@ QWEN3 = Family(
     prefix="model",
     config_from_hf=qwen3_from_hf,
     config_to_hf=lambda c: llama_like_to_hf(c) | _windows_to_hf(c) | {"attention_bias": c.qkv_bias},
-    tensors=(*LLAMA_TENSORS, *_QK_NORMS),
+    tensors=(*LLAMA_TENSORS, *QK_NORMS),
 )
 
 _MLP = "model.layers.{i}.mlp."
@@ -149,7 +135,7 @@ QWEN3_MOE = Family(
     config_to_hf=qwen3_moe_to_hf,
     tensors=(
         *(tensor for tensor in LLAMA_TENSORS if "/mlp/" not in tensor.ours),
-        *_QK_NORMS,
+        *QK_NORMS,
         Tensor(_MLP + "gate.weight", "layers/mlp/router/kernel", linear()),
         *(
             Tensor(f"{_MLP}experts.{{e}}.{name}_proj.weight", f"layers/mlp/{name}/kernel", linear())

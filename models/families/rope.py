@@ -20,8 +20,8 @@ ROPE_OPTIONS = {
     "rope_local_base_freq",
     "rotary_emb_base",
     "rotary_pct",
+    _SHARE,
 }
-ROPE_OPTIONS |= {_SHARE}
 """All spellings. An export holds those that agree with each other, whatever the source had."""
 
 
@@ -142,13 +142,13 @@ def rope_to_hf(
     """
     older: dict[str, object] = {base_name: c.rotary_base, "rope_theta": c.rotary_base}
     if share_name is not None:
-        extra[_SHARE] = _share(c)
+        extra[_SHARE] = rotated_share(c)
         older |= {share_name: extra[_SHARE], _SHARE: extra[_SHARE]}
     today = scaling_to_hf(c.rope_scaling) | {"rope_theta": c.rotary_base} | extra
     return older | {"rope_scaling": _scaling_to_older_hf(c.rope_scaling), "rope_parameters": today}
 
 
-def _share(c: DecoderConfig) -> float:
+def rotated_share(c: DecoderConfig) -> float:
     """The share of rotated features, which multiplied with the head's size and cut gives their number again."""
     share = c.rotated_dim / c.head_dim
     return share if int(c.head_dim * share) == c.rotated_dim else (c.rotated_dim + 0.5) / c.head_dim

@@ -13,7 +13,7 @@ def _rotary_layers(hf: HFConfig) -> tuple[bool, ...]:
     marks = hf.take("no_rope_layers")
     if marks is None:
         return tuple((i + 1) % interval != 0 for i in range(layers))
-    if not isinstance(marks, list) or len(marks) < layers or not set(marks) <= {0, 1}:
+    if not isinstance(marks, list) or len(marks) < layers or any(mark not in (0, 1) for mark in marks):
         raise hf.refuse("no_rope_layers", marks, f"it must be a list of at least {layers} numbers, each 0 or 1")
     return tuple(map(bool, marks[:layers]))
 

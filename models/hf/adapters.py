@@ -335,7 +335,7 @@ def _with_adapters(model: Model, lora: LoRAConfig, flat: dict[str, np.ndarray], 
     return Model(module=module, params=join(params, unflatten_dict(placed, sep="/")), config=model.config)
 
 
-def trained_head(folder: Path) -> str:
+def adapter_head(folder: Path) -> str:
     """The head that an adapter folder was trained with: "scalar" for a reward model's, else "lm"."""
     config = read_json(folder / ADAPTER_CONFIG)
     saved = config.get("modules_to_save")
@@ -354,7 +354,7 @@ def load_onto_base(base: Model, folder: Path, new_head: bool) -> Model:
     Raises:
         InputError: As `load_adapter`, or the adapter was trained with another head.
     """
-    head, trained = base.module.head, trained_head(folder)
+    head, trained = base.module.head, adapter_head(folder)
     if head == "lm" and trained == "scalar":
         raise InputError(f"{folder} is the adapter of a reward model, not of a language model; load it as one")
     if head == "scalar" and trained == "lm" and not new_head:

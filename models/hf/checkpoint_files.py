@@ -20,6 +20,7 @@ import numpy as np
 from jaxrlhf.config.files import read_json
 from jaxrlhf.config.model_folder import ADAPTER_CONFIG, adapter_base, is_adapter
 from jaxrlhf.errors import InputError, StorageError
+from jaxrlhf.models.hf.gguf import is_gguf
 from jaxrlhf.models.hf.hub import download
 from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
 from jaxrlhf.models.hf.torch_files import open_bin
@@ -44,7 +45,7 @@ def find_model_folder(name_or_path: str | os.PathLike) -> Path:
         InputError: Neither exists, or the folder has no config.json.
     """
     path = Path(name_or_path)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return path
     if path.is_dir():
         if not (path / CONFIG).is_file() and not is_adapter(path):

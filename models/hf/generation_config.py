@@ -49,16 +49,17 @@ def with_token_ids(config: DecoderConfig, ends: Sequence[int], others: Mapping[s
     """
     own = {name: i for name, i in others.items() if i is not None}
     values = generation_values(config) | own
-    if set(_as_tuple(values.get("eos_token_id"))) != set(ends):
+    if set(id_tuple(values.get("eos_token_id"))) != set(ends):
         values["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
     changes: dict[str, Any] = dict(own)
-    if set(_as_tuple(config.eos_token_id)) != set(ends):
+    if set(id_tuple(config.eos_token_id)) != set(ends):
         changes["eos_token_id"] = tuple(ends) if len(ends) > 1 else ends[0]
     config = config.replace(**changes)
     return config.replace(generation_config="" if values == _ids_of(config) else json.dumps(values))
 
 
-def _as_tuple(ids: Any) -> tuple[Any, ...]:
+def id_tuple(ids: Any) -> tuple[Any, ...]:
+    """The ids of an option such as `eos_token_id`, which holds none, one or several."""
     return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
 
 

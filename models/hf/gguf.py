@@ -1,8 +1,8 @@
 """GGUF files in: the models that llama.cpp and Ollama run, as Hugging Face options and tensors.
 
 A GGUF file states a model's options under llama.cpp's names, and holds its tensors under llama.cpp's names, quantised
-and in part rearranged. `open_gguf` gives both as a Hugging Face folder would. Each tensor is dequantised when it is
-read.
+and in part rearranged. `gguf_options` and `gguf_source` give both as a Hugging Face folder would. Each tensor is
+dequantised when it is read.
 """
 
 import math
@@ -85,6 +85,11 @@ def _transposed(x: np.ndarray, options: Options) -> np.ndarray:
     return x.T
 
 
+def _minus_one(x: np.ndarray, options: Options) -> np.ndarray:
+    """Norms multiply by 1 + weight, which llama.cpp stores as the sum."""
+    return x - 1
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One `general.architecture` of GGUF.
@@ -92,7 +97,7 @@ class Architecture:
     Attributes:
         model_type: The Hugging Face family.
         keys: Hugging Face options by llama.cpp's names, which the file puts after the architecture's name.
-        restore: What to do with tensors whose Hugging Face name has one of these endings.
+        restore: Undoes llama.cpp's layout, by the ending of a tensor's Hugging Face name.
         strip: Beginning of Hugging Face tensor names that the gguf package's table of names does not have.
         finish: Changes the options by what the metadata (by name) and the names of the tensors say.
     """
@@ -135,12 +140,11 @@ def _llama3_scaling(file: "File", options: Options) -> Options:
 
 
 def _finish_gemma(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
-    largest = {"gemma2": 46, "gemma3_text": 62}[
-        options["model_type"]
-    ]  # layers of the 27B models, which scale otherwise
-    by_width = options["num_hidden_layers"] == largest
     width = options["hidden_size"] // options["num_attention_heads"]
-    options["query_pre_attn_scalar"] = width if by_width else options["head_dim"]
+    # The 27B models scale by the width; a file tells them by their number of layers only.
+    layers_of_27b = {"gemma2": 46, "gemma3_text": 62}[options["model_type"]]
+    is_27b = options["num_hidden_layers"] == layers_of_27b
+    options["query_pre_attn_scalar"] = width if is_27b else options["head_dim"]
 
 
 def _finish_phi3(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
@@ -177,9 +181,7 @@ _LLAMA_ORDER = {
     for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
     for kind in ("weight", "bias")
 }
-_MINUS_ONE = {
-    "norm.weight": lambda x, options: x - 1
-}  # norms multiply by 1 + weight, which llama.cpp stores as the sum
+_MINUS_ONE = {"norm.weight": _minus_one}
 _GRANITE_KEYS = _LLAMA_KEYS | {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -241,7 +243,7 @@ class File:
     """An open GGUF file: its metadata, and its tensors dequantised one at a time.
 
     Raises:
-        InputError: The file is missing, damaged or cut off, or the gguf package is not installed.
+        InputError: The file is damaged or cut off, or the gguf package is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -249,8 +251,6 @@ class File:
             from gguf import GGUFReader
         except ImportError as error:
             raise InputError(f"{path}: reading GGUF needs the package gguf; pip install 'jaxrlhf[gguf]'") from error
-        if not path.is_file():
-            raise InputError(f"model file {path} does not exist")
         try:
             reader = GGUFReader(str(path))
         except (ValueError, KeyError, IndexError, OSError, OverflowError, UnicodeDecodeError, MemoryError) as error:
@@ -312,7 +312,11 @@ def _opened(path: Path, modified: int, size: int) -> File:
 
 
 def open_file(path: Path) -> File:
-    """Opens a GGUF file, once for as long as it does not change: reading its vocabulary takes seconds."""
+    """Opens a GGUF file, once for as long as it does not change: reading its vocabulary takes seconds.
+
+    Raises:
+        InputError: The file is missing, or as `File`.
+    """
     if not path.is_file():
         raise InputError(f"model file {path} does not exist")
     stat = path.stat()

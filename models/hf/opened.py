@@ -1,6 +1,7 @@
 """A model folder (or GGUF file), opened: its tensors under the family's names, and what only they tell of the model."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +79,7 @@ def folder_head(folder: Path, config: DecoderConfig) -> str:
 
 
 def _without_score(source: TensorSource) -> TensorSource:
-    shapes = {name: shape for name, shape in source.shapes.items() if not name.startswith("score.")}
-    return TensorSource(source.where, shapes, source.read, source.metadata, source.peek)
+    return replace(source, shapes={name: x for name, x in source.shapes.items() if not name.startswith("score.")})
 
 
 def _named(source: TensorSource, family: Family, config: DecoderConfig, options: dict[str, Any]) -> Opened:

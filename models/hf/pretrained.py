@@ -21,7 +21,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
-from jaxrlhf.models.hf.adapters import load_onto_base, trained_head
+from jaxrlhf.models.hf.adapters import adapter_head, load_onto_base
 from jaxrlhf.models.hf.card import ModelCard, render_card
 from jaxrlhf.models.hf.checkpoint_files import (
     CONFIG,
@@ -68,7 +68,7 @@ def stored_head(name_or_path: str | os.PathLike) -> str:
     if is_gguf(name_or_path):
         return "lm"
     folder = find_model_folder(name_or_path)
-    return trained_head(folder) if is_adapter(folder) else folder_head(folder, read_config(folder))
+    return adapter_head(folder) if is_adapter(folder) else folder_head(folder, read_config(folder))
 
 
 def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxrlhf.distributed import to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.hf.generation_config import id_tuple
 from jaxrlhf.models.hf.tokenizer_export import with_pad_id, with_pad_token
 from jaxrlhf.models.model import Model
 
@@ -65,8 +66,7 @@ def for_transformers(model: Model, tokenizer: Any = None) -> tuple[Model, Any]:
 
 def _unused_id(config: DecoderConfig) -> int:
     """The config's pad id if it ends no text, else that of a new row."""
-    pad, eos = config.pad_token_id, config.eos_token_id
-    ends = eos if isinstance(eos, tuple) else (eos,)
-    if isinstance(pad, int) and 0 <= pad < config.vocab_size and pad not in ends:
+    pad = config.pad_token_id
+    if isinstance(pad, int) and 0 <= pad < config.vocab_size and pad not in id_tuple(config.eos_token_id):
         return pad
     return config.vocab_size

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.config.files import read_json
+from jaxrlhf.models.hf.generation_config import id_tuple
 from jaxrlhf.models.model import Model, resize_vocabulary
 
 if TYPE_CHECKING:
@@ -88,10 +89,9 @@ def with_pad_token(model: Model, tokenizer: "PreTrainedTokenizerBase") -> tuple[
     It is the tokenizer's own where that is none of the end ids, else one of its other special tokens, such as a
     reserved one. A tokenizer without any gets `PAD`, and the model a row for it.
     """
-    eos = model.config.eos_token_id
     end: Any = tokenizer.eos_token_id
     pad: Any = tokenizer.pad_token_id
-    ends = {*(eos if isinstance(eos, tuple) else (eos,)), end}
+    ends = {*id_tuple(model.config.eos_token_id), end}
     if pad is None or pad in ends:
         tokenizer = copy.deepcopy(tokenizer)  # the run's stays as it is
         tokenizer.pad_token = _free_token(tokenizer, ends)

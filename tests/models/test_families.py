@@ -48,6 +48,7 @@ def test_configs_come_back_from_their_export(case, make_model):
         ("gpt_neo", {"attention_types": [[["global"], 2]]}, "attention_layers"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True.*only causal"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types=.*must name 2 layers, each 'full_attention' or"),
+        ("gemma2", {"layer_types": [[], {}]}, "layer_types=.*must name 2 layers"),
         ("gemma2", {"sliding_window": None}, "layer_types=.*sliding layers need a sliding_window"),
         ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0 must be a positive number"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
@@ -59,6 +60,7 @@ def test_configs_come_back_from_their_export(case, make_model):
         ),
         ("olmo3", {"rope_parameters": None, "rope_theta": 1e4}, "rope_theta=10000.0 is not supported: versions"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=.*at least 2 numbers, each 0 or 1"),
+        ("smollm3", {"no_rope_layers": [[], {}]}, "no_rope_layers=.*each 0 or 1"),
         ("cohere2", {"head_dim": 8}, r"head_dim=8 is not supported \(only 6 is\)"),
         ("granite", {"logits_scaling": 0.0}, "logits_scaling=0.0 is not supported: it must be positive"),
         ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling='linear'.*'longrope' or"),
@@ -112,6 +114,13 @@ def test_the_original_context_of_phi_3_is_the_option_beside_its_rope_parameters(
     config = config_from_dict(phi3 | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 16})
     scaling = dict(config.rope_scaling or ())
     assert (config.rotary_dim, scaling["rope_type"], scaling["original_max_position_embeddings"]) == (6, "longrope", 16)
+
+
+def test_the_share_that_phi_3_writes_gives_the_same_number_of_rotated_features():
+    phi3 = _LLAMA | {"model_type": "phi3", "head_dim": 44, "partial_rotary_factor": 0.69}
+    config = config_from_dict(phi3)
+    assert config.rotary_dim == 30  # 30 / 44 · 44 is a little below 30 in floating point
+    assert config_from_dict(config_to_dict(config)) == config
 
 
 def test_the_first_gemma_says_gelu_and_means_its_tanh_form():

@@ -5,10 +5,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from jaxrlhf.commands.chat import ChatConfig, open_session
-from jaxrlhf.commands.evaluation.scoring import last_scores
+from jaxrlhf.commands.evaluation.scoring import score_batch
 from jaxrlhf.commands.serve import ServeConfig
 from jaxrlhf.commands.serve.metrics import ModelMetrics
 from jaxrlhf.commands.serve.scheduler import Event, Scheduler
@@ -17,7 +15,6 @@ from jaxrlhf.engine import SlotBatch
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, stored_head
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
-from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.settings import batch_devices, check_context
 
 LONGEST = 4096  # of max_model_len's default
@@ -136,14 +133,7 @@ class RewardModel(Served):
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         width = next(width for width in self.widths() if width >= max(map(len, rows)))
-        ids = np.full((self.rows, width), pad_token_id(self.tokenizer), np.int32)
-        mask = np.zeros(ids.shape, bool)
-        mask[:, 0] = True  # a row that attends to nothing gives NaN in some attention kernels
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = row, True
-        arrays = place_batch((ids, mask), self.mesh)
-        scores = last_scores(self.model.params, *arrays, module=self.model.module, mesh=self.mesh)
-        return np.asarray(scores).tolist()[: len(rows)]
+        return score_batch(self.model, self.mesh, rows, self.rows, width, pad_token_id(self.tokenizer)).tolist()
 
     def warm_up(self) -> None:
         for width in self.widths():

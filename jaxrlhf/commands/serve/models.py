@@ -12,6 +12,7 @@ from jaxrlhf.commands.serve.metrics import ModelMetrics
 from jaxrlhf.commands.serve.scheduler import Event, Scheduler
 from jaxrlhf.data import encode_rows, encode_texts_as_documents, pad_token_id, read_tokenizer, vocabulary_size
 from jaxrlhf.engine import SlotBatch
+from jaxrlhf.engine.slots import doubling_widths
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, stored_head
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
@@ -105,10 +106,7 @@ class RewardModel(Served):
 
     def widths(self) -> list[int]:
         """The lengths of texts, each with a program of its own."""
-        widths = [32]
-        while widths[-1] < self.length:
-            widths.append(2 * widths[-1])
-        return [*(width for width in widths if width < self.length), self.length]
+        return doubling_widths(self.length)
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         return encode_texts_as_documents(self.tokenizer, texts)

@@ -57,11 +57,16 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
+@lru_cache(maxsize=2)
+def _token_texts(tokenizer: Any) -> tuple[str, ...]:
+    """The text of each id by itself."""
+    return tuple(tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False))
+
+
 @lru_cache(maxsize=16)
 def _tokens_with(tokenizer: Any, stop: str) -> tuple[int, ...]:
     """The ids whose own text holds the stop string."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    return tuple(i for i, text in enumerate(texts) if stop in text)
+    return tuple(i for i, text in enumerate(_token_texts(tokenizer)) if stop in text)
 
 
 def with_stops(sampling: SamplingConfig, tokenizer: Any, stops: Sequence[str]) -> SamplingConfig:

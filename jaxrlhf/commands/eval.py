@@ -44,7 +44,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     else:
         found = measure(config, console)
         print_scores(shown, found, config.output.show)
-    results = plain(found.summary()) | {"settings": to_dict(config)}
+    results = plain(found.summary) | {"settings": to_dict(config)}
     write_results(config, console, results)
     if config.output.jsonl is not None:
         write_text_atomic(config.output.jsonl, "".join(found.lines()))

@@ -56,6 +56,16 @@ def filled_mask(lengths: Sequence[int], width: int, *, left: bool = False) -> np
     return fill(ones, width, 0, left=left)
 
 
+def padded(
+    sequences: Sequence[Sequence[int] | np.ndarray], rows: int, width: int, pad: int, *, left: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pads sequences to ids and mask, int32 `[rows, width]` each. Filler rows hold one pad token."""
+    arrays = [np.asarray(ids, np.int32) for ids in sequences]
+    arrays += [np.array([pad], np.int32)] * (rows - len(arrays))
+    ones = [np.ones(len(ids), np.int32) for ids in arrays]
+    return fill(arrays, width, pad, left=left), fill(ones, width, 0, left=left)
+
+
 class Data:
     """Tokenised rows of one step, made by `load_data` and read at random by unit number.
 

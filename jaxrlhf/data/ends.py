@@ -1,4 +1,4 @@
-"""Where a response ends: one set of token ids, for training targets, rollouts, evaluation, chat and exports.
+"""The token ids that end a response: one set for training targets, rollouts, evaluation, chat and exports.
 
 The set of a tokenizer holds its EOS, the special token that its chat template puts after an assistant turn, and the
 EOS ids of the model's config.json and generation_config.json. Ids that the user gives replace all of them.
@@ -169,7 +169,7 @@ def turn_of(template: str, names: tuple[tuple[str, str], ...]) -> Turn:
     before = before.removeprefix(prompt) if before.startswith(prompt) else ""
     try:
         (longer,), _ = render([[*messages, {"role": "user", "content": PROBE}]], **options)
-    except Exception:  # a template of single turns refuses a second question, in any way it likes
+    except Exception:  # some templates refuse a turn after the assistant's
         return Turn(before, after)
     return Turn(before, after, longer.split(PROBE)[1] if longer.count(PROBE) == 2 else "")
 
@@ -197,10 +197,12 @@ def turn_end(tokenizer: Any) -> int | None:
 def _first_special(tokenizer: Any, text: str) -> int | None:
     """The id of the special token that a text begins with, after white space."""
     text = text.lstrip()
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if is_special(tokenizer, i)}
-    name = max((name for name in added if name and text.startswith(name)), key=len, default=None)
-    if name is not None:
-        return added[name]
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    begun = {name: i for name, i in added.items() if name and text.startswith(name)}
+    # Only these few are asked: `is_special` reads all added tokens, and this runs for every response that is decoded.
+    special = [name for name, i in begun.items() if is_special(tokenizer, i)]
+    if special:
+        return begun[max(special, key=len)]
     mark = _MARKER.match(text)  # SentencePiece has symbols of its own that are no added tokens
     ids = tokenizer(mark[0], add_special_tokens=False, verbose=False)["input_ids"] if mark else []
     found = [i for i in ids if mark and tokenizer.convert_ids_to_tokens(i) == mark[0]]

@@ -82,6 +82,14 @@ class Sampled(flax.struct.PyTreeNode):
     """float32 `[S, TOP]`."""
 
 
+def doubling_widths(longest: int) -> list[int]:
+    """The widths 32, 64, 128, … below `longest`, and `longest`."""
+    widths = [SMALLEST_WIDTH]
+    while widths[-1] < longest:
+        widths.append(2 * widths[-1])
+    return [*(width for width in widths if width < longest), longest]
+
+
 def _sample(logits: jax.Array, last: jax.Array, rows: SlotRows) -> Sampled:
     """Samples the next token of each live slot from logits `[S, V]`."""
     logits = batched(logits.astype(jnp.float32))
@@ -223,11 +231,7 @@ class SlotBatch:
 
     def widths(self) -> list[int]:
         """The widths of prompts, each with a program of its own: 32, 64, 128, … and L - 1."""
-        longest = self.length - 1  # a response has at least one token
-        widths = [SMALLEST_WIDTH]
-        while widths[-1] < longest:
-            widths.append(2 * widths[-1])
-        return [*(width for width in widths if width < longest), longest]
+        return doubling_widths(self.length - 1)  # a response has at least one token
 
     def join(self, prompt: Sequence[int], samples: Mapping[int, SlotSampling]) -> Sampled:
         """Begins samples of one prompt in free slots, and samples the first token of each.

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Comparison:
         """n, the responses to each prompt."""
         return self.responses[0].lengths.shape[1]
 
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """Counts, the estimates of each model, and those of each pair of models."""
         pairs = list(itertools.combinations(range(len(self.responses)), 2))

@@ -24,7 +24,7 @@ from jaxrlhf.data import (
     vocabulary_size,
     without_end,
 )
-from jaxrlhf.data.batches import fill
+from jaxrlhf.data.batches import padded
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, read_config, with_kernels
 from jaxrlhf.runs.console import Console
@@ -57,11 +57,16 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
+@lru_cache(maxsize=2)
+def _token_texts(tokenizer: Any) -> tuple[str, ...]:
+    """The text of each id by itself."""
+    return tuple(tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False))
+
+
 @lru_cache(maxsize=16)
 def _tokens_with(tokenizer: Any, stop: str) -> tuple[int, ...]:
     """The ids whose own text holds the stop string."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    return tuple(i for i, text in enumerate(texts) if stop in text)
+    return tuple(i for i, text in enumerate(_token_texts(tokenizer)) if stop in text)
 
 
 def with_stops(sampling: SamplingConfig, tokenizer: Any, stops: Sequence[str]) -> SamplingConfig:
@@ -83,10 +88,8 @@ def with_stops(sampling: SamplingConfig, tokenizer: Any, stops: Sequence[str]) -
 
 def left_padded(prompts: Sequence[Sequence[int]], rows: int, longest: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 and mask bool `[rows, P]` of prompts, with one pad token as the prompt of filler rows."""
-    filled = [np.asarray(p, np.int32) for p in prompts] + [np.array([pad], np.int32)] * (rows - len(prompts))
-    width = length_bucket(max(map(len, filled)), longest)
-    ones = [np.ones(len(p), np.int32) for p in filled]
-    return fill(filled, width, pad, left=True), fill(ones, width, 0, left=True).astype(bool)
+    ids, mask = padded(prompts, rows, length_bucket(max(map(len, prompts)), longest), pad, left=True)
+    return ids, mask.astype(bool)
 
 
 def generate_all(

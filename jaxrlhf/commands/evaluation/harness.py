@@ -24,7 +24,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from jaxrlhf import keys
 from jaxrlhf.commands.evaluation.generators import cut, generate_all, with_stops
 from jaxrlhf.data import end_ids, length_bucket, pad_token_id, read_tokenizer, vocabulary_size
-from jaxrlhf.data.batches import fill
+from jaxrlhf.data.batches import padded
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
@@ -250,10 +250,7 @@ class JaxLM(TemplateLM):
             shift = len(inputs) - size - start[j]
             for k, continuation in enumerate(held):
                 targets[j, k, shift : shift + size] = continuation
-        filled = [np.asarray(ids, np.int32) for ids in given] + [np.array([pad], np.int32)] * (rows - len(given))
-        ones = [np.ones(len(ids), np.int32) for ids in filled]
-        arrays = (fill(filled, width, pad), fill(ones, width, 0), start, targets)
-        placed = place_batch(arrays, self.mesh)
+        placed = place_batch((*padded(given, rows, width, pad), start, targets), self.mesh)
         static = {"module": self.engine.module, "mesh": self.mesh, "count": count}
         return to_host(continuation_scores(self.engine.params, *placed, **static))
 
@@ -340,7 +337,7 @@ class JaxLM(TemplateLM):
         return sampling, until
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes about the model beside the results."""
+        """Metadata of the model that lm-eval writes beside the results."""
         params = sum(x.size for x in jax.tree.leaves(self.engine.params))
         return {"model_num_parameters": params, "model_dtype": str(jnp.dtype(self.engine.module.dtype))}
 

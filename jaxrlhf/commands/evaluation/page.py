@@ -74,7 +74,7 @@ def comparison_cards(found: Comparison, names: list[str]) -> Iterator[Card]:
 
 def pair_page(found: PairReport) -> dict[str, Any]:
     """The values of the page of a reward model on pairs."""
-    margins = found.summary()["margins"]
+    margins = found.summary["margins"]
     plot = draw_histogram(margins["counts"].tolist(), margins["edges"].tolist(), 0, "margins", "margin")
     rows = [found.row(i) for i in range(min(CARDS, len(found.data)))]
     cards = [

@@ -1,4 +1,4 @@
-"""Prints what `jaxrlhf eval` found, as tables."""
+"""Prints the results of `jaxrlhf eval` as tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 def comparison_tables(found: Comparison) -> list[Table]:
     """Scores and pass@k of each model, and the win rates."""
-    summary, names = found.summary(), short_names(found.models)
+    summary, names = found.summary, short_names(found.models)
     rows = []
     for name, model in zip(names, summary["models"], strict=True):
         scores = [str(value) for value in model["scores"].values()]
@@ -71,7 +71,7 @@ def prompt_text(prompt: Any) -> str:
 
 def pair_tables(found: PairReport) -> list[Table]:
     """Measures by subset, calibration, and scores."""
-    summary = found.summary()
+    summary = found.summary
     rows = [
         [name, measures["pairs"], *(str(measures[key]) for key in MEASURES)]
         for name, measures in summary["measures"].items()
@@ -97,7 +97,7 @@ def distribution(scores: dict[str, dict[str, Any]]) -> Table:
 
 def pair_lines(found: PairReport) -> list[str]:
     """The mean of the subsets, the share of ties, and the histogram of the margins."""
-    summary = found.summary()
+    summary = found.summary
     lines = [f"mean of the subsets: {summary['mean_of_subsets']}"] if summary["mean_of_subsets"] else []
     counts, edges = summary["margins"]["counts"], summary["margins"]["edges"]
     bars = "".join(BLOCKS[round(8 * int(count) / max(int(counts.max()), 1))] for count in counts)
@@ -108,14 +108,14 @@ def pair_lines(found: PairReport) -> list[str]:
 
 def text_tables(found: TextReport) -> list[Table]:
     """The mean score by source, and the distribution."""
-    summary = found.summary()
+    summary = found.summary
     rows = [[name, value.count, str(value)] for name, value in summary["mean_score"].items()]
     return [("texts", ["rows", "texts", "mean score"], rows), distribution({"score": summary["scores"]})]
 
 
 def text_lines(found: TextReport) -> list[str]:
     """The correlation with the length."""
-    value = found.summary()["length_correlation"]
+    value = found.summary["length_correlation"]
     return [] if value is None else [f"correlation of score and length: {value:.3g}"]
 
 
@@ -136,16 +136,17 @@ def print_comparison(console: Console, found: Comparison, show: int) -> None:
 
 def print_scores(console: Console, found: PairReport | TextReport, show: int) -> None:
     """Prints the first rows with their scores, and the tables."""
-    size = min(show, len(found.data))
-    columns = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score", "margin")
-    columns = columns if isinstance(found, PairReport) else ("prompt", "response", "score")
-    if size:
-        rows = [[found.row(i)[name] for name in columns] for i in range(size)]
-        console.table("rows", [name.replace("_", " ") for name in columns], rows)
-    tables = pair_tables(found) if isinstance(found, PairReport) else text_tables(found)
+    if isinstance(found, PairReport):
+        columns = ["prompt", "chosen", "rejected", "chosen_score", "rejected_score", "margin"]
+        tables, lines = pair_tables(found), pair_lines(found)
+    else:
+        columns, tables, lines = ["prompt", "response", "score"], text_tables(found), text_lines(found)
+    shown = [found.row(i) for i in range(min(show, len(found.data)))]
+    if shown:
+        console.table("rows", [c.replace("_", " ") for c in columns], [[row[c] for c in columns] for row in shown])
     for table in tables:
         console.table(*table)
-    for line in pair_lines(found) if isinstance(found, PairReport) else text_lines(found):
+    for line in lines:
         console.print(line)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from jaxrlhf.commands.evaluation.rows import groups_of, holds_pairs, load_rows, 
 from jaxrlhf.commands.evaluation.scoring import RewardModel
 from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.commands.evaluation.statistics import (
-    Estimate,
     calibration,
     mean_and_error,
     mean_of_estimates,
@@ -68,7 +68,7 @@ class Pairs:
         one = (self.groups[kept], self.sources[kept], self.subsets[kept])
         return Pairs(self.chosen[kept], self.rejected[kept], self.lengths[:, kept], *one)
 
-    def measures(self) -> dict[str, Estimate | int]:
+    def measures(self) -> dict[str, Any]:
         """Accuracy, length baseline and margin. Equal scores count as wrong; equal lengths count half."""
         long, short = self.lengths
         return {
@@ -81,7 +81,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairReport:
-    """What a reward model does on pairs.
+    """A reward model's scores of preference pairs.
 
     Attributes:
         model: its name.
@@ -112,15 +112,17 @@ class PairReport:
                 parts |= {f"{kind} {name}": pairs.where(names == name) for name in distinct}
         return {name: part for name, part in parts.items() if len(part)}
 
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """Every estimate, and the histogram of the margins."""
-        margins, groups = self.pairs.margins, self.groups()
+        margins = self.pairs.margins
         counts, edges = np.histogram(margins, BARS)
-        subsets = [part.measures()["accuracy"] for name, part in groups.items() if name.startswith("subset ")]
+        measures = {name: part.measures() for name, part in self.groups().items()}
+        subsets = [measured["accuracy"] for name, measured in measures.items() if name.startswith("subset ")]
         return {
             "model": self.model,
-            "measures": {name: part.measures() for name, part in groups.items()},
-            "mean_of_subsets": mean_of_estimates([e for e in subsets if isinstance(e, Estimate)]) if subsets else None,
+            "measures": measures,
+            "mean_of_subsets": mean_of_estimates(subsets) if subsets else None,
             "ties": mean_and_error(margins == 0, self.pairs.groups),
             "scores": {side: describe(getattr(self.pairs, side)) for side in ("chosen", "rejected")},
             "margins": describe(margins) | {"counts": counts, "edges": edges},
@@ -158,6 +160,7 @@ class TextReport:
         row = {"prompt": text["prompt"], "response": text["chosen"], "score": self.scores[i]}
         return row | {"source": str(self.sources[i]), "place": self.data.where(i)}
 
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """The mean by source, the distribution, and the correlation with the length."""
         names = {"all": np.ones(len(self.scores), bool)}

@@ -12,7 +12,7 @@ from jaxrlhf import objectives
 from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.data import EncodedRow, encode_rows, length_bucket, pad_token_id, vocabulary_size
-from jaxrlhf.data.batches import fill
+from jaxrlhf.data.batches import padded
 from jaxrlhf.data.tokenized import Encoding, fit
 from jaxrlhf.distributed import to_host
 from jaxrlhf.models import (
@@ -38,6 +38,21 @@ def last_scores(params: Any, ids: jax.Array, mask: jax.Array, *, module: Decoder
         read = working_copy(params, logical_axes(module), module, mesh)
         values: Any = module.apply({"params": read}, ids, mask)
         return objectives.score_at_last_token(values, mask)
+
+
+def score_batch(model: Model, mesh: Mesh, sequences: Sequence[Any], rows: int, width: int, pad: int) -> np.ndarray:
+    """Scores at most `rows` token sequences of at most `width` tokens at their last tokens: float32 `[N]`.
+
+    Args:
+        model: The reward model.
+        mesh: The mesh of its parameters.
+        sequences: Token ids of N sequences.
+        rows: Rows of the program, a multiple of the devices that the batch is split over.
+        width: Columns of the program.
+        pad: Id of the padding.
+    """
+    ids, mask = place_batch(padded(sequences, rows, width, pad), mesh)
+    return to_host(last_scores(model.params, ids, mask, module=model.module, mesh=mesh))[: len(sequences)]
 
 
 class RewardModel:
@@ -73,13 +88,9 @@ class RewardModel:
         with console.progress(len(sequences), description="score", unit="sequence") as bar:
             for start in range(0, len(order), self.rows):
                 chosen = order[start : start + self.rows]
-                given = [np.asarray(sequences[i], np.int32) for i in chosen]
-                given += [np.array([pad], np.int32)] * (self.rows - len(chosen))
+                given = [sequences[i] for i in chosen]
                 width = length_bucket(max(map(len, given)), self.shape.max_positions)
-                ones = [np.ones(len(ids), np.int32) for ids in given]
-                arrays = place_batch((fill(given, width, pad), fill(ones, width, 0)), self.mesh)
-                found = to_host(last_scores(model.params, *arrays, module=model.module, mesh=self.mesh))
-                scores[chosen] = found[: len(chosen)]
+                scores[chosen] = score_batch(model, self.mesh, given, self.rows, width, pad)
                 bar.update(len(chosen))
         return scores
 

@@ -271,7 +271,7 @@ class _Server:
         return json_response({"object": "list", "model": name, "data": data, "usage": usage})
 
     async def vote(self, request: Request) -> Response:
-        row = read_vote(await read_body(request)).row
+        row = read_vote(await read_body(request))
         if self._votes is None:
             raise ApiError("votes are not kept: start the server with --preferences FILE.jsonl", status=404)
         line = json.dumps(row | {"time": int(time.time())}, ensure_ascii=False) + "\n"

@@ -5,19 +5,17 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from jaxrlhf.commands.chat import ChatConfig, open_session
-from jaxrlhf.commands.evaluation.scoring import last_scores
+from jaxrlhf.commands.evaluation.scoring import score_batch
 from jaxrlhf.commands.serve import ServeConfig
 from jaxrlhf.commands.serve.metrics import ModelMetrics
 from jaxrlhf.commands.serve.scheduler import Event, Scheduler
 from jaxrlhf.data import encode_rows, encode_texts_as_documents, pad_token_id, read_tokenizer, vocabulary_size
 from jaxrlhf.engine import SlotBatch
+from jaxrlhf.engine.slots import doubling_widths
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, stored_head
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
-from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.settings import batch_devices, check_context
 
 LONGEST = 4096  # of max_model_len's default
@@ -108,10 +106,7 @@ class RewardModel(Served):
 
     def widths(self) -> list[int]:
         """The lengths of texts, each with a program of its own."""
-        widths = [32]
-        while widths[-1] < self.length:
-            widths.append(2 * widths[-1])
-        return [*(width for width in widths if width < self.length), self.length]
+        return doubling_widths(self.length)
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         return encode_texts_as_documents(self.tokenizer, texts)
@@ -136,14 +131,7 @@ class RewardModel(Served):
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         width = next(width for width in self.widths() if width >= max(map(len, rows)))
-        ids = np.full((self.rows, width), pad_token_id(self.tokenizer), np.int32)
-        mask = np.zeros(ids.shape, bool)
-        mask[:, 0] = True  # a row that attends to nothing gives NaN in some attention kernels
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = row, True
-        arrays = place_batch((ids, mask), self.mesh)
-        scores = last_scores(self.model.params, *arrays, module=self.model.module, mesh=self.mesh)
-        return np.asarray(scores).tolist()[: len(rows)]
+        return score_batch(self.model, self.mesh, rows, self.rows, width, pad_token_id(self.tokenizer)).tolist()
 
     def warm_up(self) -> None:
         for width in self.widths():

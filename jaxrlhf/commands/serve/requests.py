@@ -299,16 +299,8 @@ def read_score(body: Mapping[str, Any]) -> tuple[str, list[str] | None, list[lis
     return model, None, conversations
 
 
-@dataclass(frozen=True)
-class Vote:
-    """A vote of the chat page: of two responses to a conversation, the better one."""
-
-    row: dict[str, Any]
-    """As `jaxrlhf reward` reads it."""
-
-
-def read_vote(body: Mapping[str, Any]) -> Vote:
-    """The preference of a vote: conversation, chosen and rejected response, and the models that wrote them."""
+def read_vote(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A vote of the chat page as a row that `jaxrlhf reward` reads, with the models that wrote the responses."""
     fields = Fields(body)
     messages = read_messages(fields.left.pop("messages", None))
     if messages[-1]["role"] != "user":
@@ -320,4 +312,4 @@ def read_vote(body: Mapping[str, Any]) -> Vote:
     if row["chosen"] == row["rejected"]:
         raise ApiError("chosen and rejected are the same text; nothing is preferred", "rejected")
     fields.end()
-    return Vote(row)
+    return row

@@ -63,7 +63,7 @@ OTHERS = {
         "jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint", False
     ),
     "plan": Command(
-        "jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting", False
+        "jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of a training run before renting", False
     ),
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
     "demo": Command(

@@ -73,7 +73,7 @@ def check_compiler(device: Device) -> None:
 
 
 def compile_programs(config: PlanConfig, console: Console) -> dict[str, Compiled]:
-    """Compile each program of the run; InputError when a compiler is missing or fails for another reason than memory."""
+    """Compile the run's programs; InputError when a compiler is missing or fails for another reason than memory."""
     check_compiler(config.accelerator)
     where = f"{config.devices} × {config.accelerator.name}"
     results = {}

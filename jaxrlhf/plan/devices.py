@@ -3,7 +3,7 @@
 Sources: [A] NVIDIA A100 data sheet and whitepaper (2020, 80 GB: 2021); [H] NVIDIA H100 and H200 data sheets and the
 Hopper whitepaper; [P] `cudaGetDeviceProperties` of the device; [G] Google Cloud TPU system architecture pages, per
 chip; [D] DGX A100 and DGX H100 system guides: one 200 or 400 Gb/s network adapter per GPU, PCIe 4 or 5 with 16 lanes;
-[B] NVIDIA HGX and DGX B200 data sheets (180 GB, 8 TB/s and 4.5 PFLOPS with sparsity per GPU, half of it dense; NVLink 5);
+[B] NVIDIA HGX and DGX B200 data sheets (180 GB, 8 TB/s and 4.5 PFLOPS with sparsity per GPU, half of it dense);
 [N] NVIDIA GB200 NVL72 data sheet (72 GPUs: 13.4 TB, 576 TB/s, 360 PFLOPS with sparsity; four GPUs per compute tray,
 each with half of a Grace's NVLink-C2C); [M] AMD Instinct MI300X data sheet (seven Infinity Fabric links of 64 GB/s one
 way) and the driver's memory; [I] Google Cloud TPU7x page: 192 GiB, 2307 TFLOPS, 7380 GB/s and 1200 GB/s of links, both

@@ -390,7 +390,9 @@ def score_memory(system: System, platform: str) -> ProgramMemory:
     if system.supervised:
         return _reference_memory(system, platform)
     rows = _micro_rows(system)
-    arguments = _on_device(system, platform, system.scoring) | {"batch": tree_bytes(rollout(system, system.rows), platform)}
+    arguments = _on_device(system, platform, system.scoring) | {
+        "batch": tree_bytes(rollout(system, system.rows), platform)
+    }
     phases = []
     for name in system.scoring:
         module, tree = system.modules[name], system.trees.get(name)

@@ -31,7 +31,16 @@ SHOWN = {
     *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"),
     *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype"),
     *("dtype", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs"),
-    *("max_prompt_seq_len", "max_new_tokens", "samples_per_prompt", "max_length", "packing", "lora_r", "lora_target_modules", "critic_lora_r"),
+    *(
+        "max_prompt_seq_len",
+        "max_new_tokens",
+        "samples_per_prompt",
+        "max_length",
+        "packing",
+        "lora_r",
+        "lora_target_modules",
+        "critic_lora_r",
+    ),
     *("critic_lora_target_modules", "zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),
     *("offload_reference_model", "offload_reward_model", "offload_optimizer", "gradient_checkpointing"),
     *("remat_policy", "enable_ema", "num_train_epochs"),
@@ -73,7 +82,9 @@ class ClusterConfig(Settings):
     def accelerator(self) -> Device:
         """The device with this cluster's numbers."""
         if self.hardware is not None:
-            return dataclasses.replace(self.hardware, devices_per_host=min(self.hardware.devices_per_host, self.devices))
+            return dataclasses.replace(
+                self.hardware, devices_per_host=min(self.hardware.devices_per_host, self.devices)
+            )
         device = find_device(self.device, {flag: getattr(self, flag) for flag in OVERRIDES})
         per_host = self.devices_per_host or device.devices_per_host
         return dataclasses.replace(device, devices_per_host=min(per_host, self.devices))

@@ -42,7 +42,7 @@ LAYERS = (
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 ISOLATED = ("kernels", "objectives", "errors", "keys")
 TORCH_USERS = {"models/hf/torch_files.py", "jaxrlhf/bench/peers.py", "jaxrlhf/bench/trl_peer.py"}
-USERS_OF_DATA = ("trainers", "rl", "commands", "bench", "cli", "scripts")
+USERS_OF_DATA = ("trainers", "rl", "plan", "commands", "bench", "cli", "scripts")
 IMPORTED_WHERE_USED = (
     "datasets",
     "transformers",

@@ -101,7 +101,7 @@ def fitted(config: C, section: str = "") -> C:
         )
     found = eased(plan, nearest.config)
     console.print(f"fit: {gib(need)} GiB per device as asked, {gib(_peak(found))} with the flags below, on {where}")
-    for line in _choices(plan, found, kept, section):
+    for line in _choices(plan, found, nearest.reasons, section):
         console.print(f"  {line}")
     chosen = {name: found.value(name) for name in FITTED if name in settings(PlanConfig)}
     chosen = {name: value for name, value in chosen.items() if value != plan.value(name)}
@@ -217,12 +217,12 @@ def _flags(old: PlanConfig, new: PlanConfig, section: str) -> str:
     return " ".join(_flag(word[2:], section) if word.startswith("--") else word for word in words)
 
 
-def _choices(asked: PlanConfig, found: PlanConfig, kept: Collection[str], section: str) -> list[str]:
+def _choices(asked: PlanConfig, found: PlanConfig, reasons: Collection[str], section: str) -> list[str]:
     """The flags that differ, by the change that sets them, each with its reason."""
     lines, told = [], set()
     differing = {name for name in FITTED if name != EVAL_ROWS and asked.value(name) != found.value(name)}
-    for change in ALIKE:
-        names = [name for name in change.changed(asked) if name in differing - told and name not in kept]
+    for change in (change for change in ALIKE if change.reason in reasons):
+        names = [name for name in change.changed(asked) if name in differing - told]
         told |= set(names)
         if names:
             part = asked.replace(**{name: found.value(name) for name in names})
@@ -243,8 +243,8 @@ def _next_step(plan: PlanConfig, kept: Collection[str], section: str) -> list[st
             found.append((f"fits {larger.config.devices} devices of this kind ({size} GiB each)", larger))
     lines = []
     for where, nearest in found:
-        lines.append(f"{where}: {_flags(plan, nearest.config, section) or 'no other flag'}")
-        lines += [f"  {reason}" for reason in nearest.reasons]
+        other = "" if nearest.same_training else ", which trains otherwise"
+        lines.append(f"{where}{other}: {_flags(plan, nearest.config, section) or 'no other flag'}")
     if here is not None and here.same_training and kept:
         lines.append(f"leave out {', '.join(_flag(name, section) for name in sorted(kept))}, so that fit may choose")
     return lines or ["no setting of this model fits, on any number of devices; take a smaller model"]

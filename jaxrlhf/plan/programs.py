@@ -8,7 +8,7 @@ for devices that are not present.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -347,7 +347,7 @@ def experience(system: System) -> Experience:
     kinds |= dict.fromkeys(("logprobs", "ref_logprobs", "values", "sampler_logprobs", "entropy"), jnp.float32)
     if "critic" not in system.modules:
         del kinds["values"]
-    arrays = {"values": None} | _batch(system, system.length, kinds, TRAIN_RULES, system.rows)
+    arrays: dict[str, Any] = {"values": None} | _batch(system, system.length, kinds, TRAIN_RULES, system.rows)
     return Experience(**arrays, longest=system.config.sampling.max_new_tokens)
 
 
@@ -453,7 +453,9 @@ def _lower_train(system: System) -> jax.stages.Lowered:
     return cast(Any, ppo_step).lower(ppo_state(system), experience(system))
 
 
-_LOWER = dict(zip(PROGRAMS, (_lower_generate, _lower_score, _lower_train), strict=True))
+_LOWER: dict[str, Callable[[System], jax.stages.Lowered]] = dict(
+    zip(PROGRAMS, (_lower_generate, _lower_score, _lower_train), strict=True)
+)
 
 
 def lower(system: System, program: str) -> jax.stages.Lowered:

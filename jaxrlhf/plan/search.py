@@ -158,7 +158,7 @@ CHANGES = (
         lambda c: {"offload_optimizer": True} if c.accelerator.pinned_host else {},
     ),
     # One row per device shortens the cache.
-    Change("a smaller rollout batch: other training dynamics", lambda c: dict.fromkeys(ONE_ROW, 1), False),
+    Change("a smaller batch: other training dynamics", lambda c: dict.fromkeys(ONE_ROW, 1), False),
     Change(f"adapters of rank {LORA_RANK} instead of all parameters: another kind of training", _lora, False),
 )
 ALIKE = [change for change in CHANGES if change.same_training]

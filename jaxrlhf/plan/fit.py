@@ -164,7 +164,7 @@ def device_at_hand() -> Device:
 
 def plan_of(config: Any, device: Device) -> PlanConfig:
     """The plan of a trainer's run on all its devices."""
-    trainer = next((name for name, kind in SUPERVISED.items() if isinstance(config, kind)), None)
+    trainer: Any = next((name for name, kind in SUPERVISED.items() if isinstance(config, kind)), None)
     if trainer is None:
         actor, reward = check_models(config), config.models.reward_model_name_or_path
         trainer, ppo = config.algorithm.algorithm.name, config

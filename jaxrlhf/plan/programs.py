@@ -284,7 +284,8 @@ def model_configs(config: PlanConfig, longest: int, lengths: str) -> dict[str, D
     known = config.shapes or {}
     shapes = {name: known.get(name) or model_config(name, value, longest, lengths) for name, value in named.items()}
     if len(shapes) == 2:
-        check_same_rows(*shapes.values(), tuple(f"{name}={value}" for name, value in named.items()))
+        names = f"actor={config.actor}", f"reward={config.reward}"
+        check_same_rows(shapes["actor"], shapes["reward"], names)
     return shapes
 
 

@@ -402,12 +402,12 @@ def gguf_source(path: Path, names: Iterable[str]) -> TensorSource:
     kind = next(arch for arch, known in MODEL_ARCH_NAMES.items() if known == name)
     table = get_tensor_name_map(kind, layers)
 
-    def place(theirs: str) -> tuple[str | None, int | None]:
-        """The file's name of a tensor, and the number of the expert whose part of it is meant."""
+    def place(theirs: str) -> tuple[str, int | None]:
+        """The file's name of a tensor, empty if llama.cpp has none, and the expert whose part of it is meant."""
         short = theirs.removeprefix(architecture.strip)
         own = table.get_name(_EXPERT.sub(".", short), try_suffixes=(".weight", ".bias"))
         number = _EXPERT.search(short)
-        return own, None if number is None else int(number[1])
+        return own or "", None if number is None else int(number[1])
 
     known = {theirs: found for theirs in names if (found := place(theirs))[0] in file.names}
     inert = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}

@@ -16,7 +16,16 @@ from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
 from jaxrlhf.config.secrets import redacted
-from jaxrlhf.config.settings import Settings, UnknownSetting, canonical, errors_in, names_of, sections, settings, to_dict
+from jaxrlhf.config.settings import (
+    Settings,
+    UnknownSetting,
+    canonical,
+    errors_in,
+    names_of,
+    sections,
+    settings,
+    to_dict,
+)
 from jaxrlhf.config.yaml_files import Quoted, dump_yaml, is_none, read_yaml
 from jaxrlhf.errors import InputError
 
@@ -37,7 +46,7 @@ def parse(
 
     Booleans are `--flag`, `--no_flag` or `--flag true`; lists take words with spaces or commas between them; `none`
     stands for no value. The last of two equal flags wins. `--help` (`--help SECTION`) prints the flags and exits. Flags
-    of DeepSpeed-Chat are translated as `cls.OTHER_FLAGS` says, with lines of advice in the log.
+    of another project are translated as `cls.OTHER_FLAGS` says, with lines of advice in the log.
 
     Args:
         cls: The config's class.

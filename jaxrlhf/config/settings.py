@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from jaxrlhf.config.annotations import LASTING, MAY_CHANGE, PATH, Hint, check_value, hints_of
-from jaxrlhf.config.deepspeed_chat import Script
+from jaxrlhf.config.other_flags import Script
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")
@@ -43,8 +43,8 @@ class Settings:
     """Base of all settings: checks annotations, and gives access by flat names.
 
     A subclass is a frozen dataclass. `check` holds what no annotation says. `HIDDEN` names settings of its parts that
-    it has no use for: neither flags nor keys. `OTHER_FLAGS` translates the flags of DeepSpeed-Chat's script for the same
-    purpose. `may_change=True` marks all fields as `MayChange`.
+    it has no use for: neither flags nor keys. `OTHER_FLAGS` translates the flags of another project's script for the
+    same purpose. `may_change=True` marks all fields as `MayChange`.
     """
 
     HIDDEN: ClassVar[frozenset[str]] = frozenset()

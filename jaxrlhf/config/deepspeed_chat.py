@@ -55,7 +55,7 @@ def _adapters(own: str, rate: Sequence[str], ranks: Collection[str]) -> Callable
         line[rate[0]] = words
         if "deepspeed" in line:
             line.setdefault("lora_alpha", ("1",))
-        note = f" instead of {' '.join(replaced[-1])}" if replaced else ""
+        note = f" instead of {' '.join(replaced[-1])}" if replaced and replaced[-1] != words else ""
         say(f"--{own}: only the adapters are trained, at {rate[0]}={' '.join(words)}{note}, as with only_optimize_lora")
 
     return rule

@@ -4,7 +4,7 @@
 
 A recipe names its devices in a comment, `# devices: 8 x a100-80g`. Sizes are GiB per device, of the largest of the
 three programs of step 3; hours are those of one epoch of 131.9 k prompts, or of the whole run for GSM8K, by the
-roofline. GRPO is planned as PPO with a critic and a reward model of 0.5 B that it does not have: an upper bound.
+roofline.
 """
 
 import re
@@ -20,7 +20,7 @@ from jaxrlhf.plan.settings import SHOWN, PlanConfig
 from jaxrlhf.rl.config import GRPOConfig
 
 FOLDER = Path(__file__).parent
-GSM8K = {"actor": "qwen2.5-1.5b", "reward": "qwen2.5-0.5b", "train_rows": 7473 * 8}
+GSM8K = {"trainer": "grpo", "actor": "qwen2.5-1.5b", "reward": None, "train_rows": 7473}
 
 
 def devices_of(path: Path) -> tuple[int, str] | None:

@@ -3,7 +3,6 @@
 | class | exit status | meaning |
 |---|---|---|
 | `InputError` | 2 | a setting, a file or data is wrong |
-| `OutOfMemory` | 2 | an InputError: the run needs more memory than the devices have |
 | `TrainingDiverged` | 3 | losses or gradients are not finite, or no response has a score |
 | `StorageError` | 74 | a disk or a store does not take or give back what it should (`EX_IOERR`) |
 | `PeerLost` | 75 | another process of the run is gone; start again with `--resume` (`EX_TEMPFAIL`) |

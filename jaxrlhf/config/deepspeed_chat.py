@@ -60,6 +60,8 @@ class Script:
     """Its defaults that differ from ours, for flags that the line does not give."""
     rules: tuple[Callable[[Line, Say], None], ...] = ()
     """Translate flags that mean something only together."""
+    announcement: str = "--{marker}: flags that are not given have DeepSpeed-Chat's defaults, {shown}"
+    """Says which defaults are taken."""
 
     def translate(self, given: Sequence[tuple[str, Words]], names: Mapping[str, str], say: Say) -> Line:
         """Translates a command line.
@@ -113,7 +115,7 @@ class Script:
             taken.pop("data_path", None)
         line |= {name: (value,) for name, value in taken.items()}
         if shown := [f"--{name} {value}" for name, value in taken.items() if "lora" not in name]:
-            say(f"--{self.marker}: flags that are not given have DeepSpeed-Chat's defaults, {' '.join(shown)}")
+            say(self.announcement.format(marker=self.marker, shown=" ".join(shown)))
 
 
 def _first(line: Line, names: Collection[str]) -> Words | None:
@@ -412,10 +414,14 @@ EVAL = Script(
         "model_name_or_path_finetune": Flag("models"),
         "num_return_sequences": Flag("samples_per_prompt"),
         "num_beams": Flag(
-            advice="responses are sampled, or greedy", convert=_only("1"), remedy="there is no beam search; leave it out"
+            advice="responses are sampled, or greedy",
+            convert=_only("1"),
+            remedy="there is no beam search; leave it out",
         ),
         "num_beam_groups": Flag(
-            advice="responses are sampled, or greedy", convert=_only("1"), remedy="there is no beam search; leave it out"
+            advice="responses are sampled, or greedy",
+            convert=_only("1"),
+            remedy="there is no beam search; leave it out",
         ),
         "penalty_alpha": Flag(remedy="there is no contrastive search; leave it out, as prompt_eval.py is greedy too"),
         "language": Flag(advice="--data_path names the prompts, in any language"),

@@ -262,11 +262,11 @@ DEFAULTS = {
     "gradient_checkpointing": "true",
 }
 OF_ROWS = {"max_length": "1024", "packing": "false"}
-OF_PROMPTS = {"max_prompt_seq_len": "1024"}  # TRL cuts no prompt
+OF_PROMPTS = {"max_prompt_seq_len": "512"}  # TRL cuts no prompt; the longest one and its response must fit the context
 ANNOUNCEMENT = "keys that are not given have TRL's defaults: {shown}"
 
 
-def _script(flags: Mapping[str, Flag], defaults: Mapping[str, str], *rules: Callable[[Line, Say], None]) -> Script:
+def _script(flags: dict[str, Flag], defaults: dict[str, str], *rules: Callable[[Line, Say], None]) -> Script:
     return Script(
         flags=EVERY_TRAINER | flags,
         marker=MARKER,

@@ -70,11 +70,11 @@ def load_options(line: Line, say: Say) -> None:
     if not isinstance(options, Mapping):
         raise InputError(f"model_init_kwargs={options}: must be a mapping")
     for name, value in options.items():
-        line.setdefault({"revision": "model_revision"}.get(name, name), value)
+        line.setdefault("model_revision" if name == "revision" else str(name), value)
 
 
 def data(line: Line, say: Say) -> None:
-    """The data set, or the mixture, becomes a data_mixture whose rows are all trained on unless there is evaluation."""
+    """The data set, or the mixture, becomes a data_mixture; without evaluation, few rows are held out for the ends."""
     evaluates = words_of(line.get("eval_strategy", "no"))[0].lower() not in ("no", "false")
     given = {name: line.pop(name) for name in DATA_KEYS if name in line}
     if own := [name for name in ("data_path", "data_mixture") if name in line]:
@@ -83,16 +83,22 @@ def data(line: Line, say: Say) -> None:
         return
     if _is_on(given, "dataset_streaming"):
         line["streaming"] = "true"
+    if not evaluates and "eval_fraction" not in line:
+        line["eval_fraction"] = "0.01"
+        say(
+            "eval_strategy is no: a run still evaluates before its first and after its last step, on the data's own "
+            "split, or on 1 % of the prompts (eval_fraction), which are not trained on"
+        )
     if "datasets" in given:
         sources = _mixture(given["datasets"], evaluates, given)
-        if "test_split_size" in given:
+        if evaluates and "test_split_size" in given:
             line["eval_fraction"] = given["test_split_size"]
         if any("weight" in source for source in sources):
             say("fraction becomes weight: the sources are mixed by it, and a small one begins again within an epoch")
     elif "dataset_name" in given:
         path = ":".join(_take(given, name) or "" for name in ("dataset_name", "dataset_config") if name in given)
         test = f"{path}@{_take(given, 'dataset_test_split', 'test')}"
-        sources = [_source(path, _take(given, "dataset_train_split", "train"), test if evaluates else "none")]
+        sources = [_source(path, _take(given, "dataset_train_split", "train"), test if evaluates else "own")]
     else:
         return
     line["data_mixture"] = sources
@@ -102,7 +108,7 @@ def _mixture(entries: Any, evaluates: bool, given: Line) -> list[dict[str, Any]]
     """The sources of `datasets`."""
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) and "path" in e for e in entries):
         raise InputError("datasets: must be a list of mappings with a path")
-    evaluation = ("held_out" if "test_split_size" in given else "own") if evaluates else "none"
+    evaluation = "held_out" if evaluates and "test_split_size" in given else "own"
     sources: list[dict[str, Any]] = []
     for entry in entries:
         if unknown := sorted(set(entry) - set(PARTS)):

@@ -197,7 +197,8 @@ def test_a_ppo_file_is_the_same_run(read):
     )
     assert config.rows_per_device == 64 and config.total_steps(lambda: 0, rows=64) == 157
     (source,) = config.data.sources
-    assert (source.split, source.evaluation) == ("descriptiveness", "none")
+    assert config.value("eval_fraction") == 0.01 and any("eval_strategy is no" in line for line in advice)
+    assert (source.split, source.evaluation) == ("descriptiveness", "own")
     assert {line.partition("=")[0] for line in advice if "ignored" in line} == {
         "vf_coef", "local_rollout_forward_batch_size",
     }  # fmt: skip
@@ -219,7 +220,7 @@ def test_a_grpo_file_counts_rollouts_where_trl_counts_updates(read):
         scale_by_std=False,
         cliprange_high=0.28,
         reward_functions=("my.rewards:accuracy",),
-        max_prompt_seq_len=1024,
+        max_prompt_seq_len=512,
     )
     assert any("max_steps=100 updates are 50 steps" in line for line in advice)
     rloo = "dataset_name: x\nnormalize_advantages: true\nreward_clip_range: [-3, 3]\nbeta: 0.1\n"

@@ -36,7 +36,11 @@ def test_num_gpus_is_taken_out_in_both_spellings(script):
 
 
 def test_the_deployment_type_and_the_actors_size_choose_a_recipe(script, capsys):
-    sizes = {"single_gpu": "1.3b 6.7b 13b", "single_node": "1.3b 6.7b 13b 30b 66b", "multi_node": "1.3b 6.7b 13b 30b 66b"}
+    sizes = {
+        "single_gpu": "1.3b 6.7b 13b",
+        "single_node": "1.3b 6.7b 13b 30b 66b",
+        "multi_node": "1.3b 6.7b 13b 30b 66b",
+    }
     for kind, known in sizes.items():
         for size in known.split():
             argv = script.with_recipe(["--step", "1", "--deployment-type", kind, f"--actor-model=facebook/opt-{size}"])
@@ -55,7 +59,10 @@ def test_the_deployment_type_and_the_actors_size_choose_a_recipe(script, capsys)
     [
         (["--deployment-type", "cluster"], "cluster: must be one of single_gpu, single_node, multi_node"),
         (["--deployment-type", "single_gpu", "--actor-model", "66b"], "has recipes for 1.3b, 6.7b, 13b. Name another"),
-        (["--deployment-type", "single_gpu", "--config", "x.yaml"], "--deployment-type and --config exclude each other"),
+        (
+            ["--deployment-type", "single_gpu", "--config", "x.yaml"],
+            "--deployment-type and --config exclude each other",
+        ),
     ],
 )
 def test_a_deployment_without_a_recipe_is_refused_with_those_that_have_one(script, argv, message):

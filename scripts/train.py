@@ -81,8 +81,8 @@ def with_recipe(argv: list[str]) -> list[str]:
         known = {path.stem.split("-")[1] for path in RECIPES.glob("opt-*.yaml")}
         sizes = sorted((size for size in known if recipes(size, kind)), key=lambda size: float(size[:-1]))
         raise InputError(
-            f"--deployment-type {kind} has no recipe for the actor {actor}; it has recipes for {', '.join(sizes)}. Name "
-            "another one by --config"
+            f"--deployment-type {kind} has no recipe for the actor {actor}; it has recipes for {', '.join(sizes)}. "
+            "Name another one by --config"
         )
     print(f"recipe: {found[0]}", file=sys.stderr)
     number = ["--num-gpus", "1"] if kind == "single_gpu" and take("--num-gpus", rest)[0] is None else []

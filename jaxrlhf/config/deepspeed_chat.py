@@ -1,121 +1,15 @@
 """DeepSpeed-Chat's flags, as our commands read them: renamed, obsolete with a line of advice, or refused.
 
 A flag that is also a name or alias of one of our settings, with the same meaning, needs no entry here. A config class
-names its table in `OTHER_FLAGS`, and `parse` translates a command line by it. Flags that mean something only together
-are translated by a rule of the table. docs/coming-from-deepspeed-chat.md shows the whole.
+names its table in `OTHER_FLAGS`. docs/coming-from-deepspeed-chat.md shows the whole.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
+from jaxrlhf.config.other_flags import Flag, Line, Say, Script, Words
 from jaxrlhf.errors import InputError
 
-Words = tuple[str, ...]
-Line = dict[str, Any]
-"""The flags of a command line by name, hyphens as underscores, each with the words that follow it (or what a YAML file
-would have)."""
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A flag of DeepSpeed-Chat."""
-
-    setting: str = ""
-    """The setting that it sets; empty where it sets none."""
-    advice: str = ""
-    """Why it is not needed, or what to use instead."""
-    convert: Callable[[str], str | None] = str
-    """Turns its value into ours; None refuses the value."""
-    remedy: str = ""
-    """What to do where the value, or the flag, is refused."""
-    value: str = ""
-    """Our value for a flag that takes none."""
-
-    @property
-    def kind(self) -> str:
-        """alias, obsolete or refused."""
-        return "alias" if self.setting else "obsolete" if self.advice else "refused"
-
-    def read(self, name: str, words: Words, say: Say) -> Words | None:
-        """The words for our setting; None where there is none. Raises InputError for what is refused."""
-        converted = [self.convert(word) for word in words or filter(None, [self.value])]
-        if self.kind == "refused" or None in converted:
-            raise InputError(f"{' '.join((f'--{name}', *words))}: {self.remedy}")
-        if self.advice:
-            say(f"{' '.join((f'--{name}', *words))} is ignored: {self.advice}")
-        return tuple(map(str, converted)) if self.setting else None
-
-
-@dataclass(frozen=True)
-class Script:
-    """How one of our commands reads the flags of DeepSpeed-Chat's script for the same purpose."""
-
-    flags: Mapping[str, Flag]
-    """Flags that we have under another name or not at all, or whose values differ."""
-    marker: str = ""
-    """The flag by which a line is recognised as the script's own; the defaults below then hold."""
-    defaults: Mapping[str, str] = field(default_factory=dict)
-    """Its defaults that differ from ours, for flags that the line does not give."""
-    rules: tuple[Callable[[Line, Say], None], ...] = ()
-    """Translate flags that mean something only together."""
-    announcement: str = "--{marker}: flags that are not given have DeepSpeed-Chat's defaults, {shown}"
-    """Says which defaults are taken."""
-
-    def translate(self, given: Sequence[tuple[str, Words]], names: Mapping[str, str], say: Say) -> Line:
-        """Translates a command line.
-
-        Args:
-            given: the flags in order; the last of equal ones wins.
-            names: our names and aliases, each with the name of its setting.
-            say: called with each line of advice.
-
-        Returns:
-            The flags for our parser.
-
-        Raises:
-            InputError: naming every flag that cannot be honoured.
-        """
-        line: Line = {}
-        for name, words in given:
-            line.pop(name, None)
-            line[name] = words
-        takes_defaults = self.marker in line and "config" not in line
-        if takes_defaults:
-            self._add_defaults(line, names, say)
-        for rule in self.rules:
-            rule(line, say)
-        if takes_defaults and self.flags[self.marker].kind == "obsolete":
-            del line[self.marker]  # announced with the defaults
-        translated, errors = {}, []
-        for name, words in line.items():
-            flag = self.flags.get(name)
-            try:
-                words = words if flag is None else flag.read(name, words, say)
-            except InputError as error:
-                errors.append(str(error))
-            if words is not None:
-                setting = flag.setting if flag else name
-                translated.pop(setting, None)
-                translated[setting] = words
-        if errors:
-            raise InputError("\n".join(errors))
-        return translated
-
-    def _add_defaults(self, line: Line, names: Mapping[str, str], say: Say) -> None:
-        """Adds the script's defaults for settings that the line does not set, by whatever name."""
-
-        def setting_of(name: str) -> str:
-            return (name in self.flags and self.flags[name].setting) or names.get(name, name)
-
-        set_already = {setting_of(name) for name in line}
-        taken = {name: value for name, value in self.defaults.items() if setting_of(name) not in set_already}
-        if "data_mixture" in line:
-            taken.pop("data_path", None)
-        line |= {name: (value,) for name, value in taken.items()}
-        if shown := [f"--{name} {value}" for name, value in taken.items() if "lora" not in name]:
-            say(self.announcement.format(marker=self.marker, shown=" ".join(shown)))
+PROJECT = "DeepSpeed-Chat"
 
 
 def _first(line: Line, names: Collection[str]) -> Words | None:
@@ -145,17 +39,23 @@ def _has_adapters(line: Line, ranks: Collection[str]) -> bool:
 
 
 def _adapters(own: str, rate: Sequence[str], ranks: Collection[str]) -> Callable[[Line, Say], None]:
-    """The rule of adapters: they alone are trained, at the learning rate `own`."""
+    """The rule of adapters: they alone are trained, at the learning rate `own`, 5e-4 in DeepSpeed-Chat's lines."""
 
     def rule(line: Line, say: Say) -> None:
         words = line.pop(own, None)
-        if words is None or not _has_adapters(line, ranks):
+        if not _has_adapters(line, ranks) and (words is None or "config" not in line):
+            if words is not None:
+                say(f"--{own} {' '.join(words)} is ignored: there are no adapters")
             return
+        if words is None:
+            if "deepspeed" not in line or "config" in line:
+                return
+            words = ("5e-4",)
         replaced = [line.pop(name) for name in rate if name in line]
         line[rate[0]] = words
         if "deepspeed" in line:
             line.setdefault("lora_alpha", ("1",))
-        note = f" instead of {' '.join(replaced[-1])}" if replaced else ""
+        note = f" instead of {' '.join(replaced[-1])}" if replaced and replaced[-1] != words else ""
         say(f"--{own}: only the adapters are trained, at {rate[0]}={' '.join(words)}{note}, as with only_optimize_lora")
 
     return rule
@@ -185,7 +85,9 @@ def _rollouts(line: Line, say: Say) -> None:
     rollout holds whole updates, is generated in pieces of G rows, and each pass over it makes num_mini_batches updates.
     """
     if "per_device_generation_batch_size" not in line:
-        return _test_mode(line, 1)
+        return _test_mode(line, say, 1)
+    if "num_mini_batches" in line:
+        raise InputError("num_mini_batches follows from per_device_generation_batch_size; leave one of them out")
     piece = _count(line, "per_device_generation_batch_size")
     micro = _count(line, "per_device_training_batch_size", "per_device_train_batch_size")
     update = micro * _count(line, "gradient_accumulation_steps", default=1)
@@ -198,16 +100,16 @@ def _rollouts(line: Line, say: Say) -> None:
         )
     if rows % rollout or rows % update or (update > rollout and passes > 1):
         raise InputError(
-            f"{rollout} rows are generated (per_device_generation_batch_size={piece} × generation_batches) and {update} "
-            f"make an update (per_device_training_batch_size={micro} × gradient_accumulation_steps): one must be a "
-            "multiple of the other; with ppo_epochs above 1, the first of the second"
+            f"{rollout} rows are generated (per_device_generation_batch_size={piece} × generation_batches) and "
+            f"{update} make an update (per_device_training_batch_size={micro} × gradient_accumulation_steps): one must "
+            "be a multiple of the other; with ppo_epochs above 1, the first of the second"
         )
     del line["per_device_generation_batch_size"]
     line |= {"generation_batches": (str(rows // piece),), "num_mini_batches": (str(rows // update),)}
-    _test_mode(line, rows // piece)
+    _test_mode(line, say, rows // piece)
 
 
-def _test_mode(line: Line, batches: int) -> None:
+def _test_mode(line: Line, say: Say, batches: int) -> None:
     """enable_test_mode ends the run after test_stop_step generated batches; a rollout holds `batches` of them."""
     stop = line.pop("test_stop_step", None)
     if line.pop("enable_test_mode", None) is not None:
@@ -215,6 +117,8 @@ def _test_mode(line: Line, batches: int) -> None:
             line["num_train_epochs"] = ("1",)
         else:
             line["max_steps"] = (str(-(-_count({"test_stop_step": stop}, "test_stop_step") // batches)),)
+    elif stop is not None:
+        say(f"--test_stop_step {' '.join(stop)} is ignored: it needs --enable_test_mode")
 
 
 def _pretraining(line: Line, say: Say) -> None:
@@ -279,7 +183,9 @@ def _opt(word: str) -> str:
 
 
 EVERY_STEP = {
-    "deepspeed": Flag(advice="the devices need no launcher"),
+    "deepspeed": Flag(
+        advice="the devices need no launcher; without --config, flags that are not given have DeepSpeed-Chat's defaults"
+    ),
     "local_rank": Flag(advice="one process drives all devices of a machine"),
     "deepscale": Flag(advice="it has no effect in DeepSpeed-Chat either"),
     "deepspeed_config": Flag(remedy="DeepSpeed's config files are not read; use --zero_stage, --offload and --dtype"),
@@ -293,7 +199,7 @@ EVERY_STEP = {
     "lr_scheduler_type": Flag(
         "lr_scheduler_type",
         convert=_words(constant_with_warmup="constant", cosine_with_restarts="cosine", polynomial=None),
-        remedy="write linear, with --min_lr_ratio as 1e-7 / learning_rate: the same schedule",
+        remedy="polynomial is linear with --min_lr_ratio 1e-7 / learning_rate",
     ),
     "only_optimize_lora": Flag(advice="with adapters, nothing else is trained"),
     "compute_fp32_loss": Flag(advice="losses are always computed in float32"),
@@ -309,7 +215,7 @@ SUPERVISED = EVERY_STEP | {
 }
 PRINT_LOSS = {"print_loss": Flag("logging_steps", value="1")}
 PADDING = {"num_padding_at_beginning": Flag(advice="padding is masked wherever it stands")}
-NO_DROPOUT = Flag(advice="ppo never drops out", convert=_zero("0"), remedy="ppo never drops out; leave it out")
+NO_DROPOUT = Flag(advice="ppo never drops out", convert=_zero("0"), remedy="leave it out, or give 0")
 DEFAULTS = {
     "data_path": "Dahoas/rm-static",
     "data_split": "2,4,4",
@@ -317,11 +223,11 @@ DEFAULTS = {
     "per_device_train_batch_size": "16",
     "per_device_eval_batch_size": "16",
     "learning_rate": "1e-3",
-    "lora_learning_rate": "5e-4",
 }
 RULES = (_adapters("lora_learning_rate", RATE, RANK), _constant)
 
 SFT = Script(
+    PROJECT,
     flags=SUPERVISED
     | PRINT_LOSS
     | {
@@ -337,6 +243,7 @@ SFT = Script(
     rules=(*RULES, _sft_only),
 )
 REWARD = Script(
+    PROJECT,
     flags=SUPERVISED
     | PADDING
     | {
@@ -347,8 +254,18 @@ REWARD = Script(
     defaults=DEFAULTS | {"learning_rate": "5e-5"},
     rules=RULES,
 )
-DPO = Script(flags=SUPERVISED | PRINT_LOSS | PADDING, marker="deepspeed", defaults=DEFAULTS, rules=RULES)
+DPO = Script(
+    PROJECT,
+    flags=SUPERVISED
+    | PRINT_LOSS
+    | PADDING  # one of its scripts has this flag, which its parser lacks
+    | {"offload_reference_model": Flag(advice="the reference is kept in the compute dtype and split over the devices")},
+    marker="deepspeed",
+    defaults=DEFAULTS,
+    rules=RULES,
+)
 PPO = Script(
+    PROJECT,
     flags=EVERY_STEP
     | PADDING
     | {
@@ -382,8 +299,6 @@ PPO = Script(
         "per_device_generation_batch_size": "16",
         "per_device_training_batch_size": "16",
         "num_warmup_steps": "100",
-        "actor_lora_learning_rate": "5e-4",
-        "critic_lora_learning_rate": "5e-4",
     },
     rules=(
         _adapters("actor_lora_learning_rate", RATE, RANK),
@@ -396,6 +311,7 @@ PPO = Script(
     ),
 )
 RLHF = Script(
+    PROJECT,
     flags={
         "actor_model": Flag("actor_model_name_or_path", convert=_opt),
         "reward_model": Flag("reward_model_name_or_path", convert=_opt),
@@ -404,25 +320,19 @@ RLHF = Script(
             remedy="scripts/train.py --deployment-type chooses the recipe; or name it, as in --config "
             "examples/deepspeed_chat/opt-1.3b-node.yaml"
         ),
-    }
+    },
 )
-CHAT = Script(flags={"path": Flag("model")}, marker="path", defaults={"max_new_tokens": "128"})
+CHAT = Script(PROJECT, flags={"path": Flag("model")}, marker="path", defaults={"max_new_tokens": "128"})
+NO_BEAMS = Flag(advice="responses are greedy or sampled", convert=_only("1"), remedy="there is no beam search")
 EVAL = Script(
+    PROJECT,
     flags=PADDING
     | {
         "model_name_or_path_baseline": Flag("models"),
         "model_name_or_path_finetune": Flag("models"),
         "num_return_sequences": Flag("samples_per_prompt"),
-        "num_beams": Flag(
-            advice="responses are sampled, or greedy",
-            convert=_only("1"),
-            remedy="there is no beam search; leave it out",
-        ),
-        "num_beam_groups": Flag(
-            advice="responses are sampled, or greedy",
-            convert=_only("1"),
-            remedy="there is no beam search; leave it out",
-        ),
+        "num_beams": NO_BEAMS,
+        "num_beam_groups": NO_BEAMS,
         "penalty_alpha": Flag(remedy="there is no contrastive search; leave it out, as prompt_eval.py is greedy too"),
         "language": Flag(advice="--data_path names the prompts, in any language"),
         "add_eot_token": EVERY_STEP["add_eot_token"],

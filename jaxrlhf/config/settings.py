@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from jaxrlhf.config.annotations import LASTING, MAY_CHANGE, PATH, Hint, check_value, hints_of
-from jaxrlhf.config.deepspeed_chat import Script
+from jaxrlhf.config.other_flags import Script
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")

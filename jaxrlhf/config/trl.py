@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxrlhf.config import trl_rules as rules
-from jaxrlhf.config.deepspeed_chat import Flag, Line, Say, Script
+from jaxrlhf.config.other_flags import Flag, Line, Say, Script
 from jaxrlhf.config.trl_rules import DATA_KEYS, is_null, words_of
 from jaxrlhf.errors import InputError
 
 MARKER = "trl"
 """Stands among the keys when they are TRL's."""
+SHARED = ("deepspeed", "local_rank")
+"""Flags of DeepSpeed-Chat too, which do not tell whose settings they are."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,15 @@ def translate(script: Script, given: Mapping[str, Any], names: Mapping[str, str]
         InputError: naming every key that cannot be honoured.
     """
     given = {name.replace("-", "_"): value for name, value in given.items()}
-    if not any(name in script.flags and name not in names for name in given):
+    if not any(name in script.flags and name not in names and name not in SHARED for name in given):
         return None
     kept = [(name, value) for name, value in given.items() if not is_null(value)]
+
+    def say_plainly(text: str) -> None:
+        say(text.removeprefix(f"--{MARKER}: "))
+
     try:
-        return script.translate([*kept, (MARKER, "")], names, say)
+        return script.translate([*kept, (MARKER, "")], names, say_plainly)
     except InputError as error:  # name what is unknown too
         unknown = [name for name in given if name not in names and name not in script.flags]
         raise InputError("\n".join([str(error), *(f"unknown setting {name}" for name in unknown)])) from error
@@ -263,16 +269,15 @@ DEFAULTS = {
 }
 OF_ROWS = {"max_length": "1024", "packing": "false"}
 OF_PROMPTS = {"max_prompt_seq_len": "512"}  # TRL cuts no prompt; the longest one and its response must fit the context
-ANNOUNCEMENT = "keys that are not given have TRL's defaults: {shown}"
 
 
 def _script(flags: dict[str, Flag], defaults: dict[str, str], *rules: Callable[[Line, Say], None]) -> Script:
     return Script(
+        project="TRL",
         flags=EVERY_TRAINER | flags,
         marker=MARKER,
         defaults=DEFAULTS | defaults,
         rules=(*SUPERVISED_RULES, *rules),
-        announcement=ANNOUNCEMENT,
     )
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrlhf.config.deepspeed_chat import Line, Say
+from jaxrlhf.config.other_flags import Line, Say
 from jaxrlhf.errors import InputError
 
 DATA_KEYS = {

@@ -147,7 +147,7 @@ def test_an_sft_file_is_honoured(read):
     )  # fmt: skip
     assert len([line for line in advice if "ignored" in line]) == 3
     assert any("attn_implementation=flash_attention_2 is ignored" in line for line in advice)
-    assert any("TRL's defaults: --adam_beta2 0.999" in line for line in advice)
+    assert any("TRL's defaults, --adam_beta2 0.999" in line for line in advice)
 
 
 def test_a_mixture_with_adapters_is_honoured(read):

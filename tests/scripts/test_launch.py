@@ -118,7 +118,10 @@ def test_the_shell_of_a_launch_file_is_valid(name):
 @pytest.mark.parametrize(("status", "requeued"), [(130, True), (75, True), (137, True), (2, False), (0, False)])
 def test_a_preempted_slurm_job_is_requeued_and_resumes(tmp_path, status, requeued):
     """The batch script with stand-ins for Slurm's commands and for the virtual environment."""
-    stand_ins = {"srun": f'echo "$@" > {tmp_path}/started; exit {status}', "scontrol": f'echo "$@" > {tmp_path}/requeued'}
+    stand_ins = {
+        "srun": f'echo "$@" > {tmp_path}/started; exit {status}',
+        "scontrol": f'echo "$@" > {tmp_path}/requeued',
+    }
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxrlhf.commands.sample import SampleConfig, sample
     from jaxrlhf.engine import HybridEngine, Rollout, SamplingConfig
     from jaxrlhf.errors import InputError
+    from jaxrlhf.plan.fit import fitted
     from jaxrlhf.rewards import Rewards
     from jaxrlhf.rl.config import GRPOConfig, PPOConfig, ReinforceConfig, RLOOConfig
     from jaxrlhf.rl.experience import Experience, RLModels, score_rollout
@@ -37,6 +38,7 @@ _HOME = {
     "jaxrlhf.commands.sample": ("SampleConfig", "sample"),
     "jaxrlhf.engine": ("HybridEngine", "Rollout", "SamplingConfig"),
     "jaxrlhf.errors": ("InputError",),
+    "jaxrlhf.plan.fit": ("fitted",),
     "jaxrlhf.rewards": ("Rewards",),
     "jaxrlhf.rl.config": ("GRPOConfig", "PPOConfig", "RLOOConfig", "ReinforceConfig"),
     "jaxrlhf.rl.experience": ("Experience", "RLModels", "score_rollout"),
@@ -75,6 +77,7 @@ __all__ = [
     "data",
     "distributed",
     "engine",
+    "fitted",
     "kernels",
     "models",
     "objectives",

@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from typing import NamedTuple
 
 from jaxrlhf.config.placeholders import placeholders
@@ -23,6 +24,8 @@ class Command(NamedTuple):
     help: str
     on_device: bool = True
     """Gets the device's compiler flags."""
+    fits: bool = False
+    """One trainer's run, which `jaxrlhf.plan.fit` fits to the devices."""
 
     def config_class(self) -> type:
         """The class of its settings."""
@@ -40,9 +43,11 @@ def owners(setting: str) -> list[str]:
 
 
 STEPS = {
-    "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning"),
-    "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model"),
-    "dpo": Command("jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs"),
+    "sft": Command("jaxrlhf.trainers.sft", "SFTConfig", "train_sft", "step 1: supervised fine-tuning", fits=True),
+    "reward": Command("jaxrlhf.trainers.reward", "RewardConfig", "train_reward", "step 2: reward model", fits=True),
+    "dpo": Command(
+        "jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs", fits=True
+    ),
 }
 OTHERS = {
     "rlhf": Command(
@@ -63,7 +68,11 @@ OTHERS = {
         "jaxrlhf.commands.convert", "ConvertConfig", "convert", "Hugging Face folder ↔ checkpoint", False
     ),
     "plan": Command(
-        "jaxrlhf.plan.command", "PlanConfig", "run_plan", "memory, time and cost of PPO before renting", False
+        "jaxrlhf.plan.command",
+        "PlanConfig",
+        "run_plan",
+        "memory, time and cost of a training run before renting",
+        False,
     ),
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
     "demo": Command(
@@ -78,7 +87,7 @@ def commands() -> dict[str, Command]:
     from jaxrlhf.rl.config import CONFIGS
 
     step_3 = {
-        name: Command("jaxrlhf.rl.run", CONFIGS[name], "train_ppo", algorithm.summary)
+        name: Command("jaxrlhf.rl.run", CONFIGS[name], "train_ppo", algorithm.summary, fits=True)
         for name, algorithm in ALGORITHMS.items()
     }
     return STEPS | step_3 | OTHERS
@@ -95,7 +104,8 @@ def usage() -> str:
             *lines,
             "",
             "`jaxrlhf COMMAND --help` lists a command's flags; every flag is also a key of the YAML file.",
-            "`--verbose` prints the compiler flags that are set for the device, and which kernels run, with reasons.",
+            "`--verbose` prints the compiler flags that are set for the device, which kernels run, with reasons,",
+            "and the trace of an error's cause.",
         ]
     )
 
@@ -142,6 +152,8 @@ def main_of(argv: list[str]) -> int:
         return stop.status
     except RunError as error:
         print(redacted(f"jaxrlhf: error: {error}"), file=sys.stderr)
+        if verbose and error.__cause__ is not None:
+            print(redacted("".join(traceback.format_exception(error.__cause__))), file=sys.stderr)
         tell_others(error, error.status)
         return error.status
     except KeyboardInterrupt as error:
@@ -171,7 +183,13 @@ def run(name: str, command: Command, argv: list[str], verbose: bool = False) -> 
 
     config = parse(command.config_class(), argv, f"jaxrlhf {name}", command.help, owners)
     use_compilation_cache(getattr(config, "compilation", CompilationConfig()))
-    getattr(importlib.import_module(command.module), command.function)(config)
+    function = getattr(importlib.import_module(command.module), command.function)
+    if command.fits:
+        from jaxrlhf.plan.fit import run_fitted
+
+        run_fitted(function, config)
+    else:
+        function(config)
     return 0
 
 

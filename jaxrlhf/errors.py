@@ -3,6 +3,7 @@
 | class | exit status | meaning |
 |---|---|---|
 | `InputError` | 2 | a setting, a file or data is wrong |
+| `OutOfMemory` | 2 | an InputError: the run needs more memory than the devices have |
 | `TrainingDiverged` | 3 | losses or gradients are not finite, or no response has a score |
 | `StorageError` | 74 | a disk or a store does not take or give back what it should (`EX_IOERR`) |
 | `PeerLost` | 75 | another process of the run is gone; start again with `--resume` (`EX_TEMPFAIL`) |
@@ -21,6 +22,10 @@ class InputError(RunError, ValueError):
     """Bad input. The message names the field, file or row, the value, and the remedy."""
 
     status = 2
+
+
+class OutOfMemory(InputError):
+    """A device ran out of memory. The message names the flags that need less; the cause is XLA's error."""
 
 
 class SharedError(InputError):

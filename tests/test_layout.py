@@ -36,7 +36,8 @@ LAYERS = (
     ("engine",),
     ("trainers",),
     ("rl",),
-    ("commands", "plan"),
+    ("plan",),
+    ("commands",),
     ("bench",),
     ("cli",),
     ("__main__",),
@@ -45,7 +46,7 @@ LAYERS = (
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 ISOLATED = ("kernels", "objectives", "errors", "keys")
 TORCH_USERS = {"models/hf/torch_files.py", "jaxrlhf/bench/peers.py", "jaxrlhf/bench/trl_peer.py"}
-USERS_OF_DATA = ("trainers", "rl", "commands", "bench", "cli", "scripts")
+USERS_OF_DATA = ("trainers", "rl", "plan", "commands", "bench", "cli", "scripts")
 IMPORTED_WHERE_USED = (
     "datasets",
     "transformers",

@@ -23,6 +23,7 @@ from jaxrlhf.data import DataConfig, read_tokenizer
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import read_config
+from jaxrlhf.plan.fit import fitted, run_fitted
 from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions, ZeroStage
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
@@ -106,6 +107,7 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
         section = getattr(config, name)
         own: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(section)}
         own |= models | {"folder": replace(config.folder, output_dir=folder_of(name))}
+        own["fitting"] = replace(config.fitting, given=given_in(config, name))
         own["tracking"] = replace(config.tracking, run_name=f"{run_name}-{name}")
         return cls(**(shared | own))
 
@@ -130,6 +132,12 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
         "reward": build(RewardConfig, "reward", model=reward, compute=compute),
         "ppo": build(PPOConfig, "ppo", models=models, critic=critic),
     }
+
+
+def given_in(config: RLHFConfig, section: str) -> tuple[str, ...]:
+    """Settings that were given for a step: those of all steps, and those of its section."""
+    given = (name.removeprefix(f"{section}.") for name in config.fitting.given)
+    return tuple(name for name in given if "." not in name)
 
 
 def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
@@ -160,13 +168,13 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
                 summaries[name] = from_primary(f"reading the summary of {name}", partial(summary_of, stage))
             continue
         say(f"── step {number} of {len(stages)}: {name} → {stage.folder.output_dir}")
-        done = None
+        stage, done = fitted(stage, name), None
         if config.folder.resume:
             done = from_primary(f"looking for a finished {name} step", partial(finished, stage))
         if done:
             say(f"   finished before ({done['steps']} steps), kept")
         else:
-            train[name](stage)
+            run_fitted(train[name], stage, name)
         summaries[name] = from_primary(f"reading the summary of {name}", partial(summary_of, stage))
     summary = summarise(summaries)
     if is_primary():

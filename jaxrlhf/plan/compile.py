@@ -1,4 +1,4 @@
-"""The proof of a plan: the devices' own compiler compiles the three programs, without the devices.
+"""The proof of a plan: the devices' own compiler compiles its programs, without the devices.
 
 Each program compiles in its own process, because the compilers' packages read environment variables when they load, and
 report failures and warnings on standard error alone.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.programs import PROGRAMS, build_system, lower, offloaded_arguments, topology_devices
+from jaxrlhf.plan.programs import build_system, lower, offloaded_arguments, topology_devices
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.runs.console import Console
 
@@ -73,11 +73,11 @@ def check_compiler(device: Device) -> None:
 
 
 def compile_programs(config: PlanConfig, console: Console) -> dict[str, Compiled]:
-    """Compile each of PROGRAMS; InputError when a compiler is missing or fails for another reason than memory."""
+    """Compile the run's programs; InputError when a compiler is missing or fails for another reason than memory."""
     check_compiler(config.accelerator)
     where = f"{config.devices} × {config.accelerator.name}"
     results = {}
-    for program in PROGRAMS:
+    for program in config.programs:
         with console.status(f"compiling {program} for {where}"):
             results[program] = _in_a_process(config, program)
     return results

@@ -1,4 +1,4 @@
-"""Time and money of a planned run: the roofline of each phase of a PPO iteration on one device of the mesh.
+"""Time and money of a planned run: the roofline of each phase of an iteration on one device of the mesh.
 
 A phase takes the longest of arithmetic, memory traffic and overlapping communication. It then waits for what cannot
 overlap: the reshard of the weights, and the sums of tensor parallelism, which the next layer needs. `roofline_share`
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.memory import MODELS, TRAINED, cache_bytes, generation_view_bytes
+from jaxrlhf.plan.memory import cache_bytes, generation_view_bytes
 from jaxrlhf.plan.programs import System, local_shape, tree_bytes
 from jaxrlhf.plan.roofline import Cost, adam, expert_elements, forward, itemsize, read_share, total
 from jaxrlhf.plan.settings import PlanConfig
@@ -71,8 +71,7 @@ def _passes(system: System, name: str, rows: float, forwards: int, backwards: in
     """`forwards` and `backwards` through a model by the train rules, on a device with `rows` rows of the batch."""
     module, length = system.modules[name], system.length
     c, tensor, fsdp, expert = module.config, system.tensor, system.mesh.shape["fsdp"], system.expert
-    headed = system.config.sampling.max_new_tokens
-    once = forward(module, rows, length, length, headed, padded=True, expert=expert) * (1 / tensor)
+    once = forward(module, rows, length, length, system.headed, padded=True, expert=expert) * (1 / tensor)
     stream = rows * length * c.hidden_size * itemsize(module)
     scores = 4 * rows * c.num_heads / tensor * length * length
     activations = Cost(bytes=c.num_layers * (ACTIVATION_PASSES * stream + 4 * scores))
@@ -128,16 +127,17 @@ def _generate(system: System, links: Links) -> dict[str, Cost]:
 
 
 def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
-    """Cost on one device of each phase of an iteration: reshard, prefill, decode, score, train."""
+    """Cost on one device of each phase of an iteration that the trainer has: reshard, prefill, decode, score, train."""
     links, config = Links(device), system.config
-    rows = system.rows / system.batch_devices
-    score = [_passes(system, name, rows, 1, 0, links) for name in MODELS]
-    score += [Cost(host=tree_bytes(system.trees[name])) for name in MODELS if name in system.on_host]
+    rows = system.rows * system.sequences / system.batch_devices
+    score = [_passes(system, name, rows, 1, 0, links) for name in system.scoring if name in system.modules]
+    score += [Cost(host=tree_bytes(system.trees[name])) for name in system.scoring if name in system.on_host]
     forwards = 2 if config.run.remat == "full" else 1
     updates = config.algorithm.num_mini_batches * config.algorithm.ppo_epochs
-    train = [_passes(system, name, rows, forwards, 1, links) * config.algorithm.ppo_epochs for name in TRAINED]
-    train += [_update(system, name, links) * updates for name in TRAINED]
-    return _generate(system, links) | {"score": total(score), "train": total(train)}
+    train = [_passes(system, name, rows, forwards, 1, links) * config.algorithm.ppo_epochs for name in system.trained]
+    train += [_update(system, name, links) * updates for name in system.trained]
+    phases = _generate(system, links) if "generate" in system.programs else {}
+    return phases | ({"score": total(score)} if "score" in system.programs else {}) | {"train": total(train)}
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,14 @@ def run_cost(system: System, config: PlanConfig) -> RunCost:
     phases = iteration_cost(system, config.accelerator)
     seconds = {name: phase.seconds(peaks) / config.roofline_share for name, phase in phases.items()}
     iteration = sum(seconds.values())
-    iterations = math.ceil(config.train_rows * config.ppo.run.num_train_epochs / system.rows)
+    rows = config.train_rows * system.config.sampling.samples_per_prompt
+    iterations = math.ceil(rows * config.ppo.run.num_train_epochs / system.rows)
     hours = iterations * iteration / 3600
     return RunCost(
         phases=phases,
         seconds=seconds,
         seconds_per_iteration=iteration,
-        tokens_per_second=system.rows * system.length / iteration,
+        tokens_per_second=system.rows * system.sequences * system.length / iteration,
         sequences_per_second=system.rows / iteration,
         iterations=iterations,
         hours=hours,

@@ -2,8 +2,14 @@
 
 Sources: [A] NVIDIA A100 data sheet and whitepaper (2020, 80 GB: 2021); [H] NVIDIA H100 and H200 data sheets and the
 Hopper whitepaper; [P] `cudaGetDeviceProperties` of the device; [G] Google Cloud TPU system architecture pages, per
-chip; [D] DGX A100 and DGX H100 system guides: one 200 or 400 Gb/s network adapter per GPU, PCIe 4 or 5 with 16 lanes.
-Rates are peaks for dense bfloat16; links count one direction.
+chip; [D] DGX A100 and DGX H100 system guides: one 200 or 400 Gb/s network adapter per GPU, PCIe 4 or 5 with 16 lanes;
+[B] NVIDIA HGX and DGX B200 data sheets (180 GB, 8 TB/s and 4.5 PFLOPS with sparsity per GPU, half of it dense);
+[N] NVIDIA GB200 NVL72 data sheet (72 GPUs: 13.4 TB, 576 TB/s, 360 PFLOPS with sparsity; four GPUs per compute tray,
+each with half of a Grace's NVLink-C2C); [M] AMD Instinct MI300X data sheet (seven Infinity Fabric links of 64 GB/s one
+way) and the driver's memory; [I] Google Cloud TPU7x page: 192 GiB, 2307 TFLOPS, 7380 GB/s and 1200 GB/s of links, both
+directions, per chip of two cores, each of which is a device of its own.
+Rates are peaks for dense bfloat16; links count one direction. The memory of Blackwell is the data sheet's, in decimal
+GB; its driver reports a little more.
 """
 
 import dataclasses
@@ -22,7 +28,7 @@ class Device:
 
     name: str
     platform: str
-    """`cuda`, `tpu` or `cpu`."""
+    """`cuda`, `rocm`, `tpu` or `cpu`."""
     memory: int
     """Bytes of device memory that the driver reports."""
     flops: float
@@ -45,6 +51,8 @@ class Device:
     """Facts for the CUDA compiler, see `target_config`."""
     topologies: tuple[str, ...] = ()
     """TPU slices by shape."""
+    per_chip: int = 1
+    """Devices of a TPU chip, which shapes count."""
 
     def peaks(self, share: float = 1.0) -> Peaks:
         """Peak rates, the arithmetic at `share` of that of bfloat16."""
@@ -56,6 +64,8 @@ _AMPERE = (("major", 8), ("cores", 108), ("clock", 1.41), ("lanes", 64), ("l2", 
 _AMPERE += (("shared", 164 * 1024), ("shared_block", 163 * 1024))
 _HOPPER = (("major", 9), ("cores", 132), ("clock", 1.98), ("lanes", 128), ("l2", 50 * 2**20))
 _HOPPER += (("shared", 228 * 1024), ("shared_block", 227 * 1024))
+_BLACKWELL = (("major", 10), ("cores", 148), ("clock", 1.965), ("lanes", 128), ("l2", 126 * 2**20))
+_BLACKWELL += (("shared", 228 * 1024), ("shared_block", 227 * 1024))
 
 # A slice of a three-dimensional torus has multiples of four chips along an axis, smaller ones are blocks of a host.
 _TORUS_3D = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -77,10 +87,20 @@ def _gpu(
 
 
 def _tpu(
-    name: str, gib: float, flops: float, bandwidth: float, link: float, per_host: int, shapes: tuple[str, ...]
+    name: str,
+    gib: float,
+    flops: float,
+    bandwidth: float,
+    link: float,
+    shapes: tuple[str, ...],
+    source: str = "G",
+    per_chip: int = 1,
 ) -> Device:
-    memory = int(gib * GIB)
-    return Device(name, "tpu", memory, flops, bandwidth, link, link, 16e9, per_host, 0.97, "G", topologies=shapes)
+    """A TPU from the numbers of a chip, in hosts of four chips."""
+    memory, flops, bandwidth, link = int(gib * GIB / per_chip), flops / per_chip, bandwidth / per_chip, link / per_chip
+    host_link, per_host = 16e9 / per_chip, 4 * per_chip
+    rates = memory, flops, bandwidth, link, link, host_link
+    return Device(name, "tpu", *rates, per_host, 0.97, source, topologies=shapes, per_chip=per_chip)
 
 
 _ALL = (
@@ -88,10 +108,17 @@ _ALL = (
     _gpu("a100-80g", 85_100_068_864, 312e12, 2039e9, 300e9, 25e9, _AMPERE, "A P D"),
     _gpu("h100", 84_942_979_072, 989.4e12, 3352e9, 450e9, 50e9, _HOPPER, "H P D"),
     _gpu("h200", 151_397_597_184, 989.4e12, 4800e9, 450e9, 50e9, _HOPPER, "H P D"),
-    _tpu("v4", 32, 275e12, 1228e9, 300e9, 4, _TORUS_3D),
-    _tpu("v5e", 16, 197e12, 819e9, 200e9, 4, _TORUS_2D),
-    _tpu("v5p", 95, 459e12, 2765e9, 600e9, 4, _TORUS_3D),
-    _tpu("v6e", 32, 918e12, 1640e9, 400e9, 4, _TORUS_2D),
+    _gpu("b200", 180_000_000_000, 2250e12, 8000e9, 900e9, 50e9, _BLACKWELL, "B P"),
+    Device(
+        *("gb200", "cuda", 186_000_000_000, 2500e12, 8000e9, 900e9, 50e9, 225e9, 4, 0.92, "N P"),
+        cuda=_BLACKWELL,
+    ),
+    Device("mi300x", "rocm", 206_141_652_992, 1307.4e12, 5300e9, 448e9, 50e9, 64e9, 8, 0.92, "M"),
+    _tpu("v4", 32, 275e12, 1228e9, 300e9, _TORUS_3D),
+    _tpu("v5e", 16, 197e12, 819e9, 200e9, _TORUS_2D),
+    _tpu("v5p", 95, 459e12, 2765e9, 600e9, _TORUS_3D),
+    _tpu("v6e", 32, 918e12, 1640e9, 400e9, _TORUS_2D),
+    _tpu("tpu7x", 192, 2307e12, 7380e9, 600e9, _TORUS_3D, "I", per_chip=2),
     # No two CPUs are alike: flags give the rates.
     Device("cpu", "cpu", 0, 0, 0, 10e9, 10e9, 10e9, 1, 0.9, "given by flags", pinned_host=False),
 )
@@ -127,17 +154,20 @@ def topology_of(device: Device, devices: int, asked: str | None) -> str:
         if asked is not None:
             raise InputError(f"topology={asked}: only TPU slices have one; {device.name} has devices_per_host")
         return ""
-    fitting = [shape for shape in device.topologies if chips(shape) == devices]
+    sizes = {shape: chips(shape) * device.per_chip for shape in device.topologies}
     if asked is None:
+        fitting = [shape for shape, size in sizes.items() if size == devices]
         if not fitting:
-            known = ", ".join(f"{shape} ({chips(shape)})" for shape in device.topologies)
-            raise InputError(f"devices={devices}: {device.name} has no slice of that many chips; known are {known}")
+            known = ", ".join(f"{shape} ({size})" for shape, size in sizes.items())
+            what = "chips" if device.per_chip == 1 else f"devices, {device.per_chip} per chip"
+            raise InputError(f"devices={devices}: {device.name} has no slice of that many {what}; known are {known}")
         return fitting[0]
     shape = asked.lower().removeprefix(f"{device.name}:")
     if shape not in device.topologies:
         raise InputError(f"unknown topology {asked!r} of {device.name}; known are {', '.join(device.topologies)}")
-    if chips(shape) != devices:
-        raise InputError(f"topology={asked} has {chips(shape)} chips, but devices={devices}; make them equal")
+    if sizes[shape] != devices:
+        what = "chips" if device.per_chip == 1 else f"devices, {device.per_chip} per chip"
+        raise InputError(f"topology={asked} has {sizes[shape]} {what}, but devices={devices}; make them equal")
     return shape
 
 

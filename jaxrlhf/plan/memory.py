@@ -1,4 +1,4 @@
-"""Bytes per device of the three programs of a PPO iteration, by item.
+"""Bytes per device of the programs of a training step, by item: three of PPO, fewer of supervised trainers.
 
 Arguments are counted from the abstract trees and their shardings, exactly. Temporaries are counted from the real
 programs where that is possible: a backward pass keeps the residuals that `jax.vjp` of the model names, and the cache
@@ -30,22 +30,22 @@ from jaxrlhf.models import (
     trained_head,
 )
 from jaxrlhf.plan.programs import (
-    PROGRAMS,
     System,
     array_bytes,
     experience,
+    labelled_batch,
     local_shape,
     prompt_batch,
     rollout,
+    train_batch,
     tree_bytes,
 )
 from jaxrlhf.plan.roofline import cached_vector_bytes, expert_elements, flat_shapes, itemsize
 from jaxrlhf.rl import actor_logprobs, critic_values
 from jaxrlhf.sharding import GENERATE_RULES, REPLICATED_RULES, named_sharding, tree_shardings
+from jaxrlhf.trainers.supervised import has_dropout
 
 PyTree = Any
-TRAINED = ("actor", "critic")
-MODELS = (*TRAINED, "reference", "reward")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class ProgramMemory:
     resident: dict[str, int]
     """Arrays that lie on the device meanwhile, unread."""
     shared: int = 0
-    """Bytes of arguments that the program gets twice. The device holds them once, the compiler counts them twice."""
+    """Bytes of arguments that the program gets twice, less those of an argument that it does not read. The device holds
+    them once, the compiler counts what the program gets."""
 
     @property
     def program_bytes(self) -> int:
@@ -90,10 +91,11 @@ def local_module(module: Decoder, tensor: int) -> Decoder:
 
 
 @lru_cache(maxsize=256)
-def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
+def _residuals(module: Decoder, rows: int, length: int, longest: int | None, drops: bool = False) -> int:
     """Bytes that a training pass keeps for its backward pass, without parameters and casts of them.
 
-    Masks that are computed twice are kept once, as compilers do. "auto" attention is plain XLA: the planner's own
+    Masks that are computed twice are kept once, as compilers do. `longest`: columns that the head runs on; None: all.
+    `drops`: with the masks of dropout. "auto" attention is plain XLA: the planner's own
     device says nothing about the planned one.
     """
     if module.attention_implementation == "auto":
@@ -107,6 +109,9 @@ def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
     def kept(trainable: PyTree, frozen: PyTree, tokens: jax.Array, mask: jax.Array) -> PyTree:
         def forward(trainable: PyTree) -> PyTree:
             params = join(trainable, frozen)
+            if drops:
+                method, rngs = "logprobs" if module.head == "lm" else None, {"dropout": jax.random.key(0)}
+                return cast(Any, module.apply({"params": params}, tokens, mask, rngs=rngs, method=method))
             if module.head == "scalar":
                 return critic_values(module, params, tokens, mask)
             return actor_logprobs(module, params, tokens, mask, 1.0, mask, longest)[0]
@@ -122,14 +127,16 @@ def _residuals(module: Decoder, rows: int, length: int, longest: int) -> int:
     )
 
 
-def residual_bytes(module: Decoder, rows: int, length: int, longest: int, tensor: int, expert: int = 1) -> int:
+def residual_bytes(
+    module: Decoder, rows: int, length: int, longest: int | None, tensor: int, expert: int = 1, drops: bool = False
+) -> int:
     """Bytes kept for the backward pass on a device with `rows` rows, one of `tensor` that share heads and MLP.
 
     Of `expert` devices that split the experts, each has room for all choices of all their tokens. (As many experts on
     one device, each with its own tokens, take as much where every expert computes every token.)
     """
     local = local_module(module, tensor)
-    kept = _residuals(cast(Any, local), rows, length, longest)
+    kept = _residuals(cast(Any, local), rows, length, longest, drops)
     if expert > 1 and local.config.num_experts > 1 and local.expert_implementation == "ragged":
         few, more = (
             _residuals(cast(Any, local.clone(config=local.config.replace(experts_per_token=k))), rows, length, longest)
@@ -273,7 +280,7 @@ def _layout_copies(system: System) -> int:
 def _head_scratch(system: System, name: str, rows: int, backward: bool) -> dict[str, int]:
     """Blocks of token log-probs: of the logits and what is made of them, and of the head where it is gathered."""
     module = system.modules[name]
-    c, tokens = module.config, rows * min(system.length, system.config.sampling.max_new_tokens)
+    c, tokens = module.config, rows * min(system.length, system.headed)
     vocab, gathered = c.padded_vocab_size // system.tensor, _gathers(system, name)
     blocks = (gathered_blocks if gathered else logprob_blocks)(tokens, vocab)
     held = itemsize(module) + (4 if backward else 0)
@@ -325,8 +332,9 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
 
 
 def _micro_rows(system: System) -> int:
+    """Sequences of a micro-batch on one device."""
     parts = system.config.algorithm.num_mini_batches * system.config.run.gradient_accumulation_steps
-    return max(1, system.rows // parts // system.batch_devices)
+    return max(1, system.rows // parts // system.batch_devices) * system.sequences
 
 
 def _on_device(system: System, platform: str, names: tuple[str, ...]) -> dict[str, int]:
@@ -349,35 +357,44 @@ def _brought(tree: PyTree, platform: str) -> int:
 
 
 def train_memory(system: System, platform: str) -> ProgramMemory:
-    """Memory of `ppo_step`, while the actor's or the critic's backward pass runs, whichever needs more."""
+    """Memory of the update, while the actor's or the critic's backward pass runs, whichever needs more."""
+    trained = system.trained
     rows, config, factors = _micro_rows(system), system.config, scratch_of(platform)
     names = ("actor", "actor_optimizer", "critic", "critic_optimizer", "ema")
-    arguments = _on_device(system, platform, names) | {"batch": tree_bytes(experience(system), platform)}
-    shape = rows, system.length, config.sampling.max_new_tokens
-    kept = [residual_bytes(system.modules[name], *shape, system.tensor, system.expert) for name in TRAINED]
+    arguments = _on_device(system, platform, names) | {"batch": tree_bytes(train_batch(system), platform)}
+    shape = rows, system.length, None if system.supervised else system.headed
+    kept = []
+    for name in trained:
+        module = system.modules[name]
+        drops = system.trainer in ("sft", "reward") and has_dropout(module)
+        kept.append(residual_bytes(module, *shape, system.tensor, system.expert, drops))
     loops = config.run.gradient_accumulation_steps > 1
     backward = {
         "gradient layout copies": _layout_copies(system) if factors.layout_copies and not loops else 0,
-        "working copies": max(_working_copy(system, name, system.trees[name], True) for name in TRAINED),
+        "working copies": max(_working_copy(system, name, system.trees[name], True) for name in trained),
         # Both forward passes come before the backward passes, unless these run in a loop that recomputes.
         "activations": sum(kept) if config.run.remat == "none" else max(kept),
-        **_largest(*(_pass_scratch(system, name, rows, True, platform) for name in TRAINED)),
+        **_largest(*(_pass_scratch(system, name, rows, True, platform) for name in trained)),
     }
     brought = {
         f"{name} on the device": _brought(system.trees[name], platform) for name in names if name in system.on_host
     }
     # Moments that come one after the other come when the backward pass has given its room back.
     phase = backward | brought if factors.brings_all else _largest(backward, brought)
-    gradients = {"gradients": sum(_gradients(system, name) for name in TRAINED) * (2 if loops else 1)}
+    gradients = {"gradients": sum(_gradients(system, name) for name in trained) * (2 if loops else 1)}
     return _program(system, platform, ProgramMemory("train", arguments, gradients | phase, 0, {}))
 
 
 def score_memory(system: System, platform: str) -> ProgramMemory:
-    """Memory of `score_rollout`: four models' forward passes, one after the other."""
+    """Memory of `score_rollout`: the models' forward passes, one after the other; of DPO the reference's."""
+    if system.supervised:
+        return _reference_memory(system, platform)
     rows = _micro_rows(system)
-    arguments = _on_device(system, platform, MODELS) | {"batch": tree_bytes(rollout(system, system.rows), platform)}
+    arguments = _on_device(system, platform, system.scoring) | {
+        "batch": tree_bytes(rollout(system, system.rows), platform)
+    }
     phases = []
-    for name in MODELS:
+    for name in system.scoring:
         module, tree = system.modules[name], system.trees.get(name)
         scratch = _pass_scratch(system, name, rows, False, platform)
         if tree is not None:
@@ -390,9 +407,23 @@ def score_memory(system: System, platform: str) -> ProgramMemory:
     shared = sum(
         tree_bytes(system.read_params(name), platform) - tree_bytes(system.trees.get(name, {}), platform)
         for name in ("reference", "reward")
+        if name in system.modules
     )
     outputs = tree_bytes(experience(system), platform)
     return _program(system, platform, ProgramMemory("score", arguments, _largest(*phases), outputs, {}, shared))
+
+
+def _reference_memory(system: System, platform: str) -> ProgramMemory:
+    """Memory of `reference_logprobs`. With adapters it reads the frozen base of the model that is trained."""
+    module, params, batch = system.modules["reference"], system.read_params("reference"), labelled_batch(system)
+    scratch = _pass_scratch(system, "reference", _micro_rows(system), False, platform)
+    casts = _cast(params, module) if _gathers(system, "reference") and scratch_of(platform).hoisted_casts else 0
+    scratch["working copies"] = _working_copy(system, "reference", params) or casts
+    held = "reference" if "reference" in system.trees else "actor"
+    arguments = _on_device(system, platform, (held,)) | {"batch": tree_bytes(batch, platform)}
+    unread = tree_bytes(system.trees[held], platform) - tree_bytes(params, platform)  # the adapters
+    outputs = 8 * system.rows // system.batch_devices
+    return _program(system, platform, ProgramMemory("score", arguments, scratch, outputs, {}, -unread))
 
 
 def _cast(tree: PyTree, module: Decoder) -> int:
@@ -443,8 +474,8 @@ PROGRAM_MEMORY = {"generate": generate_memory, "score": score_memory, "train": t
 
 
 def estimate(system: System, platform: str) -> dict[str, ProgramMemory]:
-    """Memory of each of PROGRAMS on one device; `platform` pads arrays as its compiler does."""
-    return {name: PROGRAM_MEMORY[name](system, platform) for name in PROGRAMS}
+    """Memory of each program of the run on one device; `platform` pads arrays as its compiler does."""
+    return {name: PROGRAM_MEMORY[name](system, platform) for name in system.programs}
 
 
 def host_bytes(system: System) -> int:

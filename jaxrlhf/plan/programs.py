@@ -1,11 +1,14 @@
 """The planned run without an array: the models and state that `jaxrlhf.rl.build` makes abstractly, and its programs.
 
+SFT, reward models and DPO are built as a run with an actor alone, or with an actor and a reference: the parts are the
+same (`init_state`, `frozen_copy`).
+
 Trees hold `jax.ShapeDtypeStruct`s with shardings. So sizes per device are exact, and the jitted programs can be lowered
 for devices that are not present.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxrlhf.data.loading import packs
+from jaxrlhf.data.tokenized import SEQUENCES
 from jaxrlhf.engine import Requests, Rollout, SamplingConfig, generate
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -28,7 +33,7 @@ from jaxrlhf.models import (
     split_trainable,
 )
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.settings import PROGRAMS, SUPERVISED, PlanConfig
 from jaxrlhf.rl import Experience, PPOState, ppo_step, score_rollout
 from jaxrlhf.rl.build import ABSTRACT, FrozenModels, build_models
 from jaxrlhf.rl.config import PPOConfig
@@ -42,7 +47,9 @@ from jaxrlhf.sharding import (
     replicated,
 )
 from jaxrlhf.sharding.placement import HOST
+from jaxrlhf.trainers import dpo, reward, sft
 from jaxrlhf.trainers.settings import batch_devices, check_context
+from jaxrlhf.trainers.supervised import Objective, TrainState, train_step
 
 PyTree = Any
 
@@ -90,8 +97,10 @@ def model_config(option: str, name: str, longest: int, lengths: str) -> DecoderC
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """The abstract counterpart of RLHFEngine on a mesh."""
+    """The abstract counterpart of RLHFEngine, or of the state of a supervised trainer, on a mesh."""
 
+    trainer: str
+    programs: tuple[str, ...]
     config: PPOConfig
     mesh: Mesh
     generate_mesh: Mesh
@@ -100,26 +109,41 @@ class System:
 
     @cached_property
     def modules(self) -> dict[str, Decoder]:
-        """Modules of `actor`, `critic`, `reference` and `reward`."""
+        """Modules of those of `actor`, `critic`, `reference` and `reward` that there are."""
         reward = self.frozen.reward
         return {
             "actor": self.state.actor,
-            "critic": cast(Decoder, self.state.critic),
-            "reference": self.frozen.reference.module,
+            **({"critic": self.state.critic} if self.state.critic else {}),
+            **({"reference": self.frozen.reference.module} if "score" in self.programs else {}),
             **({"reward": reward.module} if reward else {}),
         }
+
+    @property
+    def supervised(self) -> bool:
+        """True for SFT, reward models and DPO."""
+        return self.trainer in SUPERVISED
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the models that are trained."""
+        return tuple(name for name in ("actor", "critic") if name in self.modules)
+
+    @property
+    def scoring(self) -> tuple[str, ...]:
+        """Names of the models that the score program reads."""
+        return ("reference",) if self.supervised else tuple(self.modules)
 
     @cached_property
     def trees(self) -> dict[str, PyTree]:
         """Trees that lie on the devices, or wait in host memory (`on_host`); those without arrays are left out."""
-        state, reward = self.state, self.frozen.reward
+        state, frozen = self.state, self.frozen
         trees = {
             "actor": state.actor_params,
             "actor_optimizer": state.actor_opt_state,
             "critic": state.critic_params,
             "critic_optimizer": state.critic_opt_state,
-            "reference": self.frozen.reference.own,
-            "reward": reward and reward.own,
+            "reference": frozen.reference.own if "reference" in self.modules else None,
+            "reward": frozen.reward and frozen.reward.own,
             "ema": state.ema_params,
         }
         return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
@@ -149,9 +173,26 @@ class System:
         return self.rows // self.config.rollout.generation_batches
 
     @property
+    def packed(self) -> bool:
+        """True for rows of several sequences."""
+        return self.supervised and packs(self.config.data, self.trainer)
+
+    @property
     def length(self) -> int:
-        """Tokens of a prompt and its response."""
+        """Columns of a row: a prompt and its response, a sequence, or what is packed into a row."""
+        if self.supervised:
+            return self.config.data.max_length * (SEQUENCES[self.trainer] if self.packed else 1)
         return self.config.data.max_prompt_seq_len + self.config.sampling.max_new_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that a row has side by side: those of a pair that is not packed."""
+        return SEQUENCES[self.trainer] if self.supervised and not self.packed else 1
+
+    @property
+    def headed(self) -> int:
+        """Columns that the output head runs on."""
+        return self.length if self.supervised else self.config.sampling.max_new_tokens
 
     @property
     def expert(self) -> int:
@@ -198,13 +239,15 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     Raises:
         InputError: RLHFEngine would refuse the models or the mesh.
     """
-    ppo = config.planned
+    ppo, supervised = config.planned, config.trainer in SUPERVISED
     devices = absent_devices(config.accelerator, config.devices) if devices is None else devices
     sizes = ppo.mesh.mesh_data, ppo.mesh.mesh_fsdp, ppo.mesh.mesh_tensor, ppo.mesh.mesh_expert
     mesh = make_mesh(*sizes, devices=devices)
-    lengths = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens, "max_prompt_seq_len + max_new_tokens"
-    actor, reward = model_config("actor", config.actor, *lengths), model_config("reward", config.reward, *lengths)
-    check_same_rows(actor, reward, (f"actor={config.actor}", f"reward={config.reward}"))
+    if supervised:
+        lengths = ppo.data.max_length, "max_length"
+    else:
+        lengths = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens, "max_prompt_seq_len + max_new_tokens"
+    shapes = model_configs(config, *lengths)
 
     # As `auto` chooses on the planned devices; the planner's own say nothing about them.
     experts = "ragged" if config.accelerator.platform == "tpu" else "dense"
@@ -217,12 +260,33 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
         return Model(module, param_shapes(module), shape)
 
     stage = ppo.compute.zero_stage
-    value = model(reward, "scalar", stage if ppo.critic.critic_zero_stage is None else ppo.critic.critic_zero_stage)
-    policy = model(actor, "lm", stage, ppo.generation.kv_cache_dtype)
-    state, frozen = build_models(ppo, mesh, policy, value, value, 1, ABSTRACT)
-    generating = generate_mesh(mesh, actor.num_heads, ppo.rollout.generate_tensor_parallel)
-    ppo.check_pieces(ppo.rollout_rows(batch_devices(mesh)))
-    return System(ppo, mesh, generating, state, frozen)
+    head = "scalar" if config.trainer == "reward" else "lm"
+    policy = model(shapes["actor"], head, stage, ppo.generation.kv_cache_dtype)
+    critic = score = None
+    if not supervised:
+        own = ppo.critic.critic_zero_stage
+        value = model(shapes.get("reward", shapes["actor"]), "scalar", stage if own is None else own)
+        critic = value if ppo.algorithm.algorithm.needs_critic else None
+        score = value if "reward" in shapes else None
+    state, frozen = build_models(ppo, mesh, policy, critic, score, 1, ABSTRACT)
+    generating = mesh
+    if not supervised:
+        generating = generate_mesh(mesh, shapes["actor"].num_heads, ppo.rollout.generate_tensor_parallel)
+        ppo.rollout_rows(batch_devices(mesh))  # refuses groups and pieces that do not divide the rows
+    return System(config.trainer, config.programs, ppo, mesh, generating, state, frozen)
+
+
+def model_configs(config: PlanConfig, longest: int, lengths: str) -> dict[str, DecoderConfig]:
+    """Configurations of `actor` and, where one scores, `reward`; the arguments are those of `model_config`."""
+    named = {"actor": config.actor}
+    if config.trainer not in SUPERVISED and config.reward is not None:
+        named["reward"] = config.reward
+    known = config.shapes or {}
+    shapes = {name: known.get(name) or model_config(name, value, longest, lengths) for name, value in named.items()}
+    if len(shapes) == 2:
+        names = f"actor={config.actor}", f"reward={config.reward}"
+        check_same_rows(shapes["actor"], shapes["reward"], names)
+    return shapes
 
 
 def local_shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
@@ -265,9 +329,10 @@ def _batch(system: System, columns: int, kinds: dict[str, Any], rules: Rules, ro
 
 def prompt_batch(system: System) -> Requests:
     """Prompts of one call of the generate program."""
-    kinds = {"ids": jnp.int32, "mask": bool, "number": (jnp.int32,)}
-    columns = system.config.data.max_prompt_seq_len
-    return Requests(**_batch(system, columns, kinds, GENERATE_RULES, system.generate_rows))
+    columns, rows = system.config.data.max_prompt_seq_len, system.generate_rows
+    prompts = rows // system.config.sampling.samples_per_prompt
+    arrays = _batch(system, columns, {"ids": jnp.int32, "mask": bool}, GENERATE_RULES, prompts)
+    return Requests(**arrays, **_batch(system, columns, {"number": (jnp.int32,)}, GENERATE_RULES, rows))
 
 
 def rollout(system: System, rows: int) -> Rollout:
@@ -281,8 +346,35 @@ def experience(system: System) -> Experience:
     """Result of the score program."""
     kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "scores": (jnp.float32,), "ended": (bool,)}
     kinds |= dict.fromkeys(("logprobs", "ref_logprobs", "values", "sampler_logprobs", "entropy"), jnp.float32)
-    arrays = _batch(system, system.length, kinds, TRAIN_RULES, system.rows)
+    if "critic" not in system.modules:
+        del kinds["values"]
+    arrays: dict[str, Any] = {"values": None} | _batch(system, system.length, kinds, TRAIN_RULES, system.rows)
     return Experience(**arrays, longest=system.config.sampling.max_new_tokens)
+
+
+def labelled_batch(system: System) -> dict[str, Any]:
+    """Rows of SFT, or pairs, as the step before the reference gets them."""
+    kinds: dict[str, Any] = {"row_mask": (jnp.int32,)}
+    if system.sequences == 2:
+        names = [f"{side}_{kind}" for side in ("chosen", "rejected") for kind in ("ids", "mask", "loss_mask")]
+    else:
+        names = ["input_ids", "attention_mask", "loss_mask", *(["segment_ids"] if system.packed else [])]
+    kinds |= dict.fromkeys(names, jnp.int32)
+    pairs = _batch(system, 1, {"pair_mask": jnp.int32}, TRAIN_RULES, system.rows)
+    paired = system.packed and SEQUENCES[system.trainer] == 2
+    return _batch(system, system.length, kinds, TRAIN_RULES, system.rows) | (pairs if paired else {})
+
+
+def train_batch(system: System) -> Any:
+    """The batch of the train program."""
+    if not system.supervised:
+        return experience(system)
+    batch = labelled_batch(system)
+    if system.trainer == "dpo":
+        like = batch["pair_mask" if system.packed else "row_mask"]
+        shape = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
+        batch |= {"ref_chosen_logps": shape, "ref_rejected_logps": shape}
+    return batch
 
 
 def ppo_state(system: System) -> PPOState:
@@ -306,14 +398,26 @@ def sampling(system: System) -> SamplingConfig:
     return system.config.sampling.replace(eos_token_id=0 if eos is None else eos)
 
 
-def _lower_generate(system: System) -> jax.stages.Lowered:
+def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(jax.random.key, 0)
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(system.generate_mesh))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+
+
+def _lower_generate(system: System) -> jax.stages.Lowered:
+    key = _key(system.generate_mesh)
     static = {"module": system.modules["actor"], "sampling": sampling(system), "mesh": system.generate_mesh}
     return cast(Any, generate).lower(system.trees["actor"], prompt_batch(system), key, **static)
 
 
+def _lower_reference(system: System) -> jax.stages.Lowered:
+    steps = system.config.run.gradient_accumulation_steps
+    static = {"module": system.modules["reference"], "mesh": system.mesh, "micro_batches": steps}
+    return cast(Any, dpo.reference_logprobs).lower(system.read_params("reference"), labelled_batch(system), **static)
+
+
 def _lower_score(system: System) -> jax.stages.Lowered:
+    if system.supervised:
+        return _lower_reference(system)
     models = system.frozen.with_trained(system.state)
     frozen = {name: getattr(models, name) for name in ("reference", "reward") if name in system.on_host}
     waiting = {name: replace(model, params=system.waiting(name)) for name, model in frozen.items()}
@@ -322,12 +426,37 @@ def _lower_score(system: System) -> jax.stages.Lowered:
     return cast(Any, score_rollout).lower(rollout(system, system.rows), models, **static)
 
 
+def _objective(trainer: str) -> Objective:
+    """A supervised trainer's default loss."""
+    if trainer == "dpo":
+        return dpo.objective("sigmoid", 0.1, 0.0)[0]
+    return sft.OBJECTIVE if trainer == "sft" else reward.OBJECTIVES["pairwise"]
+
+
+def _lower_supervised(system: System) -> jax.stages.Lowered:
+    state, run = system.state, system.config.run
+    train_state = TrainState(
+        step=state.step,
+        params=state.actor_params,
+        opt_state=system.waiting("actor_optimizer"),
+        module=state.actor,
+        optimizer=state.actor_optimizer,
+        mesh=system.mesh,
+    )
+    static = {"objective": _objective(system.trainer), "micro_batches": run.gradient_accumulation_steps}
+    static |= {"routers": system.config.routers}
+    return cast(Any, train_step).lower(train_state, train_batch(system), _key(system.mesh), **static)
+
+
 def _lower_train(system: System) -> jax.stages.Lowered:
+    if system.supervised:
+        return _lower_supervised(system)
     return cast(Any, ppo_step).lower(ppo_state(system), experience(system))
 
 
-_LOWER = {"generate": _lower_generate, "score": _lower_score, "train": _lower_train}
-PROGRAMS = tuple(_LOWER)
+_LOWER: dict[str, Callable[[System], jax.stages.Lowered]] = dict(
+    zip(PROGRAMS, (_lower_generate, _lower_score, _lower_train), strict=True)
+)
 
 
 def lower(system: System, program: str) -> jax.stages.Lowered:

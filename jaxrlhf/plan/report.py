@@ -10,7 +10,7 @@ from jaxrlhf.plan.compile import Compiled
 from jaxrlhf.plan.cost import RunCost
 from jaxrlhf.plan.devices import GIB
 from jaxrlhf.plan.memory import ProgramMemory
-from jaxrlhf.plan.programs import PROGRAMS, System
+from jaxrlhf.plan.programs import System
 from jaxrlhf.plan.roofline import active_params
 from jaxrlhf.plan.search import Nearest
 from jaxrlhf.plan.settings import PlanConfig
@@ -77,6 +77,13 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
+def _models(plan: Plan) -> str:
+    """The models by name."""
+    config = plan.config
+    scores = "" if plan.system.supervised or config.reward is None else f" + {config.reward}"
+    return f"{config.trainer}: {config.actor}{scores}"
+
+
 def _items(program: ProgramMemory) -> dict[str, int]:
     """Everything on the device while a program runs, by name."""
     return program.arguments | program.temporaries | {"outputs": program.outputs} | program.resident
@@ -124,10 +131,10 @@ def as_dict(plan: Plan) -> dict[str, object]:
         "peak_bytes_per_device": plan.peak,
         "host_bytes_per_device": plan.host_bytes,
         "mesh": dict(plan.system.mesh.shape),
-        "parameters": {name: _parameters(plan, name) for name in ("actor", "critic")},
+        "parameters": {name: _parameters(plan, name) for name in plan.system.trained},
         "generate_tensor_parallel": plan.system.generate_tensor,
         "rollout_rows": plan.system.rows,
-        **{name: _program_values(plan, name) for name in PROGRAMS},
+        **{name: _program_values(plan, name) for name in plan.programs},
         **{name: value for name, value in cost.items() if name not in ("phases", "seconds")},
         "nearest": _nearest(plan.nearest),
         "nearest_with_more_devices": _nearest(plan.larger),
@@ -151,15 +158,15 @@ def _nearest(found: Nearest | None) -> dict[str, object] | None:
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
     """Items by size with their GiB in each program, then the sums."""
-    sizes = {name: _items(plan.programs[name]) for name in PROGRAMS}
-    items = dict.fromkeys(item for name in PROGRAMS for item in sizes[name])
-    ordered = sorted(items, key=lambda item: -max(sizes[name].get(item, 0) for name in PROGRAMS))
-    rows = [[item, *(gib(sizes[n][item]) if sizes[n].get(item) else "-" for n in PROGRAMS)] for item in ordered]
+    sizes = {name: _items(plan.programs[name]) for name in plan.programs}
+    items = dict.fromkeys(item for name in plan.programs for item in sizes[name])
+    ordered = sorted(items, key=lambda item: -max(sizes[name].get(item, 0) for name in plan.programs))
+    rows = [[item, *(gib(sizes[n][item]) if sizes[n].get(item) else "-" for n in plan.programs)] for item in ordered]
     rows = [row for row in rows if set(row[1:]) - {"-", "0.00"}]
-    rows.append(["sum", *(gib(plan.programs[n].bytes_per_device) for n in PROGRAMS)])
+    rows.append(["sum", *(gib(plan.programs[n].bytes_per_device) for n in plan.programs)])
     if plan.compiled is not None:
-        rows.append(["program, estimated", *(gib(plan.programs[n].compiler_bytes) for n in PROGRAMS)])
-        rows.append(["program, compiled", *(gib(plan.compiled[n].bytes) for n in PROGRAMS)])
+        rows.append(["program, estimated", *(gib(plan.programs[n].compiler_bytes) for n in plan.programs)])
+        rows.append(["program, compiled", *(gib(plan.compiled[n].bytes) for n in plan.programs)])
     return rows
 
 
@@ -167,14 +174,15 @@ def show(plan: Plan, console: Console) -> None:
     """Print the tables and the verdict."""
     config, cost = plan.config, plan.cost
     mesh = " × ".join(f"{name} {size}" for name, size in plan.system.mesh.shape.items())
+    split = f"generation split over {plan.system.generate_tensor}, " if "generate" in plan.programs else ""
+    what = "rows" if plan.system.sequences == 1 else "pairs, each side"
     slices = f" ({config.shape})" if config.shape else ""
     console.print(
-        f"{config.actor} + {config.reward} on {config.devices} × {config.accelerator.name}{slices}: mesh {mesh}, "
-        f"generation split over {plan.system.generate_tensor}, {plan.system.rows} rows of {plan.system.length} tokens "
-        "per iteration"
+        f"{_models(plan)} on {config.devices} × {config.accelerator.name}{slices}: mesh {mesh}, "
+        f"{split}{plan.system.rows} {what} of {plan.system.length} tokens per iteration"
     )
     title = f"GiB per device while it runs (of {gib(plan.capacity)} usable)"
-    console.table(title, ["item", *PROGRAMS], _memory_rows(plan))
+    console.table(title, ["item", *plan.programs], _memory_rows(plan))
     console.table(
         "one iteration, per device",
         ["phase", "TFLOP", "GB memory", "GB links", "GB host", "seconds"],
@@ -188,7 +196,7 @@ def show(plan: Plan, console: Console) -> None:
         f"{cost.seconds_per_iteration:.3g} s per iteration at {config.roofline_share:.0%} of the roofline, "
         f"{cost.tokens_per_second:,.0f} tokens/s; {cost.iterations} iterations in {cost.hours:.2f} h{price}"
     )
-    for name in ("actor", "critic"):
+    for name in plan.system.trained:
         if plan.system.modules[name].config.num_experts:
             counts = _parameters(plan, name)
             console.print(f"{name}: {counts['total']:,} parameters, of which {counts['active']:,} compute each token")
@@ -228,10 +236,10 @@ def draw(plan: Plan, path: str) -> None:
 
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    kinds = [by_kind(plan.programs[name]) for name in PROGRAMS]
-    widths = [_seconds(plan, name) for name in PROGRAMS]
+    kinds = [by_kind(plan.programs[name]) for name in plan.programs]
+    widths = [_seconds(plan, name) for name in plan.programs]
     *starts, end = accumulate(widths, initial=0.0)
-    floor = [0.0] * len(PROGRAMS)
+    floor = [0.0] * len(plan.programs)
     for kind in (*KINDS, REST):
         heights = [sizes[kind] / GIB for sizes in kinds]
         if any(heights):
@@ -240,7 +248,7 @@ def draw(plan: Plan, path: str) -> None:
     usable = plan.capacity / GIB
     axes.axhline(usable, color="black", linestyle="--", linewidth=1)
     axes.annotate("usable", (end, usable), ha="right", va="bottom", fontsize=8)
-    for name, start, width, top in zip(PROGRAMS, starts, widths, floor, strict=True):
+    for name, start, width, top in zip(plan.programs, starts, widths, floor, strict=True):
         axes.annotate(name, (start + width / 2, top), ha="center", va="bottom", fontsize=8)
     axes.set_xlabel("seconds of one iteration")
     axes.set_ylabel("GiB per device")
@@ -248,7 +256,7 @@ def draw(plan: Plan, path: str) -> None:
     axes.set_ylim(0, 1.15 * max(*floor, usable))
     axes.spines[["top", "right"]].set_visible(False)
     config = plan.config
-    axes.set_title(f"{config.actor} + {config.reward}, {config.devices} × {config.device}", fontsize=9)
+    axes.set_title(f"{_models(plan)}, {config.devices} × {config.device}", fontsize=9)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -1,9 +1,8 @@
 """The nearest setting that fits: the smallest set of changes that suffices, the cheapest first."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from jaxrlhf.errors import InputError
@@ -38,13 +37,18 @@ def peak(programs: dict[str, ProgramMemory]) -> int:
     return max(program.bytes_per_device for program in programs.values())
 
 
-@lru_cache(maxsize=512)
+_PEAKS: dict[str, float] = {}
+
+
 def _peak_of(config: PlanConfig) -> float:
     """Most bytes on a device; infinite for a setting that is refused: a mesh or a group that does not divide."""
-    try:
-        return peak(estimate(build_system(config), config.accelerator.platform))
-    except InputError:
-        return math.inf
+    key = repr(config)  # settings with a dict in them have no hash
+    if key not in _PEAKS:
+        try:
+            _PEAKS[key] = peak(estimate(build_system(config), config.accelerator.platform))
+        except InputError:
+            _PEAKS[key] = math.inf
+    return _PEAKS[key]
 
 
 def _fits(config: PlanConfig) -> bool:
@@ -61,10 +65,14 @@ class Change(NamedTuple):
     same_training: bool = True
     """False for a change of what is computed."""
 
-    def apply(self, config: PlanConfig) -> PlanConfig:
-        """The changed config, or `config` itself where nothing changes."""
-        values = self.values(config)
-        return config.replace(**values) if any(config.value(name) != new for name, new in values.items()) else config
+    def changed(self, config: PlanConfig) -> dict[str, object]:
+        """The settings that change, with their new values."""
+        return {name: new for name, new in self.values(config).items() if config.value(name) != new}
+
+    def apply(self, config: PlanConfig, kept: Collection[str] = ()) -> PlanConfig:
+        """The changed config; `config` itself where nothing changes, or a setting in `kept` would."""
+        values = self.changed(config)
+        return config.replace(**values) if values and not values.keys() & set(kept) else config
 
 
 def _smaller_micro_batches(c: PlanConfig) -> Mapping[str, object]:
@@ -76,11 +84,17 @@ def _smaller_micro_batches(c: PlanConfig) -> Mapping[str, object]:
 
 def _pieces(c: PlanConfig) -> Mapping[str, object]:
     """The rollout batch generated in pieces, as many as eight."""
-    return {"generation_batches": max(math.gcd(build_system(c).rows, 8), c.value("generation_batches"))}
+    if "generate" not in c.programs:
+        return {}
+    system = build_system(c)
+    prompts = system.rows // system.config.sampling.samples_per_prompt
+    return {"generation_batches": max(math.gcd(prompts, 8), c.value("generation_batches"))}
 
 
 def _wider_generation(c: PlanConfig) -> Mapping[str, object]:
     """Generation split over the largest group that divides the heads."""
+    if "generate" not in c.programs:
+        return {}
     system = build_system(c)
     tensor, fsdp = system.tensor, system.mesh.shape["fsdp"]
     heads = system.modules["actor"].config.num_heads
@@ -89,12 +103,12 @@ def _wider_generation(c: PlanConfig) -> Mapping[str, object]:
 
 
 def _tensor_parallel(c: PlanConfig) -> Mapping[str, object]:
-    """Training split over the devices of a host too, as many as divide heads and MLP of both models.
+    """Training split over the devices of a host too, as many as divide heads and MLP of the trained models.
 
     Fewer devices then split the batch, so there are more micro-batches, for the same rollout batch.
     """
     system = build_system(c)
-    configs = [system.modules[name].config for name in ("actor", "critic")]
+    configs = [system.modules[name].config for name in system.trained]
     sizes = [size for x in configs for size in (x.num_heads, x.expert_size)]
     together = system.mesh.shape["fsdp"] * system.tensor
     wanted = math.gcd(c.accelerator.devices_per_host, together, *sizes)
@@ -109,7 +123,11 @@ def _tensor_parallel(c: PlanConfig) -> Mapping[str, object]:
 
 def _offload_frozen(c: PlanConfig) -> Mapping[str, object]:
     """Frozen copies in host memory; with adapters there is no copy."""
+    if "generate" not in c.programs:
+        return {}
     flags = {"offload_reference_model": not c.value("lora_r"), "offload_reward_model": not c.value("critic_lora_r")}
+    if c.reward is None:
+        del flags["offload_reward_model"]
     return flags if c.accelerator.pinned_host else {}
 
 
@@ -122,7 +140,7 @@ def _lora(c: PlanConfig) -> Mapping[str, object]:
 ONE_ROW = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "generation_batches")
 STAGES = ("critic_zero_stage", "reference_zero_stage", "reward_zero_stage")
 CHANGES = (
-    Change("micro-batches of one row: the same results, a little slower", _smaller_micro_batches),
+    Change("smaller micro-batches: the same results, a little slower", _smaller_micro_batches),
     Change("generation in pieces: the same responses, decoded with a smaller batch", _pieces),
     Change("generation over more devices: more communication per token", _wider_generation),
     Change(
@@ -140,7 +158,7 @@ CHANGES = (
         lambda c: {"offload_optimizer": True} if c.accelerator.pinned_host else {},
     ),
     # One row per device shortens the cache.
-    Change("a smaller rollout batch: other training dynamics", lambda c: dict.fromkeys(ONE_ROW, 1), False),
+    Change("a smaller batch: other training dynamics", lambda c: dict.fromkeys(ONE_ROW, 1), False),
     Change(f"adapters of rank {LORA_RANK} instead of all parameters: another kind of training", _lora, False),
 )
 ALIKE = [change for change in CHANGES if change.same_training]
@@ -156,32 +174,54 @@ def flags_between(old: PlanConfig, new: PlanConfig) -> str:
     return " ".join(words)
 
 
-def _combined(config: PlanConfig, changes: Sequence[Change]) -> PlanConfig:
+def _combined(config: PlanConfig, changes: Sequence[Change], kept: Collection[str] = ()) -> PlanConfig:
     for change in changes:
-        config = change.apply(config)
+        config = change.apply(config, kept)
     return config
 
 
-def nearest_on_mesh(config: PlanConfig) -> Nearest | None:
+def nearest_on_mesh(config: PlanConfig, kept: Collection[str] = ()) -> Nearest | None:
     """The nearest setting that fits the devices that were asked for; None when nothing does.
 
     It is the first change that suffices alone, else the shortest run of changes from the top, without those that turn
-    out superfluous. Changes of the training itself come last.
+    out superfluous. Changes of the training itself come last. No setting in `kept` changes.
     """
     candidates = [[change] for change in ALIKE] + [ALIKE[:count] for count in range(2, len(ALIKE) + 1)]
     candidates += [[change] for change in OTHER] + [[*ALIKE, change] for change in OTHER] + [ALIKE + OTHER]
-    chosen = next((changes for changes in candidates if _fits(_combined(config, changes))), None)
+    chosen = next((changes for changes in candidates if _fits(_combined(config, changes, kept))), None)
     if chosen is None:
         return None
     for change in reversed(chosen[:-1]):
         fewer = [other for other in chosen if other is not change]
-        chosen = fewer if _fits(_combined(config, fewer)) else chosen
+        chosen = fewer if _fits(_combined(config, fewer, kept)) else chosen
     found, reasons = config, []
     for change in chosen:
-        before, found = found, change.apply(found)
+        before, found = found, change.apply(found, kept)
         reasons += [change.reason] if found is not before else []
     same = all(change.same_training for change in chosen)
     return Nearest(found, flags_between(config, found), tuple(reasons), int(_peak_of(found)), same)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def eased(asked: PlanConfig, found: PlanConfig) -> PlanConfig:
+    """`found` with the largest micro-batches and the fewest pieces of generation that fit, within those of `asked`.
+
+    `nearest_on_mesh` tries only the ends: micro-batches of one row and eight pieces.
+    """
+    rows, steps = "per_device_train_batch_size", "gradient_accumulation_steps"
+    most, total = asked.value(rows), found.value(rows) * found.value(steps)
+    if found.value(rows) < most:
+        sizes = [n for n in reversed(_divisors(total)) if n <= most]
+        micro = (found.replace(**{rows: n, steps: total // n}) for n in sizes)
+        found = next((config for config in micro if _fits(config)), found)
+    least, pieces = asked.value("generation_batches"), found.value("generation_batches")
+    if pieces > least:
+        split = (found.replace(generation_batches=n) for n in _divisors(pieces) if n >= least)
+        found = next((config for config in split if _fits(config)), found)
+    return found
 
 
 def _shared_out(config: PlanConfig, devices: int) -> dict[str, int]:

@@ -1,24 +1,51 @@
-"""Settings of `jaxrlhf plan`: models, cluster and prices, and the flags of PPO that decide memory and time."""
+"""Settings of `jaxrlhf plan`: trainer, models, cluster, prices, and the trainers' flags that decide memory and time."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from jaxrlhf.config import Gt, Le, NonNegative, Positive, PositiveInt, Settings, alias, settings
+from jaxrlhf.config import (
+    Derived,
+    Gt,
+    Le,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Settings,
+    alias,
+    default_of,
+    settings,
+)
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import OVERRIDES, Device, find_device, topology_of
-from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.algorithms import ALGORITHMS
+from jaxrlhf.rl.config import CONFIGS, PPOConfig
+from jaxrlhf.trainers.dpo import DPOConfig
+from jaxrlhf.trainers.reward import RewardConfig
+from jaxrlhf.trainers.sft import SFTConfig
+
+SUPERVISED = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
+PROGRAMS = ("generate", "score", "train")
 
 SHOWN = {
     *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"),
     *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype"),
     *("dtype", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs"),
-    *("max_prompt_seq_len", "max_new_tokens", "lora_r", "lora_target_modules", "critic_lora_r"),
+    *(
+        "max_prompt_seq_len",
+        "max_new_tokens",
+        "samples_per_prompt",
+        "max_length",
+        "packing",
+        "lora_r",
+        "lora_target_modules",
+        "critic_lora_r",
+    ),
     *("critic_lora_target_modules", "zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),
     *("offload_reference_model", "offload_reward_model", "offload_optimizer", "gradient_checkpointing"),
     *("remat_policy", "enable_ema", "num_train_epochs"),
 }
-"""Settings of PPO that a plan takes."""
+"""Settings of the trainers that a plan takes."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +75,16 @@ class ClusterConfig(Settings):
     network_gbs: Positive | None = None
     """Network of a device between hosts in GB/s; default: the device's."""
 
+    hardware: Derived[Any] = None
+    """A `Device` that is at hand, in place of the table's."""
+
     @property
     def accelerator(self) -> Device:
         """The device with this cluster's numbers."""
+        if self.hardware is not None:
+            return dataclasses.replace(
+                self.hardware, devices_per_host=min(self.hardware.devices_per_host, self.devices)
+            )
         device = find_device(self.device, {flag: getattr(self, flag) for flag in OVERRIDES})
         per_host = self.devices_per_host or device.devices_per_host
         return dataclasses.replace(device, devices_per_host=min(per_host, self.devices))
@@ -58,7 +92,7 @@ class ClusterConfig(Settings):
     @property
     def shape(self) -> str:
         """Shape of the TPU slice; empty for other devices."""
-        return topology_of(self.accelerator, self.devices, self.topology)
+        return "" if self.hardware is not None else topology_of(self.accelerator, self.devices, self.topology)
 
 
 @dataclass(frozen=True)
@@ -67,12 +101,19 @@ class PlanConfig(ClusterConfig):
 
     HIDDEN = frozenset(settings(PPOConfig)) - SHOWN
 
-    actor: Annotated[str, alias("actor_model_name_or_path", "model_name_or_path")] = dataclasses.field(kw_only=True)
+    trainer: Literal["sft", "reward", "dpo", "ppo", "grpo", "rloo", "reinforce++"] = "ppo"
+    """Training to plan."""
+    actor: Annotated[str, alias("actor_model_name_or_path", "model_name_or_path", "model")] = dataclasses.field(
+        kw_only=True
+    )
     """Model to train: a known name such as opt-13b, or a folder."""
-    reward: Annotated[str, alias("critic_model_name_or_path", "reward_model_name_or_path")] = "opt-350m"
-    """Reward model, also the critic's starting point: a known name, or a folder."""
+    reward: Annotated[str | None, alias("critic_model_name_or_path", "reward_model_name_or_path")] = "opt-350m"
+    """Reward model, also ppo's start of the critic: a known name, or a folder; none: reward functions alone score.
+    sft, reward and dpo have none."""
+    shapes: Derived[Any] = None
+    """The models' configs by `actor` and `reward`, where they are known already."""
     train_rows: PositiveInt = 131_900
-    """Prompts of the data set; default: those of DeepSpeed-Chat's published run."""
+    """Rows of the data set (prompts, pairs); default: those of DeepSpeed-Chat's published run."""
     ppo: PPOConfig = PPOConfig()
     compile: bool = False
     """Prove the plan with the device's own compiler; needs no device, only its package."""
@@ -84,6 +125,7 @@ class PlanConfig(ClusterConfig):
     def check(self) -> None:
         if self.plot is not None and not self.plot.endswith((".png", ".svg")):
             raise InputError(f"plot={self.plot!r} must end in .png or .svg")
+        self._check_used()
         accelerator, _ = self.accelerator, self.shape  # both refuse bad values by name
         offloads = [name for name in SHOWN if name.startswith("offload_") and self.ppo.value(name)]
         if offloads and not accelerator.pinned_host:
@@ -91,9 +133,27 @@ class PlanConfig(ClusterConfig):
                 f"{offloads[0]}: {accelerator.name} devices have no pinned host memory to offload to; leave it out"
             )
 
+    def _check_used(self) -> None:
+        """Refuses a setting that the trainer does not have."""
+        known = settings(SUPERVISED.get(self.trainer) or CONFIGS[self.trainer])
+        for name in sorted(SHOWN - known.keys()):
+            if self.ppo.value(name) != default_of(type(self), name):
+                raise InputError(f"{name}={self.ppo.value(name)} is no setting of {self.trainer}; leave it out")
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Programs of a step, those of PROGRAMS that the trainer runs."""
+        return {"sft": PROGRAMS[2:], "reward": PROGRAMS[2:], "dpo": PROGRAMS[1:]}.get(self.trainer, PROGRAMS)
+
     @property
     def planned(self) -> PPOConfig:
-        """The settings of the planned run, with the precision that the device chooses."""
-        if self.ppo.mesh.dtype != "auto":
-            return self.ppo
-        return self.ppo.replace(dtype="float32" if self.accelerator.platform == "cpu" else "bfloat16")
+        """The settings of the planned run, with the algorithm's own and the precision that the device chooses."""
+        values: dict[str, Any] = {}
+        if self.ppo.mesh.dtype == "auto":
+            values["dtype"] = "float32" if self.accelerator.platform == "cpu" else "bfloat16"
+        algorithm = ALGORITHMS.get(self.trainer)
+        if algorithm is not None and algorithm.name != "ppo" and type(self.ppo) is PPOConfig:
+            values |= {"advantage_estimator": algorithm.estimator}
+            if self.ppo.sampling.samples_per_prompt == 1:
+                values |= {"samples_per_prompt": algorithm.defaults.get("samples_per_prompt", 1)}
+        return self.ppo.replace(**values)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import jax
 
@@ -35,6 +36,19 @@ class SystemMeter:
         """Seconds of a clock, and of processor time of this process."""
         times = os.times()
         return time.monotonic(), times.user + times.system
+
+
+def available_memory() -> int:
+    """Bytes of host memory that this process may still take: the machine's, within the limit of its control group."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.is_file():
+        sizes = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        free = int(sizes["MemAvailable"].split()[0]) * 1024
+    limit = group / "memory.max"
+    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        free = min(free, int(most) - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(free, 0)
 
 
 def _resident_bytes() -> int | None:

@@ -4,14 +4,25 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import keys
-from jaxrlhf.config import Lasting, MayChange, NonNegativeInt, PathName, PositiveInt, Settings, alias, check_needs
+from jaxrlhf.config import (
+    Derived,
+    Lasting,
+    MayChange,
+    NonNegativeInt,
+    PathName,
+    PositiveInt,
+    Settings,
+    alias,
+    check_needs,
+)
 from jaxrlhf.config.compilation import CompilationConfig
+from jaxrlhf.config.settings import canonical, places_of, sections
 from jaxrlhf.data import DataConfig, TemplateConfig, Tokenizer, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary
 from jaxrlhf.errors import InputError
@@ -217,9 +228,21 @@ class RunConfig(Settings, may_change=True):
 
 
 @dataclass(frozen=True)
+class FitConfig(Settings, may_change=True):
+    """Whether the planner chooses the flags that decide memory."""
+
+    fit: Literal["none", "auto"] = "none"
+    """auto: choose micro-batches, remat, ZeRO stage, offload and how generation is split, so that the run fits the
+    devices at hand; flags that you give stay, and so does what is trained. none: every flag as it is."""
+    given: Derived[tuple[str, ...]] = dataclasses.field(default=(), compare=False)
+    """Settings that the user gave, by flat name, those of sections as section.name."""
+
+
+@dataclass(frozen=True)
 class SharedConfig(Settings):
     """The parts that all trainers share, whatever their models: data, folder, mesh, kernels, processes."""
 
+    fitting: FitConfig = FitConfig()
     data: DataConfig = DataConfig()
     folder: FolderConfig = FolderConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -227,6 +250,16 @@ class SharedConfig(Settings):
     compute: ComputeConfig = ComputeConfig()
     compilation: CompilationConfig = CompilationConfig()
     process: ProcessConfig = ProcessConfig()
+
+    @classmethod
+    def create(cls, **values: Any) -> Self:
+        """As `Settings.create`; remembers which settings were given."""
+        config = super().create(**values)
+        given = [canonical(cls, name) for name in values if places_of(cls, name)]
+        for name, kind in sections(cls).items():
+            inner = values.get(name, {})
+            given += [f"{name}.{canonical(kind, key)}" for key in inner] if isinstance(inner, dict) else []
+        return dataclasses.replace(config, fitting=dataclasses.replace(config.fitting, given=tuple(given)))
 
 
 @dataclass(frozen=True)
@@ -315,6 +348,8 @@ def check_context(config: DecoderConfig, length: int, what: str) -> None:
 def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]) -> Run:
     """Opens the run's folder, a context manager. Raises InputError when none is named or it already holds a run."""
     folder = config.folder
+    if config.fitting.fit != "none":
+        raise InputError(f"fit={config.fitting.fit}: pass the config through jaxrlhf.fitted first, as the commands do")
     if not folder.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
     return Run(

@@ -19,7 +19,7 @@ from jaxrlhf.plan.command import make_plan, run_plan
 from jaxrlhf.plan.cost import run_cost
 from jaxrlhf.plan.devices import DEVICES, find_device, target_config
 from jaxrlhf.plan.memory import cache_bytes, estimate, residual_bytes
-from jaxrlhf.plan.programs import array_bytes, build_system, tree_bytes
+from jaxrlhf.plan.programs import array_bytes, build_system, lower, tree_bytes
 from jaxrlhf.plan.report import as_dict
 from jaxrlhf.plan.roofline import forward
 from jaxrlhf.plan.search import CHANGES, capacity, flags_between
@@ -245,6 +245,72 @@ def test_links_between_hosts_are_slower_than_those_inside():
     assert slow.phases["reshard"].exposed > fast.phases["reshard"].exposed
 
 
+# ---- other trainers
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 128, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainer": "sft", "max_length": 64, "gradient_accumulation_steps": 2},
+        {"trainer": "reward", "max_length": 64},
+        {"trainer": "dpo", "max_length": 64, "lora_r": 4},
+        {"trainer": "grpo", "reward": None, "max_prompt_seq_len": 32, "max_new_tokens": 32},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_estimates_of_other_trainers_against_the_compiler_of_this_cpu(settings):
+    shape = config_from_dict(LLAMA)
+    figures = {"device_memory_gib": 8.0, "device_tflops": 1.0, "device_bandwidth_gbs": 50.0}
+    config = PlanConfig.create(
+        **{"actor": "x", "reward": "x", "shapes": {"actor": shape, "reward": shape}, "device": "cpu", **figures}
+        | settings
+    )
+    system = build_system(config, jax.devices()[:1])
+    estimates = estimate(system, "cpu")
+    assert tuple(estimates) == config.programs
+    for name in config.programs:
+        found = lower(system, name).compile().memory_analysis()
+        arguments = sum(estimates[name].arguments.values()) + estimates[name].shared
+        assert arguments == pytest.approx(found.argument_size_in_bytes, rel=0.01), name
+        # The factors of temporaries are fitted to the compilers of accelerators; this one's are of the same size.
+        assert 0.4 < sum(estimates[name].temporaries.values()) / found.temp_size_in_bytes < 2.5, name
+
+
+def test_other_trainers_are_searched_and_shown_without_what_they_do_not_have(tmp_path, capsys):
+    target, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    command = f"plan --trainer dpo --model opt-6.7b --device h100 --devices 1 --json {target} --plot {picture}"
+    assert cli.main(command.split()) == 0
+    said = capsys.readouterr().err
+    assert "dpo: opt-6.7b on 1 × h100" in said and "generate" not in said and "critic" not in said
+    assert "does not fit" in said and "--lora_r 64" in said
+    written = json.loads(target.read_text())
+    assert {"score", "train"} <= written.keys() and "generate" not in written
+    assert picture.stat().st_size > 0
+
+
+def test_a_run_without_a_critic_needs_less_than_one_with_it():
+    peaks = [make_plan(config_of(actor="opt-1.3b", devices=8, trainer=name)).peak for name in ("grpo", "ppo")]
+    assert peaks[0] < peaks[1]
+    assert build_system(config_of(actor="opt-1.3b", trainer="grpo")).config.value("samples_per_prompt") == 8
+
+
+@pytest.mark.parametrize("device", ["h200", "b200", "gb200", "mi300x"])
+def test_a_larger_device_holds_what_an_a100_does_not(device):
+    settings = {"actor": "opt-6.7b", "trainer": "sft", "devices": 1, "remat_policy": "full", "max_length": 512}
+    assert not fits(config_of(**settings))
+    assert fits(config_of(**settings | {"device": device}))
+
+
+def test_a_chip_of_tpu7x_is_two_devices():
+    config = config_of(actor="opt-1.3b", device="tpu7x", devices=8)
+    assert config.shape == "2x2x1" and config.accelerator.devices_per_host == 8
+    assert config.accelerator.memory == 96 * 2**30
+
+
 # ---- the published table (arXiv 2308.01320, tables 1 to 3)
 
 
@@ -328,7 +394,10 @@ def test_a_model_that_fits_nowhere_in_the_mesh_is_refused_with_the_devices_it_ta
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "a100-90g"}, "unknown device 'a100-90g'; known are a100-40g, a100-80g, h100"),
+        (
+            {"device": "a100-90g"},
+            "unknown device 'a100-90g'; known are a100-40g, a100-80g, h100, h200, b200, gb200, mi300x, v4.*tpu7x",
+        ),
         ({"device": "v5p", "devices": 64, "topology": "4x4x5"}, "unknown topology '4x4x5' of v5p; known are 1x1x1"),
         ({"device": "v5p", "devices": 64, "topology": "2x2x2"}, "has 8 chips, but devices=64"),
         ({"device": "v5p", "devices": 7}, "devices=7: v5p has no slice of that many chips"),
@@ -341,6 +410,10 @@ def test_a_model_that_fits_nowhere_in_the_mesh_is_refused_with_the_devices_it_ta
         ({"reward": "gpt2"}, "vocabulary of 50272 tokens and reward=gpt2 one of 50257"),
         ({"actor": "opt-1.4b"}, "'opt-1.4b' is no folder, and unknown model 'opt-1.4b'; known shapes are"),
         ({"max_answer_seq_len": 4000}, "exceeds the model's context of 2048"),
+        ({"trainer": "sft", "max_new_tokens": 9}, "max_new_tokens=9 is no setting of sft"),
+        ({"trainer": "grpo", "critic_lora_r": 9}, "critic_lora_r=9 is no setting of grpo"),
+        ({"trainer": "grpo", "per_device_train_batch_size": 3}, "samples_per_prompt"),
+        ({"device": "tpu7x", "devices": 6}, "no slice of that many devices, 2 per chip; known are 1x1x1 \\(2\\)"),
         ({"roofline_share": 0.0}, "roofline_share=0.0 must be above 0"),
         ({"plot": "plan.pdf"}, r"must end in .png or .svg"),
         ({"lora_r": 8, "offload_reference_model": True}, "offload_reference_model"),

@@ -24,7 +24,7 @@ class SourceConfig(Settings):
     """One source of a mixture."""
 
     path: str = ""
-    """File, folder, glob or data set, as in data_path."""
+    """File, folder, glob or data set, as in data_path; required."""
     name: str = ""
     """Name in metrics; default: made from the path."""
     weight: Positive | None = None

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages made from Markdown files at the root and from the code, and links to the repository's files."""
+"""Hooks of mkdocs: pages from the root's Markdown files and from the code, and links to files of the repository."""
 
 import posixpath
 import re

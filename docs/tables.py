@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
+import itertools
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +34,7 @@ def docs_of(cls: type) -> dict[str, str]:
     for base in reversed([base for base in cls.__mro__ if base.__module__.startswith("jaxrlhf")]):
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         body = node.body if isinstance(node, ast.ClassDef) else []
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
                 found[field.target.id] = " ".join(ast.literal_eval(text.value).split()).replace("<", "&lt;")
     return found
@@ -86,16 +88,18 @@ def flags(cls: type, prefix: str = "", default: Callable[[str], Any] | None = No
         prefix: Prefix of the flags of a section, such as `ppo.`.
         default: Gives the default of a setting by its name. Default: that of the class.
     """
+    default = default or functools.partial(default_of, cls)
     parts: dict[type, list[list[str]]] = {}
     for name, setting in settings(cls).items():
         place = owner(cls, setting)
         names = "<br>".join(f"`--{prefix}{n}`" for n in (name, *dict.fromkeys(setting.hint.aliases)))
-        value = shown((default or (lambda n: default_of(cls, n)))(name))
-        parts.setdefault(place, []).append([names, docs_of(place).get(setting.path[-1], ""), allowed(setting.hint), value])
+        text = docs_of(place).get(setting.path[-1], "")
+        parts.setdefault(place, []).append([names, text, allowed(setting.hint), shown(default(name))])
     found = []
     for place, rows in parts.items():
-        title = (inspect.getdoc(place) or place.__name__).partition("\n\n")[0].replace("\n", " ")
-        found.append(f"**{title}**\n\n{table(['flag', 'meaning', 'takes', 'default'], rows)}")
+        text = (inspect.getdoc(place) or place.__name__).partition("\n\n")[0].replace("\n", " ")
+        title = text.partition(". ")[0].rstrip(".")
+        found.append(f"{'###' if prefix else '##'} {title}\n\n{table(['flag', 'meaning', 'takes', 'default'], rows)}")
     return "\n".join(found)
 
 
@@ -148,7 +152,8 @@ def formats_table() -> str:
 
 def datasets_table() -> str:
     """The data sets that are known by name."""
-    rows = [[f"`{d.name}`", f"`{d.format}`" if d.format else "see below", steps_of(d.steps), d.licence] for d in KNOWN.values()]
+    formats = {name: f"`{d.format}`" if d.format else "see below" for name, d in KNOWN.items()}
+    rows = [[f"`{name}`", formats[name], steps_of(d.steps), d.licence] for name, d in KNOWN.items()]
     return table(["name", "format", "steps", "licence that its card states"], rows)
 
 

@@ -20,12 +20,13 @@ PIP_INSTALL := -m pip install --disable-pip-version-check $(PIP_ARGS)
 QUIET_BUILD := PYTHONWARNINGS=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-newest newest-suite test-compat lint format docs clean
+.PHONY: help venv demo test test-long test-newest newest-suite test-compat lint format docs clean
 
 help:
 	@echo "make demo         train a small model through all three steps on the embedded data, on CPU"
-	@echo "make test         the test suite"
-	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch and the longest runs"
+	@echo "make test         the test suite, without the whole runs of make test-long"
+	@echo "make test-long    whole runs: training, evaluation, several starts"
+	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch and whole runs"
 	@echo "make test-compat  exports, read by older versions of transformers and looked up in llama.cpp's tables"
 	@echo "make lint         ruff check, ruff format --check and pyright;  make format  rewrites the files"
 	@echo "make docs         the documentation site in site/; fails on a broken link"
@@ -37,7 +38,10 @@ demo: $(VENV)/.base
 	$(VENV)/bin/jaxrlhf demo
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check $(SOURCES)

@@ -25,7 +25,7 @@ class Stream(IntEnum):
     SERVING = 10
 
 
-def stream(seed: int, purpose: Stream, *numbers: int | jax.Array) -> jax.Array:
+def stream(seed: int | jax.Array, purpose: Stream, *numbers: int | jax.Array) -> jax.Array:
     """Returns the key of a purpose.
 
     Args:

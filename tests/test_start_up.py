@@ -115,16 +115,16 @@ import jax.monitoring
 from jaxrlhf import cli
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
-folder, lm, reward, data, cache = sys.argv[1:]
+folder, seed, lm, reward, data, cache = sys.argv[1:]
 common = ["--data_path", data, "--data_cache_dir", cache, "--max_train_samples", "40", "--max_eval_samples", "8"]
 common += ["--max_length", "32", "--max_prompt_seq_len", "32", "--per_device_train_batch_size", "2", "--max_steps", "2"]
-common += ["--report_to", "none", "--mesh_fsdp", "1"]
+common += ["--report_to", "none", "--mesh_fsdp", "1", "--seed", seed]
 models = {
     "sft": ["--model_name_or_path", lm],
     "reward": ["--model_name_or_path", lm],
-    "ppo": ["--actor_model", lm, "--reward_model_name_or_path", reward, "--max_answer_seq_len", "8"],
+    "ppo": ["--actor_model_name_or_path", lm, "--reward_model_name_or_path", reward, "--max_answer_seq_len", "8"],
 }
-models["ppo"][0] = "--actor_model_name_or_path"
+models["ppo"] += ["--num_mini_batches", "2"]
 for name, flags in models.items():
     counts.clear()
     assert cli.main([name, "--output_dir", f"{folder}/{name}", *flags, *common]) == 0
@@ -133,14 +133,14 @@ for name, flags in models.items():
 
 
 @pytest.mark.long
-def test_the_second_run_on_the_same_shapes_compiles_nothing(demo, tmp_path):
+def test_a_second_run_of_the_same_shapes_and_another_seed_compiles_nothing(demo, tmp_path):
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": "", "XLA_FLAGS": flags}
     runs = []
     for number in (1, 2):
         out = python(
             "import os; del os.environ['JAX_COMPILATION_CACHE_DIR']\n" + COUNTED,
-            *(tmp_path / str(number), demo.lm, demo.reward, demo.train, tmp_path / "data"),
+            *(tmp_path / str(number), str(number), demo.lm, demo.reward, demo.train, tmp_path / "data"),
             **variables,
         )
         runs.append([json.loads(line.split(" ", 1)[1]) for line in out.splitlines() if line.startswith("COUNT")])

@@ -105,7 +105,7 @@ class Iteration:
         """Make prompts and set the micro-batches for a batch of `rows`."""
         self.rows = rows
         self.prompts = random_prompts(self.config, self.engine.actor.config.vocab_size, rows)
-        h = self.engine.config.hyperparameters(self.config.seed)
+        h = self.engine.config.hyperparameters()
         parts = self.config.parts(rows)
         h = dataclasses.replace(h, micro_batches=parts)
         self.engine.state = dataclasses.replace(self.engine.state, hyperparameters=h)

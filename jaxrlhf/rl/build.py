@@ -223,7 +223,7 @@ def _first_state(
     config: PPOConfig, mesh: Mesh, arrays: Arrays, actor: Model, critic: Model | None, iterations: int
 ) -> PPOState:
     of_actor, of_critic = updates_of(config, iterations)
-    hyperparameters = config.hyperparameters(config.data.seed)
+    hyperparameters = config.hyperparameters()
     trainable, _ = split_trainable(actor.params, actor.module)
     optimizer, critic_optimizer, critic_state = make_optimizer(config.optimizer, of_actor, trainable), None, None
     if critic is not None:
@@ -246,6 +246,7 @@ def _first_state(
         critic_opt_state=critic_state,
         ema_params=arrays.copy(trainable) if hyperparameters.enable_ema else None,
         kl_coef=on_all(jnp.float32(hyperparameters.kl_coef)),
+        seed=on_all(jnp.uint32(config.data.seed & 0xFFFFFFFF)),
         score_moments=on_all(objectives.Moments.empty()) if running else None,
         actor=actor.module,
         critic=None if critic is None else critic.module,

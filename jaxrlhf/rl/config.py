@@ -158,7 +158,7 @@ class PPOOptions(StepOptions):
             raise InputError(f"lora_dropout={self.lora.lora_dropout}: ppo never drops out; leave it at 0")
         if self.sampling.temperature == 0:
             raise InputError("temperature=0 samples the same response always; ppo needs a temperature above 0")
-        self.hyperparameters(seed=0).check_groups()
+        self.hyperparameters().check_groups()
         algorithm = self.algorithm.algorithm
         for name in algorithm.unused:
             if self.value(name) != default_of(type(self), name):
@@ -187,21 +187,20 @@ class PPOOptions(StepOptions):
         run = self.run
         return run.per_device_train_batch_size * run.gradient_accumulation_steps * self.algorithm.num_mini_batches
 
-    def hyperparameters(self, seed: int) -> PPOHyperparameters:
-        """The algorithm with the values that it takes from sampling, run and seed: the program's static argument."""
+    def hyperparameters(self) -> PPOHyperparameters:
+        """The algorithm with the values that it takes from sampling and run: the program's static argument."""
         return dataclasses.replace(
             self.algorithm,
             micro_batches=self.run.gradient_accumulation_steps,
             samples_per_prompt=self.sampling.samples_per_prompt,
             temperature=self.sampling.temperature,
             response_length=self.sampling.max_new_tokens,
-            seed=seed,
         )
 
     def rollout_rows(self, devices: int) -> int:
         """Rows of a rollout batch, all samples counted. Raises InputError where groups or pieces do not divide them."""
         rows = self.rows_per_device * devices
-        self.hyperparameters(seed=0).check_rows(rows)
+        self.hyperparameters().check_rows(rows)
         self.check_pieces(rows // self.sampling.samples_per_prompt)
         return rows
 

@@ -88,8 +88,6 @@ class PPOHyperparameters(Settings):
     """Temperature of the distribution that was sampled from; log-probs are taken at the same one."""
     response_length: Derived[PositiveInt | None] = None
     """The length that loss_aggregation=fixed-length divides by."""
-    seed: Derived[int] = 0
-    """Keys the order of rows in minibatches, with the step and the epoch."""
 
     @property
     def algorithm(self) -> Algorithm:

@@ -60,7 +60,7 @@ class RLHFEngine:
         self._has_text = hasattr(tokenizer, "chat_template")  # token ids alone suffice for a loop without text
         self.tokenizer = with_template(tokenizer, config.data.template) if self._has_text else tokenizer
         self.mesh = config.mesh.make_mesh()
-        self.hyperparameters = config.hyperparameters(config.data.seed)
+        self.hyperparameters = config.hyperparameters()
         actor, reward, critic = self._load(actor_model_name_or_path, critic_model_name_or_path)
         self.schedule = make_schedule(config.optimizer, updates_of(config, num_total_iters)[0])
         self.state, self.frozen = build_models(config, self.mesh, actor, critic, reward, num_total_iters)

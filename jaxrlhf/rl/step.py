@@ -47,6 +47,8 @@ class PPOState(flax.struct.PyTreeNode):
     """Moving average of the actor's trainable leaves (`split_trainable`), or None."""
     kl_coef: jax.Array
     """float32 β of the KL penalty."""
+    seed: jax.Array
+    """uint32 seed of the run, which with the step and the epoch keys the order of rows in minibatches."""
     actor: Decoder = flax.struct.field(pytree_node=False)
     critic: Decoder | None = flax.struct.field(pytree_node=False)
     actor_optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
@@ -76,12 +78,12 @@ class _Frozen(NamedTuple):
     critic: PyTree
 
 
-def minibatch_rows(h: PPOHyperparameters, step: jax.Array, rows: int) -> jax.Array:
+def minibatch_rows(h: PPOHyperparameters, seed: int | jax.Array, step: jax.Array, rows: int) -> jax.Array:
     """Row numbers `[epochs · minibatches, rows / minibatches]`, permuted anew in each epoch of each step."""
     if h.num_mini_batches == 1:
         order = jnp.tile(jnp.arange(rows), (h.ppo_epochs, 1))
     else:
-        key = keys.stream(h.seed, keys.Stream.MINIBATCHES, step)
+        key = keys.stream(seed, keys.Stream.MINIBATCHES, step)
         of_epochs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(h.ppo_epochs))
         order = jax.vmap(lambda k: jax.random.permutation(k, rows))(of_epochs)
     return order.reshape(h.ppo_epochs * h.num_mini_batches, rows // h.num_mini_batches)
@@ -135,7 +137,7 @@ def ppo_step(
             return _update(state, frozen, trained, _take(data, index[0]), of_ptx, experience.longest)
 
         trained = _Trained(actor_params, critic_params, state.actor_opt_state, state.critic_opt_state, state.ema_params)
-        index = (minibatch_rows(h, state.step, rows), None if ptx is None else _ptx_rows(h, state.step, ptx))
+        index = (minibatch_rows(h, state.seed, state.step, rows), None if ptx is None else _ptx_rows(state, ptx))
         trained, updates = _run_updates(run, trained, index, early_stop=h.early_stop_kl is not None)
     metrics = experience_metrics(experience, rewards, returns, state.kl_coef, weights)
     metrics |= _averaged(updates)
@@ -219,14 +221,14 @@ def _finite_or(old: PyTree, new: PyTree) -> PyTree:
     return jax.tree.map(partial(jnp.where, finite), new, old)
 
 
-def _ptx_rows(h: PPOHyperparameters, step: jax.Array, ptx: dict[str, jax.Array]) -> jax.Array:
-    rows = ptx["input_ids"].shape[0]
+def _ptx_rows(state: PPOState, ptx: dict[str, jax.Array]) -> jax.Array:
+    h, rows = state.hyperparameters, ptx["input_ids"].shape[0]
     if rows % (h.num_mini_batches * h.micro_batches):
         raise InputError(
             f"num_mini_batches={h.num_mini_batches} × micro-batches={h.micro_batches} must divide the {rows} rows of "
             "pretraining text"
         )
-    return minibatch_rows(h, step, rows)
+    return minibatch_rows(h, state.seed, state.step, rows)
 
 
 def _averaged(updates: dict[str, jax.Array]) -> dict[str, jax.Array]:

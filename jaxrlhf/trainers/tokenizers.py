@@ -75,8 +75,8 @@ def with_model_ends(
 
 def _end_of_family(config: DecoderConfig) -> int | None:
     """The end id that configs of this family have by default, where it is beyond this model's vocabulary."""
-    options = {name: value for name, value in config_to_dict(config).items() if name != "eos_token_id"}
-    default = config_from_dict(options).eos_token_id
+    options = config_to_dict(config.replace(source=""))  # options without effect are told once, by read_config
+    default = config_from_dict({name: value for name, value in options.items() if name != "eos_token_id"}).eos_token_id
     return default if isinstance(default, int) and default >= config.vocab_size else None
 
 

@@ -83,7 +83,7 @@ class Setup:
         models = RLModels(self.actor, self.reference, self.critic, self.reward)
         return score_rollout(rollout, models, hyperparameters=hyperparameters, mesh=self.mesh, sampling=SAMPLING)
 
-    def state(self, optimizer, hyperparameters=DEFAULTS, kl_coef=0.1, critic_optimizer=None):
+    def state(self, optimizer, hyperparameters=DEFAULTS, kl_coef=0.1, critic_optimizer=None, seed=0):
         """A state of its own: donating it leaves the models alone."""
         critic_optimizer = critic_optimizer or optimizer
 
@@ -103,6 +103,7 @@ class Setup:
             critic_opt_state=moments(critic_optimizer, self.critic),
             ema_params=copy(self.actor),
             kl_coef=jnp.float32(kl_coef),
+            seed=jnp.uint32(seed),
             actor=self.actor.module,
             critic=self.critic.module,
             actor_optimizer=optimizer,

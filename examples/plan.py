@@ -45,7 +45,9 @@ def plan_config(path: Path, **changes: Any) -> PlanConfig:
 
 def main() -> None:
     paths = [Path(name) for name in sys.argv[1:]]
-    paths = paths or [*sorted((FOLDER / "deepspeed_chat").glob("*.yaml")), FOLDER / "gsm8k" / "grpo.yaml"]
+    recipes = sorted((FOLDER / "deepspeed_chat").glob("*.yaml"))
+    with_ppo = [path for path in recipes if "jaxrlhf rlhf" in path.read_text(encoding="utf-8")]
+    paths = paths or [*with_ppo, FOLDER / "gsm8k" / "grpo.yaml"]
     print("| recipe | devices | responses per step | GiB per device | hours |\n|---|---|---|---|---|")
     for path in paths:
         plan = make_plan(plan_config(path))

@@ -42,8 +42,13 @@ def place_columns(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
     return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(blank, x, start)
 
 
-def repeat_values(values: jax.Array, own: jax.Array) -> jax.Array:
-    """Replaces each of `values` `[B, T]` that is not `own` by the last own one before it; leading ones by column 0."""
+def repeat_values(values: jax.Array, own: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Replaces each of `values` `[B, T]` that is not `own` by the last own one before it.
+
+    The first value of a row, or of a segment of packed rows, stands for those before its first own one.
+    """
+    if segment_ids is not None:
+        own |= segment_ids != jnp.roll(segment_ids, 1, axis=1)
     columns = jnp.where(own, jnp.arange(values.shape[1]), 0)
     return jnp.take_along_axis(values, jax.lax.cummax(columns, axis=1), axis=1)
 
@@ -195,7 +200,7 @@ class Decoder(nn.Module):
             values = jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
             values = values if bias is None else values + bias.astype(jnp.float32)
             skipped = self.config.score_skips
-            return values if skipped is None else repeat_values(values, input_ids != skipped)
+            return values if skipped is None else repeat_values(values, input_ids != skipped, segment_ids)
         return self.padded_logits(hidden)[..., : self.config.vocab_size]
 
     def logprobs(

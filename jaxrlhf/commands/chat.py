@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxrlhf import keys
-from jaxrlhf.config import NonNegativeInt, PathName, Settings, alias
+from jaxrlhf.config import NonNegativeInt, PathName, Settings, alias, deepspeed_chat
 from jaxrlhf.data import (
     TemplateConfig,
     encode_conversation,
@@ -42,6 +42,7 @@ class ChatConfig(Settings):
     """A conversation with a model."""
 
     HIDDEN = frozenset({"samples_per_prompt", "generation_slots", "train_on", "special_tokens_in_data"})
+    OTHER_FLAGS = deepspeed_chat.CHAT
 
     model: PathName[Annotated[str, alias("model_name_or_path")]]
     """Folder or hub name of a language model, such as the output of sft or ppo."""

@@ -11,12 +11,13 @@ from jaxrlhf.commands.evaluation.comparison import compare
 from jaxrlhf.commands.evaluation.page import page_of
 from jaxrlhf.commands.evaluation.report import print_comparison, print_scores, print_tasks
 from jaxrlhf.commands.evaluation.reward_models import measure
-from jaxrlhf.commands.evaluation.settings import EvalConfig
+from jaxrlhf.commands.evaluation.settings import EvalConfig, is_server
 from jaxrlhf.commands.evaluation.statistics import plain
 from jaxrlhf.commands.evaluation.tasks import run_tasks
 from jaxrlhf.config import to_dict
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.errors import InputError
+from jaxrlhf.models import stored_head
 from jaxrlhf.runs.console import Console
 
 __all__ = ["EvalConfig", "evaluate"]
@@ -32,6 +33,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         InputError: a model, the data, a reward function or a task cannot be used.
     """
     check_outputs(config)
+    config = with_its_role(config)
     console, shown = Console(), Console(stream=sys.stdout, quiet=config.output.json == "-")
     if config.mode == "tasks":
         results = run_tasks(config, console)
@@ -53,6 +55,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         write_text_atomic(config.output.html, page_of(found))
         console.print(f"wrote {config.output.html}")
     return results
+
+
+def with_its_role(config: EvalConfig) -> EvalConfig:
+    """The settings with a reward model that stands alone among the models, as in rw_eval.py, as the one to measure."""
+    alone = len(config.models) == 1 and config.mode == "responses" and config.reward_model_name_or_path is None
+    if not alone or is_server(config.models[0]) or stored_head(config.models[0]) != "scalar":
+        return config
+    return config.replace(models=(), reward_model_name_or_path=config.models[0])
 
 
 def check_outputs(config: EvalConfig) -> None:

@@ -6,13 +6,24 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from jaxrlhf.config import PathName, Section, Settings, alias, load_yaml, save_yaml, to_dict
+from jaxrlhf.config import (
+    Ge,
+    Le,
+    PathName,
+    Section,
+    Settings,
+    alias,
+    deepspeed_chat,
+    load_yaml,
+    save_yaml,
+    to_dict,
+)
 from jaxrlhf.config.files import read_json, write_json_atomic
 from jaxrlhf.data import DataConfig, read_tokenizer
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import read_config
-from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions
+from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions, ZeroStage
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
 from jaxrlhf.runs.report import write_report
@@ -24,7 +35,8 @@ from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens
 
 C = TypeVar("C", bound=SharedConfig)
 Step = SFTConfig | RewardConfig | DPOConfig | PPOConfig
-STEPS = ("sft", "reward", "ppo", "dpo")
+MODELS = ("model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path")
+"""Settings of the steps that name a model to start from."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,16 @@ class BaseModelsConfig(Settings):
 class RLHFConfig(SharedConfig):
     """The run of all steps."""
 
+    OTHER_FLAGS = deepspeed_chat.RLHF
+
     data: DataConfig = DataConfig(data_split="2,4,4")
     models: BaseModelsConfig = BaseModelsConfig()
     alignment: Literal["ppo", "dpo"] = "ppo"
     """Steps after the first. ppo: a reward model, then PPO; dpo: DPO in place of both, on the rows of both."""
+    steps: Annotated[tuple[Annotated[int, Ge(1), Le(3)], ...], alias("step")] = (1, 2, 3)
+    """Numbers of the steps to run; the results of the steps before them must lie in output_dir."""
+    reward_zero_stage: ZeroStage = None
+    """zero_stage of step 2, and of the critic of step 3; default: zero_stage."""
     sft: Section[SFTOptions] = SFTOptions()
     reward: Section[RewardOptions] = RewardOptions()
     ppo: Section[PPOOptions] = PPOOptions()
@@ -61,6 +79,9 @@ class RLHFConfig(SharedConfig):
                 f"reward_model_name_or_path={reward}: alignment=dpo trains no reward model; leave it out, or choose "
                 "--alignment ppo"
             )
+        if not self.steps or (self.alignment == "dpo" and min(self.steps) > 2):
+            number = "1, 2 and 3" if self.alignment == "ppo" else "1 and 2"
+            raise InputError(f"steps={' '.join(map(str, self.steps)) or 'none'}: the steps are {number}")
 
 
 def check_exports(config: RLHFConfig) -> None:
@@ -77,7 +98,7 @@ def start_of(config: RLHFConfig) -> ModelConfig:
 
 
 def step_configs(config: RLHFConfig) -> dict[str, Step]:
-    """The steps' own configs by name, in order: shared parts from `config`, the others from their sections."""
+    """All steps' own configs by name, in order: shared parts from `config`, the others from their sections."""
     shared: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(SharedConfig)}
     base, tokenizer = config.models, config.models.tokenizer
 
@@ -99,15 +120,20 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
     if config.alignment == "dpo":
         return steps | {"dpo": build(DPOConfig, "dpo", model=after_sft)}
     reward = replace(after_sft, model_name_or_path=base.reward_model_name_or_path or folder_of("sft"))
+    compute, critic = config.compute, config.ppo.critic
+    if config.reward_zero_stage is not None:
+        compute = replace(compute, zero_stage=config.reward_zero_stage)
+        if critic.critic_zero_stage is None:
+            critic = replace(critic, critic_zero_stage=config.reward_zero_stage)
     models = PPOModels(folder_of("sft"), folder_of("reward"), tokenizer)
     return steps | {
-        "reward": build(RewardConfig, "reward", model=reward),
-        "ppo": build(PPOConfig, "ppo", models=models),
+        "reward": build(RewardConfig, "reward", model=reward, compute=compute),
+        "ppo": build(PPOConfig, "ppo", models=models, critic=critic),
     }
 
 
 def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
-    """Runs all steps and writes `summary.json` and `report.html`; returns the summary.
+    """Runs the steps and writes `summary.json` and `report.html`; returns the summary.
 
     With `resume`, finished steps are kept and the unfinished one continues from its newest checkpoint.
     """
@@ -118,15 +144,21 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     check_exports(config)
     config = joined(config)
     stages = step_configs(config)
+    chosen = [name for number, name in enumerate(stages, start=1) if number in config.steps]
     check_vocabularies(config.models)
     if is_primary():
-        check_root(root, config.folder)
+        check_root(root, config.folder, chosen)
+        check_earlier(root, stages, chosen)
         root.mkdir(parents=True, exist_ok=True)
         save_yaml(config, root / "config.yaml")
     train: dict[str, Callable[[Any], Any]] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
     train["dpo"] = train_dpo
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), start=1):
+        if name not in chosen:
+            if from_primary(f"looking for the {name} step", partial(is_finished, stage)):
+                summaries[name] = from_primary(f"reading the summary of {name}", partial(summary_of, stage))
+            continue
         say(f"── step {number} of {len(stages)}: {name} → {stage.folder.output_dir}")
         done = None
         if config.folder.resume:
@@ -160,8 +192,9 @@ def check_vocabularies(models: BaseModelsConfig) -> None:
         check_reads_tokens(read_tokenizer(names[0]), read_config(names[0]), names[1], labels)
 
 
-def check_root(root: Path, folder: FolderConfig) -> None:
-    found = [name for name in STEPS if what_is_there(root / name)]
+def check_root(root: Path, folder: FolderConfig, chosen: list[str]) -> None:
+    """Refuses to run a step in a folder that holds one, except on request."""
+    found = [name for name in chosen if what_is_there(root / name)]
     if found and not (folder.resume or folder.overwrite_output_dir):
         raise InputError(
             f"output_dir {root} already holds a run ({', '.join(found)}); choose another folder, continue it with "
@@ -169,10 +202,27 @@ def check_root(root: Path, folder: FolderConfig) -> None:
         )
 
 
+def check_earlier(root: Path, stages: dict[str, Step], chosen: list[str]) -> None:
+    """Refuses to run a step without the results of the steps before it that it starts from."""
+    for name in chosen:
+        starts_from = [path for part, path in stages[name].items() if part in MODELS]
+        for number, earlier in enumerate(stages, start=1):
+            folder = root / earlier
+            if str(folder) in starts_from and earlier not in chosen and not is_finished(stages[earlier]):
+                raise InputError(
+                    f"{name} starts from {folder}, which holds no finished run; run step {number} first, by --step "
+                    f"{number} with the same output_dir"
+                )
+
+
+def is_finished(stage: SharedConfig) -> bool:
+    return (Path(stage.folder.output_dir) / "summary.json").is_file()
+
+
 def finished(stage: SharedConfig) -> dict[str, Any] | None:
     """The summary of a step that finished with the same settings (on any mesh), or None."""
     folder = Path(stage.folder.output_dir)
-    if not (folder / "summary.json").is_file() or not (folder / "config.yaml").is_file():
+    if not is_finished(stage) or not (folder / "config.yaml").is_file():
         return None
     free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"))
     before, now = (to_dict(c) | free for c in (load_yaml(type(stage), folder / "config.yaml"), stage))

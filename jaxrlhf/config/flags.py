@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,21 @@ from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
 from jaxrlhf.config.secrets import redacted
-from jaxrlhf.config.settings import Settings, UnknownSetting, canonical, errors_in, sections, settings, to_dict
+from jaxrlhf.config.settings import (
+    Settings,
+    UnknownSetting,
+    canonical,
+    errors_in,
+    names_of,
+    sections,
+    settings,
+    to_dict,
+)
 from jaxrlhf.config.yaml_files import Quoted, dump_yaml, is_none, read_yaml
 from jaxrlhf.errors import InputError
 
 C = TypeVar("C", bound=Settings)
+logger = logging.getLogger(__name__)
 
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -34,7 +45,8 @@ def parse(
     """Builds a config from flags, and from `--config FILE.yaml` below them.
 
     Booleans are `--flag`, `--no_flag` or `--flag true`; lists take words with spaces or commas between them; `none`
-    stands for no value. The last of two equal flags wins. `--help` (`--help SECTION`) prints the flags and exits.
+    stands for no value. The last of two equal flags wins. `--help` (`--help SECTION`) prints the flags and exits. Flags
+    of another project are translated as `cls.OTHER_FLAGS` says, with lines of advice in the log.
 
     Args:
         cls: The config's class.
@@ -48,8 +60,11 @@ def parse(
     """
     if wanted := [place for place, word in enumerate(argv) if word in ("-h", "--help")]:
         print_help(cls, "".join(word for word in argv[wanted[0] + 1 :][:1] if word[:2] != "--"), prog, description)
-    flags, values, errors = list(_flags(argv)), {}, []
-    given: list[tuple[str, str, Any]] = [("", name, words) for name, words in flags if name != "config"]
+    flags: list[tuple[str, Any]] = list(_flags(argv))
+    values, errors = {}, []
+    if cls.OTHER_FLAGS and {name for name, _ in flags} & set(cls.OTHER_FLAGS.flags):
+        flags = list(cls.OTHER_FLAGS.translate(flags, names_of(cls), logger.warning).items())
+    given = [("", name, words) for name, words in flags if name != "config"]
     for words in [words for name, words in flags if name == "config"][-1:]:
         if len(words) != 1:
             raise InputError(f"--config takes one YAML file, got {len(words)}: {' '.join(words) or 'none'}")
@@ -124,7 +139,8 @@ def _read(name: str, hint: Hint, given: Any) -> Any:
     """The value of a flag or YAML key; text of another type stays as it is, for `check_value` to refuse."""
     for note in hint.notes:
         if isinstance(note, FromYaml) and not isinstance(given, tuple):
-            given = note.read(given)
+            read = note.read(given)
+            given = list(read) if isinstance(read, tuple) else read  # a list is complete: no commas divide its texts
     origin = typing.get_origin(hint.kind)
     if origin is dict and isinstance(given, dict):
         given = [(str(key), value) for key, value in given.items()]

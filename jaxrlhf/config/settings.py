@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from jaxrlhf.config.annotations import LASTING, MAY_CHANGE, PATH, Hint, check_value, hints_of
+from jaxrlhf.config.other_flags import Script
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")
@@ -42,10 +43,12 @@ class Settings:
     """Base of all settings: checks annotations, and gives access by flat names.
 
     A subclass is a frozen dataclass. `check` holds what no annotation says. `HIDDEN` names settings of its parts that
-    it has no use for: neither flags nor keys. `may_change=True` marks all fields as `MayChange`.
+    it has no use for: neither flags nor keys. `OTHER_FLAGS` translates the flags of another project's script for the
+    same purpose. `may_change=True` marks all fields as `MayChange`.
     """
 
     HIDDEN: ClassVar[frozenset[str]] = frozenset()
+    OTHER_FLAGS: ClassVar[Script | None] = None
     _may_change: ClassVar[bool] = False
 
     def __init_subclass__(cls, may_change: bool | None = None, **options: Any) -> None:
@@ -119,7 +122,7 @@ def sections(cls: type) -> dict[str, type]:
 
 
 @functools.cache
-def _names(cls: type) -> dict[str, str]:
+def names_of(cls: type) -> dict[str, str]:
     """Every accepted name: {name or alias: name}."""
     own = {name: name for name in (*settings(cls), *sections(cls))}
     return {other: name for name, s in settings(cls).items() for other in s.hint.aliases} | own
@@ -127,13 +130,14 @@ def _names(cls: type) -> dict[str, str]:
 
 def places_of(cls: type, name: str) -> list[str]:
     """The flags that set `name`, a setting or its alias, in the config itself and in its sections."""
-    inner = [f"{section}.{name}" for section, kind in sections(cls).items() if name in _names(kind)]
-    return [name, *inner] if name in _names(cls) else inner
+    inner = [f"{section}.{name}" for section, kind in sections(cls).items() if name in names_of(kind)]
+    other: Script | None = getattr(cls, "OTHER_FLAGS", None)
+    return [name, *inner] if name in names_of(cls) or (other and name in other.flags) else inner
 
 
 def canonical(cls: type, name: str) -> str:
     """The name of a setting that may be given by an alias, with hyphens or underscores. InputError for others."""
-    known, plain = _names(cls), name.replace("-", "_")
+    known, plain = names_of(cls), name.replace("-", "_")
     if plain in known:
         return known[plain]
     if plain in _every(cls):
@@ -163,7 +167,7 @@ def _build(cls: type[T], values: Mapping[str, Any], base: T | None) -> T:
     known, tree = _every(cls), {}
     for name, value in values.items():
         # A flag or alias goes before a derived value of the same name.
-        derived = name not in _names(cls) and name in known and known[name].hint.is_derived
+        derived = name not in names_of(cls) and name in known and known[name].hint.is_derived
         setting = known.get(name := name if derived else canonical(cls, name))
         *path, last = setting.path if setting else (name,)
         inner = functools.reduce(lambda node, part: node.setdefault(part, {}), path, tree)

@@ -28,7 +28,7 @@ from jaxrlhf.data.cache import check_writable, default_cache, hash_json
 from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
 from jaxrlhf.data.reading import Reading
-from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_groups
+from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_among, split_groups
 from jaxrlhf.data.sources import named_as
 from jaxrlhf.data.streaming import STREAMS, StreamSource, stream_shares
 from jaxrlhf.data.tokenized import SEQUENCES, Encoding, Part
@@ -311,7 +311,8 @@ class Loader:
         config = self.config
         reading = Reading(config, source, self.step, self.folder, streaming=True)
         tokenizer, packing = reading.own_tokenizer(self.tokenizer), packed_length(config, self.step)
-        settings = [fraction, config.data_split, config.shuffle_buffer, packing, config.pair_rule, config.pair_margin]
+        split = split_among(source.steps, config.data_split)
+        settings = [fraction, split, config.shuffle_buffer, packing, config.pair_rule, config.pair_margin]
         key = hash_json(
             [reading.stream_key, self.fingerprint, tokenizer.chat_template, asdict(self.encoding), settings]
         )
@@ -321,7 +322,7 @@ class Loader:
             self.encoding,
             tokenizer,
             window=config.shuffle_buffer,
-            shares=stream_shares(self.step, config.data_split, fraction),
+            shares=stream_shares(self.step, split, fraction),
             packing=packing,
             seed=(config.seed, k),
             record=self.folder / "streams" / f"{key}.json",
@@ -357,7 +358,7 @@ class Loader:
             rows, held = split_groups(
                 reading.groups,
                 self.step,
-                data_split=config.data_split,
+                data_split=split_among(source.steps, config.data_split),
                 held_out=held_out,
                 seed=config.seed,
                 name=source.path,

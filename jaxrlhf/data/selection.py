@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxrlhf.errors import InputError
@@ -21,6 +23,16 @@ def parse_split(data_split: str) -> tuple[float, ...] | None:
     if len(weights) != 3 or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
         raise InputError(f"data_split '{data_split}': must be three shares, of sft, reward and ppo, such as 2,4,4")
     return weights
+
+
+def split_among(steps: Sequence[str], data_split: str) -> str:
+    """The split of a source that serves these steps alone: they share all its rows, equally where none has a share."""
+    weights = parse_split(data_split)
+    served = {k for step in steps for k in range(*SHARES[step])}
+    if weights is None or len(served) == len(weights):
+        return data_split
+    own = [weight if k in served else 0.0 for k, weight in enumerate(weights)]
+    return ",".join(map(str, own if any(own) else (float(k in served) for k in range(len(weights)))))
 
 
 def split_groups(

@@ -13,6 +13,7 @@ from jaxrlhf.config import (
     Settings,
     alias,
     check_needs,
+    deepspeed_chat,
     default_of,
 )
 from jaxrlhf.data import Tokenizer, encode_stops, end_ids, pad_token_id
@@ -223,6 +224,7 @@ class PPOConfig(PPOOptions, SharedConfig):
     """Step 3 alone."""
 
     HIDDEN = frozenset({"train_on", "pair_rule", "pair_margin"})
+    OTHER_FLAGS = deepspeed_chat.PPO
 
     models: PPOModels = PPOModels()
 

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Ge, Lt, PathName, Positive, alias
+from jaxrlhf.config import Ge, Lt, PathName, Positive, alias, deepspeed_chat
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -82,6 +82,7 @@ class DPOConfig(DPOOptions, SupervisedConfig):
     """Direct preference optimisation alone."""
 
     HIDDEN = frozenset({"train_on", "group_by_length"})
+    OTHER_FLAGS = deepspeed_chat.DPO
 
 
 def response_logprobs(module: Decoder, params: PyTree, rows: Batch) -> Sides:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import objectives
+from jaxrlhf.config import deepspeed_chat
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.pairs import Sides, pair_count, pair_mask, read_pairs
@@ -31,6 +32,7 @@ class RewardConfig(RewardOptions, SupervisedConfig):
     """Step 2 alone."""
 
     HIDDEN = frozenset({"train_on", "group_by_length"})
+    OTHER_FLAGS = deepspeed_chat.REWARD
 
     def check(self) -> None:
         super().check()

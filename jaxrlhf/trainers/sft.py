@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxrlhf import objectives
+from jaxrlhf.config import deepspeed_chat
 from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.settings import StepOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
@@ -22,6 +23,7 @@ class SFTConfig(SFTOptions, SupervisedConfig):
     """Step 1 alone."""
 
     HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin"})
+    OTHER_FLAGS = deepspeed_chat.SFT
 
 
 def token_count(batch: Batch) -> jax.Array:

@@ -6,6 +6,7 @@ dequantised when it is read.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +19,8 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.hf.mapping import HFConfig
 from jaxrlhf.models.hf.tensor_source import TensorSource
 from jaxrlhf.models.rotary import inverse_frequencies, ropes
+
+_EXPERT = re.compile(r"(?<=\.experts)\.(\d+)\.")
 
 Options = dict[str, Any]
 Restore = Callable[[np.ndarray, Options], np.ndarray]
@@ -33,6 +36,7 @@ _LLAMA_KEYS = {
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
+    "expert_used_count": "num_experts_per_tok",
 }
 _GPT2_KEYS = {
     "context_length": "n_positions",
@@ -116,6 +120,8 @@ def _finish_llama(options: Options, metadata: Mapping[str, Any], file: "File") -
     options["mlp_bias"] = "blk.0.ffn_up.bias" in biases
     if "rope_freqs.weight" in file.names:
         options["rope_scaling"] = _llama3_scaling(file, options)
+    if metadata.get("expert_count"):
+        options |= {"model_type": "mixtral", "num_local_experts": metadata["expert_count"]}
 
 
 def _llama3_scaling(file: "File", options: Options) -> Options:
@@ -170,6 +176,10 @@ def _finish_olmo(options: Options, metadata: Mapping[str, Any], file: "File") ->
         }
 
 
+def _finish_qwen3_moe(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+    options["norm_topk_prob"] = True  # llama.cpp computes no other
+
+
 def _finish_neox(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
     rotated = metadata.get("rope.dimension_count")
     if rotated is not None:
@@ -191,6 +201,7 @@ _GRANITE_KEYS = _LLAMA_KEYS | {
 _COHERE_KEYS = {key: name for key, name in _LLAMA_KEYS.items() if "norm" not in key and "key_length" not in key}
 _COHERE_KEYS |= {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
+_EXPERTS = {"expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"}
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 _FUSED = ("query_key_value.weight", "query_key_value.bias")
 
@@ -198,6 +209,7 @@ ARCHITECTURES = {
     "llama": Architecture("llama", _LLAMA_KEYS, _LLAMA_ORDER, finish=_finish_llama),
     "qwen2": Architecture("qwen2", _LLAMA_KEYS),
     "qwen3": Architecture("qwen3", _LLAMA_KEYS),
+    "qwen3moe": Architecture("qwen3_moe", _LLAMA_KEYS | _EXPERTS, finish=_finish_qwen3_moe),
     "gemma": Architecture("gemma", _LLAMA_KEYS, _MINUS_ONE),
     "gemma2": Architecture("gemma2", _LLAMA_KEYS | _WINDOW | _CAPS, _MINUS_ONE, finish=_finish_gemma),
     "gemma3": Architecture(
@@ -291,19 +303,24 @@ class File:
         """The shape of a tensor, the slowest axis first."""
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
-    def read(self, name: str) -> np.ndarray:
-        """Dequantises a tensor: float32. Raises InputError for a quantisation that cannot be read."""
+    def read(self, name: str, expert: int | None = None) -> np.ndarray:
+        """Dequantises a tensor, or one expert's part of it: float32.
+
+        Raises:
+            InputError: The quantisation cannot be read.
+        """
         from gguf import dequantize
 
         tensor = self._tensors[name]
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            values = dequantize(tensor.data if expert is None else tensor.data[expert], tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise InputError(
                 f"{self.path}: tensor {name} has the quantisation {tensor.tensor_type.name}, which the gguf package "
                 "cannot dequantise; convert the file to another one, such as Q8_0 or F16"
             ) from error
-        return np.asarray(values, np.float32).reshape(self.shape(name))
+        shape = self.shape(name)
+        return np.asarray(values, np.float32).reshape(shape if expert is None else shape[1:])
 
 
 @lru_cache(maxsize=2)
@@ -385,24 +402,29 @@ def gguf_source(path: Path, names: Iterable[str]) -> TensorSource:
     kind = next(arch for arch, known in MODEL_ARCH_NAMES.items() if known == name)
     table = get_tensor_name_map(kind, layers)
 
-    def own_name(theirs: str) -> str | None:
-        return table.get_name(theirs.removeprefix(architecture.strip), try_suffixes=(".weight", ".bias"))
+    def place(theirs: str) -> tuple[str, int | None]:
+        """The file's name of a tensor, empty if llama.cpp has none, and the expert whose part of it is meant."""
+        short = theirs.removeprefix(architecture.strip)
+        own = table.get_name(_EXPERT.sub(".", short), try_suffixes=(".weight", ".bias"))
+        number = _EXPERT.search(short)
+        return own or "", None if number is None else int(number[1])
 
-    known = {theirs: own for theirs in names if (own := own_name(theirs)) in file.names}
+    known = {theirs: found for theirs in names if (found := place(theirs))[0] in file.names}
     inert = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-    known |= {own: own for own in file.names - set(known.values()) - inert}
+    known |= {own: (own, None) for own in file.names - {own for own, _ in known.values()} - inert}
 
     def restore(theirs: str) -> Restore | None:
         endings = (change for ending, change in architecture.restore.items() if theirs.endswith(ending))
         return next(endings, None)
 
     def shape(theirs: str) -> tuple[int, ...]:
-        own = file.shape(known[theirs])
+        name, expert = known[theirs]
+        own = file.shape(name)[0 if expert is None else 1 :]
         change = restore(theirs)
         return own if change is None or math.prod(own) == 0 else change(np.empty(own, bool), options).shape
 
     def read(theirs: str) -> np.ndarray:
-        change, values = restore(theirs), file.read(known[theirs])
+        change, values = restore(theirs), file.read(*known[theirs])
         return values if change is None else np.ascontiguousarray(change(values, options))
 
     return TensorSource(str(path), {theirs: shape(theirs) for theirs in known}, read)

@@ -390,7 +390,8 @@ def test_the_command_prints_tables_or_json_alone(demo, pairs, capsys):
     shown = capsys.readouterr().out
     for text in ("accuracy", "longer is better", "subset a", "mean of the subsets", "ECE", "margins:"):
         assert text in shown
-    assert cli.main(["eval", *flags, "--json", "-"]) == 0
+    as_rw_eval = ["--model_name_or_path", demo.reward, *flags[2:-2], "--json", "-"]
+    assert cli.main(["eval", *as_rw_eval]) == 0
     assert json.loads(capsys.readouterr().out)["measures"]["all"]["pairs"] == 11
     assert cli.main(["eval", *flags, "--tasks", "ifeval"]) == 2
     assert "tasks need a language model" in capsys.readouterr().err

@@ -30,6 +30,8 @@ ALL |= {"bench": BenchConfig, "convert": ConvertConfig, "demo": DemoConfig, "dat
 # Names with another meaning in another command. Everything else stands in one class.
 OTHERWISE = {
     "seed": {"DataConfig", "ChatConfig", "BenchConfig"},  # of the order of rows too; of samples; of weights
+    # Of step 2 and the critic; of the frozen reward model.
+    "reward_zero_stage": {"RLHFConfig", "FrozenConfig"},
     "json": {"PlanConfig", "BenchConfig", "DataViewConfig"},  # the file of the plan; of the measurements; of the data
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
     "save_dtype": {"RunConfig", "ConvertConfig"},  # of the export of a run; of a conversion, where dtype says the same

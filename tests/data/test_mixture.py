@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from rows import encoded, pairs, prompts, write_lines
 
+from jaxrlhf.config import load_yaml, save_yaml
 from jaxrlhf.data import load_data
+from jaxrlhf.data.formats import STEPS
 from jaxrlhf.data.mixture import parse_mixture, read_inline
 from jaxrlhf.data.order import Schedule
+from jaxrlhf.data.selection import split_among
 from jaxrlhf.errors import InputError
+from jaxrlhf.trainers.sft import SFTConfig
 
 WEIGHTS = [(1, 1), (2, 1), (0.7, 0.2, 0.1), (np.pi, np.e, 1, 0.013), (1,) * 7, (1000, 1, 1), (0.5, 0.25, 0.125, 0.125)]
 
@@ -214,6 +218,27 @@ def test_a_mixture_may_stand_in_the_yaml_of_the_run():
     first, second = parse_mixture(values)
     assert (first.path, first.weight, first.steps) == ("a", 2.5, ("sft",))
     assert second.weight == 1
+
+
+def test_a_mixture_in_yaml_keeps_every_key_of_its_sources(tmp_path):
+    text = "data_mixture:\n  - {path: 'a,b', steps: [sft], weight: 2}\n  - {path: c, weight: 1}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    config = load_yaml(SFTConfig, tmp_path / "run.yaml")
+    assert [(s.path, s.steps, s.weight) for s in config.data.sources] == [("a,b", ("sft",), 2.0), ("c", STEPS, 1.0)]
+    save_yaml(config, tmp_path / "again.yaml")
+    assert load_yaml(SFTConfig, tmp_path / "again.yaml") == config
+
+
+def test_a_source_for_one_step_gives_it_all_rows_whatever_the_split(mixed, tokenizer, tmp_path):
+    sources = {
+        "a": (pairs(40), {"steps": ["sft"]}),
+        "b": (pairs(40, 50), {}),
+        "c": (pairs(40, 100), {"steps": ["sft", "ppo"]}),
+    }
+    evaluation = write_lines(tmp_path / "other.jsonl", pairs(3, 200))
+    train, _ = load_data(mixed(sources, data_split="1,2,1", eval_data_path=(evaluation,)), tokenizer, "sft")
+    assert [len(part) for part in train.parts] == [40, 10, 20]
+    assert split_among(("sft",), "0,1,1") == "1.0,0.0,0.0"
 
 
 def test_paths_and_a_mixture_exclude_each_other_and_a_step_needs_a_source(config, mixed, tokenizer):

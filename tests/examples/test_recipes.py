@@ -17,13 +17,14 @@ from jaxrlhf.data import write_demo
 from jaxrlhf.plan.command import make_plan
 from jaxrlhf.plan.memory import train_memory
 from jaxrlhf.plan.programs import build_system
+from jaxrlhf.plan.settings import PlanConfig
 
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.yaml"))
-PLANNED = [name for name in RECIPES if name.startswith("deepspeed_chat/")]
+DEEPSPEED_CHAT = [name for name in RECIPES if name.startswith("deepspeed_chat/")]
 CPU = ("sft", "reward", "dpo", "ppo", "grpo", "rloo", "reinforce++", "best-of-n")
 
 
@@ -33,6 +34,9 @@ def command_of(name):
     found = re.search(rf"^#   jaxrlhf (\S+) --config examples/{re.escape(name)}$", text, re.MULTILINE)
     assert found, f"{name} does not say how it is run"
     return found.group(1)
+
+
+PLANNED = [name for name in DEEPSPEED_CHAT if command_of(name) == "rlhf"]
 
 
 @cache
@@ -98,6 +102,25 @@ def test_the_first_two_steps_fit_too(planner):
                 needed = train_memory(build_system(planned), planned.accelerator.platform).bytes_per_device
                 assert needed <= planned.accelerator.memory * planned.accelerator.usable, (name, step)
             known.add(key)
+
+
+def test_the_recipes_of_one_step_fit_too(planner, tmp_path):
+    """Bound from above in the same way: DPO's two responses are two sequences, and its reference is one model more."""
+    shape = {"model_type": "gpt2", "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 100_000}))
+    for name in set(DEEPSPEED_CHAT) - set(PLANNED):
+        config = config_of(name)
+        known = ("gradient_accumulation_steps", "lora_r", "gradient_checkpointing", "offload_optimizer", "zero_stage")
+        changes = {key: config.value(key) for key in known}
+        rows = config.run.per_device_train_batch_size * (2 if command_of(name) == "dpo" else 1)
+        count, device = planner.devices_of(EXAMPLES / name)
+        model = config.model.model_name_or_path
+        model = str(tmp_path) if model == "ai-forever/mGPT" else model
+        planned = PlanConfig.create(
+            device=device, devices=count, actor=model, reward=model, per_device_train_batch_size=rows, **changes
+        )
+        needed = train_memory(build_system(planned), planned.accelerator.platform).bytes_per_device
+        assert needed <= planned.accelerator.memory * planned.accelerator.usable, name
 
 
 def test_published_settings_are_kept():

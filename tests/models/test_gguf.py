@@ -25,6 +25,7 @@ YARN |= {"attention_factor": 1.2}
 OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 PHI3 = {key: value for key, value in OTHERS.items() if key != "head_dim"} | {"partial_rotary_factor": 0.75}
 GRANITE = LLAMA | {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 2, "norm_topk_prob": True}
 COHERE2 = {key: value for key, value in OTHERS.items() if key not in ("head_dim", "rms_norm_eps")}
 COHERE2 |= {"logit_scale": 0.5, "num_hidden_layers": 5}
 CASES = {  # name: (model type, options, GGUF architecture)
@@ -34,6 +35,8 @@ CASES = {  # name: (model type, options, GGUF architecture)
     "llama3-rope": ("llama", LLAMA | {"rope_parameters": LLAMA3}, "llama"),
     "qwen2": ("qwen2", LLAMA, "qwen2"),
     "qwen3": ("qwen3", LLAMA, "qwen3"),
+    "qwen3_moe": ("qwen3_moe", LLAMA | EXPERTS, "qwen3moe"),
+    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}, "llama"),
     "gemma": ("gemma", LLAMA, "gemma"),
     "gemma2": ("gemma2", OTHERS | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}, "gemma2"),
     "gemma3": ("gemma3_text", OTHERS | {"query_pre_attn_scalar": 8, "num_hidden_layers": 7}, "gemma3"),
@@ -58,7 +61,8 @@ CASES = {  # name: (model type, options, GGUF architecture)
     "gpt_neox": ("gpt_neox", NEOX, "gptneox"),
 }
 PERMUTED = ("llama", "smollm3", "granite")
-READ_BY_TRANSFORMERS = ("llama", "llama-tied", "qwen2", "bloom")  # it drops sizes of gpt2 and qwen3
+# transformers drops sizes of gpt2 and qwen3.
+READ_BY_TRANSFORMERS = ("llama", "llama-tied", "qwen2", "bloom", "qwen3_moe")
 
 
 def make_torch(case):
@@ -95,6 +99,21 @@ def as_llama_cpp_lays_it_out(architecture, name, x, config):
     return x
 
 
+def merged_experts(tensors):
+    """The converter's tensors: gate, up and down projections of all experts of a layer, each in one tensor."""
+    found = {}
+    for name, x in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = x.chunk(2, dim=1)
+            found |= {
+                name.replace("gate_up_proj", "gate_proj.weight"): gate,
+                name.replace("gate_up", "up") + ".weight": up,
+            }
+        else:
+            found[f"{name}.weight" if name.endswith("experts.down_proj") else name] = x
+    return found
+
+
 def write_metadata(writer, architecture, config):
     if architecture == "gpt2":
         sizes = config.n_positions, config.n_embd, config.n_layer, config.n_head, config.n_inner
@@ -128,6 +147,11 @@ def write_metadata(writer, architecture, config):
 
 def write_llama_like(writer, architecture, config):
     rope = config.rope_parameters
+    if "moe" in config.model_type or config.model_type == "mixtral":
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
     if architecture == "cohere2":
         writer.add_layer_norm_eps(config.layer_norm_eps)
@@ -168,7 +192,7 @@ def write_gguf(path, case, model, quantisation="F32"):
     kind = gguf.GGMLQuantizationType[quantisation]
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, 8)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in merged_experts(model.state_dict()).items():
         if (name == "lm_head.weight" and model.config.tie_word_embeddings) or name.endswith((".attn.bias", "inv_freq")):
             continue
         theirs = "embed_out.weight" if architecture == "gptneox" and name == "lm_head.weight" else name
@@ -176,7 +200,7 @@ def write_gguf(path, case, model, quantisation="F32"):
         own = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         assert own, name
         x = np.ascontiguousarray(as_llama_cpp_lays_it_out(architecture, name, tensor.numpy(), model.config))
-        if x.ndim == 2 and quantisation != "F32":
+        if x.ndim >= 2 and quantisation != "F32":
             writer.add_tensor(own, gguf.quantize(x, kind), raw_dtype=kind)
         else:
             writer.add_tensor(own, x)

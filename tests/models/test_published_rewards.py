@@ -240,3 +240,14 @@ def test_a_reward_model_trained_with_pad_as_eos_scores_as_in_transformers(make_m
         np.testing.assert_allclose(scores(model, ids, mask), expected, rtol=1e-4, atol=1e-4)
     plain = model.module.clone(config=model.config.replace(score_skips=None))
     assert np.abs(scores(model.replace(module=plain), ids, mask) - expected).max() > 1e-2
+
+
+def test_a_packed_sequence_that_begins_with_the_skipped_token_takes_no_value_of_the_one_before(make_model):
+    model = make_model("llama", head="scalar")
+    model = model.replace(module=model.module.clone(config=model.config.replace(score_skips=2)))
+    sequences = np.array([[5, 6, 2, 2], [2, 2, 7, 2]])
+    alone = model.module.apply({"params": model.params}, sequences)
+    packed = model.module.apply(
+        {"params": model.params}, sequences.reshape(1, 8), segment_ids=np.repeat([[1, 2]], 4, axis=1)
+    )
+    np.testing.assert_allclose(packed.reshape(2, 4), alone, rtol=1e-5, atol=1e-5)

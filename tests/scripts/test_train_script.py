@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxrlhf.commands.rlhf import RLHFConfig
+from jaxrlhf.config import parse
 from jaxrlhf.errors import InputError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
@@ -31,6 +33,41 @@ def test_num_gpus_is_taken_out_in_both_spellings(script):
     for value in ("0", "-1", "two", ""):
         with pytest.raises(InputError, match="--num-gpus takes a whole number"):
             script.take_num_gpus(["--num-gpus", value])
+
+
+def test_the_deployment_type_and_the_actors_size_choose_a_recipe(script, capsys):
+    sizes = {
+        "single_gpu": "1.3b 6.7b 13b",
+        "single_node": "1.3b 6.7b 13b 30b 66b",
+        "multi_node": "1.3b 6.7b 13b 30b 66b",
+    }
+    for kind, known in sizes.items():
+        for size in known.split():
+            argv = script.with_recipe(["--step", "1", "--deployment-type", kind, f"--actor-model=facebook/opt-{size}"])
+            devices, rest = script.take_num_gpus(argv)
+            config = parse(RLHFConfig, rest, "", "")
+            assert config.models.actor_model_name_or_path == f"facebook/opt-{size}" and config.steps == (1,)
+            assert devices == (1 if kind == "single_gpu" else None)
+    assert "recipe: " in capsys.readouterr().err
+    assert script.with_recipe(["--deployment_type=single_node"])[1].endswith("opt-1.3b-node.yaml")
+    assert script.with_recipe(["--deployment_type", "single_gpu", "--num-gpus", "2"])[2:] == ["--num-gpus", "2"]
+    assert script.with_recipe(["--actor-model", "1.3b"]) == ["--actor-model", "1.3b"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--deployment-type", "cluster"], "cluster: must be one of single_gpu, single_node, multi_node"),
+        (["--deployment-type", "single_gpu", "--actor-model", "66b"], "has recipes for 1.3b, 6.7b, 13b. Name another"),
+        (
+            ["--deployment-type", "single_gpu", "--config", "x.yaml"],
+            "--deployment-type and --config exclude each other",
+        ),
+    ],
+)
+def test_a_deployment_without_a_recipe_is_refused_with_those_that_have_one(script, argv, message):
+    with pytest.raises(InputError, match=message):
+        script.with_recipe(argv)
 
 
 def test_the_default_data_and_folder_give_way_to_flags_and_to_a_config_file(script):

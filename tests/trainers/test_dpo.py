@@ -153,11 +153,14 @@ def test_a_reference_that_does_not_fit_is_refused_before_anything_is_written(con
         assert not (tmp_path / "run").exists()
 
 
-def test_sft_and_dpo_make_one_run_with_one_report_and_one_summary(config, tmp_path):
+def test_sft_and_dpo_make_one_run_with_one_report_and_one_summary_also_step_by_step(config, tmp_path):
     section = {"max_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2}
     base = config(RLHFConfig, alignment="dpo", output_dir=str(tmp_path / "run"))
     run = base.replace(sft=base.sft.replace(**section), dpo=base.dpo.replace(beta=0.3, **section))
-    summary = train_rlhf(run)
+    with pytest.raises(InputError, match=r"dpo starts from .*run/sft, which holds no finished run; run step 1 first"):
+        train_rlhf(run.replace(steps=(2,)))
+    assert list(train_rlhf(run.replace(steps=(1,)))["seconds"]) == ["sft"]
+    summary = train_rlhf(run.replace(steps=(2,)))
     assert list(summary["seconds"]) == ["sft", "dpo"]
     assert summary["dpo_eval_loss"] == pytest.approx(np.log(2), rel=0.1)
     assert {"sft_eval_loss_after", "dpo_eval_accuracy", "dpo_eval_margin"} < set(summary)
@@ -169,6 +172,8 @@ def test_sft_and_dpo_make_one_run_with_one_report_and_one_summary(config, tmp_pa
     assert train_rlhf(run.replace(resume=True)) == summary
     with pytest.raises(InputError, match=r"already holds a run \(sft, dpo\)"):
         train_rlhf(run)
+    with pytest.raises(InputError, match="steps=3: the steps are 1 and 2"):
+        run.replace(steps=(3,))
 
 
 def test_a_run_with_dpo_refuses_a_reward_model_and_an_adapter_where_dpo_needs_a_model(config, tmp_path):

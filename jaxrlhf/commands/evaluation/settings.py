@@ -13,6 +13,7 @@ from jaxrlhf.config import (
     Settings,
     alias,
     check_needs,
+    deepspeed_chat,
 )
 from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
@@ -67,6 +68,7 @@ class EvalConfig(Settings):
         | {"max_eval_samples", "streaming", "shuffle_buffer", "max_prompt_seq_len", "train_on", "reward_model_weight"}
         | {"reward_weights"}
     )
+    OTHER_FLAGS = deepspeed_chat.EVAL
 
     models: PathName[Annotated[tuple[str, ...], alias("model", "model_name_or_path", "actor_model_name_or_path")]] = ()
     """Language models: folders, names on the hub, or servers with an OpenAI-compatible API, as

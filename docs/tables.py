@@ -28,6 +28,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
+@functools.cache
 def docs_of(cls: type) -> dict[str, str]:
     """The docstring under each field of a class, those of its bases included."""
     found: dict[str, str] = {}

@@ -67,7 +67,9 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "starts at 0 and grows slowly; above half a nat per token, or three times `kl_target`, raises an alarm, "
             "and so does a clearly negative one, which top_k, top_p or a penalty cause",
         ),
-        Metric("kl", "evaluation: the same, on held-out prompts", "as `objective/kl`"),
+        Metric(
+            "kl", "evaluation: KL from the reference on held-out prompts, in nats per response", "as `objective/kl`"
+        ),
         Metric("objective/kl_coef", "weight β of the KL", "constant, or moves towards `kl_target` without a jump"),
         Metric(
             "objective/entropy policy/entropy_avg",

@@ -20,7 +20,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check $(PIP_ARGS)
 QUIET_BUILD := PYTHONWARNINGS=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long test-newest newest-suite test-compat lint format docs clean
+.PHONY: help venv demo test test-long test-newest newest-suite test-compat lint format wheel docs clean
 
 help:
 	@echo "make demo         train a small model through all three steps on the embedded data, on CPU"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch and whole runs"
 	@echo "make test-compat  exports, read by older versions of transformers and looked up in llama.cpp's tables"
 	@echo "make lint         ruff check, ruff format --check and pyright;  make format  rewrites the files"
+	@echo "make wheel        dist/jaxrlhf-….whl, which pip installs by itself"
 	@echo "make docs         the documentation site in site/; fails on a broken link"
 	@echo "make venv         only the set-up of test and lint;  make clean  removes what was installed and cached"
 
@@ -51,6 +52,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
+
+wheel:
+	$(PYTHON) -m pip wheel --disable-pip-version-check $(PIP_ARGS) --no-deps --wheel-dir dist .
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

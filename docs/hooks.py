@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages made from the Markdown files at the root, and links to the repository's files."""
+"""Hooks of mkdocs: pages from the root's Markdown files and from the code, and links to files of the repository."""
 
 import posixpath
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from tables import TABLES, command_page, command_uris
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -17,18 +18,21 @@ PAGES = {
 }
 """Files outside docs/ that are pages of the site, and the name of each page."""
 SOURCES = {page: source for source, page in PAGES.items()}
+TABLE = re.compile(r"<!-- table: (\w+) -->")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages whose text lies outside docs/."""
+    """Add the pages whose text lies outside docs/, and one with the flags of each command."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for name, page in command_uris().items():
+        files.append(File.generated(config, page, content=command_page(name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite relative links: to the page of the target, or else to the target in the repository.
+    """Put tables in place of their marks, and rewrite relative links: to the page of the target, or to the repository.
 
     A link to a file that does not exist stays as it is, and mkdocs reports it.
     """
@@ -46,4 +50,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         kind = "tree" if (ROOT / target).is_dir() else "blob"
         return f"{config.repo_url}/{kind}/main/{target}{anchor}"
 
-    return LINK.sub(rewritten, markdown)
+    return LINK.sub(rewritten, TABLE.sub(lambda mark: TABLES[mark[1]](), markdown))

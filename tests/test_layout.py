@@ -1,8 +1,12 @@
 """The shape of the repository: which package may import which, what is installed, and what `import jaxrlhf` loads."""
 
 import ast
+import importlib.util
+import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -54,6 +58,8 @@ IMPORTED_WHERE_USED = (
     "torch",
     "trl",
 )
+NOT_NEEDED = ("torch", "trl", "peft", "wandb", "trackio", "mlflow", "fastapi", "starlette", "uvicorn", "gradio")
+"""What an installed jaxrlhf trains without."""
 
 
 def product_files():
@@ -167,16 +173,36 @@ def test_each_file_says_its_subject_in_its_first_line(path, module, tree):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """The wheel that `pip wheel .` makes."""
-    folder = tmp_path_factory.mktemp("wheel")
-    options = ("--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check")
-    build = folder / "source"
-    build.mkdir()
-    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):
+    """The wheel that `make wheel` makes, without a network."""
+    source = tmp_path_factory.mktemp("source")
+    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE", "Makefile"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, build / name, **({"symlinks": True} if copy is shutil.copytree else {}))
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", folder, build], check=True)
-    return next(folder.glob("*.whl"))
+        copy(ROOT / name, source / name, **({"symlinks": True} if copy is shutil.copytree else {}))
+    options = ["PIP_ARGS=--no-build-isolation --quiet", f"PYTHON={sys.executable}"]
+    subprocess.run(["make", "--silent", "wheel", *options], cwd=source, check=True)
+    return next((source / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """A fresh environment with the wheel installed; its dependencies are links to those of this environment."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(folder)
+    (site,) = (folder / "lib").glob("python3*/site-packages")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.lower().startswith(("jaxrlhf", "__editable__", *NOT_NEEDED)):
+            (site / entry.name).symlink_to(entry)
+    options = ("--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
+    python = str(folder / "bin" / "python")
+    command = [sys.executable, "-m", "pip", "--python", python, "install", *options, wheel]
+    subprocess.run(command, check=True, env=environment_of_users())
+    return folder
+
+
+def environment_of_users():
+    """This environment without what points to the clone, and with one device."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | {"XLA_FLAGS": re.sub(r"\S*device_count\S*", "", kept.get("XLA_FLAGS", "")), "JAX_PLATFORMS": "cpu"}
 
 
 def test_the_wheel_has_every_module_once(wheel):
@@ -192,19 +218,33 @@ def test_the_wheel_has_every_module_once(wheel):
 
 
 @pytest.mark.parametrize("folder", ["clone", "elsewhere"])
-def test_an_install_is_importable_with_the_clone_as_current_folder(wheel, tmp_path, folder):
-    venv.create(tmp_path / "venv")
-    python = tmp_path / "venv" / "bin" / "python"
-    (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
-    # The dependencies come from this environment; jaxrlhf from the new one alone.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    zipfile.ZipFile(wheel).extractall(site)
+def test_an_install_is_importable_with_the_clone_as_current_folder(installed, tmp_path, folder):
     where = {"cwd": ROOT if folder == "clone" else tmp_path, "check": True, "capture_output": True, "text": True}
-    where["env"] = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    where["env"] = environment_of_users()
+    python = installed / "bin" / "python"
     program = "import jaxrlhf.models, jaxrlhf.sharding, jaxrlhf.kernels; print(jaxrlhf.models.__file__)"
     found = Path(subprocess.run([python, "-c", program], **where).stdout.strip())
-    assert found.is_relative_to(ROOT if folder == "clone" else site)
+    assert found.is_relative_to(ROOT if folder == "clone" else installed)
     assert "usage: jaxrlhf" in subprocess.run([python, "-m", "jaxrlhf", "--help"], **where).stdout
+
+
+@pytest.mark.long
+def test_the_installed_wheel_runs_the_demos_first_steps_in_an_empty_folder(installed, tmp_path):
+    """Without torch, trackers and web frameworks, up to a Ctrl-C: a checkpoint is saved, and a resume would go on."""
+    absent = [name for name in NOT_NEEDED if importlib.util.find_spec(name, None)]
+    program = f"import importlib.util, jaxrlhf; print([n for n in {absent} if importlib.util.find_spec(n)])"
+    options = {"cwd": tmp_path, "env": environment_of_users(), "text": True}
+    done = subprocess.run([installed / "bin" / "python", "-c", program], capture_output=True, check=True, **options)
+    assert done.stdout.strip() == "[]"
+    demo = subprocess.Popen([installed / "bin" / "jaxrlhf", "demo"], stderr=subprocess.PIPE, **options)
+    steps = (re.search(r"sft (\d+)/400", line) for line in demo.stderr)
+    assert any(found and int(found[1]) >= 10 for found in steps)
+    demo.send_signal(signal.SIGINT)
+    rest = demo.communicate(timeout=300)[1]
+    assert demo.returncode == 130 and "stopped after step" in rest
+    records = (tmp_path / "runs" / "demo" / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(line) or "train/loss" in json.loads(line) for line in records) >= 10
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_few_entries_stand_directly_under_the_package():

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from jaxrlhf.config import trl
 from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
@@ -46,7 +47,8 @@ def parse(
 
     Booleans are `--flag`, `--no_flag` or `--flag true`; lists take words with spaces or commas between them; `none`
     stands for no value. The last of two equal flags wins. `--help` (`--help SECTION`) prints the flags and exits. Flags
-    of another project are translated as `cls.OTHER_FLAGS` says, with lines of advice in the log.
+    of DeepSpeed-Chat are translated as `cls.OTHER_FLAGS` says, flags and keys of TRL as `cls.TRL_KEYS` says, with lines
+    of advice in the log.
 
     Args:
         cls: The config's class.
@@ -60,16 +62,8 @@ def parse(
     """
     if wanted := [place for place, word in enumerate(argv) if word in ("-h", "--help")]:
         print_help(cls, "".join(word for word in argv[wanted[0] + 1 :][:1] if word[:2] != "--"), prog, description)
-    flags: list[tuple[str, Any]] = list(_flags(argv))
     values, errors = {}, []
-    if cls.OTHER_FLAGS and {name for name, _ in flags} & set(cls.OTHER_FLAGS.flags):
-        flags = list(cls.OTHER_FLAGS.translate(flags, names_of(cls), logger.warning).items())
-    given = [("", name, words) for name, words in flags if name != "config"]
-    for words in [words for name, words in flags if name == "config"][-1:]:
-        if len(words) != 1:
-            raise InputError(f"--config takes one YAML file, got {len(words)}: {' '.join(words) or 'none'}")
-        given[:0] = [(words[0], name, value) for name, value in read_yaml(words[0]).items()]
-    for file, name, value in given:
+    for file, name, value in _translated(cls, list(_flags(argv))):
         try:
             with errors_in(file) if file else contextlib.nullcontext():
                 _put(cls, values, name, value, once=bool(file))
@@ -81,6 +75,25 @@ def parse(
     if errors:
         raise InputError("\n".join(errors))
     return cls.create(**values)
+
+
+def _translated(cls: type[Settings], flags: list[tuple[str, Any]]) -> list[tuple[str, str, Any]]:
+    """(file, name, value) of each setting, in our names: the YAML file's first, then the flags', whose file is ""."""
+    file, in_file = "", {}
+    for words in [words for name, words in flags if name == "config"][-1:]:
+        if len(words) != 1:
+            raise InputError(f"--config takes one YAML file, got {len(words)}: {' '.join(words) or 'none'}")
+        file, in_file = words[0], read_yaml(words[0])
+    if cls.TRL_KEYS:
+        given = in_file | {name: words for name, words in flags if name != "config"}
+        with errors_in(file) if file else contextlib.nullcontext():
+            keys = trl.translate(cls.TRL_KEYS, given, names_of(cls), logger.warning)
+        if keys is not None:
+            return [(file if value is in_file.get(name) else "", name, value) for name, value in keys.items()]
+    if cls.OTHER_FLAGS and {name for name, _ in flags} & set(cls.OTHER_FLAGS.flags):
+        flags = list(cls.OTHER_FLAGS.translate(flags, names_of(cls), logger.warning).items())
+    keys_of_file = [(file, name, value) for name, value in in_file.items()]
+    return keys_of_file + [("", name, words) for name, words in flags if name != "config"]
 
 
 def load_yaml(cls: type[C], path: str | Path) -> C:

@@ -43,12 +43,13 @@ class Settings:
     """Base of all settings: checks annotations, and gives access by flat names.
 
     A subclass is a frozen dataclass. `check` holds what no annotation says. `HIDDEN` names settings of its parts that
-    it has no use for: neither flags nor keys. `OTHER_FLAGS` translates the flags of another project's script for the
-    same purpose. `may_change=True` marks all fields as `MayChange`.
+    it has no use for: neither flags nor keys. `OTHER_FLAGS` translates the flags of DeepSpeed-Chat's script for the
+    same purpose, `TRL_KEYS` the keys and flags of TRL's trainer. `may_change=True` marks all fields as `MayChange`.
     """
 
     HIDDEN: ClassVar[frozenset[str]] = frozenset()
     OTHER_FLAGS: ClassVar[Script | None] = None
+    TRL_KEYS: ClassVar[Script | None] = None
     _may_change: ClassVar[bool] = False
 
     def __init_subclass__(cls, may_change: bool | None = None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The data sets that jaxrlhf knows by name: those of DeepSpeed-Chat, and those in wide use today (docs/data.md).
+"""The data sets that jaxrlhf knows by name: those of DeepSpeed-Chat, and those in wide use today.
 
 Columns, splits and licences are those of the cards on the hub. Where DeepSpeed-Chat has a rule for labels or markup,
 it is kept, except that ties are left out. A set that DeepSpeed-Chat reads for sft alone serves sft alone.

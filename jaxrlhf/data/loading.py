@@ -87,7 +87,7 @@ class DataConfig(Settings, may_change=True):
     data_mixture: Annotated[tuple[str, ...], FromYaml(read_inline)] = ()
     """YAML file with a list of sources, in place of data_path: path, weight, fields, template, split, steps, limit …"""
     data_format: str = ""
-    """Format of the rows; default: recognised by the columns. See docs/data.md for the names."""
+    """Format of the rows; default: recognised by the columns. The site's page Data formats has the names."""
     dataset_registry: PathName[str] = ""
     """YAML or Python file with declarations of your own data sets."""
     data_split: str = ""

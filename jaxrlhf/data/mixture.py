@@ -24,7 +24,7 @@ class SourceConfig(Settings):
     """One source of a mixture."""
 
     path: str = ""
-    """File, folder, glob or data set, as in data_path."""
+    """File, folder, glob or data set, as in data_path; required."""
     name: str = ""
     """Name in metrics; default: made from the path."""
     weight: Positive | None = None
@@ -38,7 +38,7 @@ class SourceConfig(Settings):
     split: str = ""
     """Split to train on, where the source has several."""
     steps: tuple[str, ...] = STEPS
-    """Steps that the source serves."""
+    """Steps that the source serves; they share all of its rows."""
     limit: NonNegativeInt = 0
     """Use at most this many rows, chosen at random; 0: all."""
     epochs: NonNegative = 0.0

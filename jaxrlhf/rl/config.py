@@ -1,6 +1,7 @@
 """Settings of step 3: PPO and its relatives."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +16,7 @@ from jaxrlhf.config import (
     check_needs,
     deepspeed_chat,
     default_of,
+    trl,
 )
 from jaxrlhf.data import Tokenizer, encode_stops, end_ids, pad_token_id
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
@@ -87,6 +89,9 @@ class FrozenConfig(Settings, may_change=True):
 class RolloutConfig(Settings, may_change=True):
     """How rollouts are made and shown."""
 
+    total_episodes: NonNegativeInt = 0
+    """Responses of the run, rounded up to whole rollout batches, in place of num_train_epochs and max_steps; 0: those
+    decide."""
     generation_batches: PositiveInt = 1
     """Pieces that a rollout batch is generated in, each of prompts of similar length: less memory for the key/value
     cache and less padding, same responses."""
@@ -159,6 +164,11 @@ class PPOOptions(StepOptions):
             raise InputError(f"lora_dropout={self.lora.lora_dropout}: ppo never drops out; leave it at 0")
         if self.sampling.temperature == 0:
             raise InputError("temperature=0 samples the same response always; ppo needs a temperature above 0")
+        if self.rollout.total_episodes and self.run.max_steps != -1:
+            raise InputError(
+                f"total_episodes={self.rollout.total_episodes} and max_steps={self.run.max_steps} exclude each other: "
+                "leave one of them out"
+            )
         self.hyperparameters().check_groups()
         algorithm = self.algorithm.algorithm
         for name in algorithm.unused:
@@ -205,6 +215,12 @@ class PPOOptions(StepOptions):
         self.check_pieces(rows // self.sampling.samples_per_prompt)
         return rows
 
+    def total_steps(self, prompts: Callable[[], int], rows: int) -> int:
+        """Rollout batches of the run, of `rows` rows each; `prompts` counts the prompts where an epoch decides."""
+        if self.rollout.total_episodes:
+            return -(-self.rollout.total_episodes // rows)
+        return self.run.total_steps(lambda: prompts() * self.sampling.samples_per_prompt, rows)
+
     def ptx_rows(self, devices: int) -> int:
         """Blocks of pretraining text of a step."""
         rows = self.ptx.per_device_ptx_batch_size or self.run.per_device_train_batch_size
@@ -225,6 +241,7 @@ class PPOConfig(PPOOptions, SharedConfig):
 
     HIDDEN = frozenset({"train_on", "pair_rule", "pair_margin"})
     OTHER_FLAGS = deepspeed_chat.PPO
+    TRL_KEYS = trl.PPO
 
     models: PPOModels = PPOModels()
 
@@ -244,7 +261,8 @@ def config_class(algorithm: Algorithm) -> type[PPOConfig]:
     start = PPOConfig.create(advantage_estimator=algorithm.estimator, **algorithm.defaults)
     parts = [(f.name, f.type, dataclasses.field(default=getattr(start, f.name))) for f in dataclasses.fields(start)]
     hidden = PPOConfig.HIDDEN | {*algorithm.unused, "advantage_estimator"}
-    names = {"HIDDEN": hidden, "__doc__": f"{algorithm.title}.", "__module__": __name__}
+    keys = {"grpo": trl.GRPO, "rloo": trl.RLOO}.get(algorithm.name)
+    names = {"HIDDEN": hidden, "TRL_KEYS": keys, "__doc__": f"{algorithm.title}.", "__module__": __name__}
     name = {"reinforce++": "Reinforce"}.get(algorithm.name, algorithm.title)
     return dataclasses.make_dataclass(f"{name}Config", parts, bases=(PPOConfig,), namespace=names, frozen=True)
 

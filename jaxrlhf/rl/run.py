@@ -291,7 +291,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
         rewards = config.rewards.rewards(run.print)
         data = read_data(config, tokenizer, rewards)
         rows = config.rollout_rows(batch_devices(config.mesh.make_mesh()))
-        steps = config.run.total_steps(lambda: len(data.train) * config.sampling.samples_per_prompt, rows)
+        steps = config.total_steps(lambda: len(data.train), rows)
         if config.algorithm.critic_only_steps >= steps:
             raise InputError(
                 f"critic_only_steps={config.algorithm.critic_only_steps} leaves none of the run's {steps} steps to "

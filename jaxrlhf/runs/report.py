@@ -5,7 +5,7 @@ This module prepares plain data; `report.html.jinja` beside it is the page.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -17,6 +17,7 @@ from markupsafe import Markup
 from jaxrlhf.config.files import read_json, read_jsonl, write_text_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import format_duration, format_number
+from jaxrlhf.runs.metrics import Metric, describe
 from jaxrlhf.runs.plots import SERIES, VARIABLES, Curve, draw
 
 Data: TypeAlias = dict[str, Any]
@@ -147,6 +148,7 @@ def _section(folder: Path, numbers: Iterator[int]) -> Data:
         "settings": _settings(folder),
         "metrics": metrics[True] or metrics[False],
         "other_metrics": metrics[False] if metrics[True] else [],
+        "meanings": _meanings(curves),
         "groups": [
             (title, title == OTHER, [_plot(together, next(numbers)) for together in _overlay(names, curves)])
             for title, names in grouped.items()
@@ -199,6 +201,15 @@ def _numbers_of(curve: Curve) -> list[str]:
     finite = [value for value in curve.values if not math.isnan(value)]
     cells = [finite[0], min(finite), max(finite)] if finite else []
     return [_number(curve.values[-1]), *(map(_number, cells) if cells else "–––"), f"{curve.steps[-1]:,}"]
+
+
+def _meanings(names: Iterable[str]) -> list[tuple[list[str], str, str]]:
+    """(names, meaning, healthy values) of the metrics that the run has, those with one description together."""
+    found: dict[Metric, list[str]] = {}
+    for name in names:
+        if metric := describe(name):
+            found.setdefault(metric, []).append(name)
+    return [(own, metric.meaning.replace("`", ""), metric.healthy.replace("`", "")) for metric, own in found.items()]
 
 
 def _samples(folder: Path) -> Data | None:

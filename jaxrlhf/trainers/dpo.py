@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Ge, Lt, PathName, Positive, alias, deepspeed_chat
+from jaxrlhf.config import Ge, Lt, PathName, Positive, alias, deepspeed_chat, trl
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -83,6 +83,7 @@ class DPOConfig(DPOOptions, SupervisedConfig):
 
     HIDDEN = frozenset({"train_on", "group_by_length"})
     OTHER_FLAGS = deepspeed_chat.DPO
+    TRL_KEYS = trl.DPO
 
 
 def response_logprobs(module: Decoder, params: PyTree, rows: Batch) -> Sides:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import objectives
-from jaxrlhf.config import deepspeed_chat
+from jaxrlhf.config import deepspeed_chat, trl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.pairs import Sides, pair_count, pair_mask, read_pairs
@@ -33,6 +33,7 @@ class RewardConfig(RewardOptions, SupervisedConfig):
 
     HIDDEN = frozenset({"train_on", "group_by_length"})
     OTHER_FLAGS = deepspeed_chat.REWARD
+    TRL_KEYS = trl.REWARD
 
     def check(self) -> None:
         super().check()

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxrlhf import objectives
-from jaxrlhf.config import deepspeed_chat
+from jaxrlhf.config import deepspeed_chat, trl
 from jaxrlhf.models import Decoder
 from jaxrlhf.trainers.settings import StepOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
@@ -24,6 +24,7 @@ class SFTConfig(SFTOptions, SupervisedConfig):
 
     HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin"})
     OTHER_FLAGS = deepspeed_chat.SFT
+    TRL_KEYS = trl.SFT
 
 
 def token_count(batch: Batch) -> jax.Array:

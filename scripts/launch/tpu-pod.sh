@@ -17,7 +17,7 @@ on_all_hosts() {
 on_all_hosts "test -d $SHARED || { echo '$SHARED is not mounted' >&2; exit 1; }
   test -x ~/venv/bin/jaxrlhf || { python3 -m venv ~/venv && ~/venv/bin/pip install '$SHARED/jaxrlhf[tpu]'; }"
 
-on_all_hosts "~/venv/bin/jaxrlhf ppo \
+on_all_hosts "venv/bin/jaxrlhf ppo \
   --actor_model_name_or_path $SHARED/runs/sft \
   --critic_model_name_or_path $SHARED/runs/reward \
   --data_path Dahoas/rm-static --data_split 2,4,4 \

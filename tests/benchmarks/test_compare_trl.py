@@ -1,7 +1,10 @@
-"""The comparison with TRL, without TRL: our side of it, its verdicts, and what it says when the peer is not there."""
+"""The comparison with TRL: a small run of both sides, its verdicts, and what it says when the peer is not there."""
 
+import dataclasses
+import importlib.util
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,10 +21,12 @@ import compare_trl  # noqa: E402
 import compare_trl_ours  # noqa: E402
 from compare_trl_side import Turns, quality  # noqa: E402
 
+from jaxrlhf.config import parse  # noqa: E402
 from jaxrlhf.data import encode_prompts, load_tokenizer  # noqa: E402
 from jaxrlhf.data.demo import demo_quality, materialize_demo  # noqa: E402
 from jaxrlhf.errors import InputError  # noqa: E402
 from jaxrlhf.models import config_from_dict, create_model, load_pretrained, save_pretrained  # noqa: E402
+from jaxrlhf.rl.config import PPOConfig  # noqa: E402
 
 QUESTIONS = ("What is 2 plus 2?", "What color is snow?", "Goodbye!", "What does a cow say?")
 
@@ -41,7 +46,34 @@ def runs_of(ours: list[list[float]], theirs: list[list[float]], seconds: tuple[f
     return [{"ours": side(a, seconds[0]), "trl": side(b, seconds[1])} for a, b in zip(ours, theirs, strict=True)]
 
 
-def test_our_side_runs_a_job_and_leaves_the_start_of_the_critic_for_the_peer(tmp_path):
+def documented(tmp_path):
+    """The file of the run that docs/coming-from-trl.md shows for both libraries."""
+    section = (FOLDER.parent / "docs" / "coming-from-trl.md").read_text().partition("## PPO after TRL")[2]
+    (tmp_path / "ppo.yaml").write_text(re.search(r"```yaml\n(.*?)```", section, re.S)[1])
+    return section.partition("\n## ")[0], tmp_path / "ppo.yaml"
+
+
+SMALL = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "total_episodes": 16}
+SMALL |= {"response_length": 4, "num_ppo_epochs": 1}
+"""The documented run, made small: two iterations of 8 rows in 2 minibatches."""
+
+
+def our_configuration(file):
+    """Makes `compare_trl_ours.configuration` read the documented run."""
+
+    def configuration(settings, prompt_length, seed):
+        flags = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+        config = parse(PPOConfig, ["--config", str(file), *flags, "--no_gradient_checkpointing"], "", "")
+        assert config.rows_per_device == 8 and config.total_steps(lambda: 0, rows=8) == 2
+        functions = (f"{compare_trl_ours.REWARD}:quality",)
+        models = {"reward_model_name_or_path": None, "actor_model_name_or_path": None}
+        return config.replace(reward_functions=functions, max_prompt_seq_len=prompt_length, seed=seed, **models)
+
+    return configuration
+
+
+def test_both_sides_run_the_documented_ppo_from_one_file(tmp_path, monkeypatch):
+    section, file = documented(tmp_path)
     tokenizer = load_tokenizer(materialize_demo(tmp_path / "cache").tokenizer)
     shape = {"model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64}
@@ -52,12 +84,12 @@ def test_our_side_runs_a_job_and_leaves_the_start_of_the_critic_for_the_peer(tmp
     ids = np.array([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], np.int32)
     mask = np.arange(width) >= np.array([[width - len(p)] for p in prompts])
     np.savez(tmp_path / "prompts.npz", ids=np.stack([ids] * 2), mask=np.stack([mask] * 2))
-    job = {name: str(tmp_path / name) for name in ("actor", "value", "trained")}
-    settings = compare_trl.SETTINGS | {"iterations": 2, "batch": 8, "mini_batches": 1, "epochs": 1, "answer_length": 4}
+    job = {name: str(tmp_path / name) for name in ("actor", "value", "trained")} | {"result": str(tmp_path / "r.json")}
+    job |= {"prompts": str(tmp_path / "prompts.npz"), "seed": 3}
+    job["settings"] = compare_trl.SETTINGS | {"iterations": 2, "batch": 8}
+    monkeypatch.setattr(compare_trl_ours, "configuration", our_configuration(file))
     turns = Turns()
-    result = compare_trl_ours.run(
-        job | {"prompts": str(tmp_path / "prompts.npz"), "seed": 3, "settings": settings}, turns
-    )
+    result = compare_trl_ours.run(job, turns)
     curves = result["curves"]
     assert set(curves) == {"score", "kl", "length", "eos_rate"}
     assert all(len(values) == 2 and np.isfinite(values).all() for values in curves.values())
@@ -70,6 +102,38 @@ def test_our_side_runs_a_job_and_leaves_the_start_of_the_critic_for_the_peer(tmp
     )  # the critic before training has the actor's body
     moved = load_pretrained(tmp_path / "trained")
     assert not np.array_equal(moved.params["embed"]["embedding"], again.params["embed"]["embedding"])
+    if importlib.util.find_spec("trl"):
+        monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        check_peer(job, file, section, curves, monkeypatch)
+
+
+def check_peer(job, file, section, ours, monkeypatch):
+    """TRL's side of the same job: its own parser reads the same file, and its records have the documented names."""
+    import compare_trl_peer as peer
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    def configuration(settings, folder, seed):
+        here = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "lr_scheduler_type": "constant"}
+        words = [f"--{name}={value}" for name, value in (SMALL | here).items()]
+        parser = TrlParser((ScriptArguments, peer.PPOConfig, ModelConfig))
+        given = parser.parse_args_and_config(["--config", str(file), *words])[1]
+        changed = {"output_dir": str(folder), "seed": seed, "save_strategy": "no", "num_sample_generations": 0}
+        return dataclasses.replace(given, **changed)
+
+    monkeypatch.setattr(peer, "configuration", configuration)
+    logs = []
+
+    class Recorded(peer.Logs):
+        def __init__(self):
+            super().__init__()
+            logs.append(self)
+
+    monkeypatch.setattr(peer, "Logs", Recorded)
+    theirs = peer.run(job, Turns())["curves"]
+    assert theirs["kl"][0] == pytest.approx(0, abs=1e-5) and len(theirs["score"]) == 2
+    assert abs(np.mean(theirs["score"]) - np.mean(ours["score"])) < 3  # of demo_quality's -2 to 5
+    names = set(re.findall(r"`((?:objective|policy|loss|val)/\w+)`", section))
+    assert len(names) == 13 and names <= set(logs[0].records[-1])
 
 
 def test_the_reward_is_the_demos_quality_of_rendered_prompts():

@@ -1,8 +1,5 @@
 """Named data sets: rows of the real shape, in our own words, become rows of a format; and registries of users."""
 
-import re
-from pathlib import Path
-
 import pytest
 from chat_tokenizers import chat_tokenizer
 from datasets import Dataset, DatasetDict
@@ -284,21 +281,6 @@ def test_the_sets_of_deepspeed_chat_are_all_there():
     without_rejected = {"pvduy", "wangrui6", "Hello-SimpleAI", "apple", "lmqg"}
     for dataset in DEEPSPEED_CHAT:
         assert dataset.steps == (("sft",) if dataset.path.split("/")[0] in without_rejected else STEPS)
-
-
-def test_documentation_lists_every_set():
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([^`]+/[^`]+|mkqa-\w+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
-    expected = [
-        (
-            dataset.name,
-            f"`{dataset.format}`" if dataset.format else "`messages`, `ranked`",
-            "all" if dataset.steps == STEPS else ", ".join(f"`{step}`" for step in dataset.steps),
-            dataset.licence,
-        )
-        for dataset in KNOWN.values()
-    ]
-    assert listed == expected
 
 
 def test_a_set_is_found_by_name_with_or_without_config_and_split():

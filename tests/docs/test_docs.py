@@ -4,19 +4,23 @@ import ast
 import importlib
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import jaxrlhf
 from jaxrlhf import cli, errors
 from jaxrlhf.config import parse, settings
-from jaxrlhf.data.formats import FORMATS, STEPS, Columns, Reader, recognise
-from jaxrlhf.data.mixture import SourceConfig, parse_mixture
+from jaxrlhf.config.settings import sections
+from jaxrlhf.data.formats import FORMATS, Columns, Reader, recognise
+from jaxrlhf.data.mixture import parse_mixture
+from jaxrlhf.runs.metrics import describe
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "README.md"])
 SOURCES = ("jaxrlhf", "models", "sharding", "kernels")
 
 
@@ -40,6 +44,12 @@ def code_blocks():
         for i, block in enumerate(fences(page, "python")):
             if not block.startswith(" "):  # a fragment of a class
                 yield pytest.param(block, id=f"{page.name}:{i}")
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """docs/tables.py, which makes the reference pages."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "tables.py")))
 
 
 @pytest.mark.parametrize("arguments", list(commands()))
@@ -112,27 +122,38 @@ def test_lines_of_text_wrap_at_100_columns(page):
     assert not long
 
 
-def test_the_documented_formats_are_those_of_the_package_and_their_rows_are_recognised():
-    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    section = page[page.index("## Formats") : page.index("### Names of columns")]
-    table = re.findall(r"^\| `(\w+)` \| `.* \| ([^|]+) \|$", section, re.MULTILINE)
-    steps = {
-        key: "all" if form.steps == STEPS else ", ".join(f"`{s}`" for s in form.steps) for key, form in FORMATS.items()
-    }
-    assert {name: said.split(", and ")[0] for name, said in table} == steps
-    (block,) = re.findall(r"^```json\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+def test_the_documented_rows_are_recognised_and_show_every_format():
+    (block,) = fences(ROOT / "docs" / "reference" / "data-formats.md", "json")
     rows = [json.loads(line) for line in block.splitlines()]
-    found = [recognise([row], Columns({}), "docs/data.md") for row in rows]
-    assert found == [name for name, _ in table]
+    found = [recognise([row], Columns({}), "data-formats.md") for row in rows]
+    assert sorted(found) == sorted(FORMATS)
     for row, name in zip(rows, found, strict=True):
         Reader(name, Columns({}))(row)
 
 
-def test_the_documented_mixture_is_one_and_every_key_of_it_is_documented(tmp_path):
+def test_the_documented_mixture_is_one(tmp_path):
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     section = page[page.index("## Mixtures") : page.index("## Evaluation rows")]
     (block,) = re.findall(r"^```yaml\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     (tmp_path / "mix.yaml").write_text(block)
     assert len(parse_mixture([str(tmp_path / "mix.yaml")])) == 3
-    keys = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
-    assert keys == set(settings(SourceConfig))
+
+
+def test_the_reference_lists_every_flag_with_help_and_every_table_has_a_place(tables):
+    for name, command in cli.commands().items():
+        page, kind = tables.command_page(name), command.config_class()
+        names = [*settings(kind), *(f"{s}.{n}" for s, inner in sections(kind).items() for n in settings(inner))]
+        rows = {match[1]: match[2] for match in re.finditer(r"^\| `--([\w.]+)`[^|]* \| (.*?) \| ", page, re.MULTILINE)}
+        assert set(rows) == set(names)
+        assert all(rows.values())
+        assert tables.command_uris()[name] in (ROOT / "mkdocs.yml").read_text()
+    placed = re.findall(r"<!-- table: (\w+) -->", "".join(page.read_text(encoding="utf-8") for page in PAGES))
+    assert sorted(placed) == sorted(tables.TABLES) and all(make().count("\n") > 10 for make in tables.TABLES.values())
+
+
+def test_every_metric_of_the_code_is_described():
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "jaxrlhf").rglob("*.py")) if path.stem != "metrics")
+    groups = "objective|policy|val|loss|sampling|guard|moe|timing|perf|system|logps"
+    names = set(re.findall(rf"\"((?:{groups})/[a-z_/]+)\"", source))
+    assert len(names) > 40 and [name for name in sorted(names) if describe(name) is None] == []
+    assert describe("eval/helpful/accuracy") is describe("accuracy") and describe("eval/nothing") is None

@@ -1,6 +1,8 @@
 """The notebooks of examples/ run from the first cell to the last, on tiny settings."""
 
+import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -52,13 +54,14 @@ def printed(notebook):
 
 def pictures(notebook):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert "image/png" in outputs[-1].get("data", {}), "a notebook ends with a plot"
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 def test_the_first_run_ends_in_a_chat(run):
     notebook = run("first_run")
     text = printed(notebook)
-    assert "eval_before" in text and "eval_after" in text and pictures(notebook) == 3
+    assert "eval_before" in text and "eval_after" in text and pictures(notebook) == 4
     assert all(f"{question} →" in text for question in ("What color is the sky?", "What does a cow say?", "Hello!"))
 
 
@@ -74,14 +77,13 @@ def test_the_sharded_step_runs_on_eight_devices_and_draws_the_same_tokens_on_ano
     notebook = run("sharded_step")
     text = printed(notebook)
     assert "same tokens: True" in text and "'fsdp'" in text and "GRPO     [ 0.87 -0.87 -0.87  0.87" in text
-    assert pictures(notebook) == 4
+    assert pictures(notebook) == 5
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
-def test_notebooks_are_kept_without_outputs(name):
-    import json
-
+def test_notebooks_open_with_a_picture_and_are_kept_without_outputs(name):
     cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
-    assert name in TINY
+    (picture,) = re.findall(r"!\[.+\]\((.+\.svg)\)", "".join(cells[0]["source"]))
+    assert name in TINY and (NOTEBOOKS / picture).is_file()
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")
     assert f"notebooks/{name}.ipynb" in (NOTEBOOKS.parent / "README.md").read_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.runs.metrics import describe
 from jaxrlhf.runs.plots import MAX_POINTS, Curve, draw, smooth, thin_out
 from jaxrlhf.runs.report import HELD_OUT, group_of, read_curves, write_report
 
@@ -65,6 +66,14 @@ def test_a_report_shows_every_metric_once_and_is_self_contained(tmp_path):
     assert not re.search(r"https?:|//\w|<script|<link|@import|src=", text)
     assert len(list(page.iter("svg"))) == len(PPO)
     assert "learning_rate: 0.0001" in next(page.iter("pre")).text
+
+
+def test_a_report_explains_the_metrics_of_its_run_and_no_others(tmp_path):
+    page = parse(write_report(make_run(tmp_path / "sft", ["loss", "eval/books/loss", "of_my_own"])))
+    (table,) = [t for t in page.iter("table") if "healthy" in [cell.text for cell in t.iter("th")]]
+    ((names, meaning, healthy),) = [list(row) for row in table.iter("tr")][1:]
+    assert list(names.itertext()) == ["loss", "eval/books/loss"]
+    assert [meaning.text, healthy.text] == [text.replace("`", "") for text in describe("loss")[1:]]
 
 
 def test_ids_are_unique_and_every_reference_has_its_target(tmp_path):

@@ -1,10 +1,12 @@
 """The launch files: local processes that are started, signalled and ended together, and only flags that exist."""
 
 import importlib.util
+import os
 import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import yaml
 from jaxrlhf.cli import commands
 from jaxrlhf.config import parse
 
-FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "launch"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "scripts" / "launch"
 
 
 @pytest.fixture
@@ -76,27 +79,74 @@ def test_wrong_usage_is_refused(local, argv, capsys):
     assert "usage: local.py" in capsys.readouterr().err
 
 
+LAUNCH_FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".yaml", ".sh", ".sbatch"))
+
+
 def command_in(path):
     """The `jaxrlhf` command line of a launch file, as a list."""
-    if path.suffix == ".yaml":
-        job = next(d for d in yaml.safe_load_all(path.read_text()) if d["kind"] == "Job")
+    text = path.read_text()
+    if path.name.startswith("gke"):
+        job = next(d for d in yaml.safe_load_all(text) if d["kind"] in ("Job", "JobSet"))
+        job = job["spec"]["replicatedJobs"][0]["template"] if job["kind"] == "JobSet" else job
+        assert job["spec"]["completions"] == job["spec"]["parallelism"]
         return job["spec"]["template"]["spec"]["containers"][0]["command"][1:]
-    text = path.read_text().replace("\\\n", " ")
-    line = re.search(r"^[^#\n]*\bjaxrlhf (ppo .*)$", text, re.M)[1]
+    if path.suffix == ".yaml":
+        text = yaml.safe_load(text)["run"]
+    line = re.search(r"^[^#\n]*\bjaxrlhf (ppo .*)$", text.replace("\\\n", " "), re.M)[1]
     return [word.strip('"') for word in line.split()]
 
 
-@pytest.mark.parametrize("name", ["slurm.sbatch", "gke-gpu.yaml", "tpu-pod.sh"])
+@pytest.mark.parametrize("name", LAUNCH_FILES)
 def test_the_command_of_a_launch_file_is_one_that_jaxrlhf_takes(name):
     command, *flags = command_in(FOLDER / name)
     assert len(flags) > 5
-    config = parse(commands()[command].config, flags, "", "")
+    config = parse(commands()[command].config_class(), flags, "", "")
     folder = config.folder
-    assert (folder.resume and config.run.save_steps == 50 and folder.output_dir.endswith("runs/ppo")) or (
-        "RUN" in folder.output_dir
-    )
+    assert folder.resume and config.run.save_steps == 50
+    assert folder.output_dir.endswith("runs/ppo") or folder.output_dir == "$RUN"
 
 
-@pytest.mark.parametrize("name", ["slurm.sbatch", "tpu-pod.sh"])
-def test_a_launch_script_is_valid_shell(name):
-    subprocess.run(["bash", "-n", str(FOLDER / name)], check=True)
+@pytest.mark.parametrize("name", LAUNCH_FILES)
+def test_the_shell_of_a_launch_file_is_valid(name):
+    text = (FOLDER / name).read_text()
+    if name.endswith(".yaml"):
+        task = yaml.safe_load(text) if name == "skypilot.yaml" else {}
+        text = "\n".join(task.get(key, "") for key in ("setup", "run"))
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(130, True), (75, True), (137, True), (2, False), (0, False)])
+def test_a_preempted_slurm_job_is_requeued_and_resumes(tmp_path, status, requeued):
+    """The batch script with stand-ins for Slurm's commands and for the virtual environment."""
+    stand_ins = {
+        "srun": f'echo "$@" > {tmp_path}/started; exit {status}',
+        "scontrol": f'echo "$@" > {tmp_path}/requeued',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "jaxrlhf" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "jaxrlhf" / ".venv" / "bin" / "activate").touch()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SCRATCH": "/scratch"}
+    environment |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"}
+    done = subprocess.run(["bash", str(FOLDER / "slurm.sbatch")], env=environment)
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text().split() == ["requeue", "17"]
+    assert done.returncode == (0 if requeued else status)
+    assert "--resume" in (tmp_path / "started").read_text()
+    settings = re.findall(r"^#SBATCH --(\S+)", (FOLDER / "slurm.sbatch").read_text(), re.M)
+    assert {"requeue", "signal=TERM@180", "open-mode=append"} <= set(settings)
+
+
+@pytest.mark.parametrize("name", ["cuda", "tpu"])
+def test_a_dockerfile_installs_an_extra_that_exists_from_files_that_exist(name):
+    """What no linter knows; the build itself needs a network and a builder."""
+    text = (ROOT / "scripts" / "docker" / f"{name}.Dockerfile").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    default = re.search(r"^ARG EXTRA=(\w+)", text, re.M)
+    words = re.search(r"whl\)\[(.*?)\]", text)[1].replace("${EXTRA}", default[1] if default else "").split(",")
+    assert set(words) <= set(extras) and name in words
+    sources = [word for line in re.findall(r"^COPY (?!--)(.*) \S+$", text, re.M) for word in line.split()]
+    assert len(sources) == 7 and all((ROOT / source).exists() for source in sources)
+    assert re.search(r'^ENTRYPOINT \["jaxrlhf"\]$', text, re.M)

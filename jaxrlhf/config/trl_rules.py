@@ -1,0 +1,320 @@
+"""Keys of TRL that mean something only together, translated: data, evaluation, schedule, precision, LoRA, rollouts."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxrlhf.config.other_flags import Line, Say
+from jaxrlhf.errors import InputError
+
+DATA_KEYS = {
+    "datasets": "data_mixture",
+    "dataset_name": "data_mixture",
+    "dataset_config": "data_mixture",
+    "dataset_train_split": "data_mixture",
+    "dataset_test_split": "data_mixture",
+    "test_split_size": "eval_fraction",
+    "dataset_streaming": "streaming",
+}
+FILES = ("json", "csv", "parquet", "text", "arrow")
+"""Builders of `datasets.load_dataset` whose rows lie in data_files."""
+PARTS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+
+
+def words_of(value: Any) -> tuple[str, ...]:
+    """The words of a flag, or the scalar or list of a YAML file, as text."""
+    return tuple(map(str, value)) if isinstance(value, tuple | list) else (str(value),)
+
+
+def is_null(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() in ("null", "~", "")
+
+
+def _take(line: Line, name: str, default: str | None = None) -> str | None:
+    """Takes the one value of a key out of the line."""
+    words = words_of(line.pop(name)) if name in line else ()
+    if len(words) > 1:
+        raise InputError(f"{name} takes one value, found {' '.join(words)}")
+    return words[0] if words else default
+
+
+def _is_on(line: Line, name: str, default: str = "false") -> bool:
+    words = words_of(line.get(name, default))
+    return not words or words[0].lower() in ("true", "yes", "on", "1")
+
+
+def _number(line: Line, name: str, default: float | None = None) -> float:
+    """The number of a key, which stays in the line."""
+    if name not in line and default is not None:
+        return default
+    words = words_of(line.get(name, ()))
+    try:
+        (number,) = map(float, words)
+    except ValueError:
+        raise InputError(f"{name}={' '.join(words) or 'none'} must be a number") from None
+    return number
+
+
+def _count(line: Line, name: str, default: int) -> int:
+    number = _number(line, name, default)
+    if number < 1 or number != int(number):
+        raise InputError(f"{name}={number:g} must be a whole number of at least 1")
+    return int(number)
+
+
+def load_options(line: Line, say: Say) -> None:
+    """model_init_kwargs holds options of from_pretrained, which are keys of their own too; a key's former name."""
+    if "evaluation_strategy" in line:
+        line["eval_strategy"] = line.pop("evaluation_strategy")
+    options = line.pop("model_init_kwargs", None) or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"model_init_kwargs={options}: must be a mapping")
+    for name, value in options.items():
+        line.setdefault("model_revision" if name == "revision" else str(name), value)
+
+
+def data(line: Line, say: Say) -> None:
+    """The data set, or the mixture, becomes a data_mixture; without evaluation, few rows are held out for the ends."""
+    evaluates = words_of(line.get("eval_strategy", "no"))[0].lower() not in ("no", "false")
+    given = {name: line.pop(name) for name in DATA_KEYS if name in line}
+    if own := [name for name in ("data_path", "data_mixture") if name in line]:
+        if given:
+            say(f"{', '.join(given)}: ignored, {own[0]} names the data")
+        return
+    if _is_on(given, "dataset_streaming"):
+        line["streaming"] = "true"
+    if not evaluates and "eval_fraction" not in line:
+        line["eval_fraction"] = "0.01"
+        say(
+            "eval_strategy is no: a run still evaluates before its first and after its last step, on the data's own "
+            "split, or on 1 % of the prompts (eval_fraction), which are not trained on"
+        )
+    if "datasets" in given:
+        sources = _mixture(given["datasets"], evaluates, given)
+        if evaluates and "test_split_size" in given:
+            line["eval_fraction"] = given["test_split_size"]
+        if any("weight" in source for source in sources):
+            say("fraction becomes weight: the sources are mixed by it, and a small one begins again within an epoch")
+    elif "dataset_name" in given:
+        path = ":".join(_take(given, name) or "" for name in ("dataset_name", "dataset_config") if name in given)
+        test = f"{path}@{_take(given, 'dataset_test_split', 'test')}"
+        sources = [_source(path, _take(given, "dataset_train_split", "train"), test if evaluates else "own")]
+    else:
+        return
+    line["data_mixture"] = sources
+
+
+def _mixture(entries: Any, evaluates: bool, given: Line) -> list[dict[str, Any]]:
+    """The sources of `datasets`."""
+    if not isinstance(entries, list) or not all(isinstance(e, Mapping) and "path" in e for e in entries):
+        raise InputError("datasets: must be a list of mappings with a path")
+    evaluation = "held_out" if evaluates and "test_split_size" in given else "own"
+    sources: list[dict[str, Any]] = []
+    for entry in entries:
+        if unknown := sorted(set(entry) - set(PARTS)):
+            raise InputError(f"datasets: {entry['path']}: unknown key {unknown[0]}; the keys are {', '.join(PARTS)}")
+        values = {name: value for name, value in entry.items() if not is_null(value)}
+        files, path = values.get("data_files"), str(values["path"])
+        if files is None and "data_dir" in values:
+            raise InputError(f"datasets: {path}: data_dir is not read; write the folder as path, or its files")
+        if files is not None and (path not in FILES or isinstance(files, Mapping)):
+            raise InputError(f"datasets: {path}: data_files is read with path: json, csv, parquet or text, as a list")
+        paths = words_of(files) if files is not None else (f"{path}:{values['name']}" if "name" in values else path,)
+        for place in paths:
+            source = _source(place, values.get("split", "train"), evaluation)
+            if "columns" in values:
+                source["fields"] = {name: name for name in values["columns"]}
+            if "fraction" in values:
+                source["weight"] = values["fraction"]
+            sources.append(source)
+    places = [source["path"] for source in sources]
+    for number, source in enumerate(sources, start=1):
+        if places.count(source["path"]) > 1:
+            source["name"] = f"{source['path'].rpartition('/')[2]}-{number}"
+    return sources
+
+
+def _source(path: str, split: str | None, evaluation: str) -> dict[str, Any]:
+    if split and "[" in split:
+        raise InputError(f"split {split} of {path}: slices are not read; max_train_samples uses a part of the rows")
+    chosen = {} if split in (None, "train") else {"split": split}
+    return {"path": path, **chosen, "evaluation": evaluation}
+
+
+def evaluation(line: Line, say: Say) -> None:
+    """eval_strategy says whether eval_steps counts; eval_steps is logging_steps where it is not given."""
+    strategy = (_take(line, "eval_strategy") or "no").lower()
+    if strategy == "steps":
+        steps = _number(line, "eval_steps", _number(line, "logging_steps", 10))
+        line["eval_steps"] = _whole("eval_steps", steps)
+    elif strategy in ("no", "false"):
+        if "eval_steps" in line:
+            say(f"eval_steps={_take(line, 'eval_steps')} is ignored: eval_strategy is no")
+    else:
+        raise InputError(f"eval_strategy={strategy}: not by epochs; write eval_strategy: steps and eval_steps")
+
+
+def saving(line: Line, say: Say) -> None:
+    strategy = (_take(line, "save_strategy") or "steps").lower()
+    if strategy == "steps":
+        line["save_steps"] = _whole("save_steps", _number(line, "save_steps", 500))
+    elif strategy in ("no", "false"):
+        line["save_steps"] = "0"
+    else:
+        raise InputError(
+            f"save_strategy={strategy}: checkpoints are counted in steps; write save_strategy: steps and save_steps; "
+            "load_best_model_at_end keeps the best one"
+        )
+
+
+def _whole(name: str, steps: float) -> str:
+    if 0 < steps < 1:
+        raise InputError(f"{name}={steps:g}: a share of all steps is not read; write a number of steps")
+    return f"{steps:g}" if steps != int(steps) else str(int(steps))
+
+
+def schedule(line: Line, say: Say) -> None:
+    """Shapes of the learning rate; warmup_steps below 1 is a share of all steps."""
+    kind = _take(line, "lr_scheduler_type", "linear")
+    options = line.pop("lr_scheduler_kwargs", None) or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"lr_scheduler_kwargs={options}: must be a mapping")
+    options = dict(options)
+    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        floor, rate = options.pop("min_lr", None), options.pop("min_lr_rate", None)
+        if floor is None and rate is None:
+            raise InputError(f"lr_scheduler_type={kind}: lr_scheduler_kwargs must have min_lr_rate or min_lr")
+        line["min_lr_ratio"] = str(rate if floor is None else float(floor) / _number(line, "learning_rate"))
+        kind = "cosine"
+    if kind == "constant" and {"warmup_steps", "warmup_ratio"} & set(line):
+        for name in {"warmup_steps", "warmup_ratio"} & set(line):
+            say(f"{name}={_take(line, name)} is ignored: the schedule is constant; constant_with_warmup has a warm-up")
+    shapes = {"constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine", "constant": "constant"}
+    if kind not in shapes or options:
+        shown = f"lr_scheduler_type={kind}" + "".join(f" {name}={value}" for name, value in options.items())
+        raise InputError(f"{shown}: write linear, cosine, cosine_with_min_lr, constant or constant_with_warmup")
+    line["lr_scheduler_type"] = shapes[kind]
+    if 0 < (steps := _number(line, "warmup_steps", 0)) < 1:
+        line["warmup_ratio"] = str(steps)
+        del line["warmup_steps"]
+
+
+def precision(line: Line, say: Say) -> None:
+    """bf16 is the precision of the arithmetic; the dtype of the weights matters only where nothing else is said."""
+    weights, other = _take(line, "dtype"), _take(line, "torch_dtype")
+    weights = weights or other
+    if _is_on(line, "fp16") or weights in ("float16", "fp16"):
+        raise InputError("fp16: there is no loss scaling; write bf16: true, or dtype: float32")
+    line.pop("fp16", None)
+    mixed = _take(line, "bf16")
+    if weights == "bfloat16" or (mixed or "").lower() == "true":
+        line["dtype"] = "bfloat16"
+    elif mixed is not None:
+        line["dtype"] = "float32"
+    if weights == "bfloat16":
+        say(f"dtype={weights}: the arithmetic is in it; master weights stay float32")
+
+
+def adapters(dropout: str) -> Callable[[Line, Say], None]:
+    """The rule of LoRA, which use_peft turns on. `dropout`: applied, off (as in TRL), or refused."""
+
+    def rule(line: Line, say: Say) -> None:
+        uses, scaled = _is_on(line, "use_peft"), _is_on(line, "use_rslora")
+        line.pop("use_peft", None)
+        line.pop("use_rslora", None)
+        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        if not uses:
+            if ignored := [name for name in names if line.pop(name, None) is not None]:
+                say(f"{', '.join(ignored)}: ignored without use_peft: true")
+            return
+        rank, alpha = _count(line, "lora_r", 16), _number(line, "lora_alpha", 32)
+        line["lora_r"] = str(rank)
+        line["lora_alpha"] = f"{alpha * math.sqrt(rank) if scaled else alpha:g}"
+        explicit = "lora_dropout" in line
+        rate = _take(line, "lora_dropout", "0.05") or "0"
+        if dropout == "applied":
+            line["lora_dropout"] = rate
+        elif dropout == "refused" and explicit and float(rate):
+            raise InputError(f"lora_dropout={rate}: this command never drops out; write lora_dropout: 0")
+        elif dropout == "refused" and not explicit:
+            say("lora_dropout is 0, not TRL's 0.05: this command never drops out")
+        if "lora_target_modules" not in line:
+            say("lora_target_modules: all of attention and MLP by default, where PEFT takes few; name them for PEFT's")
+
+    return rule
+
+
+def trained_tokens(line: Line, say: Say) -> None:
+    """SFT's loss is on completions, on assistant messages, or on all tokens."""
+    completion, assistant = (_take(line, name) for name in ("completion_only_loss", "assistant_only_loss"))
+    if "train_on" in line:
+        return
+    if (assistant or "").lower() != "true":
+        if (completion or "").lower() == "false":
+            line["train_on"] = "everything"
+        else:
+            say(
+                "the loss of conversations is on assistant messages (train_on: all), as with assistant_only_loss; "
+                "TRL's default is train_on: everything"
+            )
+
+
+def rollouts_of_ppo(line: Line, say: Say) -> None:
+    """TRL cuts a rollout of per_device_train_batch_size × gradient_accumulation_steps rows into num_mini_batches."""
+    micro, pieces = _count(line, "per_device_train_batch_size", 8), _count(line, "gradient_accumulation_steps", 1)
+    updates = _count(line, "num_mini_batches", 1)
+    if micro * pieces % updates:
+        raise InputError(
+            f"num_mini_batches={updates} must divide the {micro * pieces} rows of a rollout "
+            "(per_device_train_batch_size × gradient_accumulation_steps)"
+        )
+    if updates > 1:
+        share = micro * pieces // updates  # rows of an update
+        line["per_device_train_batch_size"] = str(min(micro, share) if share % min(micro, share) == 0 else share)
+        line["gradient_accumulation_steps"] = str(share // int(line["per_device_train_batch_size"]))
+    if "max_grad_norm" in line:
+        say(f"max_grad_norm={_take(line, 'max_grad_norm')} is ignored: TRL's PPO clips no gradients")
+    line["max_grad_norm"] = "0"
+    if "critic_learning_rate" not in line:
+        line["critic_learning_rate"] = f"{_number(line, 'learning_rate'):g}"
+
+
+def rollouts_of_groups(line: Line, say: Say) -> None:
+    """A rollout has per_device_train_batch_size × steps_per_generation rows; TRL's max_steps counts updates."""
+    if "generation_batch_size" in line:
+        raise InputError(
+            f"generation_batch_size={_take(line, 'generation_batch_size')}: write steps_per_generation, which is "
+            "generation_batch_size / (per_device_train_batch_size × devices)"
+        )
+    pieces, passes = _count(line, "gradient_accumulation_steps", 1), _count(line, "num_iterations", 1)
+    steps = _count(line, "steps_per_generation", pieces)
+    line.pop("steps_per_generation", None)
+    if steps % pieces:
+        raise InputError(
+            f"steps_per_generation={steps} must be a multiple of gradient_accumulation_steps={pieces}: a rollout holds "
+            "whole updates"
+        )
+    line["num_mini_batches"] = str(steps // pieces)
+    updates = steps // pieces * passes
+    for name in ("max_steps", "eval_steps", "save_steps", "logging_steps", "warmup_steps"):
+        if updates > 1 and (number := _number(line, name, -1)) > 0:
+            line[name] = str(math.ceil(number / updates))
+            say(f"{name}={number:g} updates are {line[name]} steps here: a rollout makes {updates} updates")
+
+
+def rewards_of_groups(line: Line, say: Say) -> None:
+    """Rewards by name, and bounds on them."""
+    named = line.pop("reward_funcs", ())
+    functions = []
+    for name in words_of(named):
+        if "." not in name and ":" not in name:
+            raise InputError(f"reward_funcs={name}: write reward_functions, such as number_match or file.py:function")
+        functions.append(name if ":" in name or name.endswith(".py") else ":".join(name.rsplit(".", 1)))
+    if functions:
+        line["reward_functions"] = functions
+    bounds = words_of(line.pop("reward_clip_range", ()))
+    if bounds:
+        low, high = map(float, bounds if len(bounds) == 2 else (0, 1))
+        if low != -high:
+            raise InputError(f"reward_clip_range={' '.join(bounds)}: must be [-x, x], which is clip_reward: x")
+        line["clip_reward"] = f"{high:g}"

@@ -3,13 +3,12 @@
 Sources: [A] NVIDIA A100 data sheet and whitepaper (2020, 80 GB: 2021); [H] NVIDIA H100 and H200 data sheets and the
 Hopper whitepaper; [P] `cudaGetDeviceProperties` of the device; [G] Google Cloud TPU system architecture pages, per
 chip; [D] DGX A100 and DGX H100 system guides: one 200 or 400 Gb/s network adapter per GPU, PCIe 4 or 5 with 16 lanes;
-[B] NVIDIA HGX and DGX B200 data sheets (180 GB, 8 TB/s and 4.5 PFLOPS with sparsity per GPU, half of it dense);
-[N] NVIDIA GB200 NVL72 data sheet (72 GPUs: 13.4 TB, 576 TB/s, 360 PFLOPS with sparsity; four GPUs per compute tray,
-each with half of a Grace's NVLink-C2C); [M] AMD Instinct MI300X data sheet (seven Infinity Fabric links of 64 GB/s one
-way) and the driver's memory; [I] Google Cloud TPU7x page: 192 GiB, 2307 TFLOPS, 7380 GB/s and 1200 GB/s of links, both
-directions, per chip of two cores, each of which is a device of its own.
-Rates are peaks for dense bfloat16; links count one direction. The memory of Blackwell is the data sheet's, in decimal
-GB; its driver reports a little more.
+[B] NVIDIA's published rates of HGX B200 (4.5 PFLOPS with sparsity per GPU, half of it dense; NVLink 5) and GB200 NVL72
+(5 PFLOPS; four GPUs per compute tray, each with half of a Grace's NVLink-C2C); [X] OpenXLA's descriptions of B200 and
+GB200, read from the devices: memory, its bandwidth, facts for the compiler; [M] AMD's published rates of MI300X (seven
+Infinity Fabric links of 64 GB/s one way), and the memory that rocm-smi reports; [I] Google Cloud TPU7x page: 192 GiB,
+2307 TFLOPS, 7380 GB/s and 1200 GB/s of links, both directions, per chip of two devices.
+Rates are peaks for dense bfloat16; links count one direction.
 """
 
 import dataclasses
@@ -64,8 +63,9 @@ _AMPERE = (("major", 8), ("cores", 108), ("clock", 1.41), ("lanes", 64), ("l2", 
 _AMPERE += (("shared", 164 * 1024), ("shared_block", 163 * 1024))
 _HOPPER = (("major", 9), ("cores", 132), ("clock", 1.98), ("lanes", 128), ("l2", 50 * 2**20))
 _HOPPER += (("shared", 228 * 1024), ("shared_block", 227 * 1024))
-_BLACKWELL = (("major", 10), ("cores", 148), ("clock", 1.965), ("lanes", 128), ("l2", 126 * 2**20))
-_BLACKWELL += (("shared", 228 * 1024), ("shared_block", 227 * 1024))
+_SHARED = ("shared", 228 * 1024), ("shared_block", 227 * 1024)  # [X], as the next two
+_B200 = (("major", 10), ("cores", 148), ("clock", 1.965), ("lanes", 128), ("l2", 132_644_864), *_SHARED)
+_GB200 = (("major", 10), ("cores", 152), ("clock", 2.062), ("lanes", 128), ("l2", 135_528_448), *_SHARED)
 
 # A slice of a three-dimensional torus has multiples of four chips along an axis, smaller ones are blocks of a host.
 _TORUS_3D = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -108,10 +108,10 @@ _ALL = (
     _gpu("a100-80g", 85_100_068_864, 312e12, 2039e9, 300e9, 25e9, _AMPERE, "A P D"),
     _gpu("h100", 84_942_979_072, 989.4e12, 3352e9, 450e9, 50e9, _HOPPER, "H P D"),
     _gpu("h200", 151_397_597_184, 989.4e12, 4800e9, 450e9, 50e9, _HOPPER, "H P D"),
-    _gpu("b200", 180_000_000_000, 2250e12, 8000e9, 900e9, 50e9, _BLACKWELL, "B P"),
+    _gpu("b200", 191_514_411_008, 2250e12, 7672e9, 900e9, 50e9, _B200, "B X"),
     Device(
-        *("gb200", "cuda", 186_000_000_000, 2500e12, 8000e9, 900e9, 50e9, 225e9, 4, 0.92, "N P"),
-        cuda=_BLACKWELL,
+        *("gb200", "cuda", 197_897_748_480, 2500e12, 7928e9, 900e9, 50e9, 225e9, 4, 0.92, "B X"),
+        cuda=_GB200,
     ),
     Device("mi300x", "rocm", 206_141_652_992, 1307.4e12, 5300e9, 448e9, 50e9, 64e9, 8, 0.92, "M"),
     _tpu("v4", 32, 275e12, 1228e9, 300e9, _TORUS_3D),

@@ -172,4 +172,4 @@ TABLES: dict[str, Callable[[], str]] = {
     "datasets": datasets_table,
     "sources": sources_table,
 }
-"""What a line `<!-- table: NAME -->` of a page becomes."""
+"""Makers of the tables that stand in place of a page's lines `<!-- table: NAME -->`, by NAME."""

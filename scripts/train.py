@@ -31,7 +31,7 @@ DEFAULTS = {
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "deepspeed_chat"
 DEPLOYMENTS = {"single_gpu": "", "single_node": "-node", "multi_node": "-64"}
-"""How the recipes for each deployment type are called: opt-SIZE or opt-SIZE-lora, and this."""
+"""Ending of a recipe's name, after opt-SIZE or opt-SIZE-lora, by deployment type."""
 
 
 def take(flag: str, argv: list[str]) -> tuple[str | None, list[str]]:

@@ -59,7 +59,7 @@ IMPORTED_WHERE_USED = (
     "trl",
 )
 NOT_NEEDED = ("torch", "trl", "peft", "wandb", "trackio", "mlflow", "fastapi", "starlette", "uvicorn", "gradio")
-"""What an installed jaxrlhf trains without."""
+"""Packages that training with an installed jaxrlhf does not need."""
 
 
 def product_files():

@@ -6,36 +6,20 @@ names its table in `OTHER_FLAGS`. docs/coming-from-deepspeed-chat.md shows the w
 
 from collections.abc import Callable, Collection, Sequence
 
-from jaxrlhf.config.other_flags import Flag, Line, Say, Script, Words
+from jaxrlhf.config.other_flags import Flag, Line, Say, Script, count, first_of
 from jaxrlhf.errors import InputError
 
 PROJECT = "DeepSpeed-Chat"
 
 
-def _first(line: Line, names: Collection[str]) -> Words | None:
-    """The words of the last of these flags; None where none of them is given."""
-    return next((line[name] for name in reversed(line) if name in names), None)
-
-
-def _count(line: Line, *names: str, default: int | None = None) -> int:
-    """The whole number of one of these flags. Raises InputError for something else."""
-    words = _first(line, names)
-    if words is None:
-        if default is None:
-            raise InputError(f"--per_device_generation_batch_size requires --{names[0]}")
-        return default
-    if len(words) != 1 or not words[0].isdecimal() or int(words[0]) < 1:
-        raise InputError(f"{names[0]}={' '.join(words) or 'none'} must be a whole number of at least 1")
-    return int(words[0])
-
-
 RATE = ("learning_rate", "actor_learning_rate")
 RANK = ("lora_r", "lora_dim", "actor_lora_r", "actor_lora_dim")
 CRITIC_RANK = ("critic_lora_r", "critic_lora_dim")
+MICRO_ROWS = ("per_device_training_batch_size", "per_device_train_batch_size")
 
 
 def _has_adapters(line: Line, ranks: Collection[str]) -> bool:
-    return _first(line, ranks) not in (None, ("0",))
+    return first_of(line, ranks) not in (None, ("0",))
 
 
 def _adapters(own: str, rate: Sequence[str], ranks: Collection[str]) -> Callable[[Line, Say], None]:
@@ -88,11 +72,12 @@ def _rollouts(line: Line, say: Say) -> None:
         return _test_mode(line, say, 1)
     if "num_mini_batches" in line:
         raise InputError("num_mini_batches follows from per_device_generation_batch_size; leave one of them out")
-    piece = _count(line, "per_device_generation_batch_size")
-    micro = _count(line, "per_device_training_batch_size", "per_device_train_batch_size")
-    update = micro * _count(line, "gradient_accumulation_steps", default=1)
-    rollout = piece * _count(line, "generation_batches", default=1)
-    passes = _count(line, "ppo_epochs", "num_ppo_epochs", default=1)
+    if first_of(line, MICRO_ROWS) is None:
+        raise InputError(f"--per_device_generation_batch_size requires --{MICRO_ROWS[0]}")
+    piece, micro = count(line, "per_device_generation_batch_size"), count(line, *MICRO_ROWS)
+    update = micro * count(line, "gradient_accumulation_steps")
+    rollout = piece * count(line, "generation_batches")
+    passes = count(line, "ppo_epochs", "num_ppo_epochs")
     rows = max(rollout, update)
     if piece % micro:
         raise InputError(
@@ -116,7 +101,7 @@ def _test_mode(line: Line, say: Say, batches: int) -> None:
         if stop in (None, ("0",)):
             line["num_train_epochs"] = ("1",)
         else:
-            line["max_steps"] = (str(-(-_count({"test_stop_step": stop}, "test_stop_step") // batches)),)
+            line["max_steps"] = (str(-(-count({"test_stop_step": stop}, "test_stop_step") // batches)),)
     elif stop is not None:
         say(f"--test_stop_step {' '.join(stop)} is ignored: it needs --enable_test_mode")
 
@@ -124,7 +109,7 @@ def _test_mode(line: Line, say: Say, batches: int) -> None:
 def _pretraining(line: Line, say: Say) -> None:
     """The pretraining text is a data set and its config; without one, its coefficient means nothing."""
     config = line.pop("unsupervised_dataset_config_name", None)
-    name = _first(line, ("unsupervised_dataset_name", "ptx_data_path"))
+    name = first_of(line, ("unsupervised_dataset_name", "ptx_data_path"))
     if config is not None:
         if name is None:
             raise InputError("unsupervised_dataset_config_name requires unsupervised_dataset_name")

@@ -90,8 +90,10 @@ def _translated(cls: type[Settings], flags: list[tuple[str, Any]]) -> list[tuple
             keys = trl.translate(cls.TRL_KEYS, given, names_of(cls), logger.warning)
         if keys is not None:
             return [(file if value is in_file.get(name) else "", name, value) for name, value in keys.items()]
-    if cls.OTHER_FLAGS and {name for name, _ in flags} & set(cls.OTHER_FLAGS.flags):
-        flags = list(cls.OTHER_FLAGS.translate(flags, names_of(cls), logger.warning).items())
+    names = {name for name, _ in flags}
+    if cls.OTHER_FLAGS and names & set(cls.OTHER_FLAGS.flags):
+        own = cls.OTHER_FLAGS.owns(names)
+        flags = list(cls.OTHER_FLAGS.translate(flags, names_of(cls), logger.warning, own=own).items())
     keys_of_file = [(file, name, value) for name, value in in_file.items()]
     return keys_of_file + [("", name, words) for name, words in flags if name != "config"]
 

@@ -1,6 +1,6 @@
-"""Command lines of another project's scripts, translated into ours: flags renamed, obsolete with advice, or refused."""
+"""Settings of another project's scripts, translated into ours: flags renamed, obsolete with advice, or refused."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +8,29 @@ from jaxrlhf.errors import InputError
 
 Words = tuple[str, ...]
 Line = dict[str, Any]
-"""The flags of a command line by name, hyphens as underscores, each with the words that follow it (or what a YAML file
-would have)."""
+"""Settings by name, hyphens as underscores: the words that follow a flag, or the value that a YAML file has."""
 Say = Callable[[str], None]
+
+
+def words_of(value: Any) -> Words:
+    """The words of a flag, or the scalar or list of a YAML file, as text."""
+    return tuple(map(str, value)) if isinstance(value, tuple | list) else (str(value),)
+
+
+def first_of(line: Line, names: Collection[str]) -> Any:
+    """The value of the last of these settings; None where none of them is given."""
+    return next((line[name] for name in reversed(line) if name in names), None)
+
+
+def count(line: Line, *names: str, default: int = 1) -> int:
+    """The whole number of one of these settings. Raises InputError for something else."""
+    value = first_of(line, names)
+    if value is None:
+        return default
+    words = words_of(value)
+    if len(words) != 1 or not words[0].isdecimal() or int(words[0]) < 1:
+        raise InputError(f"{names[0]}={' '.join(words) or 'none'} must be a whole number of at least 1")
+    return int(words[0])
 
 
 @dataclass(frozen=True)
@@ -24,79 +44,106 @@ class Flag:
     convert: Callable[[str], str | None] = str
     """Turns its value into ours; None refuses the value."""
     remedy: str = ""
-    """What to do where the value, or the flag, is refused."""
+    """Advice in the error about a refused flag or value."""
     value: str = ""
     """Our value for a flag that takes none."""
+    quiet: tuple[str, ...] = ()
+    """Values that have no effect here and need no advice, because what they ask for is so anyway."""
 
     @property
     def kind(self) -> str:
         """alias, obsolete or refused."""
         return "alias" if self.setting else "obsolete" if self.advice else "refused"
 
-    def read(self, name: str, words: Words, say: Say) -> Words | None:
-        """The words for our setting; None where there is none. Raises InputError for what is refused."""
-        converted = [self.convert(word) for word in words or filter(None, [self.value])]
+    def read(self, value: Any, shown: str, say: Say) -> Any:
+        """Our setting's value; None where it has none.
+
+        Args:
+            value: the words of the flag, or what a YAML file has.
+            shown: the flag with its value, for messages.
+            say: called with the advice.
+
+        Raises:
+            InputError: the flag or the value is refused.
+        """
+        given = words_of(value)
+        if given and all(word.lower() in self.quiet for word in given):
+            return None
+        converted = [self.convert(word) for word in given or filter(None, [self.value])]
         if self.kind == "refused" or None in converted:
-            raise InputError(f"{' '.join((f'--{name}', *words))}: {self.remedy}")
+            raise InputError(f"{shown}: {self.remedy}")
         if self.advice:
-            say(f"{' '.join((f'--{name}', *words))} is ignored: {self.advice}")
-        return tuple(map(str, converted)) if self.setting else None
+            say(f"{shown} is ignored: {self.advice}")
+        if not self.setting:
+            return None
+        words = tuple(map(str, converted))
+        return words if isinstance(value, tuple | list) else words[0]
 
 
 @dataclass(frozen=True)
 class Script:
-    """How one of our commands reads the flags of another project's script for the same purpose."""
+    """One of our commands' table of the flags of another project's script for the same purpose."""
 
     project: str
     """Whose script it is, for messages."""
     flags: Mapping[str, Flag]
     """Flags that we have under another name or not at all, or whose values differ."""
     marker: str = ""
-    """The flag by which a line is recognised as the script's own; the defaults below then hold."""
+    """The flag by which a command line is recognised as the script's own."""
+    as_keys: bool = False
+    """Messages show its settings as keys of a file."""
     defaults: Mapping[str, str] = field(default_factory=dict)
-    """Its defaults that differ from ours, for flags that the line does not give."""
+    """Its defaults that differ from ours, for flags that a line of its own does not give."""
     rules: tuple[Callable[[Line, Say], None], ...] = ()
     """Translate flags that mean something only together."""
 
-    def translate(self, given: Sequence[tuple[str, Words]], names: Mapping[str, str], say: Say) -> Line:
-        """Translates a command line.
+    def owns(self, names: Collection[str]) -> bool:
+        """True for the flags of a command line that is the script's own, whose defaults then hold."""
+        return self.marker in names and "config" not in names
+
+    def translate(self, given: Sequence[tuple[str, Any]], names: Mapping[str, str], say: Say, *, own: bool) -> Line:
+        """Translates settings.
 
         Args:
-            given: the flags in order; the last of equal ones wins.
+            given: the settings in order; the last of equal ones wins.
             names: our names and aliases, each with the name of its setting.
             say: called with each line of advice.
+            own: settings that are not given have the script's defaults.
 
         Returns:
-            The flags for our parser.
+            The settings for our parser.
 
         Raises:
-            InputError: naming every flag that cannot be honoured.
+            InputError: naming every setting that cannot be honoured.
         """
         line: Line = {}
-        for name, words in given:
+        for name, value in given:
             line.pop(name, None)
-            line[name] = words
-        takes_defaults = self.marker in line and "config" not in line
-        if takes_defaults:
+            line[name] = value
+        if own:
             self._add_defaults(line, names, say)
         for rule in self.rules:
             rule(line, say)
-        if takes_defaults and self.flags[self.marker].kind == "obsolete":
+        if own and self.marker in line and self.flags[self.marker].kind == "obsolete":
             del line[self.marker]  # announced with the defaults
         translated, errors = {}, []
-        for name, words in line.items():
+        for name, value in line.items():
             flag = self.flags.get(name)
             try:
-                words = words if flag is None else flag.read(name, words, say)
+                value = value if flag is None else flag.read(value, self._shown(name, value), say)
             except InputError as error:
                 errors.append(str(error))
-            if words is not None:
+            if value is not None:
                 setting = flag.setting if flag else name
                 translated.pop(setting, None)
-                translated[setting] = words
+                translated[setting] = value
         if errors:
             raise InputError("\n".join(errors))
         return translated
+
+    def _shown(self, name: str, value: Any) -> str:
+        words = " ".join(words_of(value))
+        return f"{name}={words}" if self.as_keys else f"--{name} {words}".rstrip()
 
     def _add_defaults(self, line: Line, names: Mapping[str, str], say: Say) -> None:
         """Adds the script's defaults for settings that the line does not set, by whatever name."""
@@ -111,4 +158,5 @@ class Script:
         line |= {name: (value,) for name, value in taken.items()}
         if taken:
             shown = " ".join(f"--{name} {value}" for name, value in taken.items())
-            say(f"--{self.marker}: flags that are not given have {self.project}'s defaults, {shown}")
+            begin = f"--{self.marker}: " if self.marker else ""
+            say(f"{begin}flags that are not given have {self.project}'s defaults, {shown}")

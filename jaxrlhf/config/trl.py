@@ -6,41 +6,15 @@ translates keys that mean something only together. docs/coming-from-trl.md descr
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from jaxrlhf.config import trl_rules as rules
 from jaxrlhf.config.other_flags import Flag, Line, Say, Script
-from jaxrlhf.config.trl_rules import DATA_KEYS, is_null, words_of
+from jaxrlhf.config.trl_rules import DATA_KEYS, is_null
 from jaxrlhf.errors import InputError
 
-MARKER = "trl"
-"""Stands among the keys when they are TRL's."""
 SHARED = ("deepspeed", "local_rank")
 """Flags of DeepSpeed-Chat too, which do not tell whose settings they are."""
-
-
-@dataclass(frozen=True)
-class Key(Flag):
-    """A key of TRL."""
-
-    quiet: tuple[str, ...] = ()
-    """Values that need no word: what they ask for is so here."""
-
-    def read(self, name: str, words: Any, say: Say) -> Any:
-        """The value for our setting; None where there is none. Raises InputError for what is refused."""
-        given = words_of(words) or ("true",)
-        if all(word.lower() in self.quiet for word in given):
-            return None
-        shown = f"{name}={' '.join(given)}"
-        converted = [self.convert(word) for word in given]
-        if self.kind == "refused" or None in converted:
-            raise InputError(f"{shown}: {self.remedy}")
-        if self.advice:
-            say(f"{shown} is ignored: {self.advice}")
-        if not self.setting:
-            return None
-        return tuple(map(str, converted)) if isinstance(words, tuple | list) else str(converted[0])
 
 
 def translate(script: Script, given: Mapping[str, Any], names: Mapping[str, str], say: Say) -> dict[str, Any] | None:
@@ -61,13 +35,10 @@ def translate(script: Script, given: Mapping[str, Any], names: Mapping[str, str]
     given = {name.replace("-", "_"): value for name, value in given.items()}
     if not any(name in script.flags and name not in names and name not in SHARED for name in given):
         return None
-    kept = [(name, value) for name, value in given.items() if not is_null(value)]
-
-    def say_plainly(text: str) -> None:
-        say(text.removeprefix(f"--{MARKER}: "))
-
+    bare = {name: ("true",) for name, value in given.items() if value == () and name in script.flags}
+    kept = [(name, value) for name, value in (given | bare).items() if not is_null(value)]
     try:
-        return script.translate([*kept, (MARKER, "")], names, say_plainly)
+        return script.translate(kept, names, say, own=True)
     except InputError as error:  # name what is unknown too
         unknown = [name for name in given if name not in names and name not in script.flags]
         raise InputError("\n".join([str(error), *(f"unknown setting {name}" for name in unknown)])) from error
@@ -79,16 +50,16 @@ def _as(**values: str | None) -> Callable[[str], str | None]:
 
 
 def _renamed(**names: str) -> dict[str, Flag]:
-    return {name: Key(setting) for name, setting in names.items()}
+    return {name: Flag(setting) for name, setting in names.items()}
 
 
 def _advised(advice: str, *names: str, quiet: Collection[str] = ("false", "none", "no")) -> dict[str, Flag]:
-    return {name: Key(advice=advice, quiet=tuple(quiet)) for name in names}
+    return {name: Flag(advice=advice, quiet=tuple(quiet)) for name in names}
 
 
 def _refused(remedy: str, *names: str, quiet: Collection[str] = ("false",)) -> dict[str, Flag]:
     """Refused unless the value is one that changes nothing."""
-    return {name: Key(remedy=remedy, quiet=tuple(quiet)) for name in names}
+    return {name: Flag(remedy=remedy, quiet=tuple(quiet)) for name in names}
 
 
 RULED = {
@@ -115,26 +86,25 @@ EVERY_TRAINER = (
         dataset_text_field="text_field",
     )
     | {
-        MARKER: Flag(advice="announced with the defaults"),
-        "resume_from_checkpoint": Key(
+        "resume_from_checkpoint": Flag(
             "resume",
             convert=_as(true="true", false="false"),
             remedy="write true: the newest checkpoint in output_dir",
         ),
-        "optim": Key(quiet=OPTIMIZERS, remedy="the optimizer is AdamW; write adamw_torch"),
-        "fp16": Key(quiet=("false",), remedy="there is no loss scaling; write bf16: true, or dtype: float32"),
-        "truncation_mode": Key(quiet=("keep_start",), remedy="rows are cut at their end; write keep_start"),
-        "train_sampling_strategy": Key(
+        "optim": Flag(quiet=OPTIMIZERS, remedy="the optimizer is AdamW; write adamw_torch"),
+        "fp16": Flag(quiet=("false",), remedy="there is no loss scaling; write bf16: true, or dtype: float32"),
+        "truncation_mode": Flag(quiet=("keep_start",), remedy="rows are cut at their end; write keep_start"),
+        "train_sampling_strategy": Flag(
             quiet=("random", "group_by_length"), remedy="rows are shuffled; write train_sampling_strategy: random"
         ),
-        "metric_for_best_model": Key(
+        "metric_for_best_model": Flag(
             quiet=("loss", "eval_loss"), remedy="the best is by the step's own metric; leave it out, or write loss"
         ),
-        "greater_is_better": Key(quiet=("false", "true")),
-        "model_revision": Key(
+        "greater_is_better": Flag(quiet=("false", "true")),
+        "model_revision": Flag(
             quiet=("main",), remedy="download the revision, and name its folder as model_name_or_path"
         ),
-        "label_smoothing_factor": Key(quiet=("0", "0.0"), remedy="there is no label smoothing here; write 0"),
+        "label_smoothing_factor": Flag(quiet=("0", "0.0"), remedy="there is no label smoothing here; write 0"),
     }
     | _refused(
         "there is no quantised training; write false, and use_peft: true to save memory", "load_in_8bit", "load_in_4bit"
@@ -212,6 +182,9 @@ EVERY_TRAINER = (
     )
     | _advised("the step decides it", "lora_task_type", quiet=("causal_lm", "seq_cls"))
 )
+SYNCED_REFERENCE = _refused("the reference stays as it is; write sync_ref_model: false", "sync_ref_model") | _advised(
+    "sync_ref_model alone would use it", "ref_model_mixup_alpha", "ref_model_sync_steps"
+)
 GENERATED = (
     _advised(
         "the hybrid engine generates with the weights that are trained; nothing to set up",
@@ -238,8 +211,7 @@ GENERATED = (
     | _advised("evaluations have one response per prompt", "num_generations_eval")
     | _refused("responses are free text; leave it out", "vllm_structured_outputs_regex", "chat_template_kwargs")
     | _refused("write the options as keys: temperature, top_p, top_k, repetition_penalty", "generation_kwargs", "min_p")
-    | _refused("the reference stays as it is; write sync_ref_model: false", "sync_ref_model")
-    | _advised("sync_ref_model alone would use it", "ref_model_mixup_alpha", "ref_model_sync_steps")
+    | SYNCED_REFERENCE
     | _refused("there are no tools in rollouts; leave it out", "max_tool_calling_iterations", "environment_factory")
     | _renamed(num_completions_to_print="num_sample_rows")
 )
@@ -275,7 +247,7 @@ def _script(flags: dict[str, Flag], defaults: dict[str, str], *rules: Callable[[
     return Script(
         project="TRL",
         flags=EVERY_TRAINER | flags,
-        marker=MARKER,
+        as_keys=True,
         defaults=DEFAULTS | defaults,
         rules=(*SUPERVISED_RULES, *rules),
     )
@@ -283,7 +255,7 @@ def _script(flags: dict[str, Flag], defaults: dict[str, str], *rules: Callable[[
 
 SFT = _script(
     _renamed(completion_only_loss="train_on", assistant_only_loss="train_on")
-    | {"loss_type": Key(quiet=("nll", "chunked_nll"), remedy="the loss is nll; write loss_type: nll")},
+    | {"loss_type": Flag(quiet=("nll", "chunked_nll"), remedy="the loss is nll; write loss_type: nll")},
     OF_ROWS | {"learning_rate": "2e-5"},
     rules.adapters("applied"),
     rules.trained_tokens,
@@ -298,10 +270,10 @@ REWARD = _script(
 )
 DPO = _script(
     _refused("one loss at a time: write loss_type alone", "loss_weights")
-    | _refused("leave it out: the loss would differ", "ld_alpha", "use_weighting", "sync_ref_model")
-    | {"f_divergence_type": Key(quiet=("reverse_kl",), remedy="the divergence is reverse_kl; leave it out")}
+    | _refused("leave it out: the loss would differ", "ld_alpha", "use_weighting")
+    | {"f_divergence_type": Flag(quiet=("reverse_kl",), remedy="the divergence is reverse_kl; leave it out")}
     | _advised("another loss would use it", "f_alpha_divergence_coef", "discopop_tau")
-    | _advised("sync_ref_model alone would use it", "ref_model_mixup_alpha", "ref_model_sync_steps")
+    | SYNCED_REFERENCE
     | _advised(
         "the reference is scored beside the policy, in the same pass over the data",
         *("precompute_ref_log_probs", "precompute_ref_batch_size"),
@@ -314,9 +286,9 @@ PPO = _script(
     GENERATED
     | _renamed(stop_token_id="eos_token_ids")
     | {
-        "vf_coef": Key(advice="the critic has an optimizer of its own, and Adam's step has no scale of the loss in it"),
-        "stop_token": Key(quiet=("eos",), remedy="a response ends at EOS; write stop_token: eos, or stop_token_id"),
-        "local_rollout_forward_batch_size": Key(
+        "vf_coef": Flag(advice="the critic has its own optimizer, and Adam's step does not depend on the loss's scale"),
+        "stop_token": Flag(quiet=("eos",), remedy="a response ends at EOS; write stop_token: eos, or stop_token_id"),
+        "local_rollout_forward_batch_size": Flag(
             advice="generation_batches divides a rollout, gradient_accumulation_steps the scoring"
         ),
     }
@@ -341,20 +313,20 @@ PPO = _script(
 GRPO = _script(
     GROUPS
     | {
-        "loss_type": Key(
+        "loss_type": Flag(
             "loss_aggregation",
             convert=_as(dapo="token-mean", bnpo="token-mean", grpo="sequence-mean", dr_grpo="fixed-length"),
             remedy="write dapo, bnpo, grpo or dr_grpo",
         ),
-        "scale_rewards": Key(
+        "scale_rewards": Flag(
             "scale_by_std",
             convert=_as(group="true", true="true", none="false", false="false"),
             remedy="write group or none: advantages are scaled within a group, or not at all",
         ),
-        "delta": Key("dual_clip"),
-        "importance_sampling_level": Key(quiet=("token",), remedy="ratios are per token; write token"),
-        "multi_objective_aggregation": Key(quiet=("sum_then_normalize",), remedy="write sum_then_normalize"),
-        "top_entropy_quantile": Key(quiet=("1", "1.0"), remedy="all tokens are trained on; write 1.0"),
+        "delta": Flag("dual_clip"),
+        "importance_sampling_level": Flag(quiet=("token",), remedy="ratios are per token; write token"),
+        "multi_objective_aggregation": Flag(quiet=("sum_then_normalize",), remedy="write sum_then_normalize"),
+        "top_entropy_quantile": Flag(quiet=("1", "1.0"), remedy="all tokens are trained on; write 1.0"),
     }
     | _refused("entropy_coef is constant; write false", "use_adaptive_entropy")
     | _advised(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrlhf.config.other_flags import Line, Say
+from jaxrlhf.config.other_flags import Line, Say, count, words_of
 from jaxrlhf.errors import InputError
 
 DATA_KEYS = {
@@ -19,11 +19,6 @@ DATA_KEYS = {
 FILES = ("json", "csv", "parquet", "text", "arrow")
 """Builders of `datasets.load_dataset` whose rows lie in data_files."""
 PARTS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
-
-
-def words_of(value: Any) -> tuple[str, ...]:
-    """The words of a flag, or the scalar or list of a YAML file, as text."""
-    return tuple(map(str, value)) if isinstance(value, tuple | list) else (str(value),)
 
 
 def is_null(value: Any) -> bool:
@@ -53,13 +48,6 @@ def _number(line: Line, name: str, default: float | None = None) -> float:
     except ValueError:
         raise InputError(f"{name}={' '.join(words) or 'none'} must be a number") from None
     return number
-
-
-def _count(line: Line, name: str, default: int) -> int:
-    number = _number(line, name, default)
-    if number < 1 or number != int(number):
-        raise InputError(f"{name}={number:g} must be a whole number of at least 1")
-    return int(number)
 
 
 def load_options(line: Line, say: Say) -> None:
@@ -200,7 +188,7 @@ def schedule(line: Line, say: Say) -> None:
 
 
 def precision(line: Line, say: Say) -> None:
-    """bf16 is the precision of the arithmetic; the dtype of the weights matters only where nothing else is said."""
+    """The compute dtype is bfloat16 where bf16 is true or the weights are to be bfloat16; bf16: false is float32."""
     weights, other = _take(line, "dtype"), _take(line, "torch_dtype")
     weights = weights or other
     if _is_on(line, "fp16") or weights in ("float16", "fp16"):
@@ -227,7 +215,7 @@ def adapters(dropout: str) -> Callable[[Line, Say], None]:
             if ignored := [name for name in names if line.pop(name, None) is not None]:
                 say(f"{', '.join(ignored)}: ignored without use_peft: true")
             return
-        rank, alpha = _count(line, "lora_r", 16), _number(line, "lora_alpha", 32)
+        rank, alpha = count(line, "lora_r", default=16), _number(line, "lora_alpha", 32)
         line["lora_r"] = str(rank)
         line["lora_alpha"] = f"{alpha * math.sqrt(rank) if scaled else alpha:g}"
         explicit = "lora_dropout" in line
@@ -261,8 +249,8 @@ def trained_tokens(line: Line, say: Say) -> None:
 
 def rollouts_of_ppo(line: Line, say: Say) -> None:
     """TRL cuts a rollout of per_device_train_batch_size × gradient_accumulation_steps rows into num_mini_batches."""
-    micro, pieces = _count(line, "per_device_train_batch_size", 8), _count(line, "gradient_accumulation_steps", 1)
-    updates = _count(line, "num_mini_batches", 1)
+    micro, pieces = count(line, "per_device_train_batch_size", default=8), count(line, "gradient_accumulation_steps")
+    updates = count(line, "num_mini_batches")
     if micro * pieces % updates:
         raise InputError(
             f"num_mini_batches={updates} must divide the {micro * pieces} rows of a rollout "
@@ -286,8 +274,8 @@ def rollouts_of_groups(line: Line, say: Say) -> None:
             f"generation_batch_size={_take(line, 'generation_batch_size')}: write steps_per_generation, which is "
             "generation_batch_size / (per_device_train_batch_size × devices)"
         )
-    pieces, passes = _count(line, "gradient_accumulation_steps", 1), _count(line, "num_iterations", 1)
-    steps = _count(line, "steps_per_generation", pieces)
+    pieces, passes = count(line, "gradient_accumulation_steps"), count(line, "num_iterations")
+    steps = count(line, "steps_per_generation", default=pieces)
     line.pop("steps_per_generation", None)
     if steps % pieces:
         raise InputError(

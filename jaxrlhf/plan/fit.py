@@ -231,7 +231,7 @@ def _choices(asked: PlanConfig, found: PlanConfig, reasons: Collection[str], sec
 
 
 def _next_step(plan: PlanConfig, kept: Collection[str], section: str) -> list[str]:
-    """What to do when nothing that may change fits: flags on these devices, and more devices."""
+    """Lines of the error when no allowed change fits: flags that fit these devices, and a number of devices."""
     found: list[tuple[str, Nearest]] = []
     here = nearest_on_mesh(plan)
     if here is not None:

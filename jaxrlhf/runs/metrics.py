@@ -1,4 +1,4 @@
-"""What each metric of a run means, and what healthy values look like: for the report, and for the reference page.
+"""Meaning and healthy values of each metric of a run, for the report and the reference page.
 
 Names are those of metrics.jsonl. `*` stands for a name that the run gives, such as that of a reward function.
 """

@@ -229,7 +229,7 @@ class RunConfig(Settings, may_change=True):
 
 @dataclass(frozen=True)
 class FitConfig(Settings, may_change=True):
-    """Whether the planner chooses the flags that decide memory."""
+    """The choice of the flags that decide memory."""
 
     fit: Literal["none", "auto"] = "none"
     """auto: choose micro-batches, remat, ZeRO stage, offload and how generation is split, so that the run fits the

@@ -75,7 +75,7 @@ def with_model_ends(
 
 def _end_of_family(config: DecoderConfig) -> int | None:
     """The end id that configs of this family have by default, where it is beyond this model's vocabulary."""
-    options = config_to_dict(config.replace(source=""))  # options without effect are told once, by read_config
+    options = config_to_dict(config.replace(source=""))  # read_config has logged what the source holds besides
     default = config_from_dict({name: value for name, value in options.items() if name != "eos_token_id"}).eos_token_id
     return default if isinstance(default, int) and default >= config.vocab_size else None
 

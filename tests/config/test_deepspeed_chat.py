@@ -41,7 +41,7 @@ PAIRS = [
 
 
 def outcome(command, flag):
-    """What becomes of a flag by the declarations: (kind, our setting)."""
+    """(kind, our setting) of a flag, as declared."""
     cls, name = class_of(command), flag.replace("-", "_")
     entry = cls.OTHER_FLAGS.flags.get(name)
     if entry is not None:

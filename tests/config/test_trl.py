@@ -241,6 +241,13 @@ def test_flags_of_trl_need_no_file():
     assert config.data.sources[0].path == "x"
 
 
+def test_flags_of_trl_without_a_value_are_true():
+    argv = ["--dataset_name", "x", "--use_peft", "--bf16", "--eval_strategy", "no", "--load_in_4bit"]
+    assert not differences(parse(commands()["sft"].config_class(), argv[:-1], "", ""), lora_r=16, dtype="bfloat16")
+    with pytest.raises(InputError, match="load_in_4bit=true: there is no quantised training"):
+        parse(commands()["sft"].config_class(), argv, "", "")
+
+
 def test_data_path_replaces_the_data_of_a_file(read):
     config, advice = read("sft", SFT_FULL, "--data_path", "demo")
     assert config.data.data_path == ("demo",) and any("data_path names the data" in line for line in advice)

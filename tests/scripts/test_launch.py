@@ -141,7 +141,7 @@ def test_a_preempted_slurm_job_is_requeued_and_resumes(tmp_path, status, requeue
 
 @pytest.mark.parametrize("name", ["cuda", "tpu"])
 def test_a_dockerfile_installs_an_extra_that_exists_from_files_that_exist(name):
-    """What no linter knows; the build itself needs a network and a builder."""
+    """Checks beyond a linter's; the build itself needs a network and a builder."""
     text = (ROOT / "scripts" / "docker" / f"{name}.Dockerfile").read_text()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     default = re.search(r"^ARG EXTRA=(\w+)", text, re.M)

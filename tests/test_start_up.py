@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxrlhf import cli
+from jaxrlhf.config import settings
 from jaxrlhf.config.compilation import CompilationConfig, default_folder, use_compilation_cache
 from jaxrlhf.errors import InputError
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
@@ -107,6 +109,11 @@ def test_a_cache_folder_that_cannot_be_made_is_refused_when_named_and_left_out_w
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     use_compilation_cache(CompilationConfig())
     assert jax_settings() is None and "programs are compiled anew" in caplog.text
+
+
+def test_each_command_on_a_device_takes_the_folder():
+    with_flag = {n for n, command in cli.commands().items() if "compilation_cache" in settings(command.config_class())}
+    assert with_flag == {name for name, command in cli.commands().items() if command.on_device}
 
 
 COUNTED = """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from jaxrlhf.config import NonNegativeInt, PositiveInt, Settings, default_of, settings
+from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
@@ -74,6 +75,7 @@ class BenchConfig(Settings):
     """File that `render` writes; plots lie beside it."""
     run: RunConfig = RunConfig()
     mesh: MeshConfig = MeshConfig()
+    compilation: CompilationConfig = CompilationConfig()
     compute: ComputeConfig = ComputeConfig()
     generation: GenerationConfig = GenerationConfig()
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxrlhf import keys
 from jaxrlhf.config import NonNegativeInt, PathName, Settings, alias, deepspeed_chat
+from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import (
     TemplateConfig,
     encode_conversation,
@@ -53,6 +54,7 @@ class ChatConfig(Settings):
     seed: NonNegativeInt = 42
     """Seed of the sampling: the same conversation gets the same responses."""
     mesh: MeshConfig = MeshConfig()
+    compilation: CompilationConfig = CompilationConfig()
 
 
 class StreamedText:

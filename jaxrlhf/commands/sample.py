@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxrlhf import keys, objectives
 from jaxrlhf.commands.selection import Samples, select_samples, summarise_samples
 from jaxrlhf.config import Gt, Le, Lt, PathName, PositiveInt, Settings, alias, to_dict
+from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
@@ -88,6 +89,7 @@ class SampleConfig(Settings):
     tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()
     mesh: MeshConfig = MeshConfig()
+    compilation: CompilationConfig = CompilationConfig()
     process: ProcessConfig = ProcessConfig()
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ from jaxrlhf.config import (
     check_needs,
     deepspeed_chat,
 )
+from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
@@ -95,6 +96,7 @@ class EvalConfig(Settings):
     tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()
     mesh: MeshConfig = MeshConfig()
+    compilation: CompilationConfig = CompilationConfig()
 
     @property
     def mode(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from jaxrlhf.config import Le, NonNegativeInt, PathName, Positive, PositiveInt, Settings, alias
+from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import TemplateConfig
 from jaxrlhf.engine import GenerationConfig
 from jaxrlhf.errors import InputError
@@ -51,6 +52,7 @@ class ServeConfig(Settings):
     tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()
     mesh: MeshConfig = MeshConfig()
+    compilation: CompilationConfig = CompilationConfig()
 
     def check(self) -> None:
         if not self.model:

@@ -84,9 +84,19 @@ class Cases:
         point_to(inputs, self.inputs)
         damage.change(inputs / kind.file)
         before = listing(inputs)
-        verdict, detail = run_command(kind.words(inputs, outputs), [Path(kind.file).name, *Path(kind.file).parts[:-1]])
+        names = [
+            *kind.names,
+            f"{inputs}/",
+            Path(kind.file).name,
+            *Path(kind.file).parts[:-1],
+            *damage.name.partition(":")[0].split("."),
+        ]
+        verdict, detail = run_command(kind.words(inputs, outputs), names)
         left = listing(inputs) - before
-        left |= {name for name in listing(outputs) if not name.startswith("cache")} if verdict != "accepted" else set()
+        if verdict == "accepted":
+            left = {name for name in left if "EXECUTED" in name}
+        else:
+            left |= {name for name in listing(outputs) if not name.startswith("cache")}
         if left:
             return "wrote", f"{sorted(left)} {detail}"
         if verdict == "accepted" and not damage.harmless:
@@ -106,14 +116,21 @@ def listing(folder: Path) -> set[str]:
     return {os.path.relpath(os.path.join(at, name), folder) for at, folders, files in walk for name in folders + files}
 
 
-def run_command(words: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
-    """Runs a command line in this process: the verdict, and what was printed. `names`: one of them must be named."""
+def run_command(command: Any, names: Sequence[str]) -> tuple[str, str]:
+    """Runs a command line or a call in this process. `names`: the message must hold one of them.
+
+    Returns:
+        The verdict, and what was printed.
+    """
     from jaxrlhf.cli import main
+    from jaxrlhf.errors import RunError
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            status = main(list(words))
+            status = main(command) if isinstance(command, list) else command() or 0
+    except RunError as error:
+        status, _ = error.status, said.write(f"jaxrlhf: error: {error}")
     except BaseException:  # whatever it is: a command line must not raise it
         return "trace", f"{said.getvalue()[-200:]}\n{traceback.format_exc(limit=-4)}"
     text = said.getvalue()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz_attacks import ADAPTERS, BOMBS, CONFIGS, INDEXES, PICKLES, TEMPLATES, TOKENIZERS, YAMLS, Attack
+from fuzz_attacks import ADAPTERS, BOMBS, CONFIGS, INDEXES, PICKLES, SAVED, SPLITS, TEMPLATES, TOKENIZERS, YAMLS, Attack
 from fuzz_damage import Damage, byte_damages, json_damages, place_damages, text_damage, value_damages
 
 LLAMA = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -20,8 +20,9 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 ROW = {"prompt": "one two", "response": "three four", "chosen": "yes yes", "rejected": "no no"}
 CSV = "prompt,response,chosen,rejected\n" + "one,two,three,four\n" * 8
 
-Words = Callable[[Path, Path], list[str]]
-"""(folder with the inputs, folder for outputs) → a command line."""
+Command = list[str] | Callable[[], object]
+Words = Callable[[Path, Path], Command]
+"""(folder with the inputs, folder for outputs) → a command line, or a call of the library."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Kind:
         words: the command that reads it.
         content: "json", "text" or "bytes": which damages apply.
         attacks: contents made by hand.
+        names: words that name the input in a message as well as the file's name does.
     """
 
     file: str
     words: Words
     content: str = "bytes"
     attacks: tuple[Attack, ...] = ()
+    names: tuple[str, ...] = ()
 
     def damages(self, inputs: Path, rng: random.Random, values: int) -> Iterator[Damage]:
         """All ways to damage the file; `values`: how many single values of a JSON file are replaced."""
@@ -54,34 +57,38 @@ class Kind:
                 yield text_damage(name, content, harmless)
 
 
-def model(inputs: Path, outputs: Path) -> list[str]:
-    return ["convert", "--input", str(inputs), "--output", str(outputs / "model"), "--to", "hf"]
+def convert(model: Path, outputs: Path, *more: str) -> list[str]:
+    return ["convert", "--input", str(model), "--output", str(outputs / "model"), "--to", "hf", *more]
 
 
-def sharded(inputs: Path, outputs: Path) -> list[str]:
-    return model(inputs / "sharded", outputs)
+def model(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs, outputs)
 
 
-def old_model(inputs: Path, outputs: Path) -> list[str]:
-    return model(inputs / "bin", outputs)
+def sharded(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs / "sharded", outputs)
 
 
-def adapter(inputs: Path, outputs: Path) -> list[str]:
-    return [*model(inputs, outputs), "--adapter", str(inputs / "adapter")]
+def old_model(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs / "bin", outputs)
 
 
-def gguf(inputs: Path, outputs: Path) -> list[str]:
-    return model(inputs / "model.gguf", outputs)
+def adapter(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs, outputs, "--adapter", str(inputs / "adapter"))
 
 
-def checkpoint(inputs: Path, outputs: Path) -> list[str]:
-    return [*model(inputs / "run", outputs), "--from", "orbax"]
+def gguf(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs / "model.gguf", outputs)
+
+
+def checkpoint(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs / "run", outputs, "--from", "orbax")
 
 
 def data(*words: str, tokenizer: str = "") -> Words:
     """A `jaxrlhf data` command; `{}` in a word is the folder of the inputs."""
 
-    def command(inputs: Path, outputs: Path) -> list[str]:
+    def command(inputs: Path, outputs: Path) -> Command:
         filled = [word.replace("{}", str(inputs)) for word in words]
         if "--data_path" not in words and "--data_mixture" not in words and "--config" not in words:
             filled += ["--data_path", str(inputs / "rows.jsonl")]
@@ -90,6 +97,45 @@ def data(*words: str, tokenizer: str = "") -> Words:
         return ["data", *filled, "--tokenizer_name_or_path", folder, *options]
 
     return command
+
+
+def streamed(inputs: Path, outputs: Path) -> Command:
+    """Reads the first batch of a stream."""
+
+    def read() -> None:
+        from jaxrlhf.data import DataConfig, load_data, load_tokenizer
+
+        options = {
+            "streaming": True,
+            "max_length": 64,
+            "max_prompt_seq_len": 32,
+            "data_cache_dir": str(outputs / "cache"),
+        }
+        config = DataConfig.create(data_path=(str(inputs / "rows.jsonl"),), **options)
+        rows, _ = load_data(config, load_tokenizer("demo"), "sft")
+        rows.batch(rows.indices(0, 2))
+
+    return read
+
+
+def resumed(inputs: Path, outputs: Path) -> Command:
+    """Goes on with the records of a run, and writes its report."""
+
+    def read() -> None:
+        from jaxrlhf.commands.data import DataViewConfig
+        from jaxrlhf.runs import Run
+        from jaxrlhf.runs.trackers import TrackingConfig
+
+        options: dict[str, Any] = {
+            "resume": True,
+            "quiet": True,
+            "tracking": TrackingConfig(report_to=("tensorboard",)),
+        }
+        with Run(inputs / "records", DataViewConfig(), **options) as run:
+            run.rewind(1)
+            run.log(2, {"loss": 1.0})
+
+    return read
 
 
 def rows(file: str, *more: str) -> Words:
@@ -106,8 +152,12 @@ KINDS: dict[str, Kind] = {
     "tokenizer_config.json": Kind("tokenizer_config.json", data(tokenizer="."), "json", TOKENIZERS),
     "special_tokens_map.json": Kind("special_tokens_map.json", data(tokenizer="."), "json"),
     "added_tokens.json": Kind("added_tokens.json", data(tokenizer="."), "json"),
-    "chat template of a tokenizer": Kind("chat_template.jinja", data(tokenizer="."), "text", TEMPLATES),
-    "file of chat_template": Kind("own.jinja", data("--chat_template", "{}/own.jinja"), "text", TEMPLATES),
+    "chat template of a tokenizer": Kind(
+        "chat_template.jinja", data(tokenizer="."), "text", TEMPLATES, ("chat template",)
+    ),
+    "file of chat_template": Kind(
+        "own.jinja", data("--chat_template", "{}/own.jinja"), "text", TEMPLATES, ("chat template",)
+    ),
     "adapter_config.json": Kind("adapter/adapter_config.json", adapter, "json", ADAPTERS),
     "adapter_model.safetensors": Kind("adapter/adapter_model.safetensors", adapter),
     "GGUF": Kind("model.gguf", gguf),
@@ -119,9 +169,9 @@ KINDS: dict[str, Kind] = {
     "rows.txt (ptx)": Kind("rows.txt", data("--step", "ppo", "--data_path", "{}/rows.txt")),
     "rows.jsonl.gz": Kind("rows.jsonl.gz", rows("rows.jsonl.gz"), attacks=(BOMBS[".gz"],)),
     "rows.jsonl.zst": Kind("rows.jsonl.zst", rows("rows.jsonl.zst"), attacks=(BOMBS[".zst"],)),
-    "rows.jsonl, streamed": Kind("rows.jsonl", rows("rows.jsonl", "--streaming")),
-    "save_to_disk dict": Kind("saved/dataset_dict.json", rows("saved"), "json"),
-    "save_to_disk state": Kind("saved/train/state.json", rows("saved"), "json"),
+    "rows.jsonl, streamed": Kind("rows.jsonl", streamed),
+    "save_to_disk dict": Kind("saved/dataset_dict.json", rows("saved"), "json", SPLITS),
+    "save_to_disk state": Kind("saved/train/state.json", rows("saved"), "json", SAVED),
     "save_to_disk info": Kind("saved/train/dataset_info.json", rows("saved"), "json"),
     "save_to_disk rows": Kind("saved/train/data-00000-of-00001.arrow", rows("saved")),
     "YAML of config": Kind("config.yaml", data("--config", "{}/config.yaml"), "text", YAMLS),
@@ -129,6 +179,10 @@ KINDS: dict[str, Kind] = {
     "YAML of dataset_registry": Kind("registry.yaml", data("--dataset_registry", "{}/registry.yaml"), "text", YAMLS),
     "checkpoint index": Kind("run/checkpoint-0/index.json", checkpoint, "json"),
     "checkpoint metadata": Kind("run/checkpoint-0/metadata.json", checkpoint, "json"),
+    "metrics.jsonl": Kind("records/metrics.jsonl", resumed),
+    "samples.jsonl": Kind("records/samples.jsonl", resumed),
+    "summary.json": Kind("records/summary.json", resumed, "json"),
+    "trackers.json": Kind("records/trackers.json", resumed, "json"),
     "results of bench": Kind(
         "results/r.json", lambda inputs, _: ["bench", "--render", "--results", str(inputs / "results")], "json"
     ),
@@ -147,6 +201,14 @@ def make_inputs(folder: Path) -> None:
         "registry.yaml": f"- name: mine\n  path: {folder}/rows.jsonl\n",
     }.items():
         (folder / name).write_text(text, encoding="utf-8")
+    (folder / "records").mkdir()
+    for name, text in {
+        "metrics.jsonl": '{"step": 1, "time": 1.5, "loss": 2.0}\n{"step": 2, "time": 2.5, "loss": null}\n',
+        "samples.jsonl": '{"step": 1, "title": "a", "columns": ["prompt", "score"], "rows": [["x", 1.0]]}\n',
+        "summary.json": '{"trainer": "sft", "steps": 2}\n',
+        "trackers.json": '{"tensorboard": {"url": "x"}}\n',
+    }.items():
+        (folder / "records" / name).write_text(text, encoding="utf-8")
     (folder / "results").mkdir()
     shutil.copy(Path(__file__).parent / "results" / "decode.json", folder / "results" / "r.json")
 

@@ -27,7 +27,8 @@ from jaxrlhf.models import (
     split_trainable,
     stored_head,
 )
-from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
+from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint
+from jaxrlhf.runs.saving import save_checkpoint
 from jaxrlhf.trainers.lora import describe_model
 from jaxrlhf.trainers.settings import DTYPES, MeshConfig
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends, with_special_tokens

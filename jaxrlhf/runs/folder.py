@@ -19,7 +19,7 @@ from jaxrlhf.config import Settings, save_yaml, to_dict
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.errors import InputError, Interrupted
-from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
+from jaxrlhf.runs.checkpoints import FINAL, clean_folder, list_checkpoints
 from jaxrlhf.runs.console import Console, Progress, format_number
 from jaxrlhf.runs.storage import storage_errors
 from jaxrlhf.runs.trackers import TrackedRun, Trackers, TrackingConfig
@@ -103,6 +103,7 @@ class Run:
                 _cut_partial_lines(self.output_dir)
             elif self._overwrite:
                 _delete_run(self.output_dir)
+            clean_folder(self.output_dir)
             save_yaml(self._config, self.output_dir / "config.yaml")
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); choose another folder"

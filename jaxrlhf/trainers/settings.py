@@ -182,7 +182,14 @@ class RunConfig(Settings, may_change=True):
     save_steps: NonNegativeInt = 0
     """Steps between checkpoints; 0: only after the last step."""
     save_total_limit: NonNegativeInt = 2
-    """Checkpoints to keep; 0: all."""
+    """Newest checkpoints to keep; 0: all. The best one is kept too."""
+    keep_period: NonNegativeInt = 0
+    """Keep every checkpoint whose step is a multiple of this, besides the newest ones; 0: none."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy in host memory. --no_async_save: training waits, and copies
+    little at a time."""
+    max_failed_saves: PositiveInt = 3
+    """End the run after this many checkpoints in a row that could not be written. The last one must be written."""
     export_best: Annotated[bool, alias("load_best_model_at_end")] = False
     """Export the model of the best evaluation instead of the last one. Its checkpoint is kept in any case."""
     max_skipped_steps: PositiveInt = 3

@@ -1,4 +1,4 @@
-"""Small text files: atomic writes (a reader sees the old content or the new, never a part), and JSON back."""
+"""The cache folder; small text files: atomic writes (a reader sees the old content or the new), and JSON back."""
 
 import json
 import os
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.errors import InputError
+
+
+def default_cache() -> Path:
+    """The cache folder where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """The loop around every trainer's step: resume, log, evaluate, checkpoint, stop cleanly, export."""
 
-import math
 import signal
 import threading
 import time
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
-import numpy as np
 
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
-from jaxrlhf.errors import InputError, Interrupted, SharedError, TrainingDiverged
+from jaxrlhf.errors import InputError, Interrupted, SharedError
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import (
@@ -26,6 +24,7 @@ from jaxrlhf.runs.checkpoints import (
     save_checkpoint,
 )
 from jaxrlhf.runs.console import Console
+from jaxrlhf.trainers.guards import Guard
 from jaxrlhf.trainers.settings import RunConfig
 
 State = TypeVar("State")
@@ -329,57 +328,6 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
     plain = [{k: v for k, v in r.items() if k != "step"} for r in (records[0], records[-1], chosen)]
     named = dict(zip(("eval_before", "eval_after", "eval_best"), plain, strict=True))
     return named | {"best_step": chosen["step"], "best_by": best[0]}
-
-
-class Guard:
-    """Counts steps whose loss or gradients are not finite, or whose batch has no score. Such steps change nothing."""
-
-    def __init__(self, run: Run, limit: int, batch: Callable[[], dict[str, Any]]) -> None:
-        self.run, self.limit, self.batch = run, limit, batch
-        self.in_a_row = 0
-        self.reason, self.unscored = "", False
-
-    def check(self, metrics: Metrics, step: int) -> None:
-        """Counts a step that skipped updates. Raises TrainingDiverged for another metric that is not finite."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-        skipped, self.unscored = int(metrics["guard/skipped_updates"]), bool(metrics.get("guard/unscored", False))
-        if not skipped and not self.unscored:
-            self.in_a_row = 0
-            if bad:
-                raise TrainingDiverged(f"step {step}: {', '.join(bad)} became non-finite; {self._advice()}")
-            return
-        self.in_a_row += 1
-        left_out, self.reason = f"{skipped} update{'s' * (skipped > 1)}", "a loss or gradient became non-finite"
-        if self.unscored:
-            left_out, self.reason = "its updates", "no response had a score"
-        elif bad:
-            self.reason = f"{', '.join(bad)} became non-finite"
-        self.run.print(
-            f"step {step}: skipped {left_out}, because {self.reason} ({self.in_a_row} such step"
-            f"{'s' * (self.in_a_row > 1)} in a row; the run ends at {self.limit})"
-        )
-
-    @property
-    def given_up(self) -> bool:
-        return self.in_a_row >= self.limit
-
-    def end(self, step: int) -> None:
-        """Saves the newest batch for inspection and raises TrainingDiverged."""
-        path = self.run.output_dir / f"nonfinite-step-{step}.npz"
-        arrays = {name: np.asarray(value) for name, value in to_host(self.batch()).items()}
-        if is_primary():
-            np.savez(path, allow_pickle=False, **arrays)
-        raise TrainingDiverged(
-            f"step {step}: {self.reason} in {self.in_a_row} steps in a row; the batch is saved in {path}, and "
-            f"checkpoint-{step} holds the model as it was before them. {self._advice()}"
-        )
-
-    def _advice(self) -> str:
-        kept = latest_checkpoint(self.run.output_dir)
-        go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
-        if self.unscored:
-            return f"See the messages of the reward functions above; {go_on}"
-        return f"Lower the learning rate, lengthen the warm-up, or use --dtype float32; {go_on}"
 
 
 @contextmanager

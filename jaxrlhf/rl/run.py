@@ -1,7 +1,6 @@
 """Step 3: PPO and its relatives as a run: data, the loop's task, evaluation, export."""
 
 import dataclasses
-import json
 from functools import partial
 from typing import Any
 
@@ -11,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.config import lasting
-from jaxrlhf.config.files import write_json_atomic
+from jaxrlhf.config.files import read_json
 from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
 from jaxrlhf.data.loading import cache_folder
-from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
+from jaxrlhf.distributed import from_primary, joined, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, ModelCard, read_config, score_offset
 from jaxrlhf.rewards import Rewards
@@ -54,20 +53,20 @@ class Baseline:
 
     def __init__(self, run: Run, key: str) -> None:
         self.run, self.key, self.path = run, key, run.output_dir / BASELINE
+        self._saved: dict[str, Any] = {}
 
     def save(self, records: list[Record]) -> None:
-        self.run.begin()
-        if is_primary():
-            scores = {str(r["index"]): r["score"] for r in records}
-            write_json_atomic(self.path, {"prompts": self.key, "scores": scores})
+        scores = {str(r["index"]): r["score"] for r in records}
+        self._saved = {"prompts": self.key, "scores": scores}
+        self.run.write_json(BASELINE, self._saved)
 
     def read(self) -> dict[int, float] | None:
         """Scores by prompt number; None when they belong to other prompts."""
 
         def kept_scores() -> dict[str, Any]:
-            return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            return read_json(self.path, "delete it") if self.path.exists() else {}
 
-        kept = from_primary("reading the scores before training", kept_scores)
+        kept = self._saved or from_primary("reading the scores before training", kept_scores)
         if kept.get("prompts") != self.key:
             return None
         return {int(number): score for number, score in kept["scores"].items()}

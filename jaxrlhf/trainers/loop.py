@@ -10,7 +10,6 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 
-from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
 from jaxrlhf.errors import InputError, Interrupted, SharedError
@@ -255,7 +254,7 @@ class _Loop(Generic[State]):
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:
     """Records of this run's evaluations, resumed parts included: `step`, and metrics by name."""
-    records = [r for r in read_jsonl(run.output_dir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
+    records = [r for r in run.metrics() if any(k.startswith("eval/") for k in r)]
     return [
         {"step": r["step"]} | {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
         for r in records

@@ -55,14 +55,15 @@ def test_records_of_an_outage_are_written_after_it_in_order_and_whole(tmp_path):
 def test_a_full_disk_does_not_end_a_run_before_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
     stream = io.StringIO()
-    with pytest.raises(StorageError, match=r"cannot write eval_baseline.json, metrics.jsonl.*no space left.* lost"):
-        with Run(tmp_path, ProcessConfig(), stream=stream, tracking=TrackingConfig(("none",))) as run:
-            run.begin()
-            os.symlink("/dev/full", tmp_path / "metrics.jsonl")
-            for step in (1, 2):
-                run.log(step, {"loss": 1.0})
-            monkeypatch.setattr(records, "write_json_atomic", no_space)
-            run.write_json("eval_baseline.json", {"scores": {}})
+    run = Run(tmp_path, ProcessConfig(), stream=stream, tracking=TrackingConfig(("none",)))
+    said = r"cannot write eval_baseline.json, metrics.jsonl.*no space left.* lost"
+    with pytest.raises(StorageError, match=said), run:
+        run.begin()
+        os.symlink("/dev/full", tmp_path / "metrics.jsonl")
+        for step in (1, 2):
+            run.log(step, {"loss": 1.0})
+        monkeypatch.setattr(records, "write_json_atomic", no_space)
+        run.write_json("eval_baseline.json", {"scores": {}})
     assert stream.getvalue().count("WARNING: metrics.jsonl cannot be written (no space left on the disk)") == 1
 
 
@@ -86,7 +87,7 @@ def test_records_beyond_the_memory_for_them_are_dropped_and_reported_at_the_end(
     for step in range(10):
         kept.append("metrics.jsonl", {"step": step})
     (tmp_path / "away").mkdir()
-    with pytest.raises(StorageError, match="7 records of .* are lost"):
+    with pytest.raises(StorageError, match=r"7 records of .* are lost"):
         kept.finish()
     assert [r["step"] for r in read_jsonl(tmp_path / "away" / "metrics.jsonl")] == [7, 8, 9]
 

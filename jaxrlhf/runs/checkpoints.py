@@ -112,6 +112,14 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return (list_checkpoints(folder) or [None])[-1]
 
 
+def remove_checkpoints_after(folder: str | Path, step: int) -> None:
+    """Deletes the checkpoints of later steps than `step`, the newest first. Raises StorageError."""
+    with storage_errors(f"delete checkpoints in {folder}", "delete those of later steps, then continue with --resume"):
+        for path in reversed(list_checkpoints(folder)):
+            if checkpoint_step(path) > step:
+                _remove(path)
+
+
 def checkpoint_step(path: str | Path) -> int:
     """Returns the step number in a checkpoint's name. Raises InputError when the name is not `checkpoint-N`."""
     match = FINAL.fullmatch(Path(path).name)

@@ -174,14 +174,19 @@ class Run:
         """Returns the records of metrics.jsonl, with `step` and `time`; on process 0 alone. Raises StorageError."""
         return self._records.read("metrics.jsonl")
 
-    def rewind(self, step: int) -> None:
-        """Drops metrics and samples after `step`, the step of the checkpoint from which the run goes on."""
+    def rewind(self, step: int, repeats: bool = True) -> None:
+        """Drops metrics and samples after `step`, the step of the checkpoint from which the run goes on.
+
+        Args:
+            step: The step.
+            repeats: The steps after it are done as before, so that trackers need not be told of them again.
+        """
         self.begin()
         if self._trackers is None:
             return
         dropped = self._records.rewind(int(step))
-        sent = ((r["step"], name) for r in dropped for name in ([r["title"]] if "title" in r else r))
-        self._trackers.rewind(int(step), sent)
+        sent = {(r["step"], name) for r in dropped for name in ([r["title"]] if "title" in r else r)}
+        self._trackers.rewind(int(step), sent if repeats else set())
 
     def print(self, text: str) -> None:
         """Prints `text` above the progress line."""

@@ -19,11 +19,12 @@ from jaxrlhf.runs.checkpoints import (
     checkpoint_step,
     latest_checkpoint,
     list_checkpoints,
+    remove_checkpoints_after,
     restore_checkpoint,
     save_checkpoint,
 )
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers.guards import Guard
+from jaxrlhf.trainers.guards import Guard, History, StepPlan
 from jaxrlhf.trainers.settings import RunConfig
 
 State = TypeVar("State")
@@ -71,8 +72,12 @@ class Task(Protocol[State]):
     best: tuple[str, int]
     """The metric of an evaluation that decides which checkpoint is best, and 1 (higher is better) or -1."""
 
-    def step(self, state: State, index: int) -> tuple[State, Metrics]:
-        """Runs step `index` (from 0); returns the new state and its metrics."""
+    def step(self, state: State, plan: StepPlan) -> tuple[State, Metrics]:
+        """Runs a step; returns the new state and its metrics."""
+        ...
+
+    def limits(self, history: History) -> dict[str, float]:
+        """Values of metrics above which an update is a spike, given those of the last steps: always the same names."""
         ...
 
     def evaluate(self, state: State, done: int, watch: Watch = unwatched) -> Metrics:
@@ -145,11 +150,14 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
         loop = _Loop(run, config, task, start, stopped)
         loop.evaluate_at_start(state)
         with tracing(run, config.profiled) as trace:
-            for index in range(start, task.total_steps):
-                trace(index + 1)
-                state = loop.step(state, index)
-                bar.update()
-                loop.finish_step(state, index + 1)
+            done = start
+            while done < task.total_steps:
+                trace(done + 1)
+                state, after = loop.step(state, done)
+                bar.update(after - done)
+                if after > done:
+                    loop.finish_step(state, after)
+                done = after
     best = loop.best.step
     if config.export_best and best not in (None, task.total_steps):
         with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
@@ -174,14 +182,27 @@ class _Loop(Generic[State]):
     def __init__(self, run: Run, config: RunConfig, task: Task[State], start: int, stopped: Callable[[], bool]) -> None:
         self.run, self.config, self.task, self.start, self.stopped = run, config, task, start, stopped
         self.best = best_before(run, task.best, start)
-        self.guard = Guard(run, config.max_skipped_steps, task.last_batch)
+        self.guard = Guard(run, config.guard, task.limits, task.last_batch)
 
-    def step(self, state: State, index: int) -> State:
-        with self.saved_before_errors(state, index):
-            state, metrics = self.task.step(state, index)
-        metrics = to_host(metrics)
-        self.run.log(index + 1, metrics | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30})
-        self.guard.check(metrics, index + 1)
+    def step(self, state: State, done: int) -> tuple[State, int]:
+        """Runs the step after `done`; returns the state to go on from and the number of finished steps."""
+        with self.saved_before_errors(state, done):
+            state, metrics = self.task.step(state, self.guard.plan(done))
+        metrics = to_host(metrics) | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30}
+        self.guard.check(self.run.log(done + 1, metrics), done + 1)
+        to = self.guard.way_back(done + 1)
+        return (state, done + 1) if to is None else (self.roll_back(state, done + 1, to), to)
+
+    def roll_back(self, state: State, step: int, to: int) -> State:
+        """Returns the state of the checkpoint of step `to`; what came after it, up to `step`, is deleted."""
+        path = self.run.output_dir / f"checkpoint-{to}"
+        with self.run.status(f"restoring {path}…"):
+            state, _ = restore_checkpoint(path, state)
+        if is_primary():
+            remove_checkpoints_after(self.run.output_dir, to)
+        self.run.rewind(to, repeats=False)
+        self.guard.rolled_back(step, to)
+        self.best = best_before(self.run, self.task.best, to)
         return state
 
     def evaluate_at_start(self, state: State) -> None:

@@ -152,7 +152,7 @@ class PPOTask:
         text = self._text_batch(plan.batch)
         self._keep(experience, text)
         made = int(to_host(updates_made(state.actor_opt_state)))
-        state, metrics = trainer.update(state, experience, text, plan.limits)
+        state, metrics = trainer.update(state, experience, text, plan.limits, plan.twice)
         metrics |= scored
         if not metrics.get("guard/unscored"):
             self._check_consistency(metrics, index + 1)

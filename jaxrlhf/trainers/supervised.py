@@ -20,6 +20,7 @@ from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
+from jaxrlhf.trainers.corruption import run_twice
 from jaxrlhf.trainers.gradients import (
     apply_gradients,
     exceeds,
@@ -293,7 +294,8 @@ class SupervisedTask:
         indices = self.train.indices(plan.batch, self.rows)
         batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows))
         self._newest = self._extend(state.params, place_batch(batch, self.mesh))
-        state, metrics = self._update(
+        update = partial(run_twice, self._update) if plan.twice else self._update
+        state, metrics = update(
             state,
             self._newest,
             self.key,

@@ -1,4 +1,4 @@
-"""Small text files: atomic writes (a reader sees the old content or the new, never a part), and JSON back."""
+"""The cache folder; small text files: atomic writes (a reader sees the old content or the new), and JSON back."""
 
 import errno
 import json
@@ -18,6 +18,11 @@ PASSING = frozenset(
 )
 """Errors with which a network file system answers while its server is away for a moment."""
 PAUSES = (0.5, 2.0, 5.0)  # seconds before each further try
+
+
+def default_cache() -> Path:
+    """The cache folder where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -24,6 +24,7 @@ from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.rl.trainer import Metrics, PPOTrainer, Prompts, Record
 from jaxrlhf.runs import Run
+from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.guards import History, StepPlan, robust_limit
@@ -284,6 +285,7 @@ def read_data(config: PPOConfig, tokenizer: Tokenizer, rewards: Rewards) -> RLDa
     return RLData(train, held_out, *text)
 
 
+@works_locally
 def train_ppo(config: PPOConfig) -> PPOState:
     """Runs step 3 by the config's algorithm; returns the final state.
 

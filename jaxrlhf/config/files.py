@@ -1,12 +1,23 @@
 """The cache folder; small text files: atomic writes (a reader sees the old content or the new), and JSON back."""
 
+import errno
 import json
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxrlhf.errors import InputError
+
+Value = TypeVar("Value")
+
+PASSING = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+)
+"""Errors with which a network file system answers while its server is away for a moment."""
+PAUSES = (0.5, 2.0, 5.0)  # seconds before each further try
 
 
 def default_cache() -> Path:
@@ -46,10 +57,22 @@ def _umask() -> int:
     return current
 
 
+def retried(action: Callable[[], Value]) -> Value:
+    """Calls `action`, again after a pause when it raises one of `PASSING`. The last error is raised."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return action()
+
+
 def read_json(path: str | Path, remedy: str = "the file may be truncated") -> dict[str, Any]:
     """The JSON object in a file. Raises InputError, which ends with `remedy`, when the file holds something else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(retried(lambda: Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -64,7 +87,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
     Raises InputError naming the file and line when any other line is not a JSON object.
     """
-    records, lines = [], Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    text = retried(lambda: Path(path).read_text(encoding="utf-8", errors="replace"))
+    records, lines = [], text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

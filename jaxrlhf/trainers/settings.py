@@ -42,6 +42,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.trainers.guards import GuardConfig
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.routers import RouterOptions
@@ -206,13 +207,12 @@ class RunConfig(Settings, may_change=True):
     """End the run after this many checkpoints in a row that could not be written. The last one must be written."""
     export_best: Annotated[bool, alias("load_best_model_at_end")] = False
     """Export the model of the best evaluation instead of the last one. Its checkpoint is kept in any case."""
-    max_skipped_steps: PositiveInt = 3
-    """End the run after this many steps in a row without a finite update; such steps change nothing."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
     profile_steps: str = ""
     """Steps to trace, as in 3:5 (both included), counted from 1; the trace lies in output_dir/profile, for XProf and
     TensorBoard. Empty: none."""
+    guard: GuardConfig = GuardConfig()
 
     def check(self) -> None:
         if self.max_steps < 1 and self.max_steps != -1:

@@ -1,16 +1,19 @@
-"""Text and JSON files: written atomically (a reader sees the old content or the new, never a part), read with limits.
+"""The cache folder; text and JSON files: atomic writes (a reader sees the old content or the new), bounded reads.
 
 Files come from anywhere. `read_text` opens regular files of a bounded size only: a pipe would block and a device never
 end. `parse_json` bounds what makes programs fail later: nesting, numbers of thousands of digits, text that no file can
 hold.
 """
 
+import errno
 import json
 import os
 import stat
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxrlhf.errors import InputError
 
@@ -18,6 +21,19 @@ MAX_TEXT = 2**29
 """Bytes of the largest text file that is read as a whole; the largest published tokenizers have about 2**25."""
 MAX_DEPTH = 100
 """Lists and objects inside each other."""
+
+Value = TypeVar("Value")
+
+PASSING = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+)
+"""Errors with which a network file system answers while its server is away for a moment."""
+PAUSES = (0.5, 2.0, 5.0)  # seconds before each further try
+
+
+def default_cache() -> Path:
+    """The cache folder where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -54,7 +70,7 @@ def _umask() -> int:
 
 def check_regular(path: str | Path, most: int | None = None) -> None:
     """Raises OSError unless `path` is a regular file, of at most `most` bytes."""
-    found = os.stat(path)
+    found = retried(lambda: os.stat(path))
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
         raise OSError(None, f"it is {what}, not a file")
@@ -65,7 +81,7 @@ def check_regular(path: str | Path, most: int | None = None) -> None:
 def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
     """The text (UTF-8) of a file. Raises OSError, or ValueError for other bytes and for a path that can be none."""
     check_regular(path, most)
-    return Path(path).read_text(encoding="utf-8")
+    return retried(lambda: Path(path).read_text(encoding="utf-8"))
 
 
 def parse_json(text: str) -> Any:
@@ -101,6 +117,18 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def retried(action: Callable[[], Value]) -> Value:
+    """Calls `action`, again after a pause when it raises one of `PASSING`. The last error is raised."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return action()
+
+
 def read_json(path: str | Path, remedy: str = "the file may be truncated") -> dict[str, Any]:
     """The JSON object in a file. Raises InputError, which ends with `remedy`, when the file holds something else."""
     try:
@@ -122,10 +150,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
     """
     try:
         check_regular(path)
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+        text = retried(lambda: Path(path).read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    records = []
+    records, lines = [], text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

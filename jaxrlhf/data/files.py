@@ -202,15 +202,15 @@ def check_arrow(path: Path) -> None:
     """Raises InputError for a damaged Arrow file. Readers trust its offsets, so a wrong one ends the process."""
     import pyarrow
 
-    with loading(f"{path}: cannot be read as Arrow", "write the file again"), reading(path):
-        with pyarrow.memory_map(str(path)) as source:
-            try:
-                batches = iter(pyarrow.ipc.open_stream(source))
-            except pyarrow.ArrowInvalid:
-                opened = pyarrow.ipc.open_file(source)
-                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
-            for batch in batches:
-                batch.validate(full=True)
+    problem = f"{path}: cannot be read as Arrow"
+    with loading(problem, "write the file again"), reading(path), pyarrow.memory_map(str(path)) as source:
+        try:
+            batches = iter(pyarrow.ipc.open_stream(source))
+        except pyarrow.ArrowInvalid:
+            opened = pyarrow.ipc.open_file(source)
+            batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -24,8 +24,9 @@ from jaxrlhf.config import (
     Settings,
     alias,
 )
+from jaxrlhf.config.files import default_cache
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
-from jaxrlhf.data.cache import check_writable, default_cache, hash_json
+from jaxrlhf.data.cache import check_writable, hash_json
 from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
 from jaxrlhf.data.reading import Reading

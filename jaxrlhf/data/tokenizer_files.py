@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config.files import parse_json, read_text
-from jaxrlhf.config.model_folder import adapter_base, is_adapter
-from jaxrlhf.data.cache import default_cache
+from jaxrlhf.config.files import default_cache, parse_json, read_text
+from jaxrlhf.config.model_folder import SMALL_FILES, adapter_base, is_adapter
+from jaxrlhf.config.remote import fetch, is_url
 from jaxrlhf.data.files import first_line
 from jaxrlhf.data.sources import looks_like_path
 from jaxrlhf.data.vocabulary import check_ids
@@ -31,7 +32,7 @@ def read_tokenizer(path: str | Path) -> Any:
     """Loads a Hugging Face tokenizer as it is.
 
     Args:
-        path: a local folder, a GGUF file, a name on the hub, or "demo".
+        path: a local folder, a URL, a GGUF file, a name on the hub, or "demo".
 
     Raises:
         InputError: the folder does not exist, or holds no readable tokenizer files, or the hub gives none.
@@ -41,6 +42,8 @@ def read_tokenizer(path: str | Path) -> Any:
     name = str(path)
     if name.endswith(".gguf"):
         return read_gguf_tokenizer(Path(name).expanduser())
+    if is_url(name):
+        name = str(fetch(name, lambda names: [file for file in names if re.fullmatch(SMALL_FILES, file)]))
     folder, declared = Path(name).expanduser(), []
     if name == "demo" and not folder.is_dir():
         from jaxrlhf.data.demo import materialize_demo

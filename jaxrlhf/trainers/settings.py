@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -24,6 +24,7 @@ from jaxrlhf.config import (
     check_needs,
 )
 from jaxrlhf.config.compilation import CompilationConfig
+from jaxrlhf.config.remote import is_url
 from jaxrlhf.config.settings import canonical, places_of, sections
 from jaxrlhf.data import DataConfig, TemplateConfig, Tokenizer, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary
@@ -43,6 +44,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.trainers.guards import GuardConfig
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.routers import RouterOptions
@@ -146,7 +148,15 @@ class FolderConfig(Settings, may_change=True):
     """The folder of the run."""
 
     output_dir: PathName[str] = ""
-    """Folder of the run: records, checkpoints, report and, at the end, the exported model."""
+    """Folder of the run: records, checkpoints, report and, at the end, the exported model. It may be a URL, such as
+    s3://bucket/run; the run then works in working_dir, and its files are copied to the URL all the time."""
+    working_dir: PathName[str] = ""
+    """With a URL as output_dir: the local folder; default: one in $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    remote_save_steps: NonNegativeInt = 0
+    """With a URL as output_dir: steps between the checkpoints that are copied to it, beside the newest at the end; 0:
+    all of them."""
+    url: Derived[str] = ""
+    """The output_dir that was given, when it is a URL."""
     resume: Annotated[bool, alias("resume_from_checkpoint")] = False
     """Continue from the newest checkpoint in output_dir."""
     overwrite_output_dir: bool = False
@@ -155,6 +165,11 @@ class FolderConfig(Settings, may_change=True):
     def check(self) -> None:
         if self.resume and self.overwrite_output_dir:
             raise InputError("resume and overwrite_output_dir exclude each other: keep the old run, or delete it")
+        if not is_url(self.output_dir) and not self.url and (self.working_dir or self.remote_save_steps):
+            raise InputError(
+                "working_dir and remote_save_steps are for an output_dir at a URL, such as s3://bucket/run; leave them "
+                f"out with output_dir={self.output_dir}"
+            )
 
 
 @dataclass(frozen=True)
@@ -184,16 +199,22 @@ class RunConfig(Settings, may_change=True):
     save_steps: NonNegativeInt = 0
     """Steps between checkpoints; 0: only after the last step."""
     save_total_limit: NonNegativeInt = 2
-    """Checkpoints to keep; 0: all."""
+    """Newest checkpoints to keep; 0: all. The best one is kept too."""
+    keep_period: NonNegativeInt = 0
+    """Keep every checkpoint whose step is a multiple of this, besides the newest ones; 0: none."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy in host memory. --no_async_save: training waits, and copies
+    little at a time."""
+    max_failed_saves: PositiveInt = 3
+    """End the run after this many checkpoints in a row that could not be written. The last one must be written."""
     export_best: Annotated[bool, alias("load_best_model_at_end")] = False
     """Export the model of the best evaluation instead of the last one. Its checkpoint is kept in any case."""
-    max_skipped_steps: PositiveInt = 3
-    """End the run after this many steps in a row without a finite update; such steps change nothing."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
     profile_steps: str = ""
     """Steps to trace, as in 3:5 (both included), counted from 1; the trace lies in output_dir/profile, for XProf and
     TensorBoard. Empty: none."""
+    guard: GuardConfig = GuardConfig()
 
     def check(self) -> None:
         if self.max_steps == 0:
@@ -262,6 +283,9 @@ class SharedConfig(Settings):
             inner = values.get(name, {})
             given += [f"{name}.{canonical(kind, key)}" for key in inner] if isinstance(inner, dict) else []
         return dataclasses.replace(config, fitting=dataclasses.replace(config.fitting, given=tuple(given)))
+
+
+Shared = TypeVar("Shared", bound=SharedConfig)
 
 
 @dataclass(frozen=True)
@@ -347,6 +371,12 @@ def check_context(config: DecoderConfig, length: int, what: str) -> None:
         raise InputError(f"{what} of {length} tokens exceeds the model's context of {config.max_positions}; lower it")
 
 
+def as_given(config: Shared) -> Shared:
+    """The config as the user gave it, for `config.yaml`: with the URL instead of the working folder."""
+    folder = dataclasses.replace(config.folder, output_dir=config.folder.url or config.folder.output_dir, url="")
+    return dataclasses.replace(config, folder=folder)
+
+
 def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]) -> Run:
     """Opens the run's folder, a context manager. Raises InputError when none is named or it already holds a run."""
     folder = config.folder
@@ -356,7 +386,7 @@ def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]
         raise InputError("output_dir: name the folder that the run should write to")
     return Run(
         folder.output_dir,
-        config,
+        as_given(config),
         resume=folder.resume,
         overwrite=folder.overwrite_output_dir,
         logging_steps=logging_steps,

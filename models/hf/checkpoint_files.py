@@ -19,9 +19,10 @@ import numpy as np
 
 from jaxrlhf.config.files import read_json
 from jaxrlhf.config.model_folder import ADAPTER_CONFIG, adapter_base, is_adapter
+from jaxrlhf.config.remote import is_url
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.models.hf.gguf import is_gguf
-from jaxrlhf.models.hf.hub import download
+from jaxrlhf.models.hf.hub import download, download_url
 from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
 from jaxrlhf.models.hf.torch_files import open_bin
 
@@ -37,13 +38,15 @@ FLOATS = {
 
 
 def find_model_folder(name_or_path: str | os.PathLike) -> Path:
-    """Returns the local folder of a model: the path itself, or the hub snapshot of `owner/name`, downloaded or cached.
+    """Returns the local folder of a model: the path itself, or that of a URL or a hub name, downloaded or cached.
 
     It holds a config.json, or the adapter_config.json of an adapter. A GGUF file stands for itself.
 
     Raises:
         InputError: Neither exists, or the folder has no config.json.
     """
+    if is_url(name_or_path):
+        return download_url(str(name_or_path))
     path = Path(name_or_path)
     if is_gguf(path):
         return path

@@ -34,6 +34,7 @@ class Kind:
         words: the command that reads it.
         content: "json", "text" or "bytes": which damages apply.
         attacks: contents made by hand.
+        torn: a last line that is cut off is left out, so any content without a line break is.
         names: words that name the input in a message as well as the file's name does.
     """
 
@@ -42,10 +43,11 @@ class Kind:
     content: str = "bytes"
     attacks: tuple[Attack, ...] = ()
     names: tuple[str, ...] = ()
+    torn: bool = False
 
     def damages(self, inputs: Path, rng: random.Random, values: int) -> Iterator[Damage]:
         """All ways to damage the file; `values`: how many single values of a JSON file are replaced."""
-        yield from byte_damages(rng)
+        yield from (damage._replace(harmless=damage.harmless or self.torn) for damage in byte_damages(rng))
         yield from place_damages()
         if self.content == "json":
             yield from json_damages()
@@ -105,13 +107,9 @@ def streamed(inputs: Path, outputs: Path) -> Command:
     def read() -> None:
         from jaxrlhf.data import DataConfig, load_data, load_tokenizer
 
-        options = {
-            "streaming": True,
-            "max_length": 64,
-            "max_prompt_seq_len": 32,
-            "data_cache_dir": str(outputs / "cache"),
-        }
-        config = DataConfig.create(data_path=(str(inputs / "rows.jsonl"),), **options)
+        paths = {"data_path": (str(inputs / "rows.jsonl"),), "eval_data_path": (str(inputs / "rows.json"),)}
+        options = {"max_length": 64, "max_prompt_seq_len": 32, "data_cache_dir": str(outputs / "cache")}
+        config = DataConfig.create(streaming=True, **paths, **options)
         rows, _ = load_data(config, load_tokenizer("demo"), "sft")
         rows.batch(rows.indices(0, 2))
 
@@ -179,8 +177,8 @@ KINDS: dict[str, Kind] = {
     "YAML of dataset_registry": Kind("registry.yaml", data("--dataset_registry", "{}/registry.yaml"), "text", YAMLS),
     "checkpoint index": Kind("run/checkpoint-0/index.json", checkpoint, "json"),
     "checkpoint metadata": Kind("run/checkpoint-0/metadata.json", checkpoint, "json"),
-    "metrics.jsonl": Kind("records/metrics.jsonl", resumed),
-    "samples.jsonl": Kind("records/samples.jsonl", resumed),
+    "metrics.jsonl": Kind("records/metrics.jsonl", resumed, torn=True),
+    "samples.jsonl": Kind("records/samples.jsonl", resumed, torn=True),
     "summary.json": Kind("records/summary.json", resumed, "json"),
     "trackers.json": Kind("records/trackers.json", resumed, "json"),
     "results of bench": Kind(
@@ -203,6 +201,7 @@ def make_inputs(folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "records").mkdir()
     for name, text in {
+        "config.yaml": "step: sft\n",
         "metrics.jsonl": '{"step": 1, "time": 1.5, "loss": 2.0}\n{"step": 2, "time": 2.5, "loss": null}\n',
         "samples.jsonl": '{"step": 1, "title": "a", "columns": ["prompt", "score"], "rows": [["x", 1.0]]}\n',
         "summary.json": '{"trainer": "sft", "steps": 2}\n',

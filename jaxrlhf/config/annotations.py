@@ -135,6 +135,8 @@ def check_value(name: str, value: Any, hint: Hint) -> None:
         paths = (PATH,) * (PATH in hint.notes)
         for item in tuple(value or ()):
             inner = hint_of(members[0])
+            if inner.kind is str and not isinstance(item, str):
+                continue  # turned into text by the config's own check, such as an object of reward_functions
             check_value(name, item, inner._replace(notes=inner.notes + paths))
     elif typing.get_origin(hint.kind) is dict and isinstance(value, dict):
         for key, item in value.items():

@@ -70,10 +70,15 @@ class Table:
             return [parse_line(text, lambda i=i: self.where(i)) for i, text in zip(indices, batch["text"], strict=True)]
         return self.parse(batch)
 
+    def each(self, count: int | None = None) -> Iterator[Mapping[str, Any]]:
+        """The rows as columns, or the first of them. A streamed file is read here, so its faults show here."""
+        with loading(f"{self.name}: cannot be read", "copy it again, text as UTF-8"):
+            yield from self.dataset if count is None else self.dataset.take(count)
+
     def head(self, count: int) -> list[Any]:
         """The first rows, without blank lines."""
         columns: dict[str, list[Any]] = {}
-        for row in self.dataset.take(count):
+        for row in self.each(count):
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
         return [row for row in self.parse(columns) if row is not None] if columns else []
@@ -298,7 +303,7 @@ def _read_json(path: Path, cache: Path, streaming: bool) -> Table:
         table = table_of_rows(items, str(path), "item")
         return Table(table.dataset.to_iterable_dataset(), table.name, "item", True) if streaming else table
     table = Table(_load("text", path, cache, streaming), str(path), "line", True)
-    first = next((text for text in (row["text"] for row in table.dataset.take(100)) if text.strip()), None)
+    first = next((text for text in (row["text"] for row in table.each(100)) if text.strip()), None)
     if first is None:
         raise InputError(f"{path}: holds no rows; give a file with at least one")
     with contextlib.suppress(InputError):

@@ -29,10 +29,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-LIMIT = 20.0
+from fuzz_damage import UNDAMAGED
+
+LIMIT = 60.0
 """Seconds after which a case counts as hanging."""
 GOOD = ("refused", "accepted")
-VERDICTS = (*GOOD, "swallowed", "unnamed", "trace", "hang", "crash", "wrote")
+VERDICTS = (*GOOD, "swallowed", "too strict", "unnamed", "trace", "hang", "crash", "wrote")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Outcome:
     """How a case ended.
 
     Attributes:
-        verdict: refused: a named error. accepted: harmless. Defects are swallowed: accepted, and must be refused;
-            unnamed: the message names neither field nor file; trace; hang; crash; wrote: files were left behind.
+        verdict: "refused" with a named error, or "accepted" where harmless. The others are defects: "swallowed",
+            accepted and must be refused; "too strict", refused and undamaged; "unnamed", a message that names neither
+            field nor file; "trace", "hang" and "crash"; "wrote", with files left behind.
         detail: the message or the end of the trace.
     """
 
@@ -100,6 +103,8 @@ class Cases:
             left = {name for name in left if not name.startswith(("cache", "records/"))}  # a run that goes on writes
         if left:
             return "wrote", f"{sorted(left)} {detail}"
+        if damage.name == UNDAMAGED and verdict != "accepted":
+            return "too strict", detail
         if verdict == "accepted" and not damage.harmless:
             return "swallowed", detail
         return verdict, detail
@@ -146,7 +151,6 @@ def run_command(command: Any, names: Sequence[str]) -> tuple[str, str]:
 def work(pipe: Connection, arguments: dict[str, Any], scratch: Path) -> None:
     """Runs the cases whose numbers come through the pipe."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    sys.path.insert(0, str(Path(__file__).parent))
     cases = Cases(**arguments)
     pipe.send(None)
     while (number := pipe.recv()) is not None:
@@ -220,7 +224,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*", default=(), help="only these kinds")
-    parser.add_argument("--values", type=int, default=60, help="values replaced in each JSON file")
+    parser.add_argument("--values", type=int, default=40, help="values replaced in each JSON file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="run only each so-manieth case")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which a case hangs")
@@ -244,5 +248,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     sys.exit(main())

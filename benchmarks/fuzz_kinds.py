@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz_attacks import ADAPTERS, BOMBS, CONFIGS, INDEXES, PICKLES, SAVED, SPLITS, TEMPLATES, TOKENIZERS, YAMLS, Attack
-from fuzz_damage import Damage, byte_damages, json_damages, place_damages, text_damage, value_damages
+from fuzz_damage import UNDAMAGED, Damage, byte_damages, json_damages, place_damages, text_damage, value_damages
 
 LLAMA = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
@@ -47,6 +47,7 @@ class Kind:
 
     def damages(self, inputs: Path, rng: random.Random, values: int) -> Iterator[Damage]:
         """All ways to damage the file; `values`: how many single values of a JSON file are replaced."""
+        yield Damage(UNDAMAGED, lambda path: None)
         yield from (damage._replace(harmless=damage.harmless or self.torn) for damage in byte_damages(rng))
         yield from place_damages()
         if self.content == "json":
@@ -85,6 +86,11 @@ def gguf(inputs: Path, outputs: Path) -> Command:
 
 def checkpoint(inputs: Path, outputs: Path) -> Command:
     return convert(inputs / "run", outputs, "--from", "orbax")
+
+
+def rendered(inputs: Path, outputs: Path) -> Command:
+    document = str(outputs / "cache" / "page.md")
+    return ["bench", "--render", "--results", str(inputs / "results"), "--document", document]
 
 
 def data(*words: str, tokenizer: str = "") -> Words:
@@ -172,18 +178,20 @@ KINDS: dict[str, Kind] = {
     "save_to_disk state": Kind("saved/train/state.json", rows("saved"), "json", SAVED),
     "save_to_disk info": Kind("saved/train/dataset_info.json", rows("saved"), "json"),
     "save_to_disk rows": Kind("saved/train/data-00000-of-00001.arrow", rows("saved")),
-    "YAML of config": Kind("config.yaml", data("--config", "{}/config.yaml"), "text", YAMLS),
-    "YAML of data_mixture": Kind("mixture.yaml", data("--data_mixture", "{}/mixture.yaml"), "text", YAMLS),
-    "YAML of dataset_registry": Kind("registry.yaml", data("--dataset_registry", "{}/registry.yaml"), "text", YAMLS),
+    "YAML of config": Kind("config.yaml", data("--config", "{}/config.yaml"), "text", YAMLS, ("data_path",)),
+    "YAML of data_mixture": Kind(
+        "mixture.yaml", data("--data_mixture", "{}/mixture.yaml"), "text", YAMLS, ("data_path",)
+    ),
+    "YAML of dataset_registry": Kind(
+        "registry.yaml", data("--dataset_registry", "{}/registry.yaml"), "text", YAMLS, ("data_path",)
+    ),
     "checkpoint index": Kind("run/checkpoint-0/index.json", checkpoint, "json"),
     "checkpoint metadata": Kind("run/checkpoint-0/metadata.json", checkpoint, "json"),
     "metrics.jsonl": Kind("records/metrics.jsonl", resumed, torn=True),
     "samples.jsonl": Kind("records/samples.jsonl", resumed, torn=True),
     "summary.json": Kind("records/summary.json", resumed, "json"),
     "trackers.json": Kind("records/trackers.json", resumed, "json"),
-    "results of bench": Kind(
-        "results/r.json", lambda inputs, _: ["bench", "--render", "--results", str(inputs / "results")], "json"
-    ),
+    "results of bench": Kind("results/r.json", rendered, "json"),
 }
 
 
@@ -209,7 +217,7 @@ def make_inputs(folder: Path) -> None:
     }.items():
         (folder / "records" / name).write_text(text, encoding="utf-8")
     (folder / "results").mkdir()
-    shutil.copy(Path(__file__).parent / "results" / "decode.json", folder / "results" / "r.json")
+    shutil.copy(Path(__file__).parent / "results" / "kernels_cpu.json", folder / "results" / "r.json")
 
 
 def _make_models(folder: Path) -> None:

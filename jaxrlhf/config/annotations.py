@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
+from jaxrlhf.config.secrets import shown_setting
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")
@@ -150,9 +151,7 @@ def check_value(name: str, value: Any, hint: Hint) -> None:
             endless = isinstance(value, float) and not math.isfinite(value)
             said = ["finite"] if endless else [f"{words} {limit}" for _, words, limit in limits]
     if said:
-        shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:100]}… ({len(shown)} characters)"
-        raise InputError(f"{name}={shown} must be {' and '.join(dict.fromkeys(said))}")
+        raise InputError(f"{name}={shown_setting(name, value)} must be {' and '.join(dict.fromkeys(said))}")
 
 
 def limits_of(hint: Hint) -> list[tuple[str, str, float]]:

@@ -163,8 +163,8 @@ def _section(folder: Path, numbers: Iterator[int]) -> Data:
 def _title(folder: Path) -> str:
     """The title in the summary, preceded by the folder's name where that says more."""
     name, summary = folder.resolve().name, _summary(folder)
-    trainer = summary.get("trainer", "")
-    title = summary.get("title") or STEPS.get(trainer) or trainer.upper() or STEPS.get(name)
+    trainer, title = (str(summary.get(key) or "") for key in ("trainer", "title"))
+    title = title or STEPS.get(trainer) or trainer.upper() or STEPS.get(name)
     return f"{name}: {title}" if title and name not in (*STEPS, trainer) else title or name
 
 

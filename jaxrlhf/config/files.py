@@ -1,4 +1,4 @@
-"""The cache folder; text and JSON files: atomic writes (a reader sees the old content or the new), bounded reads.
+"""The cache folder; text and JSON files: written atomically (old content or new, never a part), read with limits.
 
 Files come from anywhere. `read_text` opens regular files of a bounded size only: a pipe would block and a device never
 end. `parse_json` bounds what makes programs fail later: nesting, numbers of thousands of digits, text that no file can
@@ -17,11 +17,6 @@ from typing import Any, TypeVar
 
 from jaxrlhf.errors import InputError
 
-MAX_TEXT = 2**29
-"""Bytes of the largest text file that is read as a whole; the largest published tokenizers have about 2**25."""
-MAX_DEPTH = 100
-"""Lists and objects inside each other."""
-
 Value = TypeVar("Value")
 
 PASSING = frozenset(
@@ -29,6 +24,10 @@ PASSING = frozenset(
 )
 """Errors with which a network file system answers while its server is away for a moment."""
 PAUSES = (0.5, 2.0, 5.0)  # seconds before each further try
+MAX_TEXT = 2**29
+"""Bytes of the largest text file that is read as a whole; the largest published tokenizers have about 2**25."""
+MAX_DEPTH = 100
+"""Lists and objects inside each other."""
 
 
 def default_cache() -> Path:
@@ -68,9 +67,21 @@ def _umask() -> int:
     return current
 
 
+def retried(action: Callable[[], Value]) -> Value:
+    """Calls `action`, again after a pause when it raises one of `PASSING`. The last error is raised."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return action()
+
+
 def check_regular(path: str | Path, most: int | None = None) -> None:
     """Raises OSError unless `path` is a regular file, of at most `most` bytes."""
-    found = retried(lambda: os.stat(path))
+    found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
         raise OSError(None, f"it is {what}, not a file")
@@ -81,7 +92,7 @@ def check_regular(path: str | Path, most: int | None = None) -> None:
 def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
     """The text (UTF-8) of a file. Raises OSError, or ValueError for other bytes and for a path that can be none."""
     check_regular(path, most)
-    return retried(lambda: Path(path).read_text(encoding="utf-8"))
+    return Path(path).read_text(encoding="utf-8")
 
 
 def parse_json(text: str) -> Any:
@@ -117,22 +128,10 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def retried(action: Callable[[], Value]) -> Value:
-    """Calls `action`, again after a pause when it raises one of `PASSING`. The last error is raised."""
-    for pause in PAUSES:
-        try:
-            return action()
-        except OSError as error:
-            if error.errno not in PASSING:
-                raise
-            time.sleep(pause)
-    return action()
-
-
 def read_json(path: str | Path, remedy: str = "the file may be truncated") -> dict[str, Any]:
     """The JSON object in a file. Raises InputError, which ends with `remedy`, when the file holds something else."""
     try:
-        value = parse_json(read_text(path))
+        value = parse_json(retried(lambda: read_text(path)))
         check_unicode(value)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
@@ -148,12 +147,18 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
     Raises InputError naming the file and line when any other line is not such a record.
     """
-    try:
+
+    def read() -> str:
         check_regular(path)
-        text = retried(lambda: Path(path).read_text(encoding="utf-8", errors="replace"))
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+    try:
+        lines = retried(read).split("\n")
     except OSError as error:
+        if error.errno in PASSING:  # the storage's fault
+            raise
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    records, lines = [], text.split("\n")
+    records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

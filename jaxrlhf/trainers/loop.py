@@ -284,7 +284,7 @@ class _Loop(Generic[State]):
             self.best_before, self.best = self.best, Best(done, value)
         if self.guard.given_up:  # the older ones may be of use
             self.saver.retention = Retention()
-        metadata = {"identity": redacted(self.task.identity), "exports": self.task.exports}
+        metadata: dict[str, Any] = {"identity": redacted(self.task.identity), "exports": self.task.exports}
         metadata["best_step"] = self.best.step
         background = self.config.async_save and not last
         with nullcontext() if background else self.run.status(f"saving checkpoint-{done}…"):

@@ -25,11 +25,13 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from fuzz_damage import UNDAMAGED
+from fuzz_words import Case
 
 LIMIT = 60.0
 """Seconds after which a case counts as hanging."""
@@ -56,27 +58,41 @@ class Outcome:
 
 
 class Cases:
-    """All cases by number; the same in every process that is given the same arguments."""
+    """All cases by number; the same in every process that is given the same arguments.
 
-    def __init__(self, inputs: Path, kinds: Sequence[str], values: int, seed: int) -> None:
-        from fuzz_kinds import KINDS
-        from fuzz_words import word_cases
+    Args:
+        inputs: folder of good inputs of every kind, which the first process makes.
+        kinds: names of kinds; empty: all.
+        values: values that are replaced in each JSON file.
+        seed: of the damages.
+        flags: words of flags are cases too.
+    """
+
+    def __init__(self, inputs: Path, kinds: Sequence[str], values: int, seed: int, flags: bool) -> None:
+        from fuzz_kinds import KINDS, make_inputs
+        from fuzz_words import flag_cases, request_cases
+
+        if not inputs.exists():
+            with contextlib.redirect_stdout(io.StringIO()):
+                make_inputs(inputs)
 
         self.inputs = inputs
-        self.entries: list[tuple[str, str, Any]] = []
+        self.entries: list[Case] = []
         for name, kind in KINDS.items():
             if not kinds or name in kinds:
                 rng = random.Random(f"{seed} {name}")
-                self.entries += [(name, damage.name, (kind, damage)) for damage in kind.damages(inputs, rng, values)]
-        self.entries += [case for case in word_cases(inputs, seed) if not kinds or case[0] in kinds]
+                found = kind.damages(inputs, rng, values)
+                self.entries += [(name, damage.name, partial(self.damaged, kind, damage)) for damage in found]
+        words = [*request_cases(), *(flag_cases() if flags else ())]
+        self.entries += [case for case in words if not kinds or case[0] in kinds]
 
     def run(self, number: int, scratch: Path) -> Outcome:
         """Runs one case in a folder of its own."""
-        kind, name, what = self.entries[number]
+        kind, name, run = self.entries[number]
         start = time.monotonic()
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        verdict, detail = what(scratch) if callable(what) else self.damaged(*what, scratch)
+        verdict, detail = run(scratch)
         shown = detail if len(detail) < 800 else f"{detail[:400]} … {detail[-400:]}"
         return Outcome(kind, name, verdict, shown, round(time.monotonic() - start, 3))
 
@@ -151,14 +167,15 @@ def run_command(command: Any, names: Sequence[str]) -> tuple[str, str]:
 def work(pipe: Connection, arguments: dict[str, Any], scratch: Path) -> None:
     """Runs the cases whose numbers come through the pipe."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
     cases = Cases(**arguments)
-    pipe.send(None)
+    pipe.send([(kind, name) for kind, name, _ in cases.entries])
     while (number := pipe.recv()) is not None:
         pipe.send(cases.run(number, scratch))
 
 
 class Worker:
-    """A process that runs cases, and is replaced when one hangs or kills it."""
+    """A process that runs cases, and is replaced when one hangs or kills it. `cases`: kind and name of each."""
 
     def __init__(self, arguments: dict[str, Any], scratch: Path) -> None:
         self.arguments, self.scratch = arguments, scratch
@@ -170,7 +187,7 @@ class Worker:
         self.process = context.Process(target=work, args=(other, self.arguments, self.scratch), daemon=True)
         self.process.start()
         other.close()
-        self.pipe.recv()
+        self.cases: list[tuple[str, str]] = self.pipe.recv()
 
     def run(self, number: int, limit: float) -> Outcome | str:
         """The outcome of a case, or "hang" or "crash"."""
@@ -189,18 +206,21 @@ class Worker:
         self.process.join()
 
 
-def run_all(kinds: Sequence[str], values: int, seed: int, limit: float, every: int = 1) -> Iterator[Outcome]:
-    """Runs the cases; `every`: only each so-manieth of a kind."""
-    from fuzz_kinds import make_inputs
-
+def run_all(
+    kinds: Sequence[str], values: int, seed: int, limit: float, every: int = 1, flags: bool = True
+) -> Iterator[Outcome]:
+    """Runs the cases, or only each so-manieth (`every`), each for at most `limit` seconds. The rest as in `Cases`."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        inputs = Path(folder) / "inputs"
-        with contextlib.redirect_stdout(io.StringIO()):
-            make_inputs(inputs)
-        arguments = {"inputs": inputs, "kinds": tuple(kinds), "values": values, "seed": seed}
-        cases, worker = Cases(**arguments), Worker(arguments, Path(folder) / "scratch")
+        arguments = {
+            "inputs": Path(folder) / "inputs",
+            "kinds": tuple(kinds),
+            "values": values,
+            "seed": seed,
+            "flags": flags,
+        }
+        worker = Worker(arguments, Path(folder) / "scratch")
         try:
-            for number, (kind, name, _) in enumerate(cases.entries):
+            for number, (kind, name) in enumerate(worker.cases):
                 if number % every == seed % every:
                     outcome = worker.run(number, limit)
                     yield Outcome(kind, name, outcome, "", limit) if isinstance(outcome, str) else outcome

@@ -18,7 +18,7 @@ LLAMA = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_atte
 LLAMA |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 ROW = {"prompt": "one two", "response": "three four", "chosen": "yes yes", "rejected": "no no"}
-CSV = "prompt,response,chosen,rejected\n" + "one,two,three,four\n" * 8
+CSV = "prompt,response,chosen,rejected\n" + "".join(f"one {i},two,three,four\n" for i in range(8))
 
 Command = list[str] | Callable[[], object]
 Words = Callable[[Path, Path], Command]
@@ -122,6 +122,18 @@ def streamed(inputs: Path, outputs: Path) -> Command:
     return read
 
 
+def pretraining(inputs: Path, outputs: Path) -> Command:
+    """Reads text for the pretraining loss."""
+
+    def read() -> None:
+        from jaxrlhf.data import load_text, load_tokenizer
+
+        options: dict[str, Any] = {"field": "text", "block": 8, "held_out": 0.1, "cache": outputs / "cache"}
+        load_text([str(inputs / "rows.txt")], load_tokenizer("demo"), **options)
+
+    return read
+
+
 def resumed(inputs: Path, outputs: Path) -> Command:
     """Goes on with the records of a run, and writes its report."""
 
@@ -170,7 +182,7 @@ KINDS: dict[str, Kind] = {
     "rows.csv": Kind("rows.csv", rows("rows.csv")),
     "rows.parquet": Kind("rows.parquet", rows("rows.parquet")),
     "rows.arrow": Kind("rows.arrow", rows("rows.arrow")),
-    "rows.txt (ptx)": Kind("rows.txt", data("--step", "ppo", "--data_path", "{}/rows.txt")),
+    "rows.txt (ptx)": Kind("rows.txt", pretraining),
     "rows.jsonl.gz": Kind("rows.jsonl.gz", rows("rows.jsonl.gz"), attacks=(BOMBS[".gz"],)),
     "rows.jsonl.zst": Kind("rows.jsonl.zst", rows("rows.jsonl.zst"), attacks=(BOMBS[".zst"],)),
     "rows.jsonl, streamed": Kind("rows.jsonl", streamed),
@@ -266,7 +278,9 @@ def _make_gguf(path: Path, weights: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     table = get_tensor_name_map(MODEL_ARCH.LLAMA, LLAMA["num_hidden_layers"])
     for name, x in weights.items():
-        writer.add_tensor(table.get_name(name, try_suffixes=(".weight",)), x)
+        own = table.get_name(name, try_suffixes=(".weight",))
+        assert own is not None
+        writer.add_tensor(own, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

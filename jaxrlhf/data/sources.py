@@ -157,26 +157,26 @@ def _check_saved(folder: Path) -> None:
     """Raises InputError when a `save_to_disk` folder names folders or files outside itself."""
     parts, path = [folder], folder / "dataset_dict.json"
     if os.path.lexists(path):
-        splits = read_json(path, SAVE_AGAIN).get("splits")
-        _check_names(path, "splits", splits)
-        parts = [folder / split for split in splits]
+        parts = [folder / split for split in _plain_names(path, "splits", read_json(path, SAVE_AGAIN).get("splits"))]
     for part in parts:
         path = part / "state.json"
         files = read_json(path, SAVE_AGAIN).get("_data_files")
         if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
             raise InputError(f"{path}: _data_files must list files; {SAVE_AGAIN}")
-        _check_names(path, "_data_files", [file.get("filename") for file in files])
+        names = _plain_names(path, "_data_files", [file.get("filename") for file in files])
         read_json(part / "dataset_info.json", SAVE_AGAIN)
-        for file in files:
-            check_arrow(part / file["filename"])
+        for name in names:
+            check_arrow(part / name)
 
 
-def _check_names(path: Path, field: str, names: Any) -> None:
+def _plain_names(path: Path, field: str, names: Any) -> list[str]:
+    """The names in a field of a file, each of something beside it."""
     if not isinstance(names, list) or not names:
         raise InputError(f"{path}: {field} must be a list of names, at least one; {SAVE_AGAIN}")
     for name in names:
         if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
             raise InputError(f"{path}: {field} names {str(name)[:80]!r}, which is not in this folder; {SAVE_AGAIN}")
+    return names
 
 
 def _load_hub(name: str, plain: str, named: NamedDataset | None, streaming: bool) -> dict[str, Any]:

@@ -233,8 +233,13 @@ def _samples(folder: Path) -> Data | None:
 def _check_table(path: Path, record: Data) -> None:
     """Raises InputError for a record of samples.jsonl that is no table."""
     columns, rows = record.get("columns"), record.get("rows")
-    whole = isinstance(columns, list) and isinstance(rows, list) and isinstance(record.get("title"), str)
-    if not whole or not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+    whole = (
+        isinstance(columns, list)
+        and isinstance(rows, list)
+        and isinstance(record.get("title"), str)
+        and all(isinstance(row, list) and len(row) == len(columns) for row in rows)
+    )
+    if not whole:
         raise InputError(f"{path}: step {record['step']}: the record must have a title, columns, and rows of cells")
 
 

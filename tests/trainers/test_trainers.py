@@ -13,7 +13,7 @@ import pytest
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import eval_batches
 from jaxrlhf.data.demo import train_tokenizer
-from jaxrlhf.errors import InputError, Interrupted, TrainingDiverged
+from jaxrlhf.errors import InputError, Interrupted, Preempted, TrainingDiverged
 from jaxrlhf.models import load_pretrained, save_pretrained, with_head
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
@@ -140,7 +140,7 @@ def test_a_stop_in_an_evaluation_ends_it_within_a_batch_and_a_resume_makes_up_fo
 
     with monkeypatch.context() as patch:
         patch.setattr(supervised, "eval_batches", batches)
-        with pytest.raises(Interrupted, match=f"stopped during the evaluation {when}; continue with --resume"):
+        with pytest.raises(Preempted, match=f"stopped during the evaluation {when}; continue with --resume"):
             train("sft", tmp_path / "parts", **options)
     assert measured.count(number // 2 + 1) == 1, "the batch at work is finished, the next not begun"
     assert [path.name for path in list_checkpoints(tmp_path / "parts")] == ["checkpoint-2"] * (number > 0)

@@ -31,6 +31,7 @@ from jaxrlhf.runs.checkpoint_index import (
     migrated,
     unsealed,
 )
+from jaxrlhf.runs.storage import storage_errors
 
 if TYPE_CHECKING:
     from orbax.checkpoint import PyTreeCheckpointHandler
@@ -59,6 +60,14 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     if folder.is_dir() and is_primary():
         take_back_replaced(folder)
     return (list_checkpoints(folder) or [None])[-1]
+
+
+def remove_checkpoints_after(folder: str | Path, step: int) -> None:
+    """Deletes the checkpoints of later steps than `step`, the newest first. Raises StorageError."""
+    with storage_errors(f"delete checkpoints in {folder}", "delete those of later steps, then continue with --resume"):
+        for path in reversed(list_checkpoints(folder)):
+            if checkpoint_step(path) > step:
+                remove_checkpoint(path)
 
 
 def checkpoint_step(path: str | Path) -> int:

@@ -1,15 +1,12 @@
 """The loop around every trainer's step: resume, log, evaluate, checkpoint, stop cleanly, export."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
-import numpy as np
 
-from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
 from jaxrlhf.errors import Interrupted, Preempted, SharedError, StorageError, TrainingDiverged
@@ -17,12 +14,13 @@ from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import (
     checkpoint_step,
-    latest_checkpoint,
     list_checkpoints,
+    remove_checkpoints_after,
     restore_checkpoint,
 )
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.saving import Retention, Saver
+from jaxrlhf.trainers.guards import Guard, History, StepPlan
 from jaxrlhf.trainers.resuming import Change, resume_or_start
 from jaxrlhf.trainers.settings import RunConfig
 from jaxrlhf.trainers.stopping import Reason, stop_requested
@@ -78,8 +76,12 @@ class Task(Protocol[State]):
     devices: int
     """Devices that the rows of a batch are split over."""
 
-    def step(self, state: State, index: int) -> tuple[State, Metrics]:
-        """Runs step `index` (from 0); returns the new state and its metrics."""
+    def step(self, state: State, plan: StepPlan) -> tuple[State, Metrics]:
+        """Runs a step; returns the new state and its metrics."""
+        ...
+
+    def limits(self, history: History) -> dict[str, float]:
+        """Values of metrics above which an update is a spike, given those of the last steps: always the same names."""
         ...
 
     def evaluate(self, state: State, done: int, watch: Watch = unwatched) -> Metrics:
@@ -139,11 +141,14 @@ def fit(
         loop = _Loop(run, config, task, start, stopped)
         with loop.saves_finished(), tracing(run, config.profiled) as trace:
             loop.evaluate_at_start(state)
-            for index in range(start, task.total_steps):
-                trace(index + 1)
-                state = loop.step(state, index)
-                bar.update()
-                loop.finish_step(state, index + 1)
+            done = start
+            while done < task.total_steps:
+                trace(done + 1)
+                state, after = loop.step(state, done)
+                bar.update(after - done)
+                if after > done:
+                    loop.finish_step(state, after)
+                done = after
     best = loop.best.step
     if config.export_best and best not in (None, task.total_steps):
         with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
@@ -171,7 +176,7 @@ class _Loop(Generic[State]):
         self.run, self.config, self.task, self.start, self.stopped = run, config, task, start, stopped
         self.best = best_before(run, task.best, start)
         self.best_before = self.best
-        self.guard = Guard(run, config.max_skipped_steps, task.last_batch)
+        self.guard = Guard(run, config.guard, task.limits, task.last_batch)
         self.saver = Saver(
             run.output_dir,
             Retention(config.save_total_limit, config.keep_period),
@@ -179,12 +184,27 @@ class _Loop(Generic[State]):
             say=run.print,
         )
 
-    def step(self, state: State, index: int) -> State:
-        with self.saved_before_errors(state, index):
-            state, metrics = self.task.step(state, index)
-        metrics = to_host(metrics)
-        self.run.log(index + 1, metrics | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30})
-        self.guard.check(metrics, index + 1)
+    def step(self, state: State, done: int) -> tuple[State, int]:
+        """Runs the step after `done`; returns the state to go on from and the number of finished steps."""
+        with self.saved_before_errors(state, done):
+            state, metrics = self.task.step(state, self.guard.plan(done))
+        metrics = to_host(metrics) | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30}
+        self.guard.check(self.run.log(done + 1, metrics), done + 1)
+        if self.guard.spiked:  # which checkpoints there are must not depend on how quick the disk is
+            self.saver.wait()
+        to = self.guard.way_back(done + 1)
+        return (state, done + 1) if to is None else (self.roll_back(state, done + 1, to), to)
+
+    def roll_back(self, state: State, step: int, to: int) -> State:
+        """Returns the state of the checkpoint of step `to`; what came after it, up to `step`, is deleted."""
+        path = self.run.output_dir / f"checkpoint-{to}"
+        with self.run.status(f"restoring {path}…"):
+            state, _ = restore_checkpoint(path, state)
+        if is_primary():
+            remove_checkpoints_after(self.run.output_dir, to)
+        self.run.rewind(to, repeats=False)
+        self.guard.rolled_back(step, to)
+        self.best = self.best_before = best_before(self.run, self.task.best, to)
         return state
 
     def evaluate_at_start(self, state: State) -> None:
@@ -298,7 +318,7 @@ class _Loop(Generic[State]):
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:
     """Records of this run's evaluations, resumed parts included: `step`, and metrics by name."""
-    records = [r for r in read_jsonl(run.output_dir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
+    records = [r for r in run.metrics() if any(k.startswith("eval/") for k in r)]
     return [
         {"step": r["step"]} | {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
         for r in records
@@ -371,57 +391,6 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
     plain = [{k: v for k, v in r.items() if k != "step"} for r in (records[0], records[-1], chosen)]
     named = dict(zip(("eval_before", "eval_after", "eval_best"), plain, strict=True))
     return named | {"best_step": chosen["step"], "best_by": best[0]}
-
-
-class Guard:
-    """Counts steps whose loss or gradients are not finite, or whose batch has no score. Such steps change nothing."""
-
-    def __init__(self, run: Run, limit: int, batch: Callable[[], dict[str, Any]]) -> None:
-        self.run, self.limit, self.batch = run, limit, batch
-        self.in_a_row = 0
-        self.reason, self.unscored = "", False
-
-    def check(self, metrics: Metrics, step: int) -> None:
-        """Counts a step that skipped updates. Raises TrainingDiverged for another metric that is not finite."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-        skipped, self.unscored = int(metrics["guard/skipped_updates"]), bool(metrics.get("guard/unscored", False))
-        if not skipped and not self.unscored:
-            self.in_a_row = 0
-            if bad:
-                raise TrainingDiverged(f"step {step}: {', '.join(bad)} became non-finite; {self._advice()}")
-            return
-        self.in_a_row += 1
-        left_out, self.reason = f"{skipped} update{'s' * (skipped > 1)}", "a loss or gradient became non-finite"
-        if self.unscored:
-            left_out, self.reason = "its updates", "no response had a score"
-        elif bad:
-            self.reason = f"{', '.join(bad)} became non-finite"
-        self.run.print(
-            f"step {step}: skipped {left_out}, because {self.reason} ({self.in_a_row} such step"
-            f"{'s' * (self.in_a_row > 1)} in a row; the run ends at {self.limit})"
-        )
-
-    @property
-    def given_up(self) -> bool:
-        return self.in_a_row >= self.limit
-
-    def end(self, step: int) -> None:
-        """Saves the newest batch for inspection and raises TrainingDiverged."""
-        path = self.run.output_dir / f"nonfinite-step-{step}.npz"
-        arrays = {name: np.asarray(value) for name, value in to_host(self.batch()).items()}
-        if is_primary():
-            np.savez(path, allow_pickle=False, **arrays)
-        raise TrainingDiverged(
-            f"step {step}: {self.reason} in {self.in_a_row} steps in a row; the batch is saved in {path}, and "
-            f"checkpoint-{step} holds the model as it was before them. {self._advice()}"
-        )
-
-    def _advice(self) -> str:
-        kept = latest_checkpoint(self.run.output_dir)
-        go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
-        if self.unscored:
-            return f"See the messages of the reward functions above; {go_on}"
-        return f"Lower the learning rate, lengthen the warm-up, or use --dtype float32; {go_on}"
 
 
 class Announce:

@@ -44,17 +44,17 @@ def ppo_config(demo, output, **changes):
 
 def in_step(number, action):
     """Call `action()` in this process within step `number` of the next run."""
-    from jaxrlhf.trainers import loop
+    from jaxrlhf.trainers.guards import Guard
 
-    before = loop.Guard.check
+    before = Guard.check
 
     def check(guard, metrics, step):
         before(guard, metrics, step)
         if step == number:
-            loop.Guard.check = before
+            Guard.check = before
             action()
 
-    loop.Guard.check = check
+    Guard.check = check
 
 
 def refusal(function):

@@ -1,6 +1,6 @@
 """Conversion between Hugging Face folders and checkpoints, with a check that nothing was lost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.config import PathName, Settings, alias
+from jaxrlhf.config.remote import is_url
+from jaxrlhf.config.secrets import redacted
 from jaxrlhf.data import read_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
@@ -27,7 +29,10 @@ from jaxrlhf.models import (
     split_trainable,
     stored_head,
 )
-from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
+from jaxrlhf.models.hf.checkpoint_files import find_model_folder
+from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint
+from jaxrlhf.runs.mirror import copied_to, fetch_checkpoint
+from jaxrlhf.runs.saving import save_checkpoint
 from jaxrlhf.trainers.lora import describe_model
 from jaxrlhf.trainers.settings import DTYPES, MeshConfig
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends, with_special_tokens
@@ -128,6 +133,8 @@ def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
 
 
 def _checkpoint_folder(path: str | Path) -> Path:
+    if is_url(path):
+        return fetch_checkpoint(str(path))
     path = Path(path)
     folder = path if path.name.startswith("checkpoint-") else latest_checkpoint(path)
     if folder is None:
@@ -139,7 +146,7 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
     """The tokenizer for a Hugging Face output; None when it is neither named nor beside the input."""
     source = config.tokenizer.tokenizer_name_or_path
     if source is None:
-        path = Path(config.input)
+        path = find_model_folder(config.input) if config.source == "hf" else Path(config.input)
         found = [f for f in (path, path.parent) if (f / "tokenizer_config.json").is_file()]
         source = str(found[0]) if found else None
     return None if source is None else read_tokenizer(source)
@@ -153,6 +160,11 @@ def _with_end_ids(model: Model, tokenizer: Any, ids: tuple[int | str, ...]) -> M
 
 def convert(config: ConvertConfig) -> None:
     """Converts, and with `verify` compares the output with the input."""
+    if is_url(config.output):
+        with copied_to(config.output) as folder:
+            convert(replace(config, output=str(folder)))
+        print(f"{folder} → {redacted(config.output)}")
+        return
     mesh, dtype = config.mesh.make_mesh(), DTYPES[config.save_dtype]
     model = (
         _read_hf(config, mesh) if config.source == "hf" else read_checkpoint_model(config.input, config.params, mesh)

@@ -26,6 +26,7 @@ from jaxrlhf.rl.config import CriticConfig, PPOOptions, sampling_for
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.runs import TrackingConfig
 from jaxrlhf.runs.console import Console
+from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.reward import RewardOptions
 from jaxrlhf.trainers.settings import FolderConfig, RunConfig, StartConfig
@@ -103,6 +104,7 @@ def responses(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> 
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
+@works_locally
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Trains, shows sample conversations before and after PPO, prints where everything is; returns the summary."""
     import json

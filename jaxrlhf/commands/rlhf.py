@@ -27,10 +27,11 @@ from jaxrlhf.plan.fit import fitted, run_fitted
 from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions, ZeroStage
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
+from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.runs.report import write_report
 from jaxrlhf.trainers.dpo import DPOConfig, DPOOptions, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
-from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, SharedConfig, StartConfig
+from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, SharedConfig, StartConfig, as_given
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens
 
@@ -106,13 +107,16 @@ def step_configs(config: RLHFConfig) -> dict[str, Step]:
     def build(cls: type[C], name: str, **models: Settings) -> C:
         section = getattr(config, name)
         own: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(section)}
-        own |= models | {"folder": replace(config.folder, output_dir=folder_of(name))}
+        own |= models | {"folder": replace(config.folder, output_dir=folder_of(name), url=url_of(name))}
         own["fitting"] = replace(config.fitting, given=given_in(config, name))
         own["tracking"] = replace(config.tracking, run_name=f"{run_name}-{name}")
         return cls(**(shared | own))
 
     def folder_of(name: str) -> str:
         return str(Path(config.folder.output_dir) / name)
+
+    def url_of(name: str) -> str:
+        return f"{config.folder.url.rstrip('/')}/{name}" if config.folder.url else ""
 
     run_name = config.tracking.run_name or Path(config.folder.output_dir).resolve().name
     start = start_of(config)
@@ -140,6 +144,7 @@ def given_in(config: RLHFConfig, section: str) -> tuple[str, ...]:
     return tuple(name for name in given if "." not in name)
 
 
+@works_locally
 def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     """Runs the steps and writes `summary.json` and `report.html`; returns the summary.
 
@@ -158,7 +163,7 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
         check_root(root, config.folder, chosen)
         check_earlier(root, stages, chosen)
         root.mkdir(parents=True, exist_ok=True)
-        save_yaml(config, root / "config.yaml")
+        save_yaml(as_given(config), root / "config.yaml")
     train: dict[str, Callable[[Any], Any]] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
     train["dpo"] = train_dpo
     summaries = {}
@@ -233,7 +238,7 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
     if not is_finished(stage) or not (folder / "config.yaml").is_file():
         return None
     free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"))
-    before, now = (to_dict(c) | free for c in (load_yaml(type(stage), folder / "config.yaml"), stage))
+    before, now = (to_dict(c) | free for c in (load_yaml(type(stage), folder / "config.yaml"), as_given(stage)))
     return summary_of(stage) if before == now else None
 
 

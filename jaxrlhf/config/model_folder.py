@@ -8,6 +8,9 @@ from jaxrlhf.errors import InputError
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
+SMALL_FILES = r"[^/]+\.(json|model|txt|jinja)|additional_chat_templates/[^/]+\.jinja"
+"""Pattern of the files of a model folder that hold no weights: configs, tokenizer, chat templates."""
+
 
 def is_adapter(folder: Path) -> bool:
     """True for a folder of an adapter (PEFT), without weights of a model of its own."""

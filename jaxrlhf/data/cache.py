@@ -11,11 +11,6 @@ from pathlib import Path
 from jaxrlhf.errors import InputError
 
 
-def default_cache() -> Path:
-    """The cache folder where no other is given: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    return Path(os.environ.get("JAXRLHF_CACHE") or "~/.cache/jaxrlhf").expanduser()
-
-
 def check_writable(folder: Path) -> None:
     """Makes the cache folder. Raises InputError when it cannot be made."""
     try:

@@ -20,11 +20,13 @@ from jaxrlhf.config import (
     NonNegativeInt,
     PathName,
     PositiveInt,
+    Seed,
     Settings,
     alias,
 )
+from jaxrlhf.config.files import default_cache
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
-from jaxrlhf.data.cache import check_writable, default_cache, hash_json
+from jaxrlhf.data.cache import check_writable, hash_json
 from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
 from jaxrlhf.data.reading import Reading
@@ -127,7 +129,7 @@ class DataConfig(Settings, may_change=True):
     """Processes that tokenise."""
     data_cache_dir: PathName[str] = ""
     """Folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    seed: Lasting[NonNegativeInt] = 42
+    seed: Lasting[Seed] = 42
     """Seed of the data split and order, of initialisation, dropout and sampling."""
 
     def check(self) -> None:

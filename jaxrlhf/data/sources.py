@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxrlhf.config.remote import fetch_data, is_url
 from jaxrlhf.data.files import COMPRESSED, KINDS, Table, hash_file, loading, read_file, suffix_of
 from jaxrlhf.errors import InputError
 
@@ -88,8 +89,8 @@ def resolve_source(
     """Finds the source that `name` stands for.
 
     Args:
-        name: `demo`, a file, a glob, a folder, a `save_to_disk` folder, or a data set of the hub; each with `@split`
-            where it has several, the hub's also with `:config`.
+        name: `demo`, a file or folder (also at a URL), a glob, a `save_to_disk` folder, or a data set of the hub; each
+            with `@split` where it has several, the hub's also with `:config`.
         cache: the cache folder.
         split: the split to train on, where the name does not say it.
         named: the declaration of a named data set.
@@ -106,7 +107,7 @@ def resolve_source(
         return Source(name, {"train": [demo.train], "eval": [demo.eval]}, store, streaming)
     plain, _, wanted = (name, "", "") if Path(name).expanduser().exists() else name.rpartition("@")
     plain, wanted = (plain, wanted or split) if plain else (name, split)
-    path = Path(plain).expanduser()
+    path = fetch_data(plain) if is_url(plain) else Path(plain).expanduser()
     if named and (Path(named.path).expanduser().exists() or suffix_of(named.path) or looks_like_path(named.path)):
         plain, path = named.path, Path(named.path).expanduser()  # a declaration may name a local file
     if path.is_file():

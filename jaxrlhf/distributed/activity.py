@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import threading
-import time
 
 import jax
 
@@ -20,41 +19,32 @@ class Activity:
         """Name of the program that was started last."""
         self.compiled = "none yet"
         """Name of the function that JAX compiled last, or compiles."""
-        self._lock = threading.Lock()
-        self._depth, self._began, self._seconds = 0, 0.0, 0.0
+        self.compiling = False
+        """True while JAX traces, lowers or compiles, in any thread."""
+        self._lock, self._depth = threading.Lock(), 0
         jax.monitoring.register_scalar_listener(self._begin)
         jax.monitoring.register_event_duration_secs_listener(self._end)
 
-    @property
-    def compiling(self) -> bool:
-        return self._depth > 0
-
-    def compile_seconds(self) -> float:
-        """Seconds that this process has spent compiling, until now."""
-        with self._lock:
-            return self._seconds + (time.monotonic() - self._began if self._depth else 0.0)
-
-    def describe(self) -> str:
-        state = "compiling" if self.compiling else "compiled last"
-        return f"program started last: {self.program}; {state}: {self.compiled}"
-
     def print(self, descriptor: int) -> None:
         """Writes what the process does, and the stacks of all Python threads."""
-        os.write(descriptor, f"{self.describe()}; all stacks of process {os.getpid()}:\n".encode())
+        compiled = f"{'compiling' if self.compiling else 'compiled last'}: {self.compiled}"
+        line = f"process {os.getpid()}, program started last: {self.program}; {compiled}; all stacks:\n"
+        os.write(descriptor, line.encode())
         faulthandler.dump_traceback(descriptor, all_threads=True)
 
     def _begin(self, event: str, value: float, **facts: object) -> None:
         if event.startswith(COMPILING):
-            with self._lock:
-                self.compiled = str(facts.get("fun_name", self.compiled))
-                self._began = self._began if self._depth else time.monotonic()
-                self._depth += 1
+            self.compiled = str(facts.get("fun_name", self.compiled))
+            self._nest(1)
 
     def _end(self, event: str, duration_secs: float, **facts: object) -> None:
-        if event.startswith(COMPILING) and self._depth:
-            with self._lock:
-                self._depth -= 1
-                self._seconds += 0.0 if self._depth else time.monotonic() - self._began
+        if event.startswith(COMPILING):
+            self._nest(-1)
+
+    def _nest(self, change: int) -> None:
+        with self._lock:
+            self._depth = max(0, self._depth + change)
+            self.compiling = self._depth > 0
 
 
 activity = Activity()

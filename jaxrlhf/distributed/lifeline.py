@@ -129,7 +129,7 @@ class Lifeline:
             asyncio.run_coroutine_threadsafe(self._farewell(message), self._loop).result()
 
     def stop(self, reason: str, stacks: bool = False) -> None:
-        """End all processes of the run, this one too. With `stacks`, each prints what it does."""
+        """End all processes of the run, this one too. With `stacks`, the others print what they do."""
         if not self._ending:
             asyncio.run_coroutine_threadsafe(self._stop(self.process, reason, stacks=stacks), self._loop).result()
 
@@ -241,7 +241,7 @@ class Lifeline:
             return
         await self._flush()
         # The others must read the reason before the connections break, JAX's among them.
-        leave(reason, stacks, wait=0.2 if self.process == 0 else 0.0)
+        leave(reason, stacks and process != self.process, wait=0.2 if self.process == 0 else 0.0)
 
     async def _farewell(self, message: dict[str, object]) -> None:
         for peer in self.peers.values():

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxrlhf.config import load_yaml, settings
+from jaxrlhf.config.remote import fetch, is_url
 from jaxrlhf.config.settings import default_of
 from jaxrlhf.data import vocabulary_size
 from jaxrlhf.distributed import from_primary, gather, is_primary, joined
@@ -126,7 +127,10 @@ def _recorded(config: SharedConfig, kept: Collection[str]) -> dict[str, Any] | N
     """The settings in FITTED, but those given, of the run that is resumed; None where there is no such run."""
 
     def read() -> dict[str, Any] | None:
-        path = Path(config.folder.output_dir) / "config.yaml"
+        folder = Path(config.folder.output_dir)
+        if is_url(config.folder.output_dir):
+            folder = fetch(config.folder.output_dir, lambda names: {"config.yaml"}.intersection(names))
+        path = folder / "config.yaml"
         before = load_yaml(type(config), path) if config.folder.output_dir and path.is_file() else None
         names = [name for name in FITTED if name in settings(type(config)) and name not in kept]
         return None if before is None else {name: before.value(name) for name in names}

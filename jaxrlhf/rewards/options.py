@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from jaxrlhf.config import Finite, FromYaml, MayChange, NonNegative, Settings
+from jaxrlhf.config import FromYaml, MayChange, NonNegative, Settings
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.functions import check_spec, read_specs
 from jaxrlhf.rewards.processes import DEFAULT_LIMITS, Limits
@@ -19,9 +19,9 @@ class RewardsConfig(Settings):
     """Functions (prompts, responses, **columns) that return one number per response: package.module:function,
     path/to/file.py:function, or the built-in exact_match, number_match, regex and length. Options follow after colons,
     as in number_match:column=answer."""
-    reward_weights: tuple[Finite, ...] = ()
+    reward_weights: tuple[float, ...] = ()
     """Weight of each reward function in the score; 0 only logs it; default: 1 each."""
-    reward_model_weight: Finite = 1.0
+    reward_model_weight: float = 1.0
     """Weight of the reward model in the score, beside reward functions."""
     reward_time_limit: MayChange[NonNegative] = DEFAULT_LIMITS.seconds
     """Seconds of one call of a reward function, after which its process is stopped; 0: none."""

@@ -32,6 +32,7 @@ from jaxrlhf.models import (
     working_copy,
 )
 from jaxrlhf.runs import Run
+from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
@@ -202,6 +203,7 @@ def check_reference(config: DPOConfig, path: str) -> None:
     check_reads_tokens(tokenizer, shape, path, ("the model to train", f"reference_model_name_or_path={path}"))
 
 
+@works_locally
 def train_dpo(config: DPOConfig) -> TrainState:
     """Runs DPO; the trained model lies in the run's folder afterwards."""
     if config.reference_model_name_or_path is not None:

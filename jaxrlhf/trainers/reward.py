@@ -11,6 +11,7 @@ from jaxrlhf import objectives
 from jaxrlhf.config import deepspeed_chat, trl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
+from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.pairs import Sides, pair_count, pair_mask, read_pairs
 from jaxrlhf.trainers.settings import StepOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
@@ -116,6 +117,7 @@ OBJECTIVES = {kind: Objective(pair_count, partial(reward_loss, kind)) for kind i
 MEASURES = {kind: partial(reward_sums, kind) for kind in OBJECTIVES}
 
 
+@works_locally
 def train_reward(config: RewardConfig) -> TrainState:
     """Run step 2; the reward model lies in `config.output_dir` afterwards."""
     recipe = Recipe(

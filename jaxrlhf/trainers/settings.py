@@ -4,24 +4,28 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import (
+    CountOrAuto,
     Derived,
     Lasting,
     MayChange,
+    NonNegative,
     NonNegativeInt,
     PathName,
+    Positive,
     PositiveInt,
     Settings,
     alias,
     check_needs,
 )
 from jaxrlhf.config.compilation import CompilationConfig
+from jaxrlhf.config.remote import is_url
 from jaxrlhf.config.settings import canonical, places_of, sections
 from jaxrlhf.data import DataConfig, TemplateConfig, Tokenizer, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary
@@ -41,6 +45,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.trainers.guards import GuardConfig
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.routers import RouterOptions
@@ -55,13 +60,13 @@ DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "flo
 class MeshConfig(Settings, may_change=True):
     """The device mesh and the precision of the arithmetic."""
 
-    mesh_data: int = 1
+    mesh_data: CountOrAuto = 1
     """Devices that hold replicas; -1: all remaining devices."""
-    mesh_fsdp: int = -1
+    mesh_fsdp: CountOrAuto = -1
     """Devices that parameters and optimizer state are sharded over; -1: all remaining devices."""
-    mesh_tensor: int = 1
+    mesh_tensor: CountOrAuto = 1
     """Devices that heads and MLP are split over."""
-    mesh_expert: int = 1
+    mesh_expert: CountOrAuto = 1
     """Devices that the experts of a sparse model are split over; they split the batch too."""
     dtype: Lasting[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
@@ -144,7 +149,15 @@ class FolderConfig(Settings, may_change=True):
     """The folder of the run."""
 
     output_dir: PathName[str] = ""
-    """Folder of the run: records, checkpoints, report and, at the end, the exported model."""
+    """Folder of the run: records, checkpoints, report and, at the end, the exported model. It may be a URL, such as
+    s3://bucket/run; the run then works in working_dir, and its files are copied to the URL all the time."""
+    working_dir: PathName[str] = ""
+    """With a URL as output_dir: the local folder; default: one in $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    remote_save_steps: NonNegativeInt = 0
+    """With a URL as output_dir: steps between the checkpoints that are copied to it, beside the newest at the end; 0:
+    all of them."""
+    url: Derived[str] = ""
+    """The output_dir that was given, when it is a URL."""
     resume: Annotated[bool, alias("resume_from_checkpoint")] = False
     """Continue from the newest checkpoint in output_dir."""
     overwrite_output_dir: bool = False
@@ -153,15 +166,20 @@ class FolderConfig(Settings, may_change=True):
     def check(self) -> None:
         if self.resume and self.overwrite_output_dir:
             raise InputError("resume and overwrite_output_dir exclude each other: keep the old run, or delete it")
+        if not is_url(self.output_dir) and not self.url and (self.working_dir or self.remote_save_steps):
+            raise InputError(
+                "working_dir and remote_save_steps are for an output_dir at a URL, such as s3://bucket/run; leave them "
+                f"out with output_dir={self.output_dir}"
+            )
 
 
 @dataclass(frozen=True)
 class RunConfig(Settings, may_change=True):
     """Length, batches, logging, evaluation, checkpoints, export."""
 
-    num_train_epochs: float = 1.0
+    num_train_epochs: NonNegative = 1.0
     """Passes over the training rows, when max_steps is not given."""
-    max_steps: int = -1
+    max_steps: CountOrAuto = -1
     """Optimizer steps (ppo: rollout batches); -1: num_train_epochs decides."""
     per_device_train_batch_size: PositiveInt = 8
     """Rows per device of one micro-batch."""
@@ -182,21 +200,32 @@ class RunConfig(Settings, may_change=True):
     save_steps: NonNegativeInt = 0
     """Steps between checkpoints; 0: only after the last step."""
     save_total_limit: NonNegativeInt = 2
-    """Checkpoints to keep; 0: all."""
+    """Newest checkpoints to keep; 0: all. The best one is kept too."""
+    keep_period: NonNegativeInt = 0
+    """Keep every checkpoint whose step is a multiple of this, besides the newest ones; 0: none."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy in host memory. --no_async_save: training waits, and copies
+    little at a time."""
+    max_failed_saves: PositiveInt = 3
+    """End the run after this many checkpoints in a row that could not be written. The last one must be written."""
     export_best: Annotated[bool, alias("load_best_model_at_end")] = False
     """Export the model of the best evaluation instead of the last one. Its checkpoint is kept in any case."""
-    max_skipped_steps: PositiveInt = 3
-    """End the run after this many steps in a row without a finite update; such steps change nothing."""
+    watchdog: NonNegative = 20.0
+    """End the run with status 75, after printing all stacks, when a step, an evaluation batch, a save or the export
+    takes this many times its usual time; compilation does not count; 0: never."""
+    watchdog_floor: Positive = 300.0
+    """Seconds that all work may take; the first of its kind may take twelve times as long."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
     profile_steps: str = ""
     """Steps to trace, as in 3:5 (both included), counted from 1; the trace lies in output_dir/profile, for XProf and
     TensorBoard. Empty: none."""
+    guard: GuardConfig = GuardConfig()
 
     def check(self) -> None:
-        if self.max_steps < 1 and self.max_steps != -1:
+        if self.max_steps == 0:
             raise InputError(f"max_steps={self.max_steps} must be at least 1, or -1 for num_train_epochs")
-        if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
+        if self.max_steps == -1 and not self.num_train_epochs:
             raise InputError(f"num_train_epochs={self.num_train_epochs} must be above 0 when max_steps is not given")
         self.profiled  # noqa: B018 - refuses text that is no range
 
@@ -260,6 +289,9 @@ class SharedConfig(Settings):
             inner = values.get(name, {})
             given += [f"{name}.{canonical(kind, key)}" for key in inner] if isinstance(inner, dict) else []
         return dataclasses.replace(config, fitting=dataclasses.replace(config.fitting, given=tuple(given)))
+
+
+Shared = TypeVar("Shared", bound=SharedConfig)
 
 
 @dataclass(frozen=True)
@@ -345,6 +377,12 @@ def check_context(config: DecoderConfig, length: int, what: str) -> None:
         raise InputError(f"{what} of {length} tokens exceeds the model's context of {config.max_positions}; lower it")
 
 
+def as_given(config: Shared) -> Shared:
+    """The config as the user gave it, for `config.yaml`: with the URL instead of the working folder."""
+    folder = dataclasses.replace(config.folder, output_dir=config.folder.url or config.folder.output_dir, url="")
+    return dataclasses.replace(config, folder=folder)
+
+
 def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]) -> Run:
     """Opens the run's folder, a context manager. Raises InputError when none is named or it already holds a run."""
     folder = config.folder
@@ -354,7 +392,7 @@ def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]
         raise InputError("output_dir: name the folder that the run should write to")
     return Run(
         folder.output_dir,
-        config,
+        as_given(config),
         resume=folder.resume,
         overwrite=folder.overwrite_output_dir,
         logging_steps=logging_steps,

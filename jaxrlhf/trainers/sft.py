@@ -9,6 +9,7 @@ import jax
 from jaxrlhf import objectives
 from jaxrlhf.config import deepspeed_chat, trl
 from jaxrlhf.models import Decoder
+from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.settings import StepOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
@@ -60,6 +61,7 @@ def sft_metrics(totals: dict[str, float]) -> dict[str, float]:
 OBJECTIVE = Objective(token_count, sft_loss)
 
 
+@works_locally
 def train_sft(config: SFTConfig) -> TrainState:
     """Run step 1; the trained model lies in `config.output_dir` afterwards."""
     recipe = Recipe(

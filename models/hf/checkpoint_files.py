@@ -19,9 +19,10 @@ import numpy as np
 
 from jaxrlhf.config.files import read_json
 from jaxrlhf.config.model_folder import ADAPTER_CONFIG, adapter_base, is_adapter
+from jaxrlhf.config.remote import is_url
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.models.hf.gguf import is_gguf
-from jaxrlhf.models.hf.hub import download
+from jaxrlhf.models.hf.hub import download, download_url
 from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
 from jaxrlhf.models.hf.torch_files import open_bin
 
@@ -37,13 +38,15 @@ FLOATS = {
 
 
 def find_model_folder(name_or_path: str | os.PathLike) -> Path:
-    """Returns the local folder of a model: the path itself, or the hub snapshot of `owner/name`, downloaded or cached.
+    """Returns the local folder of a model: the path itself, or that of a URL or a hub name, downloaded or cached.
 
     It holds a config.json, or the adapter_config.json of an adapter. A GGUF file stands for itself.
 
     Raises:
         InputError: Neither exists, or the folder has no config.json.
     """
+    if is_url(name_or_path):
+        return download_url(str(name_or_path))
     path = Path(name_or_path)
     if is_gguf(path):
         return path
@@ -140,7 +143,7 @@ def _open_shards(index: Path, opener: Callable[[Path], TensorSource]) -> TensorS
     if outside:
         raise InputError(f"{index} names files outside its folder: {', '.join(outside)}; it must name files beside it")
     files = sorted(set(weight_map.values()))
-    absent = [f for f in files if not (folder / f).is_file()]
+    absent = [f[:100] for f in files if not os.path.isfile(folder / f)]
     if absent:
         raise InputError(f"{index} names files that are not in {folder}: {', '.join(absent)}")
     sources = {f: opener(folder / f) for f in files}

@@ -1,13 +1,15 @@
-"""Models of the hub: the files of one weight format, downloaded or cached."""
+"""Models of the hub and at URLs: the files of one weight format, downloaded or cached."""
 
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxrlhf.config.model_folder import SMALL_FILES, is_adapter
+from jaxrlhf.config.remote import fetch
+from jaxrlhf.config.secrets import redacted
 from jaxrlhf.errors import InputError
 
-_OTHER_FILES = r"[^/]+\.(json|model|txt|jinja)|additional_chat_templates/[^/]+\.jinja"
 # Weight formats, the preferred one first: safetensors, whole or sharded, and old PyTorch files.
 _FORMATS = (r"model(-b?[-\w]*)?\.safetensors(\.index\.json)?", r"pytorch_model[-\w]*\.bin(\.index\.json)?")
 _ADAPTER = r"adapter_model\.(safetensors|bin)"
@@ -22,7 +24,7 @@ def files_to_fetch(files: Iterable[str]) -> list[str]:
     formats = [[f for f in files if re.fullmatch(pattern, f)] for pattern in _FORMATS]
     chosen = next((found for found in formats if found), [])
     weights = {f for found in formats for f in found}
-    others = [f for f in files if f not in weights and re.fullmatch(f"{_OTHER_FILES}|{_ADAPTER}", f)]
+    others = [f for f in files if f not in weights and re.fullmatch(f"{SMALL_FILES}|{_ADAPTER}", f)]
     return sorted([*chosen, *others])
 
 
@@ -43,6 +45,19 @@ def download(name: str) -> Path:
         raise InputError(_explained(name, error)) from None  # hub errors may carry the headers of the request
     except Exception as error:  # no connection; its kind depends on the hub library's HTTP client
         return _cached(name, error)
+
+
+def download_url(url: str) -> Path:
+    """Returns the local copy of a model folder at a URL such as s3://bucket/model.
+
+    Raises:
+        InputError: There is no model.
+        StorageError: The store does not give it.
+    """
+    folder = fetch(url, files_to_fetch)
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
+        raise InputError(f"{redacted(url)}: there is no model, no config.json; check the URL")
+    return folder
 
 
 def _cached(name: str, error: Exception) -> Path:

@@ -1,0 +1,299 @@
+"""Runs whose output_dir is a URL, on a local S3 server: copied, continued elsewhere, refused, and failing stores."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+
+from jaxrlhf.commands.convert import ConvertConfig, convert
+from jaxrlhf.config.remote import RemoteFolder, fetch
+from jaxrlhf.data import read_tokenizer
+from jaxrlhf.data.sources import resolve_source
+from jaxrlhf.errors import InputError, StorageError
+from jaxrlhf.models import read_config
+from jaxrlhf.runs.mirror import Mirror
+from jaxrlhf.trainers.sft import SFTConfig, train_sft
+
+pytestmark = pytest.mark.skipif(
+    not (importlib.util.find_spec("moto") and importlib.util.find_spec("s3fs")), reason="needs moto and s3fs"
+)
+
+
+@pytest.fixture(scope="module")
+def store():
+    """The file system of a fresh S3 server with one bucket."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "a-secret-of-tests")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fs = fsspec.filesystem("s3", skip_instance_cache=True)
+        fs.mkdir("bucket")
+        yield fs
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXRLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("jaxrlhf.config.remote.WAITS", ())
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def url(store, request):
+    return f"s3://bucket/{request.node.name}"
+
+
+def names(url):
+    return set(RemoteFolder(url).files())
+
+
+def checkpoint(folder, step, best=None):
+    path = folder / f"checkpoint-{step}"
+    (path / "state").mkdir(parents=True)
+    (path / "state" / "array").write_bytes(b"x" * step)
+    (path / "index.json").write_text("{}")
+    (path / "metadata.json").write_text(json.dumps({"step": step, "best_step": best}))
+
+
+def run_of(url, folder, resume=False, overwrite=False, period=0, said=None):
+    """A mirror that has begun, and does not look by itself."""
+    found = Mirror(url, folder, period, (said if said is not None else []).append)
+    found.begin(resume, overwrite)
+    return found
+
+
+def first_run(url, folder, steps=(4, 8), best=None):
+    """A run with checkpoints, copied."""
+    folder.mkdir(exist_ok=True)
+    run = run_of(url, folder)
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text('{"step": 8}\n')
+    for step in steps:
+        checkpoint(folder, step, best)
+    with run:
+        pass
+    return run
+
+
+def test_all_files_of_a_run_get_to_the_url(url, tmp_path):
+    first_run(url, tmp_path / "a")
+    found = names(url)
+    assert {"metrics.jsonl", "checkpoint-4/state/array", "checkpoint-8/metadata.json"} <= found
+    assert RemoteFolder(url).read("checkpoint-8/state/array") == b"x" * 8
+
+
+def test_what_is_still_being_written_is_not_copied(url, tmp_path):
+    run = run_of(url, tmp_path / "a")
+    checkpoint(tmp_path / "a", 2)
+    (tmp_path / "a" / "checkpoint-2" / "metadata.json").unlink()
+    checkpoint(tmp_path / "a", 4)
+    (tmp_path / "a" / "checkpoint-4").rename(tmp_path / "a" / "checkpoint-4.unfinished")
+    (tmp_path / "a" / ".export-3").mkdir()
+    (tmp_path / "a" / ".export-3" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "a" / "metrics.jsonl").write_text("")
+    run.copy()
+    assert names(url) == {"metrics.jsonl", "remote.json"}
+
+
+def test_a_copy_that_was_killed_leaves_no_checkpoint(url, tmp_path, monkeypatch):
+    run = run_of(url, tmp_path / "a")
+    checkpoint(tmp_path / "a", 4)
+    put = run.remote.fs.put
+
+    def killed(sources, targets):
+        if any(target.endswith("metadata.json") for target in targets):
+            raise ConnectionError("killed")
+        put(sources, targets)
+
+    monkeypatch.setattr(run.remote.fs, "put", killed)
+    with pytest.raises(StorageError, match="killed"):
+        run.copy()
+    assert "checkpoint-4/state/array" in names(url)
+    assert not Mirror(url, tmp_path / "b", 0, print)._points()
+
+
+def test_removed_checkpoints_go_once_the_url_has_as_many_newer_ones(url, tmp_path):
+    run = first_run(url, tmp_path / "a", steps=(2, 4))
+    run.period = 4
+    shutil.rmtree(tmp_path / "a" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "a" / "checkpoint-4")
+    checkpoint(tmp_path / "a", 6)
+    checkpoint(tmp_path / "a", 7)
+    run.copy()  # neither 6 nor 7 is a multiple of 4
+    assert {p.step for p in run._points()} == {2, 4}
+    checkpoint(tmp_path / "a", 8)
+    shutil.rmtree(tmp_path / "a" / "checkpoint-6")
+    run.copy()
+    assert {p.step for p in run._points()} == {4, 8}
+    checkpoint(tmp_path / "a", 9)
+    shutil.rmtree(tmp_path / "a" / "checkpoint-7")
+    run.copy(last=True)
+    assert {p.step for p in run._points()} == {8, 9}
+    assert {name.split("/")[0] for name in names(url) if "/" in name} == {"checkpoint-8", "checkpoint-9"}
+
+
+def test_another_machine_continues_from_the_url(url, tmp_path):
+    first_run(url, tmp_path / "a", steps=(4, 6, 8), best=4)
+    run_of(url, tmp_path / "b", resume=True)
+    found = {path.name for path in (tmp_path / "b").iterdir()}
+    assert found == {"metrics.jsonl", "remote.json", "checkpoint-4", "checkpoint-8"}, "newest and best"
+    assert (tmp_path / "b" / "checkpoint-8" / "state" / "array").read_bytes() == b"x" * 8
+
+
+def test_the_same_machine_continues_from_its_working_folder(url, tmp_path):
+    first_run(url, tmp_path / "a")
+    checkpoint(tmp_path / "a", 9)
+    run = run_of(url, tmp_path / "a", resume=True)
+    assert (tmp_path / "a" / "checkpoint-9").is_dir()
+    run.copy()
+    assert "checkpoint-9/metadata.json" in names(url)
+
+
+def test_a_working_folder_of_another_run_is_not_continued(url, tmp_path):
+    first_run(url, tmp_path / "a")
+    first_run(f"{url}-other", tmp_path / "b", steps=(100,))
+    run_of(url, tmp_path / "b", resume=True)
+    assert {path.name for path in (tmp_path / "b").glob("checkpoint-*")} == {"checkpoint-8"}
+
+
+def test_a_second_run_is_refused_and_an_overwriting_one_removes_the_first(url, tmp_path):
+    first_run(url, tmp_path / "a")
+    with pytest.raises(InputError, match=r"already holds a run.*checkpoint-4.*--overwrite_output_dir"):
+        run_of(url, tmp_path / "b")
+    run = run_of(url, tmp_path / "b", overwrite=True)
+    assert "checkpoint-8/metadata.json" in names(url), "nothing is removed before the new run has written something"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.yaml").write_text("")
+    run.copy()
+    assert names(url) == {"config.yaml", "remote.json"}
+
+
+def test_a_store_that_fails_for_a_while_is_told_once_and_caught_up_with(url, tmp_path, monkeypatch):
+    said = []
+    run = run_of(url, tmp_path / "a", said=said)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text("1")
+    looks = iter([False, False, False, False, True])
+    monkeypatch.setattr(run._end, "wait", lambda seconds: next(looks))
+    calls, put = iter(range(4)), run.remote.fs.put
+
+    def flaky(*paths):
+        if next(calls) < 2:
+            raise ConnectionError("500 Internal Server Error")
+        put(*paths)
+
+    monkeypatch.setattr(run.remote.fs, "put", flaky)
+    run._watch()
+    assert len(said) == 2 and "500 Internal Server Error" in said[0] and "The run goes on" in said[0]
+    assert names(url) == {"metrics.jsonl", "remote.json"}
+
+
+def test_a_store_that_fails_at_the_end_says_where_the_files_are(url, tmp_path, monkeypatch):
+    run = run_of(url, tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text("1")
+
+    def down(*paths):
+        raise ConnectionError("503 Slow Down")
+
+    monkeypatch.setattr(run.remote.fs, "put", down)
+    with pytest.raises(StorageError, match=rf"503 Slow Down.*{tmp_path}/a; the same command with --resume"), run:
+        pass
+    monkeypatch.undo()
+    with run_of(url, tmp_path / "a", resume=True):
+        pass
+    assert "metrics.jsonl" in names(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://no-such-bucket/run", "no such place|NoSuchBucket"),
+        ("nonsense://bucket/run", "nonsense"),
+        ("s3:///", "names no place"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_before_anything_is_done(store, url, message, tmp_path):
+    with pytest.raises((InputError, StorageError), match=message):
+        run_of(url, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_models_and_tokenizers_are_read_from_urls(store, url, demo):
+    store.put(f"{demo.lm}/", url, recursive=True)
+    assert read_config(url) == read_config(demo.lm)
+    assert read_tokenizer(url).get_vocab() == read_tokenizer(demo.lm).get_vocab()
+    with pytest.raises(InputError, match="there is no model"):
+        read_config(f"{url}-nothing")
+
+
+def test_a_run_continues_on_another_machine_with_the_same_bits(store, url, demo, cache, no_report):
+    def train(folder, **options):
+        settings = {"model_name_or_path": demo.lm, "data_path": demo.train, "eval_data_path": demo.eval}
+        settings |= {
+            "data_cache_dir": demo.cache,
+            "max_length": 48,
+            "max_steps": 4,
+            "save_steps": 2,
+            "learning_rate": 1e-3,
+        }
+        return train_sft(SFTConfig.create(**settings, max_eval_samples=8, output_dir=str(folder), **options))
+
+    train(url)
+    for path in store.find(f"{url}/checkpoint-4"):  # as if the machine had been lost before it was copied
+        store.rm(path)
+    wanted = store.cat_file(f"{url}/model.safetensors")
+    store.rm(f"{url}/model.safetensors")
+    shutil.rmtree(cache)
+    train(url, resume=True)
+    assert store.cat_file(f"{url}/model.safetensors") == wanted
+    assert [r["step"] for r in map(json.loads, store.cat_file(f"{url}/metrics.jsonl").split(b"\n")[:-1])] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        4,
+    ]
+    assert f"output_dir: {url}" in store.cat_file(f"{url}/config.yaml").decode()
+
+
+def test_models_are_converted_to_and_from_urls(store, url, demo, tmp_path):
+    def to(path, output, **options):
+        convert(ConvertConfig(input=path, output=output, verify=True, **options))
+
+    to(demo.lm, f"{url}/run", source="hf", target="orbax")
+    to(f"{url}/run", f"{url}/model", source="orbax", target="hf")
+    to(f"{url}/run/checkpoint-0", str(tmp_path / "model"), source="orbax", target="hf")
+    assert store.cat_file(f"{url}/model/model.safetensors") == (tmp_path / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        to(f"{url}/run/checkpoint-1", str(tmp_path / "other"), source="orbax", target="hf")
+
+
+def test_data_at_a_url_is_the_same_as_in_a_file(store, url, demo, cache):
+    def source(name):
+        return resolve_source(name, cache)
+
+    store.put(demo.train, f"{url}/rows/train.jsonl")
+    for name in (f"{url}/rows/train.jsonl", f"{url}/rows", f"{url}/rows@train"):
+        assert source(name).data("train")[0].read_bytes() == store.cat_file(f"{url}/rows/train.jsonl")
+    with pytest.raises(InputError, match="no such file or folder; check the URL"):
+        source(f"{url}/nothing")
+
+
+def test_a_changed_file_is_fetched_again_and_the_others_are_not(store, url, cache):
+    for name in ("a.json", "b.json"):
+        store.pipe_file(f"{url}/{name}", b"1")
+    folder = fetch(url, lambda found: found)
+    (folder / "a.json").write_text("mine")
+    store.pipe_file(f"{url}/b.json", b"22")
+    fetch(url, lambda found: found)
+    assert ((folder / "a.json").read_text(), (folder / "b.json").read_text()) == ("mine", "22")

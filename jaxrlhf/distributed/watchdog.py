@@ -98,8 +98,8 @@ class Watchdog:
 
     def _end(self, work: Work) -> None:
         usual = self.usual(work.kind)
-        known = "it has no usual time yet" if usual is None else f"usually {usual:.0f} s"
-        reason = f"{work.name} takes longer than {work.limit:.0f} s ({known}; --watchdog {self.factor:g})"
+        known = "it has no usual time yet" if usual is None else f"usually {usual:.4g} s"
+        reason = f"{work.name} takes longer than {work.limit:.4g} s ({known}; --watchdog {self.factor:g})"
         activity.print(2)
         stop_all(f"{reason}; {self._rescued(work.kind)}")
 

@@ -203,11 +203,12 @@ STOP = """watch = f"while kill -0 {pids[0]} 2>/dev/null; do sleep 0.1; done; kil
         ("os.kill(os.getpid(), signal.SIGKILL)", -9, "is gone (its connection closed)"),
         ("line.fail('InputError: row 7 is bad'); os._exit(2)", 2, "failed: InputError: row 7 is bad"),
         (STOP, lifeline.LOST, "is gone since"),
+        ("line.stop('step 3 takes too long', stacks=True)", lifeline.LOST, "(most recent call first)"),
         ("line.gather('another place', None)", lifeline.LOST, "the processes are at different places of the program"),
         ("line.post(0, b'0' * (lifeline.MAX_MESSAGE + 1)); time.sleep(60)", lifeline.LOST, "67108864 bytes"),
         ("line.post(0, b'{'); time.sleep(60)", lifeline.LOST, "not a JSON message"),
     ],
-    ids=["killed", "failed", "silent", "strayed", "too large", "junk"],
+    ids=["killed", "failed", "silent", "hanging", "strayed", "too large", "junk"],
 )
 def test_all_end_with_the_reason_when_one_process_is_lost_fails_strays_or_sends_nonsense(action, status, reason):
     address = f"127.0.0.1:{free_port()}"

@@ -155,6 +155,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
     try:
         lines = retried(read).split("\n")
     except OSError as error:
+        if error.errno in PASSING:  # the storage's fault
+            raise
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     records = []
     for number, line in enumerate(lines, start=1):

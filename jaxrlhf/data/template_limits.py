@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from jinja2 import Environment, Template, nodes
@@ -107,7 +107,7 @@ def _bounded_compiler(compile_template: Callable[[str], Template]) -> Any:
         template = environment.from_string(_counted(environment.parse(text)))
         start, used = template.root_render_func, environment.used  # type: ignore[attr-defined]
 
-        def render(context: Any) -> Iterable[str]:
+        def render(context: Any) -> Iterator[str]:
             used.steps = used.length = 0
             for part in start(context):
                 yield environment.made(part)  # type: ignore[attr-defined]

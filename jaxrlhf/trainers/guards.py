@@ -225,5 +225,7 @@ class Guard:
             return f"See the messages of the reward functions above; {go_on}"
         remedy = "Lower the learning rate, lengthen the warm-up, or use --dtype float32"
         if self.spiked:
-            remedy = "Lower the learning rate or max_grad_norm, or go back further (--on_spike rollback)"
+            remedy = (
+                "Lower the learning rate or max_grad_norm, or go back further (--on_spike rollback --rollback_steps N)"
+            )
         return f"{remedy}; {go_on}"

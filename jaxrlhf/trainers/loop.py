@@ -12,7 +12,7 @@ import jax
 
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
-from jaxrlhf.errors import InputError, Interrupted, SharedError
+from jaxrlhf.errors import InputError, Interrupted, SharedError, StorageError
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import (
@@ -167,7 +167,11 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
         shown = metrics["eval_best" if config.export_best else "eval_after"]
         base, data = redacted((task.base_model, task.data_names))
         card = ModelCard(task.name, task.title, base, data, task.total_steps, shown)
-        task.export(state, card)
+        try:
+            task.export(state, card)
+        except StorageError as error:
+            remedy = "free or repair the disk; --resume then exports the trained model from its last checkpoint"
+            raise StorageError(f"{error}. To go on: {remedy}") from error
     seconds = time.monotonic() - begin
     run.write_summary(
         {"trainer": task.name, "title": task.title, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics}

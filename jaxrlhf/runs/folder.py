@@ -18,7 +18,7 @@ from jaxrlhf.config import Settings, save_yaml, to_dict
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.errors import InputError, Interrupted
-from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
+from jaxrlhf.runs.checkpoints import FINAL, clean_folder, list_checkpoints
 from jaxrlhf.runs.console import Console, Progress, format_number
 from jaxrlhf.runs.lock import FolderLock
 from jaxrlhf.runs.records import JSONL, REMEDY, Records
@@ -112,6 +112,7 @@ class Run:
                 self._records.cut_partial_lines()
             elif self._overwrite:
                 _delete_run(self.output_dir)
+            clean_folder(self.output_dir)
             save_yaml(self._config, self.output_dir / "config.yaml")
 
     def _take_lock(self) -> None:

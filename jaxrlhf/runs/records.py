@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.errors import StorageError
-from jaxrlhf.runs.storage import reason, storage_errors
+from jaxrlhf.runs.storage import reason_of, storage_errors
 
 JSONL = ("metrics.jsonl", "samples.jsonl")
 MAX_WAITING = 64 * 2**20  # bytes of records that wait in memory; of more, the oldest are dropped
@@ -104,7 +104,7 @@ class Records:
         except OSError as error:
             if self._failed_at is None:
                 self._say(
-                    f"WARNING: {name} cannot be written ({reason(error)}). The run goes on and keeps its records in "
+                    f"WARNING: {name} cannot be written ({reason_of(error)}). The run goes on and keeps its records in "
                     f"memory until it can; free or repair the disk of {self.folder}"
                 )
             self._failed_at = time.monotonic()

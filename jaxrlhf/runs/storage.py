@@ -21,10 +21,10 @@ def storage_errors(task: str, remedy: str, *kinds: type[Exception]) -> Iterator[
     try:
         yield
     except (OSError, *kinds) as error:
-        raise StorageError(f"cannot {task}: {reason(error)}; {remedy}") from error
+        raise StorageError(f"cannot {task}: {reason_of(error)}; {remedy}") from error
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    return "no space left on the disk" if "No space left" in text else text
+def reason_of(error: Exception) -> str:
+    """One line that says why the storage failed."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return "no space left on the disk" if "No space left" in reason else reason

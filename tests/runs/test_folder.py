@@ -16,7 +16,8 @@ from jaxrlhf.config import files, load_yaml
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs import Run, peak_memory_bytes
-from jaxrlhf.runs.checkpoints import list_checkpoints, save_checkpoint
+from jaxrlhf.runs.checkpoints import list_checkpoints
+from jaxrlhf.runs.saving import save_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from disks import files_of_at_most
 from jaxrlhf import config
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs import Run, TrackingConfig, records
-from jaxrlhf.runs.checkpoints import save_checkpoint
+from jaxrlhf.runs.saving import save_checkpoint
 from jaxrlhf.runs.trackers import background, registry, tensorboard_tracker
 
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow")

@@ -352,8 +352,12 @@ def tracing(run: Run, steps: range) -> Iterator[Callable[[int], None]]:
         nonlocal active
         if active:
             active = False
-            jax.profiler.stop_trace()
-            run.print(f"profile: {folder}; xprof --logdir {folder} shows it")
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:  # a full disk, say, must not end the run
+                run.print(f"WARNING: the profile is not written: {error}")
+            else:
+                run.print(f"profile: {folder}; xprof --logdir {folder} shows it")
 
     def before(step: int) -> None:
         nonlocal active

@@ -160,7 +160,11 @@ def fit(
         shown = metrics["eval_best" if config.export_best else "eval_after"]
         base, data = redacted((task.base_model, task.data_names))
         card = ModelCard(task.name, task.title, base, data, task.total_steps, shown)
-        task.export(state, card)
+        try:
+            task.export(state, card)
+        except StorageError as error:
+            remedy = "free or repair the disk; --resume then exports the trained model from its last checkpoint"
+            raise StorageError(f"{error}. To go on: {remedy}") from error
     seconds = time.monotonic() - begin
     run.write_summary(
         {"trainer": task.name, "title": task.title, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics}
@@ -368,8 +372,12 @@ def tracing(run: Run, steps: range) -> Iterator[Callable[[int], None]]:
         nonlocal active
         if active:
             active = False
-            jax.profiler.stop_trace()
-            run.print(f"profile: {folder}; xprof --logdir {folder} shows it")
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:  # a full disk, say, must not end the run
+                run.print(f"WARNING: the profile is not written: {error}")
+            else:
+                run.print(f"profile: {folder}; xprof --logdir {folder} shows it")
 
     def before(step: int) -> None:
         nonlocal active

@@ -10,7 +10,6 @@ import pytest
 from chat_tokenizers import chat_tokenizer
 
 from jaxrlhf import cli
-from jaxrlhf.cli import main
 from jaxrlhf.commands.data import DataViewConfig, show_data
 from jaxrlhf.commands.data_page import page_of
 from jaxrlhf.commands.data_terminal import histogram, print_inspection
@@ -306,5 +305,7 @@ def test_bad_settings_are_named(settings, named, tmp_path):
 
 @pytest.mark.parametrize(("option", "path"), [("html", "/"), ("json", "/dev/null/x/y.json")])
 def test_a_file_that_cannot_be_written_is_refused_before_the_data_is_read(option, path, capsys):
-    assert main(["data", "--data_path", "nowhere.jsonl", "--tokenizer_name_or_path", "demo", f"--{option}", path]) == 2
+    assert (
+        cli.main(["data", "--data_path", "nowhere.jsonl", "--tokenizer_name_or_path", "demo", f"--{option}", path]) == 2
+    )
     assert f"error: {option}: {path} " in capsys.readouterr().err

@@ -4,6 +4,7 @@
 |---|---|---|
 | `InputError` | 2 | a setting, a file or data is wrong |
 | `TrainingDiverged` | 3 | losses or gradients are not finite, or no response has a score |
+| `SilentCorruption` | 70 | a device computes or holds wrong bits (`EX_SOFTWARE`) |
 | `StorageError` | 74 | a disk or a store does not take or give back what it should (`EX_IOERR`) |
 | `PeerLost` | 75 | another process of the run is gone; start again with `--resume` (`EX_TEMPFAIL`) |
 | `Interrupted` | 130 | Ctrl-C or SIGTERM; a checkpoint was saved first |
@@ -35,6 +36,12 @@ class TrainingDiverged(RunError):
     """Training cannot go on: several steps in a row had no finite update."""
 
     status = 3
+
+
+class SilentCorruption(RunError):
+    """A device computed other bits than before, or than another device, without reporting an error."""
+
+    status = 70
 
 
 class StorageError(RunError, OSError):

@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jaxrlhf.config import NonNegativeInt, PositiveInt, Settings, default_of, settings
+from jaxrlhf.config import NonNegativeInt, PositiveInt, Seed, Settings, default_of, settings
 from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
@@ -50,7 +50,7 @@ class BenchConfig(Settings):
     """Shape of actor and reference: a known model's name, or a folder with a config.json."""
     critic: str = "opt-350m"
     """Shape of critic and reward model, likewise."""
-    batch: tuple[int, ...] = ()
+    batch: tuple[PositiveInt, ...] = ()
     """Rows of a batch, one or several; default: 8, or one per device where there are more, doubled until it no longer
     fits (CPU: once)."""
     max_batch: PositiveInt = 1024
@@ -63,7 +63,7 @@ class BenchConfig(Settings):
     """Tokens of a response; none ends early."""
     repeats: PositiveInt = 3
     """Timed runs of each, after one that compiles."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, prompts and samples."""
     json: str | None = None
     """File for the result; default: a new one in `results`, named after device, sections and time."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxrlhf import keys
-from jaxrlhf.config import NonNegativeInt, PathName, Settings, alias, deepspeed_chat
+from jaxrlhf.config import PathName, Seed, Settings, alias, deepspeed_chat
 from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import (
     TemplateConfig,
@@ -51,7 +51,7 @@ class ChatConfig(Settings):
     template: TemplateConfig = TemplateConfig()
     sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=0.9)
     generation: GenerationConfig = GenerationConfig()
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of the sampling: the same conversation gets the same responses."""
     mesh: MeshConfig = MeshConfig()
     compilation: CompilationConfig = CompilationConfig()

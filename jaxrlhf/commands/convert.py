@@ -30,8 +30,9 @@ from jaxrlhf.models import (
     stored_head,
 )
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
-from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint, save_checkpoint
+from jaxrlhf.runs.checkpoints import latest_checkpoint, read_metadata, restore_checkpoint
 from jaxrlhf.runs.mirror import copied_to, fetch_checkpoint
+from jaxrlhf.runs.saving import save_checkpoint
 from jaxrlhf.trainers.lora import describe_model
 from jaxrlhf.trainers.settings import DTYPES, MeshConfig
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends, with_special_tokens

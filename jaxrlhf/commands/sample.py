@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys, objectives
 from jaxrlhf.commands.selection import Samples, select_samples, summarise_samples
-from jaxrlhf.config import Gt, Le, Lt, PathName, PositiveInt, Settings, alias, to_dict
+from jaxrlhf.config import Gt, Le, PathName, PositiveInt, Settings, alias, to_dict
 from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, vocabulary_size
@@ -54,7 +54,7 @@ class SelectionConfig(Settings):
     select: Literal["best", "threshold"] = "best"
     """best: the highest-scoring response of each prompt (best-of-n); threshold: all that reach min_score (rejection
     sampling)."""
-    min_score: Annotated[float, Gt(-math.inf), Lt(math.inf)] | None = None
+    min_score: float | None = None
     """Leave out responses that score less; required by threshold."""
     top_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
     """Keep this share of the selected responses, those with the highest scores."""

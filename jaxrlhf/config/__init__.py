@@ -3,8 +3,8 @@
 from annotated_types import Ge, Gt, Le, Lt
 
 from jaxrlhf.config.annotations import (
+    CountOrAuto,
     Derived,
-    Finite,
     Fraction,
     FromYaml,
     Lasting,
@@ -15,6 +15,7 @@ from jaxrlhf.config.annotations import (
     Positive,
     PositiveInt,
     Section,
+    Seed,
     alias,
 )
 from jaxrlhf.config.flags import load_yaml, parse, save_yaml
@@ -22,8 +23,8 @@ from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, 
 from jaxrlhf.config.yaml_files import read_yaml
 
 __all__ = [
+    "CountOrAuto",
     "Derived",
-    "Finite",
     "Fraction",
     "FromYaml",
     "Ge",
@@ -38,6 +39,7 @@ __all__ = [
     "Positive",
     "PositiveInt",
     "Section",
+    "Seed",
     "Settings",
     "alias",
     "check_needs",

@@ -35,11 +35,18 @@ Derived = Annotated[T, DERIVED, tyro.conf.Fixed, tyro.conf.Suppress]
 PathName = Annotated[T, PATH]
 """Text that may be a path: a leading ~ becomes the home folder."""
 
+LARGEST = 10**9
+"""Largest absolute value of a number whose annotation states no bound of its own."""
+MAX_NAME = 255
+"""Bytes that file systems allow in the name of a file or folder."""
+
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
-Positive = Annotated[float, Gt(0), Lt(math.inf)]
-NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
-Finite = Annotated[float, Gt(-math.inf), Lt(math.inf)]
+CountOrAuto = Annotated[int, Ge(-1)]
+"""A count, or -1 for one that the program finds."""
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
 
@@ -124,13 +131,46 @@ def check_value(name: str, value: Any, hint: Hint) -> None:
         said = [words]
     elif typing.get_origin(hint.kind) is Literal and value not in members:
         said = [f"one of {', '.join(map(str, members))}"]
-    elif typing.get_origin(hint.kind) is tuple and members[0] is not str:
+    elif typing.get_origin(hint.kind) is tuple and not isinstance(value, str):
+        paths = (PATH,) * (PATH in hint.notes)
         for item in tuple(value or ()):
-            check_value(name, item, hint_of(members[0]))
+            inner = hint_of(members[0])
+            check_value(name, item, inner._replace(notes=inner.notes + paths))
+    elif typing.get_origin(hint.kind) is dict and isinstance(value, dict):
+        for key, item in value.items():
+            check_value(name, key, Hint(str))
+            check_value(f"{name}: {key}", item, Hint(str) if isinstance(item, str) else Hint(object))
+    elif isinstance(value, str):
+        said = _text_problems(value, PATH in hint.notes)
     else:
-        ranges = [(*_LIMITS[type(note)], note) for note in hint.notes if type(note) in _LIMITS]
-        limits = [(compare, words, getattr(note, compare)) for compare, words, note in ranges]
+        limits = limits_of(hint)
         if not all(getattr(operator, compare)(value, limit) for compare, _, limit in limits):
-            said = ["finite" if math.isinf(limit) else f"{words} {limit}" for _, words, limit in limits]
+            endless = isinstance(value, float) and not math.isfinite(value)
+            said = ["finite"] if endless else [f"{words} {limit}" for _, words, limit in limits]
     if said:
-        raise InputError(f"{name}={value!r} must be {' and '.join(dict.fromkeys(said))}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:100]}… ({len(shown)} characters)"
+        raise InputError(f"{name}={shown} must be {' and '.join(dict.fromkeys(said))}")
+
+
+def limits_of(hint: Hint) -> list[tuple[str, str, float]]:
+    """The range of a number: (comparison of `operator`, its words, limit). LARGEST bounds the sides without one."""
+    if hint.kind not in (int, float):
+        return []
+    own = [(*_LIMITS[type(note)], note) for note in hint.notes if type(note) in _LIMITS]
+    limits = [(compare, words, getattr(note, compare)) for compare, words, note in own]
+    compared = {compare for compare, _, _ in limits}
+    if not compared & {"ge", "gt"}:
+        limits.append(("ge", "at least", -LARGEST))
+    if not compared & {"le", "lt"}:
+        limits.append(("le", "at most", LARGEST))
+    return limits
+
+
+def _text_problems(value: str, path: bool) -> list[str]:
+    """What text that no file, no program and no YAML file can hold should be."""
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        return ["text of Unicode characters other than NUL"]
+    if path and any(len(part.encode()) > MAX_NAME for part in value.split("/")):
+        return [f"a path whose parts have at most {MAX_NAME} bytes"]
+    return []

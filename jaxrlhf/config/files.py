@@ -1,12 +1,33 @@
-"""The cache folder; small text files: atomic writes (a reader sees the old content or the new), and JSON back."""
+"""The cache folder; text and JSON files: written atomically (old content or new, never a part), read with limits.
 
+Files come from anywhere. `read_text` opens regular files of a bounded size only: a pipe would block and a device never
+end. `parse_json` bounds what makes programs fail later: nesting, numbers of thousands of digits, text that no file can
+hold.
+"""
+
+import errno
 import json
 import os
+import stat
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxrlhf.errors import InputError
+
+Value = TypeVar("Value")
+
+PASSING = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+)
+"""Errors with which a network file system answers while its server is away for a moment."""
+PAUSES = (0.5, 2.0, 5.0)  # seconds before each further try
+MAX_TEXT = 2**29
+"""Bytes of the largest text file that is read as a whole; the largest published tokenizers have about 2**25."""
+MAX_DEPTH = 100
+"""Lists and objects inside each other."""
 
 
 def default_cache() -> Path:
@@ -46,13 +67,75 @@ def _umask() -> int:
     return current
 
 
+def retried(action: Callable[[], Value]) -> Value:
+    """Calls `action`, again after a pause when it raises one of `PASSING`. The last error is raised."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def check_regular(path: str | Path, most: int | None = None) -> None:
+    """Raises OSError unless `path` is a regular file, of at most `most` bytes."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
+        raise OSError(None, f"it is {what}, not a file")
+    if most is not None and found.st_size > most:
+        raise OSError(None, f"it has {found.st_size:,} bytes; at most {most:,} are read")
+
+
+def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
+    """The text (UTF-8) of a file. Raises OSError, or ValueError for other bytes and for a path that can be none."""
+    check_regular(path, most)
+    return Path(path).read_text(encoding="utf-8")
+
+
+def parse_json(text: str) -> Any:
+    """The JSON value that a text holds. Raises ValueError with a reason for a message."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError("it holds a number of thousands of digits") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def check_unicode(value: Any) -> None:
+    """Raises ValueError for a JSON value with half of a surrogate pair (`"\\ud800"`), which no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ValueError(f"it holds {half}, half of a surrogate pair, which is no character") from error
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects stand inside each other."""
+    depth, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, dict | list)]:
+        depth += 1
+        level = [item for inner in level for item in (inner.values() if isinstance(inner, dict) else inner)]
+    return depth
+
+
 def read_json(path: str | Path, remedy: str = "the file may be truncated") -> dict[str, Any]:
     """The JSON object in a file. Raises InputError, which ends with `remedy`, when the file holds something else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(retried(lambda: read_text(path)))
+        check_unicode(value)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}; {remedy}")
@@ -64,12 +147,23 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
     Raises InputError naming the file and line when any other line is not a JSON object.
     """
-    records, lines = [], Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+
+    def read() -> str:
+        check_regular(path)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+    try:
+        lines = retried(read).split("\n")
+    except OSError as error:
+        if error.errno in PASSING:  # the storage's fault
+            raise
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             if number == len(lines):
                 break

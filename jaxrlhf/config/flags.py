@@ -185,7 +185,7 @@ def _items(words: Sequence[str]) -> list[str]:
 
 def _pair(name: str, word: str) -> tuple[str, str]:
     key, equals, value = word.partition("=")
-    if not equals:
+    if not equals or not key:
         raise InputError(f"{name}: {word!r} must be key=value")
     return key, value
 
@@ -209,6 +209,6 @@ def _typed(kind: Any, word: str) -> Any:
         return word
     # Python reads 1_000, nan and numbers beyond the largest; settings do not.
     odd = isinstance(value, int | float) and (
-        "_" in word or value != value or (math.isinf(value) and "inf" not in lowered)
+        "_" in word or not word.isascii() or value != value or (math.isinf(value) and "inf" not in lowered)
     )
     return word if odd else value

@@ -1,4 +1,7 @@
-"""YAML files of settings: scalars are read as text, so that flags and keys are parsed alike."""
+"""YAML files: read without tags that make objects, and within bounds.
+
+In files of settings scalars are read as text, so that flags and keys are parsed alike.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,8 +9,13 @@ from typing import Any
 
 import yaml
 
+from jaxrlhf.config.files import MAX_DEPTH, read_text
 from jaxrlhf.errors import InputError
 
+MAX_YAML = 2**20
+"""Bytes of the largest YAML file."""
+MAX_NODES = 10**5
+"""Values of the largest YAML file, those behind references counted each time."""
 NONE_WORDS = ("none", "null", "~", "")
 
 
@@ -15,7 +23,35 @@ class Quoted(str):
     """Text in quotes, which is no number and not none."""
 
 
-class _Loader(yaml.BaseLoader):
+class _Bounded:
+    """Refuses documents that refer to themselves, or are too large once their references are followed."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()  # type: ignore[misc]
+        if node is not None:
+            _expanded(node, {}, 1)
+        return node
+
+
+def _expanded(node: Any, counts: dict[int, int], depth: int) -> int:
+    """The number of values in a node, with what its references stand for. Raises YAMLError beyond the bounds."""
+    if id(node) not in counts:
+        counts[id(node)] = MAX_NODES + 1  # as long as it is being counted: a reference to itself is endless
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        items = [item for entry in inner for item in (entry if isinstance(entry, tuple) else (entry,))]
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
+        counts[id(node)] = 1 + sum(_expanded(item, counts, depth + 1) for item in items)
+    if counts[id(node)] > MAX_NODES:
+        raise yaml.YAMLError(f"it holds more than {MAX_NODES:,} values once its references (*name) are followed")
+    return counts[id(node)]
+
+
+class _SafeLoader(_Bounded, yaml.SafeLoader):
+    """Makes plain values only."""
+
+
+class _Loader(_Bounded, yaml.BaseLoader):
     """Leaves scalars as text, and refuses doubled keys."""
 
     def construct_scalar(self, node: Any) -> Any:
@@ -54,14 +90,29 @@ def _looks_typed(text: str) -> bool:
         return False
 
 
+def load_yaml_file(path: str | Path, loader: type = _SafeLoader) -> Any:
+    """The plain value in a YAML file. Raises OSError, or ValueError with a reason for a message."""
+    return parse_yaml(read_text(path, MAX_YAML), loader)
+
+
+def parse_yaml(text: str, loader: type = _SafeLoader) -> Any:
+    """The plain value of a YAML text. Raises ValueError with a reason for a message."""
+    try:
+        return yaml.load(text, Loader=loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from error
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"not valid YAML: {error or 'nested too deep'}") from error
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML mapping, with scalars as text. Raises InputError for a file that holds something else."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot read the file: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+        values = load_yaml_file(path, _Loader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the file: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
     if values in (None, ""):
         return {}
     if not isinstance(values, dict):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.config.files import check_regular, parse_json
 from jaxrlhf.data.cache import created
 from jaxrlhf.errors import InputError
 
@@ -81,8 +82,8 @@ def parse_line(text: str, where: Any) -> Any:
     if not text.strip():
         return None
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         reason = (
             f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
         )
@@ -145,6 +146,7 @@ def check_complete(path: Path) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Turns the errors of reading a file into an InputError that names it."""
     try:
+        check_regular(path)
         yield
     except EOFError as error:
         raise InputError(f"{path}: is cut off ({error}); copy or download it again") from error
@@ -267,14 +269,14 @@ def _parse_whole(path: Path) -> Any:
     with open_file(path) as file:
         content = file.read()
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return parse_json(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _not_utf8(path) from error
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); correct the file"
         ) from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; deep nesting
+    except ValueError as error:
         raise InputError(f"{path}: not usable JSON ({first_line(error)}); correct the file") from error
 
 

@@ -20,6 +20,7 @@ from jaxrlhf.config import (
     NonNegativeInt,
     PathName,
     PositiveInt,
+    Seed,
     Settings,
     alias,
 )
@@ -128,7 +129,7 @@ class DataConfig(Settings, may_change=True):
     """Processes that tokenise."""
     data_cache_dir: PathName[str] = ""
     """Folder for tokenised data; default: $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
-    seed: Lasting[NonNegativeInt] = 42
+    seed: Lasting[Seed] = 42
     """Seed of the data split and order, of initialisation, dropout and sampling."""
 
     def check(self) -> None:

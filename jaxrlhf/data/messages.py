@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from jaxrlhf.config.files import parse_json
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -98,8 +99,8 @@ def _message_text(content: object, calls: bool, field: str, number: int, role: s
 
 def json_list(text: str) -> list[Any] | None:
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
+        parsed = parse_json(text)
+    except ValueError:
         return None
     return parsed if isinstance(parsed, list) else None
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxrlhf.config import NonNegative, NonNegativeInt, Positive, Settings
+from jaxrlhf.config.yaml_files import load_yaml_file, parse_yaml
 from jaxrlhf.data.files import COMPRESSED, KINDS
 from jaxrlhf.data.formats import FORMATS, STEPS
 from jaxrlhf.errors import InputError
@@ -107,20 +106,20 @@ def _scalars(entry: Any) -> Any:
         return {key: _scalars(value) for key, value in entry.items()}
     if isinstance(entry, list):
         return [_scalars(value) for value in entry]
-    return yaml.safe_load(entry) if isinstance(entry, str) and entry else entry
+    return parse_yaml(entry) if isinstance(entry, str) and entry else entry
 
 
 def _read_file(name: str) -> list[Any]:
     """The list of sources in a YAML file: the file's list, or the list under `sources`."""
     path = Path(name).expanduser()
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = load_yaml_file(path)
     except OSError as error:
         raise InputError(
             f"data_mixture '{name}': cannot be read ({error.strerror or error}); check the path"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"data_mixture '{name}': not valid YAML: {error}") from error
+    except ValueError as error:
+        raise InputError(f"data_mixture '{name}': {error}") from error
     if isinstance(value, Mapping):
         if unknown := sorted(set(map(str, value)) - {"sources"}):
             raise InputError(f"data_mixture '{name}': unknown key '{unknown[0]}'; the file holds a list `sources`")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config.imports import exception_line, import_object
+from jaxrlhf.config.yaml_files import load_yaml_file
 from jaxrlhf.data.formats import FORMATS, STEPS, look_up
 from jaxrlhf.errors import InputError
 
@@ -191,12 +192,10 @@ def by_name(datasets: Iterable[NamedDataset]) -> dict[str, NamedDataset]:
 
 def read_yaml(path: Path) -> list[NamedDataset]:
     """The declarations of a YAML file."""
-    import yaml
-
     try:
-        items = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"not valid YAML ({error}); correct the file") from error
+        items = load_yaml_file(path)
+    except ValueError as error:
+        raise InputError(f"{error}; correct the file") from error
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror}); check its permissions") from error
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):

@@ -157,6 +157,8 @@ class Renderer:
     def render_anew(
         self, messages: list[Message], tools: Tools | None, prompt: bool, marks: bool
     ) -> tuple[str, list[Span]]:
+        from jaxrlhf.data.template_limits import TemplateLimit
+
         render = renderer_of_transformers()
         try:
             texts, found = render(
@@ -167,6 +169,8 @@ class Renderer:
                 return_assistant_tokens_mask=marks and self.has_marks,
                 **self.names,
             )
+        except TemplateLimit as error:  # every further row would take as long
+            raise InputError(f"the chat template is refused: {error}; set chat_template to another one") from error
         except Exception as error:  # a template is a program of the user's, which may raise anything
             raise RowProblem(self.refusal(messages, error)) from error
         check_encodable(texts[0], messages)
@@ -186,9 +190,15 @@ class Renderer:
 
 
 def renderer_of_transformers() -> Callable[..., Any]:
-    """The function that renders chat templates in `apply_chat_template`: texts, and the parts marked as generated."""
+    """The function that renders chat templates in `apply_chat_template`: texts, and the parts marked as generated.
+
+    Templates are limited from here on (`template_limits`).
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    from jaxrlhf.data.template_limits import limit_templates
+
+    limit_templates()
     return render_jinja_template
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxrlhf.config import Settings, alias
+from jaxrlhf.config.files import read_text
 from jaxrlhf.data.cache import hash_json
 from jaxrlhf.data.ends import end_ids
 from jaxrlhf.data.files import first_line
-from jaxrlhf.data.tokenizer_files import read_tokenizer
+from jaxrlhf.data.renderer import renderer_of_transformers
+from jaxrlhf.data.tokenizer_files import MAX_TEMPLATE, read_tokenizer
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,8 +122,8 @@ def chosen_template(tokenizer: Any, name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix in (".jinja", ".jinja2", ".j2") or path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_text(path, MAX_TEMPLATE)
+        except (OSError, ValueError) as error:
             raise InputError(f"chat_template '{name}': cannot be read ({first_line(error)}); check the path") from error
     if name in BUILT_IN:
         add_special_tokens(tokenizer, BUILT_IN[name])
@@ -252,16 +254,19 @@ def _section(chat_template: str, name: str) -> str:
 def check_chat_template(tokenizer: Any, config: TemplateConfig) -> None:
     """Raises InputError for a chat template that is not valid, or that does not show the system prompt."""
     from jinja2.exceptions import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
+
+    from jaxrlhf.data.template_limits import TemplateLimit
 
     source = f"chat_template '{config.chat_template}'" if config.chat_template else "the tokenizer's chat template"
     messages = [{"role": "user", "content": "a"}]
     options = {"chat_template": tokenizer.chat_template, "add_generation_prompt": True}
     problem = "does not show it"
     try:
-        (text,), _ = render_jinja_template([messages], **options, **tokenizer.special_tokens_map)
+        (text,), _ = renderer_of_transformers()([messages], **options, **tokenizer.special_tokens_map)
     except TemplateSyntaxError as error:
         raise InputError(f"{source}: line {error.lineno} is not valid: {first_line(error)}; correct it") from error
+    except TemplateLimit as error:
+        raise InputError(f"{source}: {error}; choose another chat_template") from error
     except Exception as error:  # whatever a template raises; without a system prompt, rows of data may still fit it
         text, problem = "", first_line(error)
     if config.system_prompt is not None and config.system_prompt.strip() not in text:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 import struct
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config.files import default_cache
+from jaxrlhf.config.files import default_cache, parse_json, read_text
 from jaxrlhf.config.model_folder import SMALL_FILES, adapter_base, is_adapter
 from jaxrlhf.config.remote import fetch, is_url
 from jaxrlhf.data.files import first_line
@@ -22,6 +21,11 @@ OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 """Kinds of GGUF tokenizers that split numbers into digits before words, which transformers leaves out."""
 COPY = "copy the tokenizer's files again"
+MAX_TEMPLATE = 2**20
+"""Bytes of the largest chat template."""
+MAX_TOKEN = 1000
+"""Characters of the longest special token."""
+SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def read_tokenizer(path: str | Path) -> Any:
@@ -55,13 +59,11 @@ def read_tokenizer(path: str | Path) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        where = (
-            "the folder's tokenizer files cannot be read"
-            if folder.is_dir()
-            else "neither a folder here nor a tokenizer that the hub gives"
-        )
+        if folder.is_dir():
+            raise InputError(f"{suspects(folder)}: cannot be read ({first_line(error)}); {COPY}") from error
         raise InputError(
-            f"tokenizer '{name}': {where} ({first_line(error)}); give a folder with the tokenizer's files"
+            f"tokenizer '{name}': neither a folder here nor a tokenizer that the hub gives ({first_line(error)}); give "
+            "a folder with the tokenizer's files"
         ) from error
     check_ids(tokenizer, f"tokenizer '{name}'")
     ids = tokenizer.get_vocab()
@@ -120,6 +122,20 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return found + sorted(p for p in folder.glob("*.model") if p not in found)
 
 
+def suspects(folder: Path) -> str:
+    """The files that may be the cause when transformers cannot make a tokenizer of a folder's files."""
+    from tokenizers import Tokenizer
+
+    main = folder / "tokenizer.json"
+    try:
+        if main.is_file():
+            Tokenizer.from_file(str(main))
+    except Exception:  # the tokenizers library raises bare exceptions
+        return str(main)
+    others = [path.name for path in tokenizer_files(folder) if path != main or len(tokenizer_files(folder)) == 1]
+    return f"tokenizer '{folder}': {', '.join(others)}"
+
+
 def check_tokenizer_files(folder: Path) -> list[tuple[Path, str, Any]]:
     """Checks the files of a tokenizer; returns the ids that they give to added tokens.
 
@@ -132,29 +148,41 @@ def check_tokenizer_files(folder: Path) -> list[tuple[Path, str, Any]]:
             f"tokenizer folder '{folder}': holds no tokenizer files; copy tokenizer.json and its config there"
         )
     declared = []
-    for path in present:
+    for path in [*present, *folder.glob("chat_template.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
         if path.suffix == ".json":
             value = read_object(path)
             if path.name == "tokenizer_config.json":
                 check_config(path, value)
+            if path.name in ("tokenizer_config.json", "special_tokens_map.json"):
+                check_special(path, value)
             try:
                 declared += declared_ids(path, value)
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 raise InputError(
                     f"{path}: the added tokens are of a wrong form ({first_line(error)}); {COPY}"
                 ) from error
+        elif path.suffix == ".jinja":
+            read_template(path)
         elif path.suffix == ".model" and not (folder / "tokenizer.json").exists():
             check_sentencepiece(path)
     return declared
 
 
+def read_template(path: Path) -> str:
+    """The text of a chat template's file."""
+    try:
+        return read_text(path, MAX_TEMPLATE)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {COPY}") from error
+
+
 def read_object(path: Path) -> Any:
     """The JSON value in a file, which is an object where the file's name asks for one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); {COPY}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({first_line(error)}); {COPY}") from error
     if path.name in OBJECTS and not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, found {type(value).__name__}; {COPY}")
@@ -172,9 +200,23 @@ def check_config(path: Path, values: dict[str, Any]) -> None:
             f"{path}: chat_template={str(values['chat_template'])[:80]} must be a text, or a list of objects with a "
             "name and a template; correct it, or remove it and set chat_template"
         )
+    for name in ("tokenizer_class", "processor_class", "config_class"):
+        if not isinstance(values.get(name), str | None):
+            raise InputError(f"{path}: {name}={str(values[name])[:80]} must be a text; correct it")
     length = values.get("model_max_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
         raise InputError(f"{path}: model_max_length={length!r} must be a number; correct it")
+
+
+def check_special(path: Path, values: dict[str, Any]) -> None:
+    """Raises InputError for a special token that is neither a text nor an object with one."""
+    for name in SPECIAL:
+        token = values.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and (not isinstance(text, str) or len(text) > MAX_TOKEN):
+            raise InputError(
+                f"{path}: {name}={str(token)[:80]} must be a text of at most {MAX_TOKEN} characters; correct it"
+            )
 
 
 def check_sentencepiece(path: Path) -> None:

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxrlhf.config import PositiveInt, Settings, to_dict
+from jaxrlhf.config import NonNegativeInt, PositiveInt, Settings, to_dict
 from jaxrlhf.distributed.lifeline import Lifeline, delay_abort, join, split_address
 from jaxrlhf.errors import InputError
 
@@ -47,11 +47,11 @@ class ProcessConfig(Settings, may_change=True):
 
     coordinator_address: str | None = None
     """HOST:PORT of process 0, which listens there; default: $JAX_COORDINATOR_ADDRESS."""
-    num_processes: int | None = None
+    num_processes: PositiveInt | None = None
     """Number of processes of this run; 1 ignores a detected cluster; default: $JAX_NUM_PROCESSES."""
-    process_id: int | None = None
+    process_id: NonNegativeInt | None = None
     """Number of this process, from 0; default: $JAX_PROCESS_ID."""
-    local_device_ids: tuple[int, ...] = ()
+    local_device_ids: tuple[NonNegativeInt, ...] = ()
     """GPUs of this machine that this process uses; default: $JAX_LOCAL_DEVICE_IDS, else one per task under Slurm and
     Open MPI, else all."""
     initialization_timeout: PositiveInt = 300

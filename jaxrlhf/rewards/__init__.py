@@ -3,11 +3,13 @@
 from jaxrlhf.rewards.calls import Failure
 from jaxrlhf.rewards.functions import RewardFunction, load_function
 from jaxrlhf.rewards.options import RewardsConfig
+from jaxrlhf.rewards.processes import Limits
 from jaxrlhf.rewards.scoring import RewardResult, Rewards, finite_mean
 from jaxrlhf.rewards.verifiable import exact_match, final_number, length, number_match, regex
 
 __all__ = [
     "Failure",
+    "Limits",
     "RewardFunction",
     "RewardResult",
     "Rewards",

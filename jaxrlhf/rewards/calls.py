@@ -1,7 +1,6 @@
 """One call of a reward function: its output, its scores as numbers, and the samples that it fails on."""
 
 import contextlib
-import io
 import numbers
 import sys
 import threading
@@ -17,6 +16,8 @@ from jaxrlhf.rewards.functions import RewardFunction
 
 SHOWN_LINES = 20  # lines of a function's own output that are shown of each call
 SHOWN_TEXT = 300  # characters of a prompt or response in a message
+LINE = 1000  # characters of a line of output that are shown
+KEPT_TEXT = 1 << 16  # characters of a function's own output that are kept of each call
 
 
 class Failure(NamedTuple):
@@ -35,6 +36,11 @@ class Samples(NamedTuple):
     prompts: list[str]
     responses: list[str]
     columns: dict[str, list[object]]
+
+    def only(self, k: int) -> "Samples":
+        """Sample k alone."""
+        columns = {name: [values[k]] for name, values in self.columns.items()}
+        return Samples([self.rows[k]], [self.prompts[k]], [self.responses[k]], columns)
 
 
 class Outcome(NamedTuple):
@@ -79,10 +85,7 @@ def call_captured(name: str, function: RewardFunction, samples: Samples) -> Outc
         for k in np.flatnonzero(~np.isfinite(values)).tolist()
     ]
     values[~np.isfinite(values)] = np.nan
-    lines = output.getvalue().splitlines()
-    if (more := len(lines) - SHOWN_LINES) > 0:
-        lines[SHOWN_LINES:] = [f"… and {more} more lines"]
-    return Outcome(values.tolist(), failures, lines + notes, time.monotonic() - begin)
+    return Outcome(values.tolist(), failures, output.lines() + notes, time.monotonic() - begin)
 
 
 def scores(
@@ -115,7 +118,7 @@ def run(
         return values_of(name, returned, len(which)), None
     except InputError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
+    except BaseException as error:  # whatever the user's code raises; Ctrl-C does not come to this thread
         return None, exception_line(error, function.function)
 
 
@@ -156,12 +159,31 @@ def _kind(value: object) -> str:
     return {**known, int: "one number"}.get(type(value), f"a {type(value).__name__}")
 
 
+class Output:
+    """The beginning of what a call prints, and the number of further lines."""
+
+    def __init__(self) -> None:
+        self.text, self.more = "", 0
+
+    def write(self, text: str) -> int:
+        room = KEPT_TEXT - len(self.text)
+        self.text += text[:room]
+        self.more += text[room:].count("\n")
+        return len(text)
+
+    def lines(self) -> list[str]:
+        """The first SHOWN_LINES lines, and a line that counts the others."""
+        lines = [line[:LINE] for line in self.text.splitlines()]
+        more = self.more + max(0, len(lines) - SHOWN_LINES)
+        return lines[:SHOWN_LINES] + ([f"… and {more} more lines"] if more else [])
+
+
 class _Threads:
     """Replaces a stream: collects what some threads write in their own buffers; other threads write to the stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.buffers: dict[int, io.StringIO] = {}
+        self.buffers: dict[int, Output] = {}
 
     def write(self, text: str) -> int:
         return self.buffers.get(threading.get_ident(), self.stream).write(text)
@@ -174,9 +196,9 @@ _SWITCH = threading.Lock()
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[io.StringIO]:
+def captured() -> Iterator[Output]:
     """Captures what this thread prints; the output of other threads is not affected."""
-    buffer, thread = io.StringIO(), threading.get_ident()
+    buffer, thread = Output(), threading.get_ident()
     streams: dict[str, _Threads] = {}
     with _SWITCH:
         for name in ("stdout", "stderr"):

@@ -115,8 +115,13 @@ def check_spec(spec: str) -> None:
         )
 
 
+def has_own_process(spec: str | Function) -> bool:
+    """True for a spec of what may hang or crash: the user's code, and the user's regular expression."""
+    return isinstance(spec, str) and split_spec(spec)[0] not in BUILT_IN.keys() - {"regex"}
+
+
 def load_function(spec: str | Function) -> RewardFunction:
-    """Loads a reward function.
+    """Loads a reward function into this process.
 
     Args:
         spec: a name of `BUILT_IN`, `package.module:function` or `path/to/file.py:function`, with options, as in

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from jaxrlhf.config import Finite, FromYaml, Settings
+from jaxrlhf.config import FromYaml, MayChange, NonNegative, Settings
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.functions import check_spec, read_specs
+from jaxrlhf.rewards.processes import DEFAULT_LIMITS, Limits
 from jaxrlhf.rewards.scoring import Rewards
 
 
@@ -18,10 +19,14 @@ class RewardsConfig(Settings):
     """Functions (prompts, responses, **columns) that return one number per response: package.module:function,
     path/to/file.py:function, or the built-in exact_match, number_match, regex and length. Options follow after colons,
     as in number_match:column=answer."""
-    reward_weights: tuple[Finite, ...] = ()
+    reward_weights: tuple[float, ...] = ()
     """Weight of each reward function in the score; 0 only logs it; default: 1 each."""
-    reward_model_weight: Finite = 1.0
+    reward_model_weight: float = 1.0
     """Weight of the reward model in the score, beside reward functions."""
+    reward_time_limit: MayChange[NonNegative] = DEFAULT_LIMITS.seconds
+    """Seconds of one call of a reward function, after which its process is stopped; 0: none."""
+    reward_memory_limit: MayChange[NonNegative | None] = DEFAULT_LIMITS.gib
+    """GiB of memory of a reward function's process; 0: no limit; default: half of the machine's memory."""
 
     def check(self) -> None:
         object.__setattr__(self, "reward_functions", tuple(cast(Iterable, read_specs(self.reward_functions))))
@@ -46,4 +51,5 @@ class RewardsConfig(Settings):
 
     def rewards(self, say: Callable[[str], Any] = print) -> Rewards:
         """The functions, imported and ready; `say` gets what they print and what went wrong."""
-        return Rewards(self.reward_functions, self.reward_weights, say=say)
+        limits = Limits(self.reward_time_limit, self.reward_memory_limit)
+        return Rewards(self.reward_functions, self.reward_weights, say=say, limits=limits)

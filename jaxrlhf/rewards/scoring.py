@@ -1,26 +1,25 @@
 """Runs reward functions while the devices work, and combines their results to one score per sample."""
 
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, count
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from jaxrlhf.distributed import from_primary, is_primary
 from jaxrlhf.errors import InputError, SharedError
-from jaxrlhf.rewards.calls import Failure, Outcome, Samples, call_captured, describe
-from jaxrlhf.rewards.functions import Function, load_function
+from jaxrlhf.rewards.calls import Failure, Outcome, Samples, describe
+from jaxrlhf.rewards.functions import Function
+from jaxrlhf.rewards.processes import DEFAULT_LIMITS, Limits
+from jaxrlhf.rewards.workers import Worker
 
 SHOWN = 3  # failed samples that are shown of each call
 WAIT = 30.0  # seconds until a wait for a function is reported
 GIVE_UP = 64  # samples in a row without a score that end the run
 
 Say = Callable[[str], object]
+Result = TypeVar("Result")
 
 
 class References(Protocol):
@@ -53,13 +52,15 @@ class RewardResult:
 class Rewards:
     """Several reward functions and their weights.
 
-    Every function has its own thread: functions run in parallel, and calls of one function never overlap. With several
-    processes, only process 0 calls them.
+    Functions run in parallel, and calls of one function never overlap. A function given as a spec runs in a process of
+    its own, within `limits`; a Python function runs in a thread of this process. With several processes, only process 0
+    calls the functions.
 
     Args:
         functions: specs, as in the flag `reward_functions`, or Python functions.
         weights: weight of each function. Default: 1.
         say: called with the lines that functions print, and with failures.
+        limits: of the processes of functions.
 
     Attributes:
         functions: the functions by their distinct names, which name the parts of a result.
@@ -70,15 +71,23 @@ class Rewards:
         InputError: a function cannot be imported or called, or the weights do not match.
     """
 
-    def __init__(self, functions: Sequence[str | Function], weights: Sequence[float] = (), *, say: Say = print) -> None:
+    def __init__(
+        self,
+        functions: Sequence[str | Function],
+        weights: Sequence[float] = (),
+        *,
+        say: Say = print,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         if weights and len(weights) != len(functions):
             raise InputError(f"weights: {len(weights)} for {len(functions)} reward functions; give one each, or none")
-        loaded = [load_function(function) for function in functions]
+        self.say = say
+        workers = [Worker(function, limits) for function in functions]
+        loaded = [self.wait(f"the import of {worker.name}", worker.function) for worker in workers]
         self.functions = dict(zip(distinct([f.name for f in loaded]), loaded, strict=True))
         self.weights = dict(zip(self.functions, weights or (1.0,) * len(loaded), strict=True))
-        self.say = say
         self.failed_in_a_row = dict.fromkeys(self.functions, 0)
-        self._workers: dict[str, _Worker] = {}
+        self._workers = dict(zip(self.functions, workers, strict=True))
 
     def __bool__(self) -> bool:
         return bool(self.functions)
@@ -105,6 +114,14 @@ class Rewards:
                             f"correct the data, or name another column: {name}:column=…"
                         ) from error
 
+    def wait(self, what: str, job: "Future[Result]") -> "Result":
+        """Waits for a result; reports after 30 s, 60 s, 120 s, …"""
+        waited, limit = 0.0, WAIT
+        while not wait([job], limit).done:
+            waited, limit = waited + limit, waited + limit
+            self.say(f"still waiting for {what}, after {waited:.0f} s")
+        return job.result()
+
     def submit(
         self,
         prompts: Sequence[str],
@@ -126,6 +143,8 @@ class Rewards:
         Raises:
             InputError: a function needs a column that the samples do not have.
         """
+        from jaxrlhf.distributed import is_primary  # the processes of functions do without JAX
+
         size = len(prompts)
         columns = {} if columns is None else columns
         for name, values in (("responses", responses), *columns.items()):
@@ -141,10 +160,10 @@ class Rewards:
         jobs: dict[str, Future[Outcome]] = {}
         for name, function in self.functions.items():
             function.arguments(samples.columns)  # reports a missing column before any function runs
-            if is_primary() and counted:
-                if name not in self._workers:
-                    self._workers[name] = _Worker(name)
-                jobs[name] = self._workers[name].put(partial(call_captured, name, function, samples))
+            if not is_primary():
+                self._workers[name].stop()
+            elif counted:
+                jobs[name] = self._workers[name].call(name, samples)
         return Handle(self, samples, size, jobs)
 
 
@@ -177,6 +196,8 @@ class Handle:
         Raises:
             SharedError: a function failed on GIVE_UP samples in a row, or did not return one number per sample.
         """
+        from jaxrlhf.distributed import from_primary
+
         if self._result is None:
             outcomes, error = from_primary("the reward functions", self._gathered)
             if error is not None:
@@ -189,7 +210,7 @@ class Handle:
         outcomes: dict[str, Outcome] = {}
         for name, job in self._jobs.items():
             try:
-                outcome = self._wait(name, job)
+                outcome = self._rewards.wait(f"the reward function {name}", job)
             except InputError as error:
                 return {}, str(error)
             for line in outcome.lines:
@@ -199,14 +220,6 @@ class Handle:
                 return {}, error
             outcomes[name] = outcome
         return outcomes, None
-
-    def _wait(self, name: str, job: Future[Outcome]) -> Outcome:
-        """Waits without a time limit; reports after 30 s, 60 s, 120 s, …"""
-        waited, limit = 0.0, WAIT
-        while not wait([job], limit).done:
-            waited, limit = waited + limit, waited + limit
-            self._rewards.say(f"still waiting for the reward function {name}, after {waited:.0f} s")
-        return job.result()
 
     def _given_up(self, name: str, failures: list[Failure]) -> str | None:
         """The error of a function that failed on GIVE_UP samples in a row, or None."""
@@ -246,25 +259,3 @@ class Handle:
         failures = tuple(failure for outcome in outcomes.values() for failure in outcome.failures)
         seconds = {name: outcome.seconds for name, outcome in outcomes.items()}
         return RewardResult(total.astype(np.float32), parts, failures, seconds)
-
-
-class _Worker:
-    """A daemon thread that makes one call after the other; the program can end during a call."""
-
-    def __init__(self, name: str) -> None:
-        self.jobs: queue.SimpleQueue[tuple[Future[Outcome], Callable[[], Outcome]]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=f"reward {name}", daemon=True).start()
-
-    def put(self, call: Callable[[], Outcome]) -> Future[Outcome]:
-        """Queues a call."""
-        future: Future[Outcome] = Future()
-        self.jobs.put((future, call))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, call = self.jobs.get()
-            try:
-                future.set_result(call())
-            except BaseException as error:  # `Future.result` raises it
-                future.set_exception(error)

@@ -1,11 +1,30 @@
 """Warns when reward, KL, ratio or value loss look as in runs that fail, and names the usual cause."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import fmean, median
 
+from jaxrlhf.trainers.guards import FIRST, History
+
 WINDOW = 10  # steps that are averaged
 SILENCE = 50  # steps before the same alarm is printed again
+
+
+def kl_bound(kl_target: float | None, length: float) -> float:
+    """The KL in nats per response above which a policy is far from its start; `length` is that of responses."""
+    return 3 * kl_target if kl_target else 0.5 * length
+
+
+def kl_limit(history: History, kl_target: float | None) -> float:
+    """The KL of a rollout above which the policy has exploded: that of `kl_bound`, and three times the running median.
+
+    Infinite before there are `FIRST` steps.
+    """
+    kl, lengths = history.get("objective/kl", ()), history.get("val/response_length", ())
+    if len(kl) < FIRST:
+        return math.inf
+    return max(kl_bound(kl_target, median(lengths)), 3 * median(kl))
 
 
 class Alarms:
@@ -65,7 +84,7 @@ class Alarms:
                 "not give. Usually top_k, top_p or a repetition penalty cut the distribution that is sampled, or the "
                 "sampler computes otherwise than training (sampling/logp_difference/mean)"
             )
-        bound = 3 * self.kl_target if self.kl_target else 0.5 * length
+        bound = kl_bound(self.kl_target, length)
         if kl > bound:
             return (
                 f"KL to the reference is {kl:.3g} nats per response, above {bound:.3g}: the policy is far from its "

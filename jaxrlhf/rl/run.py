@@ -1,7 +1,6 @@
 """Step 3: PPO and its relatives as a run: data, the loop's task, evaluation, export."""
 
 import dataclasses
-import json
 from functools import partial
 from typing import Any
 
@@ -11,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.config import lasting
-from jaxrlhf.config.files import write_json_atomic
+from jaxrlhf.config.files import read_json
 from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
 from jaxrlhf.data.loading import cache_folder
-from jaxrlhf.distributed import from_primary, is_primary, joined, to_host
+from jaxrlhf.distributed import from_primary, joined, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, ModelCard, read_config, score_offset
 from jaxrlhf.rewards import Rewards
-from jaxrlhf.rl.alarms import Alarms
+from jaxrlhf.rl.alarms import Alarms, kl_limit
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine
@@ -28,6 +27,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.sharding import held_rows, place_batch
+from jaxrlhf.trainers.guards import History, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model
 from jaxrlhf.trainers.optimizer import updates_made
@@ -55,20 +55,20 @@ class Baseline:
 
     def __init__(self, run: Run, key: str) -> None:
         self.run, self.key, self.path = run, key, run.output_dir / BASELINE
+        self._saved: dict[str, Any] = {}
 
     def save(self, records: list[Record]) -> None:
-        self.run.begin()
-        if is_primary():
-            scores = {str(r["index"]): r["score"] for r in records}
-            write_json_atomic(self.path, {"prompts": self.key, "scores": scores})
+        scores = {str(r["index"]): r["score"] for r in records}
+        self._saved = {"prompts": self.key, "scores": scores}
+        self.run.write_json(BASELINE, self._saved)
 
     def read(self) -> dict[int, float] | None:
         """Scores by prompt number; None when they belong to other prompts."""
 
         def kept_scores() -> dict[str, Any]:
-            return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            return read_json(self.path, "delete it") if self.path.exists() else {}
 
-        kept = from_primary("reading the scores before training", kept_scores)
+        kept = self._saved or from_primary("reading the scores before training", kept_scores)
         if kept.get("prompts") != self.key:
             return None
         return {int(number): score for number, score in kept["scores"].items()}
@@ -137,9 +137,9 @@ class PPOTask:
             **adapters,
         }
 
-    def step(self, state: PPOState, index: int) -> tuple[PPOState, dict[str, Any]]:
-        trainer, train = self.trainer, self.data.train
-        indices = train.indices(index, self.prompts)
+    def step(self, state: PPOState, plan: StepPlan) -> tuple[PPOState, dict[str, Any]]:
+        trainer, train, index = self.trainer, self.data.train, plan.index
+        indices = train.indices(plan.batch, self.prompts)
         reading = {}
         if trainer.rewards:
             reading = {"columns": train.columns(indices), "texts": train.prompt_texts(indices)}
@@ -150,10 +150,10 @@ class PPOTask:
             first = jax.tree.map(lambda x: x[: rollout.num_sample_rows], experience)
             self.show_samples("training samples", trainer.records(first, rewards=rewards), index + 1)
         counts = self._counts(experience)
-        text = self._text_batch(index)
+        text = self._text_batch(plan.batch)
         self._keep(experience, text)
         made = int(to_host(updates_made(state.actor_opt_state)))
-        state, metrics = trainer.update(state, experience, text)
+        state, metrics = trainer.update(state, experience, text, plan.limits, plan.twice)
         metrics |= scored
         if not metrics.get("guard/unscored"):
             self._check_consistency(metrics, index + 1)
@@ -163,12 +163,21 @@ class PPOTask:
             "val/num_eos_tokens": counts["ended"],
             "lr": float(self.engine.schedule(made)),
             "episode": (index + 1) * self.rows,
-            **train.progress(index + 1, self.prompts),
+            **train.progress(plan.batch + 1, self.prompts),
             "timing/step": seconds,
             "perf/sequences_per_second": self.rows / seconds,
             "perf/tokens_per_second": counts["tokens"] / seconds,
             "perf/padding": 1 - counts["tokens"] / experience.mask.size,
         }
+
+    def limits(self, history: History) -> dict[str, float]:
+        h, threshold = self.config.algorithm, self.config.run.guard.spike_threshold
+        names = ["policy/grad_norm"]
+        if self.engine.state.critic is not None:
+            names += ["loss/value_avg", "val/grad_norm"]
+        updates = h.ppo_epochs * h.num_mini_batches
+        limits = {name: robust_limit(history.get(name, ()), threshold, updates) for name in names}
+        return limits | {"objective/kl": kl_limit(history, h.kl_target)}
 
     def _counts(self, experience: Experience) -> dict[str, int]:
         ids, mask, response_mask = to_host((experience.tokens, experience.mask, experience.response_mask))

@@ -23,7 +23,8 @@ from jaxrlhf.rl.experience import (
 )
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
-from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, model_gradients
+from jaxrlhf.trainers.gradients import apply_gradients, exceeds, frozen_working_copy, model_gradients
+from jaxrlhf.trainers.guards import Limits
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.sft import sft_loss, token_count
 
@@ -78,6 +79,14 @@ class _Frozen(NamedTuple):
     critic: PyTree
 
 
+class _Limited(NamedTuple):
+    """What the updates of a step may not exceed."""
+
+    limits: Limits | None
+    exploded: jax.Array
+    """True if the rollout is beyond a limit, so that no update is made."""
+
+
 def minibatch_rows(h: PPOHyperparameters, seed: int | jax.Array, step: jax.Array, rows: int) -> jax.Array:
     """Row numbers `[epochs · minibatches, rows / minibatches]`, permuted anew in each epoch of each step."""
     if h.num_mini_batches == 1:
@@ -95,22 +104,25 @@ def _take(data: PyTree, index: jax.Array) -> PyTree:
 
 @partial(jax.jit, donate_argnums=0)
 def ppo_step(
-    state: PPOState, experience: Experience, ptx: dict[str, jax.Array] | None = None
+    state: PPOState, experience: Experience, ptx: dict[str, jax.Array] | None = None, limits: Limits | None = None
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """Runs one iteration on a scored rollout: every epoch and minibatch, actor and critic.
 
     Losses are sums over the global minibatch divided by its global count of response tokens (or as `loss_aggregation`
     says), so meshes and micro-batches do not change them. An update whose losses or gradients are not finite changes
-    nothing; the KL weight and the moments of scores keep their last finite values.
+    nothing; the KL weight and the moments of scores keep their last finite values. Nor does one with a loss or gradient
+    norm above its limit, and none of the updates if `objective/kl` is above its own.
 
     Args:
         state: donated.
         experience: a scored rollout of B rows.
         ptx: with `ptx_coef`, pretraining text: `input_ids`, `attention_mask` and `loss_mask` `[R, T]`, and
             `segment_ids` `[R, T]` where rows are packed; each minibatch takes its share.
+        limits: of `objective/kl` and of metrics of an update.
 
     Returns:
         The new state, and float32 metrics under TRL's names, averaged over the updates; NaN when no update counted.
+        With limits also `guard/spike`, the number of updates above them.
 
     Raises:
         InputError: when minibatches, micro-batches or groups do not divide the rows.
@@ -131,16 +143,18 @@ def ppo_step(
         actor_params, actor_frozen, actor_read = _parts(state.actor_params, state.actor, mesh)
         critic_params, critic_frozen, critic_read = _parts(state.critic_params, state.critic, mesh)
         frozen = _Frozen(actor_read, critic_read)
+        metrics = experience_metrics(experience, rewards, returns, state.kl_coef, weights)
+        limited = _Limited(limits, exceeds(metrics, limits))
 
         def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
             of_ptx = None if ptx is None else _take(ptx, index[1])
-            return _update(state, frozen, trained, _take(data, index[0]), of_ptx, experience.longest)
+            return _update(state, frozen, trained, _take(data, index[0]), of_ptx, experience.longest, limited)
 
         trained = _Trained(actor_params, critic_params, state.actor_opt_state, state.critic_opt_state, state.ema_params)
         index = (minibatch_rows(h, state.seed, state.step, rows), None if ptx is None else _ptx_rows(state, ptx))
         trained, updates = _run_updates(run, trained, index, early_stop=h.early_stop_kl is not None)
-    metrics = experience_metrics(experience, rewards, returns, state.kl_coef, weights)
-    metrics |= _averaged(updates)
+    spikes = updates.pop("spike")
+    metrics |= _averaged(updates) | ({} if limits is None else {"guard/spike": jnp.sum(spikes)})
     new = state.replace(
         step=state.step + 1,
         actor_params=join(trained.actor_params, actor_frozen),
@@ -248,6 +262,7 @@ def _update(
     batch: dict[str, jax.Array],
     ptx: dict[str, jax.Array] | None,
     longest: int | None,
+    limited: _Limited,
 ) -> tuple[_Trained, dict[str, jax.Array]]:
     """One optimizer step of actor and critic on one minibatch. The metrics say whether it counts and was made."""
     h, mesh = state.hyperparameters, state.mesh
@@ -267,7 +282,8 @@ def _update(
 
     finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
     within = jnp.ones((), bool) if h.early_stop_kl is None else metrics["policy/approxkl_avg"] <= h.early_stop_kl
-    made = finite & within
+    spike = finite & (limited.exploded | exceeds(metrics, limited.limits))
+    made = finite & within & ~spike
     actor_made = made & (state.step >= h.critic_only_steps)
     actor_params, actor_opt = apply_gradients(
         state.actor_optimizer,
@@ -288,7 +304,7 @@ def _update(
         decay = jnp.where(state.step < h.ema_start_step, 0.0, h.ema_decay)
         decay = jnp.where(actor_made, decay, 1.0)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, actor_params)
-    metrics |= {"counted": finite, "skipped": ~finite, "over_kl": finite & ~within}
+    metrics |= {"counted": finite, "skipped": ~finite, "over_kl": finite & ~within, "spike": spike}
     metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
     return _Trained(actor_params, critic_params, actor_opt, critic_opt, ema), metrics
 

@@ -24,6 +24,8 @@ from jaxrlhf.rl.rollouts import generate_in_pieces
 from jaxrlhf.rl.step import PPOState, ppo_step
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
+from jaxrlhf.trainers.corruption import run_twice
+from jaxrlhf.trainers.guards import Limits
 from jaxrlhf.trainers.loop import Announce, Watch, unwatched
 
 Metrics = dict[str, float]
@@ -231,11 +233,23 @@ class PPOTrainer:
         return prompts, decode([ids[response] for ids, _, response in rows])
 
     def update(
-        self, state: PPOState, experience: Experience, ptx: dict[str, jax.Array] | None = None
+        self,
+        state: PPOState,
+        experience: Experience,
+        ptx: dict[str, jax.Array] | None = None,
+        limits: Limits | None = None,
+        twice: bool = False,
     ) -> tuple[PPOState, Metrics]:
         """All epochs and minibatches on one experience; the state is donated.
 
         Nothing is updated when no response has a score: momentum alone would move the models.
+
+        Args:
+            state: the models.
+            experience: a scored rollout.
+            ptx: as in `ppo_step`.
+            limits: as in `ppo_step`.
+            twice: runs the update twice and compares (`run_twice`).
 
         Returns:
             The new state, and metrics under TRL's names with `timing/train`.
@@ -244,10 +258,12 @@ class PPOTrainer:
         if self.rewards and not to_host(jnp.any(experience.response_mask)):
             state = state.replace(step=state.step + 1)
             return state, {"guard/skipped_updates": 0.0, "guard/unscored": 1.0, "timing/train": 0.0}
-        state, metrics = self._train(state, experience, ptx)
+        train = partial(run_twice, self._train) if twice else self._train
+        state, metrics = train(state, experience, ptx, limits)
         metrics = {name: float(value) for name, value in to_host(metrics).items()}
         metrics |= {"guard/unscored": 0.0} if self.rewards else {}
-        return state, metrics | {"timing/train": time.monotonic() - begin}
+        seconds = time.monotonic() - begin - metrics.get("timing/deterministic_check", 0.0)
+        return state, metrics | {"timing/train": seconds}
 
     def generate_experience(
         self,

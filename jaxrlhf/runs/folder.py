@@ -1,13 +1,12 @@
 """The folder of a training run: settings, metrics, samples, summary, report; its console and its trackers."""
 
-import json
+import contextlib
 import math
-import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,23 +15,23 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import Settings, save_yaml, to_dict
-from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
+from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.errors import InputError, Interrupted
-from jaxrlhf.runs.checkpoints import FINAL, list_checkpoints
+from jaxrlhf.runs.checkpoints import FINAL, clean_folder, list_checkpoints
 from jaxrlhf.runs.console import Console, Progress, format_number
+from jaxrlhf.runs.lock import FolderLock
+from jaxrlhf.runs.records import JSONL, REMEDY, Records
 from jaxrlhf.runs.storage import storage_errors
 from jaxrlhf.runs.trackers import TrackedRun, Trackers, TrackingConfig
 from jaxrlhf.runs.trackers.registry import IDS
 
-JSONL = ("metrics.jsonl", "samples.jsonl")
 RECORDS = (*JSONL, "summary.json")
 OWN_FILES = ("config.yaml", *RECORDS, "report.html", IDS)
 OWN_FOLDERS = ("tensorboard", "profile", "wandb")
 EXPORT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 SHOWN_WITHOUT_HEADLINE = 8
 SHOWN_ON_BAR = 4
-REMEDY = "free or repair the disk, then continue the run with --resume"
 
 
 class Run:
@@ -80,8 +79,15 @@ class Run:
         self._config, self._resume, self._overwrite = config, resume, overwrite
         self._begun = not self.is_primary
         self._trackers: Trackers | None = None
+        self._lock: FolderLock | None = None
+        self._records = Records(self.output_dir, self.print)
+        # Time as the clock tells it at the start, and from there on without the clock's jumps.
+        self._start = time.time() - time.monotonic()
         if self.is_primary:
-            _check_folder(self.output_dir, resume, overwrite)
+            if self.output_dir.is_dir():
+                self._take_lock()
+            else:
+                _check_folder(self.output_dir, resume, overwrite)
             name = tracking.run_name or self.output_dir.resolve().name
             tracked = TrackedRun(self.output_dir, name, tracking.project, redacted(to_dict(config)))
             self._trackers = Trackers(tracking, tracked, self.print)
@@ -92,18 +98,39 @@ class Run:
         A run that is refused for its input before this point leaves the folder as it was.
 
         Raises:
-            InputError: The folder cannot be written.
+            InputError: The folder cannot be written, or another run has begun in it.
         """
         if self._begun:
             return
         self._begun = True
-        try:
+        with self._written():
             self.output_dir.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._take_lock()
+        with self._written():
             if self._resume:
-                _cut_partial_lines(self.output_dir)
+                self._records.cut_partial_lines()
             elif self._overwrite:
                 _delete_run(self.output_dir)
+            clean_folder(self.output_dir)
             save_yaml(self._config, self.output_dir / "config.yaml")
+
+    def _take_lock(self) -> None:
+        """Keeps other runs out of the folder, and refuses one that holds a run already."""
+        with self._written():
+            self._lock = FolderLock(self.output_dir)
+        try:
+            _check_folder(self.output_dir, self._resume, self._overwrite)
+        except InputError:
+            self._lock.release()
+            raise
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); choose another folder"
             raise InputError(f"output_dir {self.output_dir} {reason}") from error
@@ -120,41 +147,47 @@ class Run:
         except (OSError, ValueError) as second:  # the user needs to see the error that ended the run, not this one
             self.console.print(f"report.html is not written: {second}")
 
-    def log(self, step: int, metrics: Mapping[str, object]) -> None:
+    def log(self, step: int, metrics: Mapping[str, object]) -> dict[str, float | int | None]:
         """Records the metrics of a step in metrics.jsonl and the trackers, and prints them every `logging_steps`.
 
         Numbers keep seven significant digits. NaN and infinities become null; trackers do not get them. A killed
-        process loses no record of metrics.jsonl.
+        process loses no record of metrics.jsonl. A record that cannot be written waits in memory.
 
         Args:
             step: Number of finished steps.
             metrics: Numbers or 0-d arrays by name. Evaluations have names with the prefix `eval/`.
 
+        Returns:
+            The metrics as they are recorded.
+
         Raises:
-            StorageError: The record cannot be written.
+            StorageError: Another run has taken over the folder.
         """
         values = {name: _number(name, value) for name, value in metrics.items()}
         self.latest.update(values)
         if self._trackers is not None:
-            self._append("metrics.jsonl", {"step": int(step), "time": round(time.time(), 3), **values})
+            self._append("metrics.jsonl", int(step), values)
             self._trackers.log(int(step), values)
         self._show(int(step), values)
+        return values
 
-    def rewind(self, step: int) -> None:
-        """Drops metrics and samples after `step`, the step of the checkpoint from which the run resumes."""
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the records of metrics.jsonl, with `step` and `time`; on process 0 alone. Raises StorageError."""
+        return self._records.read("metrics.jsonl")
+
+    def rewind(self, step: int, repeats: bool = True) -> None:
+        """Drops metrics and samples after `step`, the step of the checkpoint from which the run goes on.
+
+        Args:
+            step: The step.
+            repeats: The steps after it are done as before, so that trackers need not be told of them again.
+        """
         self.begin()
         if self._trackers is None:
             return
-        dropped: list[dict[str, Any]] = []
-        with self._storage("rewind the records"):
-            for path in (self.output_dir / name for name in JSONL):
-                if path.exists():
-                    records = read_jsonl(path)
-                    kept = [record for record in records if record["step"] <= step]
-                    dropped += [record for record in records if record["step"] > step]
-                    write_text_atomic(path, "".join(_json_line(record) for record in kept))
-        sent = ((r["step"], name) for r in dropped for name in ([r["title"]] if "title" in r else r))
-        self._trackers.rewind(int(step), sent)
+        dropped = self._records.rewind(int(step))
+        sent = {(r["step"], name) for r in dropped for name in ([r["title"]] if "title" in r else r)}
+        self._trackers.rewind(int(step), sent if repeats else set())
 
     def print(self, text: str) -> None:
         """Prints `text` above the progress line."""
@@ -180,15 +213,14 @@ class Run:
             step: Number of finished steps.
 
         Raises:
-            StorageError: The record cannot be written.
+            StorageError: Another run has taken over the folder.
         """
         plain = [[_cell(value) for value in row] for row in rows]
         wrong = next((row for row in plain if len(row) != len(columns)), None)
         if wrong is not None:
             raise ValueError(f"table {title!r}: a row has {len(wrong)} cells, not {len(columns)}: {wrong}")
         if self._trackers is not None:
-            record = {"step": int(step), "time": round(time.time(), 3), "title": title, "columns": list(columns)}
-            self._append("samples.jsonl", {**record, "rows": plain})
+            self._append("samples.jsonl", int(step), {"title": title, "columns": list(columns), "rows": plain})
             self._trackers.table(int(step), title, columns, plain)
         self.console.table(f"{title} (step {step})", columns, plain)
 
@@ -203,11 +235,20 @@ class Run:
             with self._storage("write summary.json"):
                 write_json_atomic(self.output_dir / "summary.json", dict(values))
 
+    def write_json(self, name: str, value: object) -> None:
+        """Writes a JSON file of the folder, atomically, on process 0. Waits in memory while it cannot be written."""
+        self.begin()
+        if self.is_primary:
+            self._records.replace(name, value)
+
     def close(self, failed: bool = False) -> None:
-        """Writes `report.html` and ends the run in its trackers. A second call does nothing.
+        """Writes what waits and `report.html`, and ends the run in its trackers. A second call does nothing.
 
         Args:
             failed: An error ends the run.
+
+        Raises:
+            StorageError: Records or the report cannot be written.
         """
         if self._closed:
             return
@@ -216,13 +257,23 @@ class Run:
             return
         report: Path | None = None
         try:
-            if self._begun and (self.output_dir / "metrics.jsonl").exists():
-                from jaxrlhf.runs.report import write_report
-
-                with self._storage("write report.html"):
-                    report = write_report(self.output_dir)
+            if self._begun:
+                try:
+                    self._records.finish()
+                finally:
+                    report = self._write_report()
         finally:
             self._trackers.finish(report, failed)
+            if self._lock is not None:
+                self._lock.release()
+
+    def _write_report(self) -> Path | None:
+        if not (self.output_dir / "metrics.jsonl").exists():
+            return None
+        from jaxrlhf.runs.report import write_report
+
+        with self._storage("write report.html"):
+            return write_report(self.output_dir)
 
     def _show(self, step: int, values: dict[str, float | int | None]) -> None:
         """Prints the headline of a step if it is due, and puts the latest one on the progress line."""
@@ -242,10 +293,12 @@ class Run:
     def _storage(self, task: str) -> AbstractContextManager[None]:
         return storage_errors(f"{task} in {self.output_dir}", REMEDY)
 
-    def _append(self, name: str, record: Mapping[str, object]) -> None:
+    def _append(self, name: str, step: int, record: Mapping[str, object]) -> None:
         self.begin()
-        with self._storage(f"write {name}"), open(self.output_dir / name, "a", encoding="utf-8") as file:
-            file.write(_json_line(record))
+        if self._lock is not None:
+            self._lock.check()
+        now = round(self._start + time.monotonic(), 3)
+        self._records.append(name, {"step": step, "time": now, **record})
 
 
 def peak_memory_bytes() -> dict[str, int | None]:
@@ -288,13 +341,6 @@ def _delete_run(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def _cut_partial_lines(folder: Path) -> None:
-    """Cuts each .jsonl file after its last whole line, so that the next record starts on a line of its own."""
-    for path in (folder / name for name in JSONL):
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-
 def _number(name: str, value: object) -> float | int | None:
     """A metric as it is recorded."""
     if name in ("step", "time"):
@@ -312,10 +358,6 @@ def _cell(value: object) -> str | float | int | None:
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def _json_line(record: Mapping[str, object]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _shown(value: float | int | None) -> str:

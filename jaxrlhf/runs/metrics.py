@@ -195,6 +195,15 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "updates skipped because a value was not finite",
             "0; several in a row stop the run",
         ),
+        Metric(
+            "guard/spike",
+            "with `on_spike`: updates skipped because a loss, a gradient norm or the KL was far above its last values",
+            "0; several in a row stop the run",
+        ),
+        Metric(
+            "guard/rollbacks guard/left_out_batches guard/rolled_back_from",
+            "rollbacks and batches left out so far, and the step of the spike, at the step that the run went back to",
+        ),
         Metric("guard/unscored", "1 if no response of the step had a score", "0"),
         Metric("epoch episode", "passes over the training rows; responses sampled so far"),
     ),
@@ -223,6 +232,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "timing/generate timing/score", "seconds of sampling and of scoring", "sampling is the largest part of PPO"
         ),
+        Metric("timing/deterministic_check", "seconds of a `deterministic_check`", "about those of a training step"),
         Metric(
             "timing/reward_functions",
             "seconds spent waiting for reward functions after everything else of the scoring",

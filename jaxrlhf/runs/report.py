@@ -6,7 +6,7 @@ This module prepares plain data; `report.html.jinja` beside it is the page.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -173,7 +173,8 @@ def _facts(folder: Path) -> str:
         return "no step was recorded"
     text = f"{max(record['step'] for record in records):,} steps"
     times = [record["time"] for record in records if "time" in record]
-    seconds = times[-1] - times[0] if times else 0
+    # A resumed run may begin at an earlier time, where a clock was set back.
+    seconds = sum(max(0.0, after - before) for before, after in pairwise(times))
     return f"{text}, {format_duration(seconds)} from the first record to the last" if seconds >= 1 else text
 
 

@@ -21,7 +21,10 @@ def storage_errors(task: str, remedy: str, *kinds: type[Exception]) -> Iterator[
     try:
         yield
     except (OSError, *kinds) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "No space left" in reason:
-            reason = "no space left on the disk"
-        raise StorageError(f"cannot {task}: {reason}; {remedy}") from error
+        raise StorageError(f"cannot {task}: {reason_of(error)}; {remedy}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """One line that says why the storage failed."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return "no space left on the disk" if "No space left" in reason else reason

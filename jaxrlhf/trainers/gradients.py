@@ -1,6 +1,6 @@
 """Gradients inside a jitted step: accumulated over micro-batches, then applied. Scoring uses the same micro-batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -192,6 +192,13 @@ def apply_gradients(
     if mesh is not None:
         trainable = constrain_tree(trainable, _trainable_shardings(module, mesh))
     return trainable, back_like(new_state, opt_state)
+
+
+def exceeds(metrics: Mapping[str, jax.Array], limits: Mapping[str, Any] | None) -> jax.Array:
+    """True if one of the metrics is above its limit. Limits are arguments of a program: others compile nothing."""
+    known = {} if limits is None else limits
+    over = [metrics[name] > limit for name, limit in known.items() if name in metrics]
+    return jnp.any(jnp.stack(over)) if over else jnp.zeros((), bool)
 
 
 def _trainable_shardings(module: Decoder, mesh: Mesh) -> PyTree:

@@ -1,31 +1,30 @@
 """The loop around every trainer's step: resume, log, evaluate, checkpoint, stop cleanly, export."""
 
-import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
-import numpy as np
 
-from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
-from jaxrlhf.errors import InputError, Interrupted, SharedError, TrainingDiverged
+from jaxrlhf.errors import InputError, Interrupted, SharedError, StorageError, TrainingDiverged
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import (
     checkpoint_step,
     latest_checkpoint,
     list_checkpoints,
+    remove_checkpoints_after,
     restore_checkpoint,
-    save_checkpoint,
 )
 from jaxrlhf.runs.console import Console
+from jaxrlhf.runs.saving import Retention, Saver
+from jaxrlhf.trainers.guards import Guard, History, StepPlan
 from jaxrlhf.trainers.settings import RunConfig
 
 State = TypeVar("State")
@@ -73,8 +72,12 @@ class Task(Protocol[State]):
     best: tuple[str, int]
     """The metric of an evaluation that decides which checkpoint is best, and 1 (higher is better) or -1."""
 
-    def step(self, state: State, index: int) -> tuple[State, Metrics]:
-        """Runs step `index` (from 0); returns the new state and its metrics."""
+    def step(self, state: State, plan: StepPlan) -> tuple[State, Metrics]:
+        """Runs a step; returns the new state and its metrics."""
+        ...
+
+    def limits(self, history: History) -> dict[str, float]:
+        """Values of metrics above which an update is a spike, given those of the last steps: always the same names."""
         ...
 
     def evaluate(self, state: State, done: int, watch: Watch = unwatched) -> Metrics:
@@ -137,6 +140,7 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
         Interrupted: after SIGINT or SIGTERM to any process; the current step, or batch of an evaluation, is finished
             and a checkpoint saved.
         SharedError: as the task raises it (by a reward function, say); a checkpoint is saved first.
+        StorageError: when several checkpoints in a row, or the last one, cannot be written.
         TrainingDiverged: when several steps in a row had no finite update.
     """
     state, start = resume_or_start(run, task, state, resume)
@@ -145,13 +149,16 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
     begin = time.monotonic()
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         loop = _Loop(run, config, task, start, stopped)
-        loop.evaluate_at_start(state)
-        with tracing(run, config.profiled) as trace:
-            for index in range(start, task.total_steps):
-                trace(index + 1)
-                state = loop.step(state, index)
-                bar.update()
-                loop.finish_step(state, index + 1)
+        with loop.saves_finished(), tracing(run, config.profiled) as trace:
+            loop.evaluate_at_start(state)
+            done = start
+            while done < task.total_steps:
+                trace(done + 1)
+                state, after = loop.step(state, done)
+                bar.update(after - done)
+                if after > done:
+                    loop.finish_step(state, after)
+                done = after
     best = loop.best.step
     if config.export_best and best not in (None, task.total_steps):
         with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
@@ -176,14 +183,36 @@ class _Loop(Generic[State]):
     def __init__(self, run: Run, config: RunConfig, task: Task[State], start: int, stopped: Callable[[], bool]) -> None:
         self.run, self.config, self.task, self.start, self.stopped = run, config, task, start, stopped
         self.best = best_before(run, task.best, start)
-        self.guard = Guard(run, config.max_skipped_steps, task.last_batch)
+        self.best_before = self.best
+        self.guard = Guard(run, config.guard, task.limits, task.last_batch)
+        self.saver = Saver(
+            run.output_dir,
+            Retention(config.save_total_limit, config.keep_period),
+            max_failures=config.max_failed_saves,
+            say=run.print,
+        )
 
-    def step(self, state: State, index: int) -> State:
-        with self.saved_before_errors(state, index):
-            state, metrics = self.task.step(state, index)
-        metrics = to_host(metrics)
-        self.run.log(index + 1, metrics | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30})
-        self.guard.check(metrics, index + 1)
+    def step(self, state: State, done: int) -> tuple[State, int]:
+        """Runs the step after `done`; returns the state to go on from and the number of finished steps."""
+        with self.saved_before_errors(state, done):
+            state, metrics = self.task.step(state, self.guard.plan(done))
+        metrics = to_host(metrics) | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30}
+        self.guard.check(self.run.log(done + 1, metrics), done + 1)
+        if self.guard.spiked:  # which checkpoints there are must not depend on how quick the disk is
+            self.saver.wait()
+        to = self.guard.way_back(done + 1)
+        return (state, done + 1) if to is None else (self.roll_back(state, done + 1, to), to)
+
+    def roll_back(self, state: State, step: int, to: int) -> State:
+        """Returns the state of the checkpoint of step `to`; what came after it, up to `step`, is deleted."""
+        path = self.run.output_dir / f"checkpoint-{to}"
+        with self.run.status(f"restoring {path}…"):
+            state, _ = restore_checkpoint(path, state)
+        if is_primary():
+            remove_checkpoints_after(self.run.output_dir, to)
+        self.run.rewind(to, repeats=False)
+        self.guard.rolled_back(step, to)
+        self.best = self.best_before = best_before(self.run, self.task.best, to)
         return state
 
     def evaluate_at_start(self, state: State) -> None:
@@ -205,13 +234,12 @@ class _Loop(Generic[State]):
         if self.is_evaluated_at(done):
             with self.saved_before_errors(state, done):
                 value = self.evaluate(state, done)
-        improved = self.best.is_worse_than(value, self.task.best[1])
-        stop = any(gather("ending a step", self.stopped()))
-        due = improved or (self.config.save_steps and done % self.config.save_steps == 0)
+        stop = self.asked_to_stop("ending a step")
+        due = self.saver.retry_is_due or (self.config.save_steps and done % self.config.save_steps == 0)
+        ends = last or stop or self.guard.given_up
         # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
-        if last or stop or self.guard.given_up or (due and not self.guard.in_a_row):
-            self.best = Best(done, value) if improved else self.best
-            self.save(state, done, 0 if self.guard.given_up else self.config.save_total_limit)
+        if ends or ((due or self.improves(value)) and not self.guard.in_a_row):
+            self.save(state, done, value, last=ends)
         if self.guard.given_up:
             self.guard.end(done)
         if stop and not last:
@@ -223,7 +251,7 @@ class _Loop(Generic[State]):
             metrics = self.task.evaluate(state, done, self.watch)
         except EvaluationStopped:
             if done > self.start and not self.guard.in_a_row:
-                self.save(state, done, self.config.save_total_limit)
+                self.save(state, done, last=True)
             when = f"after step {done}" if done else "before the first step"
             raise Interrupted(f"stopped during the evaluation {when}; continue with --resume") from None
         self.run.log(done, {f"eval/{name}": value for name, value in metrics.items()})
@@ -233,30 +261,71 @@ class _Loop(Generic[State]):
     def watch(self, batches: Iterable[Item], total: int) -> Iterator[Item]:
         with self.run.progress(total, description="evaluation", unit="batch", transient=True) as bar:
             for batch in bar.over(batches):
-                if any(gather("evaluating a batch", self.stopped())):
+                if self.asked_to_stop("evaluating a batch"):
                     raise EvaluationStopped
                 yield batch
 
-    def save(self, state: State, done: int, keep_last: int) -> None:
-        with self.run.status(f"saving checkpoint-{done}…"):
-            metadata = {"identity": redacted(self.task.identity), "exports": self.task.exports}
-            save_checkpoint(self.run.output_dir, done, state, metadata, keep_last, keep={self.best.step})
+    def asked_to_stop(self, place: str) -> bool:
+        """True when a process is asked to stop. All processes also look at the pending save here."""
+        seen = gather(place, {"stop": self.stopped(), "save": self.saver.report()})
+        self.saver.advance([process["save"] for process in seen])
+        return any(process["stop"] for process in seen)
+
+    def improves(self, value: float | None) -> bool:
+        """True when the metric of an evaluation is better than that of every checkpoint."""
+        if self.best.step in self.saver.failed:
+            self.best = self.best_before
+        return self.best.is_worse_than(value, self.task.best[1])
+
+    def save(self, state: State, done: int, value: float | None = None, *, last: bool = False) -> None:
+        """Saves the state, of which `value` is the metric; the last one of a run until it is written."""
+        self.saver.wait()
+        if self.improves(value):
+            self.best_before, self.best = self.best, Best(done, value)
+        if self.guard.given_up:  # the older ones may be of use
+            self.saver.retention = Retention()
+        metadata: dict[str, Any] = {"identity": redacted(self.task.identity), "exports": self.task.exports}
+        metadata["best_step"] = self.best.step
+        background = self.config.async_save and not last
+        with nullcontext() if background else self.run.status(f"saving checkpoint-{done}…"):
+            self.saver.start(done, state, metadata, {self.best.step}, background=background)
+            while last and self.saver.wait_for_retry():
+                self.saver.start(done, state, metadata, {self.best.step}, background=False)
+
+    @contextmanager
+    def saves_finished(self) -> Iterator[None]:
+        """Waits for the pending save at the end of the block, also after an error that all processes have."""
+        try:
+            yield
+        except (KeyboardInterrupt, StorageError):
+            self.saver.abandon()
+            raise
+        except Exception as error:
+            if jax.process_count() > 1 and not isinstance(error, Interrupted | SharedError | TrainingDiverged):
+                self.saver.abandon()  # the others are elsewhere
+                raise
+            try:
+                self.saver.wait()
+            except StorageError as second:  # the user needs to see the error that ended the run
+                self.run.print(f"WARNING: {second}")
+            raise
 
     @contextmanager
     def saved_before_errors(self, state: State, done: int) -> Iterator[None]:
         try:
             yield
         except SharedError:
+            self.saver.wait()
             usable = not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
             saved = map(checkpoint_step, list_checkpoints(self.run.output_dir))
             if done > self.start and usable and done not in saved:
-                self.save(state, done, self.config.save_total_limit)
+                self.save(state, done, last=True)
             raise
 
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:
     """Records of this run's evaluations, resumed parts included: `step`, and metrics by name."""
-    records = [r for r in read_jsonl(run.output_dir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
+    records = [r for r in run.metrics() if any(k.startswith("eval/") for k in r)]
     return [
         {"step": r["step"]} | {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
         for r in records
@@ -329,57 +398,6 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
     plain = [{k: v for k, v in r.items() if k != "step"} for r in (records[0], records[-1], chosen)]
     named = dict(zip(("eval_before", "eval_after", "eval_best"), plain, strict=True))
     return named | {"best_step": chosen["step"], "best_by": best[0]}
-
-
-class Guard:
-    """Counts steps whose loss or gradients are not finite, or whose batch has no score. Such steps change nothing."""
-
-    def __init__(self, run: Run, limit: int, batch: Callable[[], dict[str, Any]]) -> None:
-        self.run, self.limit, self.batch = run, limit, batch
-        self.in_a_row = 0
-        self.reason, self.unscored = "", False
-
-    def check(self, metrics: Metrics, step: int) -> None:
-        """Counts a step that skipped updates. Raises TrainingDiverged for another metric that is not finite."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-        skipped, self.unscored = int(metrics["guard/skipped_updates"]), bool(metrics.get("guard/unscored", False))
-        if not skipped and not self.unscored:
-            self.in_a_row = 0
-            if bad:
-                raise TrainingDiverged(f"step {step}: {', '.join(bad)} became non-finite; {self._advice()}")
-            return
-        self.in_a_row += 1
-        left_out, self.reason = f"{skipped} update{'s' * (skipped > 1)}", "a loss or gradient became non-finite"
-        if self.unscored:
-            left_out, self.reason = "its updates", "no response had a score"
-        elif bad:
-            self.reason = f"{', '.join(bad)} became non-finite"
-        self.run.print(
-            f"step {step}: skipped {left_out}, because {self.reason} ({self.in_a_row} such step"
-            f"{'s' * (self.in_a_row > 1)} in a row; the run ends at {self.limit})"
-        )
-
-    @property
-    def given_up(self) -> bool:
-        return self.in_a_row >= self.limit
-
-    def end(self, step: int) -> None:
-        """Saves the newest batch for inspection and raises TrainingDiverged."""
-        path = self.run.output_dir / f"nonfinite-step-{step}.npz"
-        arrays = {name: np.asarray(value) for name, value in to_host(self.batch()).items()}
-        if is_primary():
-            np.savez(path, allow_pickle=False, **arrays)
-        raise TrainingDiverged(
-            f"step {step}: {self.reason} in {self.in_a_row} steps in a row; the batch is saved in {path}, and "
-            f"checkpoint-{step} holds the model as it was before them. {self._advice()}"
-        )
-
-    def _advice(self) -> str:
-        kept = latest_checkpoint(self.run.output_dir)
-        go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
-        if self.unscored:
-            return f"See the messages of the reward functions above; {go_on}"
-        return f"Lower the learning rate, lengthen the warm-up, or use --dtype float32; {go_on}"
 
 
 @contextmanager

@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import (
+    CountOrAuto,
     Derived,
     Lasting,
     MayChange,
+    NonNegative,
     NonNegativeInt,
     PathName,
     PositiveInt,
@@ -42,6 +44,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.trainers.guards import GuardConfig
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.routers import RouterOptions
@@ -56,13 +59,13 @@ DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "flo
 class MeshConfig(Settings, may_change=True):
     """The device mesh and the precision of the arithmetic."""
 
-    mesh_data: int = 1
+    mesh_data: CountOrAuto = 1
     """Devices that hold replicas; -1: all remaining devices."""
-    mesh_fsdp: int = -1
+    mesh_fsdp: CountOrAuto = -1
     """Devices that parameters and optimizer state are sharded over; -1: all remaining devices."""
-    mesh_tensor: int = 1
+    mesh_tensor: CountOrAuto = 1
     """Devices that heads and MLP are split over."""
-    mesh_expert: int = 1
+    mesh_expert: CountOrAuto = 1
     """Devices that the experts of a sparse model are split over; they split the batch too."""
     dtype: Lasting[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
@@ -173,9 +176,9 @@ class FolderConfig(Settings, may_change=True):
 class RunConfig(Settings, may_change=True):
     """Length, batches, logging, evaluation, checkpoints, export."""
 
-    num_train_epochs: float = 1.0
+    num_train_epochs: NonNegative = 1.0
     """Passes over the training rows, when max_steps is not given."""
-    max_steps: int = -1
+    max_steps: CountOrAuto = -1
     """Optimizer steps (ppo: rollout batches); -1: num_train_epochs decides."""
     per_device_train_batch_size: PositiveInt = 8
     """Rows per device of one micro-batch."""
@@ -196,21 +199,27 @@ class RunConfig(Settings, may_change=True):
     save_steps: NonNegativeInt = 0
     """Steps between checkpoints; 0: only after the last step."""
     save_total_limit: NonNegativeInt = 2
-    """Checkpoints to keep; 0: all."""
+    """Newest checkpoints to keep; 0: all. The best one is kept too."""
+    keep_period: NonNegativeInt = 0
+    """Keep every checkpoint whose step is a multiple of this, besides the newest ones; 0: none."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy in host memory. --no_async_save: training waits, and copies
+    little at a time."""
+    max_failed_saves: PositiveInt = 3
+    """End the run after this many checkpoints in a row that could not be written. The last one must be written."""
     export_best: Annotated[bool, alias("load_best_model_at_end")] = False
     """Export the model of the best evaluation instead of the last one. Its checkpoint is kept in any case."""
-    max_skipped_steps: PositiveInt = 3
-    """End the run after this many steps in a row without a finite update; such steps change nothing."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
     profile_steps: str = ""
     """Steps to trace, as in 3:5 (both included), counted from 1; the trace lies in output_dir/profile, for XProf and
     TensorBoard. Empty: none."""
+    guard: GuardConfig = GuardConfig()
 
     def check(self) -> None:
-        if self.max_steps < 1 and self.max_steps != -1:
+        if self.max_steps == 0:
             raise InputError(f"max_steps={self.max_steps} must be at least 1, or -1 for num_train_epochs")
-        if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
+        if self.max_steps == -1 and not self.num_train_epochs:
             raise InputError(f"num_train_epochs={self.num_train_epochs} must be above 0 when max_steps is not given")
         self.profiled  # noqa: B018 - refuses text that is no range
 

@@ -20,7 +20,15 @@ from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
-from jaxrlhf.trainers.gradients import apply_gradients, frozen_working_copy, init_optimizer, model_gradients
+from jaxrlhf.trainers.corruption import run_twice
+from jaxrlhf.trainers.gradients import (
+    apply_gradients,
+    exceeds,
+    frozen_working_copy,
+    init_optimizer,
+    model_gradients,
+)
+from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Announce, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, updates_made
@@ -93,11 +101,12 @@ def train_step(
     objective: Objective,
     micro_batches: int,
     routers: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
+    limits: Limits | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one optimizer step on a batch.
 
     Only trainable leaves get gradients: all, or the adapters and a scalar head (`split_trainable`). When the loss or a
-    gradient is not finite, parameters and optimizer state stay as they were.
+    gradient is not finite, or above its limit, parameters and optimizer state stay as they were.
 
     Args:
         state: donated.
@@ -106,10 +115,12 @@ def train_step(
         objective: the loss.
         micro_batches: chunks that the batch is worked through in; their number does not change the result.
         routers: weights of the losses of routers.
+        limits: of `loss` and `grad_norm`.
 
     Returns:
         The new state, and `loss`, `grad_norm`, `guard/skipped_updates`, `tokens` (`token_sum`), the objective's stats,
-        and `router_metrics` of a model with experts. `loss` has no losses of routers in it.
+        and `router_metrics` of a model with experts. `loss` has no losses of routers in it. With limits also
+        `guard/spike`.
     """
     with use(state.mesh, TRAIN_RULES):
         count, tokens = objective.count(batch), token_sum(batch)
@@ -128,10 +139,12 @@ def train_step(
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        metrics = {"loss": value, "grad_norm": norm, "guard/skipped_updates": ~finite, "tokens": tokens}
+        spike = finite & exceeds(metrics, limits)
         trainable, opt_state = apply_gradients(
-            state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh, finite
+            state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh, finite & ~spike
         )
-    metrics = {"loss": value, "grad_norm": norm, "guard/skipped_updates": ~finite, "tokens": tokens, **stats, **routed}
+    metrics |= {**stats, **routed} | ({} if limits is None else {"guard/spike": spike})
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
 
@@ -275,19 +288,21 @@ class SupervisedTask:
     def initial_state(self) -> TrainState:
         return init_state(self.model, self.optimizer, self.mesh, offload_optimizer=self.config.run.offload_optimizer)
 
-    def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
+    def step(self, state: TrainState, plan: StepPlan) -> tuple[TrainState, dict[str, Any]]:
         begin = time.monotonic()
         made = int(to_host(updates_made(state.opt_state)))
-        indices = self.train.indices(index, self.rows)
+        indices = self.train.indices(plan.batch, self.rows)
         batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows))
         self._newest = self._extend(state.params, place_batch(batch, self.mesh))
-        state, metrics = self._update(
+        update = partial(run_twice, self._update) if plan.twice else self._update
+        state, metrics = update(
             state,
             self._newest,
             self.key,
             objective=self.recipe.objective,
             micro_batches=self.micro_batches,
             routers=self.config.routers,
+            limits=plan.limits,
         )
         metrics = to_host(metrics)
         tokens = metrics.pop("tokens")
@@ -295,11 +310,15 @@ class SupervisedTask:
         seconds = time.monotonic() - begin
         return state, metrics | {
             "learning_rate": self.schedule(made),
-            **self.train.progress(index + 1, self.rows),
+            **self.train.progress(plan.batch + 1, self.rows),
             "perf/tokens_per_second": np.float64(tokens / seconds),
             "perf/padding": np.float64(1 - tokens / positions),
             "timing/step": np.float64(seconds),
         }
+
+    def limits(self, history: History) -> dict[str, float]:
+        threshold = self.config.run.guard.spike_threshold
+        return {name: robust_limit(history.get(name, ()), threshold) for name in ("loss", "grad_norm")}
 
     def evaluate(self, state: TrainState, done: int, watch: Watch = unwatched) -> dict[str, float]:
         def sums(batch: Batch) -> dict[str, jax.Array]:

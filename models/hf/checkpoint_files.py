@@ -143,7 +143,7 @@ def _open_shards(index: Path, opener: Callable[[Path], TensorSource]) -> TensorS
     if outside:
         raise InputError(f"{index} names files outside its folder: {', '.join(outside)}; it must name files beside it")
     files = sorted(set(weight_map.values()))
-    absent = [f for f in files if not (folder / f).is_file()]
+    absent = [f[:100] for f in files if not os.path.isfile(folder / f)]
     if absent:
         raise InputError(f"{index} names files that are not in {folder}: {', '.join(absent)}")
     sources = {f: opener(folder / f) for f in files}

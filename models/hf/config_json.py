@@ -59,6 +59,7 @@ _USUAL |= {"output_hidden_states", "output_attentions", "return_dict", "chunk_si
 # `value_head_prefix`: an export names the head `score`.
 _NOT_EXPORTED = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map"}
 _NOT_EXPORTED |= {"custom_pipelines", "quantization_config", "value_head_prefix"}
+_DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 _LABELS = ("id2label", "label2id", "num_labels", "_num_labels", "problem_type")
 
 
@@ -81,6 +82,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG, *, strict: 
     family = get_family(model_type, where)
     hf = HFConfig(values, where, family.aliases)
     _check_architectures(hf, family)
+    _check_dtype(hf)
     config = family.config_from_hf(hf)
     unread = hf.unread()
     for name, value in unread.items():
@@ -123,6 +125,14 @@ def _check_architectures(hf: HFConfig, family: Family) -> None:
     if others:
         why = f"the weights belong to another class; {family.name} models are {ours[0]} or {ours[1]}"
         raise hf.refuse("architectures", named, why)
+
+
+def _check_dtype(hf: HFConfig) -> None:
+    """Raises InputError for a dtype that is none: transformers reads it, also where it loads only the tokenizer."""
+    for name in ("dtype", "torch_dtype"):
+        value = hf.take(name)
+        if value is not None and (not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES):
+            raise hf.refuse(name, value, f"it must be one of {', '.join(_DTYPES)}")
 
 
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:

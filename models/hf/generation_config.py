@@ -5,6 +5,7 @@ config goes: through training, checkpoints and conversions, into every export.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def with_generation_config(config: DecoderConfig, folder: Path) -> DecoderConfig
         InputError: The file holds no JSON object.
     """
     path = folder / GENERATION_CONFIG
-    if not path.is_file():
+    if not path.is_file() and not os.path.lexists(path):
         return config
     values = read_json(path)
     return config if values == _ids_of(config) else config.replace(generation_config=json.dumps(values))

@@ -28,7 +28,7 @@ from jaxrlhf.models import (
 from jaxrlhf.models.lora import adapter_leaves
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.run import train_ppo
-from jaxrlhf.runs.checkpoints import save_checkpoint
+from jaxrlhf.runs.saving import save_checkpoint
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 

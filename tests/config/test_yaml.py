@@ -50,7 +50,7 @@ ODD = {
     "data_split": (1, 2, 3),
     "prompt_template": "none",
     "learning_rate": 1e-30,
-    "offset": float("-inf"),
+    "offset": -1e9,
     "dtype": "bfloat16",
     "remat": False,
     "max_steps": 3,

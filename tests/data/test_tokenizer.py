@@ -202,5 +202,5 @@ def test_unreadable_tokenizer_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=r"tokenizer\.json: not valid JSON"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="tokenizer files cannot be read"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read"):
         load_tokenizer(tmp_path)

@@ -139,7 +139,8 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_
 
 
 def test_settings_models_and_data_that_differ_are_named_with_who_has_which_on_every_process(two):
-    assert two.facts[0] == two.facts[1]
+    for name in ("settings", "model", "data", "stopped"):
+        assert two.facts[0][name] == two.facts[1][name]
     assert "learning_rate: 0.01 on process 0, 0.5 on process 1" in two.facts[0]["settings"]
     assert "lm/model.safetensors: " in two.facts[0]["model"] and "config.json" not in two.facts[0]["model"]
     assert "rows.jsonl (train)" in two.facts[0]["data"] and "the tokenizer" not in two.facts[0]["data"]
@@ -152,6 +153,16 @@ def test_reward_functions_are_called_by_process_0_and_both_have_their_scores_fai
         assert "it returned a text" in facts["rewards"]["refused"]
     done = [json.loads((two.folder / f"rewards-{i}.json").read_text()) for i in range(2)]
     assert done == [["called with 3", "reward function size gave sample 0 no score: returned None"], []]
+
+
+def test_a_save_in_the_background_fails_or_completes_on_both_processes_together(two):
+    first, second = (facts["saves"] for facts in two.facts)
+    for facts in (first, second):
+        assert "checkpoint-1: no space left on the disk; training goes on" in facts["said"][0]
+        assert facts["said"][1].startswith("checkpoint-2: saved in the background") and facts["same"]
+        assert facts["looks"] >= 3, "each barrier of orbax is opened at a look of its own"
+        assert f"checkpoint-2 is damaged: not as they were written: state/{facts['file']}" in facts["damage"]
+    assert first["damage"] == second["damage"]
 
 
 def test_when_the_coordinator_is_killed_the_other_process_says_so_and_ends(two):

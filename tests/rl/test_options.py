@@ -194,6 +194,26 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(experience,
     assert all(np.isnan(float(metrics[name])) for name in losses)
 
 
+def test_updates_above_a_limit_change_nothing_and_a_kl_above_its_own_leaves_out_all(experience, setup, lab):
+    h = PPOHyperparameters(num_mini_batches=2)
+
+    def step(**limits):
+        names = {"kl": "objective/kl", "norm": "policy/grad_norm", "value": "loss/value_avg"}
+        limits = {name: np.float32(limits.get(key, np.inf)) for key, name in names.items()}
+        return ppo_step(setup.state(lab.sgd, h, BETA), experience, None, limits)
+
+    _, metrics = step()
+    assert float(metrics["guard/spike"]) == 0
+    state, metrics = step(kl=float(metrics["objective/kl"]) - 0.1)
+    assert float(metrics["guard/spike"]) == 2 and float(metrics["guard/skipped_updates"]) == 0
+    assert float(metrics["policy/early_stopped"]) == 0
+    for name in ("actor", "critic"):
+        chex.assert_trees_all_equal(getattr(state, f"{name}_params"), getattr(setup, name).params)
+    chex.assert_trees_all_equal(state.ema_params, setup.actor.params)
+    _, metrics = step(value=float(metrics["loss/value_avg"]))  # above the mean of both updates, so one of them
+    assert float(metrics["guard/spike"]) == 1 and np.isfinite(float(metrics["policy/grad_norm"]))
+
+
 @pytest.mark.parametrize("where", ["scores", "logprobs"])
 def test_a_batch_that_is_not_finite_leaves_no_trace_in_what_the_next_ones_use(where, experience, setup, lab):
     h = PPOHyperparameters(kl_target=0.5, kl_horizon=100.0, score_normalization="running")

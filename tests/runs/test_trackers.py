@@ -13,7 +13,7 @@ import pytest
 from jaxrlhf import config
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs import Run, TrackingConfig
-from jaxrlhf.runs.checkpoints import save_checkpoint
+from jaxrlhf.runs.saving import save_checkpoint
 from jaxrlhf.runs.trackers import background, registry
 
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow")

@@ -44,17 +44,17 @@ def ppo_config(demo, output, **changes):
 
 def in_step(number, action):
     """Call `action()` in this process within step `number` of the next run."""
-    from jaxrlhf.trainers import loop
+    from jaxrlhf.trainers.guards import Guard
 
-    before = loop.Guard.check
+    before = Guard.check
 
     def check(guard, metrics, step):
         before(guard, metrics, step)
         if step == number:
-            loop.Guard.check = before
+            Guard.check = before
             action()
 
-    loop.Guard.check = check
+    Guard.check = check
 
 
 def refusal(function):
@@ -88,6 +88,56 @@ def rewarded(note):
     return {"scores": scores, "failures": result.failures, "refused": wrong}
 
 
+def saves(folder, process):
+    """Save in the background with a disk that is full for process 1 at first; return what is printed and restored."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxrlhf.distributed import barrier, gather, to_host
+    from jaxrlhf.errors import StorageError
+    from jaxrlhf.runs import saving
+    from jaxrlhf.runs.checkpoints import restore_checkpoint
+    from jaxrlhf.sharding import make_mesh
+
+    saving.RETRY = 0.0
+    said, facts_of = [], saving.file_facts
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    placed = NamedSharding(make_mesh(1, -1), PartitionSpec("fsdp"))
+    state = {"w": jax.device_put(jnp.arange(64.0), placed), "n": 1}
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    saver = saving.Saver(folder, saving.Retention(1), max_failures=2, say=said.append)
+    saving.file_facts = full if process == 1 else facts_of
+    saver.start(1, state, {})
+    state["w"] = step(state["w"])
+    saver.wait()
+    saving.file_facts = facts_of
+    saver.start(2, state, {})
+    expected, looks = to_host(state["w"]), 0
+    while saver._pending:
+        state["w"] = step(state["w"])
+        saver.advance(gather("a boundary", saver.report()))
+        looks += 1
+    restored, _ = restore_checkpoint(folder / "checkpoint-2", state)
+    same = bool((to_host(restored["w"]) == expected).all())
+    files = json.loads((folder / "checkpoint-2" / "index.json").read_text())["files"]
+    own = [name for name in files if name.startswith("ocdbt.process_1/d/")]
+    barrier("restored")
+    if process == 0:
+        path = folder / "checkpoint-2" / "state" / own[0]
+        path.write_bytes(bytes(path.stat().st_size))
+    barrier("damaged")
+    try:
+        restore_checkpoint(folder / "checkpoint-2", state)
+        damage = ""
+    except StorageError as error:
+        damage = str(error)
+    return {"said": said, "same": same, "looks": looks, "damage": damage, "file": own[0]}
+
+
 def two(demo, folder, process):
     """Run SFT until a signal to process 1, then PPO, then runs that are refused; then kill process 0 in a step."""
     from jaxrlhf.errors import Interrupted
@@ -109,6 +159,7 @@ def two(demo, folder, process):
     model = refusal(lambda: train_sft(sft_config(demo, folder / "model", model_name_or_path="lm")))
     facts = {"model": model, "stopped": stopped, "settings": settings, "data": data}
     facts["rewards"] = rewarded(folder / f"rewards-{process}.json")
+    facts["saves"] = saves(folder / "saves", process)
     (folder / f"process-{process}.json").write_text(json.dumps(facts))
     if process == 0:
         in_step(1, lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -170,3 +170,27 @@ def test_dropout_is_drawn_anew_each_step_and_is_a_function_of_seed_and_step(lab)
     assert len(set(first)) == 3
     assert losses(0) == first
     assert not set(losses(1)) & set(first)
+
+
+def test_a_step_above_a_limit_changes_nothing_and_other_limits_compile_nothing(lab):
+    model = lab.tiny_model(mesh=lab.mesh_of())
+    batch = sft_batch(4, WIDTH, 101)
+
+    def step(**limits):
+        state = init_state(model.replace(params=jax.tree.map(jnp.copy, model.params)), lab.sgd, lab.mesh_of())
+        limits = {name: np.float32(limits.get(name, np.inf)) for name in ("loss", "grad_norm")}
+        state, metrics = train_step(
+            state, batch, jax.random.key(0), objective=OBJECTIVE["sft"], micro_batches=1, limits=limits
+        )
+        return jax.device_get((state.params, metrics))
+
+    params, metrics = step()
+    compiled = train_step._cache_size()
+    assert not metrics["guard/spike"] and not metrics["guard/skipped_updates"]
+    start = jax.device_get(model.params)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start))) > 0
+    for name in ("loss", "grad_norm"):
+        params, again = step(**{name: metrics[name] * 0.9})
+        assert again["guard/spike"] and not again["guard/skipped_updates"] and again["loss"] == metrics["loss"]
+        chex.assert_trees_all_equal(params, start)
+    assert train_step._cache_size() == compiled

@@ -1,12 +1,9 @@
 """The settings of `jaxrlhf eval`."""
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from jaxrlhf.config import (
-    Gt,
-    Lt,
     NonNegativeInt,
     PathName,
     PositiveInt,
@@ -79,7 +76,7 @@ class EvalConfig(Settings):
     texts to score."""
     limit: NonNegativeInt = 0
     """Use at most this many rows, chosen at random (with tasks: the first documents of each); 0: all."""
-    pass_score: Annotated[float, Gt(-math.inf), Lt(math.inf)] | None = None
+    pass_score: float | None = None
     """A response passes with at least this score of a reward function, for pass@k; default: 1, for functions that give
     only 0 and 1."""
     subset_field: str = ""

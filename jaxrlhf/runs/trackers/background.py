@@ -36,12 +36,20 @@ class Background:
         started: Callable[[str, dict[str, str]], None],
     ) -> None:
         self.name, self.rewinds, self.measures_system = name, tracker.rewinds, tracker.measures_system
-        self._tracker, self._say = tracker, say
+        self._tracker, self._say, self._started = tracker, say, started
         self._queue: queue.Queue[tuple[Callable[..., Any], tuple[Any, ...]] | None] = queue.Queue(QUEUE_SIZE)
         self._broken, self._dropped = False, False
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
-        self._put(lambda: started(name, tracker.start(run)))
+        self._put(self._start, run)
         self._thread.start()
+
+    def _start(self, run: TrackedRun) -> None:
+        self._started(self.name, self._tracker.start(run))
+
+    def restart(self, run: TrackedRun) -> None:
+        """Ends the tracker and starts it again, for a run that went back to `run.rewound_to`."""
+        self._put(self._tracker.finish, None, False)
+        self._put(self._start, run)
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
         self._put(self._tracker.log, step, metrics)

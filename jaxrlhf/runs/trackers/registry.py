@@ -86,13 +86,16 @@ class Trackers:
         self._rewound_to: int | None = None
 
     def rewind(self, step: int, sent: Iterable[tuple[int, str]]) -> None:
-        """Continues a run from a checkpoint.
+        """Continues a run from a checkpoint. Trackers at work that rewind begin anew from there.
 
         Args:
             step: The step of the checkpoint.
             sent: (step, metric or title of a table) of what was recorded after it, which the resumed run repeats.
         """
         self._rewound_to, self._sent = step, set(sent)
+        for name, tracker in self._running.items():
+            if tracker.rewinds:
+                tracker.restart(replace(self._run, known=self._ids.get(name, {}), rewound_to=step))
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Passes on the metrics that are finite; those that are not are None."""
@@ -132,7 +135,10 @@ class Trackers:
         """Writes down what continues the run of one tracker. Called from the trackers' threads."""
         with self._lock:
             self._ids[name] = known
-            write_json_atomic(self._run.folder / IDS, self._ids)
+            try:
+                write_json_atomic(self._run.folder / IDS, self._ids)
+            except OSError as error:
+                self._say(f"{IDS} cannot be written ({error}); after a --resume, trackers may begin new runs")
         if "url" in known:
             self._say(f"{name}: {known['url']}")
 

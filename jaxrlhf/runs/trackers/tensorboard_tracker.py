@@ -28,7 +28,13 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         purge = None if run.rewound_to is None else run.rewound_to + 1
-        self._writer = SummaryWriter(logdir=str(run.folder / FOLDER), purge_step=purge, flush_secs=10)
+        folder = run.folder / FOLDER
+        older = sorted(path.name for path in folder.glob("events.*"))
+        # Files are named by the second at which they are begun, and two may be begun in one.
+        suffix = f".{len(older)}" if older else ""
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=suffix)
+        if older:
+            _make_last(folder, older)
         if purge is None:
             settings = json.dumps(run.config, indent=2, ensure_ascii=False)
             self._writer.add_text("config", f"```\n{settings}\n```", 0)
@@ -45,6 +51,19 @@ class TensorBoard:
 
     def finish(self, report: Path | None, failed: bool) -> None:
         self._writer.close()
+
+
+def _make_last(folder: Path, older: Sequence[str]) -> None:
+    """Renames the newest event file such that it sorts after the older ones, as TensorBoard reads them in that order.
+
+    Else a clock that was set back would put the events of a resumed run before those that they replace.
+    """
+    (new,) = {path.name for path in folder.glob("events.*")} - set(older)
+    prefix, _, rest = new.partition(".tfevents.")
+    last = older[-1].partition(".tfevents.")[2].partition(".")[0]
+    stamp, _, host = rest.partition(".")
+    if new < older[-1] and last.isdecimal():
+        (folder / new).rename(folder / f"{prefix}.tfevents.{int(last) + 1:0{len(stamp)}d}.{host}")
 
 
 def _markdown_cell(value: Cell) -> str:

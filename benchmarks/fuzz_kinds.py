@@ -1,0 +1,226 @@
+"""Every kind of file that a command reads: a good one of each, the command line that reads it, and its damages."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fuzz_attacks import ADAPTERS, BOMBS, CONFIGS, INDEXES, PICKLES, TEMPLATES, TOKENIZERS, YAMLS, Attack
+from fuzz_damage import Damage, byte_damages, json_damages, place_damages, text_damage, value_damages
+
+LLAMA = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+ROW = {"prompt": "one two", "response": "three four", "chosen": "yes yes", "rejected": "no no"}
+CSV = "prompt,response,chosen,rejected\n" + "one,two,three,four\n" * 8
+
+Words = Callable[[Path, Path], list[str]]
+"""(folder with the inputs, folder for outputs) → a command line."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file.
+
+    Attributes:
+        file: the file in the folder of inputs.
+        words: the command that reads it.
+        content: "json", "text" or "bytes": which damages apply.
+        attacks: contents made by hand.
+    """
+
+    file: str
+    words: Words
+    content: str = "bytes"
+    attacks: tuple[Attack, ...] = ()
+
+    def damages(self, inputs: Path, rng: random.Random, values: int) -> Iterator[Damage]:
+        """All ways to damage the file; `values`: how many single values of a JSON file are replaced."""
+        yield from byte_damages(rng)
+        yield from place_damages()
+        if self.content == "json":
+            yield from json_damages()
+            yield from value_damages(json.loads((inputs / self.file).read_text(encoding="utf-8")), rng, values)
+        for name, content, harmless in self.attacks:
+            if callable(content):
+                yield Damage(name, content, harmless)
+            else:
+                yield text_damage(name, content, harmless)
+
+
+def model(inputs: Path, outputs: Path) -> list[str]:
+    return ["convert", "--input", str(inputs), "--output", str(outputs / "model"), "--to", "hf"]
+
+
+def sharded(inputs: Path, outputs: Path) -> list[str]:
+    return model(inputs / "sharded", outputs)
+
+
+def old_model(inputs: Path, outputs: Path) -> list[str]:
+    return model(inputs / "bin", outputs)
+
+
+def adapter(inputs: Path, outputs: Path) -> list[str]:
+    return [*model(inputs, outputs), "--adapter", str(inputs / "adapter")]
+
+
+def gguf(inputs: Path, outputs: Path) -> list[str]:
+    return model(inputs / "model.gguf", outputs)
+
+
+def checkpoint(inputs: Path, outputs: Path) -> list[str]:
+    return [*model(inputs / "run", outputs), "--from", "orbax"]
+
+
+def data(*words: str, tokenizer: str = "") -> Words:
+    """A `jaxrlhf data` command; `{}` in a word is the folder of the inputs."""
+
+    def command(inputs: Path, outputs: Path) -> list[str]:
+        filled = [word.replace("{}", str(inputs)) for word in words]
+        if "--data_path" not in words and "--data_mixture" not in words and "--config" not in words:
+            filled += ["--data_path", str(inputs / "rows.jsonl")]
+        folder = str(inputs / tokenizer) if tokenizer else "demo"
+        options = ["--max_length", "64", "--max_prompt_seq_len", "32", "--data_cache_dir", str(outputs / "cache")]
+        return ["data", *filled, "--tokenizer_name_or_path", folder, *options]
+
+    return command
+
+
+def rows(file: str, *more: str) -> Words:
+    return data("--data_path", f"{{}}/{file}", *more)
+
+
+KINDS: dict[str, Kind] = {
+    "config.json": Kind("config.json", model, "json", CONFIGS),
+    "generation_config.json": Kind("generation_config.json", model, "json"),
+    "model.safetensors": Kind("model.safetensors", model),
+    "weight index": Kind("sharded/model.safetensors.index.json", sharded, "json", INDEXES),
+    "pytorch_model.bin": Kind("bin/pytorch_model.bin", old_model, attacks=PICKLES),
+    "tokenizer.json": Kind("tokenizer.json", data(tokenizer="."), "json"),
+    "tokenizer_config.json": Kind("tokenizer_config.json", data(tokenizer="."), "json", TOKENIZERS),
+    "special_tokens_map.json": Kind("special_tokens_map.json", data(tokenizer="."), "json"),
+    "added_tokens.json": Kind("added_tokens.json", data(tokenizer="."), "json"),
+    "chat template of a tokenizer": Kind("chat_template.jinja", data(tokenizer="."), "text", TEMPLATES),
+    "file of chat_template": Kind("own.jinja", data("--chat_template", "{}/own.jinja"), "text", TEMPLATES),
+    "adapter_config.json": Kind("adapter/adapter_config.json", adapter, "json", ADAPTERS),
+    "adapter_model.safetensors": Kind("adapter/adapter_model.safetensors", adapter),
+    "GGUF": Kind("model.gguf", gguf),
+    "rows.jsonl": Kind("rows.jsonl", rows("rows.jsonl")),
+    "rows.json": Kind("rows.json", rows("rows.json"), "json"),
+    "rows.csv": Kind("rows.csv", rows("rows.csv")),
+    "rows.parquet": Kind("rows.parquet", rows("rows.parquet")),
+    "rows.arrow": Kind("rows.arrow", rows("rows.arrow")),
+    "rows.txt (ptx)": Kind("rows.txt", data("--step", "ppo", "--data_path", "{}/rows.txt")),
+    "rows.jsonl.gz": Kind("rows.jsonl.gz", rows("rows.jsonl.gz"), attacks=(BOMBS[".gz"],)),
+    "rows.jsonl.zst": Kind("rows.jsonl.zst", rows("rows.jsonl.zst"), attacks=(BOMBS[".zst"],)),
+    "rows.jsonl, streamed": Kind("rows.jsonl", rows("rows.jsonl", "--streaming")),
+    "save_to_disk dict": Kind("saved/dataset_dict.json", rows("saved"), "json"),
+    "save_to_disk state": Kind("saved/train/state.json", rows("saved"), "json"),
+    "save_to_disk info": Kind("saved/train/dataset_info.json", rows("saved"), "json"),
+    "save_to_disk rows": Kind("saved/train/data-00000-of-00001.arrow", rows("saved")),
+    "YAML of config": Kind("config.yaml", data("--config", "{}/config.yaml"), "text", YAMLS),
+    "YAML of data_mixture": Kind("mixture.yaml", data("--data_mixture", "{}/mixture.yaml"), "text", YAMLS),
+    "YAML of dataset_registry": Kind("registry.yaml", data("--dataset_registry", "{}/registry.yaml"), "text", YAMLS),
+    "checkpoint index": Kind("run/checkpoint-0/index.json", checkpoint, "json"),
+    "checkpoint metadata": Kind("run/checkpoint-0/metadata.json", checkpoint, "json"),
+    "results of bench": Kind(
+        "results/r.json", lambda inputs, _: ["bench", "--render", "--results", str(inputs / "results")], "json"
+    ),
+}
+
+
+def make_inputs(folder: Path) -> None:
+    """Writes a good file of every kind."""
+    folder.mkdir(parents=True)
+    _make_models(folder)
+    _make_rows(folder)
+    for name, text in {
+        "own.jinja": TEMPLATE,
+        "config.yaml": f"step: sft\nshow: 1\ndata_path:\n  - {folder}/rows.jsonl\n",
+        "mixture.yaml": f"sources:\n  - path: {folder}/rows.jsonl\n    weight: 1.5\n    steps: [sft]\n",
+        "registry.yaml": f"- name: mine\n  path: {folder}/rows.jsonl\n",
+    }.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "results").mkdir()
+    shutil.copy(Path(__file__).parent / "results" / "decode.json", folder / "results" / "r.json")
+
+
+def _make_models(folder: Path) -> None:
+    import torch
+    from safetensors.numpy import load_file, save_file
+
+    from jaxrlhf.cli import main
+    from jaxrlhf.data.demo import train_tokenizer
+    from jaxrlhf.models import model_from_overrides, save_pretrained
+
+    made, tokenizer = model_from_overrides("llama", LLAMA), train_tokenizer(["one two three four"], vocab_size=300)
+    tokenizer.chat_template = TEMPLATE
+    save_pretrained(made, folder, tokenizer)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>", "eos_token": "<eos>"}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<more>": len(tokenizer)}))
+    save_pretrained(made, folder / "sharded", max_shard_bytes=20_000)
+    save_pretrained(made, folder / "bin")
+    weights = load_file(folder / "bin" / "model.safetensors")
+    (folder / "bin" / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(x) for name, x in weights.items()}, folder / "bin" / "pytorch_model.bin")
+    (folder / "adapter").mkdir()
+    stem = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {stem.format(i, part): shape for i in range(2) for part, shape in (("A", (4, 16)), ("B", (16, 4)))}
+    save_file(
+        {name: weights["lm_head.weight"][: s[0]].repeat(1, 1)[:, : s[1]].copy() for name, s in shapes.items()},
+        folder / "adapter" / "adapter_model.safetensors",
+    )
+    options = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
+    options |= {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "modules_to_save": None, "bias": "none"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(options))
+    _make_gguf(folder / "model.gguf", weights)
+    words = ["convert", "--input", str(folder / "bin"), "--output", str(folder / "run"), "--to", "orbax"]
+    assert main(words) == 0
+
+
+def _make_gguf(path: Path, weights: dict[str, Any]) -> None:
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(LLAMA["num_hidden_layers"])
+    writer.add_context_length(LLAMA["max_position_embeddings"])
+    writer.add_embedding_length(LLAMA["hidden_size"])
+    writer.add_feed_forward_length(LLAMA["intermediate_size"])
+    writer.add_head_count(LLAMA["num_attention_heads"])
+    writer.add_head_count_kv(LLAMA["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, LLAMA["num_hidden_layers"])
+    for name, x in weights.items():
+        writer.add_tensor(table.get_name(name, try_suffixes=(".weight",)), x)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _make_rows(folder: Path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    found = [ROW | {"prompt": f"one two {i}"} for i in range(8)]
+    lines = "".join(json.dumps(row) + "\n" for row in found)
+    (folder / "rows.jsonl").write_text(lines)
+    (folder / "rows.json").write_text(json.dumps(found))
+    (folder / "rows.csv").write_text(CSV)
+    (folder / "rows.txt").write_text(lines)
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    (folder / "rows.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    table = pyarrow.Table.from_pylist(found)
+    pyarrow.parquet.write_table(table, folder / "rows.parquet")
+    with pyarrow.ipc.new_stream(str(folder / "rows.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    datasets.disable_progress_bars()
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(found)}).save_to_disk(str(folder / "saved"))

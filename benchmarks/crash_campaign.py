@@ -12,6 +12,7 @@ those of the run that was left alone, bit for bit, and the folder must hold the 
 """
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -39,8 +40,16 @@ os.environ["XLA_FLAGS"] = (
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_multi_thread_eigen=false"
 )
 
+# What a run imports: the children of this process find it there, and start in no time.
+import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import orbax.checkpoint  # noqa: F401
+import tensorboardX  # noqa: F401
+from transformers import AutoTokenizer  # noqa: F401
+
 import jaxrlhf.commands.rlhf
-import jaxrlhf.rl.run  # noqa: F401 - the children of this process find it imported
+import jaxrlhf.rl.run
+import jaxrlhf.runs.report  # noqa: F401
 from jaxrlhf.cli import main as jaxrlhf_main
 
 FORK = multiprocessing.get_context("fork")
@@ -49,11 +58,33 @@ PEER_LIMIT = 60  # seconds in which the other process of a killed one must end
 KILLED = -signal.SIGKILL
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link")
 TINY = ["--config_overrides", "n_embd=16,n_layer=2,n_head=2,n_positions=96"]
-COMMON = (
-    "--data_path demo --data_split 2,4,4 --max_eval_samples 8 --save_steps 2 --eval_steps 3 --max_steps 6 "
-    "--per_device_train_batch_size 2 --per_device_eval_batch_size 4 --logging_steps 1 --save_total_limit 2"
-).split()
-PPO = "--max_prompt_seq_len 24 --max_new_tokens 6".split()
+COMMON = [
+    *("--data_path", "demo", "--data_split", "2,4,4", "--max_eval_samples", "8", "--save_steps", "2", "--eval_steps", "3"),
+    *("--max_steps", "6", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4"),
+    *("--logging_steps", "1", "--save_total_limit", "2"),
+]
+    "--data_path",
+    "demo",
+    "--data_split",
+    "2,4,4",
+    "--max_eval_samples",
+    "8",
+    "--save_steps",
+    "2",
+    "--eval_steps",
+    "3",
+    "--max_steps",
+    "6",
+    "--per_device_train_batch_size",
+    "2",
+    "--per_device_eval_batch_size",
+    "4",
+    "--logging_steps",
+    "1",
+    "--save_total_limit",
+    "2",
+]
+PPO = ["--max_prompt_seq_len", "24", "--max_new_tokens", "6"]
 # Files whose names are drawn at random, or hold a time or a process.
 DRAWN = ((r"/d/[0-9a-f]{32}", "/d/…"), (r"events\.out\.tfevents.*", "events"))
 TIMES = re.compile(r"^(time|timing/.*|perf/.*|samples_per_second|seconds)$")
@@ -81,7 +112,7 @@ def cases() -> list[Case]:
     found += [Case("reward"), Case("dpo"), Case("grpo", ("--samples_per_prompt", "2"))]
     found += [Case(trainer, ("--lora_r", "2")) for trainer in ("sft", "reward", "dpo")]
     found += [Case("ppo", ("--actor_lora_r", "2", "--enable_ema"))]
-    found += [Case("sft", ("--no-async_save",)), Case("ppo", ("--no-async_save",))]
+    found += [Case("sft", ("--no_async_save",)), Case("ppo", ("--no_async_save",))]
     found += [Case("sft", processes=2), Case("ppo", processes=2)]
     found += [Case("sft", remote=True), Case("ppo", remote=True), Case("sft", processes=2, remote=True)]
     return found
@@ -137,6 +168,7 @@ def work(argv: Sequence[str], log: Path, kill_at: int, counter: Any, environment
         status = jaxrlhf_main(list(argv))
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
+    atexit._run_exitfuncs()  # which multiprocessing leaves out; processes tell each other that they end
     os._exit(status or 0)
 
 
@@ -219,8 +251,6 @@ def outcome(folder: Path) -> Outcome:
 
 
 def _outcome(folder: Path) -> Outcome:
-    import warnings
-
     import numpy as np
     import orbax.checkpoint as ocp
 
@@ -235,12 +265,16 @@ def _outcome(folder: Path) -> Outcome:
             name = re.sub(pattern, plain, name)
         result.files.add(name)
     for path in sorted(folder.glob("checkpoint-*")):
-        warnings.simplefilter("ignore")  # on restoring without shardings
-        arrays = ocp.PyTreeCheckpointer().restore((path / "state").absolute())
-        for name, array in sorted(arrays.items()):
-            result.bits[f"{path.name} {name}"] = hashlib.blake2b(np.asarray(array).tobytes()).hexdigest()
-        small = json.loads((path / "index.json").read_text())["leaves"]
-        result.bits[f"{path.name} index"] = json.dumps(small, sort_keys=True)
+        leaves = json.loads((path / "index.json").read_text())["leaves"]
+        result.bits[f"{path.name} index"] = json.dumps(leaves, sort_keys=True)
+        names = [leaf["path"] for leaf in leaves if leaf["kind"] in ("array", "key")]
+        whole = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arrays = checkpointer.restore(
+                (path / "state").absolute(), args=ocp.args.PyTreeRestore(item=whole, restore_args=whole)
+            )
+        for name in names:
+            result.bits[f"{path.name} {name}"] = hashlib.blake2b(arrays[name].tobytes()).hexdigest()
     result.records = [
         {name: value for name, value in record.items() if not TIMES.match(name) and "peak_memory" not in name}
         for record in read_jsonl(folder / "metrics.jsonl")

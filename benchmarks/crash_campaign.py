@@ -59,30 +59,9 @@ KILLED = -signal.SIGKILL
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link")
 TINY = ["--config_overrides", "n_embd=16,n_layer=2,n_head=2,n_positions=96"]
 COMMON = [
-    *("--data_path", "demo", "--data_split", "2,4,4", "--max_eval_samples", "8", "--save_steps", "2", "--eval_steps", "3"),
-    *("--max_steps", "6", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4"),
-    *("--logging_steps", "1", "--save_total_limit", "2"),
-]
-    "--data_path",
-    "demo",
-    "--data_split",
-    "2,4,4",
-    "--max_eval_samples",
-    "8",
-    "--save_steps",
-    "2",
-    "--eval_steps",
-    "3",
-    "--max_steps",
-    "6",
-    "--per_device_train_batch_size",
-    "2",
-    "--per_device_eval_batch_size",
-    "4",
-    "--logging_steps",
-    "1",
-    "--save_total_limit",
-    "2",
+    *("--data_path", "demo", "--data_split", "2,4,4", "--max_eval_samples", "8", "--max_steps", "6"),
+    *("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4", "--logging_steps", "1"),
+    *("--save_steps", "2", "--eval_steps", "3", "--save_total_limit", "2"),
 ]
 PPO = ["--max_prompt_seq_len", "24", "--max_new_tokens", "6"]
 # Files whose names are drawn at random, or hold a time or a process.

@@ -6,7 +6,7 @@
 | `TrainingDiverged` | 3 | losses or gradients are not finite, or no response has a score |
 | `SilentCorruption` | 70 | a device computes or holds wrong bits (`EX_SOFTWARE`) |
 | `StorageError` | 74 | a disk or a store does not take or give back what it should (`EX_IOERR`) |
-| `PeerLost` | 75 | another process of the run is gone; start again with `--resume` (`EX_TEMPFAIL`) |
+| `PeerLost` | 75 | another process of the run is gone, or the run hangs; start again with `--resume` (`EX_TEMPFAIL`) |
 | `Preempted` | 75 | SIGTERM, SIGUSR1 or the cloud's notice; a checkpoint was saved first |
 | `Interrupted` | 130 | Ctrl-C; a checkpoint was saved first |
 """

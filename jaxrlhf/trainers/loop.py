@@ -8,7 +8,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import jax
 
 from jaxrlhf.config.secrets import redacted
-from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
+from jaxrlhf.distributed import Watchdog, check_shared, from_primary, gather, is_primary, to_host
+from jaxrlhf.distributed.activity import activity
 from jaxrlhf.errors import Interrupted, Preempted, SharedError, StorageError, TrainingDiverged
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
@@ -139,7 +140,7 @@ def fit(
     begin = time.monotonic()
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         loop = _Loop(run, config, task, start, stopped)
-        with loop.saves_finished(), tracing(run, config.profiled) as trace:
+        with loop.watchdog, loop.saves_finished(), tracing(run, config.profiled) as trace:
             loop.evaluate_at_start(state)
             done = start
             while done < task.total_steps:
@@ -150,15 +151,20 @@ def fit(
                     loop.finish_step(state, after)
                 done = after
     best = loop.best.step
+    loop.newest = (None, task.total_steps)  # frees the memory of the last state, if another one is exported
     if config.export_best and best not in (None, task.total_steps):
         with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
             state, _ = restore_checkpoint(run.output_dir / f"checkpoint-{best}", state)
-    with run.status(f"exporting the model to {run.output_dir}…"):
+    with run.status(f"exporting the model to {run.output_dir}…"), loop.watchdog, loop.watchdog.work("the export"):
         metrics = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
         shown = metrics["eval_best" if config.export_best else "eval_after"]
         base, data = redacted((task.base_model, task.data_names))
         card = ModelCard(task.name, task.title, base, data, task.total_steps, shown)
-        task.export(state, card)
+        try:
+            task.export(state, card)
+        except StorageError as error:
+            remedy = "free or repair the disk; --resume then exports the trained model from its last checkpoint"
+            raise StorageError(f"{error}. To go on: {remedy}") from error
     seconds = time.monotonic() - begin
     run.write_summary(
         {"trainer": task.name, "title": task.title, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics}
@@ -183,12 +189,17 @@ class _Loop(Generic[State]):
             max_failures=config.max_failed_saves,
             say=run.print,
         )
+        self.watchdog = Watchdog(config.watchdog, config.watchdog_floor, self.rescue)
+        self.newest: tuple[State | None, int] = (None, start)
 
     def step(self, state: State, done: int) -> tuple[State, int]:
         """Runs the step after `done`; returns the state to go on from and the number of finished steps."""
-        with self.saved_before_errors(state, done):
+        self.newest = (state, done)
+        with self.watchdog.work("a step", f"step {done + 1}"), self.saved_before_errors(state, done):
             state, metrics = self.task.step(state, self.guard.plan(done))
-        metrics = to_host(metrics) | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30}
+            metrics = to_host(metrics)
+        self.newest = (state, done + 1)
+        metrics |= {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30}
         self.guard.check(self.run.log(done + 1, metrics), done + 1)
         if self.guard.spiked:  # which checkpoints there are must not depend on how quick the disk is
             self.saver.wait()
@@ -239,8 +250,10 @@ class _Loop(Generic[State]):
 
     def evaluate(self, state: State, done: int) -> float | None:
         """Logs an evaluation; returns the metric that decides which is best. Raises Interrupted as `fit` does."""
+        self.newest = (state, done)
         try:
-            metrics = self.task.evaluate(state, done, self.watch)
+            with self.watchdog.work("an evaluation", f"the evaluation after step {done}"):
+                metrics = self.task.evaluate(state, done, self.watch)
         except EvaluationStopped as stop:
             if done > self.start and not self.guard.in_a_row:
                 self.save(state, done, last=True)
@@ -255,7 +268,8 @@ class _Loop(Generic[State]):
             for batch in bar.over(batches):
                 if kind := self.asked_to_stop("evaluating a batch"):
                     raise EvaluationStopped(kind)
-                yield batch
+                with self.watchdog.work("a batch of an evaluation"):
+                    yield batch
 
     def asked_to_stop(self, place: str) -> type[Interrupted] | None:
         """The error to end with when a process is asked to stop. All processes look at the pending save here too."""
@@ -272,6 +286,10 @@ class _Loop(Generic[State]):
 
     def save(self, state: State, done: int, value: float | None = None, *, last: bool = False) -> None:
         """Saves the state, of which `value` is the metric; the last one of a run until it is written."""
+        with self.watchdog.work("a save", f"the save of checkpoint-{done}"):
+            self._save(state, done, value, last)
+
+    def _save(self, state: State, done: int, value: float | None, last: bool) -> None:
         self.saver.wait()
         if self.improves(value):
             self.best_before, self.best = self.best, Best(done, value)
@@ -303,15 +321,28 @@ class _Loop(Generic[State]):
                 self.run.print(f"WARNING: {second}")
             raise
 
+    def is_worth_saving(self, state: State | None, done: int) -> bool:
+        """True when the state has not been donated to a step, and no checkpoint has it."""
+        usable = state is not None and not any(
+            x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array)
+        )
+        return usable and done > self.start and done not in map(checkpoint_step, list_checkpoints(self.run.output_dir))
+
+    def rescue(self, kind: str) -> str:
+        """Saves a checkpoint while the main thread is stuck in work of a kind, if that can be; returns what it did."""
+        state, done = self.newest
+        if kind == "a save" or state is None or not self.is_worth_saving(state, done):
+            return "no checkpoint was saved: there is none to save, or the state is in use"
+        self._save(state, done, None, last=True)
+        return f"checkpoint-{done} was saved"
+
     @contextmanager
     def saved_before_errors(self, state: State, done: int) -> Iterator[None]:
         try:
             yield
         except SharedError:
             self.saver.wait()
-            usable = not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
-            saved = map(checkpoint_step, list_checkpoints(self.run.output_dir))
-            if done > self.start and usable and done not in saved:
+            if self.is_worth_saving(state, done):
                 self.save(state, done, last=True)
             raise
 
@@ -341,8 +372,12 @@ def tracing(run: Run, steps: range) -> Iterator[Callable[[int], None]]:
         nonlocal active
         if active:
             active = False
-            jax.profiler.stop_trace()
-            run.print(f"profile: {folder}; xprof --logdir {folder} shows it")
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:  # a full disk, say, must not end the run
+                run.print(f"WARNING: the profile is not written: {error}")
+            else:
+                run.print(f"profile: {folder}; xprof --logdir {folder} shows it")
 
     def before(step: int) -> None:
         nonlocal active
@@ -402,6 +437,7 @@ class Announce:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         shapes = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else x for x in jax.tree.leaves(args))
+        activity.program = self.name
         if self.run is None or shapes in self.seen:
             return self.function(*args, **kwargs)
         self.seen.add(shapes)

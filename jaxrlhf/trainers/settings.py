@@ -18,6 +18,7 @@ from jaxrlhf.config import (
     NonNegative,
     NonNegativeInt,
     PathName,
+    Positive,
     PositiveInt,
     Settings,
     alias,
@@ -216,6 +217,11 @@ class RunConfig(Settings, may_change=True):
     """End the run after this many checkpoints in a row that could not be written. The last one must be written."""
     export_best: Annotated[bool, alias("load_best_model_at_end")] = False
     """Export the model of the best evaluation instead of the last one. Its checkpoint is kept in any case."""
+    watchdog: NonNegative = 20.0
+    """End the run with status 75, after printing all stacks, when a step, an evaluation batch, a save or the export
+    takes this many times its usual time; compilation does not count; 0: never."""
+    watchdog_floor: Positive = 300.0
+    """Seconds that all work may take; the first of its kind may take twelve times as long."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
     profile_steps: str = ""

@@ -74,9 +74,10 @@ def sigint_after(monkeypatch):
         log = Run.log
 
         def interrupting(self, number, metrics):
+            recorded = log(self, number, metrics)
             if number == step:
                 signal.raise_signal(signal.SIGINT)  # in this thread: handled before the next line
-            return log(self, number, metrics)
+            return recorded
 
         monkeypatch.setattr(Run, "log", interrupting)
 

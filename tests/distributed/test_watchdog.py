@@ -42,7 +42,7 @@ class Hanging:
         print("exported", float(state["w"][0]))
 
 watchdog.TICK = 0.05
-config, resume = RunConfig(watchdog=3.0, watchdog_floor=1.0), sys.argv[2] != "hang"
+config, resume = RunConfig(watchdog=3.0, watchdog_floor=3.0), sys.argv[2] != "hang"
 with Run(sys.argv[1], ProcessConfig(), resume=resume, tracking=TrackingConfig(("none",))) as run:
     fit(run, config, Hanging(), {"w": jnp.zeros(2)}, resume=resume)
 """
@@ -57,7 +57,7 @@ def test_a_run_that_hangs_prints_its_stacks_saves_and_ends_with_a_status_to_star
     assert hung.returncode == 75, hung.stderr
     assert "program started last: addition; compiled last: " in hung.stderr
     assert "(most recent call first)" in hung.stderr and "in step" in hung.stderr
-    said = "step 3 takes longer than 1 s (usually 0 s; --watchdog 3); checkpoint-2 was saved; this run stops. Continue"
+    said = "step 3 takes longer than 3 s (usually 0 s; --watchdog 3); checkpoint-2 was saved; this run stops. Continue"
     assert said in hung.stderr.splitlines()[-1]
     resumed = run("resume")
     assert resumed.returncode == 0 and "exported 4.0" in resumed.stdout, resumed.stderr

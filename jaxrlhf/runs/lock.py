@@ -1,6 +1,6 @@
 """The lock of a run's folder: one run at a time writes there.
 
-The file `run.lock` names the process that holds it, and a thread renews it. filelock's lease needs only that files can
+The file `.run.lock` names the process that holds it, and a thread renews it. filelock's lease needs only that files can
 be created exclusively and renamed, so it works on network file systems; it compares no clocks. A lock is taken over
 
 - at once, when its process ran on this machine and is gone (process id, start time and boot are compared);
@@ -16,7 +16,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from jaxrlhf.errors import InputError, StorageError
 
-LOCK = "run.lock"
+LOCK = ".run.lock"
 LEASE_SECONDS = 30.0
 """Seconds without renewal after which the lock of another machine counts as left behind. All runs must agree on it."""
 

@@ -19,13 +19,13 @@ REMEDY = "free or repair the disk, then continue the run with --resume"
 
 
 class Records:
-    """The .jsonl files of a run.
+    """Files of a folder that grow record by record: the .jsonl files of a run, say.
 
     A disk that is full, read-only or away does not end a run: records wait in memory until a later one can be written.
     `say` gets one line when that begins and one when it is over.
 
     Args:
-        folder: Folder of the run.
+        folder: The folder.
         say: Prints a line.
     """
 
@@ -39,9 +39,12 @@ class Records:
 
     def append(self, name: str, record: Mapping[str, object]) -> None:
         """Adds a record to the file `name`, now or when it can be written again."""
-        line = json_line(record).encode()
-        self._waiting.append((name, line))
-        self._size += len(line)
+        self.append_bytes(name, json_line(record).encode())
+
+    def append_bytes(self, name: str, data: bytes) -> None:
+        """Adds bytes to the file `name`, all of them or, for now, none."""
+        self._waiting.append((name, data))
+        self._size += len(data)
         self._try_to_write(name)
         while self._size > MAX_WAITING:
             self._size -= len(self._waiting.popleft()[1])
@@ -66,7 +69,7 @@ class Records:
     def cut_partial_lines(self) -> None:
         """Cuts each file after its last whole line, so that the next record starts on a line of its own."""
         for path in (self.folder / name for name in JSONL):
-            if path.exists():
+            if path.is_file():
                 os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def read(self, name: str) -> list[dict[str, Any]]:
@@ -113,22 +116,22 @@ class Records:
             write_json_atomic(self.folder / name, value)
             del self._files[name]
         while self._waiting:
-            name, line = self._waiting[0]
-            self._write_line(name, line)
+            name, data = self._waiting[0]
+            self._write_bytes(name, data)
             self._waiting.popleft()
-            self._size -= len(line)
+            self._size -= len(data)
         if self._failed_at is not None:
             self._failed_at = None
             self._say(f"the disk of {self.folder} can be written again: the {count} records that waited are written")
 
-    def _write_line(self, name: str, line: bytes) -> None:
-        # A failed write may leave a part of the line, and on network file systems it may fail only when the file is
+    def _write_bytes(self, name: str, data: bytes) -> None:
+        # A failed write may leave a part of the record, and on network file systems it may fail only when the file is
         # closed. The next one first cuts the file to what was whole.
         with open(self.folder / name, "ab", buffering=0) as file:
             if name in self._whole:
                 file.truncate(self._whole[name])
             self._whole[name] = file.seek(0, os.SEEK_END)
-            rest = memoryview(line)
+            rest = memoryview(data)
             while rest:
                 rest = rest[file.write(rest) :]
         del self._whole[name]

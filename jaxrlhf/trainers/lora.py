@@ -10,7 +10,6 @@ import jax
 from jaxrlhf.config import Ge, Lt, MayChange, NonNegativeInt, Positive, Settings, alias, check_needs
 from jaxrlhf.config.model_folder import is_adapter
 from jaxrlhf.data import Tokenizer
-from jaxrlhf.distributed import is_primary
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     SCORE_FIELDS,
@@ -24,7 +23,6 @@ from jaxrlhf.models import (
     save_pretrained,
     split_trainable,
 )
-from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ def export_model(
     """
     adapter = model.module.lora is not None and export != "merged"
     if adapter:
-        save_adapter(model, folder / "adapter", base)
-        if is_primary():
-            save_tokenizer(tokenizer, folder / "adapter")
+        save_adapter(model, folder / "adapter", base, tokenizer)
     if not adapter or export == "both":
         save_pretrained(model, folder, tokenizer, **save_options)
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,17 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.hf.adapter_files import ADAPTER_WEIGHTS, read_adapter_options, read_adapter_tensors
 from jaxrlhf.models.hf.adapter_tokens import rows_to_peft, take_rows, token_options
-from jaxrlhf.models.hf.checkpoint_files import staged
+from jaxrlhf.models.hf.checkpoint_files import move_files, staged
 from jaxrlhf.models.hf.mapping import Layout
 from jaxrlhf.models.hf.score_export import score_offset
 from jaxrlhf.models.hf.tensor_source import all_finite, refuse
+from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
 from jaxrlhf.models.lora import join, linear_maps, merged
 from jaxrlhf.models.model import Model, leaves_by_path, param_shapes
 from jaxrlhf.models.token_rows import LEAF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +178,12 @@ def _config_to_peft(module: Decoder, base: str | None) -> dict[str, object]:
     } | token_options(module)
 
 
-def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path: str | None = None) -> None:
+def save_adapter(
+    model: Model,
+    path: str | os.PathLike,
+    base_model_name_or_path: str | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
     """Writes the adapters (and the scalar head) as a folder that `peft.PeftModel.from_pretrained(base, path)` loads.
 
     Tensors are float32. An interrupted save leaves older files intact. Every process of a run must call this; the first
@@ -184,6 +193,7 @@ def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path:
         model: A model with adapters.
         path: The folder.
         base_model_name_or_path: Noted in the folder.
+        tokenizer: Saved into the folder.
 
     Raises:
         InputError: The model has no adapters, or they are not finite.
@@ -203,8 +213,9 @@ def save_adapter(model: Model, path: str | os.PathLike, base_model_name_or_path:
             save_file(tensors, staging / ADAPTER_WEIGHTS, metadata)
             text = json.dumps(_config_to_peft(model.module, base_model_name_or_path), indent=2)
             (staging / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-            for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-                os.replace(staging / name, folder / name)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, staging)
+            move_files(staging, folder)
     barrier(f"writing the adapter {folder}")
 
 

@@ -286,23 +286,45 @@ def _converted(tensor: TensorToWrite, dtype: np.dtype) -> np.ndarray:
 
 
 def replace_files(staging: Path, folder: Path) -> None:
-    """Moves a finished export into `folder`, weights first and config.json last, then deletes stale weights.
+    """Moves a finished export into `folder` (`move_files`), then deletes stale weights."""
+    names = move_files(staging, folder)
+    stale = [p for p in folder.glob("model*.safetensors*") if p.name not in names]
+    stale += [p for p in folder.glob("pytorch_model*.bin*") if p.name not in names]
+    for path in sorted(stale, key=lambda p: p.suffix != ".json"):  # an index goes before its shards
+        path.unlink()
+
+
+def move_files(staging: Path, folder: Path) -> list[str]:
+    """Moves files into `folder`, weights first and config.json last; returns their names.
 
     Each file replaces its old version in one rename, and the index comes after its shards. So at any time a reader
-    finds the old weights or the new ones, never a mixture.
+    finds the old weights or the new ones, never a mixture. All of them are on disk before the first one moves.
+
+    Raises:
+        StorageError: The storage failed when some files were moved already.
+        OSError: It failed before.
     """
     names = sorted(
         (p.name for p in staging.iterdir()),
         key=lambda name: (name == CONFIG, "safetensors" not in name, name.endswith(".json"), name),
     )
-    for name in names:
-        if (staging / name).is_dir():  # of a tokenizer; a rename replaces no folder
-            shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(staging / name, folder / name)
-    stale = [p for p in folder.glob("model*.safetensors*") if p.name not in names]
-    stale += [p for p in folder.glob("pytorch_model*.bin*") if p.name not in names]
-    for path in sorted(stale, key=lambda p: p.suffix != ".json"):  # an index goes before its shards
-        path.unlink()
+    for path in staging.rglob("*"):  # a network file system may report a full disk only now
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for i, name in enumerate(names):
+        try:
+            if (staging / name).is_dir():  # of a tokenizer; a rename replaces no folder
+                shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(staging / name, folder / name)
+        except OSError as error:
+            if i == 0:
+                raise
+            raise StorageError(
+                f"cannot write the model to {folder}: {error.strerror or error}; {', '.join(names[:i])} are new, "
+                f"{', '.join(names[i:])} are not: write it again"
+            ) from error
+    return names
 
 
 @contextmanager
@@ -326,6 +348,11 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        reason = error.strerror or error
+    except StorageError:
+        raise
+    except Exception as error:
+        # tokenizers and safetensors report a full disk by errors of their own: "… (os error 28)".
+        if not isinstance(error, OSError) and "(os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise StorageError(f"cannot write the model to {folder}: {reason}; the files there are unchanged") from error

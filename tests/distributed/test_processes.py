@@ -132,7 +132,7 @@ def test_ppo_on_two_processes_gives_the_tokens_metrics_and_weights_of_one(one, t
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_goes_on_from_there(one, two, places):
     from jaxrlhf.trainers.sft import train_sft
 
-    assert [facts["stopped"] for facts in two.facts] == ["stopped after step 1; continue with --resume"] * 2
+    assert [facts["stopped"] for facts in two.facts] == [["stopped after step 1; continue with --resume", 75]] * 2
     train_sft(processes.sft_config(places, two.folder / "sft", resume=True))
     assert_same_run(two.folder / "sft", one / "sft")
 

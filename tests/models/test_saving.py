@@ -9,11 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
+from disks import files_of_at_most
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from jaxrlhf.data.demo import train_tokenizer
 from jaxrlhf.errors import InputError, StorageError
-from jaxrlhf.models import ModelCard, load_pretrained, save_pretrained
+from jaxrlhf.models import LoRAConfig, ModelCard, add_lora, load_pretrained, save_adapter, save_pretrained
 from jaxrlhf.models.hf import checkpoint_files
 from jaxrlhf.sharding import make_mesh
 
@@ -75,6 +77,51 @@ def test_an_interrupted_save_leaves_the_older_export_whole(model, tmp_path, monk
     np.testing.assert_array_equal(
         load_pretrained(tmp_path).params["final_norm"]["scale"], model.params["final_norm"]["scale"]
     )
+
+
+@pytest.mark.parametrize(
+    "largest", ["model-*", "tokenizer.json", "adapter_model.safetensors", "adapter: tokenizer.json"]
+)
+def test_a_full_disk_leaves_the_older_export_whole_wherever_it_strikes(model, tmp_path, largest):
+    tokenizer = train_tokenizer(["Hello, world!"] * 3, vocab_size=300)
+    tokenizer.add_tokens([f"<word {i}>" for i in range(100)])
+    adapted = add_lora(model, LoRAConfig(1, 6.0, 0.0, ("q_proj",)), jax.random.key(1))
+    of_tokenizer = "tokenizer" in largest
+
+    def save(model, adapted):
+        if "adapter" in largest:
+            save_adapter(adapted, tmp_path, "base", tokenizer if of_tokenizer else None)
+        else:
+            save_pretrained(model, tmp_path, tokenizer if of_tokenizer else None, max_shard_bytes=9_000)
+
+    save(model, adapted)
+    before = contents(tmp_path)
+    found = tmp_path.glob(largest.removeprefix("adapter: "))
+    limit = max(path.stat().st_size for path in found) - 1
+    assert limit + 1 == max(map(len, before.values())), "this file alone is too large"
+    with (
+        files_of_at_most(limit),
+        pytest.raises(StorageError, match=r"cannot write the model to .*; the files there are"),
+    ):
+        save(changed(model), changed(adapted))
+    assert contents(tmp_path) == before
+    save(changed(model), changed(adapted))
+    assert contents(tmp_path) != before
+
+
+def test_a_storage_that_fails_between_two_files_is_reported_with_what_is_new(model, tmp_path, monkeypatch):
+    save_pretrained(model, tmp_path)
+    replace = checkpoint_files.os.replace
+
+    def failing(source, target):
+        if target.name == "config.json":
+            raise OSError(30, "Read-only file system")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint_files.os, "replace", failing)
+    said = r"Read-only file system; model.safetensors, .* are new, config.json are not: write it again"
+    with pytest.raises(StorageError, match=said):
+        save_pretrained(changed(model), tmp_path)
 
 
 @pytest.mark.parametrize("old_bytes", [20_000, 2**30])

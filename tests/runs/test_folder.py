@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +134,18 @@ def test_resume_appends_after_rewinding_to_the_checkpoint(tmp_path):
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 1), (2, 2), (3, 30), (4, 40)]
     assert [record["step"] for record in records(tmp_path, "samples.jsonl")] == [1, 2]
     assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_times_of_records_do_not_jump_with_the_clock(tmp_path, monkeypatch):
+    with run_in(tmp_path) as run:
+        run.log(1, {"loss": 1.0})
+        for step, jump in ((2, -7200), (3, 7200)):
+            monkeypatch.setattr(time, "time", lambda jump=jump: 1e9 + jump)
+            run.log(step, {"loss": 1.0})
+            run.table("Samples", ["n"], [[step]], step)
+    times = [r["time"] for r in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert times == sorted(times) and times[-1] - times[0] < 60
+    assert times[0] <= read_jsonl(tmp_path / "samples.jsonl")[-1]["time"] < times[0] + 60
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out_and_appending_goes_on(tmp_path):

@@ -101,7 +101,7 @@ def test_a_run_that_lost_its_lock_ends_and_one_whose_storage_was_away_goes_on(tm
     (tmp_path / lock.LOCK).unlink()
     write_foreign(tmp_path)
     held._note(lock.LeaseCompromise(held.path, "token", "owner-changed"))
-    with pytest.raises(StorageError, match=r"lost its lock run.lock to process \d+ on elsewhere"):
+    with pytest.raises(StorageError, match=r"lost its lock .run.lock to process \d+ on elsewhere"):
         run.log(3, {"loss": 1.0})
     run.close()
     assert (tmp_path / lock.LOCK).exists(), "the lock of the other run stays"

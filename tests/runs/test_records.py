@@ -1,13 +1,12 @@
 """Records of a run on a disk that cannot be written for a while."""
 
-import contextlib
 import errno
 import io
 import json
 import os
-import resource
 
 import pytest
+from disks import files_of_at_most
 
 from jaxrlhf.config import files
 from jaxrlhf.config.files import read_jsonl
@@ -22,17 +21,6 @@ def at_once(monkeypatch):
     """Writes are tried again with every record, and reads without a pause."""
     monkeypatch.setattr(records, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """The kernel writes no file beyond `size` bytes: a write that reaches over it is cut, the next one fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_records_of_an_outage_are_written_after_it_in_order_and_whole(tmp_path):

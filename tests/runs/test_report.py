@@ -229,6 +229,13 @@ def test_thinning_keeps_spikes_and_ends():
     assert steps[0] == 0 and steps[-1] == 49_999 and steps == sorted(steps)
 
 
+def test_the_duration_leaves_out_a_clock_that_was_set_back_between_two_parts_of_a_run(tmp_path):
+    times = (1000.0, 1030.0, 10.0, 40.0)
+    lines = [json.dumps({"step": step, "time": at, "loss": 1.0}) for step, at in enumerate(times, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "4 steps, 01:00 from the first record to the last" in write_report(tmp_path).read_text()
+
+
 def test_answers_to_the_same_prompts_stand_side_by_side_across_time(tmp_path):
     columns = ["prompt", "response", "score", "KL"]
 

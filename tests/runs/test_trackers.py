@@ -5,16 +5,18 @@ import io
 import json
 import sys
 import threading
+import time
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from disks import files_of_at_most
 
 from jaxrlhf import config
 from jaxrlhf.errors import InputError
-from jaxrlhf.runs import Run, TrackingConfig
+from jaxrlhf.runs import Run, TrackingConfig, records
 from jaxrlhf.runs.saving import save_checkpoint
-from jaxrlhf.runs.trackers import background, registry
+from jaxrlhf.runs.trackers import background, registry, tensorboard_tracker
 
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -88,16 +90,54 @@ REPLACED = {"loss": {**ONCE["loss"], 4: -2.0, 5: -2.5}, "eval/loss": {**ONCE["ev
 # ---- what each library has
 
 
-def test_tensorboard_shows_metrics_once_and_drops_what_a_resumed_run_does_again(tmp_path):
+def test_tensorboard_drops_what_a_resumed_run_does_again_also_after_the_clock_was_set_back(tmp_path, monkeypatch):
+    def set_clock_back():
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now - 9999)
+
+    resumed_run(tmp_path / "run", "tensorboard", between=set_clock_back)
+    values, texts = read_events(tmp_path / "run")
+    assert {name: values[name] for name in REPLACED} == REPLACED and "bad" not in values
+    assert values["system/memory_gib"][6] > 0
+    assert '"learning_rate": 0.0001' in texts["config/text_summary"]
+    assert "| p\\|q | r<br>s | 0.5 | 3 |" in texts["samples/held-out-samples/text_summary"]
+
+
+def test_tensorboard_drops_what_a_run_that_goes_back_does_again(tmp_path):
+    with run_in(tmp_path / "run", "tensorboard") as run:
+        log_steps(run, 1, 5)
+        run.rewind(3, repeats=False)
+        log_steps(run, 4, 6, sign=-1)
+    values, _ = read_events(tmp_path / "run")
+    assert {name: values[name] for name in REPLACED} == REPLACED
+
+
+def test_tensorboard_has_the_events_of_an_outage_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RETRY_SECONDS", 0.0)
+    done = threading.Event()
+    log = tensorboard_tracker.TensorBoard.log
+
+    def log_and_say(self, step, metrics):
+        log(self, step, metrics)
+        if step == 2:
+            done.set()
+
+    monkeypatch.setattr(tensorboard_tracker.TensorBoard, "log", log_and_say)
+    with run_in(tmp_path / "run", "tensorboard") as run:
+        with files_of_at_most(250):
+            for step in (1, 2):
+                run.log(step, {"loss": float(step)})
+            assert done.wait(30)
+        run.log(3, {"loss": 3.0})
+    assert read_events(tmp_path / "run")[0]["loss"] == {1: 1.0, 2: 2.0, 3: 3.0}
+
+
+def read_events(folder):
+    """Values and texts in the event files, as TensorBoard reads them: {tag: {step: value}}, {tag: text}."""
     from tensorboardX.proto.event_pb2 import Event
 
-    def keep_first():  # tensorboardX names the file by the second, and both runs may begin in one
-        (events,) = (tmp_path / "run" / "tensorboard").iterdir()
-        events.rename(events.with_name("events.out.tfevents.0"))
-
-    resumed_run(tmp_path / "run", "tensorboard", between=keep_first)
     values, texts = {}, {}
-    for path in sorted((tmp_path / "run" / "tensorboard").iterdir()):
+    for path in sorted((folder / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:  # TFRecord: length (8), its checksum (4), payload, its checksum (4)
             length = int.from_bytes(data[:8], "little")
@@ -110,10 +150,7 @@ def test_tensorboard_shows_metrics_once_and_drops_what_a_resumed_run_does_again(
                 else:
                     values.setdefault(value.tag, {})[event.step] = round(value.simple_value, 4)
             data = data[16 + length :]
-    assert {name: values[name] for name in REPLACED} == REPLACED and "bad" not in values
-    assert values["system/memory_gib"][6] > 0
-    assert '"learning_rate": 0.0001' in texts["config/text_summary"]
-    assert "| p\\|q | r<br>s | 0.5 | 3 |" in texts["samples/held-out-samples/text_summary"]
+    return values, texts
 
 
 def wandb_records(data):

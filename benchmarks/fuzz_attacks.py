@@ -170,18 +170,22 @@ _MACROS = (
 )
 
 
+def _loop(times: str, body: str) -> str:
+    return f"{{% for i in range({times}) %}}{body}{{% endfor %}}"
+
+
 def _grown(step: str) -> str:
     """A template that makes a text grow in each pass of a loop."""
-    return "{% set n = namespace(x='x') %}{% for i in range(60) %}" + step + "{% endfor %}" + _MESSAGE
+    return "{% set n = namespace(x='x') %}" + _loop("60", step) + _MESSAGE
 
 
 TEMPLATES = (
-    Attack("endless loop", "{% for i in range(1000000000000) %}{% endfor %}" + _MESSAGE),
+    Attack("endless loop", _loop("1000000000000", "") + _MESSAGE),
     Attack(
         "nested loops", "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}" + _MESSAGE
     ),
     Attack("loop over joined ranges", "{% for i in range(90000) | list * 90000 %}{% endfor %}" + _MESSAGE),
-    Attack("huge output", "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}" + _MESSAGE),
+    Attack("huge output", _loop("99999", "{{ 'x' * 99999 }}") + _MESSAGE),
     Attack("huge text", "{{ 'x' * 10000000000 }}" + _MESSAGE),
     Attack("huge padding", "{{ 'x' | center(10000000000) }}" + _MESSAGE),
     Attack("huge format", "{{ '%9999999999d' % 1 }}" + _MESSAGE),
@@ -228,6 +232,18 @@ ADAPTERS = (
     changed("another kind", peft_type="PROMPT_TUNING"),
     changed("base is a path", base_model_name_or_path="../../../etc", harmless=True),
     changed("auto_mapping", auto_mapping={"base_model_class": "Evil", "parent_library": "evil"}, harmless=True),
+)
+
+SAVED = (
+    changed("file of the parent", _data_files=[{"filename": "../../rows.arrow"}]),
+    changed("absolute file", _data_files=[{"filename": "/etc/passwd"}]),
+    changed("file without a name", _data_files=[{}]),
+    changed("no files", _data_files=[]),
+)
+SPLITS = (
+    changed("split of the parent", splits=["../saved/train"]),
+    changed("absolute split", splits=["/etc"]),
+    changed("no splits", splits=[]),
 )
 
 _LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

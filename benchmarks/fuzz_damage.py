@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 Change = Callable[[Path], None]
 """Damages the file at a path."""
 
+UNDAMAGED = "undamaged"
+"""Name of the case that must be accepted."""
 HUGE = 10**30
 ODD_VALUES: dict[str, Any] = {
     "null": None,

@@ -25,14 +25,18 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-LIMIT = 20.0
+from fuzz_damage import UNDAMAGED
+from fuzz_words import Case
+
+LIMIT = 60.0
 """Seconds after which a case counts as hanging."""
 GOOD = ("refused", "accepted")
-VERDICTS = (*GOOD, "swallowed", "unnamed", "trace", "hang", "crash", "wrote")
+VERDICTS = (*GOOD, "swallowed", "too strict", "unnamed", "trace", "hang", "crash", "wrote")
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class Outcome:
     """How a case ended.
 
     Attributes:
-        verdict: refused: a named error. accepted: harmless. Defects are swallowed: accepted, and must be refused;
-            unnamed: the message names neither field nor file; trace; hang; crash; wrote: files were left behind.
+        verdict: "refused" with a named error, or "accepted" where harmless. The others are defects: "swallowed",
+            accepted and must be refused; "too strict", refused and undamaged; "unnamed", a message that names neither
+            field nor file; "trace", "hang" and "crash"; "wrote", with files left behind.
         detail: the message or the end of the trace.
     """
 
@@ -53,27 +58,41 @@ class Outcome:
 
 
 class Cases:
-    """All cases by number; the same in every process that is given the same arguments."""
+    """All cases by number; the same in every process that is given the same arguments.
 
-    def __init__(self, inputs: Path, kinds: Sequence[str], values: int, seed: int) -> None:
-        from fuzz_kinds import KINDS
-        from fuzz_words import word_cases
+    Args:
+        inputs: folder of good inputs of every kind, which the first process makes.
+        kinds: names of kinds; empty: all.
+        values: values that are replaced in each JSON file.
+        seed: of the damages.
+        flags: words of flags are cases too.
+    """
+
+    def __init__(self, inputs: Path, kinds: Sequence[str], values: int, seed: int, flags: bool) -> None:
+        from fuzz_kinds import KINDS, make_inputs
+        from fuzz_words import flag_cases, request_cases
+
+        if not inputs.exists():
+            with contextlib.redirect_stdout(io.StringIO()):
+                make_inputs(inputs)
 
         self.inputs = inputs
-        self.entries: list[tuple[str, str, Any]] = []
+        self.entries: list[Case] = []
         for name, kind in KINDS.items():
             if not kinds or name in kinds:
                 rng = random.Random(f"{seed} {name}")
-                self.entries += [(name, damage.name, (kind, damage)) for damage in kind.damages(inputs, rng, values)]
-        self.entries += [case for case in word_cases(inputs, seed) if not kinds or case[0] in kinds]
+                found = kind.damages(inputs, rng, values)
+                self.entries += [(name, damage.name, partial(self.damaged, kind, damage)) for damage in found]
+        words = [*request_cases(), *(flag_cases() if flags else ())]
+        self.entries += [case for case in words if not kinds or case[0] in kinds]
 
     def run(self, number: int, scratch: Path) -> Outcome:
         """Runs one case in a folder of its own."""
-        kind, name, what = self.entries[number]
+        kind, name, run = self.entries[number]
         start = time.monotonic()
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        verdict, detail = what(scratch) if callable(what) else self.damaged(*what, scratch)
+        verdict, detail = run(scratch)
         shown = detail if len(detail) < 800 else f"{detail[:400]} … {detail[-400:]}"
         return Outcome(kind, name, verdict, shown, round(time.monotonic() - start, 3))
 
@@ -84,11 +103,24 @@ class Cases:
         point_to(inputs, self.inputs)
         damage.change(inputs / kind.file)
         before = listing(inputs)
-        verdict, detail = run_command(kind.words(inputs, outputs), [Path(kind.file).name, *Path(kind.file).parts[:-1]])
+        names = [
+            *kind.names,
+            f"{inputs}/",
+            Path(kind.file).name,
+            *Path(kind.file).parts[:-1],
+            *damage.name.partition(":")[0].split("."),
+        ]
+        verdict, detail = run_command(kind.words(inputs, outputs), names)
         left = listing(inputs) - before
-        left |= {name for name in listing(outputs) if not name.startswith("cache")} if verdict != "accepted" else set()
+        if verdict == "accepted":
+            left = {name for name in left if "EXECUTED" in name}
+        else:
+            left |= listing(outputs)
+            left = {name for name in left if not name.startswith(("cache", "records/"))}  # a run that goes on writes
         if left:
             return "wrote", f"{sorted(left)} {detail}"
+        if damage.name == UNDAMAGED and verdict != "accepted":
+            return "too strict", detail
         if verdict == "accepted" and not damage.harmless:
             return "swallowed", detail
         return verdict, detail
@@ -106,14 +138,21 @@ def listing(folder: Path) -> set[str]:
     return {os.path.relpath(os.path.join(at, name), folder) for at, folders, files in walk for name in folders + files}
 
 
-def run_command(words: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
-    """Runs a command line in this process: the verdict, and what was printed. `names`: one of them must be named."""
+def run_command(command: Any, names: Sequence[str]) -> tuple[str, str]:
+    """Runs a command line or a call in this process. `names`: the message must hold one of them.
+
+    Returns:
+        The verdict, and what was printed.
+    """
     from jaxrlhf.cli import main
+    from jaxrlhf.errors import RunError
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            status = main(list(words))
+            status = main(command) if isinstance(command, list) else command() or 0
+    except RunError as error:
+        status, _ = error.status, said.write(f"jaxrlhf: error: {error}")
     except BaseException:  # whatever it is: a command line must not raise it
         return "trace", f"{said.getvalue()[-200:]}\n{traceback.format_exc(limit=-4)}"
     text = said.getvalue()
@@ -128,15 +167,15 @@ def run_command(words: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
 def work(pipe: Connection, arguments: dict[str, Any], scratch: Path) -> None:
     """Runs the cases whose numbers come through the pipe."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
     cases = Cases(**arguments)
-    pipe.send(None)
+    pipe.send([(kind, name) for kind, name, _ in cases.entries])
     while (number := pipe.recv()) is not None:
         pipe.send(cases.run(number, scratch))
 
 
 class Worker:
-    """A process that runs cases, and is replaced when one hangs or kills it."""
+    """A process that runs cases, and is replaced when one hangs or kills it. `cases`: kind and name of each."""
 
     def __init__(self, arguments: dict[str, Any], scratch: Path) -> None:
         self.arguments, self.scratch = arguments, scratch
@@ -148,7 +187,7 @@ class Worker:
         self.process = context.Process(target=work, args=(other, self.arguments, self.scratch), daemon=True)
         self.process.start()
         other.close()
-        self.pipe.recv()
+        self.cases: list[tuple[str, str]] = self.pipe.recv()
 
     def run(self, number: int, limit: float) -> Outcome | str:
         """The outcome of a case, or "hang" or "crash"."""
@@ -167,18 +206,21 @@ class Worker:
         self.process.join()
 
 
-def run_all(kinds: Sequence[str], values: int, seed: int, limit: float, every: int = 1) -> Iterator[Outcome]:
-    """Runs the cases; `every`: only each so-manieth of a kind."""
-    from fuzz_kinds import make_inputs
-
+def run_all(
+    kinds: Sequence[str], values: int, seed: int, limit: float, every: int = 1, flags: bool = True
+) -> Iterator[Outcome]:
+    """Runs the cases, or only each so-manieth (`every`), each for at most `limit` seconds. The rest as in `Cases`."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        inputs = Path(folder) / "inputs"
-        with contextlib.redirect_stdout(io.StringIO()):
-            make_inputs(inputs)
-        arguments = {"inputs": inputs, "kinds": tuple(kinds), "values": values, "seed": seed}
-        cases, worker = Cases(**arguments), Worker(arguments, Path(folder) / "scratch")
+        arguments = {
+            "inputs": Path(folder) / "inputs",
+            "kinds": tuple(kinds),
+            "values": values,
+            "seed": seed,
+            "flags": flags,
+        }
+        worker = Worker(arguments, Path(folder) / "scratch")
         try:
-            for number, (kind, name, _) in enumerate(cases.entries):
+            for number, (kind, name) in enumerate(worker.cases):
                 if number % every == seed % every:
                     outcome = worker.run(number, limit)
                     yield Outcome(kind, name, outcome, "", limit) if isinstance(outcome, str) else outcome
@@ -202,7 +244,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*", default=(), help="only these kinds")
-    parser.add_argument("--values", type=int, default=60, help="values replaced in each JSON file")
+    parser.add_argument("--values", type=int, default=40, help="values replaced in each JSON file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="run only each so-manieth case")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which a case hangs")
@@ -226,5 +268,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     sys.exit(main())

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz_attacks import ADAPTERS, BOMBS, CONFIGS, INDEXES, PICKLES, TEMPLATES, TOKENIZERS, YAMLS, Attack
-from fuzz_damage import Damage, byte_damages, json_damages, place_damages, text_damage, value_damages
+from fuzz_attacks import ADAPTERS, BOMBS, CONFIGS, INDEXES, PICKLES, SAVED, SPLITS, TEMPLATES, TOKENIZERS, YAMLS, Attack
+from fuzz_damage import UNDAMAGED, Damage, byte_damages, json_damages, place_damages, text_damage, value_damages
 
 LLAMA = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 ROW = {"prompt": "one two", "response": "three four", "chosen": "yes yes", "rejected": "no no"}
-CSV = "prompt,response,chosen,rejected\n" + "one,two,three,four\n" * 8
+CSV = "prompt,response,chosen,rejected\n" + "".join(f"one {i},two,three,four\n" for i in range(8))
 
-Words = Callable[[Path, Path], list[str]]
-"""(folder with the inputs, folder for outputs) → a command line."""
+Command = list[str] | Callable[[], object]
+Words = Callable[[Path, Path], Command]
+"""(folder with the inputs, folder for outputs) → a command line, or a call of the library."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,21 @@ class Kind:
         words: the command that reads it.
         content: "json", "text" or "bytes": which damages apply.
         attacks: contents made by hand.
+        torn: a last line that is cut off is left out, so any content without a line break is.
+        names: words that name the input in a message as well as the file's name does.
     """
 
     file: str
     words: Words
     content: str = "bytes"
     attacks: tuple[Attack, ...] = ()
+    names: tuple[str, ...] = ()
+    torn: bool = False
 
     def damages(self, inputs: Path, rng: random.Random, values: int) -> Iterator[Damage]:
         """All ways to damage the file; `values`: how many single values of a JSON file are replaced."""
-        yield from byte_damages(rng)
+        yield Damage(UNDAMAGED, lambda path: None)
+        yield from (damage._replace(harmless=damage.harmless or self.torn) for damage in byte_damages(rng))
         yield from place_damages()
         if self.content == "json":
             yield from json_damages()
@@ -54,34 +60,43 @@ class Kind:
                 yield text_damage(name, content, harmless)
 
 
-def model(inputs: Path, outputs: Path) -> list[str]:
-    return ["convert", "--input", str(inputs), "--output", str(outputs / "model"), "--to", "hf"]
+def convert(model: Path, outputs: Path, *more: str) -> list[str]:
+    return ["convert", "--input", str(model), "--output", str(outputs / "model"), "--to", "hf", *more]
 
 
-def sharded(inputs: Path, outputs: Path) -> list[str]:
-    return model(inputs / "sharded", outputs)
+def model(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs, outputs)
 
 
-def old_model(inputs: Path, outputs: Path) -> list[str]:
-    return model(inputs / "bin", outputs)
+def sharded(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs / "sharded", outputs)
 
 
-def adapter(inputs: Path, outputs: Path) -> list[str]:
-    return [*model(inputs, outputs), "--adapter", str(inputs / "adapter")]
+def old_model(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs / "bin", outputs)
 
 
-def gguf(inputs: Path, outputs: Path) -> list[str]:
-    return model(inputs / "model.gguf", outputs)
+def adapter(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs, outputs, "--adapter", str(inputs / "adapter"))
 
 
-def checkpoint(inputs: Path, outputs: Path) -> list[str]:
-    return [*model(inputs / "run", outputs), "--from", "orbax"]
+def gguf(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs / "model.gguf", outputs)
+
+
+def checkpoint(inputs: Path, outputs: Path) -> Command:
+    return convert(inputs / "run", outputs, "--from", "orbax")
+
+
+def rendered(inputs: Path, outputs: Path) -> Command:
+    document = str(outputs / "cache" / "page.md")
+    return ["bench", "--render", "--results", str(inputs / "results"), "--document", document]
 
 
 def data(*words: str, tokenizer: str = "") -> Words:
     """A `jaxrlhf data` command; `{}` in a word is the folder of the inputs."""
 
-    def command(inputs: Path, outputs: Path) -> list[str]:
+    def command(inputs: Path, outputs: Path) -> Command:
         filled = [word.replace("{}", str(inputs)) for word in words]
         if "--data_path" not in words and "--data_mixture" not in words and "--config" not in words:
             filled += ["--data_path", str(inputs / "rows.jsonl")]
@@ -90,6 +105,53 @@ def data(*words: str, tokenizer: str = "") -> Words:
         return ["data", *filled, "--tokenizer_name_or_path", folder, *options]
 
     return command
+
+
+def streamed(inputs: Path, outputs: Path) -> Command:
+    """Reads the first batch of a stream."""
+
+    def read() -> None:
+        from jaxrlhf.data import DataConfig, load_data, load_tokenizer
+
+        paths = {"data_path": (str(inputs / "rows.jsonl"),), "eval_data_path": (str(inputs / "rows.json"),)}
+        options = {"max_length": 64, "max_prompt_seq_len": 32, "data_cache_dir": str(outputs / "cache")}
+        config = DataConfig.create(streaming=True, **paths, **options)
+        rows, _ = load_data(config, load_tokenizer("demo"), "sft")
+        rows.batch(rows.indices(0, 2))
+
+    return read
+
+
+def pretraining(inputs: Path, outputs: Path) -> Command:
+    """Reads text for the pretraining loss."""
+
+    def read() -> None:
+        from jaxrlhf.data import load_text, load_tokenizer
+
+        options: dict[str, Any] = {"field": "text", "block": 8, "held_out": 0.1, "cache": outputs / "cache"}
+        load_text([str(inputs / "rows.txt")], load_tokenizer("demo"), **options)
+
+    return read
+
+
+def resumed(inputs: Path, outputs: Path) -> Command:
+    """Goes on with the records of a run, and writes its report."""
+
+    def read() -> None:
+        from jaxrlhf.commands.data import DataViewConfig
+        from jaxrlhf.runs import Run
+        from jaxrlhf.runs.trackers import TrackingConfig
+
+        options: dict[str, Any] = {
+            "resume": True,
+            "quiet": True,
+            "tracking": TrackingConfig(report_to=("tensorboard",)),
+        }
+        with Run(inputs / "records", DataViewConfig(), **options) as run:
+            run.rewind(1)
+            run.log(2, {"loss": 1.0})
+
+    return read
 
 
 def rows(file: str, *more: str) -> Words:
@@ -106,8 +168,12 @@ KINDS: dict[str, Kind] = {
     "tokenizer_config.json": Kind("tokenizer_config.json", data(tokenizer="."), "json", TOKENIZERS),
     "special_tokens_map.json": Kind("special_tokens_map.json", data(tokenizer="."), "json"),
     "added_tokens.json": Kind("added_tokens.json", data(tokenizer="."), "json"),
-    "chat template of a tokenizer": Kind("chat_template.jinja", data(tokenizer="."), "text", TEMPLATES),
-    "file of chat_template": Kind("own.jinja", data("--chat_template", "{}/own.jinja"), "text", TEMPLATES),
+    "chat template of a tokenizer": Kind(
+        "chat_template.jinja", data(tokenizer="."), "text", TEMPLATES, ("chat template",)
+    ),
+    "file of chat_template": Kind(
+        "own.jinja", data("--chat_template", "{}/own.jinja"), "text", TEMPLATES, ("chat template",)
+    ),
     "adapter_config.json": Kind("adapter/adapter_config.json", adapter, "json", ADAPTERS),
     "adapter_model.safetensors": Kind("adapter/adapter_model.safetensors", adapter),
     "GGUF": Kind("model.gguf", gguf),
@@ -116,22 +182,28 @@ KINDS: dict[str, Kind] = {
     "rows.csv": Kind("rows.csv", rows("rows.csv")),
     "rows.parquet": Kind("rows.parquet", rows("rows.parquet")),
     "rows.arrow": Kind("rows.arrow", rows("rows.arrow")),
-    "rows.txt (ptx)": Kind("rows.txt", data("--step", "ppo", "--data_path", "{}/rows.txt")),
+    "rows.txt (ptx)": Kind("rows.txt", pretraining),
     "rows.jsonl.gz": Kind("rows.jsonl.gz", rows("rows.jsonl.gz"), attacks=(BOMBS[".gz"],)),
     "rows.jsonl.zst": Kind("rows.jsonl.zst", rows("rows.jsonl.zst"), attacks=(BOMBS[".zst"],)),
-    "rows.jsonl, streamed": Kind("rows.jsonl", rows("rows.jsonl", "--streaming")),
-    "save_to_disk dict": Kind("saved/dataset_dict.json", rows("saved"), "json"),
-    "save_to_disk state": Kind("saved/train/state.json", rows("saved"), "json"),
+    "rows.jsonl, streamed": Kind("rows.jsonl", streamed),
+    "save_to_disk dict": Kind("saved/dataset_dict.json", rows("saved"), "json", SPLITS),
+    "save_to_disk state": Kind("saved/train/state.json", rows("saved"), "json", SAVED),
     "save_to_disk info": Kind("saved/train/dataset_info.json", rows("saved"), "json"),
     "save_to_disk rows": Kind("saved/train/data-00000-of-00001.arrow", rows("saved")),
-    "YAML of config": Kind("config.yaml", data("--config", "{}/config.yaml"), "text", YAMLS),
-    "YAML of data_mixture": Kind("mixture.yaml", data("--data_mixture", "{}/mixture.yaml"), "text", YAMLS),
-    "YAML of dataset_registry": Kind("registry.yaml", data("--dataset_registry", "{}/registry.yaml"), "text", YAMLS),
+    "YAML of config": Kind("config.yaml", data("--config", "{}/config.yaml"), "text", YAMLS, ("data_path",)),
+    "YAML of data_mixture": Kind(
+        "mixture.yaml", data("--data_mixture", "{}/mixture.yaml"), "text", YAMLS, ("data_path",)
+    ),
+    "YAML of dataset_registry": Kind(
+        "registry.yaml", data("--dataset_registry", "{}/registry.yaml"), "text", YAMLS, ("data_path",)
+    ),
     "checkpoint index": Kind("run/checkpoint-0/index.json", checkpoint, "json"),
     "checkpoint metadata": Kind("run/checkpoint-0/metadata.json", checkpoint, "json"),
-    "results of bench": Kind(
-        "results/r.json", lambda inputs, _: ["bench", "--render", "--results", str(inputs / "results")], "json"
-    ),
+    "metrics.jsonl": Kind("records/metrics.jsonl", resumed, torn=True),
+    "samples.jsonl": Kind("records/samples.jsonl", resumed, torn=True),
+    "summary.json": Kind("records/summary.json", resumed, "json"),
+    "trackers.json": Kind("records/trackers.json", resumed, "json"),
+    "results of bench": Kind("results/r.json", rendered, "json"),
 }
 
 
@@ -147,8 +219,17 @@ def make_inputs(folder: Path) -> None:
         "registry.yaml": f"- name: mine\n  path: {folder}/rows.jsonl\n",
     }.items():
         (folder / name).write_text(text, encoding="utf-8")
+    (folder / "records").mkdir()
+    for name, text in {
+        "config.yaml": "step: sft\n",
+        "metrics.jsonl": '{"step": 1, "time": 1.5, "loss": 2.0}\n{"step": 2, "time": 2.5, "loss": null}\n',
+        "samples.jsonl": '{"step": 1, "title": "a", "columns": ["prompt", "score"], "rows": [["x", 1.0]]}\n',
+        "summary.json": '{"trainer": "sft", "steps": 2}\n',
+        "trackers.json": '{"tensorboard": {"url": "x"}}\n',
+    }.items():
+        (folder / "records" / name).write_text(text, encoding="utf-8")
     (folder / "results").mkdir()
-    shutil.copy(Path(__file__).parent / "results" / "decode.json", folder / "results" / "r.json")
+    shutil.copy(Path(__file__).parent / "results" / "kernels_cpu.json", folder / "results" / "r.json")
 
 
 def _make_models(folder: Path) -> None:
@@ -197,7 +278,9 @@ def _make_gguf(path: Path, weights: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     table = get_tensor_name_map(MODEL_ARCH.LLAMA, LLAMA["num_hidden_layers"])
     for name, x in weights.items():
-        writer.add_tensor(table.get_name(name, try_suffixes=(".weight",)), x)
+        own = table.get_name(name, try_suffixes=(".weight",))
+        assert own is not None
+        writer.add_tensor(own, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import random
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +24,6 @@ WORDS: dict[Any, tuple[str, ...]] = {
     bool: ("maybe", "2", "nan", "", "\0", "truefalse"),
     str: ("a\0b", "\ud800"),
 }
-
-
-def word_cases(inputs: Path, seed: int) -> Iterator[Case]:
-    """All cases whose input is a word of a command line or the body of a request."""
-    yield from flag_cases()
-    yield from request_cases(random.Random(seed))
 
 
 def flag_cases() -> Iterator[Case]:
@@ -122,7 +115,7 @@ RAW = (b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"model": NaN}', b"[" * 1
 RAW += (b'{"seed": ' + b"9" * 5000 + b"}", b'{"model": "\\ud800"}', b'"' + b"x" * 4_000_000 + b'"', b"{}" * 9)
 
 
-def request_cases(rng: random.Random) -> Iterator[Case]:
+def request_cases() -> Iterator[Case]:
     """Requests whose values are odd, or that are no JSON."""
     for path, body in BODIES.items():
         for raw in RAW:

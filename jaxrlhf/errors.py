@@ -6,8 +6,9 @@
 | `TrainingDiverged` | 3 | losses or gradients are not finite, or no response has a score |
 | `SilentCorruption` | 70 | a device computes or holds wrong bits (`EX_SOFTWARE`) |
 | `StorageError` | 74 | a disk or a store does not take or give back what it should (`EX_IOERR`) |
-| `PeerLost` | 75 | another process of the run is gone; start again with `--resume` (`EX_TEMPFAIL`) |
-| `Interrupted` | 130 | Ctrl-C or SIGTERM; a checkpoint was saved first |
+| `PeerLost` | 75 | another process of the run is gone, or the run hangs; start again with `--resume` (`EX_TEMPFAIL`) |
+| `Preempted` | 75 | SIGTERM, SIGUSR1 or the cloud's notice; a checkpoint was saved first |
+| `Interrupted` | 130 | Ctrl-C; a checkpoint was saved first |
 """
 
 
@@ -57,6 +58,12 @@ class PeerLost(RunError):
 
 
 class Interrupted(RunError):
-    """The user or the cluster asked the run to stop; a checkpoint was saved first."""
+    """The user asked the run to stop; a checkpoint was saved first."""
 
     status = 130
+
+
+class Preempted(Interrupted):
+    """The cluster asked the run to stop; a checkpoint was saved first, and the run can be started again."""
+
+    status = 75

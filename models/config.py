@@ -219,6 +219,19 @@ SCORE_FIELDS = ("score_bias", "score_skips")
 """Fields of DecoderConfig that a config.json has no options for."""
 
 
+def check_pattern(pattern: str, what: str) -> None:
+    """Raises InputError for text that is no regular expression, or one that could take forever to match.
+
+    A repeated group, or many repetitions in a row, can be matched in exponentially many ways.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{what} {pattern!r} is not a regular expression: {error}") from error
+    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+}]", pattern)) > 4 or len(pattern) > 500:
+        raise InputError(f"{what} {pattern!r} could take forever to match; name the modules, such as 'q_proj'")
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters of linear maps: `y += dropout(x) A B · alpha / rank` (Hu et al. 2021, arXiv 2106.09685)."""
@@ -242,10 +255,7 @@ class LoRAConfig:
         if not 0 <= self.dropout < 1:
             raise InputError(f"LoRA dropout={self.dropout} must be 0 or more, below 1")
         for pattern in self.targets:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"LoRA target {pattern!r} is not a regular expression: {error}") from error
+            check_pattern(pattern, "LoRA target")
 
     @property
     def scale(self) -> float:

@@ -118,7 +118,7 @@ def render(results: Path, document: Path) -> int:
     text = document.read_text(encoding="utf-8") if document.is_file() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:
         raise InputError(f"document: {document} lacks the lines {BEGIN!r} and {END!r} that results go between")
-    parts = [section(path, result, document) for path, result in runs.items()]
+    parts = [_rendered(path, result, document) for path, result in runs.items()]
     if ratios:
         rows = [
             [ONE_OFF[path.stem], f"{r['ratio']:.2f}", r["device"], _origin(r), f"`{r['command']}`"]
@@ -130,6 +130,17 @@ def render(results: Path, document: Path) -> int:
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     write_text_atomic(document, head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail)
     return len(parts) - bool(ratios) + len(ratios)
+
+
+def _rendered(path: Path, result: Record, document: Path) -> str:
+    """The section of a result. Raises InputError for a file that `jaxrlhf bench` has not written so."""
+    try:
+        return section(path, result, document)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"results: {path} is not as `jaxrlhf bench` writes it ({what:.200}); measure it again"
+        ) from error
 
 
 def _origin(result: Record) -> str:

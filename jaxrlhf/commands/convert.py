@@ -1,5 +1,6 @@
 """Conversion between Hugging Face folders and checkpoints, with a check that nothing was lost."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,7 +74,7 @@ class ConvertConfig(Settings):
         if self.source == "orbax" and (self.adapter or self.head != "auto"):
             name = "adapter" if self.adapter else "head"
             raise InputError(f"{name} is for Hugging Face folders; a checkpoint knows its own (merged on the way out)")
-        if Path(self.input).resolve() == Path(self.output).resolve():
+        if os.path.realpath(self.input) == os.path.realpath(self.output):
             raise InputError(f"output {self.output} is the input; name another folder")
 
 

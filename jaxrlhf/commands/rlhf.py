@@ -237,7 +237,18 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
     folder = Path(stage.folder.output_dir)
     if not is_finished(stage) or not (folder / "config.yaml").is_file():
         return None
-    free = dict.fromkeys(("resume", "overwrite_output_dir", "mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"))
+    free = dict.fromkeys(
+        (
+            "resume_from_checkpoint",
+            "allow_changes",
+            "resume",
+            "overwrite_output_dir",
+            "mesh_data",
+            "mesh_fsdp",
+            "mesh_expert",
+            "mesh_tensor",
+        )
+    )
     before, now = (to_dict(c) | free for c in (load_yaml(type(stage), folder / "config.yaml"), as_given(stage)))
     return summary_of(stage) if before == now else None
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
+from jaxrlhf.config.secrets import shown_setting
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")
@@ -135,6 +136,8 @@ def check_value(name: str, value: Any, hint: Hint) -> None:
         paths = (PATH,) * (PATH in hint.notes)
         for item in tuple(value or ()):
             inner = hint_of(members[0])
+            if inner.kind is str and not isinstance(item, str):
+                continue  # turned into text by the config's own check, such as an object of reward_functions
             check_value(name, item, inner._replace(notes=inner.notes + paths))
     elif typing.get_origin(hint.kind) is dict and isinstance(value, dict):
         for key, item in value.items():
@@ -148,9 +151,7 @@ def check_value(name: str, value: Any, hint: Hint) -> None:
             endless = isinstance(value, float) and not math.isfinite(value)
             said = ["finite"] if endless else [f"{words} {limit}" for _, words, limit in limits]
     if said:
-        shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:100]}… ({len(shown)} characters)"
-        raise InputError(f"{name}={shown} must be {' and '.join(dict.fromkeys(said))}")
+        raise InputError(f"{name}={shown_setting(name, value)} must be {' and '.join(dict.fromkeys(said))}")
 
 
 def limits_of(hint: Hint) -> list[tuple[str, str, float]]:

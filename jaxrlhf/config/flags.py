@@ -16,7 +16,7 @@ from jaxrlhf.config import trl
 from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
-from jaxrlhf.config.secrets import redacted
+from jaxrlhf.config.secrets import redacted, shown_setting
 from jaxrlhf.config.settings import (
     Settings,
     UnknownSetting,
@@ -166,7 +166,7 @@ def _read(name: str, hint: Hint, given: Any) -> Any:
         pairs = words if isinstance(given, list) else [_pair(name, word) for word in _items(words) if not is_none(word)]
         return {key: _typed(int | float | bool | str, value) for key, value in pairs}
     if not all(isinstance(word, str) for word in words):
-        raise InputError(f"{name}={given!r} must not be nested")
+        raise InputError(f"{name}={shown_setting(name, given)} must not be nested")
     if origin is tuple:
         items = words if isinstance(given, list) else _items(words)
         kind = hint_of(typing.get_args(hint.kind)[0]).kind
@@ -174,7 +174,7 @@ def _read(name: str, hint: Hint, given: Any) -> Any:
     if hint.kind is bool and given == ():
         return True
     if len(words) != 1 or isinstance(given, list):
-        raise InputError(f"{name} takes one value, found {' '.join(words) or 'none'}")
+        raise InputError(f"{name} takes one value, found {shown_setting(name, ' '.join(words)) if words else 'none'}")
     return _typed(hint.kind, words[0])
 
 

@@ -86,11 +86,6 @@ EVERY_TRAINER = (
         dataset_text_field="text_field",
     )
     | {
-        "resume_from_checkpoint": Flag(
-            "resume",
-            convert=_as(true="true", false="false"),
-            remedy="write true: the newest checkpoint in output_dir",
-        ),
         "optim": Flag(quiet=OPTIMIZERS, remedy="the optimizer is AdamW; write adamw_torch"),
         "fp16": Flag(quiet=("false",), remedy="there is no loss scaling; write bf16: true, or dtype: float32"),
         "truncation_mode": Flag(quiet=("keep_start",), remedy="rows are cut at their end; write keep_start"),

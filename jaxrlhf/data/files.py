@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from jaxrlhf.errors import InputError
 JSON, CSV = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 KINDS = (*JSON, *CSV, ".parquet", ".arrow", ".txt")
 COMPRESSED = ("", ".gz", ".zst", ".bz2")
+MAX_GROWTH, SMALL = 200, 10**8
+"""A compressed file of text grows at most this many times, or has at most this many bytes."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,15 @@ class Table:
             return [parse_line(text, lambda i=i: self.where(i)) for i, text in zip(indices, batch["text"], strict=True)]
         return self.parse(batch)
 
+    def each(self, count: int | None = None) -> Iterator[Mapping[str, Any]]:
+        """The rows as columns, or the first of them. A streamed file is read here, so its faults show here."""
+        with loading(f"{self.name}: cannot be read", "copy it again, text as UTF-8"):
+            yield from self.dataset if count is None else self.dataset.take(count)
+
     def head(self, count: int) -> list[Any]:
         """The first rows, without blank lines."""
         columns: dict[str, list[Any]] = {}
-        for row in self.dataset.take(count):
+        for row in self.each(count):
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
         return [row for row in self.parse(columns) if row is not None] if columns else []
@@ -121,8 +129,29 @@ def compression_of(path: Path) -> str | None:
     return {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(path.suffix.lower())
 
 
-def check_complete(path: Path) -> None:
-    """Raises InputError when a .zst file is cut off: its readers end there without a word."""
+def check_compressed(path: Path) -> None:
+    """Raises InputError for a compressed file that grows beyond measure, or that is cut off."""
+    sizes = _sizes_of_zstandard(path) if compression_of(path) == "zstd" else _sizes_of_stream(path)
+    bound, size = max(MAX_GROWTH * path.stat().st_size, SMALL), 0
+    for part in sizes:
+        size += part
+        if size > bound:
+            raise InputError(
+                f"{path}: grows to more than {MAX_GROWTH} times its size, which no text does; if it is meant so, "
+                "uncompress it"
+            )
+
+
+def _sizes_of_stream(path: Path) -> Iterator[int]:
+    """Bytes of one part after the other of a .gz or .bz2 file."""
+    with open_file(path) as file:
+        while part := file.read(1 << 20):
+            yield len(part)
+
+
+def _sizes_of_zstandard(path: Path) -> Iterator[int]:
+    """Bytes of one part after the other of a .zst file. A file that is cut off ends there without a word for its
+    readers, so this looks at its frames."""
     try:
         import zstandard
     except ImportError as error:
@@ -130,9 +159,9 @@ def check_complete(path: Path) -> None:
     frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
     with reading(path), open(path, "rb") as file:
         try:
-            while chunk := file.read(1 << 20):
+            while chunk := file.read(1 << 14):  # may become thousands of times as large
                 while chunk:
-                    frame.decompress(chunk)
+                    yield len(frame.decompress(chunk))
                     begun, chunk = not frame.eof, frame.unused_data
                     if frame.eof:
                         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -150,6 +179,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except EOFError as error:
         raise InputError(f"{path}: is cut off ({error}); copy or download it again") from error
+    except zlib.error as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy or download it again") from error
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
@@ -159,16 +190,32 @@ def reading(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def loading(problem: str, remedy: str) -> Iterator[None]:
     """Turns the errors of `datasets` into an InputError: `problem` (cause); `remedy`."""
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
-    from pyarrow import ArrowException
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArrowException, DatasetsError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # datasets and pyarrow raise many kinds for damaged files
         cause = (error.__cause__ if isinstance(error, DatasetGenerationError) else None) or error
         if isinstance(cause, EOFError):
             raise InputError(f"{problem} (it is cut off: {first_line(cause)}); copy or download it again") from error
         raise InputError(f"{problem} ({first_line(cause)}); {remedy}") from error
+
+
+def check_arrow(path: Path) -> None:
+    """Raises InputError for a damaged Arrow file. Readers trust its offsets, so a wrong one ends the process."""
+    import pyarrow
+
+    problem = f"{path}: cannot be read as Arrow"
+    with loading(problem, "write the file again"), reading(path), pyarrow.memory_map(str(path)) as source:
+        try:
+            batches = iter(pyarrow.ipc.open_stream(source))
+        except pyarrow.ArrowInvalid:
+            opened = pyarrow.ipc.open_file(source)
+            batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)
 
 
 def first_line(error: BaseException) -> str:
@@ -183,8 +230,8 @@ def read_file(path: Path, cache: Path, streaming: bool = False) -> Table:
         size = path.stat().st_size
     if not size:
         raise InputError(f"{path}: holds no rows; give a file with at least one")
-    if compression_of(path) == "zstd" and not streaming:
-        check_complete(path)
+    if compression_of(path) and not streaming:
+        check_compressed(path)
     if kind in JSON:
         table = _read_json(path, cache, streaming)
     elif kind in CSV:
@@ -193,6 +240,8 @@ def read_file(path: Path, cache: Path, streaming: bool = False) -> Table:
         options = {"sample_by": "document"} if kind == ".txt" else {}
         reader = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}[kind]
         plain = path if kind == ".txt" else _uncompressed(path, kind, cache)
+        if kind == ".arrow":
+            check_arrow(plain)
         table = Table(_load(reader, plain, cache, streaming, **options), str(path))
     if not streaming and not len(table.dataset):
         raise InputError(f"{path}: holds no rows; give a file with at least one")
@@ -254,7 +303,7 @@ def _read_json(path: Path, cache: Path, streaming: bool) -> Table:
         table = table_of_rows(items, str(path), "item")
         return Table(table.dataset.to_iterable_dataset(), table.name, "item", True) if streaming else table
     table = Table(_load("text", path, cache, streaming), str(path), "line", True)
-    first = next((text for text in (row["text"] for row in table.dataset.take(100)) if text.strip()), None)
+    first = next((text for text in (row["text"] for row in table.each(100)) if text.strip()), None)
     if first is None:
         raise InputError(f"{path}: holds no rows; give a file with at least one")
     with contextlib.suppress(InputError):

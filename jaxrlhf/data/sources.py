@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxrlhf.config.files import read_json
 from jaxrlhf.config.remote import fetch_data, is_url
-from jaxrlhf.data.files import COMPRESSED, KINDS, Table, hash_file, loading, read_file, suffix_of
+from jaxrlhf.data.files import COMPRESSED, KINDS, Table, check_arrow, hash_file, loading, read_file, suffix_of
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 EVAL_NAMES = ("eval", "validation", "valid", "val", "dev", "test")  # in order of preference
 TRAIN_NAMES = ("train", "training")
+MAX_FILES = 100_000  # of a folder
+SAVE_AGAIN = "save the data set again"
 DEMO_NAME = "demo"
 
 
@@ -117,9 +121,7 @@ def resolve_source(
         return Source(name, {"train": [path]}, store, streaming)
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if path.is_dir() and not saved:
-        found = [p for p in path.rglob("*") if p.is_file() and suffix_of(p)]
-        visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        groups = _by_split(name, visible, path)
+        groups = _by_split(name, _files_below(name, path), path)
         return Source(name, choose_splits(name, groups, *_named_splits(named, groups, wanted)), store, streaming)
     if any(sign in plain for sign in "*?["):
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file() and suffix_of(p)]
@@ -141,10 +143,40 @@ def _load_saved(name: str, folder: Path, streaming: bool) -> dict[str, Any]:
     """The splits of a `save_to_disk` folder."""
     import datasets
 
+    try:
+        _check_saved(folder)
+    except InputError as error:
+        raise InputError(f"data_path '{name}': the saved data set cannot be read: {error}") from error
     with loading(f"data_path '{name}': the saved data set cannot be read", "save it again"):
         loaded: Any = datasets.load_from_disk(str(folder))
     parts = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     return {key: part.to_iterable_dataset() for key, part in parts.items()} if streaming else parts
+
+
+def _check_saved(folder: Path) -> None:
+    """Raises InputError when a `save_to_disk` folder names folders or files outside itself."""
+    parts, path = [folder], folder / "dataset_dict.json"
+    if os.path.lexists(path):
+        parts = [folder / split for split in _plain_names(path, "splits", read_json(path, SAVE_AGAIN).get("splits"))]
+    for part in parts:
+        path = part / "state.json"
+        files = read_json(path, SAVE_AGAIN).get("_data_files")
+        if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+            raise InputError(f"{path}: _data_files must list files; {SAVE_AGAIN}")
+        names = _plain_names(path, "_data_files", [file.get("filename") for file in files])
+        read_json(part / "dataset_info.json", SAVE_AGAIN)
+        for name in names:
+            check_arrow(part / name)
+
+
+def _plain_names(path: Path, field: str, names: Any) -> list[str]:
+    """The names in a field of a file, each of something beside it."""
+    if not isinstance(names, list) or not names:
+        raise InputError(f"{path}: {field} must be a list of names, at least one; {SAVE_AGAIN}")
+    for name in names:
+        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+            raise InputError(f"{path}: {field} names {str(name)[:80]!r}, which is not in this folder; {SAVE_AGAIN}")
+    return names
 
 
 def _load_hub(name: str, plain: str, named: NamedDataset | None, streaming: bool) -> dict[str, Any]:
@@ -167,6 +199,18 @@ def _load_hub(name: str, plain: str, named: NamedDataset | None, streaming: bool
 def looks_like_path(name: str) -> bool:
     """True when `name` cannot be a name on the hub."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def _files_below(name: str, folder: Path) -> list[Path]:
+    """The data files of a folder and of those in it, without hidden ones."""
+    found, seen = [], 0
+    for at, folders, files in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        found += [Path(at, each) for each in files if not each.startswith(".") and suffix_of(each)]
+        seen += len(files) + len(folders)
+        if seen > MAX_FILES:
+            raise InputError(f"data_path '{name}': the folder holds more than {MAX_FILES:,} files; name a smaller one")
+    return found
 
 
 def _by_split(name: str, files: list[Path], root: Path) -> dict[str, list[Path]]:

@@ -78,7 +78,7 @@ class StreamSource:
         self.skipped = {}
         first, last = shares or self.shares
         for k, opened in enumerate(self.opened):
-            for i, line in enumerate(opened.table.dataset):
+            for i, line in enumerate(opened.table.each()):
                 (row,) = opened.table.parse({name: [value] for name, value in line.items()}, i)
                 if row is None:
                     continue

@@ -81,7 +81,9 @@ def read_gguf_tokenizer(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"tokenizer file '{path}': no such file; check the path")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
     except ImportError as error:
         raise InputError(
             f"{path}: transformers reads the tokenizer of a GGUF file with the packages gguf and torch; install them "
@@ -132,8 +134,7 @@ def suspects(folder: Path) -> str:
             Tokenizer.from_file(str(main))
     except Exception:  # the tokenizers library raises bare exceptions
         return str(main)
-    others = [path.name for path in tokenizer_files(folder) if path != main or len(tokenizer_files(folder)) == 1]
-    return f"tokenizer '{folder}': {', '.join(others)}"
+    return f"tokenizer '{folder}': {', '.join(path.name for path in tokenizer_files(folder))}"
 
 
 def check_tokenizer_files(folder: Path) -> list[tuple[Path, str, Any]]:

@@ -12,11 +12,14 @@ from jaxrlhf.distributed.processes import (
     initialize,
     is_primary,
     joined,
+    stop_all,
     to_host,
 )
+from jaxrlhf.distributed.watchdog import Watchdog
 
 __all__ = [
     "ProcessConfig",
+    "Watchdog",
     "barrier",
     "by_turns",
     "check_same",
@@ -27,5 +30,6 @@ __all__ = [
     "initialize",
     "is_primary",
     "joined",
+    "stop_all",
     "to_host",
 ]

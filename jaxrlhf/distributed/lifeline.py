@@ -1,91 +1,35 @@
 """Connections between the processes of a run: they meet, share values, and learn of a loss or a failure.
 
-Process 0 is the hub: it holds one TCP connection to every other process. The hub listens on the coordinator's port
-until all processes have come, and closes the port then. A message is JSON in a frame of `multiprocessing.connection`,
-which also checks the token (HMAC, both ways) and the size. Every process sends a sign of life every few seconds. A
-closed connection or silence means that a process is gone: every other process then prints which one, and exits with
-LOST, whatever its main thread waits for. docs/distributed.md lists what JAX's own service lacks.
+Process 0 is the hub: it holds one TCP connection to every other process. In each process one thread serves all
+connections, with asyncio. Every process sends a sign of life every few seconds. A closed connection or silence means
+that a process is gone: every other process then prints which one, and exits with LOST, whatever its main thread waits
+for. docs/distributed.md lists what JAX's own service lacks.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import json
 import os
 import signal
-import socket
-import struct
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from concurrent.futures import Future
+from typing import Any
 
+from jaxrlhf.distributed.activity import activity
+from jaxrlhf.distributed.meeting import MAX_MESSAGE, REPORT_EVERY, Meeting, Peer, attend
 from jaxrlhf.errors import InputError, PeerLost
 
 LOST = PeerLost.status
 """Exit status of a process that stops because another one is gone."""
-TOKEN = "JAXRLHF_TOKEN"
-"""Environment variable with the secret that the processes of a run share."""
-MAX_MESSAGE = 64 << 20  # bytes of one message
-MAX_GREETING = 1 << 12  # bytes of a greeting
-GREETING_TIMEOUT = 10  # seconds in which a new connection must say the next thing
 GRACE = 2.0  # seconds in which a process can report its own error when another one fails
 LINGER = 3.0  # seconds that a failing hub waits until the others have read why
+FLUSH = 0.5  # seconds in which a process that ends hands its last messages to the network
 END_LIMIT = 600.0  # seconds between the first and the last process that reaches the end
-REPORT_EVERY = 10.0  # seconds between lines that name who is missing
-POLL = 0.1  # seconds between two looks for a new connection
-RETRY = 0.2  # seconds between attempts to connect
 THE_END = "the end of the program"
-
-NOT_OURS = (AuthenticationError, AssertionError, EOFError, OSError, ValueError, TypeError)
-"""Errors of a connection to a stranger: another token, no challenge, closed, silent or too long, no greeting."""
-
-
-def _token() -> bytes:
-    """Secret of the run. Without one, the token only tells processes of jaxrlhf from other programs."""
-    return os.environ.get(TOKEN, "").encode() or b"jaxrlhf"
-
-
-class _Peer:
-    """A connection to one process. `heard` is the time of its last message (monotonic seconds)."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(True)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection, self.lock, self.heard = Connection(sock.detach()), threading.Lock(), time.monotonic()
-
-    def limit_waits(self, option: int, seconds: float) -> None:
-        """Let a read (SO_RCVTIMEO) or a write (SO_SNDTIMEO) fail after `seconds`; 0: never."""
-        with socket.socket(fileno=os.dup(self.connection.fileno())) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), 0))
-
-    def send(self, message: Mapping[str, object] | bytes) -> None:
-        """Send, or do nothing when the other side is gone: its reader thread notices that."""
-        data = message if isinstance(message, bytes) else json.dumps(message).encode()
-        with self.lock, contextlib.suppress(OSError):
-            self.connection.send_bytes(data)
-
-    def receive(self, limit: int = MAX_MESSAGE) -> dict:
-        """Return the next message. Raises EOFError at the end, or ValueError for what is no message of ours."""
-        try:
-            message = json.loads(self.connection.recv_bytes(limit))
-            if not isinstance(message, dict):
-                raise ValueError(message)
-        except ConnectionError as error:
-            raise EOFError from error
-        except (OSError, ValueError) as error:
-            raise ValueError(f"it sent what is not a JSON message of at most {limit} bytes") from error
-        self.heard = time.monotonic()
-        return message
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Split `host:port` or `[v6]:port` into host and port. Raises InputError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"coordinator_address {address!r}: must be HOST:PORT, as in 10.0.0.1:8476")
-    return host.strip("[]"), int(port)
 
 
 def delay_abort() -> None:
@@ -102,20 +46,27 @@ def delay_abort() -> None:
 
 
 class Lifeline:
-    """Connections of one process, the threads that watch them, and `gather`. `join` makes it."""
+    """Connections of one process, the thread that serves them, and `gather`. `join` makes it.
 
-    def __init__(self, process: int, hosts: Sequence[str], peers: dict[int, _Peer], silence: float) -> None:
-        self.process, self.number, self.hosts, self.peers, self.silence = process, len(hosts), hosts, peers, silence
-        self._state = threading.Condition()
+    Raises:
+        InputError: on every process, with who did not come or whose number does not fit.
+    """
+
+    def __init__(self, address: str, number: int, process: int, timeout: float, silence: float) -> None:
+        self.process, self.number, self.silence = process, number, silence
+        self.hosts: list[str] = []
+        self.peers: dict[int, Peer] = {}
+        self._state = threading.Condition()  # of what the main thread waits for
         self._gathered: dict[int, list] = {}
         self._pending: dict[int, dict[int, tuple[str, object]]] = {}  # hub: values by call and process
         self._calls = 0
         self._ending = self._failing = self._stopping = False
-        self._readers = [threading.Thread(target=self._read, args=(process,), daemon=True) for process in peers]
-        for peer in peers.values():
-            peer.limit_waits(socket.SO_SNDTIMEO, silence)  # a stopped process must not block the watch
-        for thread in (*self._readers, threading.Thread(target=self._beat, daemon=True)):
-            thread.start()
+        self._readers: list[asyncio.Task[None]] = []
+        self._stops: list[asyncio.Task[None]] = []
+        met: Future[asyncio.AbstractEventLoop] = Future()
+        serve = self._serve(address, timeout, met)
+        threading.Thread(target=asyncio.run, args=(serve,), name="lifeline", daemon=True).start()
+        self._loop = met.result()
 
     def name(self, process: int) -> str:
         """Return the number and the host of a process, for messages."""
@@ -142,9 +93,9 @@ class Lifeline:
             raise InputError(f"{what}: {len(message)} bytes; processes share at most {MAX_MESSAGE} bytes at a time")
         begin = reported = time.monotonic()
         if self.process == 0:
-            self._arrived(0, call, what, value)
+            self._loop.call_soon_threadsafe(self._arrived, 0, call, what, value)
         else:
-            self.peers[0].send(message)
+            self.post(0, message)
         with self._state:
             while call not in self._gathered:
                 self._state.wait(1.0)
@@ -158,50 +109,77 @@ class Lifeline:
                     raise PeerLost(f"waited {limit:.0f} s for {late}: {what}; check what they do, and start again")
             return self._gathered.pop(call)
 
+    def post(self, process: int, message: Mapping[str, object] | bytes) -> None:
+        """Send to a process, from any thread."""
+        self._loop.call_soon_threadsafe(self.peers[process].send, message)
+
     def end(self) -> None:
         """Wait until every process has reached its end. After that, a closed connection is no loss."""
         try:
             self.gather(THE_END, None, END_LIMIT)
         except PeerLost as error:
-            self._stop(self.process, str(error))
+            self.stop(str(error))
         self._ending = True
 
     def fail(self, text: str) -> None:
         """Report to all others that this process ends with an error, so that they end too."""
-        self._failing = True
-        for peer in self.peers.values():
-            peer.send({"process": self.process, "reason": f"{self.name(self.process)} failed: {text}", "grace": GRACE})
-        deadline = time.monotonic() + LINGER
-        for reader in self._readers if self.process == 0 else ():  # they end when the others have read it and ended
-            reader.join(max(0.0, deadline - time.monotonic()))
+        if not self._ending:
+            self._failing = True
+            message = {"reason": f"{self.name(self.process)} failed: {text}", "grace": GRACE}
+            asyncio.run_coroutine_threadsafe(self._farewell(message), self._loop).result()
+
+    def stop(self, reason: str, stacks: bool = False) -> None:
+        """End all processes of the run, this one too. With `stacks`, the others print what they do."""
+        if not self._ending:
+            asyncio.run_coroutine_threadsafe(self._stop(self.process, reason, stacks=stacks), self._loop).result()
 
     def _names(self, processes: Sequence[int]) -> str:
         shown = ", ".join(self.name(i) for i in processes[:4])
         return shown + (f" and {len(processes) - 4} more" if len(processes) > 4 else "")
 
-    def _beat(self) -> None:
+    async def _serve(self, address: str, timeout: float, met: Future[asyncio.AbstractEventLoop]) -> None:
+        """Meet the others, and then serve their connections until the end."""
+        try:
+            if self.process == 0:
+                self.hosts, self.peers = await Meeting(address, self.number, timeout).hold()
+            else:
+                self.hosts, self.peers = await attend(address, self.number, self.process, timeout)
+        except BaseException as error:  # `join` raises it
+            met.set_exception(error)
+            return
+        self._readers = [asyncio.create_task(self._read(process)) for process in self.peers]
+        met.set_result(asyncio.get_running_loop())
+        await self._beat()
+        await self._flush()
+
+    async def _beat(self) -> None:
         """Send signs of life, and watch for silence."""
+        pause = min(2.0, self.silence / 5)
+        last = time.monotonic()
         while not self._ending:
             now = time.monotonic()
             for process, peer in self.peers.items():
                 peer.send({})
+                if now - last > pause + 1:  # this process was stopped itself, and has not read what came meanwhile
+                    peer.heard = now
                 if now - peer.heard > self.silence:
-                    self._gone(process, f"since {now - peer.heard:.0f} s")
-            time.sleep(min(2.0, self.silence / 5))
+                    await self._gone(process, f"since {now - peer.heard:.0f} s")
+            last = now
+            await asyncio.sleep(pause)
 
-    def _read(self, process: int) -> None:
+    async def _read(self, process: int) -> None:
         """Handle the messages of one process until its connection ends."""
         peer, reason = self.peers[process], "(its connection closed)"
         try:
             while True:
-                self._handle(process, peer.receive())
+                self._handle(process, await peer.receive())
         except EOFError:
             pass
         except (ValueError, LookupError, TypeError) as error:
             reason = f"({error})" if isinstance(error, ValueError) else "(it sent a message without its fields)"
-            peer.connection.close()
+        peer.writer.close()
         if not self._ending:
-            self._gone(process, reason)
+            await self._gone(process, reason)
 
     def _handle(self, process: int, message: dict) -> None:
         if "call" in message:
@@ -212,7 +190,7 @@ class Lifeline:
                 self._gathered[message["gathered"]] = message["values"]
                 self._state.notify_all()
         elif "reason" in message:
-            self._stop(**message)
+            self._stop_soon(**{"process": process} | message)
 
     def _arrived(self, process: int, call: int, what: str, value: object) -> None:
         """Keep a value on the hub; the last one of a call sends all to everyone."""
@@ -224,7 +202,9 @@ class Lifeline:
             del self._pending[call]
             whats = {what for what, _ in arrived.values()}
             if len(whats) > 1:
-                self._stop(0, f"the processes are at different places of the program: {sorted(whats)}")
+                reason = f"the processes are at different places of the program: {sorted(whats)}"
+                self._stop_soon(0, reason)
+                return
             last = whats == {THE_END}
             self._ending |= last
             values = [arrived[i][1] for i in range(self.number)]
@@ -234,30 +214,69 @@ class Lifeline:
             self._gathered[call] = values
             self._state.notify_all()
 
-    def _gone(self, process: int, how: str) -> None:
+    async def _gone(self, process: int, how: str) -> None:
         role = ", the coordinator," if process == 0 else ""
-        self._stop(process, f"{self.name(process)}{role} is gone {how}")
+        await self._stop(process, f"{self.name(process)}{role} is gone {how}")
 
-    def _stop(self, process: int, reason: str, grace: float = 0.0) -> None:
-        """Tell all but `process` why (the hub), print it, and exit without waiting for any thread."""
-        with self._state:
-            if self._stopping or self._failing or self._ending:
-                return
-            self._stopping = True
-        for other, peer in self.peers.items() if self.process == 0 else ():
+    def _stop_soon(self, *args: Any, **options: Any) -> None:
+        self._stops.append(asyncio.create_task(self._stop(*args, **options)))
+
+    async def _stop(self, process: int, reason: str, grace: float = 0.0, stacks: bool = False) -> None:
+        """Tell the others why, print it, and exit without waiting for any thread.
+
+        Args:
+            process: the cause. The hub tells all but this one; the cause itself tells the hub.
+            reason: what happened.
+            grace: seconds in which this process may still report an error of its own.
+            stacks: print what this process does, too.
+        """
+        if self._stopping or self._failing or self._ending:
+            return
+        self._stopping = True
+        for other, peer in self.peers.items() if self.process in (0, process) else ():
             if other != process:
-                peer.send({"process": process, "reason": reason, "grace": grace})
-        time.sleep(grace)
+                peer.send({"process": process, "reason": reason, "grace": grace, "stacks": stacks})
+        await asyncio.sleep(grace)
         if self._failing:  # this process has meanwhile reported its own error
             return
-        text = f"{reason}; this run stops. Continue with --resume from the newest checkpoint"
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        stderr = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C++ prints about the same event must not hide the reason
-        os.write(stderr, f"\njaxrlhf: {text}\n".encode())
-        time.sleep(0.2 if self.process == 0 else 0.0)  # the others read it before the connections break
-        os._exit(LOST)
+        await self._flush()
+        # The others must read the reason before the connections break, JAX's among them.
+        leave(reason, stacks and process != self.process, wait=0.2 if self.process == 0 else 0.0)
+
+    async def _farewell(self, message: dict[str, object]) -> None:
+        for peer in self.peers.values():
+            peer.send(message)
+        await self._flush()
+        if self.process == 0 and self._readers:  # they end when the others have read it and ended
+            await asyncio.wait(self._readers, timeout=LINGER)
+
+    async def _flush(self) -> None:
+        """Wait until the network has taken what was sent."""
+        deadline = time.monotonic() + FLUSH
+        transports = [peer.writer.transport for peer in self.peers.values()]
+        while any(t.get_write_buffer_size() for t in transports) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+
+def leave(reason: str, stacks: bool = False, wait: float = 0.0) -> None:
+    """Print why this process stops, and exit with LOST, whatever its other threads do.
+
+    Args:
+        reason: what happened.
+        stacks: print what this process does first.
+        wait: seconds between the message and the end.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C++ prints about the same event must not hide the reason
+    if stacks:
+        activity.print(stderr)
+    os.write(
+        stderr, f"\njaxrlhf: {reason}; this run stops. Continue with --resume from the newest checkpoint\n".encode()
+    )
+    time.sleep(wait)
+    os._exit(LOST)
 
 
 def join(address: str, number: int, process: int, timeout: float, silence: float) -> Lifeline:
@@ -273,127 +292,4 @@ def join(address: str, number: int, process: int, timeout: float, silence: float
     Raises:
         InputError: on every process, with who did not come or whose number does not fit.
     """
-    meet = _Meeting(address, number, timeout).hold() if process == 0 else _attend(address, number, process, timeout)
-    return Lifeline(process, *meet, silence)
-
-
-class _Meeting:
-    """The hub's side of `join`. Each connection has a thread, so that a stranger keeps no process waiting."""
-
-    def __init__(self, address: str, number: int, timeout: float) -> None:
-        self.address, self.number, self.timeout = address, number, timeout
-        self.lock = threading.Lock()
-        self.hosts = {0: socket.gethostname()}
-        self.peers: dict[int, _Peer] = {}
-        self.strangers: list[str] = []  # their hosts
-        self.problem: str | None = None
-        self.over = False
-
-    def hold(self) -> tuple[list[str], dict[int, _Peer]]:
-        """Wait for all processes; returns their hosts and connections. Raises InputError."""
-        self._accept()
-        with self.lock:
-            self.over = True
-        hosts = [self.hosts[i] for i in sorted(self.hosts)]
-        for peer in self.peers.values():
-            peer.send({"refused": self.problem} if self.problem else {"hosts": hosts})
-        if self.problem:
-            raise InputError(self.problem)
-        return hosts, self.peers
-
-    def _accept(self) -> None:
-        """Take connections until all processes have come, or there is a problem."""
-        begin = reported = time.monotonic()
-        with self._listen() as server:
-            server.settimeout(POLL)
-            while self.problem is None and len(self.hosts) < self.number:
-                now = time.monotonic()
-                with self.lock:
-                    missing = ", ".join(str(i) for i in range(self.number) if i not in self.hosts)
-                    refused = f" ({len(self.strangers)} connections without this run's ${TOKEN} were refused, the last "
-                    refused = refused + f"one from {self.strangers[-1]})" if self.strangers else ""
-                if now - begin > self.timeout:
-                    self.problem = (
-                        f"process {missing} of {self.number} did not come to the coordinator {self.address} within "
-                        f"{self.timeout:.0f} s{refused}; check that every process was started with its own process_id, "
-                        "that they reach this address and port, or raise --initialization_timeout"
-                    )
-                if now - reported > REPORT_EVERY:
-                    reported = now
-                    text = f"waiting for process {missing} of {self.number} at {self.address}{refused}"
-                    print(text, file=sys.stderr, flush=True)
-                with contextlib.suppress(TimeoutError):
-                    sock, (host, *_) = server.accept()
-                    threading.Thread(target=self._admit, args=(sock, host), daemon=True).start()
-
-    def _listen(self) -> socket.socket:
-        _, port = split_address(self.address)
-        v6 = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if v6 else socket.AF_INET
-        try:
-            return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=v6)
-        except OSError as error:
-            raise InputError(
-                f"coordinator_address {self.address}: process 0 cannot listen on port {port} ({error.strerror}); "
-                "choose a port that is free on this machine"
-            ) from error
-
-    def _admit(self, sock: socket.socket, host: str) -> None:
-        """Check the token and the greeting of one connection."""
-        peer = _Peer(sock)
-        peer.limit_waits(socket.SO_RCVTIMEO, GREETING_TIMEOUT)
-        try:
-            deliver_challenge(peer.connection, _token())
-            answer_challenge(peer.connection, _token())
-            greeting = peer.receive(MAX_GREETING)
-            peer.limit_waits(socket.SO_RCVTIMEO, 0)
-            with self.lock:
-                self._enter(peer, **greeting)
-        except NOT_OURS:
-            peer.connection.close()
-            with self.lock:
-                self.strangers.append(host)
-
-    def _enter(self, peer: _Peer, process: int, number: int, host: str) -> None:
-        """Take in a process, unless its number does not fit."""
-        earlier = self.peers.get(process)
-        if self.over:
-            peer.connection.close()
-        elif number != self.number:
-            self.problem = f"num_processes is {self.number} on process 0 and {number} on process {process}"
-            peer.send({"refused": self.problem})
-        elif (process in self.hosts and not (earlier and earlier.connection.poll(0))) or not 0 < process < number:
-            self.problem = f"process_id {process} was given to two processes; each needs its own, 0 to {number - 1}"
-            peer.send({"refused": self.problem})
-        else:  # a process whose earlier connection is closed was started again
-            self.hosts[process], self.peers[process] = host, peer
-
-
-def _attend(address: str, number: int, process: int, timeout: float) -> tuple[list[str], dict[int, _Peer]]:
-    """Greet the hub; returns the hosts of all processes and the hub's connection. Raises InputError."""
-    deadline, reason = time.monotonic() + timeout, "no reply"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            peer = _Peer(socket.create_connection(split_address(address), timeout=left))
-            peer.limit_waits(socket.SO_RCVTIMEO, GREETING_TIMEOUT)
-            answer_challenge(peer.connection, _token())
-            deliver_challenge(peer.connection, _token())
-            peer.limit_waits(socket.SO_RCVTIMEO, 0)
-            peer.send({"process": process, "number": number, "host": socket.gethostname()})
-            if not peer.connection.poll(max(0.0, deadline - time.monotonic())):
-                continue
-            reply = peer.receive()  # the hub sends it when all are there
-        except AuthenticationError as error:
-            raise InputError(f"what listens at {address} has not the ${TOKEN} of process {process}") from error
-        except NOT_OURS as error:
-            reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-            time.sleep(RETRY)
-            continue
-        if "refused" in reply:
-            raise InputError(reply["refused"])
-        return reply["hosts"], {0: peer}
-    raise InputError(
-        f"process {process} of {number} cannot reach the coordinator at {address} (waited {timeout:.0f} s; {reason}). "
-        "Check that process 0 runs, that the address is its host's and the port is open between the machines, or raise "
-        "--initialization_timeout"
-    )
+    return Lifeline(address, number, process, timeout, silence)

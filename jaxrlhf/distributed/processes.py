@@ -26,7 +26,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxrlhf.config import NonNegativeInt, PositiveInt, Settings, to_dict
-from jaxrlhf.distributed.lifeline import Lifeline, delay_abort, join, split_address
+from jaxrlhf.distributed.lifeline import Lifeline, delay_abort, join, leave
+from jaxrlhf.distributed.meeting import split_address
 from jaxrlhf.errors import InputError
 
 PyTree = Any
@@ -197,6 +198,13 @@ def fail(error: BaseException, status: int = 1) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # Python's own end would wait for the others in JAX's shutdown
+
+
+def stop_all(reason: str) -> None:
+    """End all processes of the run with status 75; the others print what they do, and all print `reason`."""
+    if _lifeline is not None:
+        _lifeline.stop(reason, stacks=True)
+    leave(reason)
 
 
 def _fail_on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -18,6 +18,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, ModelCard, read_config, score_offset
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.alarms import Alarms, kl_limit
+from jaxrlhf.rl.build import updates_of
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine
@@ -30,7 +31,8 @@ from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.guards import History, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model
-from jaxrlhf.trainers.optimizer import updates_made
+from jaxrlhf.trainers.optimizer import same_past, updates_made
+from jaxrlhf.trainers.resuming import same_rows, start_from
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, open_run
 from jaxrlhf.trainers.sft import sft_metrics, sft_sums
 from jaxrlhf.trainers.supervised import eval_step, evaluation_totals
@@ -254,6 +256,12 @@ class PPOTask:
     def last_batch(self) -> dict[str, Any]:
         return self._newest
 
+    def same_past(self, steps: int) -> bool:
+        actor = self.config.optimizer
+        updates = zip(updates_of(self.config, steps), updates_of(self.config, self.total_steps), strict=True)
+        optimizers = (actor, self.config.critic.optimizer(actor))
+        return all(same_past(own, *pair) for own, pair in zip(optimizers, updates, strict=True))
+
 
 def check_models(config: PPOConfig) -> str:
     """Returns the actor's name. Raises InputError when there is none, or nothing that scores."""
@@ -294,6 +302,8 @@ def train_ppo(config: PPOConfig) -> PPOState:
     actor, reward = check_models(config), config.models.reward_model_name_or_path
     config = joined(config)
     with open_run(config, config.run.logging_steps, HEADLINE) as run:
+        devices = batch_devices(config.mesh.make_mesh())
+        config = same_rows(config, run, config.rows_per_device * devices, devices)
         for model in (actor, reward):
             check_base(config.lora, model)
         tokenizer = config.models.tokenizer.load(actor, config.data.template)
@@ -301,7 +311,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
             check_reads_tokens(tokenizer, read_config(actor), reward, ("the actor", "the reward model"))
         rewards = config.rewards.rewards(run.print)
         data = read_data(config, tokenizer, rewards)
-        rows = config.rollout_rows(batch_devices(config.mesh.make_mesh()))
+        rows = config.rollout_rows(devices)
         steps = config.total_steps(lambda: len(data.train), rows)
         if config.algorithm.critic_only_steps >= steps:
             raise InputError(
@@ -309,8 +319,18 @@ def train_ppo(config: PPOConfig) -> PPOState:
                 "train the policy; lower it, or give more steps"
             )
         engine = RLHFEngine(actor, reward, tokenizer, steps, config)
+        folder, options = config.folder, config.checkpoint
+        engine.state = start_from(run, options, engine.state, folder.resume)
         task = PPOTask(run, engine, data, steps, rewards)
-        return fit(run, config.run, task, engine.state, resume=config.folder.resume)
+        return fit(
+            run,
+            config.run,
+            task,
+            engine.state,
+            resume=folder.resume,
+            named=folder.resume_from_checkpoint,
+            allowed=options.allow_changes,
+        )
 
 
 train_grpo = train_rloo = train_reinforce = train_ppo

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FINAL = re.compile(r"checkpoint-(\d+)")
 REPLACED = ".replaced"  # an older checkpoint of the same step, while the new one takes its name
 UNFINISHED = (".unfinished", ".removing")
+ASIDE = ".aside"  # a later checkpoint, after the run has gone on from an earlier one
 TEMPORARY = ".*.tmp"  # of write_text_atomic
 CONCURRENT_GB = 2  # host memory that may hold array copies while restoring, or saving in the foreground
 SHOWN_FILES = 4
@@ -238,6 +239,15 @@ def take_back_replaced(folder: Path) -> None:
             remove_checkpoint(path)
         else:
             os.rename(path, target)
+
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Renames the checkpoints after `step`, so that none of them is taken for the newest; returns their names."""
+    later = [path for path in list_checkpoints(folder) if checkpoint_step(path) > step]
+    for path in later:
+        remove_checkpoint(path.with_name(path.name + ASIDE))
+        os.rename(path, path.with_name(path.name + ASIDE))
+    return [path.name for path in later]
 
 
 def clean_folder(folder: Path) -> None:

@@ -27,7 +27,8 @@ from jaxrlhf.runs.trackers import TrackedRun, Trackers, TrackingConfig
 from jaxrlhf.runs.trackers.registry import IDS
 
 RECORDS = (*JSONL, "summary.json")
-OWN_FILES = ("config.yaml", *RECORDS, "report.html", IDS)
+CHANGES = "changes.jsonl"
+OWN_FILES = ("config.yaml", CHANGES, *RECORDS, "report.html", IDS)
 OWN_FOLDERS = ("tensorboard", "profile", "wandb")
 EXPORT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 SHOWN_WITHOUT_HEADLINE = 8
@@ -188,6 +189,11 @@ class Run:
         dropped = self._records.rewind(int(step))
         sent = {(r["step"], name) for r in dropped for name in ([r["title"]] if "title" in r else r)}
         self._trackers.rewind(int(step), sent if repeats else set())
+
+    def record_changes(self, step: int, changes: Mapping[str, tuple[object, object]]) -> None:
+        """Records in changes.jsonl that the run goes on from `step` with changed settings, {name: (then, now)}."""
+        if self.is_primary:
+            self._append(CHANGES, step, {"changes": {name: list(pair) for name, pair in changes.items()}})
 
     def print(self, text: str) -> None:
         """Prints `text` above the progress line."""

@@ -41,7 +41,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("rewards/reward_model", "mean score of the reward model, before its weight", "rises"),
         Metric(
             "rewards/failures",
-            "responses without a score, because a reward function failed on them",
+            "responses without a score, because a reward function failed on them, took too long or ended its process",
             "0; `samples.jsonl` and the console show the failing samples",
         ),
         Metric(

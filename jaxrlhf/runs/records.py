@@ -69,7 +69,7 @@ class Records:
     def cut_partial_lines(self) -> None:
         """Cuts each file after its last whole line, so that the next record starts on a line of its own."""
         for path in (self.folder / name for name in JSONL):
-            if path.exists():
+            if path.is_file():
                 os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def read(self, name: str) -> list[dict[str, Any]]:

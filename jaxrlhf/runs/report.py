@@ -92,6 +92,8 @@ def read_curves(path: str | Path) -> dict[str, Curve]:
     for record in read_jsonl(path):
         for name, value in record.items():
             if name not in ("step", "time"):
+                if value is not None and not _is_numeric(value):
+                    raise InputError(f"{path}: step {record['step']}: {name}={value!r:.80} must be a number or null")
                 steps.setdefault(name, {})[record["step"]] = math.nan if value is None else value
     return {
         name: Curve(name, sorted(points), [points[step] for step in sorted(points)], name.startswith("eval/"))
@@ -161,8 +163,8 @@ def _section(folder: Path, numbers: Iterator[int]) -> Data:
 def _title(folder: Path) -> str:
     """The title in the summary, preceded by the folder's name where that says more."""
     name, summary = folder.resolve().name, _summary(folder)
-    trainer = summary.get("trainer", "")
-    title = summary.get("title") or STEPS.get(trainer) or trainer.upper() or STEPS.get(name)
+    trainer, title = (str(summary.get(key) or "") for key in ("trainer", "title"))
+    title = title or STEPS.get(trainer) or trainer.upper() or STEPS.get(name)
     return f"{name}: {title}" if title and name not in (*STEPS, trainer) else title or name
 
 
@@ -172,7 +174,7 @@ def _facts(folder: Path) -> str:
     if not records:
         return "no step was recorded"
     text = f"{max(record['step'] for record in records):,} steps"
-    times = [record["time"] for record in records if "time" in record]
+    times = [record["time"] for record in records if _is_numeric(record.get("time"))]
     # A resumed run may begin at an earlier time, where a clock was set back.
     seconds = sum(max(0.0, after - before) for before, after in pairwise(times))
     return f"{text}, {format_duration(seconds)} from the first record to the last" if seconds >= 1 else text
@@ -219,11 +221,26 @@ def _samples(folder: Path) -> Data | None:
     records = read_jsonl(path) if path.exists() else []
     if not records:
         return None
+    for record in records:
+        _check_table(path, record)
     tables = [
         record | {"numeric": [all(map(_is_numeric, cells)) for cells in zip(*record["rows"], strict=True)]}
         for record in _evenly_spaced(records, MAX_TABLES)
     ]
     return {"total": len(records), "tables": tables, "timeline": _timeline(records)}
+
+
+def _check_table(path: Path, record: Data) -> None:
+    """Raises InputError for a record of samples.jsonl that is no table."""
+    columns, rows = record.get("columns"), record.get("rows")
+    whole = (
+        isinstance(columns, list)
+        and isinstance(rows, list)
+        and isinstance(record.get("title"), str)
+        and all(isinstance(row, list) and len(row) == len(columns) for row in rows)
+    )
+    if not whole:
+        raise InputError(f"{path}: step {record['step']}: the record must have a title, columns, and rows of cells")
 
 
 def _timeline(records: Sequence[Data]) -> Data | None:

@@ -223,9 +223,10 @@ class Guard:
         go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
         if self.unscored:
             return f"See the messages of the reward functions above; {go_on}"
-        remedy = "Lower the learning rate, lengthen the warm-up, or use --dtype float32"
+        remedy, names = "Lower the learning rate, lengthen the warm-up, or use --dtype float32", "warmup_steps dtype"
         if self.spiked:
             remedy = (
                 "Lower the learning rate or max_grad_norm, or go back further (--on_spike rollback --rollback_steps N)"
             )
-        return f"{remedy}; {go_on}"
+            names = "max_grad_norm"
+        return f"{remedy}; {go_on}, and --allow_changes learning_rate {names} lets these change"

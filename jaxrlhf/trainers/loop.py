@@ -1,23 +1,20 @@
 """The loop around every trainer's step: resume, log, evaluate, checkpoint, stop cleanly, export."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 
 from jaxrlhf.config.secrets import redacted
-from jaxrlhf.distributed import check_shared, from_primary, gather, is_primary, to_host
-from jaxrlhf.errors import InputError, Interrupted, SharedError, StorageError, TrainingDiverged
+from jaxrlhf.distributed import Watchdog, check_shared, from_primary, gather, is_primary, to_host
+from jaxrlhf.distributed.activity import activity
+from jaxrlhf.errors import Interrupted, Preempted, SharedError, StorageError, TrainingDiverged
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
 from jaxrlhf.runs.checkpoints import (
     checkpoint_step,
-    latest_checkpoint,
     list_checkpoints,
     remove_checkpoints_after,
     restore_checkpoint,
@@ -25,7 +22,9 @@ from jaxrlhf.runs.checkpoints import (
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.saving import Retention, Saver
 from jaxrlhf.trainers.guards import Guard, History, StepPlan
+from jaxrlhf.trainers.resuming import Change, resume_or_start
 from jaxrlhf.trainers.settings import RunConfig
+from jaxrlhf.trainers.stopping import Reason, stop_requested
 
 State = TypeVar("State")
 Item = TypeVar("Item")
@@ -46,7 +45,11 @@ def unwatched(batches: Iterable[Item], total: int) -> Iterator[Item]:
 
 
 class EvaluationStopped(Exception):
-    """The run was asked to stop during an evaluation."""
+    """The run was asked to stop during an evaluation, and ends with an error of `kind`."""
+
+    def __init__(self, kind: type[Interrupted]) -> None:
+        super().__init__(kind)
+        self.kind = kind
 
 
 class Task(Protocol[State]):
@@ -71,6 +74,8 @@ class Task(Protocol[State]):
     """For `convert`, per model in the state: {path of its parameters: {"head": …, "config": HF config}}."""
     best: tuple[str, int]
     """The metric of an evaluation that decides which checkpoint is best, and 1 (higher is better) or -1."""
+    devices: int
+    """Devices that the rows of a batch are split over."""
 
     def step(self, state: State, plan: StepPlan) -> tuple[State, Metrics]:
         """Runs a step; returns the new state and its metrics."""
@@ -92,39 +97,22 @@ class Task(Protocol[State]):
         """Arrays of the newest step, for a person who wants to know why it could not be used."""
         ...
 
-
-def resume_or_start(run: Run, task: Task[State], state: State, resume: bool) -> tuple[State, int]:
-    """Returns the state to go on from and the number of finished steps."""
-    path = newest(run) if resume else None
-    if path is None:
-        if resume:
-            run.print(f"resume: no checkpoint in {run.output_dir}, starting from the beginning")
-            run.rewind(-1)
-        return state, 0
-    with run.status(f"restoring {path}…"):
-        state, metadata = restore_checkpoint(path, state)
-    changed = [
-        f"{name}: {metadata['identity'].get(name)!r} then, {value!r} now"
-        for name, value in redacted(task.identity).items()
-        if metadata["identity"].get(name) != value
-    ]
-    if changed:
-        raise InputError(
-            f"cannot resume {path}, the run would not be the same one: {'; '.join(changed)}. Restore these settings, "
-            "or start a new run in another folder"
-        )
-    run.rewind(metadata["step"])
-    return state, metadata["step"]
+    def same_past(self, steps: int) -> bool:
+        """True when a run of `steps` steps in all has the learning rates of this one, as far as it goes."""
+        ...
 
 
-def newest(run: Run) -> Path | None:
-    """The checkpoint that all processes go on from: the newest that process 0 sees."""
-    name = from_primary("looking for a checkpoint", lambda: getattr(latest_checkpoint(run.output_dir), "name", None))
-    return run.output_dir / name if name else None
-
-
-def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume: bool) -> State:
-    """Runs the task from its newest checkpoint or from the start; returns the final state.
+def fit(
+    run: Run,
+    config: RunConfig,
+    task: Task[State],
+    state: State,
+    *,
+    resume: bool,
+    named: str = "",
+    allowed: tuple[Change, ...] = (),
+) -> State:
+    """Runs the task from a checkpoint or from the start; returns the final state.
 
     Evaluates before the first and after the last step, and exports the model into the run folder at the end. A second
     SIGINT stops at once.
@@ -134,22 +122,25 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
         config: its length, and when it evaluates and saves.
         task: the steps.
         state: the initial state; donated.
-        resume: continue from the newest checkpoint.
+        resume: continue from a checkpoint.
+        named: its name; empty: the newest.
+        allowed: settings that may differ from those of the run so far.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM to any process; the current step, or batch of an evaluation, is finished
-            and a checkpoint saved.
+        Interrupted: after SIGINT to any process; the current step, or batch of an evaluation, is finished and a
+            checkpoint saved.
+        Preempted: the same after SIGTERM, SIGUSR1 or the cloud's notice.
         SharedError: as the task raises it (by a reward function, say); a checkpoint is saved first.
         StorageError: when several checkpoints in a row, or the last one, cannot be written.
         TrainingDiverged: when several steps in a row had no finite update.
     """
-    state, start = resume_or_start(run, task, state, resume)
+    state, start = resume_or_start(run, task, state, resume, named, allowed)
     run.begin()
     check_shared(run.output_dir, "config.yaml")
     begin = time.monotonic()
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         loop = _Loop(run, config, task, start, stopped)
-        with loop.saves_finished(), tracing(run, config.profiled) as trace:
+        with loop.watchdog, loop.saves_finished(), tracing(run, config.profiled) as trace:
             loop.evaluate_at_start(state)
             done = start
             while done < task.total_steps:
@@ -160,10 +151,11 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
                     loop.finish_step(state, after)
                 done = after
     best = loop.best.step
+    loop.newest = (None, task.total_steps)  # frees the memory of the last state, if another one is exported
     if config.export_best and best not in (None, task.total_steps):
         with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
             state, _ = restore_checkpoint(run.output_dir / f"checkpoint-{best}", state)
-    with run.status(f"exporting the model to {run.output_dir}…"):
+    with run.status(f"exporting the model to {run.output_dir}…"), loop.watchdog, loop.watchdog.work("the export"):
         metrics = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
         shown = metrics["eval_best" if config.export_best else "eval_after"]
         base, data = redacted((task.base_model, task.data_names))
@@ -184,7 +176,9 @@ def fit(run: Run, config: RunConfig, task: Task[State], state: State, *, resume:
 class _Loop(Generic[State]):
     """One pass through the steps of a task: what surrounds each of them."""
 
-    def __init__(self, run: Run, config: RunConfig, task: Task[State], start: int, stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self, run: Run, config: RunConfig, task: Task[State], start: int, stopped: Callable[[], Reason]
+    ) -> None:
         self.run, self.config, self.task, self.start, self.stopped = run, config, task, start, stopped
         self.best = best_before(run, task.best, start)
         self.best_before = self.best
@@ -195,12 +189,17 @@ class _Loop(Generic[State]):
             max_failures=config.max_failed_saves,
             say=run.print,
         )
+        self.watchdog = Watchdog(config.watchdog, config.watchdog_floor, self.rescue)
+        self.newest: tuple[State | None, int] = (None, start)
 
     def step(self, state: State, done: int) -> tuple[State, int]:
         """Runs the step after `done`; returns the state to go on from and the number of finished steps."""
-        with self.saved_before_errors(state, done):
+        self.newest = (state, done)
+        with self.watchdog.work("a step", f"step {done + 1}"), self.saved_before_errors(state, done):
             state, metrics = self.task.step(state, self.guard.plan(done))
-        metrics = to_host(metrics) | {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30}
+            metrics = to_host(metrics)
+        self.newest = (state, done + 1)
+        metrics |= {"perf/peak_memory_gib": (peak_memory_bytes()["host"] or 0) / 2**30}
         self.guard.check(self.run.log(done + 1, metrics), done + 1)
         if self.guard.spiked:  # which checkpoints there are must not depend on how quick the disk is
             self.saver.wait()
@@ -240,24 +239,26 @@ class _Loop(Generic[State]):
                 value = self.evaluate(state, done)
         stop = self.asked_to_stop("ending a step")
         due = self.saver.retry_is_due or (self.config.save_steps and done % self.config.save_steps == 0)
-        ends = last or stop or self.guard.given_up
+        ends = last or stop is not None or self.guard.given_up
         # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
         if ends or ((due or self.improves(value)) and not self.guard.in_a_row):
             self.save(state, done, value, last=ends)
         if self.guard.given_up:
             self.guard.end(done)
         if stop and not last:
-            raise Interrupted(f"stopped after step {done}; continue with --resume")
+            raise stop(f"stopped after step {done}; continue with --resume")
 
     def evaluate(self, state: State, done: int) -> float | None:
         """Logs an evaluation; returns the metric that decides which is best. Raises Interrupted as `fit` does."""
+        self.newest = (state, done)
         try:
-            metrics = self.task.evaluate(state, done, self.watch)
-        except EvaluationStopped:
+            with self.watchdog.work("an evaluation", f"the evaluation after step {done}"):
+                metrics = self.task.evaluate(state, done, self.watch)
+        except EvaluationStopped as stop:
             if done > self.start and not self.guard.in_a_row:
                 self.save(state, done, last=True)
             when = f"after step {done}" if done else "before the first step"
-            raise Interrupted(f"stopped during the evaluation {when}; continue with --resume") from None
+            raise stop.kind(f"stopped during the evaluation {when}; continue with --resume") from None
         self.run.log(done, {f"eval/{name}": value for name, value in metrics.items()})
         value = self.run.latest[f"eval/{self.task.best[0]}"]
         return None if value is None else float(value)
@@ -265,15 +266,17 @@ class _Loop(Generic[State]):
     def watch(self, batches: Iterable[Item], total: int) -> Iterator[Item]:
         with self.run.progress(total, description="evaluation", unit="batch", transient=True) as bar:
             for batch in bar.over(batches):
-                if self.asked_to_stop("evaluating a batch"):
-                    raise EvaluationStopped
-                yield batch
+                if kind := self.asked_to_stop("evaluating a batch"):
+                    raise EvaluationStopped(kind)
+                with self.watchdog.work("a batch of an evaluation"):
+                    yield batch
 
-    def asked_to_stop(self, place: str) -> bool:
-        """True when a process is asked to stop. All processes also look at the pending save here."""
+    def asked_to_stop(self, place: str) -> type[Interrupted] | None:
+        """The error to end with when a process is asked to stop. All processes look at the pending save here too."""
         seen = gather(place, {"stop": self.stopped(), "save": self.saver.report()})
         self.saver.advance([process["save"] for process in seen])
-        return any(process["stop"] for process in seen)
+        reasons = {process["stop"] for process in seen}
+        return Interrupted if "interrupt" in reasons else Preempted if "preemption" in reasons else None
 
     def improves(self, value: float | None) -> bool:
         """True when the metric of an evaluation is better than that of every checkpoint."""
@@ -283,13 +286,17 @@ class _Loop(Generic[State]):
 
     def save(self, state: State, done: int, value: float | None = None, *, last: bool = False) -> None:
         """Saves the state, of which `value` is the metric; the last one of a run until it is written."""
+        with self.watchdog.work("a save", f"the save of checkpoint-{done}"):
+            self._save(state, done, value, last)
+
+    def _save(self, state: State, done: int, value: float | None, last: bool) -> None:
         self.saver.wait()
         if self.improves(value):
             self.best_before, self.best = self.best, Best(done, value)
         if self.guard.given_up:  # the older ones may be of use
             self.saver.retention = Retention()
         metadata: dict[str, Any] = {"identity": redacted(self.task.identity), "exports": self.task.exports}
-        metadata["best_step"] = self.best.step
+        metadata |= {"best_step": self.best.step, "devices": self.task.devices}
         background = self.config.async_save and not last
         with nullcontext() if background else self.run.status(f"saving checkpoint-{done}…"):
             self.saver.start(done, state, metadata, {self.best.step}, background=background)
@@ -314,15 +321,28 @@ class _Loop(Generic[State]):
                 self.run.print(f"WARNING: {second}")
             raise
 
+    def is_worth_saving(self, state: State | None, done: int) -> bool:
+        """True when the state has not been donated to a step, and no checkpoint has it."""
+        usable = state is not None and not any(
+            x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array)
+        )
+        return usable and done > self.start and done not in map(checkpoint_step, list_checkpoints(self.run.output_dir))
+
+    def rescue(self, kind: str) -> str:
+        """Saves a checkpoint while the main thread is stuck in work of a kind, if that can be; returns what it did."""
+        state, done = self.newest
+        if kind == "a save" or state is None or not self.is_worth_saving(state, done):
+            return "no checkpoint was saved: there is none to save, or the state is in use"
+        self._save(state, done, None, last=True)
+        return f"checkpoint-{done} was saved"
+
     @contextmanager
     def saved_before_errors(self, state: State, done: int) -> Iterator[None]:
         try:
             yield
         except SharedError:
             self.saver.wait()
-            usable = not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
-            saved = map(checkpoint_step, list_checkpoints(self.run.output_dir))
-            if done > self.start and usable and done not in saved:
+            if self.is_worth_saving(state, done):
                 self.save(state, done, last=True)
             raise
 
@@ -408,27 +428,6 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
     return named | {"best_step": chosen["step"], "best_by": best[0]}
 
 
-@contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGINT or SIGTERM arrived. A second SIGINT interrupts at once."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
-        return
-
-    def handle(number: int, _frame: Any) -> None:
-        if flag.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        flag.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Announce:
     """Calls a jitted function, and prints "compiling…" when its positional arguments have new shapes."""
 
@@ -438,6 +437,7 @@ class Announce:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         shapes = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else x for x in jax.tree.leaves(args))
+        activity.program = self.name
         if self.run is None or shapes in self.seen:
             return self.function(*args, **kwargs)
         self.seen.add(shapes)

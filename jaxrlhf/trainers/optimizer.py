@@ -49,6 +49,11 @@ def warmup_length(config: OptimizerConfig, total_steps: int) -> int:
     return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
 
 
+def same_past(config: OptimizerConfig, then: int, now: int) -> bool:
+    """True when schedules over `then` and over `now` steps, the longer, agree as far as the shorter one goes."""
+    return config.lr_scheduler_type == "constant" and warmup_length(config, then) == warmup_length(config, now)
+
+
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:
     """The learning rate (float32) as a function of the number of updates made so far, an int or an int32 scalar array.
 

@@ -18,6 +18,7 @@ from jaxrlhf.config import (
     NonNegative,
     NonNegativeInt,
     PathName,
+    Positive,
     PositiveInt,
     Settings,
     alias,
@@ -47,6 +48,7 @@ from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.guards import GuardConfig
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+from jaxrlhf.trainers.resuming import CheckpointOptions
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
@@ -157,12 +159,18 @@ class FolderConfig(Settings, may_change=True):
     all of them."""
     url: Derived[str] = ""
     """The output_dir that was given, when it is a URL."""
-    resume: Annotated[bool, alias("resume_from_checkpoint")] = False
-    """Continue from the newest checkpoint in output_dir."""
+    resume: bool = False
+    """Continue from the newest checkpoint in output_dir; start where there is none."""
+    resume_from_checkpoint: str = ""
+    """Continue from this checkpoint of output_dir, such as checkpoint-8, and set later ones aside; true: as resume."""
     overwrite_output_dir: bool = False
     """Delete an earlier run in output_dir and start over."""
 
     def check(self) -> None:
+        named = self.resume_from_checkpoint.lower()
+        object.__setattr__(self, "resume", self.resume or named not in ("", "false"))
+        if named in ("true", "false"):
+            object.__setattr__(self, "resume_from_checkpoint", "")
         if self.resume and self.overwrite_output_dir:
             raise InputError("resume and overwrite_output_dir exclude each other: keep the old run, or delete it")
         if not is_url(self.output_dir) and not self.url and (self.working_dir or self.remote_save_steps):
@@ -209,6 +217,11 @@ class RunConfig(Settings, may_change=True):
     """End the run after this many checkpoints in a row that could not be written. The last one must be written."""
     export_best: Annotated[bool, alias("load_best_model_at_end")] = False
     """Export the model of the best evaluation instead of the last one. Its checkpoint is kept in any case."""
+    watchdog: NonNegative = 20.0
+    """End the run with status 75, after printing all stacks, when a step, an evaluation batch, a save or the export
+    takes this many times its usual time; compilation does not count; 0: never."""
+    watchdog_floor: Positive = 300.0
+    """Seconds that all work may take; the first of its kind may take twelve times as long."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
     profile_steps: str = ""
@@ -303,6 +316,7 @@ class StepOptions(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAOptions = LoRAOptions()
     routers: RouterOptions = RouterOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
 
     def check(self) -> None:
         check_needs(self, dict.fromkeys(("lora_alpha", "lora_dropout", "lora_export"), "lora_r"))

@@ -31,7 +31,8 @@ from jaxrlhf.trainers.gradients import (
 from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Announce, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
-from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, updates_made
+from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, same_past, updates_made
+from jaxrlhf.trainers.resuming import same_rows, start_from
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.settings import (
     DTYPES,
@@ -230,6 +231,8 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
     config = joined(config)
     with open_run(config, config.run.logging_steps, recipe.headline) as run:
         mesh = config.mesh.make_mesh()
+        devices = batch_devices(mesh)
+        config = same_rows(config, run, rows_of(config, devices), devices)
         check_base(config.lora, config.model.model_name_or_path)
         tokenizer = config.model.load_tokenizer(config.data.template)  # fails early when the model cannot be used
         model = load_model(config, recipe.head, mesh, tokenizer, remat=config.run.remat)
@@ -238,7 +241,21 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
         check_context(model.config, config.data.max_length, "max_length")
         config.routers.check_models(model.config)
         task = SupervisedTask(run, config, recipe, model, tokenizer, load_data(config.data, tokenizer, recipe.name))
-        return fit(run, config.run, task, task.initial_state(), resume=config.folder.resume)
+        folder, options = config.folder, config.checkpoint
+        return fit(
+            run,
+            config.run,
+            task,
+            start_from(run, options, task.initial_state(), folder.resume),
+            resume=folder.resume,
+            named=folder.resume_from_checkpoint,
+            allowed=options.allow_changes,
+        )
+
+
+def rows_of(config: SupervisedConfig, devices: int) -> int:
+    """Rows of a step."""
+    return config.run.per_device_train_batch_size * config.run.gradient_accumulation_steps * devices
 
 
 class SupervisedTask:
@@ -256,8 +273,8 @@ class SupervisedTask:
         self.run, self.config, self.recipe, self.model, self.tokenizer = run, config, recipe, model, tokenizer
         self.train, self.evaluation = data
         self.mesh = mesh = config.mesh.make_mesh()
-        self.micro_batches = config.run.gradient_accumulation_steps
-        self.rows = config.run.per_device_train_batch_size * batch_devices(mesh) * self.micro_batches
+        self.micro_batches, self.devices = config.run.gradient_accumulation_steps, batch_devices(mesh)
+        self.rows = rows_of(config, self.devices)
         self.name, self.title, self.best = recipe.name, recipe.title, recipe.best
         self.total_steps = config.run.total_steps(lambda: len(self.train), self.rows)
         self.data_names = config.data.names
@@ -348,3 +365,6 @@ class SupervisedTask:
 
     def last_batch(self) -> Batch:
         return self._newest
+
+    def same_past(self, steps: int) -> bool:
+        return same_past(self.config.optimizer, steps, self.total_steps)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrlhf.config.files import read_json
 from jaxrlhf.errors import InputError
+from jaxrlhf.models.config import check_pattern
 from jaxrlhf.models.hf.checkpoint_files import FLOATS, open_safetensors
 from jaxrlhf.models.hf.tensor_source import all_finite
 
@@ -135,15 +136,7 @@ def _check_patterns(path: Path, name: str, patterns: Any) -> None:
         _rank(path, f"{name} of {pattern!r}", value) if name == "rank_pattern" else _alpha(
             path, f"{name} of {pattern!r}", value
         )
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(f"{path}: {name}: {pattern!r} is not a regular expression: {error}") from error
-        # A repeated group, or many repetitions in a row, can be matched in exponentially many ways.
-        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+}]", pattern)) > 4 or len(pattern) > 500:
-            raise InputError(
-                f"{path}: {name}: {pattern!r} could take forever to match; name the modules, such as 'q_proj'"
-            )
+        check_pattern(pattern, f"{path}: {name}:")
 
 
 def _tokens(path: Path, value: Any) -> Mapping[str, tuple[int, ...]] | tuple[int, ...]:

@@ -83,7 +83,10 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG, *, strict: 
     hf = HFConfig(values, where, family.aliases)
     _check_architectures(hf, family)
     _check_dtype(hf)
-    config = family.config_from_hf(hf)
+    try:
+        config = family.config_from_hf(hf)
+    except InputError as error:  # DecoderConfig's own checks do not know the file
+        raise (error if where in str(error) else InputError(f"{where}: {error}")) from error.__cause__
     unread = hf.unread()
     for name, value in unread.items():
         _refuse_if_it_changes_results(hf, name, value)

@@ -4,8 +4,8 @@
     python scripts/launch/local.py --processes 2 --cpu_devices 4 -- jaxrlhf sft ...   on CPUs, 4 devices in each process
 
 One process can drive all GPUs of a machine: use this script to try a cluster's behaviour. Each process's lines have its
-number as prefix, and all processes get SIGINT and SIGTERM. The exit status is that of the process that failed first,
-else 0.
+number as prefix, and all processes get SIGINT, SIGTERM and SIGUSR1. The exit status is that of the process that failed
+first, else 0.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import threading
 from typing import TextIO
 
 PATIENCE = 45  # seconds for the other processes to end once one has failed
-LOST = 75  # status of a process that ends because another one is gone (jaxrlhf.errors.PeerLost)
+LOST = 75  # status of a process that ends because another one is gone, or the machine goes (jaxrlhf.errors)
 
 
 def count(text: str) -> int:
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
             if worker.poll() is None:
                 worker.send_signal(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, send_all)
     copiers = [
         threading.Thread(target=copy_lines, args=(worker.stdout, f"[{i}] "), daemon=True)

@@ -1,5 +1,6 @@
 """Several processes: the results of one, stops and failures that reach all, strangers, and mistakes at the start."""
 
+import hmac
 import json
 import os
 import shutil
@@ -9,8 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener, answer_challenge
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ import pytest
 
 from jaxrlhf import cli, distributed
 from jaxrlhf.config.files import read_jsonl
-from jaxrlhf.distributed import lifeline
+from jaxrlhf.distributed import lifeline, meeting
 from jaxrlhf.distributed.processes import _broke_a_collective, _differences, _sources, detect
 from jaxrlhf.errors import InputError
 
@@ -133,7 +132,7 @@ def test_ppo_on_two_processes_gives_the_tokens_metrics_and_weights_of_one(one, t
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_goes_on_from_there(one, two, places):
     from jaxrlhf.trainers.sft import train_sft
 
-    assert [facts["stopped"] for facts in two.facts] == ["stopped after step 1; continue with --resume"] * 2
+    assert [facts["stopped"] for facts in two.facts] == [["stopped after step 1; continue with --resume", 75]] * 2
     train_sft(processes.sft_config(places, two.folder / "sft", resume=True))
     assert_same_run(two.folder / "sft", one / "sft")
 
@@ -204,11 +203,12 @@ STOP = """watch = f"while kill -0 {pids[0]} 2>/dev/null; do sleep 0.1; done; kil
         ("os.kill(os.getpid(), signal.SIGKILL)", -9, "is gone (its connection closed)"),
         ("line.fail('InputError: row 7 is bad'); os._exit(2)", 2, "failed: InputError: row 7 is bad"),
         (STOP, lifeline.LOST, "is gone since"),
+        ("line.stop('step 3 takes too long', stacks=True)", lifeline.LOST, "(most recent call first)"),
         ("line.gather('another place', None)", lifeline.LOST, "the processes are at different places of the program"),
-        ("line.peers[0].send(b'0' * (lifeline.MAX_MESSAGE + 1)); time.sleep(60)", lifeline.LOST, "67108864 bytes"),
-        ("line.peers[0].connection.send_bytes(b'{'); time.sleep(60)", lifeline.LOST, "not a JSON message"),
+        ("line.post(0, b'0' * (lifeline.MAX_MESSAGE + 1)); time.sleep(60)", lifeline.LOST, "67108864 bytes"),
+        ("line.post(0, b'{'); time.sleep(60)", lifeline.LOST, "not a JSON message"),
     ],
-    ids=["killed", "failed", "silent", "strayed", "too large", "junk"],
+    ids=["killed", "failed", "silent", "hanging", "strayed", "too large", "junk"],
 )
 def test_all_end_with_the_reason_when_one_process_is_lost_fails_strays_or_sends_nonsense(action, status, reason):
     address = f"127.0.0.1:{free_port()}"
@@ -234,7 +234,7 @@ def test_an_abort_from_c_waits_until_the_process_has_ended_by_itself():
 
 def test_a_value_above_the_limit_of_a_message_is_refused_where_it_is_sent(monkeypatch):
     monkeypatch.setattr(lifeline, "MAX_MESSAGE", 100)
-    line = lifeline.Lifeline(0, ["host"], {}, 30.0)
+    line = lifeline.join(f"127.0.0.1:{free_port()}", 1, 0, 30.0, 30.0)
     assert line.gather("a name", "x") == ["x"]
     with pytest.raises(InputError, match="at most 100 bytes"):
         line.gather("a name", "x" * 100)
@@ -269,6 +269,24 @@ def test_differing_versions_and_settings_are_named_on_every_process():
     assert "x: 1 on processes 0, 1, nothing on process 2" in errors[0]
 
 
+@pytest.mark.parametrize("number", [2, 24])
+def test_one_thread_of_a_process_serves_all_its_connections(number):
+    address, lines = f"127.0.0.1:{free_port()}", {}
+    before = threading.active_count()
+
+    def come(process):
+        lines[process] = lifeline.join(address, number, process, 60.0, 30.0)
+
+    for turn in (come, lambda process: lines[process].gather("a number", process), lambda i: lines[i].end()):
+        threads = [threading.Thread(target=turn, args=(process,)) for process in range(number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        if turn is come:
+            assert len(lines) == number == threading.active_count() - before
+
+
 def test_numbers_that_do_not_fit_together_are_refused():
     errors = meet((3, 0, {}), (3, 1, {}), (3, 1, {}))
     assert all("process_id 1 was given to two processes" in error for error in errors)
@@ -286,17 +304,33 @@ def call(port, data=b""):
             time.sleep(0.05)
 
 
-def forge(port, token=b"guessed"):
-    """A stranger that speaks the protocol, and would be process 1."""
-    connection = Connection(call(port).detach())
-    with pytest.raises((AuthenticationError, EOFError)):
-        answer_challenge(connection, token)
-    connection.close()
+def speak(stranger, own, token=b"guessed"):
+    """Speaks the protocol with a token; returns the last that the other side says before it closes."""
+    size, mine = struct.pack("!I", 32), bytes(32)
+    stranger.sendall(size + mine)
+    theirs = stranger.recv(36, socket.MSG_WAITALL)[4:]
+    stranger.sendall(size + hmac.digest(token, own + theirs + mine, "sha256"))
+    stranger.recv(36, socket.MSG_WAITALL)
+    return stranger.recv(1)
+
+
+def reflect(stranger):
+    """Sends back what the hub sends."""
+    for _ in range(2):
+        stranger.sendall(stranger.recv(36, socket.MSG_WAITALL))
+    return stranger.recv(1)
+
+
+def forge(port):
+    """Strangers that would be process 1."""
+    for would_be in (lambda stranger: speak(stranger, b"process"), reflect):
+        with call(port) as stranger:
+            assert would_be(stranger) == b""
 
 
 def test_strangers_that_are_silent_send_junk_or_forge_a_process_keep_no_one_waiting(monkeypatch):
-    monkeypatch.setenv(lifeline.TOKEN, "secret")
-    monkeypatch.setattr(lifeline, "GREETING_TIMEOUT", 600)  # a hub that waits for a stranger would not end in time
+    monkeypatch.setenv(meeting.TOKEN, "secret")
+    monkeypatch.setattr(meeting, "GREETING_TIMEOUT", 600)  # a hub that waits for a stranger would not end in time
     port, errors = free_port(), []
     hub = threading.Thread(target=lambda: errors.extend(meet((2, 0, {}), address=f"127.0.0.1:{port}")))
     hub.start()
@@ -313,7 +347,7 @@ def test_strangers_that_are_silent_send_junk_or_forge_a_process_keep_no_one_wait
 
 
 def test_connections_without_the_token_are_counted_by_the_coordinator(monkeypatch):
-    monkeypatch.setenv(lifeline.TOKEN, "secret")
+    monkeypatch.setenv(meeting.TOKEN, "secret")
     port, errors = free_port(), []
     hub = threading.Thread(target=lambda: errors.extend(meet((2, 0, {}), address=f"127.0.0.1:{port}", timeout=2.0)))
     hub.start()
@@ -324,15 +358,10 @@ def test_connections_without_the_token_are_counted_by_the_coordinator(monkeypatc
 
 
 def test_a_process_learns_at_once_that_the_coordinator_has_another_token(monkeypatch):
-    monkeypatch.setenv(lifeline.TOKEN, "secret")
-    with Listener(("127.0.0.1", 0), authkey=b"other") as listener:
-        port = listener.address[1]
-
-        def refuse():
-            with pytest.raises(AuthenticationError):
-                listener.accept()
-
-        hub = threading.Thread(target=refuse)
+    monkeypatch.setenv(meeting.TOKEN, "secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        hub = threading.Thread(target=lambda: speak(server.accept()[0], b"hub"))
         hub.start()
         (error,) = meet((2, 1, {}), address=f"127.0.0.1:{port}", timeout=DEADLINE)
         hub.join(DEADLINE)

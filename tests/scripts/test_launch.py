@@ -115,7 +115,7 @@ def test_the_shell_of_a_launch_file_is_valid(name):
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(130, True), (75, True), (137, True), (2, False), (0, False)])
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (137, True), (143, True), (130, False), (2, False)])
 def test_a_preempted_slurm_job_is_requeued_and_resumes(tmp_path, status, requeued):
     """The batch script with stand-ins for Slurm's commands and for the virtual environment."""
     stand_ins = {

@@ -150,7 +150,7 @@ def two(demo, folder, process):
         train_sft(sft_config(demo, folder / "sft", deterministic_check=1))
         stopped = None
     except Interrupted as stop:
-        stopped = str(stop)
+        stopped = [str(stop), stop.status]
     train_ppo(ppo_config(demo, folder / "ppo"))
     other = {"learning_rate": 0.5} if process == 1 else {}
     settings = refusal(lambda: train_sft(sft_config(demo, folder / "settings", **other)))

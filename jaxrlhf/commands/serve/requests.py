@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxrlhf.config.files import parse_json
 from jaxrlhf.engine.slots import TOP
 
 MAX_BODY = 4 * 1024 * 1024
@@ -64,9 +65,9 @@ class ApiError(Exception):
 def parse_body(data: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises ApiError for anything else, also for text that is no Unicode."""
     try:
-        body = json.loads(data)
+        body = parse_json(data.decode("utf-8"))
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ApiError(f"the body is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise ApiError(f"the body must be a JSON object, not {shown(body)}")

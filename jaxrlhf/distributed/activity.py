@@ -1,0 +1,50 @@
+"""What this process is doing: the program that was started last, compilations, and the stacks of all threads."""
+
+import faulthandler
+import os
+import threading
+
+import jax
+
+COMPILING = "/jax/core/compile/"
+"""Events of JAX with this prefix are tracing, lowering and XLA's compilation: a scalar at the start, a duration at the
+end."""
+
+
+class Activity:
+    """Notes on a process, which any thread may read."""
+
+    def __init__(self) -> None:
+        self.program = "none yet"
+        """Name of the program that was started last."""
+        self.compiled = "none yet"
+        """Name of the function that JAX compiled last, or compiles."""
+        self.compiling = False
+        """True while JAX traces, lowers or compiles, in any thread."""
+        self._lock, self._depth = threading.Lock(), 0
+        jax.monitoring.register_scalar_listener(self._begin)
+        jax.monitoring.register_event_duration_secs_listener(self._end)
+
+    def print(self, descriptor: int) -> None:
+        """Writes what the process does, and the stacks of all Python threads."""
+        compiled = f"{'compiling' if self.compiling else 'compiled last'}: {self.compiled}"
+        line = f"process {os.getpid()}, program started last: {self.program}; {compiled}; all stacks:\n"
+        os.write(descriptor, line.encode())
+        faulthandler.dump_traceback(descriptor, all_threads=True)
+
+    def _begin(self, event: str, value: float, **facts: object) -> None:
+        if event.startswith(COMPILING):
+            self.compiled = str(facts.get("fun_name", self.compiled))
+            self._nest(1)
+
+    def _end(self, event: str, duration_secs: float, **facts: object) -> None:
+        if event.startswith(COMPILING):
+            self._nest(-1)
+
+    def _nest(self, change: int) -> None:
+        with self._lock:
+            self._depth = max(0, self._depth + change)
+            self.compiling = self._depth > 0
+
+
+activity = Activity()

@@ -95,6 +95,11 @@ def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
+def is_plain_name(name: object) -> bool:
+    """True for the name of a file that lies beside the one that names it, not above, below or elsewhere."""
+    return isinstance(name, str) and Path(name).name == name != ".." and "\0" not in name and bool(name)
+
+
 def parse_json(text: str) -> Any:
     """The JSON value that a text holds. Raises ValueError with a reason for a message."""
     try:

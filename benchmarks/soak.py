@@ -4,7 +4,7 @@
 
 The faults, in turn: the reward function raises, ends its process, or sleeps beyond its limit; the tracker's files
 cannot be written; the disk of the run is full for 10 s (a file fills a small tmpfs, which needs root); the process is
-stopped (SIGSTOP) for 30 s; the S3 server answers 500 for 10 s. The run evaluates, saves checkpoints and copies them to
+stopped (SIGSTOP) for 30 s; the S3 server answers 500 for 45 s. The run evaluates, saves checkpoints and copies them to
 the S3 server all the time.
 """
 
@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from crash_campaign import COMMON, PPO, free_port, prepare, s3_server
 
 from jaxrlhf.config.files import read_jsonl
@@ -49,7 +50,7 @@ def score(prompts, responses, **columns):
 '''
 FAULTS = ("reward raises", "reward exits", "reward sleeps", "tracker down", "disk full", "stopped", "S3 500s")
 DISK_MIB = 256
-SECONDS = {"disk full": 10, "stopped": 30, "S3 500s": 10, "tracker down": 10}
+SECONDS = {"disk full": 10, "stopped": 30, "S3 500s": 45, "tracker down": 10}
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -177,18 +178,17 @@ class Soak:
 
     def sample(self, process: subprocess.Popen, step: int) -> None:
         """Memory, threads and open files of the run's process, and its children's number."""
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        values = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        self.samples.append(
-            {
-                "step": step,
-                "memory_mib": int(values["VmRSS"].split()[0]) / 1024,
-                "threads": int(values["Threads"]),
-                "files": len(os.listdir(f"/proc/{process.pid}/fd")),
-                "children": len(children),
-            }
-        )
+        run = psutil.Process(process.pid)
+        with run.oneshot():
+            self.samples.append(
+                {
+                    "step": step,
+                    "memory_mib": run.memory_info().rss / 2**20,
+                    "threads": run.num_threads(),
+                    "files": run.num_fds(),
+                    "children": len(run.children(recursive=True)),
+                }
+            )
 
     def steps_done(self) -> int:
         path = self.disk / "run" / "metrics.jsonl"
@@ -204,13 +204,13 @@ class Soak:
             done = self.steps_done()
             if done >= sampled + 5:
                 sampled = done
-                with contextlib.suppress(OSError):  # it may just have ended
+                with contextlib.suppress(psutil.Error):  # it may just have ended
                     self.sample(process, done)
             if done >= next_fault:
                 name = self.faults[number % len(self.faults)]
                 print(f"step {done}: {name}", flush=True)
                 self.inject(name, process, done)
-                number, next_fault = number + 1, done + every
+                number, next_fault = number + 1, next_fault + every
             time.sleep(0.2)
         return process.returncode
 

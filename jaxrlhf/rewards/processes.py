@@ -96,7 +96,7 @@ class RewardProcess:
         except Died as error:
             outcome, died = self._search(name, samples, error), True
         self._dead_calls = self._dead_calls + 1 if died and len(outcome.failures) == len(samples.rows) else 0
-        if self._dead_calls == DEAD_CALLS:
+        if self._dead_calls >= DEAD_CALLS:
             raise InputError(
                 f"reward function {name}: its process died in {DEAD_CALLS} calls in a row, and gave no score; the last "
                 f"time {outcome.failures[0].reason}. Correct the function, or raise --reward_time_limit and "
@@ -195,10 +195,9 @@ class RewardProcess:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process.wait(LAST_WORDS)
-            if status >= 0:
-                return f"its process ended with status {status}"
             hint = ", perhaps for lack of memory" if status == -signal.SIGKILL else ""
-            return f"its process ended by {signal.Signals(-status).name}{hint}"
+            how = f"with status {status}" if status >= 0 else f"by signal {-status} ({signal.strsignal(-status)})"
+            return f"its process ended {how}{hint}"
         return "its process closed the connection"
 
     def _end(self) -> None:

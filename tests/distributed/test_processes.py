@@ -218,6 +218,33 @@ def test_all_end_with_the_reason_when_one_process_is_lost_fails_strays_or_sends_
     assert all(reason in outputs[i] and "process" in outputs[i] for i in (0, 2)), outputs
 
 
+def forward(server, port, cut):
+    """Passes on what a process and the hub send each other until the file `cut` exists, and nothing afterwards."""
+    near = server.accept()[0]
+    far = call(port)
+
+    def pump(source, target):
+        while data := source.recv(1 << 16):
+            if not cut.exists():
+                target.sendall(data)
+
+    threading.Thread(target=pump, args=(far, near), daemon=True).start()
+    pump(near, far)
+
+
+def test_both_sides_of_a_cut_network_end_with_the_reason(tmp_path):
+    port, cut = free_port(), tmp_path / "cut"
+    program = MEET.replace("ACTION", f"open({str(cut)!r}, 'w').close()")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=forward, args=(server, port, cut), daemon=True).start()
+        ports = (port, server.getsockname()[1], port)
+        commands = [[sys.executable, "-c", program, f"127.0.0.1:{ports[i]}", str(i)] for i in range(3)]
+        statuses, outputs = run_all(commands)
+    assert statuses == [lifeline.LOST] * 3, "\n".join(outputs)
+    assert all("process 1 of 3" in outputs[i] and "is gone since" in outputs[i] for i in (0, 2))
+    assert "process 0 of 3" in outputs[1] and "the coordinator, is gone since" in outputs[1]
+
+
 ABORT = """
 import signal, threading, time, os, ctypes
 from jaxrlhf.distributed import lifeline

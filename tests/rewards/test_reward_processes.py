@@ -87,8 +87,8 @@ def scored(names, responses, say=lambda text: None, limits=processes.DEFAULT_LIM
 
 ENDS = {
     "end": "its process ended with status 3",
-    "crash": "its process ended by SIGSEGV",
-    "terminating": "its process ended by SIGTERM",
+    "crash": "its process ended by signal 11 (Segmentation fault)",
+    "terminating": "its process ended by signal 15 (Terminated)",
     "filling": "MemoryError",
     "interrupting": "KeyboardInterrupt: not from you",
     "base": "Strange: odd",
@@ -128,7 +128,10 @@ def test_the_stack_of_a_function_that_hangs_and_what_its_children_print_are_show
 def test_a_function_that_dies_once_loses_no_score_and_one_that_always_dies_ends_the_run(functions, monkeypatch):
     said = []
     assert scored(["once"], "abcd", said.append).scores.tolist() == [1] * 4
-    assert said[0] == "once: its process ended by SIGKILL, perhaps for lack of memory; every sample is scored alone"
+    assert (
+        said[0]
+        == "once: its process ended by signal 9 (Killed), perhaps for lack of memory; every sample is scored alone"
+    )
     monkeypatch.setattr(processes, "LONGEST_WAIT", 0.0)
     rewards = Rewards(["harm.py:always"], say=said.append)
     for _ in range(processes.DEAD_CALLS - 1):

@@ -46,6 +46,7 @@ def store():
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXRLHF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("jaxrlhf.config.remote.WAITS", ())
+    monkeypatch.setattr("jaxrlhf.runs.mirror.LAST_SECONDS", 0.0)
     return tmp_path / "cache"
 
 
@@ -201,6 +202,26 @@ def test_a_store_that_fails_for_a_while_is_told_once_and_caught_up_with(url, tmp
     run._watch()
     assert len(said) == 2 and "500 Internal Server Error" in said[0] and "The run goes on" in said[0]
     assert names(url) == {"metrics.jsonl", "remote.json"}
+
+
+def test_the_end_of_a_run_waits_for_a_store_that_is_away(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.runs.mirror.LAST_SECONDS", 60.0)
+    monkeypatch.setattr("jaxrlhf.runs.mirror.LAST_PAUSE", 0.01)
+    said, failures = [], iter(range(4))
+    run = run_of(url, tmp_path / "a", said=said)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text("1")
+    put = run.remote.fs.put
+
+    def flaky(*paths):
+        if next(failures, 9) < 3:
+            raise ConnectionError("503 Slow Down")
+        put(*paths)
+
+    monkeypatch.setattr(run.remote.fs, "put", flaky)
+    with run:
+        pass
+    assert names(url) == {"metrics.jsonl", "remote.json"} and len(said) == 1
 
 
 def test_a_store_that_fails_at_the_end_says_where_the_files_are(url, tmp_path, monkeypatch):

@@ -309,7 +309,11 @@ class TestRuns:
         assert list(losses(finished.folder)) == [1, 2, 3, 4]
         warnings = [line for line in finished.said if "WARNING" in line]
         assert len(warnings) == 1 and "checkpoint-1: no space left on the disk; training goes on" in warnings[0]
-        assert [path.name for path in list_checkpoints(finished.folder)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+        assert [path.name for path in list_checkpoints(finished.folder)] == [
+            "checkpoint-2",
+            "checkpoint-3",
+            "checkpoint-4",
+        ]
         assert not list(finished.folder.glob("*.unfinished"))
 
     def test_a_finished_run_gets_more_steps_and_its_record_says_so(self, finished, train, tmp_path):

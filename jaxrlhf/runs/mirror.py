@@ -349,7 +349,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_temporary(name: str) -> bool:
-    return name.startswith((".", LOCK)) or (name.startswith("checkpoint-") and not FINAL.fullmatch(name))
+    return name.startswith(".") or (name.startswith("checkpoint-") and not FINAL.fullmatch(name))
 
 
 def _point_of(name: str) -> Point | None:

@@ -15,6 +15,7 @@ from jaxrlhf.data import read_tokenizer
 from jaxrlhf.data.sources import resolve_source
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.models import read_config
+from jaxrlhf.runs.lock import LOCK
 from jaxrlhf.runs.mirror import Mirror
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
@@ -246,12 +247,12 @@ def test_a_url_in_use_is_refused_and_a_lock_left_behind_is_taken_over(url, tmp_p
     monkeypatch.setattr("jaxrlhf.runs.remote_lock.RENEWED_EVERY", 0.05)
     first = Mirror(url, tmp_path / "a", 0, print)
     first.begin(False, False)
-    with pytest.raises(InputError, match=r"is in use by process \d+ on .* which holds its lock run.lock"):
+    with pytest.raises(InputError, match=r"is in use by process \d+ on .* which holds its lock \.run\.lock"):
         run_of(url, tmp_path / "b", overwrite=True)
     first.release()
     assert not names(url)
     lock = json.dumps({"id": "other", "host": "elsewhere", "process": 1, "renewed": 3})
-    RemoteFolder(url).write("run.lock", lock.encode())
+    RemoteFolder(url).write(LOCK, lock.encode())
     monkeypatch.setattr("jaxrlhf.runs.remote_lock.LEASE_SECONDS", 0.1)
     said = []
     run_of(url, tmp_path / "b", said=said)
@@ -263,7 +264,7 @@ def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(url, t
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     lock = json.dumps({"id": "other", "host": socket.gethostname(), "process": process.pid, "renewed": 3})
-    RemoteFolder(url).write("run.lock", lock.encode())
+    RemoteFolder(url).write(LOCK, lock.encode())
     run_of(url, tmp_path / "a")
 
 

@@ -116,9 +116,8 @@ def small_disk(folder: Path) -> Iterator[bool]:
 class Soak:
     """A run, what is done to it, and what it uses."""
 
-    def __init__(self, root: Path, disk: Path, has_disk: bool, proxy: Proxy) -> None:
-        self.root, self.disk, self.proxy = root, disk, proxy
-        self.faults = [name for name in FAULTS if has_disk or name != "disk full"]
+    def __init__(self, root: Path, disk: Path, faults: list[str], proxy: Proxy) -> None:
+        self.root, self.disk, self.proxy, self.faults = root, disk, proxy, faults
         self.samples: list[dict[str, float]] = []
         self.injected: list[dict[str, Any]] = []
 
@@ -246,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50, help="steps between faults")
+    parser.add_argument("--faults", nargs="*", help="only faults whose name begins with one of these words")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--plot", type=Path, help="SVG file for the curves")
     parser.add_argument("--keep", type=Path, help="folder to work in, which is kept")
@@ -257,7 +257,10 @@ def main() -> None:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         place = prepare(root, "")
         has_disk = stack.enter_context(small_disk(root / "disk"))
-        soak = Soak(root, root / "disk", has_disk, proxy)
+        faults = [name for name in FAULTS if has_disk or name != "disk full"]
+        if options.faults:
+            faults = [name for name in faults if name.startswith(tuple(options.faults))]
+        soak = Soak(root, root / "disk", faults, proxy)
         begin = time.monotonic()
         process = soak.begin(options.steps, place.models)
         stack.callback(process.kill)

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from jaxrlhf.runs.remote_lock import RemoteLock
 
 INTERVAL = 30.0
 """Seconds between two looks for new files."""
+LAST_SECONDS, LAST_PAUSE = 300.0, 10.0
+"""Seconds for which the end of a run waits for a store that fails, and between attempts."""
 ID = "remote.json"
 """File by which a working folder and a URL show that they hold the same run."""
 LINKS = ".copying"
@@ -187,7 +190,7 @@ class Mirror:
         self._end.set()
         self._thread.join()
         try:
-            self.copy(last=True)
+            self._copy_at_last()
         except StorageError as second:
             text = f"{second}. The run's files are in {self.folder}; the same command with --resume copies them"
             if error is None:
@@ -218,6 +221,20 @@ class Mirror:
             if not self.period or point.step % self.period == 0 or (last and point in newest):
                 self._copy_checkpoint(point)
         self._delete_removed(kept)
+
+    def _copy_at_last(self) -> None:
+        """Copies what is left, again for LAST_SECONDS while the store fails. Raises StorageError."""
+        deadline = time.monotonic() + LAST_SECONDS
+        while True:
+            try:
+                return self.copy(last=True)
+            except StorageError as error:
+                if time.monotonic() + LAST_PAUSE > deadline:
+                    raise
+                if not self._failing:
+                    self.say(f"{error}. The run has ended; its files are copied as soon as possible")
+                self._failing = True
+                time.sleep(LAST_PAUSE)
 
     def _watch(self) -> None:
         while not self._end.wait(INTERVAL):
@@ -332,7 +349,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_temporary(name: str) -> bool:
-    return name.startswith((".", LOCK)) or (name.startswith("checkpoint-") and not FINAL.fullmatch(name))
+    return name.startswith(".") or (name.startswith("checkpoint-") and not FINAL.fullmatch(name))
 
 
 def _point_of(name: str) -> Point | None:

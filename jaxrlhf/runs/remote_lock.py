@@ -20,7 +20,7 @@ LOOK = 3.0  # seconds between two looks at a lock that may be left behind
 
 
 class RemoteLock:
-    """The file `run.lock` at a URL, which names its holder and changes while the holder lives.
+    """The file `.run.lock` at a URL, which names its holder and changes while the holder lives.
 
     Stores have no exclusive creation in common, so two runs that begin within the same second are told apart by who
     wrote last. Clocks are not compared.

@@ -15,6 +15,7 @@ from jaxrlhf.data import read_tokenizer
 from jaxrlhf.data.sources import resolve_source
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.models import read_config
+from jaxrlhf.runs.lock import LOCK
 from jaxrlhf.runs.mirror import Mirror
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
@@ -46,6 +47,7 @@ def store():
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXRLHF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("jaxrlhf.config.remote.WAITS", ())
+    monkeypatch.setattr("jaxrlhf.runs.mirror.LAST_SECONDS", 0.0)
     return tmp_path / "cache"
 
 
@@ -203,6 +205,26 @@ def test_a_store_that_fails_for_a_while_is_told_once_and_caught_up_with(url, tmp
     assert names(url) == {"metrics.jsonl", "remote.json"}
 
 
+def test_the_end_of_a_run_waits_for_a_store_that_is_away(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.runs.mirror.LAST_SECONDS", 60.0)
+    monkeypatch.setattr("jaxrlhf.runs.mirror.LAST_PAUSE", 0.01)
+    said, failures = [], iter(range(4))
+    run = run_of(url, tmp_path / "a", said=said)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text("1")
+    put = run.remote.fs.put
+
+    def flaky(*paths):
+        if next(failures, 9) < 3:
+            raise ConnectionError("503 Slow Down")
+        put(*paths)
+
+    monkeypatch.setattr(run.remote.fs, "put", flaky)
+    with run:
+        pass
+    assert names(url) == {"metrics.jsonl", "remote.json"} and len(said) == 1
+
+
 def test_a_store_that_fails_at_the_end_says_where_the_files_are(url, tmp_path, monkeypatch):
     run = run_of(url, tmp_path / "a")
     (tmp_path / "a").mkdir()
@@ -225,12 +247,12 @@ def test_a_url_in_use_is_refused_and_a_lock_left_behind_is_taken_over(url, tmp_p
     monkeypatch.setattr("jaxrlhf.runs.remote_lock.RENEWED_EVERY", 0.05)
     first = Mirror(url, tmp_path / "a", 0, print)
     first.begin(False, False)
-    with pytest.raises(InputError, match=r"is in use by process \d+ on .* which holds its lock run.lock"):
+    with pytest.raises(InputError, match=r"is in use by process \d+ on .* which holds its lock \.run\.lock"):
         run_of(url, tmp_path / "b", overwrite=True)
     first.release()
     assert not names(url)
     lock = json.dumps({"id": "other", "host": "elsewhere", "process": 1, "renewed": 3})
-    RemoteFolder(url).write("run.lock", lock.encode())
+    RemoteFolder(url).write(LOCK, lock.encode())
     monkeypatch.setattr("jaxrlhf.runs.remote_lock.LEASE_SECONDS", 0.1)
     said = []
     run_of(url, tmp_path / "b", said=said)
@@ -242,7 +264,7 @@ def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(url, t
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     lock = json.dumps({"id": "other", "host": socket.gethostname(), "process": process.pid, "renewed": 3})
-    RemoteFolder(url).write("run.lock", lock.encode())
+    RemoteFolder(url).write(LOCK, lock.encode())
     run_of(url, tmp_path / "a")
 
 

@@ -32,7 +32,7 @@ class TensorBoard:
         """Needs no login."""
 
     def start(self, run: TrackedRun) -> dict[str, str]:
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # type: ignore[attr-defined] - made by protobuf
 
         folder = run.folder / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ class TensorBoard:
         return {}
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined] - made by protobuf
 
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
         self._write(step, summary=Summary(value=values))
@@ -67,7 +67,7 @@ class TensorBoard:
 
     def _write(self, step: int, **content: Any) -> None:
         """Adds an event to the file, as a TFRecord."""
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined] - made by protobuf
         from tensorboardX.record_writer import masked_crc32c
 
         data = Event(wall_time=time.time(), step=step, **content).SerializeToString()

@@ -1,6 +1,6 @@
 """Damaged and hostile inputs: flags of every command, files of every kind, requests to the server.
 
-    python benchmarks/fuzz_inputs.py [--kinds rows.jsonl GGUF] [--values 40] [--seed 0] [--json results/fuzz.json]
+    python benchmarks/fuzz_inputs.py [--kinds rows.jsonl GGUF] [--values 15] [--seed 0] [--json results/fuzz.json]
 
 Every case is a real command line (or request), run in a worker process that is killed when it takes too long. A good
 end is an error of a named kind (exit status 2 or 74) that names the field or the file, with nothing written. An input
@@ -33,7 +33,7 @@ from typing import Any
 from fuzz_damage import UNDAMAGED
 from fuzz_words import Case
 
-LIMIT = 60.0
+LIMIT = 120.0
 """Seconds after which a case counts as hanging."""
 GOOD = ("refused", "accepted")
 VERDICTS = (*GOOD, "swallowed", "too strict", "unnamed", "trace", "hang", "crash", "wrote")
@@ -244,7 +244,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*", default=(), help="only these kinds")
-    parser.add_argument("--values", type=int, default=40, help="values replaced in each JSON file")
+    parser.add_argument("--values", type=int, default=15, help="values replaced in each JSON file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="run only each so-manieth case")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which a case hangs")

@@ -34,7 +34,7 @@ class Kind:
         words: the command that reads it.
         content: "json", "text" or "bytes": which damages apply.
         attacks: contents made by hand.
-        torn: a last line that is cut off is left out, so any content without a line break is.
+        lenient: content without a structure is accepted: any text is text, and a last line that is cut off is left out.
         names: words that name the input in a message as well as the file's name does.
     """
 
@@ -43,12 +43,12 @@ class Kind:
     content: str = "bytes"
     attacks: tuple[Attack, ...] = ()
     names: tuple[str, ...] = ()
-    torn: bool = False
+    lenient: bool = False
 
     def damages(self, inputs: Path, rng: random.Random, values: int) -> Iterator[Damage]:
         """All ways to damage the file; `values`: how many single values of a JSON file are replaced."""
         yield Damage(UNDAMAGED, lambda path: None)
-        yield from (damage._replace(harmless=damage.harmless or self.torn) for damage in byte_damages(rng))
+        yield from (damage._replace(harmless=damage.harmless or self.lenient) for damage in byte_damages(rng))
         yield from place_damages()
         if self.content == "json":
             yield from json_damages()
@@ -182,7 +182,7 @@ KINDS: dict[str, Kind] = {
     "rows.csv": Kind("rows.csv", rows("rows.csv")),
     "rows.parquet": Kind("rows.parquet", rows("rows.parquet")),
     "rows.arrow": Kind("rows.arrow", rows("rows.arrow")),
-    "rows.txt (ptx)": Kind("rows.txt", pretraining),
+    "rows.txt (ptx)": Kind("rows.txt", pretraining, lenient=True),
     "rows.jsonl.gz": Kind("rows.jsonl.gz", rows("rows.jsonl.gz"), attacks=(BOMBS[".gz"],)),
     "rows.jsonl.zst": Kind("rows.jsonl.zst", rows("rows.jsonl.zst"), attacks=(BOMBS[".zst"],)),
     "rows.jsonl, streamed": Kind("rows.jsonl", streamed),
@@ -199,8 +199,8 @@ KINDS: dict[str, Kind] = {
     ),
     "checkpoint index": Kind("run/checkpoint-0/index.json", checkpoint, "json"),
     "checkpoint metadata": Kind("run/checkpoint-0/metadata.json", checkpoint, "json"),
-    "metrics.jsonl": Kind("records/metrics.jsonl", resumed, torn=True),
-    "samples.jsonl": Kind("records/samples.jsonl", resumed, torn=True),
+    "metrics.jsonl": Kind("records/metrics.jsonl", resumed, lenient=True),
+    "samples.jsonl": Kind("records/samples.jsonl", resumed, lenient=True),
     "summary.json": Kind("records/summary.json", resumed, "json"),
     "trackers.json": Kind("records/trackers.json", resumed, "json"),
     "results of bench": Kind("results/r.json", rendered, "json"),

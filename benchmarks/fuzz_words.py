@@ -83,7 +83,8 @@ def flag_case(command: str, name: str, word: str) -> Callable[[Path], tuple[str,
             parse(cls, [f"--{name}", word], command, "")
         except InputError as error:
             own = name.rpartition(".")[2]
-            return ("refused" if own in str(error) else "swallowed"), str(error)
+            named = own in str(error) and "missing required" not in str(error)
+            return ("refused" if named else "swallowed"), str(error)
         return "swallowed", f"--{name} {word!r} is accepted"
 
     return guarded(run)

@@ -14,7 +14,6 @@ from jaxrlhf.bench.iteration import Peers, iteration_with_peers, measure_iterati
 from jaxrlhf.bench.record import (
     Record,
     Records,
-    check_output,
     in_turns,
     peak_memory,
     provenance,
@@ -25,6 +24,7 @@ from jaxrlhf.bench.record import (
 from jaxrlhf.bench.render import peer_checks, render, show
 from jaxrlhf.bench.settings import FIRST_BATCH, ITERATION, KERNEL_SECTIONS, PHASES, BenchConfig
 from jaxrlhf.config import to_dict
+from jaxrlhf.config.files import check_output
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.roofline import Peaks, decode
 from jaxrlhf.trainers.settings import batch_devices

@@ -7,7 +7,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +16,6 @@ from typing import Any, TypeVar
 import jax
 
 from jaxrlhf.config.files import write_text_atomic
-from jaxrlhf.errors import InputError
 from jaxrlhf.runs.folder import peak_memory_bytes
 
 T = TypeVar("T")
@@ -137,21 +135,6 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "CPU"
-
-
-def check_output(path: str | Path | None, option: str) -> None:
-    """InputError unless the result can be written to `path`, where one is named; makes its folder."""
-    if not path:
-        return
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{option}: {path} cannot be written ({error}); name a file in another folder") from error
-    if path.is_dir():
-        raise InputError(f"{option}: {path} is a folder; name a file in it")
 
 
 def write(path: str | Path | None, result: Record) -> None:

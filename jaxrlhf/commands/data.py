@@ -17,7 +17,7 @@ from jaxrlhf.commands.data_report import Inspection
 from jaxrlhf.commands.data_terminal import print_inspection
 from jaxrlhf.commands.inspection import inspect_data
 from jaxrlhf.config import Ge, PathName, PositiveInt, Settings
-from jaxrlhf.config.files import write_text_atomic
+from jaxrlhf.config.files import check_output, write_text_atomic
 from jaxrlhf.data import DataConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.hf.checkpoint_files import CONFIG
@@ -55,6 +55,8 @@ def show_data(config: DataViewConfig) -> Inspection:
     console, name = Console(), config.tokenizer.tokenizer_name_or_path
     if name is None:
         raise InputError("tokenizer_name_or_path: no tokenizer given; name the model's folder or its name on the hub")
+    for path, option in ((config.json, "json"), (config.html, "html")):
+        check_output(None if path == "-" else path, option)
     with announced(console, "reading and tokenising the rows (later calls take them from the cache)"), quiet():
         beside = (Path(name).expanduser() / CONFIG).is_file()  # a model's folder: its end ids count too
         tokenizer = config.tokenizer.load(name if beside else None, config.data.template)

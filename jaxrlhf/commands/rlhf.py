@@ -18,7 +18,7 @@ from jaxrlhf.config import (
     save_yaml,
     to_dict,
 )
-from jaxrlhf.config.files import read_json, write_json_atomic
+from jaxrlhf.config.files import check_output, read_json, write_json_atomic
 from jaxrlhf.data import DataConfig, read_tokenizer
 from jaxrlhf.distributed import from_primary, is_primary, joined
 from jaxrlhf.errors import InputError
@@ -162,7 +162,7 @@ def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
     if is_primary():
         check_root(root, config.folder, chosen)
         check_earlier(root, stages, chosen)
-        root.mkdir(parents=True, exist_ok=True)
+        check_output(root / "config.yaml", "output_dir")
         save_yaml(as_given(config), root / "config.yaml")
     train: dict[str, Callable[[Any], Any]] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
     train["dpo"] = train_dpo

@@ -79,6 +79,21 @@ def retried(action: Callable[[], Value]) -> Value:
     return action()
 
 
+def check_output(path: str | Path | None, option: str) -> None:
+    """Raises InputError unless a result can be written to `path`, where one is named; makes its folder."""
+    if not path:
+        return
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be written ({error}); name a file in another folder") from error
+    if path.is_dir():
+        raise InputError(f"{option}: {path} is a folder; name a file in it")
+
+
 def check_regular(path: str | Path, most: int | None = None) -> None:
     """Raises OSError unless `path` is a regular file, of at most `most` bytes."""
     found = os.stat(path)
@@ -93,6 +108,11 @@ def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
     """The text (UTF-8) of a file. Raises OSError, or ValueError for other bytes and for a path that can be none."""
     check_regular(path, most)
     return Path(path).read_text(encoding="utf-8")
+
+
+def is_plain_name(name: object) -> bool:
+    """True for the name of a file that lies beside the one that names it, not above, below or elsewhere."""
+    return isinstance(name, str) and Path(name).name == name != ".." and "\0" not in name and bool(name)
 
 
 def parse_json(text: str) -> Any:

@@ -22,7 +22,6 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "ab
 """Extra of jaxrlhf that brings the package of a protocol."""
 WAITS = (1.0, 3.0, 10.0)
 """Seconds between attempts at a task that the store does not do. The packages themselves repeat sooner."""
-PROBE = ".probe"
 
 
 def is_url(name: str | os.PathLike) -> bool:
@@ -56,6 +55,11 @@ class RemoteFolder:
         self.root = str(root).rstrip("/")
         if not self.root:
             raise InputError(f"{redacted(url)} names no place in the store; give one, such as s3://bucket/folder")
+
+    @property
+    def shown(self) -> str:
+        """The URL without secrets."""
+        return redacted(self.url)
 
     def files(self) -> dict[str, str]:
         """Keys of all files below the folder by relative name; a file whose content changes gets another key."""
@@ -110,17 +114,15 @@ class RemoteFolder:
                 return names
             except FileNotFoundError as error:
                 if all((source / name).is_file() for name in names):
-                    raise StorageError(f"cannot write to {redacted(self.url)}: there is no such place") from error
+                    raise StorageError(f"cannot write to {self.shown}: there is no such place") from error
         return []
 
-    def check_writable(self) -> None:
-        """Writes and deletes an empty file. Raises StorageError when the store does not let us."""
-        path = f"{self.root}/{PROBE}"
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file."""
         try:
-            self._repeated("write to", lambda: self.fs.pipe_file(path, b""))
+            self._repeated("write to", lambda: self.fs.pipe_file(f"{self.root}/{name}", content))
         except FileNotFoundError as error:
-            raise StorageError(f"cannot write to {redacted(self.url)}: there is no such place") from error
-        self.delete([PROBE])
+            raise StorageError(f"cannot write to {self.shown}: there is no such place") from error
 
     def delete(self, names: Iterable[str]) -> None:
         """Deletes files; those that are gone already do not matter."""
@@ -150,7 +152,7 @@ class RemoteFolder:
                 reason = redacted((str(error) or type(error).__name__).splitlines()[0])
                 if wait is None or isinstance(error, PermissionError):
                     raise StorageError(
-                        f"cannot {task} {redacted(self.url)}: {reason}; check the URL, its credentials and the network"
+                        f"cannot {task} {self.shown}: {reason}; check the URL, its credentials and the network"
                     ) from error
                 time.sleep(wait)
         raise AssertionError  # the loop returns or raises

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import NonNegative, NonNegativeInt, Positive, Settings
+from jaxrlhf.config.files import parse_json
 from jaxrlhf.config.yaml_files import load_yaml_file, parse_yaml
 from jaxrlhf.data.files import COMPRESSED, KINDS
 from jaxrlhf.data.formats import FORMATS, STEPS
@@ -79,7 +80,7 @@ def parse_mixture(values: Sequence[str]) -> tuple[SourceConfig, ...]:
     if len(values) == 1 and not values[0].lstrip().startswith("{"):
         place, entries = values[0], _read_file(values[0])
     else:
-        place, entries = "data_mixture", [_scalars(json.loads(value)) for value in values]
+        place, entries = "data_mixture", [_inline(value) for value in values]
     sources = []
     for number, entry in enumerate(entries, start=1):
         entry = {"path": entry} if isinstance(entry, str) else entry
@@ -98,6 +99,16 @@ def parse_mixture(values: Sequence[str]) -> tuple[SourceConfig, ...]:
         lacks = next(source.short_name for source in sources if source.weight is None)
         raise InputError(f"{place}: source '{lacks}' has no weight, but others have; give all of them one, or none")
     return tuple(sources)
+
+
+def _inline(text: str) -> Any:
+    """The source in a JSON text, which a config's YAML or a flag holds."""
+    try:
+        return _scalars(parse_json(text))
+    except ValueError as error:
+        raise InputError(
+            f"data_mixture: {text[:80]!r} is not valid JSON ({error}); write the sources to a YAML file"
+        ) from error
 
 
 def _scalars(entry: Any) -> Any:

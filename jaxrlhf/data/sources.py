@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxrlhf.config.files import read_json
+from jaxrlhf.config.files import is_plain_name, read_json
 from jaxrlhf.config.remote import fetch_data, is_url
 from jaxrlhf.data.files import COMPRESSED, KINDS, Table, check_arrow, hash_file, loading, read_file, suffix_of
 from jaxrlhf.errors import InputError
@@ -174,7 +174,7 @@ def _plain_names(path: Path, field: str, names: Any) -> list[str]:
     if not isinstance(names, list) or not names:
         raise InputError(f"{path}: {field} must be a list of names, at least one; {SAVE_AGAIN}")
     for name in names:
-        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+        if not is_plain_name(name):
             raise InputError(f"{path}: {field} names {str(name)[:80]!r}, which is not in this folder; {SAVE_AGAIN}")
     return names
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from jaxrlhf.config.files import write_json_atomic
+from jaxrlhf.config.files import check_output, write_json_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.compile import check_compiler, compile_programs
 from jaxrlhf.plan.cost import run_cost
@@ -40,6 +40,8 @@ def run_plan(config: PlanConfig, console: Console | None = None) -> Plan:
     Raises InputError, after all was written, when nothing fits the devices or when the compiler refutes the plan.
     """
     console = Console() if console is None else console
+    for path, option in ((config.json, "json"), (config.plot, "plot")):
+        check_output(path, option)
     jax.config.update("jax_platforms", "cpu")  # what little is computed must not take an accelerator's memory
     if config.compile:
         check_compiler(config.accelerator)

@@ -25,6 +25,8 @@ from jaxrlhf.distributed import barrier, is_primary, joined
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs.checkpoints import FINAL
 from jaxrlhf.runs.folder import EXPORT_FILES, RECORDS
+from jaxrlhf.runs.lock import LOCK
+from jaxrlhf.runs.remote_lock import RemoteLock
 
 INTERVAL = 30.0
 """Seconds between two looks for new files."""
@@ -55,11 +57,15 @@ def works_locally(train: Callable[[Any], Result]) -> Callable[[Any], Result]:
             barrier("preparing the working folder")
             return train(config)
         mirror = Mirror(folder.output_dir, working, folder.remote_save_steps, _say)
-        mirror.begin(folder.resume, folder.overwrite_output_dir)
+        try:
+            mirror.begin(folder.resume, folder.overwrite_output_dir)
+        except BaseException:
+            mirror.release()
+            raise
         barrier("preparing the working folder")
         with mirror:
             result = train(config)
-        _say(f"{mirror.url} has all files of the run")
+        _say(f"{mirror.remote.shown} has all files of the run")
         return result
 
     return run
@@ -74,7 +80,6 @@ def copied_to(url: str) -> Iterator[Path]:
         StorageError: The store does not take the files.
     """
     remote = RemoteFolder(url)
-    remote.check_writable()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         yield folder
@@ -136,10 +141,10 @@ class Mirror:
 
     def __init__(self, url: str, folder: Path, period: int, say: Callable[[str], None]) -> None:
         self.remote, self.folder, self.period, self.say = RemoteFolder(url), folder, period, say
-        self.url = redacted(url)
-        self._there = set(self.remote.files())
+        self._there: set[str] = set()
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of change of plain files
         self._replaces = self._failing = False
+        self._lock: RemoteLock | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="mirror", daemon=True)
 
@@ -149,15 +154,18 @@ class Mirror:
         Raises:
             InputError: The URL holds a run, and it is neither continued nor overwritten.
         """
+        self._lock = RemoteLock(self.remote, self.say)
+        self._there = set(self.remote.files()) - {LOCK}
         marks = (*RECORDS, *EXPORT_FILES)
         found = {name for name in self._there if PurePosixPath(name).name in marks} | {p.name for p in self._points()}
         if found and not (resume or overwrite):
             shown = ", ".join(sorted(found)[:4]) + (", …" if len(found) > 4 else "")
             raise InputError(
-                f"output_dir {self.url} already holds a run or a model ({shown}); choose another folder, "
+                f"output_dir {self.remote.shown} already holds a run or a model ({shown}); choose another folder, "
                 "continue it with --resume, or start over with --overwrite_output_dir"
             )
-        self.remote.check_writable()
+        for point in {point for name in self._there if (point := _point_of(name))} - self._points():
+            self._delete_checkpoint(point)  # its copy was interrupted
         self._replaces = overwrite
         if resume and (not found or self._is_same_run()):
             return
@@ -165,6 +173,11 @@ class Mirror:
             shutil.rmtree(self.folder)
         if resume:
             self._fetch()
+
+    def release(self) -> None:
+        """Gives the lock at the URL back."""
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> "Mirror":
         self._thread.start()
@@ -180,6 +193,8 @@ class Mirror:
             if error is None:
                 raise StorageError(text) from second
             self.say(text)  # the user needs to see the error that ended the run
+        finally:
+            self.release()
 
     def copy(self, last: bool = False) -> None:
         """Copies what is new, then deletes at the URL what the run has removed.
@@ -214,7 +229,7 @@ class Mirror:
                 self._failing = True
             else:
                 if self._failing:
-                    self.say(f"{self.url} takes the run's files again")
+                    self.say(f"{self.remote.shown} takes the run's files again")
                 self._failing = False
 
     def _points(self) -> set[Point]:
@@ -286,7 +301,7 @@ class Mirror:
 
     def _fetch(self) -> None:
         """Fetches records and models, and of each run the newest checkpoint and the best."""
-        self.say(f"resume: fetching the run from {self.url}")
+        self.say(f"resume: fetching the run from {self.remote.shown}")
         plain = {name for name in self._there if _point_of(name) is None}
         self.remote.get(plain, self.folder)
         for name in plain:
@@ -317,7 +332,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_temporary(name: str) -> bool:
-    return name.startswith(".") or (name.startswith("checkpoint-") and not FINAL.fullmatch(name))
+    return name.startswith((".", LOCK)) or (name.startswith("checkpoint-") and not FINAL.fullmatch(name))
 
 
 def _point_of(name: str) -> Point | None:

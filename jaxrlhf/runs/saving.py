@@ -6,37 +6,21 @@ has written its part, process 0 adds `index.json` and `metadata.json` and rename
 """
 
 import json
-import os
-import threading
+import shutil
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-
-from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.distributed import from_primary, gather, is_primary
 from jaxrlhf.errors import StorageError
-from jaxrlhf.runs.checkpoint_index import FORMAT, Entry, Files, PyTree, encode, file_facts, sealed, sizes
-from jaxrlhf.runs.checkpoints import (
-    REPLACED,
-    UNFINISHED,
-    array_handler,
-    checkpoint_step,
-    clean_folder,
-    list_checkpoints,
-    remove_checkpoint,
-)
+from jaxrlhf.runs.checkpoint_index import Files, PyTree, encode
+from jaxrlhf.runs.checkpoints import REPLACED, checkpoint_step, clean_folder, list_checkpoints, remove_checkpoint
+from jaxrlhf.runs.pending_save import PendingSave, Report
 from jaxrlhf.runs.storage import reason_of
 
-LIMIT = 1200  # seconds after which a save counts as failed
 RETRY = 5.0  # seconds between a failed save and the next attempt, doubled with each further failure
 LOOK = 0.2  # seconds between two looks at a save that the run waits for
-FAILURES = (OSError, ValueError)  # tensorstore reports a full disk as a ValueError
-
-Report = dict[str, Any]
-"""What a process knows of the pending save: `gates` that it has reached, `files` it has written, or its `error`."""
 
 
 class Retention(NamedTuple):
@@ -80,128 +64,6 @@ def save_checkpoint(
     return saver.folder / f"checkpoint-{step}"
 
 
-class _Gates:
-    """The barriers of orbax's background thread, which the main threads of all processes open together.
-
-    Orbax's own barriers would wait for minutes for a process whose write has failed.
-    """
-
-    def __init__(self, changed: threading.Condition) -> None:
-        self.changed, self.reached, self.opened, self.shut = changed, 0, 0, False
-
-    def __call__(self, *, key: str, timeout_ms: int) -> None:
-        with self.changed:
-            self.reached += 1
-            number = self.reached
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: self.opened >= number or self.shut, timeout_ms / 1000)
-            if self.opened < number:
-                raise TimeoutError(f"{key}: the other processes have not written their part")
-
-    def open(self) -> None:
-        with self.changed:
-            self.opened += 1
-            self.changed.notify_all()
-
-    def close(self) -> None:
-        with self.changed:
-            self.shut = True
-            self.changed.notify_all()
-
-
-class _Save:
-    """One attempt of this process to write its part of a checkpoint into a work folder."""
-
-    def __init__(
-        self,
-        target: Path,
-        step: int,
-        entries: list[Entry],
-        metadata: Mapping[str, object],
-        keep: Container[int | None],
-    ) -> None:
-        self.target, self.step, self.entries, self.metadata, self.keep = target, step, entries, metadata, keep
-        self.work = target.with_name(target.name + UNFINISHED[0])
-        self.begin, self.in_background = time.monotonic(), False
-        self.changed = threading.Condition()
-        self.gates = _Gates(self.changed)
-        self.result: Report = {}
-        self.defect: Exception | None = None
-        self.thread: threading.Thread | None = None
-
-    def write(self, arrays: Mapping[str, Any], *, background: bool) -> None:
-        """Copies the arrays to host memory, and starts the threads that write them."""
-        import orbax.checkpoint as ocp
-
-        self.in_background = background
-        options = ocp.options.AsyncOptions(
-            timeout_secs=LIMIT, barrier_sync_fn=self.gates, create_directories_asynchronously=False
-        )
-        checkpointer = ocp.AsyncCheckpointer(array_handler(arrays, whole=background), async_options=options)
-        try:
-            checkpointer.save((self.work / "state").absolute(), args=ocp.args.PyTreeSave(arrays))
-        except FAILURES as error:
-            self.result = {"error": reason_of(error)}
-            return
-        self.thread = threading.Thread(target=self._finish, args=(checkpointer,), name="checkpoint", daemon=True)
-        self.thread.start()
-
-    def _finish(self, checkpointer: Any) -> None:
-        result: Report = {}
-        try:
-            checkpointer.close()  # waits for the files
-            names = sizes(self.work / "state")
-            result["files"] = file_facts(self.work / "state", filter(_is_own, names))
-        except FAILURES as error:
-            result = {"error": reason_of(error)}
-        except Exception as error:  # for the main thread to raise
-            self.defect = error
-        with self.changed:
-            self.result = result
-            self.changed.notify_all()
-
-    @property
-    def alive(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
-
-    def wait_for_news(self, seconds: float) -> None:
-        """Returns when there is more to report, at the latest after `seconds`."""
-        before = self.report()
-        with self.changed:
-            self.changed.wait_for(lambda: self.report() != before, seconds)
-
-    def publish(self, files: Files) -> str | None:
-        """Adds the index and the metadata, and renames the folder (process 0). Returns why it failed."""
-        try:
-            found = sizes(self.work / "state")
-            # A network file system may not have shown a process its files in time.
-            files = files | file_facts(self.work / "state", found.keys() - files.keys())
-            index = {"format": FORMAT, "leaves": self.entries, "files": files}
-            write_json_atomic(self.work / "index.json", sealed(index))
-            write_json_atomic(self.work / "metadata.json", sealed({**self.metadata, "step": self.step}))
-            if self.target.exists():
-                os.rename(self.target, f"{self.target}{REPLACED}")
-            os.rename(self.work, self.target)
-            _fsync_folder(self.target.parent)
-        except OSError as error:
-            return reason_of(error)
-        return None
-
-    def report(self) -> Report:
-        """What this process tells the others."""
-        if self.defect is not None:
-            raise self.defect
-        late = time.monotonic() - self.begin > LIMIT
-        return self.result or ({"error": f"not written after {LIMIT} s"} if late else {"gates": self.gates.reached})
-
-
-def _is_own(name: str) -> bool:
-    """True for the files that this process has written; what belongs to no process is process 0's."""
-    first = name.split("/")[0]
-    others = {f"ocdbt.process_{i}" for i in range(jax.process_count()) if i != jax.process_index()}
-    return first not in others if is_primary() else first == f"ocdbt.process_{jax.process_index()}"
-
-
 class Saver:
     """Saves the checkpoints of one run. All processes call its methods at the same places, `report` aside.
 
@@ -228,11 +90,11 @@ class Saver:
         self.max_failures, self.say, self.on_complete = max_failures, say, on_complete
         self.failed: set[int] = set()
         """Steps whose checkpoints could not be written."""
-        self.retry_is_due = False
-        """True when a save has failed and it is time for another attempt."""
+        self.holds_off = self.retry_is_due = False
+        """After a failed save: whether to wait before another attempt, or to make it now."""
         self._failures, self._next_attempt = 0, 0.0
-        self._pending: _Save | None = None
-        self._newest: _Save | None = None  # the threads of a failed one may still run
+        self._pending: PendingSave | None = None
+        self._newest: PendingSave | None = None  # the threads of a failed one may still run
 
     def start(
         self,
@@ -259,7 +121,7 @@ class Saver:
         json.dumps(metadata, allow_nan=False)  # fail before the slow part
         entries, arrays = encode(state)
         before, name = self._newest, f"checkpoint-{step}"
-        save = _Save(self.folder / name, step, entries, metadata, keep)
+        save = PendingSave(self.folder / name, step, entries, metadata, keep)
         busy = any(gather(f"starting {name}", before is not None and before.alive))
         error = "the storage does not answer" if busy else from_primary(f"folder of {name}", lambda: self._make(save))
         if error:
@@ -270,7 +132,7 @@ class Saver:
         if not background:
             self.wait()
 
-    def _make(self, save: _Save) -> str | None:
+    def _make(self, save: PendingSave) -> str | None:
         """Makes the work folder, without left-overs beside it. Returns why it failed."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -293,6 +155,7 @@ class Saver:
             StorageError: `max_failures` saves in a row have failed.
         """
         save, self.retry_is_due = self._pending, bool(reports[0].get("due"))
+        self.holds_off = self._failures > 0 and not self.retry_is_due
         if save is None:
             return
         errors = [report["error"] for report in reports if "error" in report]
@@ -326,9 +189,11 @@ class Saver:
             self._pending.gates.close()
         self._pending = None
 
-    def _fail(self, save: _Save, reason: str) -> None:
-        self._pending = None
+    def _fail(self, save: PendingSave, reason: str) -> None:
+        self._pending, self.holds_off = None, True
         save.gates.close()
+        if is_primary():  # other processes may still write; `_make` removes the rest
+            shutil.rmtree(save.work, ignore_errors=True)
         self.failed.add(save.step)
         self._failures += 1
         pause = RETRY * 2 ** (self._failures - 1)
@@ -342,7 +207,7 @@ class Saver:
             f"more; the run ends after {self.max_failures} failures in a row, and this is number {self._failures}"
         )
 
-    def _complete(self, save: _Save, files: Files) -> None:
+    def _complete(self, save: PendingSave, files: Files) -> None:
         """Publishes a save that all processes have written, and removes older checkpoints."""
         name = save.target.name
         error = from_primary(f"publishing {name}", lambda: save.publish(files))
@@ -358,7 +223,7 @@ class Saver:
         if problem:
             self.say(f"WARNING: an older checkpoint cannot be removed: {problem}")
 
-    def _thin_out(self, save: _Save) -> str | None:
+    def _thin_out(self, save: PendingSave) -> str | None:
         """Removes the checkpoints up to the saved one that retention does not keep. Returns why it failed."""
         last, period = self.retention
         older = [path for path in list_checkpoints(self.folder) if checkpoint_step(path) <= save.step]
@@ -371,11 +236,3 @@ class Saver:
         except OSError as error:
             return reason_of(error)
         return None
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -47,7 +47,7 @@ def run_twice(update: Callable[..., tuple[PyTree, dict[str, Any]]], state: PyTre
     begin = time.monotonic()
     first = checksums(update(_copied(state), *args, **options))
     middle = time.monotonic()
-    state, metrics = update(state, *args, **options)
+    state, metrics = jax.block_until_ready(update(state, *args, **options))
     again = time.monotonic()
     check_equal(first, checksums((state, metrics)))
     check_copies(state)

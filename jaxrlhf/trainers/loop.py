@@ -241,7 +241,7 @@ class _Loop(Generic[State]):
         due = self.saver.retry_is_due or (self.config.save_steps and done % self.config.save_steps == 0)
         ends = last or stop is not None or self.guard.given_up
         # Between the first bad step and giving up nothing changes, and what was saved before is worth more.
-        if ends or ((due or self.improves(value)) and not self.guard.in_a_row):
+        if ends or ((due or self.improves(value)) and not self.guard.in_a_row and not self.saver.holds_off):
             self.save(state, done, value, last=ends)
         if self.guard.given_up:
             self.guard.end(done)

@@ -155,7 +155,11 @@ def changes_since(
         text = f"cannot resume {path}, the run would not be the same one: {shown}. Restore these settings, "
         able: list[str] = [FLAGS.get(name, name) for name in refused]
         if all(name in get_args(Change) for name in able):
-            why = "; with more steps the learning rates of the schedule change" if "total_steps" in refused else ""
+            why = (
+                "; with another number of steps, the learning rates of the schedule change"
+                if "total_steps" in refused
+                else ""
+            )
             text += f"or allow the change with --allow_changes {' '.join(able)}{why}, "
         raise InputError(f"{text}or start a new run in another folder")
     return changes

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxrlhf.config.files import read_json
+from jaxrlhf.config.files import is_plain_name, read_json
 from jaxrlhf.config.model_folder import ADAPTER_CONFIG, adapter_base, is_adapter
 from jaxrlhf.config.remote import is_url
 from jaxrlhf.errors import InputError, StorageError
@@ -139,7 +139,7 @@ def _open_shards(index: Path, opener: Callable[[Path], TensorSource]) -> TensorS
     folder, weight_map = index.parent, read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map; download the checkpoint again")
-    outside = sorted({repr(f) for f in weight_map.values() if not isinstance(f, str) or not f or Path(f).name != f})
+    outside = sorted({repr(f) for f in weight_map.values() if not is_plain_name(f)})
     if outside:
         raise InputError(f"{index} names files outside its folder: {', '.join(outside)}; it must name files beside it")
     files = sorted(set(weight_map.values()))

@@ -301,3 +301,11 @@ def test_bad_settings_are_named(settings, named, tmp_path):
     config = DataViewConfig.create(data_cache_dir=str(tmp_path / "cache"), **settings)
     with pytest.raises(InputError, match=named):
         show_data(config)
+
+
+@pytest.mark.parametrize(("option", "path"), [("html", "/"), ("json", "/dev/null/x/y.json")])
+def test_a_file_that_cannot_be_written_is_refused_before_the_data_is_read(option, path, capsys):
+    assert (
+        cli.main(["data", "--data_path", "nowhere.jsonl", "--tokenizer_name_or_path", "demo", f"--{option}", path]) == 2
+    )
+    assert f"error: {option}: {path} " in capsys.readouterr().err

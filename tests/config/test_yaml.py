@@ -1,9 +1,13 @@
 """Settings in YAML files: read as flags are, under them, and written such that they come back equal."""
 
+import os
+
 import pytest
 from example_settings import SFT, Pipeline, Step, Training, error_of, flags, yaml_file
 
-from jaxrlhf.config import load_yaml, save_yaml, to_dict
+from jaxrlhf.config import load_yaml, read_yaml, save_yaml, to_dict
+from jaxrlhf.config.files import read_json
+from jaxrlhf.errors import InputError
 
 YAML = """
 data-path: [a.jsonl, "b,c.jsonl"]
@@ -73,6 +77,11 @@ ODD = {
 }
 
 
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -118,12 +127,40 @@ def test_save_then_load_is_identity(tmp_path, config):
         ("[" * 5000, ["not valid YAML"]),
         ("x: !!python/object:os.system {}", ["x"]),
         ("1: 2", ["unknown setting 1"]),
+        ("a: &a [*a]", ["not valid YAML", "references"]),
+        (LAUGHS, ["not valid YAML", "more than 100,000 values"]),
+        ("a: " + "[" * 120 + "]" * 120, ["not valid YAML", "nested"]),
     ],
 )  # fmt: skip
 def test_mistakes_in_yaml_name_file_key_and_value(tmp_path, text, parts):
     path = yaml_file(tmp_path, text)
     message = error_of("--config", path)
     assert all(part in message for part in [path, *parts]), message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": ' * 101 + "1" + "}" * 101, "nested more than 100 deep"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested more than 100 deep"),
+        ('{"a": ' + "9" * 5000 + "}", "thousands of digits"),
+        ('{"a": "\\ud800"}', r"\\ud800, half of a surrogate pair"),
+        ("[1]", "must hold a JSON object"),
+    ],
+)
+def test_json_beyond_the_bounds_is_refused_with_the_reason(tmp_path, text, reason):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=rf"a\.json.*{reason}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    (tmp_path / "device").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (("device", "a device"), ("pipe", "a pipe"), ("", "a folder")):
+        for reader in (read_json, read_yaml):
+            with pytest.raises(InputError, match=what):
+                reader(tmp_path / name)
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):

@@ -246,3 +246,9 @@ def test_paths_and_a_mixture_exclude_each_other_and_a_step_needs_a_source(config
         config(data_path="a", data_mixture="b.yaml")
     with pytest.raises(InputError, match="no source serves the step ppo"):
         load_data(mixed({"a": (pairs(9), {"steps": "sft"})}), tokenizer, "ppo")
+
+
+@pytest.mark.parametrize("text", ["{bad", '{"path": "a"', '{"a": "[["}', '{"path":' + "[" * 2000 + "}"])
+def test_a_source_on_the_command_line_that_is_no_json_is_refused(text):
+    with pytest.raises(InputError, match=r"(?s)data_mixture: .* is not valid JSON .*write the sources to a YAML file"):
+        parse_mixture((text,))

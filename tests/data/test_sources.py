@@ -6,6 +6,7 @@ import gzip
 import json
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from rows import pairs, prompts, write_lines
@@ -315,6 +316,48 @@ def test_missing_and_useless_places_stop_with_a_remedy(tmp_path, source):
         with pytest.raises(InputError, match=r"the saved data set cannot be read"):
             source(tmp_path / "saved").tables("train")
         (tmp_path / "saved" / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["../rows.arrow", "/etc/passwd", "..", "", 3, None])
+def test_a_saved_data_set_that_names_files_elsewhere_is_refused(tmp_path, source, name):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": name}]}))
+    with pytest.raises(InputError, match=r"state\.json: _data_files names .*, which is not in this folder"):
+        source(tmp_path / "saved")
+
+
+def test_arrow_data_whose_offsets_are_wrong_is_refused(tmp_path, source):
+    table = pa.table({"prompt": ["one", "two", "three"], "response": ["a", "b", "c"]})
+    path = tmp_path / "rows.arrow"
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+    offsets = np.array([0, 3, 6, 11], "<i4").tobytes()
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 3, 2**30, 11], "<i4").tobytes()))
+    with pytest.raises(InputError, match=r"rows\.arrow: cannot be read as Arrow"):
+        source(path).tables("train")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
+def test_a_compressed_file_that_grows_beyond_measure_is_refused(tmp_path, source, suffix, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.data.files.SMALL", 10**5)
+    path = tmp_path / f"rows.jsonl{suffix}"
+    zeros = b"0" * 10**6
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress}
+    if suffix == ".zst":
+        compress[suffix] = pytest.importorskip("zstandard").compress
+    path.write_bytes(compress[suffix](zeros))
+    with pytest.raises(InputError, match=r"grows to more than 200 times its size"):
+        source(path).tables("train")
+
+
+def test_a_folder_of_too_many_files_is_refused(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.data.sources.MAX_FILES", 3)
+    for i in range(4):
+        write(tmp_path / f"{i}.jsonl")
+    with pytest.raises(InputError, match=r"holds more than 3 files; name a smaller one"):
+        source(tmp_path)
 
 
 def test_a_folder_with_evaluation_data_alone_does_not_train(tmp_path, config, tokenizer):

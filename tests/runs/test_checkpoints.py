@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf.errors import InputError, StorageError
-from jaxrlhf.runs import saving
+from jaxrlhf.runs import pending_save, saving
 from jaxrlhf.runs.checkpoints import latest_checkpoint, list_checkpoints, read_metadata, restore_checkpoint
 from jaxrlhf.runs.saving import Retention, Saver, save_checkpoint
 
@@ -125,13 +125,13 @@ def test_an_interrupted_save_harms_nothing_and_the_next_one_succeeds(tmp_path, m
 
     with monkeypatch.context() as patch:
         if stage == "os.rename":  # a kill right before the new checkpoint takes its name
-            rename = saving.os.rename
+            rename = pending_save.os.rename
             stop = lambda a, b: interrupt() if str(a).endswith(".unfinished") else rename(a, b)  # noqa: E731
-            patch.setattr(saving.os, "rename", stop)
+            patch.setattr(pending_save.os, "rename", stop)
         elif stage == "arrays":
-            patch.setattr(saving._Save, "write", half_written)
+            patch.setattr(pending_save.PendingSave, "write", half_written)
         else:
-            patch.setattr(saving, stage, interrupt)
+            patch.setattr(pending_save, stage, interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, step, small(2.0), {}, keep_last=1)
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
@@ -286,7 +286,7 @@ def failing(error):
 
 FULL = [OSError(28, "No space left on device"), ValueError("No space left on device [x]")]
 STAGES = ["orbax.checkpoint.AsyncCheckpointer.save", "orbax.checkpoint.AsyncCheckpointer.close"]
-STAGES += ["jaxrlhf.runs.saving.file_facts", "jaxrlhf.runs.saving.write_json_atomic"]
+STAGES += ["jaxrlhf.runs.pending_save.file_facts", "jaxrlhf.runs.pending_save.write_json_atomic"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -348,8 +348,9 @@ def test_a_failed_save_is_told_at_the_next_boundary_and_retried_until_too_many_f
         assert not saver.retry_is_due and said == []
         boundary(saver)
         assert "WARNING: cannot write the checkpoint" in said[0] and "no space left on the disk" in said[0]
+        assert saver.holds_off and list(tmp_path.iterdir()) == [], "what was written does not fill the disk"
         boundary(saver)
-        assert saver.retry_is_due and saver.failed == {1}
+        assert saver.retry_is_due and not saver.holds_off and saver.failed == {1}
     saver.start(2, small(2.0), {})
     saver.wait()
     boundary(saver)

@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -66,7 +69,10 @@ def checkpoint(folder, step, best=None):
 def run_of(url, folder, resume=False, overwrite=False, period=0, said=None):
     """A mirror that has begun, and does not look by itself."""
     found = Mirror(url, folder, period, (said if said is not None else []).append)
-    found.begin(resume, overwrite)
+    try:
+        found.begin(resume, overwrite)
+    finally:
+        found.release()
     return found
 
 
@@ -113,11 +119,12 @@ def test_a_copy_that_was_killed_leaves_no_checkpoint(url, tmp_path, monkeypatch)
             raise ConnectionError("killed")
         put(sources, targets)
 
-    monkeypatch.setattr(run.remote.fs, "put", killed)
-    with pytest.raises(StorageError, match="killed"):
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="killed"):
+        patch.setattr(run.remote.fs, "put", killed)
         run.copy()
     assert "checkpoint-4/state/array" in names(url)
-    assert not Mirror(url, tmp_path / "b", 0, print)._points()
+    run_of(url, tmp_path / "b", resume=True)
+    assert names(url) == {"remote.json"} and not (tmp_path / "b").exists()
 
 
 def test_removed_checkpoints_go_once_the_url_has_as_many_newer_ones(url, tmp_path):
@@ -204,13 +211,39 @@ def test_a_store_that_fails_at_the_end_says_where_the_files_are(url, tmp_path, m
     def down(*paths):
         raise ConnectionError("503 Slow Down")
 
-    monkeypatch.setattr(run.remote.fs, "put", down)
-    with pytest.raises(StorageError, match=rf"503 Slow Down.*{tmp_path}/a; the same command with --resume"), run:
-        pass
-    monkeypatch.undo()
+    told = rf"503 Slow Down.*{tmp_path}/a; the same command with --resume"
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match=told), run:
+        patch.setattr(run.remote.fs, "put", down)
     with run_of(url, tmp_path / "a", resume=True):
         pass
     assert "metrics.jsonl" in names(url)
+
+
+def test_a_url_in_use_is_refused_and_a_lock_left_behind_is_taken_over(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.runs.remote_lock.LOOK", 0.01)
+    monkeypatch.setattr("jaxrlhf.runs.remote_lock.LEASE_SECONDS", 2.0)
+    monkeypatch.setattr("jaxrlhf.runs.remote_lock.RENEWED_EVERY", 0.05)
+    first = Mirror(url, tmp_path / "a", 0, print)
+    first.begin(False, False)
+    with pytest.raises(InputError, match=r"is in use by process \d+ on .* which holds its lock run.lock"):
+        run_of(url, tmp_path / "b", overwrite=True)
+    first.release()
+    assert not names(url)
+    lock = json.dumps({"id": "other", "host": "elsewhere", "process": 1, "renewed": 3})
+    RemoteFolder(url).write("run.lock", lock.encode())
+    monkeypatch.setattr("jaxrlhf.runs.remote_lock.LEASE_SECONDS", 0.1)
+    said = []
+    run_of(url, tmp_path / "b", said=said)
+    assert "process 1 on elsewhere, which may be gone" in said[0]
+
+
+def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.runs.remote_lock.LEASE_SECONDS", 1e9)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    lock = json.dumps({"id": "other", "host": socket.gethostname(), "process": process.pid, "renewed": 3})
+    RemoteFolder(url).write("run.lock", lock.encode())
+    run_of(url, tmp_path / "a")
 
 
 @pytest.mark.parametrize(

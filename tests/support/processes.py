@@ -96,12 +96,12 @@ def saves(folder, process):
 
     from jaxrlhf.distributed import barrier, gather, to_host
     from jaxrlhf.errors import StorageError
-    from jaxrlhf.runs import saving
+    from jaxrlhf.runs import pending_save, saving
     from jaxrlhf.runs.checkpoints import restore_checkpoint
     from jaxrlhf.sharding import make_mesh
 
     saving.RETRY = 0.0
-    said, facts_of = [], saving.file_facts
+    said, facts_of = [], pending_save.file_facts
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -110,11 +110,11 @@ def saves(folder, process):
     state = {"w": jax.device_put(jnp.arange(64.0), placed), "n": 1}
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     saver = saving.Saver(folder, saving.Retention(1), max_failures=2, say=said.append)
-    saving.file_facts = full if process == 1 else facts_of
+    pending_save.file_facts = full if process == 1 else facts_of
     saver.start(1, state, {})
     state["w"] = step(state["w"])
     saver.wait()
-    saving.file_facts = facts_of
+    pending_save.file_facts = facts_of
     saver.start(2, state, {})
     expected, looks = to_host(state["w"]), 0
     while saver._pending:

@@ -13,7 +13,7 @@ import pytest
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError
 from jaxrlhf.rl.config import PPOConfig
-from jaxrlhf.runs import saving
+from jaxrlhf.runs import pending_save, saving
 from jaxrlhf.runs.checkpoints import list_checkpoints, set_aside
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.saving import save_checkpoint
@@ -102,7 +102,11 @@ def test_allowed_changes_are_listed(tmp_path, now, options, changed):
     ("now", "options", "text"),
     [
         ({"learning_rate": 0.2}, {}, r"learning_rate: 0.1 then, 0.2 now.*--allow_changes learning_rate, or start"),
-        ({"total_steps": 20}, {}, r"total_steps: 10 then, 20 now.*--allow_changes max_steps; with more steps the"),
+        (
+            {"total_steps": 20},
+            {},
+            r"total_steps: 10 then, 20 now.*--allow_changes max_steps; with another number of steps",
+        ),
         ({"total_steps": 8}, {"same": True}, r"--allow_changes max_steps"),
         (
             {"total_steps": 7},
@@ -267,7 +271,7 @@ def train(demo):
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory):
     """A run whose disk is full at the first checkpoint; its folder, and what it printed."""
-    folder, write, calls = tmp_path_factory.mktemp("finished"), saving.file_facts, []
+    folder, write, calls = tmp_path_factory.mktemp("finished"), pending_save.file_facts, []
 
     def full_once(*args):
         calls.append(args)
@@ -280,8 +284,8 @@ def finished(train, tmp_path_factory):
         patch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
         patch.setattr("jaxrlhf.runs.Run.print", lambda self, text: said.append(text))
         patch.setattr(saving, "RETRY", 0.0)
-        patch.setattr(saving, "file_facts", full_once)
-        state = train(folder)
+        patch.setattr(pending_save, "file_facts", full_once)
+        state = train(folder, async_save=False)
     return SimpleNamespace(folder=folder, said=said, params=jax.device_get(state.params))
 
 
@@ -305,7 +309,7 @@ class TestRuns:
         assert list(losses(finished.folder)) == [1, 2, 3, 4]
         warnings = [line for line in finished.said if "WARNING" in line]
         assert len(warnings) == 1 and "checkpoint-1: no space left on the disk; training goes on" in warnings[0]
-        assert "checkpoint-4" in [path.name for path in list_checkpoints(finished.folder)]
+        assert [path.name for path in list_checkpoints(finished.folder)] == [f"checkpoint-{n}" for n in (2, 3, 4)]
         assert not list(finished.folder.glob("*.unfinished"))
 
     def test_a_finished_run_gets_more_steps_and_its_record_says_so(self, finished, train, tmp_path):

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from jaxrlhf import HybridEngine, SamplingConfig
-from jaxrlhf.bench.record import check_output, interleaved, write
+from jaxrlhf.bench.record import interleaved, write
+from jaxrlhf.config.files import check_output
 from jaxrlhf.models import config_from_dict, create_model
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    check_output(args.json, "--json")
+    check_output(args.json, "json")
     slots, total = args.slots, args.prompts or 8 * args.slots
     longest, length = args.max_new_tokens, args.prompt_length
 

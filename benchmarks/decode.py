@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxrlhf import HybridEngine, SamplingConfig
 from jaxrlhf.bench.ours import DECODE_STEPS, decode_runs, decode_view
-from jaxrlhf.bench.record import check_output, interleaved, write
+from jaxrlhf.bench.record import interleaved, write
+from jaxrlhf.config.files import check_output
 from jaxrlhf.models import config_from_dict, create_model
 
 
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    check_output(args.json, "--json")
+    check_output(args.json, "json")
 
     heads, positions = args.width // 64, max(args.prompt_length + args.max_new_tokens, 2 * args.cache_length)
     shape = {"model_type": "gpt2", "vocab_size": args.vocab, "n_embd": args.width, "n_layer": args.layers}

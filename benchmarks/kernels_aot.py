@@ -18,13 +18,14 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from compiled_kernels import TARGETS, kernel_table
 
-    from jaxrlhf.bench.record import check_output, installed_version, provenance, write
+    from jaxrlhf.bench.record import installed_version, provenance, write
+    from jaxrlhf.config.files import check_output
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", default=str(OUTPUT), help="file for the result")
     parser.add_argument("--device", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to compile for")
     options = parser.parse_args()
-    check_output(options.json, "--json")
+    check_output(options.json, "json")
     origin = provenance()
     origin = {name: origin[name] for name in ("command", "commit", "time", "python")}
     versions = {name: found for name in PACKAGES if (found := installed_version(name))}

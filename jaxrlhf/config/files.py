@@ -163,9 +163,9 @@ def read_json(path: str | Path, remedy: str = "the file may be truncated") -> di
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The records of a run, each with its `step`. A last line cut short by a crash is left out.
+    """The records of a .jsonl file. A last line cut short by a crash is left out.
 
-    Raises InputError naming the file and line when any other line is not such a record.
+    Raises InputError naming the file and line when any other line is not a JSON object.
     """
 
     def read() -> str:
@@ -190,7 +190,5 @@ def read_jsonl(path: str | Path) -> list[dict]:
             raise InputError(f"{path} line {number} is not valid JSON; repair or delete that line") from error
         if not isinstance(record, dict):
             raise InputError(f"{path} line {number} is not a JSON object; repair or delete that line")
-        if type(record.get("step")) is not int:
-            raise InputError(f"{path} line {number} has no step; repair or delete that line")
         records.append(record)
     return records

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomic
-from jaxrlhf.errors import StorageError
+from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs.storage import reason_of, storage_errors
 
 JSONL = ("metrics.jsonl", "samples.jsonl")
 MAX_WAITING = 64 * 2**20  # bytes of records that wait in memory; of more, the oldest are dropped
 RETRY_SECONDS = 5.0  # between two tries, as one try may take long on a network file system
 REMEDY = "free or repair the disk, then continue the run with --resume"
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's .jsonl file, as `read_jsonl`.
+
+    Raises InputError also when a record has no `step`.
+    """
+    records = read_jsonl(path)
+    for number, record in enumerate(records, start=1):
+        if type(record.get("step")) is not int:
+            raise InputError(f"{path} record {number} has no step; repair or delete that line")
+    return records
 
 
 class Records:
@@ -76,7 +88,7 @@ class Records:
         """Returns the records of a file, with those that wait in memory. Raises StorageError."""
         path = self.folder / name
         with storage_errors(f"read {path}", REMEDY):
-            records = read_jsonl(path) if path.exists() else []
+            records = read_records(path) if path.exists() else []
         return records + [json.loads(line) for other, line in self._waiting if other == name]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:

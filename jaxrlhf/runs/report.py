@@ -14,11 +14,12 @@ from flax.traverse_util import flatten_dict
 from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
-from jaxrlhf.config.files import read_json, read_jsonl, write_text_atomic
+from jaxrlhf.config.files import read_json, write_text_atomic
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import format_duration, format_number
 from jaxrlhf.runs.metrics import Metric, describe
 from jaxrlhf.runs.plots import SERIES, VARIABLES, Curve, draw
+from jaxrlhf.runs.records import read_records
 
 Data: TypeAlias = dict[str, Any]
 """JSON values, or what a macro of the template takes."""
@@ -89,7 +90,7 @@ def write_report(run_dir: str | Path) -> Path:
 def read_curves(path: str | Path) -> dict[str, Curve]:
     """Reads the curve of every metric in a metrics.jsonl, by name in order of appearance; null becomes NaN."""
     steps: dict[str, dict[int, float]] = {}
-    for record in read_jsonl(path):
+    for record in read_records(path):
         for name, value in record.items():
             if name not in ("step", "time"):
                 if value is not None and not _is_numeric(value):
@@ -170,7 +171,7 @@ def _title(folder: Path) -> str:
 
 def _facts(folder: Path) -> str:
     """Number of steps and the time that they took."""
-    records = read_jsonl(folder / "metrics.jsonl")
+    records = read_records(folder / "metrics.jsonl")
     if not records:
         return "no step was recorded"
     text = f"{max(record['step'] for record in records):,} steps"
@@ -218,7 +219,7 @@ def _meanings(names: Iterable[str]) -> list[tuple[list[str], str, str]]:
 def _samples(folder: Path) -> Data | None:
     """The tables of samples; the first and the last one are open, to compare before with after."""
     path = folder / "samples.jsonl"
-    records = read_jsonl(path) if path.exists() else []
+    records = read_records(path) if path.exists() else []
     if not records:
         return None
     for record in records:

@@ -297,6 +297,17 @@ def trial(case: Case, place: Place, folder: Path, reference: Ended, kills: int, 
 
 
 @contextlib.contextmanager
+def working_folder(keep: Path | None) -> Iterator[Path]:
+    """A folder to work in: `keep`, or a new one that is deleted at the end, by this process and none that it forks."""
+    root = (keep or Path(tempfile.mkdtemp())).resolve()
+    try:
+        yield root
+    finally:
+        if keep is None:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """A local S3 server with a bucket; yields its address. Nothing is started where moto is not installed."""
     port = free_port()
@@ -399,8 +410,7 @@ def main() -> None:
     chosen = [c for c in cases() if not options.cases or any(text in c.name for text in options.cases)]
     if not chosen:
         raise SystemExit(f"no case is named like {options.cases}; the cases: {', '.join(c.name for c in cases())}")
-    with tempfile.TemporaryDirectory() as temporary:
-        root = (options.keep or Path(temporary)).resolve()
+    with working_folder(options.keep) as root:
         result = campaign(chosen, options.kills, options.seed, root, lambda text: print(text, flush=True))
     width = max(len(row["case"]) for row in result["table"])
     print(f"{'case':{width}}  trials  kills  failures")

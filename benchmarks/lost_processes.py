@@ -185,7 +185,7 @@ def main() -> None:
                     flush=True,
                 )
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        options.out.write_text(json.dumps({"trials": results}, indent=1) + "\n")
     sys.exit(any(facts["failures"] for facts in results))
 
 

@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from crash_campaign import COMMON, PPO, free_port, prepare, s3_server
+from crash_campaign import COMMON, PPO, free_port, prepare, s3_server, working_folder
 
 from jaxrlhf.config.files import read_jsonl
 
@@ -251,8 +250,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder to work in, which is kept")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        root = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        root = root.resolve()
+        root = stack.enter_context(working_folder(options.keep))
         proxy = Proxy(stack.enter_context(s3_server()))
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         place = prepare(root, "")

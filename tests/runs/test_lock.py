@@ -15,7 +15,8 @@ OTHER = """
 import os, sys, time
 from jaxrlhf.distributed import ProcessConfig
 from jaxrlhf.runs.folder import Run
-run = Run(sys.argv[1], ProcessConfig(), quiet=True)
+from jaxrlhf.runs.trackers import TrackingConfig
+run = Run(sys.argv[1], ProcessConfig(), quiet=True, tracking=TrackingConfig(report_to=("none",)))  # no late files
 run.log(1, {"loss": 1.0})
 print("ready", flush=True)
 sys.stdin.readline()

@@ -98,7 +98,7 @@ def cases() -> list[Case]:
 
 
 class Place(NamedTuple):
-    """Where a campaign works."""
+    """The folders and the server of a campaign."""
 
     root: Path
     models: dict[str, Path]
@@ -210,7 +210,7 @@ def free_port() -> int:
 
 @dataclass
 class Outcome:
-    """What a finished run has left: hashes of its files by name, metrics, and the names of all files."""
+    """Remains of a finished run: hashes of its files by name, metrics, and the names of all files."""
 
     bits: dict[str, str] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -262,7 +262,7 @@ def _outcome(folder: Path) -> Outcome:
 
 
 def differences(wanted: Outcome, found: Outcome) -> list[str]:
-    """What differs from the run that was left alone, in words."""
+    """Differences from the run that was left alone, in words."""
     names = sorted(wanted.bits.keys() | found.bits.keys())
     text = [f"other bits: {name}" for name in names if wanted.bits.get(name) != found.bits.get(name)]
     if wanted.records != found.records:

@@ -169,7 +169,7 @@ def limits_of(hint: Hint) -> list[tuple[str, str, float]]:
 
 
 def _text_problems(value: str, path: bool) -> list[str]:
-    """What text that no file, no program and no YAML file can hold should be."""
+    """The rule for text that no file, no program and no YAML file can hold."""
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         return ["text of Unicode characters other than NUL"]
     if path and any(len(part.encode()) > MAX_NAME for part in value.split("/")):

@@ -23,7 +23,7 @@ MAX_LENGTH = 2**26
 MAX_NUMBER = 10**6
 """Largest number that a function takes as a width or a count."""
 MAX_BITS = 2**15
-"""Of a whole number."""
+"""Most bits of a whole number that a template computes."""
 
 _TOO_LONG = f"it makes more than {MAX_LENGTH:,} characters"
 _WIDE = re.compile(r"\d{7}|%[-+ #0]*\*|\.\*")
@@ -35,7 +35,7 @@ class TemplateLimit(TemplateRuntimeError):
 
 
 class _Used(threading.local):
-    """What a rendering has used so far; each thread renders one template at a time."""
+    """Steps and text that a rendering has used so far; each thread renders one template at a time."""
 
     steps = 0
     length = 0

@@ -1,4 +1,4 @@
-"""What this process is doing: the program that was started last, compilations, and the stacks of all threads."""
+"""Activity of this process: the program that was started last, compilations, and the stacks of all threads."""
 
 import faulthandler
 import os

@@ -40,7 +40,7 @@ class Limits(NamedTuple):
     """Limits of the process of a reward function."""
 
     seconds: float = 60.0
-    """Of one call; 0: none."""
+    """Time limit of one call; 0: none."""
     gib: float | None = None
     """Memory; None: half of the machine's; 0: no limit."""
 

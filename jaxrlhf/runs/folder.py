@@ -327,16 +327,21 @@ def what_is_there(folder: Path) -> list[str]:
     return found + [path.name for path in list_checkpoints(folder)]
 
 
-def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file; give a folder")
-    found = what_is_there(folder)
-    if found and not (resume or overwrite):
+def check_unused(folder: str | Path, found: Sequence[str]) -> None:
+    """Raises InputError when an output_dir, a folder or a URL, holds something: the names in `found`."""
+    if found:
         shown = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
         raise InputError(
             f"output_dir {folder} already holds a run or a model ({shown}); choose another folder, "
             "continue it with --resume, or start over with --overwrite_output_dir"
         )
+
+
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file; give a folder")
+    if not (resume or overwrite):
+        check_unused(folder, what_is_there(folder))
 
 
 def _delete_run(folder: Path) -> None:

@@ -25,7 +25,7 @@ from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import barrier, is_primary, joined
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs.checkpoints import FINAL
-from jaxrlhf.runs.folder import EXPORT_FILES, RECORDS
+from jaxrlhf.runs.folder import EXPORT_FILES, RECORDS, check_unused
 from jaxrlhf.runs.lock import LOCK
 from jaxrlhf.runs.remote_lock import RemoteLock
 
@@ -161,12 +161,8 @@ class Mirror:
         self._there = set(self.remote.files()) - {LOCK}
         marks = (*RECORDS, *EXPORT_FILES)
         found = {name for name in self._there if PurePosixPath(name).name in marks} | {p.name for p in self._points()}
-        if found and not (resume or overwrite):
-            shown = ", ".join(sorted(found)[:4]) + (", …" if len(found) > 4 else "")
-            raise InputError(
-                f"output_dir {self.remote.shown} already holds a run or a model ({shown}); choose another folder, "
-                "continue it with --resume, or start over with --overwrite_output_dir"
-            )
+        if not (resume or overwrite):
+            check_unused(self.remote.shown, sorted(found))
         for point in {point for name in self._there if (point := _point_of(name))} - self._points():
             self._delete_checkpoint(point)  # its copy was interrupted
         self._replaces = overwrite

@@ -311,7 +311,7 @@ class _Loop(Generic[State]):
         except (KeyboardInterrupt, StorageError):
             self.saver.abandon()
             raise
-        except Exception as error:
+        except Exception as error:  # whatever ends the run; it is raised again
             if jax.process_count() > 1 and not isinstance(error, Interrupted | SharedError | TrainingDiverged):
                 self.saver.abandon()  # the others are elsewhere
                 raise

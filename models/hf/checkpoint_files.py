@@ -350,8 +350,7 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
     except StorageError:
         raise
-    except Exception as error:
-        # tokenizers and safetensors report a full disk by errors of their own: "… (os error 28)".
+    except Exception as error:  # tokenizers and safetensors have their own for a full disk: "… (os error 28)"
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error

@@ -168,7 +168,8 @@ class Decoder(nn.Module):
                 0 on the padding after them. A token attends to its own sequence; positions restart at 0. None: each
                 row is one sequence.
         """
-        check_columns(input_ids.shape[1])
+        if not self.is_initializing():
+            check_columns(input_ids.shape[1])
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
         context = sequence_context(self.config, mask, segment_ids)
         options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(self.config))

@@ -179,11 +179,16 @@ class Attention(nn.Module):
             axes = 2 if c.qk_norm_joint else 1
             query = Norm(c, self.dtype, kind="rmsnorm", axes=axes, name="query_norm")(query)
             key = Norm(c, self.dtype, kind="rmsnorm", axes=axes, name="key_norm")(key)
+        axes = ("heads", "kv_heads", "kv_heads")
+        # Columns are split until keys meet queries, so that projections gather weights, not x, over `context`.
         query, key, value = (
-            constrain(part.swapaxes(1, 2), "batch", axis, None, None)
-            for part, axis in ((query, "heads"), (key, "kv_heads"), (value, "kv_heads"))
+            constrain(part.swapaxes(1, 2), "batch", axis, "sequence", None)
+            for part, axis in zip((query, key, value), axes, strict=True)
         )
         query, key = self._positioned(query, key, context, options)
+        query, key, value = (
+            constrain(part, "batch", axis, None, None) for part, axis in zip((query, key, value), axes, strict=True)
+        )
 
         how = self._options(options, generates=cache is not None)
         if self.is_initializing():

@@ -157,7 +157,11 @@ class Decoder(nn.Module):
         return self.project_out(x) if c.embedding_size != c.hidden_size else x
 
     def hidden_states(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        contiguous: bool = False,
     ) -> jax.Array:
         """Computes the final hidden states `[B, T, E]`.
 
@@ -167,11 +171,14 @@ class Decoder(nn.Module):
             segment_ids: int `[B, T]` of packed rows: equal for the columns of a sequence, which lie side by side, and
                 0 on the padding after them. A token attends to its own sequence; positions restart at 0. None: each
                 row is one sequence.
+            contiguous: The caller knows that no row has padding between real tokens, which opens the way to kernels
+                that cannot see such holes (models/attend.py).
         """
         if not self.is_initializing():
             check_columns(input_ids.shape[1])
+        contiguous = contiguous or (attention_mask is None and segment_ids is None)
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-        context = sequence_context(self.config, mask, segment_ids)
+        context = sequence_context(self.config, mask, segment_ids, contiguous=contiguous)
         options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(self.config))
         x = self.embed_tokens(input_ids, context.positions)
         x, _ = self.layers(x, context, options)
@@ -194,9 +201,13 @@ class Decoder(nn.Module):
         return project_logits(hidden, *head, c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap)
 
     def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        contiguous: bool = False,
     ) -> jax.Array:
-        hidden = self.hidden_states(input_ids, attention_mask, segment_ids)
+        hidden = self.hidden_states(input_ids, attention_mask, segment_ids, contiguous)
         if self.head == "scalar":
             kernel, bias = self.score()
             values = jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
@@ -227,6 +238,7 @@ class Decoder(nn.Module):
         start: jax.Array | None = None,
         count: int | None = None,
         segment_ids: jax.Array | None = None,
+        contiguous: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """Computes the log-prob of each token given those before it, and the entropy of its distribution.
 
@@ -242,11 +254,12 @@ class Decoder(nn.Module):
                 computes all of them instead, because reading some would gather them on every device.
             count: Columns per row with `start`.
             segment_ids: int `[B, T]` of packed rows, as `hidden_states` takes them.
+            contiguous: As `hidden_states` takes it.
 
         Returns:
             Log-probs and entropies in nats, float32 `[B, T]` each.
         """
-        hidden = self.hidden_states(input_ids, attention_mask, segment_ids)
+        hidden = self.hidden_states(input_ids, attention_mask, segment_ids, contiguous)
         length = hidden.shape[1] - 1
         width = length if count is None else min(count, length)
         first = None if start is None else jnp.clip(start - 1, 0, length - width)

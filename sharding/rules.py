@@ -126,10 +126,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, rules))
 
 
+def current_device() -> jax.Device | None:
+    """The first device of the current `use(mesh, rules)`, at hand or of a compiler's topology; None outside of one."""
+    current = _current.get()
+    return None if current is None else current[0].devices.flat[0]
+
+
 def platform() -> str:
     """Platform of the current `use(mesh, rules)`: `cpu`, `gpu` or `tpu`; outside of one, JAX's default."""
-    current = _current.get()
-    return jax.default_backend() if current is None else current[0].devices.flat[0].platform
+    device = current_device()
+    return jax.default_backend() if device is None else device.platform
 
 
 def split(axis: str, size: int) -> int:

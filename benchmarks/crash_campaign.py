@@ -416,8 +416,9 @@ def main() -> None:
     print(f"{'case':{width}}  trials  kills  failures")
     for row in result["table"]:
         print(f"{row['case']:{width}}  {row['trials']:6}  {row['kills']:5}  {row['failures'] or 0}")
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    from jaxrlhf.bench.record import write  # after all forks: it loads JAX
+
+    write(options.out, result)
     sys.exit(bool(result["failed"]))
 
 

@@ -9,7 +9,6 @@ and nothing is refused. That needs Linux and root; without them, --ways kill sto
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import re
 import signal
@@ -184,8 +183,9 @@ def main() -> None:
                     f"{'; '.join(facts['failures']) or 'resumed'}",
                     flush=True,
                 )
-    if options.out:
-        options.out.write_text(json.dumps({"trials": results}, indent=1) + "\n")
+    from jaxrlhf.bench.record import write  # after all forks: it loads JAX
+
+    write(options.out, {"trials": results})
     sys.exit(any(facts["failures"] for facts in results))
 
 

@@ -282,8 +282,9 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if options.plot:
         plot(soak, options.plot)
-    if options.out:
-        options.out.write_text(json.dumps(result | {"samples": soak.samples, "injected": soak.injected}) + "\n")
+    from jaxrlhf.bench.record import write  # after all forks: it loads JAX
+
+    write(options.out, result | {"samples": soak.samples, "injected": soak.injected})
     sys.exit(bool(status or missing or result["steps twice"]))
 
 

@@ -161,6 +161,7 @@ def device_at_hand() -> Device:
         devices_per_host=len(local),
         usable=usable,
         source="the runtime",
+        compute_capability=str(getattr(local[0], "compute_capability", "")),
         pinned_host=platform != "cpu",
         **rates,
     )

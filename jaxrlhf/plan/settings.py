@@ -43,7 +43,7 @@ SHOWN = {
     ),
     *("critic_lora_target_modules", "zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),
     *("offload_reference_model", "offload_reward_model", "offload_optimizer", "gradient_checkpointing"),
-    *("remat_policy", "enable_ema", "num_train_epochs"),
+    *("remat_policy", "attention_implementation", "logprob_implementation", "enable_ema", "num_train_epochs"),
 }
 """Settings of the trainers that a plan takes."""
 
@@ -147,8 +147,9 @@ class PlanConfig(ClusterConfig):
 
     @property
     def planned(self) -> PPOConfig:
-        """The settings of the planned run, with the algorithm's own and the precision that the device chooses."""
-        values: dict[str, Any] = {}
+        """The settings of the planned run, with the algorithm's own and the precision and remat that the device
+        chooses."""
+        values: dict[str, Any] = {"remat_policy": self.ppo.run.remat_on(self.accelerator.platform)}
         if self.ppo.mesh.dtype == "auto":
             values["dtype"] = "float32" if self.accelerator.platform == "cpu" else "bfloat16"
         algorithm = ALGORITHMS.get(self.trainer)

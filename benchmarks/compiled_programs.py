@@ -11,12 +11,13 @@ into docs/benchmarks.md.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "results" / "compiled.json"
 PACKAGES = ("jax", "jax-cuda12-plugin")
 DEVICES = ("a100-80g", "h200")
+NAMES = {"generate": "jit_generate", "score": "jit_score_rollout", "train": "jit_ppo_step"}
+"""Names of the compiled modules by program."""
 _BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}
 _LENGTHS = {"max_prompt_seq_len": 256, "max_new_tokens": 256}
 WORKLOADS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -67,78 +70,92 @@ def compile_in(tree: Path, settings: dict[str, Any], program: str) -> dict[str, 
         outcome = read_outcome(program, done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
         cost = outcome.traffic or _counted(Path(folder), program, config)
     sizes = {"peak_bytes": outcome.peak, "temporary_bytes": outcome.temporaries, "compile_seconds": outcome.seconds}
-    return sizes | asdict(cost)
+    return sizes | asdict(cost) | {"steps": config.ppo.sampling.max_new_tokens - 1}
 
 
 def _counted(folder: Path, program: str, config: Any) -> Any:
     """The cost of a program that another checkout compiled, from XLA's dump."""
     from jaxrlhf.plan.compile import count
 
-    name = {"generate": "jit_generate", "score": "jit_score_rollout", "train": "jit_ppo_step"}[program]
+    name = NAMES[program]
     (text,) = folder.glob(f"*.{name}.*gpu_after_optimizations.txt")
     thunks = list(folder.glob(f"*.{name}.thunk_sequence_after_thunk_passes.txt"))
     return count(text.read_text(), thunks[0].read_text() if thunks else None, config.ppo, config.accelerator)
 
 
-def rows(options: argparse.Namespace, tree: Path) -> list[dict[str, Any]]:
-    """A row for each workload, device, variant and program."""
-    from jaxrlhf.errors import InputError
+def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """What distinguishes a row, and the settings of its plan."""
+    for workload, device, variant in product(options.workload, options.device, options.variant):
+        models, programs = WORKLOADS[workload]
+        settings = {"device": device, **models, **_BATCH, **_LENGTHS, **VARIANTS[variant]}
+        for program in programs:
+            if program in options.program and program in ONLY.get(variant, programs):
+                key = {"label": options.label, "workload": workload, "device": device}
+                yield key | {"variant": variant, "program": program}, settings
 
-    found = []
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True).stdout.strip()
-    for workload, (models, programs) in WORKLOADS.items():
-        if workload not in options.workload:
-            continue
-        for device in options.device:
-            for variant in options.variant:
-                settings = {"device": device, **models, **_BATCH, **_LENGTHS, **VARIANTS[variant]}
-                for program in programs:
-                    if program not in ONLY.get(variant, programs) or program not in options.program:
-                        continue
-                    key = {"label": options.label, "workload": workload, "device": device}
-                    key |= {"variant": variant, "program": program, "commit": commit}
-                    try:
-                        row = key | compile_in(tree, settings, program)
-                    except InputError as error:
-                        sys.exit(f"{key}: {error}")
-                    found.append(row)
-                    gigabytes = (row["read"] + row["written"]) / 1e9
-                    print(
-                        f"{workload}, {device}, {variant}, {program}: {gigabytes:.0f} GB, {row['kernels']:.0f} kernels,"
-                        f" peak {row['peak_bytes'] / 2**30:.1f} GiB, {row['seconds']:.3f} s",
-                        flush=True,
-                    )
-    return found
+
+def limit(key: dict[str, str]) -> float:
+    """Seconds that a program needs at least, at the rates of the estimates: what every implementation must do."""
+    from jaxrlhf.plan import roofline
+    from jaxrlhf.plan.programs import build_system
+    from jaxrlhf.plan.settings import PlanConfig
+
+    models, _ = WORKLOADS[key["workload"]]
+    config = PlanConfig.create(device=key["device"], **models, **_BATCH, **_LENGTHS)
+    system = build_system(config)
+    actor, critic = (system.modules.get(name) for name in ("actor", "critic"))
+    lengths = system.rows, *_LENGTHS.values()
+    if key["program"] == "generate":
+        stages = roofline.generate(actor, *lengths)
+    else:
+        stages = {"score": roofline.score, "train": roofline.train}[key["program"]](actor, critic, *lengths)
+    rates = config.accelerator.rates
+    return roofline.roofline_seconds(stages, roofline.Peaks(rates.flops, rates.bandwidth))
+
+
+def add_row(path: Path, key: dict[str, str], row: dict[str, Any]) -> None:
+    """Writes a row into the file, in place of the one with the same key."""
+    from jaxrlhf.bench.record import installed_version, provenance, write
+
+    held = json.loads(path.read_text()) if path.is_file() else {"rows": [], "limits": {}}
+    kept = [other for other in held["rows"] if any(other[name] != value for name, value in key.items())]
+    limits = held["limits"]
+    limits.setdefault(key["workload"], {}).setdefault(key["device"], {})[key["program"]] = limit(key)
+    origin = provenance()
+    origin = {name: origin[name] for name in ("command", "commit", "time", "python")}
+    versions = {name: found for name in PACKAGES if (found := installed_version(name))}
+    write(path, origin | {"versions": versions, "limits": limits, "rows": [*kept, key | row]})
 
 
 def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from jaxrlhf.bench.record import installed_version, provenance, write
     from jaxrlhf.config.files import check_output
+    from jaxrlhf.errors import InputError
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", default=str(OUTPUT), help="file for the result")
     parser.add_argument("--label", default="now", help="name of these rows; those of other names stay in the file")
     parser.add_argument("--tree", default=str(ROOT), help="checkout whose programs are compiled")
     parser.add_argument("--device", nargs="+", choices=DEVICES, default=list(DEVICES), help="what to compile for")
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="models")
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="settings")
-    parser.add_argument("--program", nargs="+", default=["generate", "score", "train"], help="programs to compile")
+    parser.add_argument("--program", nargs="+", choices=list(NAMES), default=list(NAMES), help="programs to compile")
     options = parser.parse_args()
-    if re.search(r"\s", options.label):
-        parser.error(f"--label {options.label!r} must be one word")
     check_output(options.json, "json")
-    new = rows(options, Path(options.tree).resolve())
-    path = Path(options.json)
-    names = ("label", "workload", "device", "variant", "program")
-    replaced = {tuple(row[name] for name in names) for row in new}
-    held = json.loads(path.read_text())["rows"] if path.is_file() else []
-    kept = [row for row in held if tuple(row[name] for name in names) not in replaced]
-    origin = provenance()
-    origin = {name: origin[name] for name in ("command", "commit", "time", "python")}
-    versions = {name: found for name in PACKAGES if (found := installed_version(name))}
-    settings = {"rates": "85 % of the bandwidth, 80 % of the peak of bfloat16, 2e-6 s per launch"}
-    write(options.json, origin | {"versions": versions, "settings": settings, "rows": kept + new})
+    tree = Path(options.tree).resolve()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True).stdout.strip()
+    for key, settings in cases(options):
+        try:
+            row = compile_in(tree, settings, key["program"])
+        except InputError as error:
+            sys.exit(f"{key}: {error}")
+        add_row(Path(options.json), key, {"commit": commit} | row)
+        gigabytes = (row["read"] + row["written"]) / 1e9
+        print(
+            f"{', '.join(key.values())}: {gigabytes:.0f} GB, {row['kernels']:.0f} kernels, "
+            f"peak {row['peak_bytes'] / 2**30:.1f} GiB, {row['seconds']:.3f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -398,7 +398,7 @@ def score_memory(system: System, platform: str) -> ProgramMemory:
     """Memory of `score_rollout`: the models' forward passes, one after the other; of DPO the reference's."""
     if system.supervised:
         return _reference_memory(system, platform)
-    rows = _micro_rows(system)
+    rows = system.config.score_rows
     arguments = _on_device(system, platform, system.scoring) | {
         "batch": tree_bytes(rollout(system, system.rows), platform)
     }

@@ -42,6 +42,8 @@ class Plan:
     """Bytes of host memory per device."""
     nearest: Nearest | None = None
     """Setting that fits these devices, when the asked one does not."""
+    micro_batches: str = ""
+    """Flags of the largest micro-batches that fit; empty where those asked for are."""
     larger: Nearest | None = None
     """Setting with the same training that fits more devices, when none fits these."""
     compiled: dict[str, Compiled] | None = None
@@ -149,6 +151,7 @@ def as_dict(plan: Plan) -> dict[str, object]:
         **{name: _program_values(plan, name) for name in plan.programs},
         **{name: value for name, value in cost.items() if name not in ("phases", "seconds")},
         "nearest": _nearest(plan.nearest),
+        "largest_micro_batches": plan.micro_batches,
         "nearest_with_more_devices": _nearest(plan.larger),
         "problems": plan.problems,
         "compiled_seconds_per_iteration": plan.compiled_seconds,
@@ -242,7 +245,10 @@ def _show_compiled(plan: Plan, console: Console) -> None:
 def verdict(plan: Plan) -> list[str]:
     """Lines that say whether the plan fits, and the settings that would."""
     if plan.fits:
-        return [f"fits: {gib(plan.peak)} of {gib(plan.capacity)} GiB per device"]
+        lines = [f"fits: {gib(plan.peak)} of {gib(plan.capacity)} GiB per device"]
+        if plan.micro_batches:
+            lines.append(f"the largest micro-batches that fit move the fewest bytes: {plan.micro_batches}")
+        return lines
     lines = [f"does not fit: {gib(plan.peak)} of {gib(plan.capacity)} GiB per device"]
     if plan.nearest is not None:
         lines.append(f"nearest setting that fits ({gib(plan.nearest.bytes_per_device)} GiB): {plan.nearest.flags}")

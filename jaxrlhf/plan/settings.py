@@ -29,11 +29,13 @@ PROGRAMS = ("generate", "score", "train")
 
 SHOWN = {
     *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"),
-    *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype"),
+    *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype", "per_device_score_batch_size"),
     *("dtype", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs"),
     *(
         "max_prompt_seq_len",
         "max_new_tokens",
+        "top_k",
+        "top_p",
         "samples_per_prompt",
         "max_length",
         "packing",

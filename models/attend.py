@@ -1,5 +1,6 @@
 """Attention as the layers call it: chooses the kernel and splits its rows and heads over a mesh."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from jaxrlhf.kernels import (
     write_columns,
 )
 from jaxrlhf.models.sequences import SequenceContext
-from jaxrlhf.sharding import current_device, map_shards, platform
+from jaxrlhf.sharding import constrain, current_device, map_shards, platform, split
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,7 @@ def attend_to_sequence(
     """
     kernel = "prefill_attention" if prefill else "flash_attention"
     slopes = options.alibi_slopes
+    key, value = (_for_every_part(x, query.shape[1]) for x in (key, value))
     if dropout is not None and dropout[0] > 0:
         if options.implementation not in ("auto", "xla"):
             raise InputError(
@@ -254,6 +256,18 @@ def attend_to_sequence(
         unfit |= (context.key_mask & (context.positions != counted)).any(1)
     output = _flash(query, key, value, start, length, options)
     return jnp.where(unfit[:, None, None, None], jnp.nan, output)
+
+
+def _for_every_part(x: jax.Array, heads: int) -> jax.Array:
+    """Repeats key/value heads `[B, H_kv, T, D]` where the mesh splits the `heads` query heads into more parts.
+
+    Each part then has key/value heads of its own. One key/value head stays as it is: `_by_heads` shares it.
+    """
+    kv_heads, parts = x.shape[1], split("heads", heads)
+    copies = math.lcm(kv_heads, parts) // kv_heads
+    if kv_heads == 1 or copies == 1 or heads % (kv_heads * copies):
+        return x
+    return constrain(jnp.repeat(x, copies, axis=1), "batch", "kv_heads", None, None)
 
 
 def _head_by_head(

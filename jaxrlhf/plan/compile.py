@@ -92,7 +92,7 @@ def compile_programs(config: PlanConfig, console: Console) -> dict[str, Compiled
     results = {}
     for program in config.programs:
         with console.status(f"compiling {program} for {where}"):
-            results[program] = _in_a_process(config, program)
+            results[program] = compile_program(config, program)
     return results
 
 
@@ -105,7 +105,7 @@ def environment(platform: str) -> dict[str, str]:
     return found
 
 
-def _in_a_process(config: PlanConfig, program: str) -> Compiled:
+def compile_program(config: PlanConfig, program: str) -> Compiled:
     """Compile one program in a process of its own."""
     command = [sys.executable, "-m", "jaxrlhf.plan.compile", program]
     begin = time.monotonic()

@@ -93,10 +93,10 @@ class ComputeConfig(Settings):
     state; 2: the same, but parameters are gathered once per step; 1: gradients are whole too; 0: nothing."""
     attention_implementation: Literal["auto", "xla", "pallas", "cudnn", "tokamax"] = "auto"
     """Attention kernels: xla; pallas, our own (NVIDIA, TPU; interpreted on CPU, so very slow); cudnn and tokamax, for
-    training and scoring alone, without packing (NVIDIA); auto: the fastest one measured."""
+    training and scoring alone, without packing (NVIDIA); auto: the one that evidence says is fastest."""
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
-    CPU); auto: the fastest one measured."""
+    CPU); auto: the one that evidence says is fastest."""
     expert_implementation: Literal["auto", "ragged", "dense"] = "auto"
     """Experts of sparse models: ragged, on tokens sorted by expert; dense, every expert on every token; auto: ragged
     where XLA or JAX has an efficient form of it."""

@@ -103,7 +103,7 @@ def limit(key: dict[str, str]) -> float:
     models, _ = WORKLOADS[key["workload"]]
     config = PlanConfig.create(device=key["device"], **models, **_BATCH, **_LENGTHS)
     system = build_system(config)
-    actor, critic = (system.modules.get(name) for name in ("actor", "critic"))
+    actor, critic = (system.modules.get(name, system.modules["actor"]) for name in ("actor", "critic"))
     lengths = system.rows, *_LENGTHS.values()
     if key["program"] == "generate":
         stages = roofline.generate(actor, *lengths)

@@ -80,12 +80,13 @@ def bars(result: Record) -> dict[str, list[tuple[str, Mapping[str, float]]]]:
 
 def draw_bars(axes: "Axes", groups: Sequence[tuple[str, Mapping[str, float]]], title: str, unit: str) -> None:
     """One bar for each group, its phases side by side, with its sum."""
-    for name, phases in groups:
+    for i, (_, phases) in enumerate(groups):
         start = 0.0
         for phase, length in phases.items():
-            axes.barh(name, length, left=start, color=COLOURS[phase], label=phase)
+            axes.barh(i, length, left=start, color=COLOURS[phase], label=phase)
             start += length
-        axes.text(start, name, f" {start:.3g}", va="center", fontsize=8)
+        axes.text(start, i, f" {start:.3g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(groups)), [name for name, _ in groups])
     axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=9)
@@ -96,13 +97,15 @@ def draw_bars(axes: "Axes", groups: Sequence[tuple[str, Mapping[str, float]]], t
 def measured_bars(result: Record) -> list[tuple[str, Mapping[str, float]]]:
     """The limit, our fastest run and those of the peers, of the largest batch of a measured iteration."""
     record = result["ppo"]
-    groups = [("limit", {name: x["roofline_seconds"] for name, x in record["phases"].items()})]
+    groups: list[tuple[str, Mapping[str, float]]] = [
+        ("limit", {name: x["roofline_seconds"] for name, x in record["phases"].items()})
+    ]
     groups.append(("ours", {name: x["seconds"]["min"] for name, x in record["phases"].items()}))
     names = {"hf": "PyTorch"}
     for peer, found in record["peers"].items():
         if "phases" in found:
             phases = {name: x["seconds"]["min"] for name, x in found["phases"].items()}
-            groups.append((names.get(peer, peer), phases))
+            groups.append((names.get(str(peer), str(peer)), phases))
     return groups
 
 

@@ -80,7 +80,7 @@ def available() -> bool:
 
 def is_kind(name: str, kind: str) -> bool:
     """True if `name` is among the whole words of a device's kind, as JAX spells it: A100 is not in RTX A1000."""
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", kind) is not None
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", kind, re.IGNORECASE) is not None
 
 
 def device() -> Device:

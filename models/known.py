@@ -82,6 +82,14 @@ def _llama3(hidden: int, layers: int, heads: tuple[int, int], mlp: int, paramete
     return _llama_like("llama", 128256, hidden, layers, heads, mlp, parameters, **own)
 
 
+def _llama32(hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int) -> KnownModel:
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192}
+    known = _llama3(hidden, layers, heads, mlp, parameters)
+    own = {"max_position_embeddings": 131072, "rope_scaling": scaling, **_TIED}
+    return KnownModel(known.model_type, known.options | own, parameters)
+
+
 def _qwen2(
     vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, parameters: int, **own: object
 ) -> KnownModel:
@@ -178,6 +186,8 @@ KNOWN: dict[str, KnownModel] = {
     "llama-2-70b": _llama2(8192, 80, (64, 8), 28672, 68_976_648_192),
     "llama-3-8b": _llama3(4096, 32, (32, 8), 14336, 8_030_261_248),
     "llama-3-70b": _llama3(8192, 80, (64, 8), 28672, 70_553_706_496),
+    "llama-3.2-1b": _llama32(2048, 16, (32, 8), 8192, 1_235_814_400),
+    "llama-3.2-3b": _llama32(3072, 28, (24, 8), 8192, 3_212_749_824),
     "mistral-7b": _llama_like(
         "mistral", 32000, 4096, 32, (32, 8), 14336, 7_241_732_096, max_position_embeddings=32768, rms_norm_eps=1e-5
     ),

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -126,7 +127,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, rules))
 
 
-def current_device() -> jax.Device | None:
+def current_device() -> Any | None:
     """The first device of the current `use(mesh, rules)`, at hand or of a compiler's topology; None outside of one."""
     current = _current.get()
     return None if current is None else current[0].devices.flat[0]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxrlhf.bench import compiled
 from jaxrlhf.bench.record import Record
 from jaxrlhf.bench.settings import SECTIONS
 from jaxrlhf.config.files import read_json, write_text_atomic
@@ -21,7 +22,8 @@ COLUMNS += ("roofline", "GiB", "compile s")
 PEER_COLUMNS = ("section", "batch", "peer", "its min s", "ratio", "by medians")
 COLOURS = {"generate": "#3366aa", "score": "#66aa88", "train": "#cc7722", "iteration": "#888888"}
 BEGIN, END = "<!-- results: written by `jaxrlhf bench --render` -->", "<!-- end of results -->"
-COMPILED = "kernels_aot"  # what benchmarks/kernels_aot.py writes
+KERNELS = "kernels_aot"  # what benchmarks/kernels_aot.py writes
+PICTURED = "ppo_cpu"  # the measured iteration of the document's first picture
 ONE_OFF = {
     "continuous_batching": "continuous batching: tokens/s over those of fixed batches",
     "decode": "generation: seconds over those of a hand-written loop",
@@ -126,10 +128,15 @@ def render(results: Path, document: Path) -> int:
         ]
         columns = ("what", "ratio", "device", "measured at", "command")
         parts.append("### Single comparisons\n\n" + _markdown(columns, rows))
-    parts += [kernel_section(result) for path, result in found.items() if path.stem == COMPILED]
+    programs = next((result for path, result in found.items() if path.stem == compiled.COMPILED), None)
+    if programs is not None:
+        parts.insert(0, program_section(programs))
+        measured = next((result for path, result in runs.items() if path.stem == PICTURED), None)
+        compiled.draw_overview(programs, measured, document.parent / document.stem / "overview.svg")
+    parts += [kernel_section(result) for path, result in found.items() if path.stem == KERNELS]
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     write_text_atomic(document, head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail)
-    return len(parts) - bool(ratios) + len(ratios)
+    return len(parts) - bool(ratios) + len(ratios)  # a section of ratios has a line for each
 
 
 def _rendered(path: Path, result: Record, document: Path) -> str:
@@ -155,6 +162,32 @@ def _origin(result: Record) -> str:
     elif load is not None:
         words.append(f"load average {load:.1f} at the end")
     return ", ".join(words)
+
+
+def program_section(result: Record) -> str:
+    """Bytes, kernels and estimated time of the programs that were compiled for absent devices."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        "### Compiled programs",
+        "",
+        "No device was present: these are counts in the compiler's output, and estimates from them, no timings. 64 "
+        "rows of 256 + 256 tokens, bfloat16, micro-batches of 8. *before* is commit "
+        f"`{_commit(result, compiled.BEFORE)}`, *now* `{_commit(result, compiled.NOW)}`. {versions}; "
+        f"{_origin(result)}.",
+        "",
+        f"`{result['command']}`",
+        "",
+        "GB that an average step of decoding reads and writes:",
+        "",
+        _markdown(("models, device, settings", compiled.BEFORE, compiled.NOW), compiled.decode_rows(result)),
+    ]
+    for workload in dict.fromkeys(row["workload"] for row in result["rows"]):
+        lines += ["", f"{workload}:", "", _markdown(compiled.COLUMNS, compiled.table_rows(result, workload))]
+    return "\n".join(lines)
+
+
+def _commit(result: Record, label: str) -> str:
+    return next((row["commit"][:10] for row in result["rows"] if row["label"] == label), "-")
 
 
 def kernel_section(result: Record) -> str:

@@ -11,7 +11,13 @@ from jaxrlhf.plan.cost import run_cost
 from jaxrlhf.plan.memory import estimate, host_bytes
 from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.report import Plan, as_dict, draw, show, verdict
-from jaxrlhf.plan.search import capacity, nearest_on_mesh, nearest_with_more_devices
+from jaxrlhf.plan.search import (
+    capacity,
+    flags_between,
+    largest_micro_batches,
+    nearest_on_mesh,
+    nearest_with_more_devices,
+)
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.runs.console import Console
 
@@ -48,6 +54,9 @@ def run_plan(config: PlanConfig, console: Console | None = None) -> Plan:
     plan = make_plan(config)
     if config.compile:
         plan = dataclasses.replace(plan, compiled=compile_programs(config, console))
+    if plan.fits:
+        larger = largest_micro_batches(config)
+        plan = dataclasses.replace(plan, micro_batches=flags_between(config, larger))
     show(plan, console)
     if config.json is not None:
         write_json_atomic(config.json, as_dict(plan))

@@ -1,9 +1,12 @@
 """The proof of a plan: the devices' own compiler compiles its programs, without the devices.
 
 Each program compiles in its own process, because the compilers' packages read environment variables when they load, and
-report failures and warnings on standard error alone.
+report failures and warnings on standard error alone. A GPU's compiler also tells its kernels, whose cost is counted
+(plan/traffic.py). It gets the flags that training sets, and leaves matrix products to the vendor's library: without a
+device it cannot tune its own, so they would count for more than a run's.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,15 +14,23 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
+
+import jax
 
 from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
+from jaxrlhf.plan import hlo
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.programs import build_system, lower, offloaded_arguments, topology_devices
+from jaxrlhf.plan.programs import System, build_system, lower, offloaded_arguments, topology_devices
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.traffic import Loops, Traffic, kernels, launches, traffic
+from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.runs.console import Console
+from jaxrlhf.xla_flags import VARIABLE, set_xla_flags
 
 # No device is opened: libtpu need not ask the cloud for one, and several processes may load it at once.
 ENVIRONMENT = {
@@ -46,6 +57,8 @@ class Compiled:
     seconds: float
     problems: tuple[str, ...]
     """Reasons why the program cannot run, or runs badly."""
+    traffic: Traffic | None = None
+    """Cost of its kernels; None for other devices than NVIDIA's."""
 
     @property
     def bytes(self) -> int:
@@ -79,11 +92,20 @@ def compile_programs(config: PlanConfig, console: Console) -> dict[str, Compiled
     results = {}
     for program in config.programs:
         with console.status(f"compiling {program} for {where}"):
-            results[program] = _in_a_process(config, program)
+            results[program] = compile_program(config, program)
     return results
 
 
-def _in_a_process(config: PlanConfig, program: str) -> Compiled:
+def environment(platform: str) -> dict[str, str]:
+    """Environment of a compiling process."""
+    found = os.environ | ENVIRONMENT
+    if platform == "cuda":
+        set_xla_flags(found, platform)
+        found[VARIABLE] += " --xla_gpu_enable_triton_gemm=false"
+    return found
+
+
+def compile_program(config: PlanConfig, program: str) -> Compiled:
     """Compile one program in a process of its own."""
     command = [sys.executable, "-m", "jaxrlhf.plan.compile", program]
     begin = time.monotonic()
@@ -93,7 +115,7 @@ def _in_a_process(config: PlanConfig, program: str) -> Compiled:
         capture_output=True,
         text=True,
         errors="replace",
-        env=os.environ | ENVIRONMENT,
+        env=environment(config.accelerator.platform),
     )
     return read_outcome(program, done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
 
@@ -119,14 +141,45 @@ def read_outcome(program: str, status: int, output: str, log: str, seconds: floa
         return Compiled(program, 0, 0, 0, 0, 0, seconds, (f"out of memory: {memory[0][:300]}",))
     moved = [line.strip()[:300] for line in log.splitlines() if INVOLUNTARY in line]
     problems = tuple(f"the compiler moves an array whole between shardings: {line}" for line in moved[:1])
-    return Compiled(program, **json.loads(output.splitlines()[-1]), seconds=seconds, problems=problems)
+    sizes = json.loads(output.splitlines()[-1])
+    cost = sizes.pop("traffic", None)
+    found = Compiled(program, **sizes, seconds=seconds, problems=problems)
+    return found if cost is None else dataclasses.replace(found, traffic=Traffic(**cost))
+
+
+def compile_for_device(system: System, program: str, device: Device) -> tuple[jax.stages.Compiled, Traffic | None]:
+    """Compiles one of PROGRAMS in this process, whose environment is `environment`, and counts its kernels' cost."""
+    lowered = lower(system, program)
+    if device.platform != "cuda":
+        return lowered.compile(), None
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        dumps = sorted(Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt"))
+        thunks = dumps[-1].read_text() if dumps else None
+    return compiled, count(compiled.as_text() or "", thunks, system.config, device)
+
+
+def count(text: str, thunks: str | None, config: PPOConfig, device: Device) -> Traffic:
+    """Cost of a compiled program.
+
+    Args:
+        text: The optimised HLO.
+        thunks: XLA's dump of what it launches; None: every kernel counts as launched by itself.
+        config: Settings of the run; its lengths say how often and over how many columns decoding goes.
+        device: The device that it was compiled for.
+    """
+    prompt, response = config.data.max_prompt_seq_len, config.sampling.max_new_tokens
+    live = (prompt + (response + 1) / 2) / (prompt + response)
+    found = kernels(hlo.parse(text), Loops(response - 1, live))
+    return traffic(found, device.rates, None if thunks is None else launches(thunks))
 
 
 def main(program: str) -> None:
     """Compile in this process: settings as JSON on standard input, sizes as JSON on standard output."""
     config = PlanConfig.create(**json.load(sys.stdin))
     system = build_system(config, topology_devices(config.accelerator, config.shape, config.devices))
-    memory = lower(system, program).compile().memory_analysis()
+    compiled, cost = compile_for_device(system, program, config.accelerator)
+    memory = compiled.memory_analysis()
     assert memory is not None
     # The TPU compiler counts arguments in host memory apart, the CUDA compiler among the others.
     waiting = 0 if memory.host_argument_size_in_bytes else offloaded_arguments(system, program)
@@ -137,6 +190,7 @@ def main(program: str) -> None:
         "aliased": memory.alias_size_in_bytes - replaced,
         "temporaries": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes - waiting,
+        "traffic": cost and dataclasses.asdict(cost),
     }
     print(json.dumps(sizes))
 

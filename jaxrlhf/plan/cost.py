@@ -73,7 +73,7 @@ def _passes(system: System, name: str, rows: float, forwards: int, backwards: in
     c, tensor, fsdp, expert = module.config, system.tensor, system.mesh.shape["fsdp"], system.expert
     once = forward(module, rows, length, length, system.headed, padded=True, expert=expert) * (1 / tensor)
     stream = rows * length * c.hidden_size * itemsize(module)
-    scores = 4 * rows * c.num_heads / tensor * length * length
+    scores = 0 if system.attends_in_blocks(name) else 4 * rows * c.num_heads / tensor * length * length
     activations = Cost(bytes=c.num_layers * (ACTIVATION_PASSES * stream + 4 * scores))
     # A frozen base needs no gradients of its weights, only those of what flows through it.
     cost = (once + activations) * (forwards + (1 if module.lora is not None else 2) * backwards)

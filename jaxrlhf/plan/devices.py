@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.roofline import Peaks
+from jaxrlhf.plan.traffic import Rates
 
 GIB = 2**30
 
@@ -52,10 +53,22 @@ class Device:
     """TPU slices by shape."""
     per_chip: int = 1
     """Devices of a TPU chip, which shapes count."""
+    compute_capability: str = ""
+    """Of an NVIDIA device."""
+
+    @property
+    def device_kind(self) -> str:
+        """The name under which kernels/choice.py knows it."""
+        return self.name
 
     def peaks(self, share: float = 1.0) -> Peaks:
         """Peak rates, the arithmetic at `share` of that of bfloat16."""
         return Peaks(self.flops * share, self.bandwidth, self.host_link)
+
+    @property
+    def rates(self) -> Rates:
+        """Rates that the estimate from compiled programs expects (docs/planning.md)."""
+        return Rates(0.85 * self.bandwidth, 0.8 * self.flops)
 
 
 # Compute capability, SMs, clock in GHz, FP32 lanes per SM, L2 bytes, shared memory per SM and per block (opt-in). [P]
@@ -83,7 +96,8 @@ def _gpu(
     source: str,
 ) -> Device:
     host_link = 32e9 if network < 50e9 else 64e9
-    return Device(name, "cuda", memory, flops, bandwidth, link, network, host_link, 8, 0.92, source, cuda=cuda)
+    rates, capability = (flops, bandwidth, link, network, host_link), f"{dict(cuda)['major']}.0"
+    return Device(name, "cuda", memory, *rates, 8, 0.92, source, cuda=cuda, compute_capability=capability)
 
 
 def _tpu(
@@ -112,6 +126,7 @@ _ALL = (
     Device(
         *("gb200", "cuda", 197_897_748_480, 2500e12, 7928e9, 900e9, 50e9, 225e9, 4, 0.92, "B X"),
         cuda=_GB200,
+        compute_capability="10.0",
     ),
     Device("mi300x", "rocm", 206_141_652_992, 1307.4e12, 5300e9, 448e9, 50e9, 64e9, 8, 0.92, "M"),
     _tpu("v4", 32, 275e12, 1228e9, 300e9, _TORUS_3D),

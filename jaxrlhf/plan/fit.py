@@ -24,7 +24,6 @@ from jaxrlhf.plan.search import (
     STAGES,
     Nearest,
     capacity,
-    eased,
     flags_between,
     nearest_on_mesh,
     nearest_with_more_devices,
@@ -43,6 +42,7 @@ EVAL_ROWS = "per_device_eval_batch_size"
 OFFLOADS = ("offload_reference_model", "offload_reward_model", "offload_optimizer")
 FITTED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", EVAL_ROWS, "generation_batches"),
+    "per_device_score_batch_size",
     *("generate_tensor_parallel", "remat_policy", "zero_stage", *STAGES, "mesh_tensor", "mesh_fsdp", *OFFLOADS),
 )
 """Settings that `--fit auto` may choose."""
@@ -100,7 +100,7 @@ def fitted(config: C, section: str = "") -> C:
         raise InputError(
             "\n  ".join([f"fit=auto: {gib(need)} GiB per device do not fit {where}", *_next_step(plan, kept, section)])
         )
-    found = eased(plan, nearest.config)
+    found = nearest.config
     console.print(f"fit: {gib(need)} GiB per device as asked, {gib(_peak(found))} with the flags below, on {where}")
     for line in _choices(plan, found, nearest.reasons, section):
         console.print(f"  {line}")
@@ -161,6 +161,7 @@ def device_at_hand() -> Device:
         devices_per_host=len(local),
         usable=usable,
         source="the runtime",
+        compute_capability=str(getattr(local[0], "compute_capability", "")),
         pinned_host=platform != "cpu",
         **rates,
     )

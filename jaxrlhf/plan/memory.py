@@ -95,11 +95,8 @@ def _residuals(module: Decoder, rows: int, length: int, longest: int | None, dro
     """Bytes that a training pass keeps for its backward pass, without parameters and casts of them.
 
     Masks that are computed twice are kept once, as compilers do. `longest`: columns that the head runs on; None: all.
-    `drops`: with the masks of dropout. "auto" attention is plain XLA: the planner's own
-    device says nothing about the planned one.
+    `drops`: with the masks of dropout.
     """
-    if module.attention_implementation == "auto":
-        module = module.clone(attention_implementation="xla")
     params = param_shapes(module)
     trainable, frozen = split_trainable(params, module)
     frozen = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype), frozen)
@@ -111,7 +108,8 @@ def _residuals(module: Decoder, rows: int, length: int, longest: int | None, dro
             params = join(trainable, frozen)
             if drops:
                 method, rngs = "logprobs" if module.head == "lm" else None, {"dropout": jax.random.key(0)}
-                return cast(Any, module.apply({"params": params}, tokens, mask, rngs=rngs, method=method))
+                call = {"contiguous": True, "rngs": rngs, "method": method}
+                return cast(Any, module.apply({"params": params}, tokens, mask, **call))
             if module.head == "scalar":
                 return critic_values(module, params, tokens, mask)
             return actor_logprobs(module, params, tokens, mask, 1.0, mask, longest)[0]
@@ -128,14 +126,23 @@ def _residuals(module: Decoder, rows: int, length: int, longest: int | None, dro
 
 
 def residual_bytes(
-    module: Decoder, rows: int, length: int, longest: int | None, tensor: int, expert: int = 1, drops: bool = False
+    module: Decoder,
+    rows: int,
+    length: int,
+    longest: int | None,
+    tensor: int,
+    expert: int = 1,
+    drops: bool = False,
+    blocks: bool = False,
 ) -> int:
     """Bytes kept for the backward pass on a device with `rows` rows, one of `tensor` that share heads and MLP.
+
+    `blocks`: attention keeps its scores on the chip; all kernels of that kind keep the same arrays.
 
     Of `expert` devices that split the experts, each has room for all choices of all their tokens. (As many experts on
     one device, each with its own tokens, take as much where every expert computes every token.)
     """
-    local = local_module(module, tensor)
+    local = local_module(module, tensor).clone(attention_implementation="pallas" if blocks else "xla")
     kept = _residuals(cast(Any, local), rows, length, longest, drops)
     if expert > 1 and local.config.num_experts > 1 and local.expert_implementation == "ragged":
         few, more = (
@@ -319,6 +326,7 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
     """Scratch of one layer's arithmetic besides the residuals, or of the head where that is more."""
     module = system.modules[name]
     scores = score_bytes(module, rows, system.length, system.length, system.tensor)
+    scores = 0 if system.attends_in_blocks(name) else scores
     factors = scratch_of(platform)
     layers = factors.backward_layers if backward else factors.forward_layers
     layer = {
@@ -367,7 +375,8 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     for name in trained:
         module = system.modules[name]
         drops = system.trainer in ("sft", "reward") and has_dropout(module)
-        kept.append(residual_bytes(module, *shape, system.tensor, system.expert, drops))
+        blocks = system.attends_in_blocks(name)
+        kept.append(residual_bytes(module, *shape, system.tensor, system.expert, drops, blocks))
     loops = config.run.gradient_accumulation_steps > 1
     backward = {
         "gradient layout copies": _layout_copies(system) if factors.layout_copies and not loops else 0,
@@ -389,7 +398,7 @@ def score_memory(system: System, platform: str) -> ProgramMemory:
     """Memory of `score_rollout`: the models' forward passes, one after the other; of DPO the reference's."""
     if system.supervised:
         return _reference_memory(system, platform)
-    rows = _micro_rows(system)
+    rows = system.config.score_rows
     arguments = _on_device(system, platform, system.scoring) | {
         "batch": tree_bytes(rollout(system, system.rows), platform)
     }
@@ -445,13 +454,15 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
     activations = (
         tokens * c.hidden_size * (4 + 3 * size) + tokens * mlp_width(module, system.expert) // tensor * 2 * size
     )
-    activations += int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + size / 4))
+    if not system.attends_in_blocks("actor", "prefill_attention"):
+        activations += int(score_bytes(module, rows, prompt, prompt, tensor) * (1 + size / 4))
     prompt_cache = cache_bytes(system) * prompt // system.length
     # Query, key and value of a prompt are one array, which stays until the cache is filled.
     queries = 0 if platform == "tpu" else prompt_cache * c.num_heads // (2 * c.num_kv_heads)
     prefill = {"KV cache": prompt_cache, "queries": queries, "prefill activations": activations}
     logits = 4 * rows * c.padded_vocab_size // tensor
-    attend = 2 * score_bytes(module, rows, 1, system.length, tensor)
+    blocks = system.attends_in_blocks("actor", "decode_attention")
+    attend = 0 if blocks else 2 * score_bytes(module, rows, 1, system.length, tensor)
     decode = {"KV cache": cache_bytes(system, platform), "logits": 2 * logits + attend}
     if platform == "tpu":  # the prompt's keys and values are laid out anew for decoding
         decode["KV cache of the prompt"] = prompt_cache

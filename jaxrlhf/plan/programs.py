@@ -22,6 +22,7 @@ from jaxrlhf.data.loading import packs
 from jaxrlhf.data.tokenized import SEQUENCES
 from jaxrlhf.engine import Requests, Rollout, SamplingConfig, generate
 from jaxrlhf.errors import InputError
+from jaxrlhf.kernels.choice import LIBRARIES, decide
 from jaxrlhf.models import (
     Decoder,
     DecoderConfig,
@@ -105,6 +106,20 @@ class System:
     generate_mesh: Mesh
     state: PPOState
     frozen: FrozenModels
+    device: Device
+    """The planned one."""
+
+    def attends_in_blocks(self, name: str, kernel: str = "flash_attention") -> bool:
+        """True for a model whose attention keeps scores on the chip, as all kernels but XLA's do."""
+        module = self.modules[name]
+        c, asked = module.config, module.attention_implementation
+        if self.trainer in ("sft", "reward") and c.attention_dropout:
+            return False
+        if asked != "auto":
+            return asked != "xla" and (asked not in LIBRARIES or kernel == "flash_attention")
+        facts = {"dtype": module.dtype, "head_dim": c.head_dim, "alibi": c.position == "alibi"}
+        facts |= {"softcap": c.attention_softcap is not None, "device": self.device}
+        return decide(kernel, "auto", **facts).implementation != "xla"
 
     @cached_property
     def modules(self) -> dict[str, Decoder]:
@@ -253,7 +268,15 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     def model(shape: DecoderConfig, head: str, stage: int, kv_cache_dtype: str = "auto") -> Model:
         dtype, remat = ppo.mesh.compute_dtype, ppo.run.remat
         module = Decoder(
-            shape, head, dtype, remat, zero_stage=stage, kv_cache_dtype=kv_cache_dtype, expert_implementation=experts
+            shape,
+            head,
+            dtype,
+            remat,
+            zero_stage=stage,
+            attention_implementation=ppo.compute.attention_implementation,
+            logprob_implementation=ppo.compute.logprob_implementation,
+            expert_implementation=experts,
+            kv_cache_dtype=kv_cache_dtype,
         )
         return Model(module, param_shapes(module), shape)
 
@@ -271,7 +294,7 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     if not supervised:
         generating = generate_mesh(mesh, shapes["actor"].num_heads, ppo.rollout.generate_tensor_parallel)
         ppo.rollout_rows(batch_devices(mesh))  # refuses groups and pieces that do not divide the rows
-    return System(config.trainer, config.programs, ppo, mesh, generating, state, frozen)
+    return System(config.trainer, config.programs, ppo, mesh, generating, state, frozen, config.accelerator)
 
 
 def model_configs(config: PlanConfig, longest: int, lengths: str) -> dict[str, DecoderConfig]:

@@ -76,10 +76,10 @@ class Change(NamedTuple):
 
 
 def _smaller_micro_batches(c: PlanConfig) -> Mapping[str, object]:
-    """The same rollout batch in micro-batches of one row."""
+    """The same rollout batch in micro-batches of one row, in scoring too."""
     rows = c.value("per_device_train_batch_size")
     steps = rows * c.value("gradient_accumulation_steps")
-    return {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
+    return {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps, SCORE_ROWS: 0}
 
 
 def _pieces(c: PlanConfig) -> Mapping[str, object]:
@@ -137,6 +137,7 @@ def _lora(c: PlanConfig) -> Mapping[str, object]:
     return {} if c.value("lora_r") else {"lora_r": LORA_RANK} | shared
 
 
+SCORE_ROWS = "per_device_score_batch_size"
 ONE_ROW = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "generation_batches")
 STAGES = ("critic_zero_stage", "reference_zero_stage", "reward_zero_stage")
 CHANGES = (
@@ -158,7 +159,7 @@ CHANGES = (
         lambda c: {"offload_optimizer": True} if c.accelerator.pinned_host else {},
     ),
     # One row per device shortens the cache.
-    Change("a smaller batch: other training dynamics", lambda c: dict.fromkeys(ONE_ROW, 1), False),
+    Change("a smaller batch: other training dynamics", lambda c: dict.fromkeys(ONE_ROW, 1) | {SCORE_ROWS: 0}, False),
     Change(f"adapters of rank {LORA_RANK} instead of all parameters: another kind of training", _lora, False),
 )
 ALIKE = [change for change in CHANGES if change.same_training]
@@ -198,6 +199,7 @@ def nearest_on_mesh(config: PlanConfig, kept: Collection[str] = ()) -> Nearest |
     for change in chosen:
         before, found = found, change.apply(found, kept)
         reasons += [change.reason] if found is not before else []
+    found = eased(config, found)
     same = all(change.same_training for change in chosen)
     return Nearest(found, flags_between(config, found), tuple(reasons), int(_peak_of(found)), same)
 
@@ -222,6 +224,20 @@ def eased(asked: PlanConfig, found: PlanConfig) -> PlanConfig:
         split = (found.replace(generation_batches=n) for n in _divisors(pieces) if n >= least)
         found = next((config for config in split if _fits(config)), found)
     return found
+
+
+def largest_micro_batches(config: PlanConfig) -> PlanConfig:
+    """The same run with the largest micro-batches that fit, in training and then in scoring."""
+    rows, steps = "per_device_train_batch_size", "gradient_accumulation_steps"
+    total = config.value(rows) * config.value(steps)
+    sizes = [n for n in reversed(_divisors(total)) if n > config.value(rows)]
+    larger = (config.replace(**{rows: n, steps: total // n}) for n in sizes)
+    found = next((c for c in larger if _fits(c)), config)
+    if "generate" not in config.programs:
+        return found
+    batch = found.ppo.rows_per_device
+    sizes = [n for n in reversed(_divisors(batch)) if n > found.ppo.score_rows]
+    return next((c for c in (found.replace(**{SCORE_ROWS: n}) for n in sizes) if _fits(c)), found)
 
 
 def _shared_out(config: PlanConfig, devices: int) -> dict[str, int]:

@@ -29,11 +29,13 @@ PROGRAMS = ("generate", "score", "train")
 
 SHOWN = {
     *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_context", "mesh_tensor"),
-    *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype"),
+    *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype", "per_device_score_batch_size"),
     *("dtype", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs"),
     *(
         "max_prompt_seq_len",
         "max_new_tokens",
+        "top_k",
+        "top_p",
         "samples_per_prompt",
         "max_length",
         "packing",
@@ -43,7 +45,7 @@ SHOWN = {
     ),
     *("critic_lora_target_modules", "zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),
     *("offload_reference_model", "offload_reward_model", "offload_optimizer", "gradient_checkpointing"),
-    *("remat_policy", "enable_ema", "num_train_epochs"),
+    *("remat_policy", "attention_implementation", "logprob_implementation", "enable_ema", "num_train_epochs"),
 }
 """Settings of the trainers that a plan takes."""
 
@@ -147,8 +149,9 @@ class PlanConfig(ClusterConfig):
 
     @property
     def planned(self) -> PPOConfig:
-        """The settings of the planned run, with the algorithm's own and the precision that the device chooses."""
-        values: dict[str, Any] = {}
+        """The settings of the planned run, with the algorithm's own and the precision and remat that the device
+        chooses."""
+        values: dict[str, Any] = {"remat_policy": self.ppo.run.remat_on(self.accelerator.platform)}
         if self.ppo.mesh.dtype == "auto":
             values["dtype"] = "float32" if self.accelerator.platform == "cpu" else "bfloat16"
         algorithm = ALGORITHMS.get(self.trainer)

@@ -44,6 +44,8 @@ class Kernel:
     """Runs in one call of the program."""
     loop: str = ""
     """The loops around it, outermost first, each followed by a slash."""
+    decodes: bool = False
+    """In a loop without a known count."""
 
     @property
     def bytes(self) -> float:
@@ -93,7 +95,9 @@ def kernels(program: Program, loops: Loops = Loops()) -> list[Kernel]:
     return list(_kernels(program, program.computations[program.entry], loops, 1.0, ""))
 
 
-def _kernels(program: Program, within: Computation, loops: Loops, times: float, path: str) -> Iterator[Kernel]:
+def _kernels(
+    program: Program, within: Computation, loops: Loops, times: float, path: str, decodes: bool = False
+) -> Iterator[Kernel]:
     for x in within.instructions.values():
         if x.operation in NOTHING:
             continue
@@ -102,16 +106,16 @@ def _kernels(program: Program, within: Computation, loops: Loops, times: float, 
             count = times * (float(known) if known else loops.steps)
             for part in ("condition", "body"):
                 inner = program.computations[x.attribute(rf"{part}=%?([\w.\-]+)") or ""]
-                yield from _kernels(program, inner, loops, count, f"{path}{x.name}/")
+                yield from _kernels(program, inner, loops, count, f"{path}{x.name}/", decodes or not known)
         elif x.operation == "conditional":
             branches = _branches(program, x)
             for branch in branches:
-                yield from _kernels(program, branch, loops, times / len(branches), path)
+                yield from _kernels(program, branch, loops, times / len(branches), path, decodes)
         elif x.operation == "call" and x.called:
-            yield from _kernels(program, program.computations[x.called], loops, times, path)
+            yield from _kernels(program, program.computations[x.called], loops, times, path, decodes)
         else:
             kind, read, written, flops, count = _cost(program, within, x, loops)
-            yield Kernel(x.name, kind, read, written, flops, count, times, path)
+            yield Kernel(x.name, kind, read, written, flops, count, times, path, decodes)
 
 
 def _branches(program: Program, x: Instruction) -> list[Computation]:
@@ -259,6 +263,8 @@ class Traffic:
     """Kernels that only copy."""
     launched: float
     """Launches outside of command buffers."""
+    decoded: float
+    """Those of the bytes that decoding reads and writes, all its steps together."""
     seconds: float
     """Sum over kernels of the longer of their bytes and their FLOPs, and the launches."""
 
@@ -294,6 +300,7 @@ def traffic(found: Collection[Kernel], rates: Rates, launched: Sequence[int] | N
         kernels=sum(k.times * k.launches for k in found),
         copies=sum(k.times * k.launches for k in found if k.kind == "copy"),
         launched=alone,
+        decoded=sum(k.times * k.bytes for k in found if k.decodes),
         seconds=busy + alone * rates.launch,
     )
 

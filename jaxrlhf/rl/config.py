@@ -95,6 +95,9 @@ class RolloutConfig(Settings, may_change=True):
     generation_batches: PositiveInt = 1
     """Pieces that a rollout batch is generated in, each of prompts of similar length: less memory for the key/value
     cache and less padding, same responses."""
+    per_device_score_batch_size: NonNegativeInt = 0
+    """Rows per device that are scored at once: scoring keeps no activations, so more fit than in training. 0:
+    per_device_train_batch_size, with which the first update's ratio is exactly 1; with another, 1 within rounding."""
     generate_tensor_parallel: NonNegativeInt = 0
     """Devices that one copy of the actor is split over when it generates: mesh_tensor times a divisor of mesh_fsdp;
     0: those of one host."""
@@ -169,6 +172,11 @@ class PPOOptions(StepOptions):
                 f"total_episodes={self.rollout.total_episodes} and max_steps={self.run.max_steps} exclude each other: "
                 "leave one of them out"
             )
+        if self.rollout.per_device_score_batch_size and self.rows_per_device % self.score_rows:
+            raise InputError(
+                f"per_device_score_batch_size={self.score_rows} must divide the {self.rows_per_device} rows per device "
+                "of a rollout batch"
+            )
         self.hyperparameters().check_groups()
         algorithm = self.algorithm.algorithm
         for name in algorithm.unused:
@@ -198,11 +206,17 @@ class PPOOptions(StepOptions):
         run = self.run
         return run.per_device_train_batch_size * run.gradient_accumulation_steps * self.algorithm.num_mini_batches
 
+    @property
+    def score_rows(self) -> int:
+        """Rows per device that are scored at once."""
+        return self.rollout.per_device_score_batch_size or self.run.per_device_train_batch_size
+
     def hyperparameters(self) -> PPOHyperparameters:
         """The algorithm with the values that it takes from sampling and run: the program's static argument."""
         return dataclasses.replace(
             self.algorithm,
             micro_batches=self.run.gradient_accumulation_steps,
+            score_batches=self.rows_per_device // self.score_rows,
             samples_per_prompt=self.sampling.samples_per_prompt,
             temperature=self.sampling.temperature,
             response_length=self.sampling.max_new_tokens,

@@ -108,22 +108,23 @@ def score_rollout(
     mesh: Mesh | None,
     sampling: SamplingConfig | None = None,
 ) -> Experience:
-    """Turns a rollout into experience with the train program's forward passes, in chunks of a micro-batch.
+    """Turns a rollout into experience with the train program's forward passes, in chunks of rows.
 
     Args:
         rollout: prompts and responses, `[B, P+N]`.
         models: without a critic there are no values; without a reward model scores are 0 until
             `Experience.with_scores`.
-        hyperparameters: temperature and micro-batches.
+        hyperparameters: temperature and chunks.
         mesh: where the models lie.
         sampling: says which responses ended by themselves; None: not known.
     """
     h = hyperparameters
     longest = rollout.tokens.shape[1] - rollout.prompt_length
+    chunks = h.score_batches or h.num_mini_batches * h.micro_batches
 
     def passes(model: Model, function: Callable[[Decoder, PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
         params = working_copy(on_device(model.params), logical_axes(model.module), model.module, mesh)
-        return map_rows(partial(function, model.module, params), rows, h.num_mini_batches * h.micro_batches)
+        return map_rows(partial(function, model.module, params), rows, chunks)
 
     def logprobs_of(module: Decoder, params: PyTree, rows: Rollout) -> tuple[jax.Array, jax.Array]:
         return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature, rows.response_mask, longest)

@@ -82,6 +82,8 @@ class PPOHyperparameters(Settings):
 
     micro_batches: Derived[PositiveInt] = 1
     """Chunks that a minibatch is worked through in (gradient accumulation); changes memory, not results."""
+    score_batches: Derived[PositiveInt | None] = None
+    """Chunks that a rollout batch is scored in; None: as many as it is trained in."""
     samples_per_prompt: Derived[PositiveInt] = 1
     """Responses to one prompt, beside each other in the batch: the groups of grpo and rloo."""
     temperature: Derived[Positive] = 1.0

@@ -195,6 +195,8 @@ def same_rows(config: Config, run: Run, rows: int, devices: int) -> Config:
     per_device = before // split
     fitting = next(n for n in range(min(size, per_device), 0, -1) if per_device % n == 0)
     new = {"per_device_train_batch_size": fitting, "gradient_accumulation_steps": per_device // fitting}
+    if hasattr(config, "rollout"):
+        new["per_device_score_batch_size"] = 0
     text = config.value("per_device_ptx_batch_size") if hasattr(config, "ptx") else 0
     if text:
         blocks = metadata["identity"]["pretraining_text"][-1]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -92,10 +93,10 @@ class ComputeConfig(Settings):
     state; 2: the same, but parameters are gathered once per step; 1: gradients are whole too; 0: nothing."""
     attention_implementation: Literal["auto", "xla", "pallas", "cudnn", "tokamax"] = "auto"
     """Attention kernels: xla; pallas, our own (NVIDIA, TPU; interpreted on CPU, so very slow); cudnn and tokamax, for
-    training and scoring alone, without packing (NVIDIA); auto: the fastest one measured."""
+    training and scoring alone, without packing (NVIDIA); auto: the one that evidence says is fastest."""
     logprob_implementation: Literal["auto", "xla", "pallas"] = "auto"
     """Kernels of token log-probs: xla; pallas, our own, which keeps logits on the chip (NVIDIA, TPU; interpreted on
-    CPU); auto: the fastest one measured."""
+    CPU); auto: the one that evidence says is fastest."""
     expert_implementation: Literal["auto", "ragged", "dense"] = "auto"
     """Experts of sparse models: ragged, on tokens sorted by expert; dense, every expert on every token; auto: ragged
     where XLA or JAX has an efficient form of it."""
@@ -199,8 +200,9 @@ class RunConfig(Settings, may_change=True):
     """Micro-batches per optimizer step, accumulated inside the jitted step."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: the same as remat_policy full."""
-    remat_policy: Literal["none", "full", "dots"] = "none"
-    """What the backward pass recomputes of a layer. none: nothing; full: everything; dots: all but matrix products."""
+    remat_policy: Literal["auto", "none", "full", "dots"] = "auto"
+    """What the backward pass recomputes of a layer. none: nothing; full: everything; dots: all but matrix products;
+    auto: dots on GPUs and TPUs, none on CPUs."""
     offload_optimizer: Annotated[bool, alias("offload")] = False
     """Keep Adam's moments in host memory, and bring them to the devices for the update."""
     logging_steps: PositiveInt = 10
@@ -256,7 +258,17 @@ class RunConfig(Settings, may_change=True):
 
     @property
     def remat(self) -> str:
-        return "full" if self.remat_policy == "none" and self.gradient_checkpointing else self.remat_policy
+        """The policy on the devices at hand."""
+        return self.remat_on(jax.default_backend())
+
+    def remat_on(self, platform: str) -> str:
+        """The policy on devices of a platform."""
+        if self.gradient_checkpointing and self.remat_policy in ("auto", "none"):
+            return "full"
+        if self.remat_policy != "auto":
+            return self.remat_policy
+        # Activations fill and cross a fast device's memory faster than it computes them anew; a CPU computes slowly.
+        return "none" if platform == "cpu" else "dots"
 
     def total_steps(self, rows: Callable[[], int], batch: int) -> int:
         """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last may reach into the next).

@@ -22,7 +22,7 @@ from jaxrlhf.plan.memory import cache_bytes, estimate, residual_bytes
 from jaxrlhf.plan.programs import array_bytes, build_system, lower, tree_bytes
 from jaxrlhf.plan.report import as_dict
 from jaxrlhf.plan.roofline import forward
-from jaxrlhf.plan.search import CHANGES, capacity, flags_between
+from jaxrlhf.plan.search import CHANGES, capacity, flags_between, largest_micro_batches, nearest_on_mesh, peak
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.runs.console import Console
@@ -350,7 +350,7 @@ def test_66b_does_not_fit_one_host_of_eight_with_all_parameters_trained():
 
 
 def test_the_nearest_setting_fits_and_is_told_in_flags():
-    asked = ["--actor", "opt-13b", "--device", "a100-80g", "--devices", "8", "--per_device_train_batch_size", "16"]
+    asked = ["--actor", "opt-13b", "--device", "a100-80g", "--devices", "8", "--per_device_train_batch_size", "64"]
     plan = make_plan(parse(PlanConfig, asked, "plan", ""))
     assert not plan.fits and plan.nearest.same_training and plan.larger is None
     again = make_plan(parse(PlanConfig, asked + plan.nearest.flags.split(), "plan", ""))
@@ -373,9 +373,21 @@ def test_changes_of_layout_keep_the_rollout_batch():
 
 
 def test_micro_batches_are_tried_before_anything_that_costs_more():
-    plan = make_plan(config_of(actor="opt-1.3b", devices=8, per_device_train_batch_size=32))
-    assert not plan.fits
-    assert plan.nearest.flags == "--per_device_train_batch_size 1 --gradient_accumulation_steps 32"
+    config = config_of(actor="opt-1.3b", devices=8, per_device_train_batch_size=256)
+    found = nearest_on_mesh(config)
+    assert found.flags == "--per_device_train_batch_size 128 --gradient_accumulation_steps 2"
+    assert not fits(config), "the next larger one"
+
+
+def test_the_largest_micro_batches_of_training_and_of_scoring_are_proposed():
+    config = config_of(actor="opt-1.3b", per_device_train_batch_size=8, gradient_accumulation_steps=32)
+    larger = largest_micro_batches(config)
+    flags = "--per_device_train_batch_size 64 --gradient_accumulation_steps 4 --per_device_score_batch_size 256"
+    assert flags_between(config, larger) == flags
+    assert peak(programs_of(larger)) <= capacity(config) and build_system(larger).rows == build_system(config).rows
+    assert largest_micro_batches(larger) == larger
+    next_one = larger.replace(per_device_train_batch_size=128, gradient_accumulation_steps=2)
+    assert peak(programs_of(next_one)) > capacity(config)
 
 
 def test_a_model_that_fits_nowhere_in_the_mesh_is_refused_with_the_devices_it_takes(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.rl import PPOHyperparameters, advantages_and_returns, ppo_step
+from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.step import minibatch_rows
 
 BETA = 0.1
@@ -277,6 +278,17 @@ def test_ratio_is_exactly_one_until_parameters_move(options, split, lab, lengths
         assert float(metrics[name]) == value, name
     assert float(metrics["policy/grad_norm"]) > 1e-2
     chex.assert_trees_all_equal(state.actor_params, models.actor.params)
+
+
+def test_scoring_in_chunks_of_its_own_changes_nothing(experience, setup, lab, lengths):
+    rollout = handmade_rollout(lab, lengths, lab.EOS[0])
+    parts = setup.experience(rollout, PPOHyperparameters(score_batches=4))
+    chex.assert_trees_all_close(jax.device_get(parts), experience, rtol=1e-5, atol=2e-6)
+    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    assert PPOConfig.create(**rows).hyperparameters().score_batches == 4
+    assert PPOConfig.create(**rows, per_device_score_batch_size=8).hyperparameters().score_batches == 2
+    with pytest.raises(InputError, match="per_device_score_batch_size=5 must divide the 16 rows per device"):
+        PPOConfig.create(**rows, per_device_score_batch_size=5)
 
 
 def step_with(setup, lab, experience, micro_batches=1):

@@ -28,14 +28,14 @@ PyTree = Any
 
 
 CPU_TOKENS = 2048
-"""Tokens of a micro-batch on a CPU: enough to compute at full speed, and little enough to keep activations small."""
+"""Most tokens of a micro-batch on a CPU, unless a single row is longer."""
 
 
 def micro_batches(batch: PyTree, parts: int) -> int:
     """Chunks that a batch of arrays `[B, T]` is worked through in: `parts`, or on a CPU a multiple of it.
 
-    On a CPU a micro-batch above `CPU_TOKENS` tokens per device is only larger, not faster, so it is split further. The
-    number follows from shapes alone, so a resumed run has the same.
+    On a CPU a micro-batch above `CPU_TOKENS` tokens per device is split further, because its activations fill the
+    memory. The number follows from shapes alone, so a resumed run has the same.
     """
     shapes = [x.shape for x in jax.tree.leaves(batch) if x.ndim == 2]
     if platform() != "cpu" or not shapes:

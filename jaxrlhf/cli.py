@@ -8,10 +8,11 @@ import sys
 import traceback
 from typing import NamedTuple
 
+from jaxrlhf.config.allocator import keep_memory
 from jaxrlhf.config.placeholders import placeholders
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.errors import InputError, Interrupted, RunError
-from jaxrlhf.xla_flags import set_xla_flags
+from jaxrlhf.xla_flags import find_platform, set_xla_flags
 
 PIPE_CLOSED = 141
 """Exit status when the reader of the output is gone, as of a process that SIGPIPE ends."""
@@ -23,7 +24,7 @@ class Command(NamedTuple):
     function: str
     help: str
     on_device: bool = True
-    """Gets the device's compiler flags."""
+    """Gets the device's compiler flags and, on a CPU, memory that is kept from step to step."""
     fits: bool = False
     """One trainer's run, which `jaxrlhf.plan.fit` fits to the devices."""
 
@@ -75,9 +76,7 @@ OTHERS = {
         False,
     ),
     "bench": Command("jaxrlhf.bench.command", "BenchConfig", "bench", "speed against the hardware's limit and peers"),
-    "demo": Command(
-        "jaxrlhf.commands.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU", False
-    ),
+    "demo": Command("jaxrlhf.commands.demo", "DemoConfig", "run_demo", "the three steps on the embedded data, on CPU"),
 }
 
 
@@ -104,8 +103,8 @@ def usage() -> str:
             *lines,
             "",
             "`jaxrlhf COMMAND --help` lists a command's flags; every flag is also a key of the YAML file.",
-            "`--verbose` prints the compiler flags that are set for the device, which kernels run, with reasons,",
-            "and the trace of an error's cause.",
+            "`--verbose` prints the flags of compiler and allocator that are set for the device, which kernels run,",
+            "with reasons, and the trace of an error's cause.",
         ]
     )
 
@@ -142,7 +141,9 @@ def main_of(argv: list[str]) -> int:
         if command is None:
             raise InputError(f"there is no command {name!r}; the commands are {', '.join(commands())}")
         if command.on_device and not {"-h", "--help"} & set(rest):
-            set_xla_flags(os.environ, verbose=verbose)
+            platform = find_platform(os.environ)
+            set_xla_flags(os.environ, platform, verbose=verbose)
+            keep_memory(os.environ, platform, verbose=verbose)
         return run(name, command, rest, verbose)
     except Interrupted as stop:  # every process stops after the same step, so one line is enough
         from jaxrlhf.distributed import is_primary

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAXRLHF_KEEP_MEMORY"] = "0"  # a command that a test calls is not to change the process of all tests
 # Tests run each program once or twice: compiling quickly matters, not the code's speed.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if version("jaxlib").startswith("0.10."):  # its older code generator takes a third of the time; newer ones lack it

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 
+from jaxrlhf.config.allocator import give_back
+
 
 class SystemMeter:
     """Measures memory now, and processor use since the last reading."""
@@ -39,16 +41,44 @@ class SystemMeter:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that this process may still take: the machine's, within the limit of its control group."""
+    """Bytes of host memory that this process may still take: the machine's, within the limits of its control groups."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        sizes = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        free = int(sizes["MemAvailable"].split()[0]) * 1024
-    limit = group / "memory.max"
-    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(most) - int((group / "memory.current").read_text(encoding="ascii")))
-    return max(free, 0)
+        free = 1024 * int(_entries(meminfo)["MemAvailable:"])
+    return max(min([free, *map(_left_in, _control_groups())]), 0)
+
+
+def relieve_memory() -> bool:
+    """Gives unused memory back when the system has little: less than an eighth of what this process holds.
+
+    The allocator keeps memory from step to step (`jaxrlhf.config.allocator`). Returns True if it gave some back.
+    """
+    scarce = available_memory() < (_resident_bytes() or 0) / 8
+    if scarce:
+        give_back()
+    return scarce
+
+
+def _entries(file: Path) -> dict[str, str]:
+    """A file of lines such as `name 12` as a dict."""
+    return {line.split()[0]: line.split()[1] for line in file.read_text(encoding="ascii").splitlines()}
+
+
+def _control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """Folders of the control groups (version 2) of this process that limit its memory."""
+    lines = own.read_text(encoding="utf-8").splitlines() if own.is_file() else []
+    paths = [root / line[3:].strip("/") for line in lines if line.startswith("0::")] or [root]
+    groups = [folder for path in paths for folder in (path, *path.parents) if folder.is_relative_to(root)]
+    limits = ((folder, folder / "memory.max") for folder in groups)
+    return [folder for folder, limit in limits if limit.is_file() and limit.read_text().strip() != "max"]
+
+
+def _left_in(group: Path) -> int:
+    """Bytes that a control group may still take; pages of files that it would drop first count as free."""
+    used = int((group / "memory.current").read_text(encoding="ascii"))
+    used -= int(_entries(group / "memory.stat").get("inactive_file", 0))
+    return int((group / "memory.max").read_text(encoding="ascii")) - used
 
 
 def _resident_bytes() -> int | None:

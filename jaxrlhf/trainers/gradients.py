@@ -18,11 +18,32 @@ from jaxrlhf.sharding import (
     constrain_tree,
     on_device,
     optimizer_shardings,
+    platform,
+    split,
     tree_shardings,
 )
 from jaxrlhf.trainers.routers import Recorder, RouterOptions, router_loss, router_metrics
 
 PyTree = Any
+
+
+CPU_TOKENS = 2048
+"""Most tokens of a micro-batch on a CPU, unless a single row is longer."""
+
+
+def micro_batches(batch: PyTree, parts: int) -> int:
+    """Chunks that a batch of arrays `[B, T]` is worked through in: `parts`, or on a CPU a multiple of it.
+
+    On a CPU a micro-batch above `CPU_TOKENS` tokens per device is split further, because its activations fill the
+    memory. The number follows from shapes alone, so a resumed run has the same.
+    """
+    shapes = [x.shape for x in jax.tree.leaves(batch) if x.ndim == 2]
+    if platform() != "cpu" or not shapes:
+        return parts
+    rows, length = max(shapes, key=lambda shape: shape[1])
+    rows //= parts * split("batch", rows)
+    fitting = (more for more in range(1, rows) if rows % more == 0 and rows // more * length <= CPU_TOKENS)
+    return parts * next(fitting, max(rows, 1))
 
 
 def split_rows(batch: PyTree, parts: int) -> PyTree:
@@ -31,13 +52,13 @@ def split_rows(batch: PyTree, parts: int) -> PyTree:
     Striding keeps every part spread over all devices that hold the batch, without moving rows between them.
     """
 
-    def split(x: jax.Array) -> jax.Array:
+    def chunks(x: jax.Array) -> jax.Array:
         if x.shape[0] % parts:
             raise ValueError(f"{parts} parts do not divide a batch of {x.shape[0]} rows")
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
         return constrain(x, None, "batch", *([None] * (x.ndim - 2)))
 
-    return jax.tree.map(split, batch)
+    return jax.tree.map(chunks, batch)
 
 
 def join_rows(batch: PyTree) -> PyTree:
@@ -46,7 +67,8 @@ def join_rows(batch: PyTree) -> PyTree:
 
 
 def map_rows(function: Callable[[PyTree], PyTree], batch: PyTree, parts: int) -> PyTree:
-    """`function` over `parts` chunks of rows, one after the other; results in the original row order."""
+    """`function` over `micro_batches` chunks of rows, one after the other; results in the original row order."""
+    parts = micro_batches(batch, parts)
     if parts == 1:
         return function(batch)
     return join_rows(jax.lax.map(function, split_rows(batch, parts)))
@@ -121,7 +143,7 @@ def model_gradients(
         module: The model.
         trainable: Its leaves that are trained.
         batch: Arrays `[B, …]`.
-        parts: Micro-batches.
+        parts: Micro-batches, at least (`micro_batches`).
         mesh: The training mesh.
         key: Of dropout.
         routers: Weights of the losses of routers.
@@ -134,7 +156,8 @@ def model_gradients(
         return grads if mesh is None else constrain_tree(grads, tree_shardings(axes, grads, mesh, rules))
 
     params = working_copy(trainable, axes, module, mesh, trained=True)
-    if not module.config.num_experts:
+    if not module.config.num_experts:  # losses of routers would need a pass of their own
+        parts = micro_batches(batch, parts)
         return Gradients(*accumulate_gradients(partial(loss, module), params, batch, parts, key, pin), {})
     coefficients = routers.coefficients(module.config)
 

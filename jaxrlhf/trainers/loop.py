@@ -21,6 +21,7 @@ from jaxrlhf.runs.checkpoints import (
 )
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.saving import Retention, Saver
+from jaxrlhf.runs.system import relieve_memory
 from jaxrlhf.trainers.guards import Guard, History, StepPlan
 from jaxrlhf.trainers.resuming import Change, resume_or_start
 from jaxrlhf.trainers.settings import RunConfig
@@ -149,6 +150,7 @@ def fit(
                 bar.update(after - done)
                 if after > done:
                     loop.finish_step(state, after)
+                relieve_memory()
                 done = after
     best = loop.best.step
     loop.newest = (None, task.total_steps)  # frees the memory of the last state, if another one is exported

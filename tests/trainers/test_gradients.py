@@ -1,12 +1,22 @@
 """Micro-batches: rows are dealt out and collected in order, and their gradients add up to the whole batch's."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
-from jaxrlhf.trainers.gradients import accumulate_gradients, join_rows, map_rows, model_gradients, split_rows
+from jaxrlhf.trainers import gradients
+from jaxrlhf.trainers.gradients import (
+    accumulate_gradients,
+    join_rows,
+    map_rows,
+    micro_batches,
+    model_gradients,
+    split_rows,
+)
 
 ROWS = 24
 
@@ -71,6 +81,49 @@ def test_accumulated_loss_statistics_and_gradients_are_those_of_the_whole_batch(
     np.testing.assert_allclose(value, whole[0][0], rtol=2e-6)
     np.testing.assert_allclose(stats["error"], whole[0][1]["error"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(grads["w"], whole[1]["w"], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "parts", "number"),
+    [
+        (16, 352, 1, 4),
+        (16, 352, 8, 8),  # small enough as they are
+        (16, 352, 2, 4),
+        (6, 1024, 1, 3),
+        (7, 1024, 1, 7),  # 7 rows only divide into single ones
+        (2, 5000, 1, 2),  # rows stay whole
+        (1, 5000, 1, 1),
+    ],
+)
+def test_a_cpu_works_on_few_tokens_at_a_time(rows, length, parts, number):
+    batch = {"tokens": np.zeros((rows, length), np.int32), "scores": np.zeros(rows)}
+    assert micro_batches(batch, parts) == number
+
+
+def test_other_devices_work_on_as_many_tokens_as_was_asked_for(monkeypatch):
+    monkeypatch.setattr(gradients, "platform", lambda: "gpu")
+    assert micro_batches({"tokens": np.zeros((16, 352), np.int32)}, 1) == 1
+
+
+def test_tokens_of_a_micro_batch_are_counted_per_device(lab):
+    with use(lab.mesh_of(2, 4), TRAIN_RULES):
+        assert micro_batches({"tokens": np.zeros((64, 512), np.int32)}, 1) == 2
+
+
+def test_smaller_micro_batches_on_a_cpu_change_no_gradient(lab, monkeypatch):
+    model = lab.tiny_model(lab.LLAMA)
+    rows = {"tokens": np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 8)).astype(np.int32)}
+
+    def of_tokens(module, params, batch, key):
+        logprobs, _ = module.apply({"params": params}, batch["tokens"], method="logprobs")
+        return -jnp.sum(logprobs) / 32, jnp.sum(logprobs)
+
+    def run(tokens):
+        monkeypatch.setattr(gradients, "CPU_TOKENS", tokens)
+        return jax.jit(lambda p: model_gradients(of_tokens, model.module, p, rows, 1, None)[:3])(model.params)
+
+    whole, split = run(32), run(8)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), split, whole)
 
 
 def test_every_micro_batch_has_a_key_of_its_own(batch):

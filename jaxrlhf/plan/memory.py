@@ -277,12 +277,12 @@ def _layout_copies(system: System) -> int:
     return sum(4 * math.prod(local_shape(x)) for x in turned)
 
 
-def _head_scratch(system: System, name: str, rows: int, backward: bool) -> dict[str, int]:
+def _head_scratch(system: System, name: str, rows: int, backward: bool, platform: str) -> dict[str, int]:
     """Blocks of token log-probs: of the logits and what is made of them, and of the head where it is gathered."""
     module = system.modules[name]
     c, tokens = module.config, rows * min(system.length, system.headed)
     vocab, gathered = c.padded_vocab_size // system.tensor, _gathers(system, name)
-    blocks = (gathered_blocks if gathered else logprob_blocks)(tokens, vocab)
+    blocks = gathered_blocks(tokens, vocab) if gathered else logprob_blocks(tokens, vocab, platform)
     held = itemsize(module) + (4 if backward else 0)
     return {
         "logits": 3 * 4 * blocks.tokens * blocks.vocab,
@@ -327,7 +327,7 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
         if _gathers(system, name)
         else 0,
     }
-    head = _head_scratch(system, name, rows, backward) if module.head == "lm" else {}
+    head = _head_scratch(system, name, rows, backward, platform) if module.head == "lm" else {}
     return _largest(layer, head)
 
 

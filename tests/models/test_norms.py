@@ -82,6 +82,7 @@ def test_the_backward_pass_keeps_the_input_and_no_float32_copy_of_it(case):
 
 def test_remat_and_scan_change_no_gradient():
     x, scale, bias, upstream, options = make("layernorm")
+    assert bias is not None
     scales, biases = jnp.stack([scale, 0.5 * scale]), jnp.stack([bias, -bias])
 
     def layers(x, scales, biases):

@@ -36,6 +36,12 @@ CUDA_FLAGS = (
         "orders operations so that collectives run while others compute",
     ),
     Flag(
+        "--xla_disable_hlo_passes",
+        "fusion-dynamic-memcpy-rewriter,dynamic-slice-fusion",
+        "reads and writes one layer of stacked arrays by kernels: copies in their place cannot be in a command buffer, "
+        "and would keep the loops over layers and micro-batches of training and scoring out of it",
+    ),
+    Flag(
         "--xla_gpu_all_gather_combine_threshold_bytes",
         _COMBINED,
         "the parameters of an FSDP layer are gathered in one collective",

@@ -87,6 +87,10 @@ class HeadPlacement:
     def gathered(self) -> tuple[str, ...]:
         return tuple(axis for axis in self.vocab if axis in self.tokens)
 
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
 
 @dataclass(frozen=True)
 class LogprobBlocks:
@@ -101,9 +105,13 @@ class LogprobBlocks:
                 raise ValueError(f"{name}={getattr(self, name)} of LogprobBlocks must be at least 1")
 
 
-def logprob_blocks(tokens: int, vocab: int) -> LogprobBlocks:
-    """Blocks of about 1/192 of the logits, near square: each sum is then written rarely and logits stay small."""
-    elements = max(tokens * vocab // 192, 1 << 16)
+def logprob_blocks(tokens: int, vocab: int, platform: str) -> LogprobBlocks:
+    """Blocks of about 1/192 of the logits, near square: each sum is then written rarely and logits stay small.
+
+    Accelerators take at least 2²⁴ logits at a time, 64 MiB in float32: smaller products leave most of one idle, and
+    each block costs it a dozen kernels. A CPU gains nothing from larger blocks and faults in their pages.
+    """
+    elements = max(tokens * vocab // 192, 1 << (16 if platform == "cpu" else 24))
     rows = _even(tokens, max(math.isqrt(elements), elements // vocab))
     return LogprobBlocks(rows, _even(vocab, elements // rows))
 
@@ -313,8 +321,13 @@ def _blocks(tokens: int, stored: int, task: _Task) -> tuple[int, int]:
     """Tokens, and vocabulary entries of what this device stores of the head, that are worked on at a time."""
     placement = task.placement
     devices = 1 if placement is None else math.prod(placement.mesh.shape[axis] for axis in placement.gathered)
-    moves = placement is not None and (placement.gathered or placement.width)
-    blocks = task.blocks or (gathered_blocks if moves else logprob_blocks)(tokens, devices * stored)
+    if task.blocks is not None:
+        blocks = task.blocks
+    elif placement is not None and (placement.gathered or placement.width):
+        blocks = gathered_blocks(tokens, devices * stored)
+    else:
+        platform = jax.default_backend() if placement is None else placement.platform
+        blocks = logprob_blocks(tokens, stored, platform)
     return min(blocks.tokens, tokens), min(max(1, blocks.vocab // devices), stored)
 
 

@@ -20,6 +20,7 @@ from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_s
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.layer_options import LayerOptions, attends_alike, attention_options, layer_options
 from jaxrlhf.models.moe import MoE
+from jaxrlhf.models.norms import NormOptions, normalise
 from jaxrlhf.models.rotary import rotate
 from jaxrlhf.models.sequences import SequenceContext
 from jaxrlhf.sharding import constrain
@@ -54,19 +55,15 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, kind = self.config, self.kind or self.config.norm
-        shape, over = x.shape[-self.axes :], tuple(range(-self.axes, 0))
+        shape = x.shape[-self.axes :]
         size = math.prod(shape)
         init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
-        scale = _parameter(self, "scale", init, (size,), ("norm",)).astype(jnp.float32).reshape(shape)
-        x = x.astype(jnp.float32)
-        if kind == "layernorm":
-            x = x - x.mean(over, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(over, keepdims=True) + c.norm_eps)
-        x = x * (1 + scale if c.norm_plus_one else scale)
+        scale = _parameter(self, "scale", init, (size,), ("norm",)).reshape(shape)
+        bias = None
         if kind == "layernorm" and c.norm_bias:
-            bias = _parameter(self, "bias", nn.initializers.zeros, (size,), ("norm",))
-            x = x + bias.astype(jnp.float32).reshape(shape)
-        return x.astype(self.dtype)
+            bias = _parameter(self, "bias", nn.initializers.zeros, (size,), ("norm",)).reshape(shape)
+        form = NormOptions(c.norm_eps, kind == "layernorm", c.norm_plus_one, self.dtype)
+        return normalise(x, scale, bias, form)
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:

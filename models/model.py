@@ -137,8 +137,9 @@ def trained_head(module: Decoder) -> str | None:
 def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | None, *, trained: bool = False) -> PyTree:
     """The parameters as one train or scoring program reads them, built once at its entry.
 
-    Stages 0 and 3 read the stored parameters (stage 3 gathers them layer by layer). Stages 1 and 2 gather them once
-    over `fsdp`. They cast to the compute dtype first, because that halves the bytes that the collective moves.
+    Matrices are in the compute dtype: cast here, they are cast once per update instead of in each layer of each
+    micro-batch. ZeRO stages 1 and 2 then gather them over `fsdp`, in half the bytes. Stage 3 on several devices reads
+    the stored parameters: it casts and gathers layer by layer, and a gradient is summed over devices in float32.
 
     Args:
         params: The module's tree, or a part of it.
@@ -147,11 +148,19 @@ def working_copy(params: PyTree, axes: PyTree, module: Decoder, mesh: Mesh | Non
         mesh: The training mesh; None for a single device.
         trained: The program computes gradients, so the `trained_head` stays in float32.
     """
-    if mesh is None or module.zero_stage in (0, 3):
+    if reads_stored(module, mesh):
         return params
-    with use(mesh, REPLICATED_RULES), jax.named_scope("working_copy"):
+    with jax.named_scope("working_copy"):
         cast = cast_matrices(params, module.dtype, trained_head(module) if trained else None)
-        return jax.tree.map(lambda x, names: constrain(x, *names), cast, axes)
+        if mesh is None or module.zero_stage in (0, 3):
+            return cast
+        with use(mesh, REPLICATED_RULES):
+            return jax.tree.map(lambda x, names: constrain(x, *names), cast, axes)
+
+
+def reads_stored(module: Decoder, mesh: Mesh | None) -> bool:
+    """True where programs read the stored parameters of `module`, without a `working_copy`."""
+    return module.zero_stage == 3 and mesh is not None and mesh.size > 1
 
 
 def count_params(params: PyTree) -> int:

@@ -29,18 +29,17 @@ def gae(
     keep = jnp.asarray(response_mask) != 0
     rewards, values = keep_where(rewards, keep), keep_where(values, keep)
 
-    def step(following, now):
-        following_advantage, following_value = following
-        reward, value, inside = now
-        advantage = reward + gamma * following_value - value + gamma * lam * following_advantage
-        advantage = jnp.where(inside, advantage, 0)
-        return (advantage, value), advantage
+    # A_t = d_t + c_t A_{t+1}, with c_t = 0 outside of the response: maps that compose in any order, so that a scan of
+    # log T steps takes the place of one of T.
+    following = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    deltas = keep_where(rewards + gamma * following - values, keep)
+    factors = jnp.where(keep, gamma * lam, 0).astype(deltas.dtype)
 
-    dtype = jnp.promote_types(rewards.dtype, values.dtype)
-    columns = (rewards.T.astype(dtype), values.T.astype(dtype), keep.T)
-    after_the_end = jnp.zeros(keep.shape[:1], dtype)
-    _, advantages = jax.lax.scan(step, (after_the_end, after_the_end), columns, reverse=True)
-    return advantages.T, advantages.T + values
+    def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
+        return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
+
+    _, advantages = jax.lax.associative_scan(compose, (factors, deltas), reverse=True, axis=1)
+    return advantages, advantages + values
 
 
 def _groups(x: ArrayLike, group_size: int) -> Array:

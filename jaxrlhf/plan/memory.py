@@ -26,6 +26,7 @@ from jaxrlhf.models import (
     logical_axes,
     param_shapes,
     param_shardings,
+    reads_stored,
     split_trainable,
     trained_head,
 )
@@ -249,13 +250,31 @@ def _sharded_bytes(shapes: PyTree, shardings: PyTree) -> int:
 
 
 def _working_copy(system: System, name: str, params: PyTree, trained: bool = False) -> int:
-    """Bytes of `jaxrlhf.models.working_copy`: parameters gathered over fsdp and expert, at ZeRO stages 1 and 2."""
+    """Bytes of `jaxrlhf.models.working_copy`: all parameters where stages 1 and 2 gather them, else what is cast."""
     module = system.modules[name]
-    if module.zero_stage in (0, 3) or _stored_parts(system) == 1:
+    if reads_stored(module, system.mesh):
         return 0
     head = trained_head(module) if trained and module.lora is None else None
+    if _casts_in_place(system, module):
+        return _cast(params, module, head)
     shapes = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype, head), params)
     return _sharded_bytes(shapes, tree_shardings(logical_axes(module), shapes, system.mesh, REPLICATED_RULES))
+
+
+def _casts_in_place(system: System, module: Decoder) -> bool:
+    """True where the working copy lies as the parameters do."""
+    return not reads_stored(module, system.mesh) and (module.zero_stage in (0, 3) or _stored_parts(system) == 1)
+
+
+def _fresh_gradients(system: System, name: str) -> int:
+    """Bytes of the gradients of one micro-batch: in the dtypes of a working copy that lies as the parameters do."""
+    module = system.modules[name]
+    if not _casts_in_place(system, module):
+        return _gradients(system, name)
+    trainable = system.trainable(name)
+    head = trained_head(module) if module.lora is None else None
+    cast = jax.eval_shape(lambda tree: cast_matrices(tree, module.dtype, head), trainable)
+    return _sharded_bytes(cast, jax.tree.map(lambda x: x.sharding, trainable))
 
 
 def _gradients(system: System, name: str) -> int:
@@ -284,12 +303,12 @@ def _layout_copies(system: System) -> int:
     return sum(4 * math.prod(local_shape(x)) for x in turned)
 
 
-def _head_scratch(system: System, name: str, rows: int, backward: bool) -> dict[str, int]:
+def _head_scratch(system: System, name: str, rows: int, backward: bool, platform: str) -> dict[str, int]:
     """Blocks of token log-probs: of the logits and what is made of them, and of the head where it is gathered."""
     module = system.modules[name]
     c, tokens = module.config, rows * min(system.length, system.headed)
     vocab, gathered = c.padded_vocab_size // system.tensor, _gathers(system, name)
-    blocks = (gathered_blocks if gathered else logprob_blocks)(tokens, vocab)
+    blocks = gathered_blocks(tokens, vocab) if gathered else logprob_blocks(tokens, vocab, platform)
     held = itemsize(module) + (4 if backward else 0)
     return {
         "logits": 3 * 4 * blocks.tokens * blocks.vocab,
@@ -335,7 +354,7 @@ def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform
         if _gathers(system, name)
         else 0,
     }
-    head = _head_scratch(system, name, rows, backward) if module.head == "lm" else {}
+    head = _head_scratch(system, name, rows, backward, platform) if module.head == "lm" else {}
     return _largest(layer, head)
 
 
@@ -390,7 +409,9 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     }
     # Moments that come one after the other come when the backward pass has given its room back.
     phase = backward | brought if factors.brings_all else _largest(backward, brought)
-    gradients = {"gradients": sum(_gradients(system, name) for name in trained) * (2 if loops else 1)}
+    gradients = {"gradients": sum(_fresh_gradients(system, name) for name in trained)}
+    if loops:
+        gradients["gradients"] += sum(_gradients(system, name) for name in trained)
     return _program(system, platform, ProgramMemory("train", arguments, gradients | phase, 0, {}))
 
 
@@ -435,9 +456,9 @@ def _reference_memory(system: System, platform: str) -> ProgramMemory:
     return _program(system, platform, ProgramMemory("score", arguments, scratch, outputs, {}, -unread))
 
 
-def _cast(tree: PyTree, module: Decoder) -> int:
-    """Bytes of a tree's matrices in the compute dtype, where they are held in another."""
-    new = jax.eval_shape(lambda t: cast_matrices(t, module.dtype), tree)
+def _cast(tree: PyTree, module: Decoder, but: str | None = None) -> int:
+    """Bytes of a tree's matrices in the compute dtype, where they are held in another, except the leaf named `but`."""
+    new = jax.eval_shape(lambda t: cast_matrices(t, module.dtype, but), tree)
     changed = jax.tree.map(
         lambda x, y: math.prod(local_shape(x)) * y.dtype.itemsize if x.dtype != y.dtype else 0, tree, new
     )

@@ -253,11 +253,14 @@ def test_the_gradient_of_a_bfloat16_weight_is_summed_as_that_of_a_float32_one(sp
 
 
 @pytest.mark.parametrize(("tokens", "vocab"), [(32768, 50272), (2040, 50272), (1, 50272), (7, 29), (512, 250880)])
-def test_blocks_cover_everything_once_and_are_small(tokens, vocab):
-    blocks = logprob_blocks(tokens, vocab)
+@pytest.mark.parametrize(("platform", "least"), [("cpu", 1 << 16), ("gpu", 1 << 24)])
+def test_blocks_cover_everything_once_and_are_as_small_as_the_platform_likes(tokens, vocab, platform, least):
+    blocks = logprob_blocks(tokens, vocab, platform)
     assert blocks.tokens <= tokens and blocks.vocab <= vocab
-    assert blocks.tokens * blocks.vocab <= 1.1 * max(tokens * vocab / 192, 1 << 16)
+    assert blocks.tokens * blocks.vocab <= 1.1 * max(tokens * vocab / 192, least)
     assert -(-tokens // blocks.tokens) * blocks.tokens < tokens * 1.05 + 16
+    count = -(-tokens // blocks.tokens) * -(-vocab // blocks.vocab)
+    assert count <= 1.1 * tokens * vocab / min(least, tokens * vocab) + 1
 
 
 def test_projection_hides_padded_columns_and_accumulates_in_float32():

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
+from jaxrlhf.models import logical_axes, working_copy
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
 from jaxrlhf.trainers import gradients
 from jaxrlhf.trainers.gradients import (
@@ -158,6 +160,30 @@ def test_the_gradient_of_the_head_is_never_rounded_to_the_compute_dtype(lab, tie
     np.testing.assert_allclose(head(two), head(three), rtol=0, atol=2e-3 * np.abs(head(three)).max())
     if not tied:
         assert is_rounded(two["embed"]["embedding"])
+
+
+def test_on_one_device_matrices_are_cast_once_and_gradients_are_those_of_a_cast_in_each_layer(lab):
+    model = lab.tiny_model(lab.LLAMA | {"tie_word_embeddings": False}, dtype=jnp.bfloat16)
+    module, rows = model.module, np.random.default_rng(0).integers(1, 32, (8, 16))
+    read = working_copy(model.params, logical_axes(module), module, None, trained=True)
+    held = {"/".join(path): x.dtype for path, x in flatten_dict(read).items()}
+    assert held.pop("lm_head/kernel") == jnp.float32
+    assert {name for name, dtype in held.items() if dtype != jnp.bfloat16} == {n for n in held if "norm" in n}
+
+    def loss(params, rows, key):
+        return -module.apply({"params": params}, rows, method="logprobs")[0].mean(), {}
+
+    def floats(grads):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+
+    def step(params, rows):
+        once = model_gradients(lambda _, *given: loss(*given), module, params, rows, 2, None).grads
+        return once, accumulate_gradients(loss, params, rows, 2, pin=floats)[2]
+
+    once, layer_by_layer = jax.jit(step)(model.params, rows)
+    assert {x.dtype for x in jax.tree.leaves(once)} == {jnp.dtype("float32")}
+    for x, y in zip(jax.tree.leaves(once), jax.tree.leaves(layer_by_layer), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2**-7 * np.abs(y).max())
 
 
 def is_rounded(x):

@@ -20,6 +20,7 @@ from jaxrlhf.config import (
     alias,
 )
 from jaxrlhf.errors import InputError
+from jaxrlhf.sharding import platform
 
 _EXCLUDED = -1e30
 
@@ -103,9 +104,11 @@ class GenerationConfig(Settings):
 def largest(x: jax.Array) -> jax.Array:
     """Index of the largest entry of each row of `x` `[B, V]`, the first of equals: int32 `[B]`.
 
-    XLA's own argmax compares pairs of value and index, which a CPU does one at a time. Two plain reductions take a
-    tenth of that.
+    A CPU compares XLA's pairs of value and index one at a time. Two plain reductions take a tenth of that there.
+    Elsewhere one pass, fused with what computes `x`, reads less.
     """
+    if platform() != "cpu":
+        return jnp.argmax(x, axis=1).astype(jnp.int32)
     columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     first = jnp.min(jnp.where(x == jnp.max(x, axis=1, keepdims=True), columns, x.shape[1]), axis=1)
     return jnp.minimum(first, x.shape[1] - 1)

@@ -91,9 +91,9 @@ def test_generation_view_in_bfloat16_keeps_vectors_in_float32(make_model):
     assert len(view.layers) == model.config.num_layers
     assert view.layers[0]["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert view.layers[0]["attn_norm"]["scale"].dtype == jnp.float32
-    np.testing.assert_array_equal(
-        view.layers[1]["mlp"]["up"]["kernel"], model.params["layers"]["mlp"]["up"]["kernel"][1].astype(jnp.bfloat16)
-    )
+    assert set(view.layers[1]["mlp"]) == {"gate_up", "down"}
+    stored = (model.params["layers"]["mlp"][name]["kernel"][1].T.astype(jnp.bfloat16) for name in ("gate", "up"))
+    np.testing.assert_array_equal(view.layers[1]["mlp"]["gate_up"]["kernel"], jnp.stack([*stored]))
 
 
 def test_bfloat16_decode_equals_the_bfloat16_forward_within_rounding(make_model, make_batch):

@@ -171,8 +171,8 @@ def _run(
         return cast(tuple[jax.Array, Cache], block.apply({"params": params}, x, context, options, cache))
 
     def run_stacked(x: jax.Array, layer: tuple[PyTree, LayerOptions, Cache]) -> tuple[jax.Array, Cache]:
-        params, *rest = layer
-        return run_layer(block.clone(form=KernelForm()), x, merge_lora(params, adapted), *rest)
+        params, options, cache = layer
+        return run_layer(block.clone(form=KernelForm()), x, merge_lora(params, adapted), options, cache)
 
     x = cast(jax.Array, module.apply(outer, input_ids, positions, method="embed_tokens"))
     layers = layer_options(module.config)

@@ -140,7 +140,9 @@ class Projection(nn.Module):
         if self.use_bias:
             axes = self.out_axes if self.out_axes != ("embed",) else ("norm",)
             bias = _parameter(self, "bias", nn.initializers.zeros, self.out_shape, axes)
-            y = y + bias.astype(self.dtype)
+            # Added flat: the form in which XLA makes it a part of the matrix product on GPUs.
+            flat = y.reshape(*y.shape[: y.ndim - len(self.out_shape)], -1) + bias.astype(self.dtype).reshape(-1)
+            y = flat.reshape(y.shape)
         if self.lora is not None and self.lora.matches("/".join(self.path)):
             y = y + self._adapter(x, self.lora.rank, self.lora.dropout) * self.lora.scale
         return y

@@ -46,7 +46,7 @@ def their_run(folder: str, ids: np.ndarray, longest: int, greedy: bool) -> Run:
 
 
 def measured(runs: dict[str, Run], repeats: int) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """The fewest seconds and CPU seconds of `repeats` calls of each, in turns after one uncounted round, and results."""
+    """The fewest seconds and CPU seconds of `repeats` calls of each, after one uncounted round, and results."""
     results = {name: run() for name, run in runs.items()}
     best = {name: {"seconds": np.inf, "cpu_seconds": np.inf} for name in runs}
     for _ in range(repeats):

@@ -1,9 +1,14 @@
-"""Which implementation of a kernel runs where: what was asked for, or what measurements say is fastest."""
+"""Which implementation of a kernel runs where: what was asked for, or what evidence says is fastest.
+
+There are two kinds of evidence. A *measured* row comes from the device itself. A *compiled* row comes from the device's
+compiler: bytes, peak memory and spills of the programs of a whole iteration. A measured row overrules a compiled one.
+"""
 
 import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,31 +35,75 @@ LIBRARIES = IMPLEMENTATIONS[3:]
 LOGGER = logging.getLogger(__name__)
 
 
+class Device(Protocol):
+    """A device at hand, or of a compiler's topology, as JAX describes it."""
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
+
+
 @dataclass(frozen=True)
-class Measured:
-    """One row: on `device`, for these shapes, `implementation` beat XLA."""
+class Row:
+    """One row of evidence: `implementation` beats the others for these shapes."""
 
     kernel: str
-    device: str
-    """Whole words of the device's kind, as `jax.devices()[0].device_kind` spells it."""
     dtype: str
     head_dims: tuple[int, ...]
     """Head sizes; for token log-probs the widths of hidden states."""
-    alibi: bool
     implementation: str
-    measurement: str
-    """Both times with shapes and versions, and the command that took them."""
+    evidence: str
+    """What was compared, with shapes and versions, and the command that did it."""
 
     def __post_init__(self) -> None:
         if self.implementation not in (known := KERNELS[self.kernel][1:]):
             raise ValueError(
-                f"implementation={self.implementation!r} measured for {self.kernel} is not one of "
+                f"implementation={self.implementation!r} of a row for {self.kernel} is not one of "
                 f"{', '.join(map(repr, known))}"
             )
 
+    def fits(self, device: Device, alibi: bool) -> bool:
+        """True if the row speaks of this device, and of masks with or without ALiBi."""
+        raise NotImplementedError
 
-# Only measurements on the device itself belong here; until there are some, `auto` means XLA everywhere.
+
+@dataclass(frozen=True)
+class Measured(Row):
+    """Evidence from the device itself."""
+
+    device: str
+    """Whole words of the device's kind, as `jax.devices()[0].device_kind` spells it."""
+    alibi: bool
+
+    def fits(self, device: Device, alibi: bool) -> bool:
+        return pallas.is_kind(self.device, device.device_kind) and self.alibi == alibi
+
+
+@dataclass(frozen=True)
+class Compiled(Row):
+    """Evidence from the device's compiler, with and without ALiBi."""
+
+    capabilities: tuple[str, ...]
+    """Compute capabilities of NVIDIA devices."""
+
+    def fits(self, device: Device, alibi: bool) -> bool:
+        return str(getattr(device, "compute_capability", None)) in self.capabilities
+
+
+_OF_OURS = (
+    "compiled: half of the bytes of XLA's form in training, a fifth fewer per decoded token, no spills "
+    "(benchmarks/results/compiled.json, kernels_aot.json)"
+)
+
+# Only measurements on the device itself belong here.
 MEASURED: tuple[Measured, ...] = ()
+COMPILED: tuple[Compiled, ...] = tuple(
+    Compiled(kernel, "bfloat16", (64, 80, 96, 128, 256), "pallas", _OF_OURS, ("8.0", "9.0"))
+    for kernel in ("flash_attention", "prefill_attention", "decode_attention")
+)
+"""Token log-probs have no row: XLA's form leaves its products to the vendor's library, in as much memory."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +122,18 @@ def decide(
     varies: bool = False,
     packed: bool = False,
     softcap: bool = False,
+    holes: bool = False,
+    device: Device | None = None,
 ) -> Choice:
-    """Chooses the implementation of a kernel for this dtype and mask on the device at hand, and gives the reason.
+    """Chooses the implementation of a kernel for this dtype and mask, and gives the reason.
 
-    "auto" takes the first row of MEASURED that fits and is installed, and otherwise "xla". Raises ValueError for a name
-    that is unknown or has no form on this platform or device. `varies`: scale or window differ between layers, so that
-    "auto" takes no library, which wants them as numbers. `packed`: rows hold several sequences, which libraries cannot
-    tell apart. `softcap`: scores or logits are soft-capped, which only "xla" can. Where JAX has lost what our kernels
-    need, "pallas" becomes "xla" with a warning.
+    "auto" takes the first row of MEASURED, and then of COMPILED, that fits and is installed, and otherwise "xla".
+    Raises ValueError for a name that is unknown or has no form on this platform or device. `varies`: scale or window
+    differ between layers, so that "auto" takes no library, which wants them as numbers. `packed`: rows hold several
+    sequences, which libraries cannot tell apart. `softcap`: scores or logits are soft-capped, which only "xla" can.
+    `holes`: a row may have padding between real tokens, which only "xla" sees. `device`: the one that the program is
+    compiled for, by default the one at hand. Where JAX has lost what our kernels need, "pallas" becomes "xla" with a
+    warning.
     """
     if implementation not in KERNELS[kernel]:
         raise ValueError(
@@ -97,17 +150,19 @@ def decide(
         return Choice("xla", "only this one has soft-capping")
     platform, reason = jax.default_backend(), "asked for"
     if implementation == "auto":
-        kind = jax.devices()[0].device_kind
+        if holes:
+            return Choice("xla", "the mask may have holes, which only this one sees")
+        device = jax.devices()[0] if device is None else device
         fitting = (
-            Choice(row.implementation, row.measurement)
-            for row in MEASURED
-            if (row.kernel, row.dtype, row.alibi) == (kernel, jnp.dtype(dtype).name, alibi)
-            and pallas.is_kind(row.device, kind)
+            Choice(row.implementation, row.evidence)
+            for row in (*MEASURED, *COMPILED)
+            if (row.kernel, row.dtype) == (kernel, jnp.dtype(dtype).name)
+            and row.fits(device, alibi)
             and head_dim in row.head_dims
             and not ((varies or packed) and row.implementation in LIBRARIES)
             and (row.implementation != "tokamax" or importlib.util.find_spec("tokamax") is not None)
         )
-        nothing = Choice("xla", f"nothing measured on {kind} for this dtype, head size and mask")
+        nothing = Choice("xla", f"no evidence on {device.device_kind} for this dtype, head size and mask")
         choice = next(fitting, nothing)
         implementation, reason = choice.implementation, choice.reason
     elif implementation in PLATFORMS and platform not in PLATFORMS[implementation]:
@@ -123,31 +178,13 @@ def decide(
     return Choice(implementation, reason)
 
 
-def choose(
-    kernel: str,
-    implementation: str,
-    *,
-    dtype: jnp.dtype,
-    head_dim: int,
-    alibi: bool,
-    varies: bool = False,
-    packed: bool = False,
-    softcap: bool = False,
-) -> str:
+def choose(kernel: str, implementation: str, *, dtype: jnp.dtype, head_dim: int, alibi: bool, **facts: Any) -> str:
     """`decide` without the reason, which is logged (`jaxrlhf --verbose`), once for each kernel and shape.
 
-    Models call this and pass the result on; kernels that are called directly decide without a log entry.
+    Models call this and pass the result on; kernels that are called directly decide without a log entry. `facts` are
+    the optional ones of `decide`.
     """
-    choice = decide(
-        kernel,
-        implementation,
-        dtype=dtype,
-        head_dim=head_dim,
-        alibi=alibi,
-        varies=varies,
-        packed=packed,
-        softcap=softcap,
-    )
+    choice = decide(kernel, implementation, dtype=dtype, head_dim=head_dim, alibi=alibi, **facts)
     shape = f"{jnp.dtype(dtype).name}, {'width' if kernel == 'token_logprobs' else 'head size'} {head_dim}"
     log_once(f"{kernel} ({shape}{', ALiBi' if alibi else ''}): {choice.implementation}: {choice.reason}")
     return choice.implementation

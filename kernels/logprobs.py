@@ -57,31 +57,41 @@ def project_logits(
 
 @dataclass(frozen=True)
 class HeadPlacement:
-    """How hidden states and the head lie on a mesh. Over axes in `rows` the head comes in blocks, over others never."""
+    """How hidden states and the head lie on a mesh.
+
+    Over axes in `tokens` the head comes in blocks, over others never.
+    """
 
     mesh: Mesh
     rows: tuple[str, ...] = ()
     """Mesh axes that split the batch."""
+    columns: tuple[str, ...] = ()
+    """Mesh axes that split the columns of sequences."""
     vocab: tuple[str, ...] = ()
-    """Mesh axes that split the head's vocabulary, slowest first; those in `rows` last."""
+    """Mesh axes that split the head's vocabulary, slowest first; those in `tokens` last."""
     width: tuple[str, ...] = ()
-    """Mesh axes, all of them in `rows`, that split the head's width."""
+    """Mesh axes, all of them in `tokens`, that split the head's width."""
 
     def __post_init__(self) -> None:
-        own = [axis for axis in self.vocab if axis not in self.rows]
+        own = [axis for axis in self.vocab if axis not in self.tokens]
         if self.vocab[: len(own)] != tuple(own):
-            raise ValueError(f"vocab={self.vocab} of HeadPlacement must name the axes of rows={self.rows} last")
-        if set(self.width) - set(self.rows):
-            raise ValueError(f"width={self.width} of HeadPlacement must be among rows={self.rows}")
+            raise ValueError(f"vocab={self.vocab} of HeadPlacement must name the axes of tokens={self.tokens} last")
+        if set(self.width) - set(self.tokens):
+            raise ValueError(f"width={self.width} of HeadPlacement must be among tokens={self.tokens}")
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The axes over which each device has its own tokens."""
+        return self.rows + self.columns
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The axes over which each device works on its own part of the vocabulary."""
-        return tuple(axis for axis in self.vocab if axis not in self.rows)
+        return tuple(axis for axis in self.vocab if axis not in self.tokens)
 
     @property
     def gathered(self) -> tuple[str, ...]:
-        return tuple(axis for axis in self.vocab if axis in self.rows)
+        return tuple(axis for axis in self.vocab if axis in self.tokens)
 
 
 @dataclass(frozen=True)
@@ -232,7 +242,7 @@ def _specs(bias: jax.Array | None, placement: HeadPlacement | None) -> tuple[P, 
     if placement is None:
         return P(), (P(), None)
     vocab, width = (axes or None for axes in (placement.vocab, placement.width))
-    return P(placement.rows or None), (P(vocab, width), None if bias is None else P(vocab))
+    return P(placement.rows or None, placement.columns or None), (P(vocab, width), None if bias is None else P(vocab))
 
 
 def _map(function: Callable, placement: HeadPlacement | None, in_specs: PyTree, out_specs: PyTree) -> Callable:
@@ -248,7 +258,7 @@ def _sum_over_devices(
 
     Over the axes that gathered a block of the head, blocks of its gradient are already summed.
     """
-    rest = [axis for axis in placement.rows if axis not in placement.gathered]
+    rest = [axis for axis in placement.tokens if axis not in placement.gathered]
     of_weight = tuple(axis for axis in rest if axis not in placement.width)
     d_hidden = jax.lax.psum(d_hidden, placement.parts) if placement.parts else d_hidden
     d_weight = (jax.lax.psum(_total(d_weight), of_weight),) if of_weight else d_weight

@@ -1,5 +1,6 @@
 """Attention as the layers call it: chooses the kernel and splits its rows and heads over a mesh."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from jaxrlhf.kernels import (
     write_columns,
 )
 from jaxrlhf.models.sequences import SequenceContext
-from jaxrlhf.sharding import map_shards, platform
+from jaxrlhf.sharding import constrain, current_device, map_shards, platform, split
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ class AttentionOptions:
     softcap: float | None = None
     """Scores s become softcap · tanh(s / softcap); only XLA's implementation has it."""
 
-    def kernel(self, name: str, query: jax.Array, packed: bool = False) -> str:
-        """The implementation of the kernel `name` for this query; InputError for one that cannot run here."""
+    def kernel(self, name: str, query: jax.Array, packed: bool = False, holes: bool = False) -> str:
+        """The implementation of the kernel `name` for this query; InputError for one that cannot run here.
+
+        `packed` and `holes` are those of `kernels.decide`.
+        """
         with _as_input_error():
             return choose(
                 name,
@@ -55,6 +59,8 @@ class AttentionOptions:
                 varies=varies(self.scale, self.window),
                 packed=packed,
                 softcap=self.softcap is not None,
+                holes=holes,
+                device=current_device(),
             )
 
 
@@ -188,8 +194,8 @@ def attend_to_sequence(
 
     The implementation "auto" computes one head after the other on a CPU (kernels/head_attention.py), unless scores are
     soft-capped. Elsewhere it is the one that kernels/choice.py names for training or for prefill. Kernels other than
-    XLA's need the real columns of a row side by side and, for ALiBi, positions that count those of a segment. They
-    return NaN for other rows.
+    XLA's need the real columns of a row side by side and, for ALiBi, positions that count those of a segment: "auto"
+    takes them where the context says so (`contiguous`). One that was asked for returns NaN for other rows.
 
     Args:
         query: `[B, H, T, D]`.
@@ -208,6 +214,7 @@ def attend_to_sequence(
     """
     kernel = "prefill_attention" if prefill else "flash_attention"
     slopes = options.alibi_slopes
+    key, value = (_for_every_part(x, query.shape[1]) for x in (key, value))
     if dropout is not None and dropout[0] > 0:
         if options.implementation not in ("auto", "xla"):
             raise InputError(
@@ -219,7 +226,8 @@ def attend_to_sequence(
         log_once(f"{kernel}: head by head: a CPU is slow at batched small products")
         return _head_by_head(query, key, value, context, options)
     else:
-        dropout, implementation = None, options.kernel(kernel, query, packed=context.starts is not None)
+        facts = {"packed": context.starts is not None, "holes": not context.contiguous}
+        dropout, implementation = None, options.kernel(kernel, query, **facts)
     if implementation == "xla":
         mask = attention_mask(context.key_mask, query.shape[2], window=options.window, starts=context.starts)
         rate, dropout_key = dropout or (0.0, None)
@@ -238,12 +246,27 @@ def attend_to_sequence(
     start, length, unfit = _span(context.key_mask)
     if context.starts is not None:
         start = context.starts
+    options = replace(options, implementation=implementation)
+    if context.contiguous:
+        return _flash(query, key, value, start, length, options)
     if slopes is not None:
         columns = jnp.arange(query.shape[2])
         counted = columns - (start if start.ndim == 2 else start[:, None])
         unfit |= (context.key_mask & (context.positions != counted)).any(1)
-    output = _flash(query, key, value, start, length, replace(options, implementation=implementation))
+    output = _flash(query, key, value, start, length, options)
     return jnp.where(unfit[:, None, None, None], jnp.nan, output)
+
+
+def _for_every_part(x: jax.Array, heads: int) -> jax.Array:
+    """Repeats key/value heads `[B, H_kv, T, D]` where the mesh splits the `heads` query heads into more parts.
+
+    Each part then has key/value heads of its own. One key/value head stays as it is: `_by_heads` shares it.
+    """
+    kv_heads, parts = x.shape[1], split("heads", heads)
+    copies = math.lcm(kv_heads, parts) // kv_heads
+    if kv_heads == 1 or copies == 1 or heads % (kv_heads * copies):
+        return x
+    return constrain(jnp.repeat(x, copies, axis=1), "batch", "kv_heads", None, None)
 
 
 def _head_by_head(

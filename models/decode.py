@@ -212,7 +212,7 @@ def prefill(
         Float32 logits `[B, V_padded]` of the last column, and the caches.
     """
     longest = caches[0][0].shape[2] if longest is None else longest
-    context = sequence_context(module.config, prompt_mask.astype(bool), longest=longest)
+    context = sequence_context(module.config, prompt_mask.astype(bool), longest=longest, contiguous=True)
     return _run(module, view, prompt_ids, context.positions, context, caches)
 
 

@@ -19,7 +19,7 @@ from jaxrlhf.models.layers import Block, Head, Norm, Projection, scaled
 from jaxrlhf.models.moe import ROUTER_SUMS
 from jaxrlhf.models.sequences import sequence_context
 from jaxrlhf.models.token_rows import TokenRows, look_up, replace_rows
-from jaxrlhf.sharding import constrain, platform
+from jaxrlhf.sharding import check_columns, constrain, platform, split
 
 # What the forward pass of a block keeps for the backward pass. "none" recomputes nothing and keeps all of it; "full"
 # keeps the block's input only; "dots" keeps the results of its projections.
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
             table = constrain(self.embed_positions.embedding.astype(self.dtype), None, None)
             x = x + jnp.take(table, positions + c.position_offset, axis=0)
         x = self.embed_drop(x, deterministic=c.embed_dropout == 0 or not self.has_rng("dropout"))
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", "sequence", None)
 
     def finish(self, x: jax.Array) -> jax.Array:
         """Applies the final norm and projection to `x` `[…, D]`: the hidden states `[…, E]` that a head reads."""
@@ -157,7 +157,11 @@ class Decoder(nn.Module):
         return self.project_out(x) if c.embedding_size != c.hidden_size else x
 
     def hidden_states(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        contiguous: bool = False,
     ) -> jax.Array:
         """Computes the final hidden states `[B, T, E]`.
 
@@ -167,13 +171,18 @@ class Decoder(nn.Module):
             segment_ids: int `[B, T]` of packed rows: equal for the columns of a sequence, which lie side by side, and
                 0 on the padding after them. A token attends to its own sequence; positions restart at 0. None: each
                 row is one sequence.
+            contiguous: The caller knows that no row has padding between real tokens, which opens the way to kernels
+                that cannot see such holes (models/attend.py).
         """
+        if not self.is_initializing():
+            check_columns(input_ids.shape[1])
+        contiguous = contiguous or (attention_mask is None and segment_ids is None)
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-        context = sequence_context(self.config, mask, segment_ids)
+        context = sequence_context(self.config, mask, segment_ids, contiguous=contiguous)
         options = jax.tree.map(lambda *xs: jnp.asarray(xs), *layer_options(self.config))
         x = self.embed_tokens(input_ids, context.positions)
         x, _ = self.layers(x, context, options)
-        return self.finish(constrain(x, "batch", None, None))
+        return self.finish(constrain(x, "batch", "sequence", None))
 
     def output_weight(self) -> tuple[jax.Array, jax.Array | None]:
         """Returns the stored matrix `[V_padded, E]` of the language-model head, and its bias `[V_padded]` or None."""
@@ -193,9 +202,13 @@ class Decoder(nn.Module):
         return project_logits(hidden, *head, c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap, on_cpu=on_cpu)
 
     def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        contiguous: bool = False,
     ) -> jax.Array:
-        hidden = self.hidden_states(input_ids, attention_mask, segment_ids)
+        hidden = self.hidden_states(input_ids, attention_mask, segment_ids, contiguous)
         if self.head == "scalar":
             kernel, bias = self.score()
             values = jnp.einsum("bte,e->bt", hidden.astype(jnp.float32), kernel.astype(jnp.float32))
@@ -203,6 +216,20 @@ class Decoder(nn.Module):
             skipped = self.config.score_skips
             return values if skipped is None else repeat_values(values, input_ids != skipped, segment_ids)
         return self.padded_logits(hidden)[..., : self.config.vocab_size]
+
+    def _head(self, hidden: jax.Array, labels: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+        """Log-probs of `labels` `[B, T]` and entropies by the language-model head of `hidden` `[B, T, E]`."""
+        weight, bias = self.output_weight()
+        return head_logprobs(
+            hidden,
+            weight,
+            bias,
+            labels,
+            config=self.config,
+            temperature=temperature,
+            zero_stage=self.zero_stage,
+            implementation=self.logprob_implementation,
+        )
 
     def logprobs(
         self,
@@ -212,6 +239,7 @@ class Decoder(nn.Module):
         start: jax.Array | None = None,
         count: int | None = None,
         segment_ids: jax.Array | None = None,
+        contiguous: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """Computes the log-prob of each token given those before it, and the entropy of its distribution.
 
@@ -223,33 +251,30 @@ class Decoder(nn.Module):
             attention_mask: `[B, T]`, set for real tokens; None: all are real, but for segment 0.
             temperature: Divides the logits.
             start: int `[B]`: the head computes only `count` columns of each row from this one on, or earlier columns
-                where the row ends before. The others are 0.
+                where the row ends before. The others are 0. Where the mesh splits the columns of sequences, the head
+                computes all of them instead, because reading some would gather them on every device.
             count: Columns per row with `start`.
             segment_ids: int `[B, T]` of packed rows, as `hidden_states` takes them.
+            contiguous: As `hidden_states` takes it.
 
         Returns:
             Log-probs and entropies in nats, float32 `[B, T]` each.
         """
-        hidden, labels = self.hidden_states(input_ids, attention_mask, segment_ids)[:, :-1], input_ids[:, 1:]
-        length = labels.shape[1]
-        if start is not None:
-            count = length if count is None else min(count, length)
-            start = jnp.clip(start - 1, 0, length - count)
-            hidden, labels = read_columns(hidden, start, count), read_columns(labels, start, count)
-        weight, bias = self.output_weight()
-        logprobs, entropy = head_logprobs(
-            hidden,
-            weight,
-            bias,
-            labels,
-            config=self.config,
-            temperature=temperature,
-            zero_stage=self.zero_stage,
-            implementation=self.logprob_implementation,
-        )
-
-        def whole(x: jax.Array) -> jax.Array:
-            x = x if start is None else place_columns(x, start, length)
-            return jnp.pad(x, ((0, 0), (1, 0)))
-
-        return whole(logprobs), whole(entropy)
+        hidden = self.hidden_states(input_ids, attention_mask, segment_ids, contiguous)
+        length = hidden.shape[1] - 1
+        width = length if count is None else min(count, length)
+        first = None if start is None else jnp.clip(start - 1, 0, length - width)
+        if split("sequence", hidden.shape[1]) > 1:
+            labels = jnp.pad(input_ids[:, 1:], ((0, 0), (0, 1)))  # the last one means nothing, but the split stays even
+            results = [x[:, :-1] for x in self._head(hidden, labels, temperature)]
+            if first is not None:
+                column = jnp.arange(length) - first[:, None]
+                results = [jnp.where((column >= 0) & (column < width), x, 0.0) for x in results]
+        elif first is None:
+            results = self._head(hidden[:, :-1], input_ids[:, 1:], temperature)
+        else:
+            labels = read_columns(input_ids[:, 1:], first, width)
+            results = self._head(read_columns(hidden[:, :-1], first, width), labels, temperature)
+            results = [place_columns(x, first, length) for x in results]
+        logprobs, entropy = (jnp.pad(x, ((0, 0), (1, 0))) for x in results)
+        return logprobs, entropy

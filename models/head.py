@@ -8,15 +8,15 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.sharding import REPLICATED_RULES, current_rules, mesh_axes, resolve_spec
 
 
-def head_placement(weight: tuple[int, ...], rows: int, zero_stage: int) -> HeadPlacement | None:
-    """Placement of a head `[V, D]` and of `rows` rows under the current `use(mesh, rules)`; None outside of one.
+def head_placement(weight: tuple[int, ...], tokens: tuple[int, int], zero_stage: int) -> HeadPlacement | None:
+    """Placement of a head and of hidden states `[B, T, D]` under the current `use(mesh, rules)`; None outside of one.
 
-    The vocabulary stays split over the axes that do not split the batch. Below ZeRO stage 3 the passes read a head that
-    is whole over `fsdp`.
+    The vocabulary stays split over the axes that do not split the tokens. Below ZeRO stage 3 the passes read a head
+    that is whole over `fsdp`.
 
     Args:
         weight: Shape of the head's weight.
-        rows: B.
+        tokens: B and T.
         zero_stage: The stage that stores the weight.
     """
     current = current_rules()
@@ -24,10 +24,11 @@ def head_placement(weight: tuple[int, ...], rows: int, zero_stage: int) -> HeadP
         return None
     mesh, rules = current
     stored = rules if zero_stage == 3 else REPLICATED_RULES
-    batch = mesh_axes(resolve_spec(("batch",), (rows,), mesh, rules), 0)
+    placed = resolve_spec(("batch", "sequence"), tokens, mesh, rules)
+    rows, columns = mesh_axes(placed, 0), mesh_axes(placed, 1)
     spec = resolve_spec(("vocab", "embed"), weight, mesh, stored)
     vocab, width = mesh_axes(spec, 0), mesh_axes(spec, 1)
-    return HeadPlacement(mesh, batch, vocab, tuple(axis for axis in width if axis in batch))
+    return HeadPlacement(mesh, rows, columns, vocab, tuple(axis for axis in width if axis in (*rows, *columns)))
 
 
 def head_logprobs(
@@ -59,7 +60,7 @@ def head_logprobs(
     Raises:
         InputError: The implementation cannot run here.
     """
-    placement = head_placement(weight.shape, hidden.shape[0], zero_stage)
+    placement = head_placement(weight.shape, (hidden.shape[0], hidden.shape[1]), zero_stage)
     # s · z / t is z / (t / s), and c · tanh(s · z / c) / t is the same with c / s in place of c.
     scale, softcap = config.logit_scale, config.logit_softcap
     softcap = None if softcap is None else softcap / scale

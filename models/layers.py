@@ -201,11 +201,16 @@ class Attention(nn.Module):
             axes = 2 if c.qk_norm_joint else 1
             query = Norm(c, self.dtype, kind="rmsnorm", axes=axes, name="query_norm")(query)
             key = Norm(c, self.dtype, kind="rmsnorm", axes=axes, name="key_norm")(key)
+        axes = ("heads", "kv_heads", "kv_heads")
+        # Columns are split until keys meet queries, so that projections gather weights, not x, over `context`.
         query, key, value = (
-            constrain(part.swapaxes(1, 2), "batch", axis, None, None)
-            for part, axis in ((query, "heads"), (key, "kv_heads"), (value, "kv_heads"))
+            constrain(part.swapaxes(1, 2), "batch", axis, "sequence", None)
+            for part, axis in zip((query, key, value), axes, strict=True)
         )
         query, key = self._positioned(query, key, context, options)
+        query, key, value = (
+            constrain(part, "batch", axis, None, None) for part, axis in zip((query, key, value), axes, strict=True)
+        )
 
         how = self._options(options, generates=cache is not None)
         if self.is_initializing():
@@ -226,7 +231,7 @@ class Attention(nn.Module):
                 prefill=cache is not None,
                 dropout=(rate, self.make_rng("dropout")) if rate > 0 and self.has_rng("dropout") else None,
             )
-        output = constrain(output.swapaxes(1, 2), "batch", None, "heads", None)
+        output = constrain(output.swapaxes(1, 2), "batch", "sequence", "heads", None)
         shapes = (c.num_heads, c.head_dim), (c.hidden_size,)
         axes = ("heads", "head_dim"), ("embed",)
         out = Projection(c, *shapes, *axes, c.out_bias, self.dtype, self.lora, self.form.outputs_first, name="out")
@@ -257,7 +262,7 @@ class MLP(nn.Module):
         else:
             hidden = widened("up")
             hidden = activation(widened("gate")) * hidden if c.gated_mlp else activation(hidden)
-        hidden = constrain(hidden, "batch", None, "mlp")
+        hidden = constrain(hidden, "batch", "sequence", "mlp")
         shapes = (c.intermediate_size,), (c.hidden_size,)
         return Projection(c, *shapes, ("mlp",), ("embed",), *options, name="down")(hidden)
 
@@ -314,7 +319,7 @@ class Block(nn.Module):
             x = (normed if c.residual_from_norm else x) + self._added(attended, "attn")
             normed = norm(x, "mlp_norm")
             x = (normed if c.residual_from_norm else x) + self._added(mlp(normed), "mlp")
-        return constrain(x, "batch", None, None), cache
+        return constrain(x, "batch", "sequence", None), cache
 
 
 class Head(nn.Module):

@@ -90,11 +90,13 @@ def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> 
         rules: None: those of `module.zero_stage`. Stage 0 replicates parameters over `fsdp`, the others split them.
 
     Raises:
-        InputError: The mesh axis `tensor` does not divide the heads or the MLP, or `expert` not the experts.
+        InputError: The mesh axes `context` × `tensor` do not divide the heads, `tensor` not the MLP, or `expert` not
+            the experts.
     """
     c = module.config
-    check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.expert_size})
-    check_divisible(mesh, {"num_experts": c.num_experts}, axis="expert")
+    check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.expert_size}, "tensor")
+    check_divisible(mesh, {"num_heads": c.num_heads}, "context", "tensor")
+    check_divisible(mesh, {"num_experts": c.num_experts}, "expert")
     rules = rules or storage_rules(module)
     return tree_shardings(logical_axes(module), param_shapes(module), mesh, rules)
 

@@ -153,7 +153,7 @@ def mix_experts(
     Returns:
         `[B, T, D]` in the compute dtype.
     """
-    rows, _, width = x.shape
+    width = x.shape[-1]
     compute = _COMPUTE[implementation]
 
     def flat(x: jax.Array, routing: Routing, kernels: Experts, first: jax.Array | int) -> jax.Array:
@@ -165,11 +165,12 @@ def mix_experts(
     if current is None:
         return flat(x, routing, kernels, 0)
     mesh, rules = current
-    batch = mesh_axes(resolve_spec(("batch",), (rows,), mesh, rules), 0)
+    tokens = resolve_spec(("batch", "sequence"), x.shape[:2], mesh, rules)
+    batch, columns = mesh_axes(tokens, 0), mesh_axes(tokens, 1)
     whole = resolve_spec(_AXES["up"], kernels.up.shape, mesh, rules)
     experts = mesh_axes(whole, 0)
-    # Parts that follow the axes of the batch are gathered: those devices compute other tokens with the same weights.
-    mlp = tuple(axis for axis in mesh_axes(whole, 2) if axis not in batch)
+    # Parts that follow the axes of the tokens are gathered: those devices compute other tokens with the same weights.
+    mlp = tuple(axis for axis in mesh_axes(whole, 2) if axis not in (*batch, *columns))
     peers = tuple(axis for axis in experts if axis in batch)
     partial_sums = (*(axis for axis in experts if axis not in batch), *mlp)
 
@@ -183,7 +184,6 @@ def mix_experts(
         y = jax.lax.psum(y, partial_sums) if partial_sums else y
         return jax.lax.psum_scatter(y, peers, tiled=True) if peers else y
 
-    tokens = PartitionSpec(batch or None)
     wide, narrow = PartitionSpec(experts or None, None, mlp or None), PartitionSpec(experts or None, mlp or None)
     specs = (tokens, tokens, tokens, wide, wide, narrow)
     mixed = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
@@ -239,4 +239,4 @@ class MoE(nn.Module):
         kernels = Experts(*(kernel.astype(self.dtype) for kernel in kernels))
         activation = ACTIVATION_FUNCTIONS[c.activation]
         y = mix_experts(x, routing, kernels, activation, choose_experts(self.implementation))
-        return constrain(y, "batch", None, None)
+        return constrain(y, "batch", "sequence", None)

@@ -20,6 +20,9 @@ class SequenceContext(flax.struct.PyTreeNode):
     """cos and sin of the query columns as `rotation` returns them; None without rotary positions."""
     starts: jax.Array | None = None
     """int `[B, T]`: first column of each column's segment; None when rows are not packed."""
+    contiguous: bool = flax.struct.field(pytree_node=False, default=False)
+    """True if the caller knows that the real columns of each row lie side by side. Kernels that see a row by its first
+    and last column then get it by themselves ("auto"); otherwise the mask may have holes, and XLA's form runs."""
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
@@ -44,7 +47,12 @@ def segment_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sequence_context(
-    config: DecoderConfig, mask: jax.Array, segment_ids: jax.Array | None = None, *, longest: int | None = None
+    config: DecoderConfig,
+    mask: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    longest: int | None = None,
+    contiguous: bool = False,
 ) -> SequenceContext:
     """The context of rows with real tokens in `mask`, bool `[B, T]`.
 
@@ -54,6 +62,7 @@ def sequence_context(
         segment_ids: int `[B, T]`: rows are packed, with 0 on padding. Positions restart at 0 where the id changes.
             None: each row is one sequence.
         longest: Longest sequence that generation may make of a row; None: rows are whole.
+        contiguous: No row has padding between real tokens.
 
     Raises:
         InputError: `segment_ids` has another shape than `mask`.
@@ -68,4 +77,4 @@ def sequence_context(
         positions = jnp.where(mask, jnp.arange(mask.shape[1], dtype=jnp.int32) - starts, 0)
         lengths = stops - starts
     rotary = rotation(config, positions, lengths, longest) if config.position == "rotary" else None
-    return SequenceContext(mask, positions, rotary, starts)
+    return SequenceContext(mask, positions, rotary, starts, contiguous)

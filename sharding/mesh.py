@@ -1,6 +1,6 @@
-"""The one device mesh, with the axes `data` (replicas), `fsdp` (sharded parameters), `expert` and `tensor`.
+"""The one device mesh, with the axes `data` (replicas), `fsdp` (sharded parameters), `expert`, `context` and `tensor`.
 
-`expert` splits the experts of sparse models; `tensor` splits each layer.
+`expert` splits the experts of sparse models; `context` splits long sequences; `tensor` splits each layer.
 Generation sees the same devices in the same order through a second mesh, which splits the `fsdp` axis in two.
 """
 
@@ -15,28 +15,35 @@ from jax.sharding import AxisType, Mesh
 
 from jaxrlhf.errors import InputError
 
-AXES = ("data", "fsdp", "expert", "tensor")
-GENERATE_AXES = ("data", "fsdp", "replica", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+GENERATE_AXES = ("data", "fsdp", "replica", "expert", "context", "tensor")
 Device = Any  # jax.Device, which is not a type to type checkers
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, *, devices: Sequence[Device] | None = None
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    expert: int = 1,
+    context: int = 1,
+    *,
+    devices: Sequence[Device] | None = None,
 ) -> Mesh:
-    """Creates a mesh of `data × fsdp × expert × tensor` devices.
+    """Creates a mesh of `data × fsdp × expert × context × tensor` devices.
 
     Args:
         data: Replicas; like the other sizes, -1 for all remaining devices.
         fsdp: Devices that share the parameters of a replica.
         tensor: Devices that compute a layer together.
         expert: Devices that the experts of a replica are split over; the batch is split over them too.
+        context: Devices that the columns of each sequence are split over; parameters are split over them too.
         devices: None: all devices of the run.
 
     Raises:
         InputError: The sizes do not use every device exactly once, or several are -1.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise InputError(f"mesh sizes must be positive, with at most one -1 (all remaining devices); got {sizes}")
@@ -47,7 +54,7 @@ def make_mesh(
                 f"mesh {sizes}: {fixed} does not divide the {len(devices)} devices; change {free[0]}'s peers"
             )
         sizes[free[0]] = len(devices) // fixed
-    shape = (sizes["data"], sizes["fsdp"], sizes["expert"], sizes["tensor"])
+    shape = tuple(sizes[name] for name in AXES)
     total = math.prod(shape)
     if total != len(devices):
         raise InputError(
@@ -68,7 +75,8 @@ def arrange_hosts(devices: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
 
     Generation splits `fsdp` into a slow part for tensor parallelism and a fast part for the batch (`generate_mesh`).
     This order keeps the slow part within a host, where links are fast. (On TPUs JAX arranges the mesh by the topology
-    instead.) `expert` and `tensor`, which exchange activations in every layer, stay within a host where they fit.
+    instead.) `expert`, `context` and `tensor`, which exchange activations in every layer, stay within a host where they
+    fit.
 
     Args:
         devices: `[N]`.
@@ -91,9 +99,9 @@ def generate_mesh(mesh: Mesh, num_heads: int, tensor_parallel: int | None = None
     """Returns the view of `mesh` that generation uses: groups of devices that generate together, axes GENERATE_AXES.
 
     A group spans the `tensor` axis and the slow part of `fsdp`. The fast part becomes the axis `replica`, which splits
-    the batch as `data` and `expert` do. Storage splits a dimension over (tensor, fsdp, expert), so a group's share of
-    it is one contiguous piece. Resharding is then a plain all-gather over `replica` and `expert`, or nothing where
-    these are 1. Experts stay where `expert` has put them.
+    the batch as `data`, `expert` and `context` do. Storage splits a dimension over (tensor, fsdp, expert, context), so
+    a group's share of it is one contiguous piece. Resharding is then a plain all-gather over `replica`, `expert` and
+    `context`, or nothing where these are 1. Experts stay where `expert` has put them.
 
     Args:
         mesh: The training mesh.
@@ -109,7 +117,7 @@ def generate_mesh(mesh: Mesh, num_heads: int, tensor_parallel: int | None = None
             f"generate_tensor_parallel={tensor_parallel} does not divide the model's num_heads={num_heads}; choose a "
             f"divisor of {num_heads}"
         )
-    data, fsdp, expert, tensor = (mesh.shape[name] for name in AXES)
+    data, fsdp, expert, context, tensor = (mesh.shape[name] for name in AXES)
     allowed = [tensor * part for part in range(1, fsdp + 1) if fsdp % part == 0]
     if tensor_parallel not in allowed:
         raise InputError(
@@ -117,7 +125,7 @@ def generate_mesh(mesh: Mesh, num_heads: int, tensor_parallel: int | None = None
             f"tensor={tensor}: it must be tensor times a divisor of fsdp, one of {', '.join(map(str, allowed))}"
         )
     part = tensor_parallel // tensor
-    devices = mesh.devices.reshape(data, part, fsdp // part, expert, tensor)
+    devices = mesh.devices.reshape(data, part, fsdp // part, expert, context, tensor)
     return Mesh(devices, GENERATE_AXES, axis_types=(AxisType.Auto,) * len(GENERATE_AXES))
 
 
@@ -129,16 +137,15 @@ def default_tensor_parallel(mesh: Mesh, num_heads: int) -> int:
     replica = mesh.devices[0]
     first = replica.flat[0]
     local = sum(d.process_index == first.process_index for d in replica.flat)
-    _, fsdp, expert, tensor = (mesh.shape[name] for name in AXES)
+    _, fsdp, expert, context, tensor = (mesh.shape[name] for name in AXES)
     parts = [p for p in range(1, fsdp + 1) if fsdp % p == 0 and num_heads % (p * tensor) == 0]
-    return tensor * max([p for p in parts if p * expert * tensor <= local], default=1)
+    return tensor * max([p for p in parts if p * expert * context * tensor <= local], default=1)
 
 
-def check_divisible(mesh: Mesh, sizes: Mapping[str, int], axis: str = "tensor") -> None:
-    """Raises InputError when a mesh axis does not divide the model dimensions `sizes`, by name (heads, mlp)."""
-    parts = mesh.shape[axis]
+def check_divisible(mesh: Mesh, sizes: Mapping[str, int], *axes: str) -> None:
+    """Raises InputError when the product of mesh axes does not divide the model dimensions `sizes`, by name."""
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    named = " × ".join(f"{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
     for name, size in sizes.items():
         if size % parts:
-            raise InputError(
-                f"mesh {axis}={parts} does not divide the model's {name}={size}; choose a divisor of {size}"
-            )
+            raise InputError(f"mesh {named} does not divide the model's {name}={size}; choose a divisor of {size}")

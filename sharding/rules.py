@@ -4,7 +4,9 @@ A rule names the mesh axes that a logical axis wants, in order of preference. Ru
 the longest prefix of its axes that are still unused in this array and divide the dimension. So `fsdp` goes to the
 dimension that decode tensor-parallelism splits (heads, mlp, vocab), because resharding for generation then moves no
 bytes. It falls back to `embed` where that dimension does not divide. The mesh axis `expert` splits the experts of a
-sparse model, in every table; parameters outside the experts it splits as `fsdp` does.
+sparse model, in every table; parameters outside the experts it splits as `fsdp` does. The mesh axis `context` splits
+the columns of sequences in training and scoring. Attention, where columns meet, splits heads over it instead (Jacobs et
+al. 2023, arXiv 2309.14509), so each device attends over whole sequences; parameters it splits as `fsdp` does.
 """
 
 import math
@@ -14,6 +16,8 @@ from contextvars import ContextVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrlhf.errors import InputError
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 LogicalAxes = tuple[str | None, ...]
@@ -27,18 +31,20 @@ def _split_over(*mesh_axes: str) -> Rules:
     return (*_EXPERT, *((name, mesh_axes) for name in _SPLIT))
 
 
+_TOKENS: Rules = (("batch", ("data", "fsdp", "expert")), ("sequence", ("context",)))
+
 # Fully sharded parameters; the batch is split over the same devices.
 TRAIN_RULES: Rules = (
-    ("batch", ("data", "fsdp", "expert")),
-    *_split_over("tensor", "fsdp", "expert"),
-    ("embed", ("fsdp", "expert")),
+    *_TOKENS,
+    *_split_over("tensor", "fsdp", "expert", "context"),
+    ("embed", ("fsdp", "expert", "context")),
 )
 
 # Plain data parallelism: only `tensor` splits the parameters, and `expert` those of the experts.
-REPLICATED_RULES: Rules = (("batch", ("data", "fsdp", "expert")), *_split_over("tensor"))
+REPLICATED_RULES: Rules = (*_TOKENS, *_split_over("tensor"))
 
 # On `generate_mesh`: tensor-parallel over tensor × the slow part of fsdp; the batch is split over the rest.
-GENERATE_RULES: Rules = (("batch", ("data", "replica", "expert")), *_split_over("tensor", "fsdp"))
+GENERATE_RULES: Rules = (("batch", ("data", "replica", "expert", "context")), *_split_over("tensor", "fsdp"))
 
 
 def resolve_spec(
@@ -67,7 +73,7 @@ def resolve_spec(
             taken: list[str] = []
             split = 1
             for mesh_axis in wanted:
-                size = sizes[mesh_axis]
+                size = sizes.get(mesh_axis, 1)
                 if mesh_axis in used or size == 1:
                     continue
                 if shape[dim] % (split * size):
@@ -120,10 +126,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh, rules))
 
 
+def current_device() -> jax.Device | None:
+    """The first device of the current `use(mesh, rules)`, at hand or of a compiler's topology; None outside of one."""
+    current = _current.get()
+    return None if current is None else current[0].devices.flat[0]
+
+
 def platform() -> str:
     """Platform of the current `use(mesh, rules)`: `cpu`, `gpu` or `tpu`; outside of one, JAX's default."""
-    current = _current.get()
-    return jax.default_backend() if current is None else current[0].devices.flat[0].platform
+    device = current_device()
+    return jax.default_backend() if device is None else device.platform
 
 
 def split(axis: str, size: int) -> int:
@@ -135,8 +147,22 @@ def split(axis: str, size: int) -> int:
     return math.prod(mesh.shape[name] for name in mesh_axes(resolve_spec((axis,), (size,), mesh, rules), 0))
 
 
+def check_columns(columns: int) -> None:
+    """Raises InputError if the current `use(mesh, rules)` cannot split sequences of this many columns evenly."""
+    current = _current.get()
+    if current is None:
+        return
+    mesh, rules = current
+    for axis in dict(rules).get("sequence", ()):
+        if columns % (size := mesh.shape[axis]):
+            raise InputError(
+                f"mesh {axis}={size} does not divide sequences of {columns} tokens; choose lengths that are multiples "
+                f"of {size} (max_length; or max_prompt_length + max_new_tokens), or another mesh_{axis}"
+            )
+
+
 # Half-way between storage over `embed` and GENERATE_RULES, on `generate_mesh`.
-_HALF_WAY_RULES: Rules = (*_split_over("tensor", "fsdp"), ("embed", ("replica", "expert")))
+_HALF_WAY_RULES: Rules = (*_split_over("tensor", "fsdp"), ("embed", ("replica", "expert", "context")))
 
 
 def reshard(x: jax.Array, axes: LogicalAxes, stored: Rules) -> jax.Array:
@@ -154,7 +180,7 @@ def reshard(x: jax.Array, axes: LogicalAxes, stored: Rules) -> jax.Array:
     if current is None:
         return x
     mesh, _ = current
-    sizes = {name: mesh.shape[name] for name in ("data", "expert", "tensor")}
+    sizes = {name: mesh.shape[name] for name in ("data", "expert", "context", "tensor")}
     sizes["fsdp"] = mesh.shape["fsdp"] * mesh.shape["replica"]
     spec = resolve_spec(axes, x.shape, sizes, stored)
     if any(axis == "embed" and entry is not None for axis, entry in zip(axes, spec, strict=False)):

@@ -43,7 +43,7 @@ from jaxrlhf.trainers.tokenizers import TokenizerConfig, with_model_ends, with_s
 class ConvertConfig(Settings):
     """Conversion of a model."""
 
-    HIDDEN = frozenset({"mesh_data", "mesh_expert", "mesh_tensor", "dtype"})
+    HIDDEN = frozenset({"mesh_data", "mesh_expert", "mesh_context", "mesh_tensor", "dtype"})
 
     input: PathName[str]
     """Hugging Face folder (or hub name), run folder, or checkpoint-N folder."""

@@ -246,6 +246,7 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
             "mesh_data",
             "mesh_fsdp",
             "mesh_expert",
+            "mesh_context",
             "mesh_tensor",
         )
     )

@@ -113,7 +113,7 @@ def reward_model_scores(params: Any, rollout: Rollout, *, module: Decoder, mesh:
         read = working_copy(params, logical_axes(module), module, mesh)
 
         def score(chunk: Rollout) -> jax.Array:
-            values: Any = module.apply({"params": read}, chunk.tokens, chunk.mask)
+            values: Any = module.apply({"params": read}, chunk.tokens, chunk.mask, contiguous=True)
             return objectives.score_at_last_token(values, chunk.mask)
 
         return map_rows(score, rows, parts)

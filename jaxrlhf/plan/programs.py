@@ -43,7 +43,6 @@ from jaxrlhf.sharding import (
     Rules,
     batch_sharding,
     generate_mesh,
-    make_mesh,
     replicated,
 )
 from jaxrlhf.sharding.placement import HOST
@@ -241,8 +240,7 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     """
     ppo, supervised = config.planned, config.trainer in SUPERVISED
     devices = absent_devices(config.accelerator, config.devices) if devices is None else devices
-    sizes = ppo.mesh.mesh_data, ppo.mesh.mesh_fsdp, ppo.mesh.mesh_tensor, ppo.mesh.mesh_expert
-    mesh = make_mesh(*sizes, devices=devices)
+    mesh = ppo.mesh.make_mesh(devices)
     if supervised:
         lengths = ppo.data.max_length, "max_length"
     else:

@@ -28,7 +28,7 @@ SUPERVISED = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
 PROGRAMS = ("generate", "score", "train")
 
 SHOWN = {
-    *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_tensor"),
+    *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_context", "mesh_tensor"),
     *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype"),
     *("dtype", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs"),
     *(

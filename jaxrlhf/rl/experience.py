@@ -78,13 +78,15 @@ def actor_logprobs(
     window = ()
     if longest is not None and response_mask is not None:
         window = (jnp.argmax(response_mask, axis=1), longest)
-    result: Any = module.apply({"params": params}, tokens, mask, temperature, *window, method="logprobs")
+    result: Any = module.apply(
+        {"params": params}, tokens, mask, temperature, *window, contiguous=True, method="logprobs"
+    )
     return result
 
 
 def critic_values(module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Computes V_t `[B, T]`: the critic's output at t-1, where token t is chosen; column 0 is 0."""
-    values: Any = module.apply({"params": params}, tokens, mask)
+    values: Any = module.apply({"params": params}, tokens, mask, contiguous=True)
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
@@ -127,7 +129,7 @@ def score_rollout(
         return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature, rows.response_mask, longest)
 
     def score_of(module: Decoder, params: PyTree, rows: Rollout) -> jax.Array:
-        values: Any = module.apply({"params": params}, rows.tokens, rows.mask)
+        values: Any = module.apply({"params": params}, rows.tokens, rows.mask, contiguous=True)
         return objectives.score_at_last_token(values, rows.mask)
 
     def value_of(module: Decoder, params: PyTree, rows: Rollout) -> jax.Array:

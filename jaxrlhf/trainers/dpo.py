@@ -95,7 +95,12 @@ def response_logprobs(module: Decoder, params: PyTree, rows: Batch) -> Sides:
     """
     pairs = read_pairs(rows)
     logprobs, _ = module.apply(
-        {"params": params}, pairs.input_ids, pairs.attention_mask, segment_ids=pairs.segment_ids, method="logprobs"
+        {"params": params},
+        pairs.input_ids,
+        pairs.attention_mask,
+        segment_ids=pairs.segment_ids,
+        contiguous=True,
+        method="logprobs",
     )
     return pairs.sums(logprobs)
 

@@ -52,7 +52,12 @@ def compare(
     pairs = read_pairs(rows)
     rngs = None if key is None else {"dropout": key}
     values: Any = module.apply(
-        {"params": params}, pairs.input_ids, pairs.attention_mask, segment_ids=pairs.segment_ids, rngs=rngs
+        {"params": params},
+        pairs.input_ids,
+        pairs.attention_mask,
+        segment_ids=pairs.segment_ids,
+        contiguous=True,
+        rngs=rngs,
     )
     scores = pairs.last(values)
     if kind == "tokenwise":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -69,6 +69,8 @@ class MeshConfig(Settings, may_change=True):
     """Devices that heads and MLP are split over."""
     mesh_expert: CountOrAuto = 1
     """Devices that the experts of a sparse model are split over; they split the batch too."""
+    mesh_context: CountOrAuto = 1
+    """Devices that long sequences are split over in training and scoring; generation splits the batch over them."""
     dtype: Lasting[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Compute precision; auto: bfloat16 on accelerators, float32 on CPU. Master weights are always float32."""
 
@@ -76,8 +78,9 @@ class MeshConfig(Settings, may_change=True):
     def compute_dtype(self) -> jnp.dtype:
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
-    def make_mesh(self) -> Mesh:
-        return make_mesh(self.mesh_data, self.mesh_fsdp, self.mesh_tensor, self.mesh_expert)
+    def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        sizes = self.mesh_data, self.mesh_fsdp, self.mesh_tensor, self.mesh_expert, self.mesh_context
+        return make_mesh(*sizes, devices=devices)
 
 
 @dataclass(frozen=True)

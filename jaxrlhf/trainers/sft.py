@@ -41,6 +41,7 @@ def sft_loss(
         rows["input_ids"],
         rows["attention_mask"],
         segment_ids=rows.get("segment_ids"),
+        contiguous=True,
         method="logprobs",
         rngs=None if key is None else {"dropout": key},
     )

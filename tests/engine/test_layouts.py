@@ -18,6 +18,7 @@ class Layout(NamedTuple):
     stages: tuple[int, int, int, int] = (3, 3, 3, 3)
     offload: bool = False
     expert: int = 1
+    context: int = 1
 
 
 ONE = Layout((1, 1, 1), 1)
@@ -33,6 +34,7 @@ LAYOUTS = [
     Layout((1, 3, 1), 1),
     Layout((1, 6, 1), 2, (1, 1, 3, 3)),
     Layout((5, 1, 1), 1, (3, 2, 0, 0)),
+    Layout((1, 2, 2), 4, (3, 1, 2, 0), context=2),
 ]
 
 EXPERT_LAYOUTS = [
@@ -41,6 +43,7 @@ EXPERT_LAYOUTS = [
     Layout((2, 1, 2), 2, (2, 3, 0, 0), offload=True, expert=2),
     Layout((1, 2, 1), 1, (0, 2, 0, 3), expert=4),
     Layout((1, 2, 2), 4, expert=2),
+    Layout((1, 1, 1), 1, expert=2, context=4),
     Layout((1, 8, 1), 8),
 ]
 
@@ -82,7 +85,7 @@ def adam_of_experts(lab):
 
 def iterate(lab, adam, layout: Layout, **options):
     """Sampled rollout, metrics and new parameters of one PPO iteration; shardings before and after; what was freed."""
-    mesh = lab.mesh_of(*layout.mesh, layout.expert)
+    mesh = lab.mesh_of(*layout.mesh, layout.expert, layout.context)
     models = lab.Setup(mesh, layout.tensor_parallel, layout.stages, layout.offload, **options)
     rollout = models.rollout(lab.sampling)
     experience = models.experience(rollout)
@@ -138,9 +141,10 @@ def test_one_iteration_is_the_same_in_every_layout(layout, lab, adam, on_one_dev
     got = iterate(lab, adam, layout)
     assert_same_iteration(got, on_one_device)
     state, after = got[0][3], got[2]
-    big = {name for name, size in zip(("fsdp", "tensor"), layout.mesh[1:], strict=True) if size in (2, 4, 8)}
+    sizes = dict(zip(("fsdp", "tensor"), layout.mesh[1:], strict=True)) | {"context": layout.context}
+    big = {name for name, size in sizes.items() if size in (2, 4, 8)}
     for params, stage in ((after.actor_params, layout.stages[0]), (after.critic_params, layout.stages[1])):
-        assert axes_of(params["layers"]["mlp"]["up"]["kernel"]) == (big if stage else big - {"fsdp"})
+        assert axes_of(params["layers"]["mlp"]["up"]["kernel"]) == (big if stage else big & {"tensor"})
     moments = [
         s for s, x in zip(*map(jax.tree.leaves, (after.actor_opt_state, state.actor_opt_state)), strict=True) if x.ndim
     ]

@@ -344,16 +344,16 @@ def test_a_device_of_which_nothing_is_known_is_refused_by_name(monkeypatch):
         choose("flash_attention", "pallas", dtype=jnp.bfloat16, head_dim=64, alibi=False)
 
 
-def test_auto_means_xla_until_something_was_measured(monkeypatch):
+def test_auto_means_xla_without_evidence(monkeypatch):
     query = {"dtype": jnp.bfloat16, "head_dim": 64, "alibi": False}
     assert choose("decode_attention", "auto", **query) == "xla" and not choice.MEASURED
-    row = choice.Measured("decode_attention", "cpu", "bfloat16", (64,), False, "pallas", "for this test")
+    row = choice.Measured("decode_attention", "bfloat16", (64,), "pallas", "for this test", "cpu", alibi=False)
     monkeypatch.setattr(choice, "MEASURED", (row,))
     assert choose("decode_attention", "auto", **query) == "pallas"
     for other in ({"head_dim": 80}, {"alibi": True}, {"dtype": jnp.float32}):
         assert choose("decode_attention", "auto", **query | other) == "xla"
     assert choice.decide("decode_attention", "auto", **query).reason == "for this test"
-    library = choice.Measured("flash_attention", "cpu", "bfloat16", (64,), False, "tokamax", "for this test")
+    library = choice.Measured("flash_attention", "bfloat16", (64,), "tokamax", "for this test", "cpu", alibi=False)
     monkeypatch.setattr(choice, "MEASURED", (library,))
     monkeypatch.setitem(sys.modules, "tokamax", None)
     assert choose("flash_attention", "auto", **query) == "xla", "where the library is not installed"
@@ -362,6 +362,21 @@ def test_auto_means_xla_until_something_was_measured(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "rocm")
     with pytest.raises(ValueError, match=r"'pallas' of decode_attention runs on CPU, NVIDIA and TPU, not on rocm"):
         choose("decode_attention", "pallas", **query)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_compiled_evidence_names_our_kernels_and_a_measurement_overrules_it(monkeypatch, capability):
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-80GB", compute_capability=capability)
+    query = {"dtype": jnp.bfloat16, "head_dim": 64, "alibi": True, "device": device}
+    attention = ("flash_attention", "prefill_attention", "decode_attention")
+    assert {choice.choose(kernel, "auto", **query) for kernel in attention} == {"pallas"}
+    assert choose("token_logprobs", "auto", **query) == "xla"
+    others = {"dtype": jnp.float32}, {"head_dim": 72}, {"holes": True}, {"softcap": True}
+    for other in (*others, {"device": SimpleNamespace(platform="gpu", device_kind="T4", compute_capability="7.5")}):
+        assert choose("flash_attention", "auto", **query | other) == "xla", other
+    row = choice.Measured("flash_attention", "bfloat16", (64,), "xla", "for this test", "A100", alibi=True)
+    monkeypatch.setattr(choice, "MEASURED", (row,))
+    assert [choose(kernel, "auto", **query) for kernel in attention] == ["xla", "pallas", "pallas"]
 
 
 def test_without_the_triton_lowering_it_warns_once_and_runs_as_xla(monkeypatch):
@@ -400,7 +415,7 @@ def test_the_choice_and_its_reason_are_said_once_for_each_shape(caplog):
         for width in (64, 64, 80):
             choose("decode_attention", "auto", dtype=jnp.bfloat16, head_dim=width, alibi=width == 80)
         choose("token_logprobs", "pallas", dtype=jnp.float32, head_dim=768, alibi=False)
-    nothing = "xla: nothing measured on cpu for this dtype, head size and mask"
+    nothing = "xla: no evidence on cpu for this dtype, head size and mask"
     assert caplog.messages == [
         f"kernel decode_attention (bfloat16, head size 64): {nothing}",
         f"kernel decode_attention (bfloat16, head size 80, ALiBi): {nothing}",

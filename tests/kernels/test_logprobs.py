@@ -338,9 +338,9 @@ def test_blocks_and_placements_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="tokens=0 of LogprobBlocks must be at least 1"):
         LogprobBlocks(0, 4)
     mesh = make_mesh(2, 2, 2)
-    with pytest.raises(ValueError, match=r"vocab=\('fsdp', 'tensor'\) .* must name the axes of rows=\('fsdp',\) last"):
+    with pytest.raises(ValueError, match=r"vocab=\('fsdp', 'tensor'\) .* the axes of tokens=\('fsdp',\) last"):
         HeadPlacement(mesh, rows=("fsdp",), vocab=("fsdp", "tensor"))
-    with pytest.raises(ValueError, match=r"width=\('tensor',\) .* must be among rows=\('data',\)"):
+    with pytest.raises(ValueError, match=r"width=\('tensor',\) .* must be among tokens=\('data',\)"):
         HeadPlacement(mesh, rows=("data",), width=("tensor",))
 
 

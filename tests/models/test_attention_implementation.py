@@ -100,7 +100,7 @@ def loss_and_gradients(model, ids, mask, mesh=None):
     def run(params, ids, mask):
         def loss(params):
             with use(mesh, TRAIN_RULES):
-                logits = module.apply({"params": params}, ids, mask)
+                logits = module.apply({"params": params}, ids, mask, contiguous=True)
             chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
             weights = mask[:, 1:] * mask[:, :-1]
             return -(chosen * weights).sum() / weights.sum(), logits * mask[..., None]
@@ -197,7 +197,7 @@ def cudnn(monkeypatch):
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", through_xla)
-    row = choice.Measured("flash_attention", "cpu", "bfloat16", (8,), False, "cudnn", "for this test")
+    row = choice.Measured("flash_attention", "bfloat16", (8,), "cudnn", "for this test", "cpu", alibi=False)
     monkeypatch.setattr(choice, "MEASURED", (row,))
     return calls
 
@@ -237,7 +237,8 @@ def test_for_packed_rows_auto_takes_no_library_and_a_named_one_is_refused(make_m
 
     def logits(name):
         module = half(model, name).module
-        return np.asarray(jax.jit(module.apply)({"params": model.params}, ids, mask, segments))
+        run = jax.jit(lambda *batch: module.apply({"params": model.params}, *batch, contiguous=True))
+        return np.asarray(run(ids, mask, segments))
 
     np.testing.assert_array_equal(logits("auto"), logits("xla"))
     assert not cudnn
@@ -247,11 +248,20 @@ def test_for_packed_rows_auto_takes_no_library_and_a_named_one_is_refused(make_m
             logits(name)
 
 
+def test_a_mask_that_may_have_holes_reaches_no_such_kernel_by_itself(make_model, make_batch, cudnn):
+    model = make_model("gpt2", num_heads=3, num_kv_heads=3, head_dim=8)
+    ids, mask = make_batch("right", model.config.vocab_size)
+    mask[0, 3] = 0
+    ours, theirs = (half(model, name).module.apply({"params": model.params}, ids, mask) for name in ("auto", "xla"))
+    np.testing.assert_array_equal(ours, theirs)
+    assert not cudnn
+
+
 @pytest.mark.parametrize("kernel", ["prefill_attention", "decode_attention"])
 def test_no_row_can_say_that_a_library_serves_generation(kernel):
     for name in ("cudnn", "tokamax"):
-        with pytest.raises(ValueError, match=rf"'{name}' measured for {kernel} is not one of 'xla', 'pallas'"):
-            choice.Measured(kernel, "A100", "bfloat16", (64,), False, name, "for this test")
+        with pytest.raises(ValueError, match=rf"'{name}' of a row for {kernel} is not one of 'xla', 'pallas'"):
+            choice.Measured(kernel, "bfloat16", (64,), name, "for this test", "A100", alibi=False)
 
 
 @dataclass(frozen=True)
@@ -271,7 +281,7 @@ def test_kernels_are_told_with_verbose_alone_and_each_choice_once(make_model, ma
     monkeypatch.setitem(sys.modules, "made_up", SimpleNamespace(NoSettings=NoSettings, work=work))
     monkeypatch.setitem(cli.OTHERS, "made-up", cli.Command("made_up", "NoSettings", "work", "for this test", False))
     slow = "head by head: a CPU is slow at batched small products"
-    nothing = "xla: nothing measured on cpu for this dtype, head size and mask"
+    nothing = "xla: no evidence on cpu for this dtype, head size and mask"
     chosen = [
         f"kernel prefill_attention: {slow}",
         f"kernel decode_attention (float32, head size {config.head_dim}): {nothing}",

@@ -32,10 +32,11 @@ from jaxrlhf.sharding.mesh import arrange_hosts
 @pytest.mark.parametrize(
     ("asked", "sizes"),
     [
-        ({}, (1, 8, 1, 1)),
-        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
-        ({"fsdp": 4, "tensor": -1}, (1, 4, 1, 2)),
-        ({"fsdp": 2, "expert": -1}, (1, 2, 4, 1)),
+        ({}, (1, 8, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 1, 1, 2)),
+        ({"fsdp": 4, "tensor": -1}, (1, 4, 1, 1, 2)),
+        ({"fsdp": 2, "expert": -1}, (1, 2, 4, 1, 1)),
+        ({"fsdp": 2, "context": -1}, (1, 2, 1, 4, 1)),
     ],
 )
 def test_minus_one_takes_all_remaining_devices(asked, sizes):
@@ -66,9 +67,9 @@ def test_impossible_meshes_are_refused(asked, message):
 
 def test_tensor_axis_must_divide():
     mesh = make_mesh(fsdp=2, tensor=4)
-    check_divisible(mesh, {"num_heads": 8})
+    check_divisible(mesh, {"num_heads": 8}, "tensor")
     with pytest.raises(InputError, match="tensor=4 does not divide the model's num_heads=6"):
-        check_divisible(mesh, {"num_heads": 6})
+        check_divisible(mesh, {"num_heads": 6}, "tensor")
 
 
 @pytest.mark.parametrize(
@@ -151,13 +152,14 @@ class Chip:
 @pytest.mark.parametrize(
     ("sizes", "per_host", "group"),
     [
-        ((1, 16, 1, 1), 4, 4),
-        ((1, 8, 1, 2), 4, 4),
-        ((2, 8, 1, 1), 4, 4),
-        ((4, 2, 1, 2), 4, 4),
-        ((1, 16, 1, 1), 8, 8),
-        ((1, 8, 2, 1), 4, 2),
-        ((1, 4, 2, 2), 4, 2),
+        ((1, 16, 1, 1, 1), 4, 4),
+        ((1, 8, 1, 1, 2), 4, 4),
+        ((2, 8, 1, 1, 1), 4, 4),
+        ((4, 2, 1, 1, 2), 4, 4),
+        ((1, 16, 1, 1, 1), 8, 8),
+        ((1, 8, 2, 1, 1), 4, 2),
+        ((1, 4, 2, 1, 2), 4, 2),
+        ((1, 8, 1, 2, 1), 4, 2),
     ],
 )
 def test_the_default_group_is_the_devices_of_one_host_and_storage_neighbours_are_not(sizes, per_host, group):
@@ -165,9 +167,9 @@ def test_the_default_group_is_the_devices_of_one_host_and_storage_neighbours_are
     mesh = SimpleNamespace(devices=arrange_hosts(np.array(devices), sizes), shape=dict(zip(AXES, sizes, strict=True)))
     assert {d.id for d in mesh.devices.flat} == set(range(16))
     assert default_tensor_parallel(mesh, num_heads=16) == group
-    data, fsdp, expert, tensor = sizes
+    data, fsdp, expert, context, tensor = sizes
     part = group // tensor
-    view = mesh.devices.reshape(data, part, fsdp // part, expert, tensor)
+    view = mesh.devices.reshape(data, part, fsdp // part, expert, context, tensor)
     for a, b in np.ndindex(data, fsdp // part):
         assert len({d.process_index for d in view[a, :, b].flat}) == 1
     assert default_tensor_parallel(mesh, num_heads=12) == min(group, 4)
@@ -191,11 +193,22 @@ def test_the_expert_axis_splits_experts_and_otherwise_as_fsdp_does(rules, axes, 
 def test_generation_leaves_experts_in_place_and_gathers_the_rest_over_their_axis():
     mesh = make_mesh(fsdp=4, expert=2)
     view = generate_mesh(mesh, 8, 2)
-    assert dict(view.shape) == {"data": 1, "fsdp": 2, "replica": 2, "expert": 2, "tensor": 1}
+    assert dict(view.shape) == {"data": 1, "fsdp": 2, "replica": 2, "expert": 2, "context": 1, "tensor": 1}
     assert list(view.devices.flat) == list(mesh.devices.flat)
     assert resolve_spec(("expert", "embed", "mlp"), (4, 32, 48), view, GENERATE_RULES) == P("expert", None, "fsdp")
     assert resolve_spec(("embed", "heads", "head_dim"), (32, 8, 4), view, GENERATE_RULES) == P(None, "fsdp")
     assert resolve_spec(("batch", None), (8, 3), view, GENERATE_RULES) == P(("replica", "expert"))
+
+
+def test_the_context_axis_splits_columns_of_tokens_heads_in_attention_and_parameters():
+    mesh = make_mesh(fsdp=2, context=2, tensor=2)
+    view = generate_mesh(mesh, 8, 2)
+    assert resolve_spec(("batch", "sequence", None), (4, 6, 32), mesh, TRAIN_RULES) == P("fsdp", "context")
+    assert resolve_spec(("batch", "heads", None, None), (4, 8, 6, 4), mesh, TRAIN_RULES) == P(
+        "fsdp", ("tensor", "context")
+    )
+    assert resolve_spec(("embed", "mlp"), (32, 48), mesh, TRAIN_RULES) == P(None, ("tensor", "fsdp", "context"))
+    assert resolve_spec(("batch", "sequence", None), (4, 6, 32), view, GENERATE_RULES) == P(("replica", "context"))
 
 
 def test_axes_must_fit_the_rank():

@@ -1,5 +1,6 @@
 """Tiny models, rollouts and PPO states on any mesh, made without compiling; and demo data with models on disk."""
 
+import math
 from types import SimpleNamespace
 
 import jax
@@ -41,8 +42,9 @@ def tiny_model(options=LLAMA, head="lm", seed=0, mesh=None, scale=0.3, dtype=jnp
     return Model(module=module, params=place(params, shardings), config=config)
 
 
-def mesh_of(data=1, fsdp=1, tensor=1, expert=1):
-    return make_mesh(data, fsdp, tensor, expert, devices=jax.devices()[: data * fsdp * tensor * expert])
+def mesh_of(data=1, fsdp=1, tensor=1, expert=1, context=1):
+    sizes = data, fsdp, tensor, expert, context
+    return make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
 
 
 def prompts(rows=ROWS, width=PROMPT, seed=0, vocab=101):

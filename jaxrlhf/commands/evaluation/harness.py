@@ -82,7 +82,7 @@ def continuation_scores(
     """
     with use(mesh, TRAIN_RULES):
         variables: Any = {"params": working_copy(params, logical_axes(module), module, mesh)}
-        hidden: Any = module.apply(variables, ids, mask, method="hidden_states")
+        hidden: Any = module.apply(variables, ids, mask, contiguous=True, method="hidden_states")
         size = min(COLUMNS, count)
         more = -count % size
         columns = jnp.pad(read_columns(hidden, start, count), ((0, 0), (0, more), (0, 0)))

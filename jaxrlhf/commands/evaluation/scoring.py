@@ -36,7 +36,7 @@ def last_scores(params: Any, ids: jax.Array, mask: jax.Array, *, module: Decoder
     """Computes the score float32 `[B]` at the last token of each right-padded sequence `[B, T]`."""
     with use(mesh, TRAIN_RULES):
         read = working_copy(params, logical_axes(module), module, mesh)
-        values: Any = module.apply({"params": read}, ids, mask)
+        values: Any = module.apply({"params": read}, ids, mask, contiguous=True)
         return objectives.score_at_last_token(values, mask)
 
 

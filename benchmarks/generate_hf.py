@@ -72,7 +72,7 @@ def main() -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(cores)
-    engine = HybridEngine(load_pretrained(args.folder, dtype=np.float32))
+    engine = HybridEngine(load_pretrained(args.folder))
     ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, (args.rows, args.prompt_length))
     options = (ids, args.max_new_tokens, args.greedy)
     runs = {"engine": our_run(engine, *options), "transformers": their_run(args.folder, *options)}

@@ -97,7 +97,7 @@ def generation_view(params: PyTree, module: Decoder, *, scan_prefill: bool = Fal
         params: The training tree of `module`.
         module: Its `dtype` is the compute dtype.
         scan_prefill: For a program that computes both the view and prefills with it. On one CPU device they then scan
-            over the layers, which halves the time to compile; each layer's weights are read from `params`.
+            over the layers, which shortens the compile; each layer's weights are read from `params`.
     """
     axes = logical_axes(module.clone(lora=None))
     form, current = kernel_form(module), current_rules()

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from jaxrlhf.models import logical_axes, working_copy
+from jaxrlhf.models.model import leaves_by_path
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
 from jaxrlhf.trainers import gradients
 from jaxrlhf.trainers.gradients import (
@@ -166,7 +166,7 @@ def test_on_one_device_matrices_are_cast_once_and_gradients_are_those_of_a_cast_
     model = lab.tiny_model(lab.LLAMA | {"tie_word_embeddings": False}, dtype=jnp.bfloat16)
     module, rows = model.module, np.random.default_rng(0).integers(1, 32, (8, 16))
     read = working_copy(model.params, logical_axes(module), module, None, trained=True)
-    held = {"/".join(path): x.dtype for path, x in flatten_dict(read).items()}
+    held = {path: x.dtype for path, x in leaves_by_path(read).items()}
     assert held.pop("lm_head/kernel") == jnp.float32
     assert {name for name, dtype in held.items() if dtype != jnp.bfloat16} == {n for n in held if "norm" in n}
 

@@ -173,7 +173,7 @@ def test_split_sequences_keep_a_part_of_their_activations_on_each_device():
         for n in (1, 4)
     )
     assert parts["activations"] == whole["activations"] // 4
-    assert parts["gradients"] == whole["gradients"]
+    assert parts["gradients"] == pytest.approx(whole["gradients"], rel=0.01)
 
 
 def test_arrays_are_padded_to_tiles_on_a_tpu_only():

@@ -3,6 +3,7 @@
 from jaxrlhf.kernels.attention import attention, attention_mask
 from jaxrlhf.kernels.choice import IMPLEMENTATIONS, KERNELS, LIBRARIES, choose, log_once
 from jaxrlhf.kernels.decode_attention import append_attention, decode_attention
+from jaxrlhf.kernels.few_rows import outputs_first_product
 from jaxrlhf.kernels.flash_attention import flash_attention, varies
 from jaxrlhf.kernels.head_attention import head_attention
 from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, Cache, entries, write_columns
@@ -28,6 +29,7 @@ __all__ = [
     "live_attention",
     "log_once",
     "logprob_blocks",
+    "outputs_first_product",
     "project_logits",
     "token_logprobs",
     "varies",

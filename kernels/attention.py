@@ -99,5 +99,7 @@ def attention(
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
     if scales is not None:
         weights = jnp.where(mask[:, :, None], weights * scales[1][:, :, None, None], 0.0)
-    output = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(query.dtype), value)
-    return output.reshape(batch, heads, length, head_dim)
+    # For one query XLA multiplies and adds elements, in the type of the result; products of more sum in float32 anyway.
+    dtype = jnp.float32 if length == 1 else None
+    output = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(query.dtype), value, preferred_element_type=dtype)
+    return output.astype(query.dtype).reshape(batch, heads, length, head_dim)

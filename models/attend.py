@@ -21,7 +21,6 @@ from jaxrlhf.kernels import (
     flash_attention,
     head_attention,
     live_attention,
-    live_blocks,
     log_once,
     varies,
     write_columns,
@@ -120,7 +119,7 @@ def attend_to_cache(
 ) -> tuple[jax.Array, Cache]:
     """Decoding: writes one token's key and value into the cache, and attends to the cache.
 
-    The implementation "auto" reads a cache of several blocks up to its longest row on a CPU (kernels/live_blocks.py).
+    On a CPU, the implementation "auto" is that of kernels/live_blocks.py.
 
     Args:
         query: `[B, H, 1, D]`; it sees columns `start` … `column`.
@@ -142,7 +141,7 @@ def attend_to_cache(
     scale, window = float(options.scale), int(options.window)
     if implementation == "xla":
         keys, values, *scales = cache = write_columns(cache, entries(key, value, cache), column)
-        if options.implementation == "auto" and platform() == "cpu" and keys.shape[2] > live_blocks.COLUMNS:
+        if options.implementation == "auto" and platform() == "cpu":
             return _by_live_blocks(query[:, :, 0], cache, start, length, options)[:, :, None], cache
         pair = (scales[0], scales[1]) if scales else None
         attend = partial(decode_attention, scale=scale, window=window, softcap=options.softcap, implementation="xla")

@@ -19,7 +19,7 @@ from jaxrlhf.models.layers import Block, Head, Norm, Projection, scaled
 from jaxrlhf.models.moe import ROUTER_SUMS
 from jaxrlhf.models.sequences import sequence_context
 from jaxrlhf.models.token_rows import TokenRows, look_up, replace_rows
-from jaxrlhf.sharding import check_columns, constrain, split
+from jaxrlhf.sharding import check_columns, constrain, platform, split
 
 # What the forward pass of a block keeps for the backward pass. "none" recomputes nothing and keeps all of it; "full"
 # keeps the block's input only; "dots" keeps the results of its projections.
@@ -198,7 +198,8 @@ class Decoder(nn.Module):
         weight, bias = self.output_weight()
         c = self.config
         head = weight.astype(self.dtype), bias
-        return project_logits(hidden, *head, c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap)
+        on_cpu = platform() == "cpu"
+        return project_logits(hidden, *head, c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap, on_cpu=on_cpu)
 
     def __call__(
         self,

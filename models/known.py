@@ -87,7 +87,7 @@ def _llama32(hidden: int, layers: int, heads: tuple[int, int], mlp: int, paramet
     scaling |= {"original_max_position_embeddings": 8192}
     known = _llama3(hidden, layers, heads, mlp, parameters)
     own = {"max_position_embeddings": 131072, "rope_scaling": scaling, **_TIED}
-    return KnownModel(known.model_type, known.options | own, parameters)
+    return KnownModel(known.model_type, {**known.options, **own}, parameters)
 
 
 def _qwen2(

@@ -6,6 +6,7 @@ prefill, or one new token each (`DecodeContext`) in decode.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import LIBRARIES, Cache, entries, write_columns
+from jaxrlhf.kernels import LIBRARIES, Cache, entries, outputs_first_product, write_columns
 from jaxrlhf.models.activations import ACTIVATION_FUNCTIONS
 from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
@@ -35,6 +36,22 @@ class DecodeContext(flax.struct.PyTreeNode):
     """int scalar or `[B]`: cache column of the one new token."""
     rotation: tuple[jax.Array, jax.Array] | None
     """cos and sin of the new token as `rotation` returns them; None without rotary positions."""
+
+
+@dataclass(frozen=True)
+class KernelForm:
+    """How the projections of a layer lie in memory. The default is how they are stored and trained.
+
+    Decode reads every weight for each token, so models/decode.py rearranges them once per rollout.
+    """
+
+    qkv_groups: int = 0
+    """g of one kernel `attn/qkv` `[D, g, (H + 2·H_kv)/g, head_dim]` in place of query, key and value; 0: none. Group i
+    holds the query heads, then the key heads, then the value heads of shard i."""
+    gate_up: bool = False
+    """One kernel `mlp/gate_up` `[D, 2, F]` in place of gate and up."""
+    outputs_first: bool = False
+    """Kernels are `[out…, in…]` instead of `[in…, out…]`."""
 
 
 def _parameter(
@@ -92,6 +109,8 @@ class Projection(nn.Module):
     use_bias: bool
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
+    outputs_first: bool = False
+    """The kernel is `[out…, in…]`."""
 
     def _adapter(self, x: jax.Array, rank: int, rate: float) -> jax.Array:
         bound = math.prod(self.in_shape) ** -0.5
@@ -107,39 +126,42 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.config.initializer_range)
-        kernel = _parameter(self, "kernel", init, self.in_shape + self.out_shape, self.in_axes + self.out_axes)
-        x = x.astype(self.dtype)
-        y = _contract(x, kernel.astype(self.dtype), len(self.in_shape))
+        x, count = x.astype(self.dtype), len(self.in_shape)
+        if self.outputs_first:
+            shape, axes = self.out_shape + self.in_shape, self.out_axes + self.in_axes
+            kernel = _parameter(self, "kernel", init, shape, axes)
+            y = outputs_first_product(x, kernel.astype(self.dtype), count)
+        else:
+            kernel = _parameter(self, "kernel", init, self.in_shape + self.out_shape, self.in_axes + self.out_axes)
+            y = _contract(x, kernel.astype(self.dtype), count)
         if self.use_bias:
             axes = self.out_axes if self.out_axes != ("embed",) else ("norm",)
             bias = _parameter(self, "bias", nn.initializers.zeros, self.out_shape, axes)
-            y = y + bias.astype(self.dtype)
+            # Added flat: the form in which XLA makes it a part of the matrix product on GPUs.
+            flat = y.reshape(*y.shape[: y.ndim - len(self.out_shape)], -1) + bias.astype(self.dtype).reshape(-1)
+            y = flat.reshape(y.shape)
         if self.lora is not None and self.lora.matches("/".join(self.path)):
             y = y + self._adapter(x, self.lora.rank, self.lora.dropout) * self.lora.scale
         return y
 
 
 class Attention(nn.Module):
-    """Self-attention.
-
-    With `qkv_groups` g > 0 query, key and value are one map `qkv`, which models/decode.py builds. Group i of g holds
-    the query heads, then the key heads, then the value heads of shard i.
-    """
+    """Self-attention."""
 
     config: DecoderConfig
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
-    qkv_groups: int = 0
+    form: KernelForm = KernelForm()
     implementation: str = "auto"
 
     def _heads(self, x: jax.Array) -> list[jax.Array]:
         """Query, key and value, each `[B, T, heads, D]`."""
-        c, g = self.config, self.qkv_groups
+        c, g = self.config, self.form.qkv_groups
         counts = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
 
         def project(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
             shapes = ((c.hidden_size,), (*shape, c.head_dim), ("embed",), (*axes, "head_dim"))
-            return Projection(c, *shapes, c.qkv_bias, self.dtype, self.lora, name=name)(x)
+            return Projection(c, *shapes, c.qkv_bias, self.dtype, self.lora, self.form.outputs_first, name=name)(x)
 
         if not g:
             names = (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads"))
@@ -209,7 +231,7 @@ class Attention(nn.Module):
         output = constrain(output.swapaxes(1, 2), "batch", "sequence", "heads", None)
         shapes = (c.num_heads, c.head_dim), (c.hidden_size,)
         axes = ("heads", "head_dim"), ("embed",)
-        out = Projection(c, *shapes, *axes, c.out_bias, self.dtype, self.lora, name="out")
+        out = Projection(c, *shapes, *axes, c.out_bias, self.dtype, self.lora, self.form.outputs_first, name="out")
         return out(output), cache
 
 
@@ -219,17 +241,27 @@ class MLP(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
+    form: KernelForm = KernelForm()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        wide = ((c.hidden_size,), (c.intermediate_size,), ("embed",), ("mlp",), c.mlp_bias, self.dtype, self.lora)
-        hidden = Projection(c, *wide, name="up")(x)
+        c, form = self.config, self.form
         activation = ACTIVATION_FUNCTIONS[c.activation]
-        hidden = activation(Projection(c, *wide, name="gate")(x)) * hidden if c.gated_mlp else activation(hidden)
+        options = (c.mlp_bias, self.dtype, self.lora, form.outputs_first)
+
+        def widened(name: str, *count: int) -> jax.Array:
+            shape, axes = (*count, c.intermediate_size), (*[None] * len(count), "mlp")
+            return Projection(c, (c.hidden_size,), shape, ("embed",), axes, *options, name=name)(x)
+
+        if form.gate_up:
+            both = widened("gate_up", 2)
+            hidden = activation(both[..., 0, :]) * both[..., 1, :]
+        else:
+            hidden = widened("up")
+            hidden = activation(widened("gate")) * hidden if c.gated_mlp else activation(hidden)
         hidden = constrain(hidden, "batch", "sequence", "mlp")
-        narrow = ((c.intermediate_size,), (c.hidden_size,), ("mlp",), ("embed",), c.mlp_bias, self.dtype, self.lora)
-        return Projection(c, *narrow, name="down")(hidden)
+        shapes = (c.intermediate_size,), (c.hidden_size,)
+        return Projection(c, *shapes, ("mlp",), ("embed",), *options, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -238,14 +270,14 @@ class Block(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
     lora: LoRAConfig | None = None
-    qkv_groups: int = 0
+    form: KernelForm = KernelForm()
     attention_implementation: str = "auto"
     expert_implementation: str = "auto"
 
     def _mlp(self, context: SequenceContext | DecodeContext) -> Callable[[jax.Array], jax.Array]:
         """The feed-forward part: one MLP, or experts."""
         if not self.config.num_experts:
-            return MLP(self.config, self.dtype, self.lora, name="mlp")
+            return MLP(self.config, self.dtype, self.lora, self.form, name="mlp")
         experts = MoE(self.config, self.dtype, self.expert_implementation, name="mlp")
         return partial(experts, real=context.key_mask if isinstance(context, SequenceContext) else None)
 
@@ -262,7 +294,7 @@ class Block(nn.Module):
         self, x: jax.Array, context: SequenceContext | DecodeContext, options: LayerOptions, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        attend = Attention(c, self.dtype, self.lora, self.qkv_groups, self.attention_implementation, name="attn")
+        attend = Attention(c, self.dtype, self.lora, self.form, self.attention_implementation, name="attn")
         mlp = self._mlp(context)
         shared = c.residual == "parallel_shared_norm"
 

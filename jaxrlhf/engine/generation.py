@@ -97,7 +97,7 @@ def generate(
         slots: Slots of continuous batching; 0: one fixed batch.
     """
     with use(mesh, GENERATE_RULES):
-        view = generation_view(params, module)
+        view = generation_view(params, module, scan_prefill=True)
         run = partial(continuous_batch, slots=slots) if slots else _fixed_batch
         tokens, response, logprobs = run(module, view, requests, key, sampling)
         ids = repeat(jnp.where(requests.mask, requests.ids, sampling.pad_token_id), sampling.samples_per_prompt)

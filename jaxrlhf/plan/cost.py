@@ -61,6 +61,14 @@ class Links:
         moved = once * (2 * c.num_layers)
         return Cost(exposed=moved.hidden, links=moved.links)
 
+    def context_exchange(self, system: System, name: str, tokens: float) -> Cost:
+        """The all-to-alls of query, key, value and output in each layer of one pass over split sequences."""
+        module, context = system.modules[name], system.context
+        c = module.config
+        width = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim / system.tensor
+        moved = self.gather(tokens * width * itemsize(module), context, system.tensor) * c.num_layers
+        return Cost(exposed=moved.hidden, links=moved.links)
+
 
 def _elements(tree: object) -> int:
     """Elements on one device."""
@@ -68,9 +76,13 @@ def _elements(tree: object) -> int:
 
 
 def _passes(system: System, name: str, rows: float, forwards: int, backwards: int, links: Links) -> Cost:
-    """`forwards` and `backwards` through a model by the train rules, on a device with `rows` rows of the batch."""
+    """`forwards` and `backwards` through a model by the train rules, on a device with `rows` rows of the batch.
+
+    Of split sequences, each device has a part of a row.
+    """
     module, length = system.modules[name], system.length
-    c, tensor, fsdp, expert = module.config, system.tensor, system.mesh.shape["fsdp"], system.expert
+    c, tensor, expert = module.config, system.tensor, system.expert
+    fsdp = system.mesh.shape["fsdp"] * system.context  # which split parameters alike
     once = forward(module, rows, length, length, system.headed, padded=True, expert=expert) * (1 / tensor)
     stream = rows * length * c.hidden_size * itemsize(module)
     scores = 0 if system.attends_in_blocks(name) else 4 * rows * c.num_heads / tensor * length * length
@@ -83,13 +95,15 @@ def _passes(system: System, name: str, rows: float, forwards: int, backwards: in
         cost += links.gather(once.bytes - experts, fsdp * expert, tensor) * passes
         cost += links.gather(experts, fsdp, tensor * expert) * passes
     cost += links.expert_exchange(system, name, rows * length) * passes
+    cost += links.context_exchange(system, name, rows * length) * passes
     return cost + links.layer_sums(system, name, tensor, rows * length) * passes
 
 
 def _update(system: System, name: str, links: Links) -> Cost:
     """Reduction of the gradients, and Adam."""
     module, trainable = system.modules[name], system.trainable(name)
-    data, fsdp, expert, tensor = (system.mesh.shape[axis] for axis in ("data", "fsdp", "expert", "tensor"))
+    data, expert, tensor = (system.mesh.shape[axis] for axis in ("data", "expert", "tensor"))
+    fsdp = system.mesh.shape["fsdp"] * system.context
     local = _elements(trainable)
     experts = 0 if module.lora is not None else 4 * expert_elements(module) / (tensor * expert)
     whole = 4 * sum(x.size for x in jax.tree.leaves(trainable)) / tensor - expert * experts
@@ -110,7 +124,7 @@ def _generate(system: System, links: Links) -> dict[str, Cost]:
     rows, prompt = system.generate_rows * tensor / system.mesh.size, config.data.max_prompt_seq_len
     view = generation_view_bytes(system)
     arriving = max(0, view - _elements(params) * itemsize(module))
-    groups = max(1, system.mesh.shape["fsdp"] * system.expert * system.tensor // tensor)
+    groups = max(1, system.mesh.size // system.mesh.shape["data"] // tensor)
     reshard = Cost(bytes=tree_bytes(params) + view, exposed=arriving / links.bandwidth(groups, tensor), links=arriving)
 
     def step(queries: int, keys: int, traffic: float) -> Cost:
@@ -129,7 +143,7 @@ def _generate(system: System, links: Links) -> dict[str, Cost]:
 def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
     """Cost on one device of each phase of an iteration that the trainer has: reshard, prefill, decode, score, train."""
     links, config = Links(device), system.config
-    rows = system.rows * system.sequences / system.batch_devices
+    rows = system.rows * system.sequences / system.batch_devices / system.context
     score = [_passes(system, name, rows, 1, 0, links) for name in system.scoring if name in system.modules]
     score += [Cost(host=tree_bytes(system.trees[name])) for name in system.scoring if name in system.on_host]
     forwards = 2 if config.run.remat == "full" else 1

@@ -234,13 +234,13 @@ def cache_bytes(system: System, platform: str = "") -> int:
 
 
 def _gathers(system: System, name: str) -> bool:
-    """True for a model whose layers are gathered over fsdp and expert one by one."""
+    """True for a model whose layers are gathered over fsdp, expert and context one by one."""
     return system.modules[name].zero_stage == 3 and _stored_parts(system) > 1
 
 
 def _stored_parts(system: System) -> int:
     """Devices that split the storage of parameters outside the experts, besides `tensor`."""
-    return system.mesh.shape["fsdp"] * system.expert
+    return system.mesh.shape["fsdp"] * system.expert * system.context
 
 
 def _sharded_bytes(shapes: PyTree, shardings: PyTree) -> int:
@@ -306,7 +306,7 @@ def _layout_copies(system: System) -> int:
 def _head_scratch(system: System, name: str, rows: int, backward: bool, platform: str) -> dict[str, int]:
     """Blocks of token log-probs: of the logits and what is made of them, and of the head where it is gathered."""
     module = system.modules[name]
-    c, tokens = module.config, rows * min(system.length, system.headed)
+    c, tokens = module.config, rows * min(system.length, system.headed) // system.context
     vocab, gathered = c.padded_vocab_size // system.tensor, _gathers(system, name)
     blocks = gathered_blocks(tokens, vocab) if gathered else logprob_blocks(tokens, vocab, platform)
     held = itemsize(module) + (4 if backward else 0)
@@ -344,7 +344,7 @@ def scratch_of(platform: str) -> Scratch:
 def _pass_scratch(system: System, name: str, rows: int, backward: bool, platform: str) -> dict[str, int]:
     """Scratch of one layer's arithmetic besides the residuals, or of the head where that is more."""
     module = system.modules[name]
-    scores = score_bytes(module, rows, system.length, system.length, system.tensor)
+    scores = score_bytes(module, rows, system.length, system.length, system.tensor) // system.context
     scores = 0 if system.attends_in_blocks(name) else scores
     factors = scratch_of(platform)
     layers = factors.backward_layers if backward else factors.forward_layers
@@ -395,7 +395,7 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
         module = system.modules[name]
         drops = system.trainer in ("sft", "reward") and has_dropout(module)
         blocks = system.attends_in_blocks(name)
-        kept.append(residual_bytes(module, *shape, system.tensor, system.expert, drops, blocks))
+        kept.append(residual_bytes(module, *shape, system.tensor, system.expert, drops, blocks) // system.context)
     loops = config.run.gradient_accumulation_steps > 1
     backward = {
         "gradient layout copies": _layout_copies(system) if factors.layout_copies and not loops else 0,

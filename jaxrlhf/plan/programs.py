@@ -206,7 +206,12 @@ class System:
     @property
     def headed(self) -> int:
         """Columns that the output head runs on."""
-        return self.length if self.supervised else self.config.sampling.max_new_tokens
+        return self.length if self.supervised or self.context > 1 else self.config.sampling.max_new_tokens
+
+    @property
+    def context(self) -> int:
+        """Devices that split the columns of sequences in training and scoring, and parameters."""
+        return self.mesh.shape["context"]
 
     @property
     def expert(self) -> int:

@@ -5,7 +5,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from jaxrlhf.models import config_from_dict, create_model, save_pretrained
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 TOY = [
@@ -23,6 +26,8 @@ TOY = [
     "1",
 ]
 SIZES = {"continuous_batching": ["--slots", "8"], "decode": ["--rows", "2", "--cache_length", "40"]}
+LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
 FIGURES = {
     "continuous_batching": {"ratio", "same_answers", "mean_length", "tokens_per_second"},
     "decode": {"ratio", "same_tokens", "logprob_gap", "growth", "seconds_per_step"},
@@ -39,6 +44,19 @@ def test_a_benchmark_finds_equal_answers_and_records_its_origin(name, monkeypatc
     assert {"device", "jax", "command", "commit", "settings"} | FIGURES[name] <= set(result)
     assert result["same_answers" if name == "continuous_batching" else "same_tokens"] is True
     assert "True" in capsys.readouterr().out
+
+
+def test_greedy_generation_is_compared_with_transformers(monkeypatch, tmp_path, capsys):
+    model = create_model(config_from_dict(LLAMA), key=jax.random.key(0))
+    save_pretrained(model, tmp_path / "model")
+    path = tmp_path / "result.json"
+    sizes = ["--rows", "2", "--prompt_length", "5", "--max_new_tokens", "6", "--repeats", "1", "--greedy"]
+    words = [str(FOLDER / "generate_hf.py"), str(tmp_path / "model"), *sizes, "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    result = json.loads(path.read_text())
+    assert result["same_tokens"] == 1
+    assert result["ratios"]["seconds"] > 0 and "tokens/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))

@@ -255,7 +255,7 @@ def test_refilling_slots_moves_activations_only(lab):
     engine = HybridEngine(lab.tiny_model(mesh=mesh), mesh)
     assert (engine.generate_mesh.shape["data"], engine.generate_mesh.shape["replica"]) == (2, 1)
     inside = [shape for loop, shapes in collectives(compiled_text(engine, lab, slots=8)) if loop for shape in shapes]
-    activations = [shape for shape in inside if shape[-1:] == (engine.config.hidden_size,) and len(shape) == 3]
+    activations = [shape for shape in inside if engine.config.hidden_size in shape and len(shape) == 3]
     assert activations, "the loop of a tensor-parallel group adds activations up"
     rest = [shape for shape in inside if shape not in activations]
     assert max(int(np.prod(shape)) for shape in rest) <= lab.ROWS * 8, rest
@@ -268,10 +268,10 @@ def test_qkv_is_one_kernel_where_every_shard_holds_its_own_heads(kv_heads, mesh,
     engine = HybridEngine(lab.tiny_model(options, mesh=mesh), mesh)
     with use(engine.generate_mesh, GENERATE_RULES):
         view = jax.eval_shape(lambda p: generation_view(p, engine.module), engine.params)
-    assert view.qkv_groups == groups
+    assert view.form.qkv_groups == groups
     attn = view.layers[0]["attn"]
     if groups:
-        assert attn["qkv"]["kernel"].shape == (32, groups, (8 + 2 * kv_heads) // groups, 4)
+        assert attn["qkv"]["kernel"].shape == (groups, (8 + 2 * kv_heads) // groups, 4, 32)
     assert set(attn) == ({"qkv", "out"} if groups else {"query", "key", "value", "out"})
     alone = HybridEngine(lab.tiny_model(options), lab.mesh_of())
     assert_same_rollout(run(engine, lab, lab.sampling), run(alone, lab, lab.sampling))

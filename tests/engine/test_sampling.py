@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.engine.sampling import SamplingConfig, ended_rows, ends_with_stop, penalize, sample_token, truncate_logits
+from jaxrlhf.engine.sampling import (
+    SamplingConfig,
+    ended_rows,
+    ends_with_stop,
+    penalize,
+    sample_token,
+    sample_truncated,
+)
 from jaxrlhf.errors import InputError
 
 VOCAB, ROWS = 12, 20_000
@@ -41,6 +48,22 @@ def oracle(temperature, top_k, top_p, logits=LOGITS) -> np.ndarray:
     return result
 
 
+def kept(logits, top_k, top_p) -> np.ndarray:
+    """The tokens that truncation leaves: row i of V has noise that makes token i the largest if it may be sampled."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (len(logits), len(logits)))
+    tokens = sample_truncated(rows, 3e38 * jnp.eye(len(logits)), top_k, top_p)
+    return np.asarray(tokens) == np.arange(len(logits))
+
+
+def sorted_out(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """The tokens that truncation leaves, by sorting, in float64; ties stay."""
+    row = logits.astype(np.float64)
+    inside = row >= np.sort(row)[::-1][min(top_k, len(row)) - 1] if top_k else np.ones_like(row, bool)
+    mass = np.exp(np.where(inside, row, -np.inf) - row.max())
+    before = np.array([mass[row > x].sum() for x in row]) / mass.sum()
+    return inside & ((before < top_p) | (top_p == 1))
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.7), (1.5, 7, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
@@ -48,8 +71,7 @@ def oracle(temperature, top_k, top_p, logits=LOGITS) -> np.ndarray:
 def test_frequencies_follow_the_truncated_distribution(temperature, top_k, top_p):
     config = SamplingConfig(1, temperature=temperature, top_k=top_k, top_p=top_p)
     expected = oracle(temperature, top_k, top_p)
-    allowed = np.asarray(truncate_logits(jnp.asarray(LOGITS[None] / temperature), top_k, top_p))[0] > -1e29
-    np.testing.assert_array_equal(allowed, expected > 0)
+    np.testing.assert_array_equal(kept(LOGITS / temperature, top_k, top_p), expected > 0)
     tokens, _ = draw(config)
     counts = np.bincount(tokens, minlength=VOCAB)
     assert (counts[expected == 0] == 0).all()
@@ -74,27 +96,43 @@ def test_greedy_takes_the_largest_logit_and_reports_its_logprob_at_temperature_o
 
 
 def test_ties_at_the_edge_of_top_k_and_top_p_all_stay():
-    logits = jnp.asarray([[3.0, 1.0, 1.0, 1.0, -2.0]])
-    top_k = np.asarray(truncate_logits(logits, 2, 1.0))[0]
-    top_p = np.asarray(truncate_logits(logits, 0, 0.8))[0]
-    for kept in (top_k, top_p):
-        np.testing.assert_array_equal(kept > -1e29, [True, True, True, True, False])
-    everything = np.asarray(truncate_logits(logits, 99, 1.0))
-    np.testing.assert_array_equal(everything, logits)
+    logits = np.array([3.0, 1.0, 1.0, 1.0, -2.0])
+    for top_k, top_p in ((2, 1.0), (0, 0.8), (4, 0.8)):
+        np.testing.assert_array_equal(kept(logits, top_k, top_p), [True, True, True, True, False])
+    assert kept(logits, 99, 1.0).all()
+    np.testing.assert_array_equal(kept(np.zeros(5), 1, 1e-6), np.ones(5, bool))
+    np.testing.assert_array_equal(kept(logits, 3, 1e-9), logits == 3)
 
 
 def test_top_k_and_top_p_of_rows_are_their_own():
     rng = np.random.default_rng(4)
-    logits = jnp.asarray(rng.normal(0, 2, (60, 300)).astype(np.float32).round(1))
-    top_k, top_p = rng.choice([0, 1, 5, 40, 300], 60), rng.choice([1.0, 0.95, 0.5, 1e-3], 60).astype(np.float32)
-    got = np.asarray(truncate_logits(logits, jnp.asarray(top_k), jnp.asarray(top_p)))
-    for i, (k, p) in enumerate(zip(top_k.tolist(), top_p.tolist(), strict=True)):
-        row = np.asarray(logits[i], np.float64)
-        inside = row >= np.sort(row)[::-1][k - 1] if k else np.ones_like(row, bool)
-        mass = np.exp(np.where(inside, row, -np.inf))
-        before = np.array([mass[row > x].sum() for x in row]) / mass.sum()
-        np.testing.assert_array_equal(got[i] > -1e29, inside & ((before < p) | (p == 1)))
-    np.testing.assert_array_equal(got[(top_k == 0) & (top_p == 1)], logits[(top_k == 0) & (top_p == 1)])
+    logits = rng.normal(0, 2, (60, 300)).astype(np.float32).round(1)
+    logits[rng.random(logits.shape) < 0.3] = -1e30  # as padded columns and forbidden tokens are
+    logits[:20][rng.random((20, 300)) < 0.2] = -np.inf
+    noise = rng.gumbel(size=logits.shape).astype(np.float32)
+    top_k, top_p = rng.choice([0, 1, 5, 40, 300, 999], 60), rng.choice([1.0, 0.95, 0.5, 1e-3], 60).astype(np.float32)
+    inside = np.stack([sorted_out(*row) for row in zip(logits, top_k.tolist(), top_p.tolist(), strict=True)])
+    expected = np.where(inside, logits + noise, -np.inf).argmax(1)
+    own = jax.jit(sample_truncated)(logits, noise, top_k, top_p)
+    np.testing.assert_array_equal(own, expected)
+    one = jax.jit(sample_truncated, static_argnums=(2, 3))
+    for k, p in ((5, 1.0), (0, 0.95), (40, 0.5)):
+        rows = [sorted_out(row, k, p) for row in logits]
+        np.testing.assert_array_equal(one(logits, noise, k, p), np.where(rows, logits + noise, -np.inf).argmax(1))
+
+
+def test_plain_sampling_is_that_of_jax():
+    logits = np.random.default_rng(5).normal(0, 3, (64, 700)).astype(np.float32)
+    tokens, _ = draw(SamplingConfig(1), rows=64, logits=logits)
+    stepped = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys(64))
+    np.testing.assert_array_equal(tokens, jax.vmap(jax.random.categorical)(stepped, logits))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_truncation_of_logits_that_are_not_finite_ends_with_a_token_of_the_vocabulary(bad):
+    logits = np.stack([np.full(9, bad), np.where(np.arange(9) == 4, bad, 1.0)]).astype(np.float32)
+    tokens = sample_truncated(jnp.asarray(logits), jnp.zeros((2, 9)), 3, 0.5)
+    assert ((tokens >= 0) & (tokens < 9)).all()
 
 
 def test_a_draw_depends_on_its_own_key_and_the_step_alone():

@@ -135,12 +135,13 @@ def test_the_newest_entry_is_appended_and_seen_in_a_cache_of_any_dtype(problem, 
         np.testing.assert_array_equal(new[untouched], old[untouched])
 
 
+@pytest.mark.parametrize("columns", [16, 256])
 @pytest.mark.parametrize("name", KV_CACHE_DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
-def test_blocks_up_to_the_longest_row_equal_the_oracle_in_a_cache_of_any_dtype(problem, name, monkeypatch):
+def test_the_form_for_cpus_equals_the_oracle_in_a_cache_of_any_dtype(problem, name, columns, monkeypatch):
     (query, key, value, start, length), options, _, _ = make(problem)
     cache, meant = stored(key, value, name)
-    monkeypatch.setattr(live_blocks, "COLUMNS", 16)
+    monkeypatch.setattr(live_blocks, "COLUMNS", columns)
     got = live_attention(query, cache, start, length, **options)
     np.testing.assert_allclose(got, oracle(query, *meant, start, length, *options.values()), rtol=0, atol=1e-5)
 

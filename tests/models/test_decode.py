@@ -16,7 +16,7 @@ def full_and_decoded(model, ids, mask):
     @jax.jit
     def run(params, ids, mask):
         full = module.apply({"params": params}, ids, mask)[:, PROMPT - 1 :]
-        view = generation_view(params, module)
+        view = generation_view(params, module, scan_prefill=True)
         start = (mask == 0).sum(1)
         caches = init_cache(module, len(ids), length)
         first, caches = prefill(module, view, ids[:, :PROMPT], mask[:, :PROMPT], caches)
@@ -41,13 +41,16 @@ def test_prefill_and_decode_equal_the_full_forward(case, make_model, make_batch)
     assert (decoded[..., vocab:] <= -1e29).all()
 
 
-def test_a_column_per_row_writes_what_one_for_all_rows_writes(make_model, make_batch):
+def test_a_prefill_that_scans_over_layers_and_a_column_per_row_write_what_the_plain_forms_write(make_model, make_batch):
     model = make_model("mistral")
     ids, mask = make_batch("left", model.config.vocab_size)
     module = model.module
     view = generation_view(model.params, module)
     caches = init_cache(module, len(ids), 14)
-    _, caches = prefill(module, view, ids[:, :PROMPT], mask[:, :PROMPT], caches)
+    given = ids[:, :PROMPT], mask[:, :PROMPT], caches
+    logits, caches = prefill(module, view, *given)
+    scanned = prefill(module, generation_view(model.params, module, scan_prefill=True), *given)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), scanned, (logits, caches))
     start = (mask == 0).sum(1)
     step = jax.jit(lambda token, column, caches: decode_step(module, view, token, column, start, caches))
     one = [caches]
@@ -91,9 +94,9 @@ def test_generation_view_in_bfloat16_keeps_vectors_in_float32(make_model):
     assert len(view.layers) == model.config.num_layers
     assert view.layers[0]["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert view.layers[0]["attn_norm"]["scale"].dtype == jnp.float32
-    np.testing.assert_array_equal(
-        view.layers[1]["mlp"]["up"]["kernel"], model.params["layers"]["mlp"]["up"]["kernel"][1].astype(jnp.bfloat16)
-    )
+    assert set(view.layers[1]["mlp"]) == {"gate_up", "down"}
+    stored = (model.params["layers"]["mlp"][name]["kernel"][1].T.astype(jnp.bfloat16) for name in ("gate", "up"))
+    np.testing.assert_array_equal(view.layers[1]["mlp"]["gate_up"]["kernel"], jnp.stack([*stored]))
 
 
 def test_bfloat16_decode_equals_the_bfloat16_forward_within_rounding(make_model, make_batch):

@@ -18,7 +18,7 @@ from jaxrlhf.models.model import param_shapes
 from jaxrlhf.plan.command import make_plan, run_plan
 from jaxrlhf.plan.cost import run_cost
 from jaxrlhf.plan.devices import DEVICES, find_device, target_config
-from jaxrlhf.plan.memory import cache_bytes, estimate, residual_bytes
+from jaxrlhf.plan.memory import cache_bytes, estimate, residual_bytes, train_memory
 from jaxrlhf.plan.programs import array_bytes, build_system, lower, tree_bytes
 from jaxrlhf.plan.report import as_dict
 from jaxrlhf.plan.roofline import forward
@@ -163,6 +163,17 @@ def test_what_the_backward_pass_keeps_shrinks_with_remat_and_with_the_split():
     module = Decoder(config, head="lm", dtype=jnp.bfloat16, remat="none")
     assert residual_bytes(module, 4, 128, 64, 1) == pytest.approx(2 * kept["none"], rel=0.01)
     assert residual_bytes(module, 2, 128, 64, 4) < 0.6 * kept["none"]
+
+
+def test_split_sequences_keep_a_part_of_their_activations_on_each_device():
+    settings = {"device": "a100-80g", "devices": 8, "trainer": "sft", "actor": "opt-125m", "max_length": 512}
+    settings |= {"per_device_train_batch_size": 1}
+    whole, parts = (
+        train_memory(build_system(PlanConfig.create(**settings, mesh_fsdp=8 // n, mesh_context=n)), "cuda").temporaries
+        for n in (1, 4)
+    )
+    assert parts["activations"] == whole["activations"] // 4
+    assert parts["gradients"] == pytest.approx(whole["gradients"], rel=0.01)
 
 
 def test_arrays_are_padded_to_tiles_on_a_tpu_only():

@@ -147,7 +147,8 @@ def sample_truncated(
         def excluded(token: jax.Array) -> jax.Array:
             likelier = logits > _entry(logits, token)[:, None]
             sums = [(jnp.sum(jnp.where(likelier, weights, 0.0), axis=1), most) for weights, most in limits]
-            return jnp.any(jnp.stack([total >= most for total, most in sums]), axis=0)
+            beyond = jnp.any(jnp.stack([total >= most for total, most in sums]), axis=0)
+            return beyond & jnp.any(likelier, axis=1)  # the likeliest token stays, also with top_p = 0
 
         def among_likelier(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             token, out = carry

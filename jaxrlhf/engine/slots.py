@@ -98,7 +98,9 @@ def _sample(logits: jax.Array, last: jax.Array, rows: SlotRows) -> Sampled:
         row_keys = jax.vmap(lambda seed, number: keys.stream(0, keys.Stream.SERVING, *seed, number))(
             rows.seed, rows.number
         )
-        own = {"temperature": rows.temperature, "truncation": (rows.top_k, rows.top_p)}
+        # Free slots sample too, but without truncation, which costs something where any row has it.
+        truncation = jnp.where(rows.live, rows.top_k, 0), jnp.where(rows.live, rows.top_p, 1.0)
+        own = {"temperature": rows.temperature, "truncation": truncation}
         return sample_token(logits, row_keys, rows.length, SAMPLED, **own)[0]
 
     def greedy(logits: jax.Array) -> jax.Array:

@@ -61,7 +61,7 @@ def sorted_out(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     inside = row >= np.sort(row)[::-1][min(top_k, len(row)) - 1] if top_k else np.ones_like(row, bool)
     mass = np.exp(np.where(inside, row, -np.inf) - row.max())
     before = np.array([mass[row > x].sum() for x in row]) / mass.sum()
-    return inside & ((before < top_p) | (top_p == 1))
+    return inside & ((before < top_p) | (top_p == 1) | (before == 0))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,10 @@ def test_top_k_and_top_p_of_rows_are_their_own():
     logits[rng.random(logits.shape) < 0.3] = -1e30  # as padded columns and forbidden tokens are
     logits[:20][rng.random((20, 300)) < 0.2] = -np.inf
     noise = rng.gumbel(size=logits.shape).astype(np.float32)
-    top_k, top_p = rng.choice([0, 1, 5, 40, 300, 999], 60), rng.choice([1.0, 0.95, 0.5, 1e-3], 60).astype(np.float32)
+    top_k, top_p = (
+        rng.choice([0, 1, 5, 40, 300, 999], 60),
+        rng.choice([1.0, 0.95, 0.5, 1e-3, 0.0], 60).astype(np.float32),
+    )
     inside = np.stack([sorted_out(*row) for row in zip(logits, top_k.tolist(), top_p.tolist(), strict=True)])
     expected = np.where(inside, logits + noise, -np.inf).argmax(1)
     own = jax.jit(sample_truncated)(logits, noise, top_k, top_p)

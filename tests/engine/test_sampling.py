@@ -110,7 +110,8 @@ def test_top_k_and_top_p_of_rows_are_their_own():
     logits[rng.random(logits.shape) < 0.3] = -1e30  # as padded columns and forbidden tokens are
     logits[:20][rng.random((20, 300)) < 0.2] = -np.inf
     noise = rng.gumbel(size=logits.shape).astype(np.float32)
-    top_k, top_p = (
+    top_k = rng.choice([0, 1, 5, 40, 300, 999], 60)
+    top_p = rng.choice([1.0, 0.95, 0.5, 1e-3, 0.0], 60).astype(np.float32)
         rng.choice([0, 1, 5, 40, 300, 999], 60),
         rng.choice([1.0, 0.95, 0.5, 1e-3, 0.0], 60).astype(np.float32),
     )

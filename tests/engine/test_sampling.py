@@ -112,9 +112,6 @@ def test_top_k_and_top_p_of_rows_are_their_own():
     noise = rng.gumbel(size=logits.shape).astype(np.float32)
     top_k = rng.choice([0, 1, 5, 40, 300, 999], 60)
     top_p = rng.choice([1.0, 0.95, 0.5, 1e-3, 0.0], 60).astype(np.float32)
-        rng.choice([0, 1, 5, 40, 300, 999], 60),
-        rng.choice([1.0, 0.95, 0.5, 1e-3, 0.0], 60).astype(np.float32),
-    )
     inside = np.stack([sorted_out(*row) for row in zip(logits, top_k.tolist(), top_p.tolist(), strict=True)])
     expected = np.where(inside, logits + noise, -np.inf).argmax(1)
     own = jax.jit(sample_truncated)(logits, noise, top_k, top_p)

@@ -213,10 +213,11 @@ class PPOOptions(StepOptions):
 
     def hyperparameters(self) -> PPOHyperparameters:
         """The algorithm with the values that it takes from sampling and run: the program's static argument."""
+        own = self.rollout.per_device_score_batch_size
         return dataclasses.replace(
             self.algorithm,
             micro_batches=self.run.gradient_accumulation_steps,
-            score_batches=self.rows_per_device // self.score_rows,
+            score_batches=self.rows_per_device // own if own else None,
             samples_per_prompt=self.sampling.samples_per_prompt,
             temperature=self.sampling.temperature,
             response_length=self.sampling.max_new_tokens,

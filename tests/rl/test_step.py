@@ -285,7 +285,7 @@ def test_scoring_in_chunks_of_its_own_changes_nothing(experience, setup, lab, le
     parts = setup.experience(rollout, PPOHyperparameters(score_batches=4))
     chex.assert_trees_all_close(jax.device_get(parts), experience, rtol=1e-5, atol=2e-6)
     rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-    assert PPOConfig.create(**rows).hyperparameters().score_batches == 4
+    assert PPOConfig.create(**rows).hyperparameters().score_batches is None
     assert PPOConfig.create(**rows, per_device_score_batch_size=8).hyperparameters().score_batches == 2
     with pytest.raises(InputError, match="per_device_score_batch_size=5 must divide the 16 rows per device"):
         PPOConfig.create(**rows, per_device_score_batch_size=5)

@@ -47,6 +47,7 @@ def test_a_benchmark_finds_equal_answers_and_records_its_origin(name, monkeypatc
 
 
 def test_greedy_generation_is_compared_with_transformers(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch")
     model = create_model(config_from_dict(LLAMA), key=jax.random.key(0))
     save_pretrained(model, tmp_path / "model")
     path = tmp_path / "result.json"

@@ -84,7 +84,7 @@ def _counted(folder: Path, program: str, config: Any) -> Any:
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-    """What distinguishes a row, and the settings of its plan."""
+    """The fields that tell a row from others, and the settings of its plan."""
     for workload, device, variant in product(options.workload, options.device, options.variant):
         models, programs = WORKLOADS[workload]
         settings = {"device": device, **models, **_BATCH, **_LENGTHS, **VARIANTS[variant]}

@@ -55,7 +55,7 @@ class Row:
     """Head sizes; for token log-probs the widths of hidden states."""
     implementation: str
     evidence: str
-    """What was compared, with shapes and versions, and the command that did it."""
+    """The compared programs, with shapes and versions, and the command that compared them."""
 
     def __post_init__(self) -> None:
         if self.implementation not in (known := KERNELS[self.kernel][1:]):

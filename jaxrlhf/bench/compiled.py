@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrlhf.bench.record import Record
+from jaxrlhf.plan.settings import PROGRAMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +16,6 @@ BEFORE, NOW = "before", "now"
 DEFAULT = "default"
 """The variant with the settings that a run has by default."""
 COLUMNS = ("device, settings", "program", "GB read", "GB written", "kernels", "launches", "copies", "peak GiB", "s")
-PROGRAMS = ("generate", "score", "train")
 COLOURS = {"generate": "#3366aa", "score": "#66aa88", "train": "#cc7722"}
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLUMNS = ("section", "batch", "median s", "min s", "tokens/s", "seq/s", "TFLOP/s", "GB/s")
 COLUMNS += ("roofline", "GiB", "compile s")
 PEER_COLUMNS = ("section", "batch", "peer", "its min s", "ratio", "by medians")
-COLOURS = {"generate": "#3366aa", "score": "#66aa88", "train": "#cc7722", "iteration": "#888888"}
+COLOURS = compiled.COLOURS | {"iteration": "#888888"}
 BEGIN, END = "<!-- results: written by `jaxrlhf bench --render` -->", "<!-- end of results -->"
 KERNELS = "kernels_aot"  # what benchmarks/kernels_aot.py writes
 PICTURED = "ppo_cpu"  # the measured iteration of the document's first picture

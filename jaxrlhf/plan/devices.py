@@ -54,7 +54,7 @@ class Device:
     per_chip: int = 1
     """Devices of a TPU chip, which shapes count."""
     compute_capability: str = ""
-    """Of an NVIDIA device."""
+    """Compute capability of an NVIDIA device."""
 
     @property
     def device_kind(self) -> str:

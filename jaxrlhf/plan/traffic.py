@@ -38,7 +38,7 @@ class Kernel:
     written: float
     """Bytes."""
     flops: float = 0.0
-    """Of matrix products."""
+    """FLOPs of matrix products."""
     launches: int = 1
     times: float = 1.0
     """Runs in one call of the program."""

@@ -201,8 +201,8 @@ class RunConfig(Settings, may_change=True):
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: the same as remat_policy full."""
     remat_policy: Literal["auto", "none", "full", "dots"] = "auto"
-    """What the backward pass recomputes of a layer. none: nothing; full: everything; dots: all but matrix products;
-    auto: dots on GPUs and TPUs, none on CPUs."""
+    """The part of a layer that the backward pass recomputes. none: nothing; full: everything; dots: all but matrix
+    products; auto: dots on GPUs and TPUs, none on CPUs."""
     offload_optimizer: Annotated[bool, alias("offload")] = False
     """Keep Adam's moments in host memory, and bring them to the devices for the update."""
     logging_steps: PositiveInt = 10

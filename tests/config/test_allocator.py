@@ -15,7 +15,7 @@ on_glibc = pytest.mark.skipif(allocator.glibc() is None, reason="the C library i
 
 
 class Library:
-    """Stands for glibc and records what it is told."""
+    """Stands for glibc and records its calls."""
 
     def __init__(self):
         self.told = []

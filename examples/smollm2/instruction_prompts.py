@@ -15,218 +15,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from instruction_words import COMMON, ENDINGS, EVAL_TOPICS, FIRST_WORDS, QUESTIONS, TASKS, TOPICS, WORDS
+from instruction_words import (
+    EVAL_TOPICS,
+    QUESTIONS,
+    TASKS,
+    TOPICS,
+    Draw,
+    bullets,
+    capital_words,
+    end_phrase,
+    existence,
+    fixed,
+    forbidden_words,
+    frequency,
+    highlights,
+    language,
+    letter_frequency,
+    nth_paragraph_first_word,
+    number_paragraphs,
+    number_sentences,
+    number_words,
+    placeholders,
+    postscript,
+    sections,
+)
 
-from jaxrlhf.rewards.instructions import CHECKS, read_instructions
-
-LANGUAGES = {"es": "Spanish", "fr": "French", "de": "German", "it": "Italian", "pt": "Portuguese", "fi": "Finnish"}
-LANGUAGES |= {"ru": "Russian", "hi": "Hindi", "ko": "Korean", "vi": "Vietnamese", "sw": "Swahili", "fa": "Persian"}
-
-Draw = tuple[str, dict[str, Any]]
-"""The words of an instruction, and its arguments."""
-
-
-def bounded(rng: random.Random, relation: str, bound: int, thing: str) -> str:
-    """Words for "less than" or "at least" so many things."""
-    if relation == "less than":
-        words = [f"fewer than {bound} {thing}", f"less than {bound} {thing}", f"no more than {bound - 1} {thing}"]
-    else:
-        words = [f"at least {bound} {thing}", f"{bound} {thing} or more", f"a minimum of {bound} {thing}"]
-    return rng.choice(words)
-
-
-def number_words(rng: random.Random, topic: str) -> Draw:
-    relation = rng.choice(["at least", "less than"])
-    bound = rng.choice([30, 50, 80, 100, 120, 150, 200, 250] if relation == "at least" else [30, 40, 60, 80, 100, 150])
-    words = bounded(rng, relation, bound, "words")
-    said = rng.choice(["Use {}.", "Your text should have {}.", "Write {}.", "The answer needs {}.", "Keep to {}."])
-    return said.format(words), {"num_words": bound, "relation": relation}
-
-
-def number_sentences(rng: random.Random, topic: str) -> Draw:
-    relation = rng.choice(["at least", "less than"])
-    bound = rng.choice([3, 4, 5, 6, 8, 10, 12] if relation == "at least" else [3, 4, 5, 6, 8, 10])
-    words = bounded(rng, relation, bound, "sentences")
-    said = rng.choice(["Use {}.", "Write {}.", "Your reply should consist of {}.", "The text must have {}."])
-    return said.format(words), {"num_sentences": bound, "relation": relation}
-
-
-def number_paragraphs(rng: random.Random, topic: str) -> Draw:
-    count = rng.choice([2, 2, 3, 3, 4, 5])
-    said = rng.choice(
-        [
-            "Write exactly {} paragraphs and put *** between them.",
-            "The text must have {} paragraphs, with the divider *** between one and the next.",
-            "Split your answer into {} paragraphs. Separate them by a line with ***",
-            "I want {} paragraphs, divided by three asterisks (***).",
-        ]
-    )
-    return said.format(count), {"num_paragraphs": count}
-
-
-def nth_paragraph_first_word(rng: random.Random, topic: str) -> Draw:
-    count = rng.choice([2, 2, 3, 4])
-    number, word = rng.randint(1, count), rng.choice(FIRST_WORDS)
-    said = rng.choice(
-        [
-            "Write {} paragraphs with one empty line between them. The first word of paragraph {} must be {}.",
-            "There must be {} paragraphs, each set off by a blank line, and paragraph {} has to begin with “{}”.",
-            "Use exactly {} paragraphs separated by two line breaks. Start paragraph number {} with the word {}.",
-        ]
-    )
-    arguments = {"num_paragraphs": count, "nth_paragraph": number, "first_word": word}
-    return said.format(count, number, word), arguments
-
-
-def topic_words(topic: str) -> list[str]:
-    """The longer words of a topic."""
-    return [word for word in re.findall(r"[a-z]+", topic) if len(word) > 3]
-
-
-def existence(rng: random.Random, topic: str) -> Draw:
-    words = rng.sample(sorted({*topic_words(topic), *rng.sample(WORDS, 3)}), rng.choice([1, 2, 2, 3]))
-    named = ", ".join(f"“{word}”" for word in words) if rng.random() < 0.5 else " and ".join(words)
-    said = rng.choice(
-        [
-            "Make sure to use: {}.",
-            "The text must contain {}.",
-            "Work in the following: {}.",
-            "Include {} somewhere.",
-            "Mention {} in your answer.",
-        ]
-    )
-    return said.format(named), {"keywords": words}
-
-
-def frequency(rng: random.Random, topic: str) -> Draw:
-    relation = rng.choice(["at least", "at least", "less than"])
-    word, bound = rng.choice([*topic_words(topic), rng.choice(WORDS)]), rng.choice([2, 2, 3, 3, 4])
-    words = bounded(rng, relation, bound, "times")
-    said = rng.choice(["Use the word {} {}.", "The word “{}” should come up {}.", "Say {} {} in the text."])
-    return said.format(word, words), {"keyword": word, "frequency": bound, "relation": relation}
-
-
-def forbidden_words(rng: random.Random, topic: str) -> Draw:
-    pool = sorted({*topic_words(topic), *rng.sample(COMMON, 4), rng.choice(WORDS)})
-    words = rng.sample(pool, rng.choice([1, 2, 2, 3]))
-    said = rng.choice(
-        [
-            "Do not use these words: {}.",
-            "Avoid the following words: {}.",
-            "The text must not contain: {}.",
-            "Never say any of these: {}.",
-            "Leave out the words {}.",
-        ]
-    )
-    return said.format(", ".join(words)), {"forbidden_words": words}
-
-
-def letter_frequency(rng: random.Random, topic: str) -> Draw:
-    relation = rng.choice(["at least", "at least", "less than"])
-    letter = rng.choice("abcdefghiklmnoprstuwy" if relation == "at least" else "jkqvwxzbpf")
-    bound = rng.choice([3, 5, 8, 10, 15, 20] if relation == "at least" else [2, 3, 4, 5])
-    words = bounded(rng, relation, bound, "times")
-    said = rng.choice(["Use the letter {} {}.", "The letter “{}” should occur {}.", "Let the letter {} appear {}."])
-    return said.format(letter, words), {"letter": letter, "let_frequency": bound, "let_relation": relation}
-
-
-def capital_words(rng: random.Random, topic: str) -> Draw:
-    relation = rng.choice(["at least", "at least", "less than"])
-    bound = rng.choice([1, 2, 3, 5] if relation == "at least" else [3, 5, 10, 15])
-    words = bounded(rng, relation, bound, "words in capital letters")
-    said = rng.choice(["Use {}.", "Write {}, such as STOP.", "Stress your points: have {}.", "There should be {}."])
-    return said.format(words), {"capital_frequency": bound, "capital_relation": relation}
-
-
-def placeholders(rng: random.Random, topic: str) -> Draw:
-    count = rng.choice([1, 2, 2, 3, 3, 4])
-    said = rng.choice(
-        [
-            "Leave at least {} blanks to fill in, each in square brackets like [name].",
-            "Use {} or more placeholders in square brackets, for example [date].",
-            "Write it as a template: at least {} parts must be in square brackets, such as [place].",
-        ]
-    )
-    return said.format(count), {"num_placeholders": count}
-
-
-def postscript(rng: random.Random, topic: str) -> Draw:
-    marker = rng.choice(["P.S.", "P.S.", "P.P.S"])
-    said = rng.choice(
-        [
-            "End with a postscript that starts with {}",
-            "Add a postscript at the end; begin it with {}",
-            "Close with {} and a last remark.",
-        ]
-    )
-    return said.format(marker), {"postscript_marker": marker}
-
-
-def bullets(rng: random.Random, topic: str) -> Draw:
-    count = rng.choice([2, 3, 3, 4, 5, 6])
-    said = rng.choice(
-        [
-            "Your answer must have exactly {} bullet points, each on a line that starts with * and a space.",
-            "Give precisely {} markdown bullets, written like this:\n* one point",
-            "Use {} bullet points, no more and no fewer. Begin each with “* ”.",
-            "Present it as {} bullets (- like this).",
-        ]
-    )
-    return said.format(count), {"num_bullets": count}
-
-
-def highlights(rng: random.Random, topic: str) -> Draw:
-    count = rng.choice([1, 2, 2, 3, 3, 4, 5])
-    said = rng.choice(
-        [
-            "Highlight {} or more phrases with asterisks, *like this*.",
-            "Put at least {} important parts between asterisks, for example *this part*.",
-            "Mark no fewer than {} passages in markdown italics, as in *a passage*.",
-            "Emphasise at least {} pieces of the text with markdown, such as *this piece*.",
-        ]
-    )
-    return said.format(count), {"num_highlights": count}
-
-
-def sections(rng: random.Random, topic: str) -> Draw:
-    count, mark = rng.choice([2, 2, 3, 3, 4]), rng.choice(["Section", "SECTION", "Part", "Chapter"])
-    said = rng.choice(
-        [
-            "Divide it into {0} sections with the headings {1} 1, {1} 2 and so on.",
-            "Structure the text in {0} parts. Start each part with {1} and its number, as in “{1} 1”.",
-            "It needs {0} sections; write {1} X at the beginning of each, where X is its number.",
-        ]
-    )
-    return said.format(count, mark), {"section_spliter": mark, "num_sections": count}
-
-
-def end_phrase(rng: random.Random, topic: str) -> Draw:
-    phrase = rng.choice(ENDINGS)
-    said = rng.choice(
-        [
-            "The very last words must be: {}",
-            "Finish with the sentence “{}” and nothing after it.",
-            "Close your text with exactly this: {}",
-            "End on these words: {}",
-        ]
-    )
-    return said.format(phrase), {"end_phrase": phrase}
-
-
-def language(rng: random.Random, topic: str) -> Draw:
-    code = rng.choice(sorted(LANGUAGES))
-    said = rng.choice(["Answer only in {}.", "Write everything in {}.", "Please use no language but {}."])
-    return said.format(LANGUAGES[code]), {"language": code}
-
-
-def fixed(*words: str) -> Callable[[random.Random, str], Draw]:
-    """An instruction without arguments, in one of several wordings."""
-
-    def draw(rng: random.Random, topic: str) -> Draw:
-        return rng.choice(words), {}
-
-    return draw
-
+from jaxrlhf.rewards.instructions import read_instructions
 
 DRAWS: dict[str, tuple[float, Callable[[random.Random, str], Draw]]] = {
     "punctuation:no_comma": (
@@ -311,27 +125,39 @@ DRAWS: dict[str, tuple[float, Callable[[random.Random, str], Draw]]] = {
 }
 """Weight of each kind, about its number among IFEval's prompts, and the function that draws one."""
 
-FORMATS = {"detectable_format:json_format", "combination:two_responses", "detectable_format:constrained_response"}
-PARAGRAPHS = {"length_constraints:number_paragraphs", "length_constraints:nth_paragraph_first_word"}
-CASES = {kind for kind in CHECKS if kind.startswith("change_case:")}
-ENGLISH = CASES | {"keywords:existence", "keywords:frequency", "keywords:forbidden_words", "startend:end_checker"}
-STRICT_ENDS = {"startend:quotation", "startend:end_checker", "detectable_content:postscript"}
-"""Kinds of which two make a prompt too hard or contradictory."""
+BESIDE: dict[str, set[str]] = {
+    "detectable_format:json_format": {"keywords:existence", "keywords:forbidden_words"},
+    "detectable_format:constrained_response": set(),
+    "combination:two_responses": {"punctuation:no_comma", "detectable_format:title", "keywords:existence"},
+    "combination:repeat_prompt": {
+        "keywords:existence",
+        "detectable_format:title",
+        "detectable_format:number_highlighted_sections",
+        "detectable_content:number_placeholders",
+    },
+    "language:response_language": {
+        kind for kind in DRAWS if kind.startswith(("punctuation", "length_constraints:number", "startend:quotation"))
+    },
+}
+"""The only kinds that may stand beside these."""
+APART: list[set[str]] = [
+    {"length_constraints:number_paragraphs", "length_constraints:nth_paragraph_first_word"},
+    {"length_constraints:number_words", "length_constraints:number_sentences"},
+    {"startend:quotation", "startend:end_checker", "detectable_content:postscript"},
+    {"keywords:forbidden_words", "keywords:existence"},
+    {"keywords:forbidden_words", "keywords:frequency"},
+    {"keywords:forbidden_words", "startend:end_checker"},
+    {"detectable_format:multiple_sections", "length_constraints:number_paragraphs"},
+    {"detectable_format:multiple_sections", "change_case:english_lowercase", "change_case:english_capital"},
+    {"change_case:capital_word_frequency", "change_case:english_lowercase", "change_case:english_capital"},
+]
+"""Groups of which a prompt has at most one kind, because two contradict each other or are too hard."""
 
 
 def agree(kinds: set[str], kind: str) -> bool:
     """True if an instruction of this kind can be followed beside those."""
-    if kind in kinds or (FORMATS & kinds and kind not in ("punctuation:no_comma", "detectable_format:title")):
-        return False
-    if kind in FORMATS and kinds - {"keywords:existence", "keywords:forbidden_words"}:
-        return False
-    groups = [PARAGRAPHS | {"detectable_format:multiple_sections"}, STRICT_ENDS]
-    groups += [CASES, {"combination:repeat_prompt", *CASES, "startend:quotation", "detectable_format:json_format"}]
-    groups += [{"length_constraints:number_words", "length_constraints:number_sentences", "combination:repeat_prompt"}]
-    groups += [{"change_case:english_lowercase", "change_case:english_capital", "detectable_content:postscript"}]
-    if "language:response_language" in {*kinds, kind}:
-        groups.append({"language:response_language", "detectable_format:multiple_sections", *ENGLISH})
-    return not any(kind in group and kinds & group for group in groups)
+    beside = all(kind in BESIDE.get(other, DRAWS) for other in kinds) and kinds <= BESIDE.get(kind, DRAWS.keys())
+    return beside and kind not in kinds and not any(kind in group and kinds & group for group in APART)
 
 
 def make_row(rng: random.Random, topics: list[str], left_out: set[str]) -> dict[str, Any]:
@@ -343,8 +169,7 @@ def make_row(rng: random.Random, topics: list[str], left_out: set[str]) -> dict[
         open_kinds = [kind for kind in names if agree(set(kinds), kind)]
         if open_kinds:
             kinds += rng.choices(open_kinds, [DRAWS[kind][0] for kind in open_kinds])
-    if "detectable_format:constrained_response" in kinds:  # a question, and no other instruction
-        kinds = ["detectable_format:constrained_response"]
+    if "detectable_format:constrained_response" in kinds:
         options = ["My answer is no.", "My answer is yes.", "My answer is maybe."]
         rng.shuffle(options)
         task = rng.choice(QUESTIONS).format(topic=topic)
@@ -352,7 +177,7 @@ def make_row(rng: random.Random, topics: list[str], left_out: set[str]) -> dict[
         return {"prompt": prompt, "instruction_id_list": kinds, "kwargs": [{}]}
     task = rng.choice(TASKS).format(topic=topic)
     drawn = {kind: DRAWS[kind][1](rng, topic) for kind in kinds}
-    words = [said for said, _ in drawn.values() if said]
+    words = [re.sub(r"\b1 ((?:important )?[a-z]+)s\b", r"1 \1", said) for said, _ in drawn.values() if said]
     prompt = arranged(rng, task, words)
     if "combination:repeat_prompt" in drawn:
         drawn["combination:repeat_prompt"] = ("", {"prompt_to_repeat": prompt})

@@ -2,6 +2,7 @@
 
 from jaxrlhf.rewards.calls import Failure
 from jaxrlhf.rewards.functions import RewardFunction, load_function
+from jaxrlhf.rewards.instructions import instructions
 from jaxrlhf.rewards.options import RewardsConfig
 from jaxrlhf.rewards.processes import Limits
 from jaxrlhf.rewards.scoring import RewardResult, Rewards, finite_mean
@@ -17,6 +18,7 @@ __all__ = [
     "exact_match",
     "final_number",
     "finite_mean",
+    "instructions",
     "length",
     "load_function",
     "number_match",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from jaxrlhf.config.imports import import_function
 from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.verifiable import BUILT_IN, REFERENCE_CHECKS
+from jaxrlhf.rewards.verifiable import BUILT_IN, OWN_PROCESS, REFERENCE_CHECKS
 
 Function = Callable[..., object]
 
@@ -34,7 +34,7 @@ class RewardFunction:
         columns: column of the data for each required parameter.
         optional: parameters that get the column of their name when the data has it; None: all columns of the data.
         options: values of further parameters.
-        check_references: raises ValueError for a reference that no response can match.
+        check_references: takes a row's values of `columns`; raises ValueError where no response can be scored.
     """
 
     name: str
@@ -116,8 +116,8 @@ def check_spec(spec: str) -> None:
 
 
 def has_own_process(spec: str | Function) -> bool:
-    """True for a spec of what may hang or crash: the user's code, and the user's regular expression."""
-    return isinstance(spec, str) and split_spec(spec)[0] not in BUILT_IN.keys() - {"regex"}
+    """True for a spec of what may hang or crash: the user's code, and the user's regular expressions."""
+    return isinstance(spec, str) and split_spec(spec)[0] not in BUILT_IN.keys() - OWN_PROCESS
 
 
 def load_function(spec: str | Function) -> RewardFunction:
@@ -141,12 +141,14 @@ def load_function(spec: str | Function) -> RewardFunction:
     parameters, open_ended = _parameters(label, function)
     built_in = BUILT_IN.get(name) is function
     columns: dict[str, str] = {}
-    if built_in and "references" in parameters:
+    if built_in:  # its options are keyword-only
+        columns = {key: key for key, p in parameters.items() if p.kind in _POSITIONAL}
+    if "references" in columns:
         columns["references"] = given.pop("column", DEFAULT_COLUMN)
     settable = [key for key in parameters if key not in columns]
     unknown = [key for key in given if key not in settable and not open_ended]
     if unknown:
-        known = settable + ["column"] * bool(columns)
+        known = settable + ["column"] * ("references" in columns)
         raise InputError(
             f"{label}: has no option {unknown[0]!r} (it has {', '.join(known) or 'none'}); "
             "within a value, write a colon that comes before a word and = as \\:"

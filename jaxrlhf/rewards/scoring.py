@@ -98,20 +98,23 @@ class Rewards:
         return tuple(dict.fromkeys(c for f in self.functions.values() for c in f.columns.values()))
 
     def check_references(self, data: References, chunk: int = 1000) -> None:
-        """Raises InputError for the first row of `data` with a reference that no response can match."""
-        checks = [(name, f.check_references) for name, f in self.functions.items() if f.check_references is not None]
+        """Raises InputError for the first row of `data` on which no response can be scored."""
+        checks = [(name, f, f.check_references) for name, f in self.functions.items() if f.check_references is not None]
         for start in range(0, len(data) if checks else 0, chunk):
             indices = range(start, min(start + chunk, len(data)))
             columns = data.columns(indices)
-            for name, check in checks:
-                column = self.functions[name].columns["references"]
-                for i, reference in zip(indices, columns[column], strict=True):
+            for name, function, check in checks:
+                names = function.columns.values()
+                for i, *values in zip(indices, *(columns[column] for column in names), strict=True):
                     try:
-                        check(reference)
+                        check(*values)
                     except ValueError as error:
+                        if isinstance(error, InputError):  # not the row is wrong
+                            raise
+                        place = f"{data.where(i)}, column{'s' * (len(values) > 1)} {', '.join(map(repr, names))}"
+                        other = f", or name another column: {name}:column=…" if "references" in function.columns else ""
                         raise InputError(
-                            f"{data.where(i)}, column '{column}': {error}, which reward function {name} needs; "
-                            f"correct the data, or name another column: {name}:column=…"
+                            f"{place}: {error}, which reward function {name} needs; correct the data{other}"
                         ) from error
 
     def wait(self, what: str, job: "Future[Result]") -> "Result":

@@ -1,7 +1,7 @@
-"""Built-in reward functions: exact match, number match, regular expression, length.
+"""Built-in reward functions: exact match, number match, regular expression, length; and the table of all.
 
-Each has the form of a user's function: prompts and responses, then the column of the data that it reads (`references`),
-then its options by name. It returns one number per response, and raises InputError for a wrong option.
+Each has the form of a user's function: prompts and responses, then the columns of the data that it reads, then its
+options by name. It returns one number per response, and raises InputError for a wrong option.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.instructions import instructions, read_instructions
 
 MARK = "####"  # stands before the answer in gsm8k's solutions
 _NUMBER = re.compile(
@@ -153,6 +154,18 @@ def length(
     return [0.0 - min(1.0, max(0.0, (n - bound) / bound)) for n in sizes]
 
 
-BUILT_IN = {"exact_match": exact_match, "number_match": number_match, "regex": regex, "length": length}
-REFERENCE_CHECKS = {"exact_match": reference_texts, "number_match": reference_numbers}
-"""Functions that raise ValueError for a reference that no response can match."""
+BUILT_IN = {
+    "exact_match": exact_match,
+    "number_match": number_match,
+    "regex": regex,
+    "length": length,
+    "instructions": instructions,
+}
+REFERENCE_CHECKS = {
+    "exact_match": reference_texts,
+    "number_match": reference_numbers,
+    "instructions": read_instructions,
+}
+"""Functions of a row's columns that raise ValueError where no response can be scored."""
+OWN_PROCESS = frozenset({"regex", "instructions"})
+"""Built-in functions that run the user's regular expressions, which may take forever."""

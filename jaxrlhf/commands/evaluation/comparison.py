@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from jaxrlhf.commands.evaluation.following import Following, check_instructions
 from jaxrlhf.commands.evaluation.generators import FolderModel, Responses
 from jaxrlhf.commands.evaluation.rows import Prompts, read_prompts
 from jaxrlhf.commands.evaluation.scoring import RewardModel
@@ -19,6 +20,7 @@ from jaxrlhf.commands.evaluation.settings import EvalConfig, is_server
 from jaxrlhf.commands.evaluation.statistics import Estimate, mean_and_error, pass_at_k, plain, wins
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import Rewards
+from jaxrlhf.rewards.functions import split_spec
 from jaxrlhf.runs.console import Console
 
 MODEL_PART = "reward_model"
@@ -34,6 +36,7 @@ class Comparison:
         responses: of each model.
         scores: by scorer (each reward function and `reward_model`), float64 `[M, P, n]`; NaN where a call failed.
         pass_scores: the score from which on a response passes, of each scorer with pass@k.
+        following: the verdicts on each model's instructions; empty without the reward function `instructions`.
     """
 
     prompts: Prompts
@@ -41,6 +44,7 @@ class Comparison:
     responses: list[Responses]
     scores: dict[str, np.ndarray]
     pass_scores: dict[str, float]
+    following: list[Following]
 
     @property
     def models(self) -> list[str]:
@@ -75,7 +79,7 @@ class Comparison:
             "scores": {name: mean_and_error(scores[m], groups) for name, scores in self.scores.items()},
             "pass_at_k": {name: self.passes(name, m) for name in self.pass_scores},
             "seconds": responses.seconds,
-        }
+        } | ({"instructions": self.following[m].summary()} if self.following else {})
 
     def passes(self, name: str, m: int) -> dict[int, Estimate]:
         """pass@k of a model for k = 1, 2, 4, … and n, over the prompts none of whose samples failed."""
@@ -136,7 +140,15 @@ def compare(config: EvalConfig, console: Console) -> Comparison:
         found = judge.score_responses(prompts, texts, console)
         scores[MODEL_PART] = np.split(found, len(models), axis=1)
     joined = {name: np.stack(parts) for name, parts in scores.items()}
-    return Comparison(prompts, left_out, responses, joined, pass_scores(config, joined))
+    checked = [n for n, spec in zip(rewards.functions, config.rewards.reward_functions, strict=True) if is_ours(spec)]
+    scored = [~np.isnan(part) for part in joined[checked[0]]] if checked else []
+    following = [check_instructions(prompts, one, rows) for one, rows in zip(responses, scored, strict=False)]
+    return Comparison(prompts, left_out, responses, joined, pass_scores(config, joined), following)
+
+
+def is_ours(spec: str | Callable[..., object]) -> bool:
+    """True for the built-in reward function `instructions`."""
+    return isinstance(spec, str) and split_spec(spec)[0] == "instructions"
 
 
 def function_scores(rewards: Rewards, prompts: Prompts, responses: Responses) -> dict[str, np.ndarray]:

@@ -12,6 +12,12 @@ from jaxrlhf.commands.evaluation.settings import is_server
 from jaxrlhf.runs.console import Console
 
 MEASURES = {"accuracy": "accuracy", "length_baseline": "longer is better", "margin": "margin"}
+FOLLOWING = {
+    "prompt_level_strict_acc": "prompts, strict",
+    "inst_level_strict_acc": "instructions, strict",
+    "prompt_level_loose_acc": "prompts, loose",
+    "inst_level_loose_acc": "instructions, loose",
+}
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Table = tuple[str, list[str], list[list[Any]]]
@@ -52,7 +58,21 @@ def comparison_tables(found: Comparison) -> list[Table]:
             who = [by_name[p["model"]], by_name[p["other"]], p["scorer"].replace("_", " ")]
             pairs.append([*who, str(p["win_rate"]), str(p["score_difference"])])
         tables.append(("paired by prompt", ["model", "against", "by", "win rate", "score difference"], pairs))
-    return tables
+    return tables + (following_tables(found, names) if found.following else [])
+
+
+def following_tables(found: Comparison, names: list[str]) -> list[Table]:
+    """Accuracy of instruction following of each model, and of each kind of instruction."""
+    measured = [model["instructions"] for model in found.summary["models"]]
+    rows = [[name, *(str(measures[key]) for key in FOLLOWING)] for name, measures in zip(names, measured, strict=True)]
+    kinds = [
+        [kind, value.count, *(str(measures["by_kind"].get(kind, "–")) for measures in measured)]
+        for kind, value in measured[0]["by_kind"].items()
+    ]
+    return [
+        ("instructions followed", ["model", *FOLLOWING.values()], rows),
+        ("instructions by kind, strict", ["kind", "checked", *names], kinds),
+    ]
 
 
 def cell(found: Comparison, m: int, i: int) -> str:

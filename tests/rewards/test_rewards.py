@@ -364,7 +364,10 @@ def test_functions_that_cannot_be_found_or_called_are_refused(module, spec, mess
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nomber_match", "no built-in one is named 'nomber_match' (exact_match, number_match, regex, length, instructions)"),
+        (
+            "nomber_match",
+            "no built-in one is named 'nomber_match' (exact_match, number_match, regex, length, instructions)",
+        ),
         ("3}", "a comma separates functions"),
         ("regex", "needs the option pattern, as in regex:pattern=…"),
         ("regex:pattern=(", "pattern='(' is no regular expression"),

@@ -145,7 +145,7 @@ def test_rows_that_no_check_can_read_are_named_before_any_response(ids, kwargs, 
     rewards = Rewards(["instructions"])
     rewards.check_references(Rows(good, good))
     place = "prompts.jsonl line 2, columns 'instruction_id_list', 'kwargs': "
-    with pytest.raises(InputError, match=f"{place}.*{message}.* reward function instructions needs"):
+    with pytest.raises(InputError, match=f"{place}.*{message}.*reward function instructions.; correct the data$"):
         rewards.check_references(Rows(good, (ids, kwargs)))
 
 

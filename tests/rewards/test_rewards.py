@@ -470,7 +470,10 @@ def test_references_that_nothing_could_match_are_named_with_their_place_before_a
     rewards = Rewards(["number_match", "exact_match", "length:limit=5"])
     rewards.check_references(Rows(list(GSM) * 300), chunk=64)
     for bad, message in (
-        ("none here", r"gsm.jsonl row 12, column 'answer': the reference 'none here' holds no number, .* number_match"),
+        (
+            "none here",
+            r"gsm.jsonl row 12, column 'answer': the reference 'none here' holds no number .*number_match.; correct",
+        ),
         ({"a": 1}, "must be text, a number or a list of these"),
         (" ", "is empty"),
         ([], "is an empty list"),

@@ -10,8 +10,9 @@ from jaxrlhf.commands.evaluation.following import check_instructions
 from jaxrlhf.commands.evaluation.generators import Responses
 from jaxrlhf.commands.evaluation.report import comparison_tables
 from jaxrlhf.commands.evaluation.rows import Prompts, read_prompts
-from jaxrlhf.data import DataConfig
+from jaxrlhf.data import DataConfig, TemplateConfig
 from jaxrlhf.rewards import Rewards
+from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 COMMA, QUOTE, WORDS = "punctuation:no_comma", "startend:quotation", "length_constraints:number_words"
 ROWS = [
@@ -88,3 +89,10 @@ def test_the_report_shows_every_model_and_kind(prompts):
         WORDS: 4,
         COMMA: 2,
     }
+
+
+def test_a_model_without_a_chat_template_is_told_from_one_for_which_a_template_is_chosen():
+    setting = TokenizerConfig(tokenizer_name_or_path="demo")
+    assert setting.lacks_template("model", TemplateConfig())
+    assert not setting.lacks_template("model", TemplateConfig(prompt_template="raw"))
+    assert not setting.lacks_template("model", TemplateConfig(chat_template="chatml"))

@@ -86,7 +86,14 @@ def test_sentences_end_where_punkt_ends_them(text, expected):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("I'M SURE", 3), ("YOU CANNOT, DON'T", 5), ("WELL-KNOWN U.S. 'NEWS'", 3), ('A/B (C) *D* "E" f', 4), ("2X É 3", 2)],
+    [
+        ("I'M SURE", 3),
+        ("WANNA GO? GIMME!", 5),
+        ("YOU CANNOT, DON'T", 5),
+        ("WELL-KNOWN U.S. 'NEWS'", 3),
+        ('A/B (C) *D* "E" f', 4),
+        ("2X É 3", 2),
+    ],
 )
 def test_words_in_capitals_are_those_of_the_penn_treebank(text, expected):
     assert capital_words(text) == expected

@@ -113,10 +113,9 @@ def _arguments(kind: object, given: object) -> Arguments:
 
 def _count(value: object) -> int:
     """A count. It may be a float: pandas makes floats of integers beside nulls."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not float(value).is_integer() or value < 1:
-        raise ValueError("a whole number of at least 1")
-    return int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer() and value >= 1:
+        return int(value)
+    raise ValueError("a whole number of at least 1")
 
 
 def _text(value: object) -> str:

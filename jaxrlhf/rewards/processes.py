@@ -20,7 +20,8 @@ from typing import IO, Any, NamedTuple
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.calls import LINE, SHOWN_LINES, Failure, Outcome, Samples
-from jaxrlhf.rewards.functions import RewardFunction
+from jaxrlhf.rewards.functions import RewardFunction, split_spec
+from jaxrlhf.rewards.verifiable import REFERENCE_CHECKS
 
 IMPORT_FACTOR = 10  # time limit of the import, in time limits of a call
 SEARCH_SHARE = 8  # most deaths of a search for the samples that kill, each within this share of the time limit
@@ -77,7 +78,8 @@ class RewardProcess:
     def load(self) -> RewardFunction:
         """Starts the process, which imports the function; returns its description. Raises InputError."""
         try:
-            return RewardFunction(function=_elsewhere, **self._start())
+            check = REFERENCE_CHECKS.get(split_spec(self.spec)[0])
+            return RewardFunction(function=_elsewhere, check_references=check, **self._start())
         except Died as error:
             said = "".join(f"\n  {line}" for line in self._output())
             self._end()

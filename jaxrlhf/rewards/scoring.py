@@ -114,7 +114,7 @@ class Rewards:
                         place = f"{data.where(i)}, column{'s' * (len(values) > 1)} {', '.join(map(repr, names))}"
                         other = f", or name another column: {name}:column=…" if "references" in function.columns else ""
                         raise InputError(
-                            f"{place}: {error}, which reward function {name} needs; correct the data{other}"
+                            f"{place}: {error} (reward function {name}); correct the data{other}"
                         ) from error
 
     def wait(self, what: str, job: "Future[Result]") -> "Result":

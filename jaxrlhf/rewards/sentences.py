@@ -144,6 +144,16 @@ def sentences(text: str) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
+_JOINED = [
+    ("can", r"not\b"),
+    ("d", r"'ye\b"),
+    ("gim", r"me\b"),
+    ("gon", r"na\b"),
+    ("got", r"ta\b"),
+    ("lem", r"me\b"),
+    ("more", r"'n\b"),
+    ("wan", r"na(?=\s)"),
+]
 _SPLITS = [
     (re.compile(r"[«“‘„»”’\"`;@#$%&?!*\[\](){}<>‒-―]|\.{2,}|--|''"), r" \g<0> "),
     (re.compile(r"(?i)(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"), "' "),
@@ -151,13 +161,7 @@ _SPLITS = [
     (re.compile(r"\s+|$"), " "),
     (re.compile(r"(?<=[^' ])('[sSmMdD]?) "), r" \1 "),
     (re.compile(r"(?<=[^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) "), r" \1 "),
-    (
-        re.compile(
-            r"(?i)\b(can|d|gim|gon|got|lem|more)(?:(?<=can)(not)|(?<=d)('ye)|(?<=m)(me)|(?<=gon)(na)|(?<=got)(ta)|"
-            r"(?<=more)('n))\b"
-        ),
-        r"\1 \2\3\4\5\6\7",
-    ),
+    *((re.compile(rf"(?i)\b({first})({second})"), r"\1 \2") for first, second in _JOINED),
 ]
 
 

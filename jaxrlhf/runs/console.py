@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO, TypeVar
 
 from rich.box import HORIZONTALS
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.live import Live
@@ -153,7 +154,8 @@ class Console:
         """Prints rows under a title. Long cells are wrapped, very long ones cut in the middle."""
         limit = CELL_LINES * self._rich.width // len(columns)
         cells = [[_cell(value, limit) for value in row] for row in rows]
-        is_wrapped = any(len(cell) > self._rich.width // len(columns) for row in cells for cell in row)
+        longest = [max(map(cell_len, column)) for column in zip(map(plain_text, columns), *cells, strict=True)]
+        is_wrapped = sum(longest) + 2 * len(columns) > self._rich.width
         table = Table(box=HORIZONTALS, pad_edge=False, collapse_padding=True, leading=int(is_wrapped))
         for i, name in enumerate(columns):
             is_numeric = all(isinstance(row[i], int | float) for row in rows)

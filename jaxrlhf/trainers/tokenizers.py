@@ -12,6 +12,7 @@ from jaxrlhf.data import (
     end_ids,
     load_tokenizer,
     own_tokenizer,
+    read_tokenizer,
     vocabulary_size,
     with_end_ids,
 )
@@ -54,6 +55,12 @@ class TokenizerConfig(Settings, may_change=True):
         tokenizer = load_tokenizer(self.tokenizer_name_or_path or str(model), template)
         other = self.tokenizer_name_or_path not in (None, model)
         return with_model_ends(tokenizer, shape, self.eos_token_ids, of=f" of {model}", other_tokenizer=other)
+
+    def lacks_template(self, model: str, template: TemplateConfig) -> bool:
+        """True if the tokenizer has no chat template and none is chosen, so the default prompt_template renders."""
+        if template.chat_template is not None or template.prompt_template != TemplateConfig.prompt_template:
+            return False
+        return not read_tokenizer(self.tokenizer_name_or_path or find_model_folder(model)).chat_template
 
 
 def with_model_ends(

@@ -364,7 +364,10 @@ def test_functions_that_cannot_be_found_or_called_are_refused(module, spec, mess
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nomber_match", "no built-in one is named 'nomber_match' (exact_match, number_match, regex, length)"),
+        (
+            "nomber_match",
+            "no built-in one is named 'nomber_match' (exact_match, number_match, regex, length, instructions)",
+        ),
         ("3}", "a comma separates functions"),
         ("regex", "needs the option pattern, as in regex:pattern=…"),
         ("regex:pattern=(", "pattern='(' is no regular expression"),
@@ -467,7 +470,10 @@ def test_references_that_nothing_could_match_are_named_with_their_place_before_a
     rewards = Rewards(["number_match", "exact_match", "length:limit=5"])
     rewards.check_references(Rows(list(GSM) * 300), chunk=64)
     for bad, message in (
-        ("none here", r"gsm.jsonl row 12, column 'answer': the reference 'none here' holds no number, .* number_match"),
+        (
+            "none here",
+            r"gsm.jsonl row 12, column 'answer': the reference 'none here' holds no number .*number_match.; correct",
+        ),
         ({"a": 1}, "must be text, a number or a list of these"),
         (" ", "is empty"),
         ([], "is an empty list"),

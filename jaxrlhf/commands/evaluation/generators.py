@@ -158,6 +158,11 @@ class FolderModel:
     def respond(self, prompts: Prompts, console: Console) -> Responses:
         """Loads the weights and generates. The weights are released afterwards."""
         config, mesh = self.config, self.config.mesh.make_mesh()
+        if config.tokenizer.lacks_template(self.name, config.data.template):
+            console.print(
+                f"WARNING: {self.name} has no chat template, so the default prompt_template renders its prompts; "
+                "--chat_template names another"
+            )
         engine = HybridEngine(self._load(mesh), mesh)
         sampling = dataclasses.replace(
             config.sampling, eos_token_id=end_ids(self.tokenizer), pad_token_id=pad_token_id(self.tokenizer)

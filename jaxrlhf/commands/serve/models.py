@@ -10,7 +10,7 @@ from jaxrlhf.commands.evaluation.scoring import score_batch
 from jaxrlhf.commands.serve import ServeConfig
 from jaxrlhf.commands.serve.metrics import ModelMetrics
 from jaxrlhf.commands.serve.scheduler import Event, Scheduler
-from jaxrlhf.data import encode_rows, encode_texts_as_documents, pad_token_id, read_tokenizer, vocabulary_size
+from jaxrlhf.data import encode_rows, encode_texts_as_documents, pad_token_id, vocabulary_size
 from jaxrlhf.engine import SlotBatch
 from jaxrlhf.engine.slots import doubling_widths
 from jaxrlhf.errors import InputError
@@ -54,9 +54,7 @@ class LanguageModel(Served):
         self.length = min(session.context, LONGEST) if config.max_model_len is None else config.max_model_len
         self.vocabulary = session.engine.config.vocab_size
         check_length(self.length, session.engine.config)
-        own = read_tokenizer(config.tokenizer.tokenizer_name_or_path or find_model_folder(name)).chat_template
-        chosen = config.template.chat_template is not None or config.template != ServeConfig.template
-        if not own and not chosen:
+        if config.tokenizer.lacks_template(name, config.template):
             self.notices = ("has no chat template, so the default prompt_template renders conversations",)
         self.metrics = ModelMetrics()
         self.scheduler = Scheduler(

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.memory import ProgramMemory, estimate
-from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 
 MOST_DEVICES = 65_536
 LORA_RANK = 64

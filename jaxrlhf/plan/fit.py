@@ -43,7 +43,8 @@ OFFLOADS = ("offload_reference_model", "offload_reward_model", "offload_optimize
 FITTED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", EVAL_ROWS, "generation_batches"),
     "per_device_score_batch_size",
-    *("generate_tensor_parallel", "remat_policy", "zero_stage", *STAGES, "mesh_tensor", "mesh_fsdp", *OFFLOADS),
+    *("generate_tensor_parallel", "remat_policy", "zero_stage", *STAGES),
+    *("mesh_tensor", "mesh_fsdp", "mesh_expert", *OFFLOADS),
 )
 """Settings that `--fit auto` may choose."""
 MARGIN = 0.95

@@ -8,7 +8,7 @@ from planning import config_of, fits, programs_of
 from jaxrlhf.config import parse
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.command import make_plan, run_plan
-from jaxrlhf.plan.search import CHANGES, capacity, flags_between, largest_micro_batches, nearest_on_mesh, peak
+from jaxrlhf.plan.search import CHANGES, EXPERTS, capacity, flags_between, largest_micro_batches, nearest_on_mesh, peak
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.plan.system import build_system
 from jaxrlhf.runs.console import Console
@@ -77,15 +77,26 @@ def test_the_nearest_setting_fits_and_is_told_in_flags():
 
 def test_changes_of_layout_keep_the_rollout_batch():
     config = config_of(actor="opt-175b", devices=16, per_device_train_batch_size=2, zero_stage=1, devices_per_host=8)
-    rows = build_system(config).rows
+    sparse = config.replace(actor="mixtral-8x7b", reward=None, trainer="grpo", generate_tensor_parallel=16)
     tried = 0
     for change in CHANGES:
-        changed = change.apply(config)
-        assert changed != config, change.reason
+        asked = sparse if change is EXPERTS else config
+        rows, changed = build_system(asked).rows, change.apply(asked)
+        assert changed != asked, change.reason
         if change.same_training:
-            assert build_system(changed).rows == rows, flags_between(config, changed)
+            assert build_system(changed).rows == rows, flags_between(asked, changed)
             tried += 1
-    assert tried == len(CHANGES) - 2 == 8
+    assert tried == len(CHANGES) - 2 == 9
+    assert flags_between(sparse, EXPERTS.apply(sparse)) == "--mesh_expert 8 --generate_tensor_parallel 2"
+    assert EXPERTS.apply(config) is config
+
+
+def test_experts_are_split_where_that_alone_lets_a_sparse_model_fit():
+    settings = {"trainer": "sft", "actor": "mixtral-8x7b", "device": "v6e", "devices": 32, "max_length": 1024}
+    config = config_of(**settings, per_device_train_batch_size=1, remat_policy="full")
+    found = nearest_on_mesh(config)
+    assert not fits(config) and found.flags == "--mesh_expert 4" and found.same_training
+    assert nearest_on_mesh(config, kept=("mesh_expert",)).config.value("mesh_expert") == 1
 
 
 def test_micro_batches_are_tried_before_anything_that_costs_more():

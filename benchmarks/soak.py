@@ -119,6 +119,7 @@ class Soak:
         self.root, self.disk, self.proxy, self.faults = root, disk, proxy, faults
         self.samples: list[dict[str, float]] = []
         self.injected: list[dict[str, Any]] = []
+        self.lasting: list[threading.Thread] = []
 
     def begin(self, steps: int, models: dict[str, Path]) -> subprocess.Popen:
         (self.root / "reward.py").write_text(REWARD)
@@ -140,7 +141,7 @@ class Soak:
         return subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
 
     def inject(self, name: str, process: subprocess.Popen, step: int) -> None:
-        """Does one fault; returns when it is over, or has been asked for."""
+        """Does one fault. One that lasts goes on in a thread, and steps and other faults meanwhile."""
         self.injected.append({"step": step, "fault": name})
         kind, _, how = name.partition(" ")
         if kind == "reward":
@@ -149,7 +150,17 @@ class Soak:
             process.send_signal(signal.SIGSTOP)
             time.sleep(SECONDS[name])
             process.send_signal(signal.SIGCONT)
-        elif name == "S3 500s":
+        else:
+            before = [thread for thread in self.lasting if thread.name == name]
+            thread = threading.Thread(target=self._last, args=(name, before), name=name)
+            self.lasting.append(thread)
+            thread.start()
+
+    def _last(self, name: str, before: list[threading.Thread]) -> None:
+        """Does one lasting fault, after earlier ones of its name."""
+        for thread in before:
+            thread.join()
+        if name == "S3 500s":
             self.proxy.failing = True
             time.sleep(SECONDS[name])
             self.proxy.failing = False
@@ -195,7 +206,7 @@ class Soak:
             return max((json.loads(line)["step"] for line in lines[1:] if line), default=0)
         return 0
 
-    def drive(self, process: subprocess.Popen, every: int) -> int:
+    def drive(self, process: subprocess.Popen, steps: int, every: int) -> int:
         """Injects faults and takes samples until the run ends; returns its status."""
         next_fault, number, sampled = every, 0, -1
         while process.poll() is None:
@@ -204,12 +215,14 @@ class Soak:
                 sampled = done
                 with contextlib.suppress(psutil.Error):  # it may just have ended
                     self.sample(process, done)
-            if done >= next_fault:
+            if next_fault <= done < steps:
                 name = self.faults[number % len(self.faults)]
                 print(f"step {done}: {name}", flush=True)
                 self.inject(name, process, done)
                 number, next_fault = number + 1, next_fault + every
-            time.sleep(0.2)
+            time.sleep(0.05)
+        for thread in self.lasting:
+            thread.join()
         return process.returncode
 
 
@@ -262,7 +275,7 @@ def main() -> None:
         begin = time.monotonic()
         process = soak.begin(options.steps, place.models)
         stack.callback(process.kill)
-        status = soak.drive(process, options.every)
+        status = soak.drive(process, options.steps, options.every)
         records = read_jsonl(soak.disk / "run" / "metrics.jsonl") if (soak.disk / "run").exists() else []
         if options.keep:
             shutil.copytree(soak.disk, root / "kept", dirs_exist_ok=True)

@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.kernels import pallas
 from jaxrlhf.kernels.attention import NEGATIVE, soft_capped
 from jaxrlhf.kernels.choice import decide
-from jaxrlhf.kernels.few_rows import outputs_first_product
 from jaxrlhf.kernels.logit_blocks import Statistics, empty_statistics, logit_gradient, merge, rescaled, scaled
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, head_blocks, logit_gradient_of, statistics_of
 from jaxrlhf.kernels.pallas import PyTree
+from jaxrlhf.kernels.products import outputs_first_product
 
 
 def project_logits(

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.kernels import LIBRARIES, Cache, entries, outputs_first_product, write_columns
+from jaxrlhf.kernels import LIBRARIES, Cache, cpu_product, entries, outputs_first_product, write_columns
 from jaxrlhf.models.activations import ACTIVATION_FUNCTIONS
 from jaxrlhf.models.attend import AttentionOptions, attend_to_cache, attend_to_sequence
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
@@ -24,7 +24,7 @@ from jaxrlhf.models.moe import MoE
 from jaxrlhf.models.norms import NormOptions, normalise
 from jaxrlhf.models.rotary import rotate
 from jaxrlhf.models.sequences import SequenceContext
-from jaxrlhf.sharding import constrain
+from jaxrlhf.sharding import constrain, platform
 
 
 class DecodeContext(flax.struct.PyTreeNode):
@@ -90,6 +90,8 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
 
 def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
     """Contracts the last `count` axes of `x` with the first ones of `kernel`."""
+    if platform() == "cpu":
+        return cpu_product(x, kernel, count)
     dims = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
     return jax.lax.dot_general(x, kernel, (dims, ((), ())))
 

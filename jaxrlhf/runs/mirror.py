@@ -202,8 +202,16 @@ class Mirror:
             last: The run has ended; its newest checkpoint is copied, whatever the step.
 
         Raises:
-            StorageError: The store does not take it.
+            StorageError: The store does not take it, or the working folder cannot be read or written at the moment.
         """
+        try:
+            self._copy(last)
+        except StorageError:
+            raise
+        except OSError as error:  # a full disk, or a file that the run has just removed
+            raise StorageError(f"the working folder {self.folder} cannot be copied: {error}") from error
+
+    def _copy(self, last: bool) -> None:
         if not any(path.name != ID for path in _files(self.folder)):
             return
         if self._replaces:

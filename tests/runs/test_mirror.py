@@ -15,6 +15,7 @@ from jaxrlhf.data import read_tokenizer
 from jaxrlhf.data.sources import resolve_source
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.models import read_config
+from jaxrlhf.runs import mirror
 from jaxrlhf.runs.lock import LOCK
 from jaxrlhf.runs.mirror import Mirror
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
@@ -202,6 +203,26 @@ def test_a_store_that_fails_for_a_while_is_told_once_and_caught_up_with(url, tmp
     monkeypatch.setattr(run.remote.fs, "put", flaky)
     run._watch()
     assert len(said) == 2 and "500 Internal Server Error" in said[0] and "The run goes on" in said[0]
+    assert names(url) == {"metrics.jsonl", "remote.json"}
+
+
+def test_a_full_disk_stops_the_copying_for_a_while_only(url, tmp_path, monkeypatch):
+    said = []
+    run = run_of(url, tmp_path / "a", said=said)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text("1")
+    looks = iter([False, False, False, True])
+    monkeypatch.setattr(run._end, "wait", lambda seconds: next(looks))
+    calls, write = iter(range(3)), mirror.write_json_atomic
+
+    def full(path, value):
+        if next(calls) < 2:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, value)
+
+    monkeypatch.setattr(mirror, "write_json_atomic", full)
+    run._watch()
+    assert len(said) == 2 and "No space left on device" in said[0] and "takes the run's files again" in said[1]
     assert names(url) == {"metrics.jsonl", "remote.json"}
 
 

@@ -16,11 +16,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf.plan.hlo import Computation, Instruction, Program, parse
+from jaxrlhf.plan.hlo import Computation, Instruction, Program, parse, walk
 from jaxrlhf.plan.traffic import COLLECTIVES
 
 OUTPUT = Path(__file__).parent / "results" / "collectives.json"
@@ -88,38 +87,24 @@ def computes(x: Instruction, program: Program) -> bool:
 
 def collectives(program: Program, devices: int, decode_steps: float) -> list[Collective]:
     """The collectives of a program; `decode_steps` is the count of loops that have no known one."""
-    return list(_collectives(program, program.computations[program.entry], devices, decode_steps, 1.0))
-
-
-def _collectives(
-    program: Program, within: Computation, devices: int, steps: float, times: float
-) -> Iterator[Collective]:
-    order = list(within.instructions.values())
-    for i, x in enumerate(order):
+    found = []
+    for visit in walk(program, decode_steps, into=("call", "fusion", "async-start")):
+        x, within = visit.instruction, visit.within
         kind = x.operation.removesuffix("-start")
-        if x.operation == "while":
-            known = x.attribute(r'"known_trip_count":\{"n":"(\d+)"')
-            body = program.computations[x.attribute(r"body=%?([\w.\-]+)") or ""]
-            yield from _collectives(program, body, devices, steps, times * (float(known) if known else steps))
-        elif x.operation == "conditional":
-            names = re.findall(r"%([\w.\-]+)", x.attribute(r"branch_computations=\{([^}]*)\}") or "")
-            for name in names:
-                inner = program.computations[name]
-                yield from _collectives(program, inner, devices, steps, times / len(names))
-        elif x.operation in ("call", "fusion", "async-start") and x.called:
-            inner = program.computations[x.called]
-            hides = x.operation == "fusion" and computes(x, program)
-            for found in _collectives(program, inner, devices, steps, times):
-                yield found._replace(hidden=found.hidden or hides or _overlaps(program, order, i))
-        elif kind in COLLECTIVES:
-            hidden = x.operation.endswith("-start") and _overlaps(program, order, i)
-            yield Collective(kind, sent(x, within, kind, devices), times, hidden)
+        if kind in COLLECTIVES:
+            around = [*visit.callers, (within, x)] if x.operation.endswith("-start") else visit.callers
+            hidden = any(hides(program, *y) for y in around)
+            found.append(Collective(kind, sent(x, within, kind, devices), visit.times, hidden))
+    return found
 
 
-def _overlaps(program: Program, order: list[Instruction], i: int) -> bool:
-    """True if kernels that compute lie between an instruction that starts something and the one that awaits it."""
-    begun = {order[i].name}
-    for x in order[i + 1 :]:
+def hides(program: Program, within: Computation, start: Instruction) -> bool:
+    """True for a fusion that computes, and for a start with kernels that compute before its result is awaited."""
+    if start.operation == "fusion" and computes(start, program):
+        return True
+    order = list(within.instructions.values())
+    begun = {start.name}
+    for x in order[order.index(start) + 1 :]:
         if begun & set(x.operands):
             if not x.operation.endswith("-done") and x.operation not in ("async-update", "get-tuple-element"):
                 return False
@@ -148,8 +133,9 @@ def compile_case(name: str, program: str) -> dict[str, Any]:
     """Compiles one program of a case in this process, and sums its collectives."""
     from dataclasses import replace
 
-    from jaxrlhf.plan.programs import build_system, lower, topology_devices
+    from jaxrlhf.plan.programs import lower, topology_devices
     from jaxrlhf.plan.settings import PlanConfig
+    from jaxrlhf.plan.system import build_system
 
     config = PlanConfig.create(**CASES[name][0])
     system = build_system(config, topology_devices(config.accelerator, config.shape, config.devices))

@@ -97,8 +97,8 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, str], dict[st
 def limit(key: dict[str, str]) -> float:
     """Seconds that a program needs at least, at the rates of the estimates: what every implementation must do."""
     from jaxrlhf.plan import roofline
-    from jaxrlhf.plan.programs import build_system
     from jaxrlhf.plan.settings import PlanConfig
+    from jaxrlhf.plan.system import build_system
 
     models, _ = WORKLOADS[key["workload"]]
     config = PlanConfig.create(device=key["device"], **models, **_BATCH, **_LENGTHS)

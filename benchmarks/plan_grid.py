@@ -20,8 +20,8 @@ from typing import Any
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.plan.compile import compile_programs
 from jaxrlhf.plan.memory import estimate
-from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 from jaxrlhf.runs.console import Console
 
 OUTPUT = Path(__file__).parent / "results" / "plan_compile_grid.json"

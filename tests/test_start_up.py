@@ -124,7 +124,8 @@ from jaxrlhf import cli
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
 folder, seed, lm, reward, data, cache = sys.argv[1:]
-common = ["--data_path", data, "--data_cache_dir", cache, "--max_train_samples", "40", "--max_eval_samples", "8"]
+common = ["--learning_rate", f"{seed}e-4", "--warmup_steps", seed, "--lr_scheduler_type", "linear"]
+common += ["--data_path", data, "--data_cache_dir", cache, "--max_train_samples", "40", "--max_eval_samples", "8"]
 common += ["--max_length", "32", "--max_prompt_seq_len", "32", "--per_device_train_batch_size", "2", "--max_steps", "2"]
 common += ["--report_to", "none", "--mesh_fsdp", "1", "--seed", seed]
 models = {
@@ -132,7 +133,7 @@ models = {
     "reward": ["--model_name_or_path", lm],
     "ppo": ["--actor_model_name_or_path", lm, "--reward_model_name_or_path", reward, "--max_answer_seq_len", "8"],
 }
-models["ppo"] += ["--num_mini_batches", "2"]
+models["ppo"] += ["--num_mini_batches", "2", "--critic_learning_rate", f"{seed}e-5"]
 for name, flags in models.items():
     counts.clear()
     assert cli.main([name, "--output_dir", f"{folder}/{name}", *flags, *common]) == 0
@@ -141,7 +142,7 @@ for name, flags in models.items():
 
 
 @pytest.mark.long
-def test_a_second_run_of_the_same_shapes_and_another_seed_compiles_nothing(demo, tmp_path):
+def test_a_second_run_of_the_same_shapes_with_another_seed_and_schedule_compiles_nothing(demo, tmp_path):
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": "", "XLA_FLAGS": flags}
     runs = []

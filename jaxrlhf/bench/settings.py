@@ -11,7 +11,7 @@ from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import LIBRARIES
 from jaxrlhf.models import DecoderConfig, check_same_rows
-from jaxrlhf.plan.programs import model_config
+from jaxrlhf.plan.system import model_config
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.settings import ComputeConfig, MeshConfig, RunConfig, batch_devices

@@ -262,27 +262,32 @@ class Loader:
     def load_stream(self) -> tuple[tuple[Data, Data], dict[str, str]]:
         """Streamed training data, and evaluation data that is tokenised at once.
 
-        A source without evaluation data of its own gives those of its first rows whose prompts are held out.
+        A source without evaluation data of its own gives those of its first rows whose prompts are held out. A data set
+        with an evaluation split gives the first rows of that, so that nothing else of it is downloaded.
         """
         config = self.config
         self.check_streams()
         others = [self.reading(source, evaluates=True) for source in self.other_sources()]
         evaluation: Chosen = [(reading, every_row(reading)) for reading in others]
-        streams, held_out, keys = [], [], []
+        streams, first, keys = [], [], []
         for k, source in enumerate(self.sources):
-            own = False
-            if source.evaluation == "own" and not config.eval_data_path:
-                plain = self.reading(source)
-                if own := plain.has("eval"):
-                    held_apart = plain.of("eval")
-                    evaluation.append((held_apart, every_row(held_apart)))
+            reading = Reading(config, source, self.step, self.folder, streaming=True)
+            own = source.evaluation == "own" and not config.eval_data_path and reading.has("eval")
+            if own and isinstance(reading.origin.data("eval"), list):
+                held_apart = self.reading(source).of("eval")
+                evaluation.append((held_apart, every_row(held_apart)))
+            elif own:
+                split, key = self.stream(k, reading.of("eval"), 0.0)
+                first.append(split.first(config.max_eval_samples or None, 1.0, "in the evaluation split"))
+                keys.append(f"eval {key}")
             holds_out = not own and not config.eval_data_path and source.evaluation in ("own", "held_out")
             fraction = config.eval_fraction if holds_out else 0.0
-            stream, key = self.stream(k, source, fraction)
+            stream, key = self.stream(k, reading, fraction)
+            logger.info("%s train data: %s, %s: streamed", self.step, stream.name, reading.opened[0].words)
             streams.append(stream)
             keys.append(key)
             if holds_out:
-                held_out.append(stream.held_out(fraction, config.max_eval_samples or STREAM_EVALUATION))
+                first.append(stream.first(config.max_eval_samples or STREAM_EVALUATION, fraction, "held out"))
         parts, part_keys = [], []
         if evaluation:
             parts, part_keys = self.parts("eval", self.limited("eval", evaluation, config.max_eval_samples))
@@ -292,7 +297,7 @@ class Loader:
         if isinstance(train, PromptData):
             train.column_names = self.encoding.columns
         contents = {"the tokenizer": self.fingerprint, "the streams": hash_json(keys)}
-        return (train, self.data("eval", [*parts, *held_out], key)), contents
+        return (train, self.data("eval", [*parts, *first], key)), contents
 
     def check_streams(self) -> None:
         """Raises InputError for settings that a stream, whose size is not known, cannot honour."""
@@ -308,10 +313,9 @@ class Loader:
         if self.config.max_train_samples:
             raise InputError("streaming takes no max_train_samples; max_steps bounds the run")
 
-    def stream(self, k: int, source: SourceConfig, fraction: float) -> tuple[StreamSource, str]:
+    def stream(self, k: int, reading: Reading, fraction: float) -> tuple[StreamSource, str]:
         """The stream of source `k` without the share of prompts that is held out, and a hash of what it depends on."""
-        config = self.config
-        reading = Reading(config, source, self.step, self.folder, streaming=True)
+        config, source = self.config, reading.source
         tokenizer, packing = reading.own_tokenizer(self.tokenizer), packed_length(config, self.step)
         split = split_among(source.steps, config.data_split)
         settings = [fraction, split, config.shuffle_buffer, packing, config.pair_rule, config.pair_margin]
@@ -329,7 +333,6 @@ class Loader:
             seed=(config.seed, k),
             record=self.folder / "streams" / f"{key}.json",
         )
-        logger.info("%s train data: %s, %s: streamed", self.step, stream.name, reading.opened[0].words)
         return stream, key
 
     def reading(self, source: SourceConfig, evaluates: bool = False) -> Reading:

@@ -93,7 +93,7 @@ class Reading:
 
     def of(self, split: str) -> Reading:
         """The same source's other split."""
-        return Reading(self.config, self.source, self.step, self.folder, split, origin=self.origin)
+        return Reading(self.config, self.source, self.step, self.folder, split, self.streaming, self.origin)
 
     def has(self, split: str) -> bool:
         return split in self.origin.splits

@@ -90,8 +90,11 @@ class StreamSource:
                 if first <= group / GROUP_RANGE < last:
                     yield i, row, k
 
-    def held_out(self, fraction: float, count: int) -> Part:
-        """The first `count` rows whose prompts are held out, tokenised."""
+    def first(self, count: int | None, fraction: float, origin: str) -> Part:
+        """The first `count` rows (None: all), tokenised, of those in the first `fraction` of the prompts.
+
+        `origin` says in the log where they come from. Raises InputError when there is none.
+        """
         from datasets import Dataset
 
         columns: dict[str, list[Any]] = {}
@@ -102,11 +105,9 @@ class StreamSource:
             made = tokenise(numbered, opened.table, opened.reader, self.tokenizer, self.encoding)
             columns = {name: columns.get(name, []) + values for name, values in made.items()}
         if not rows:
-            raise InputError(
-                f"data_path '{self.name}': no row of the stream is held out for evaluation; give eval_data_path"
-            )
+            raise InputError(f"data_path '{self.name}': no usable row is {origin}, to evaluate on; give eval_data_path")
         table = Dataset.from_dict(columns, features=features_of(self.encoding.step))
-        return make_part(self.name, [table], len(rows), (), f"{self.opened[0].words}, held out of the stream")
+        return make_part(self.name, [table], len(rows), (), f"{self.opened[0].words}, {origin}")
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """The pass, the window in the pass, and the place in the window of the source's unit `number`."""

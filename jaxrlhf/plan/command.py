@@ -9,7 +9,6 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.plan.compile import check_compiler, compile_programs
 from jaxrlhf.plan.cost import run_cost
 from jaxrlhf.plan.memory import estimate, host_bytes
-from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.report import Plan, as_dict, draw, show, verdict
 from jaxrlhf.plan.search import (
     capacity,
@@ -19,6 +18,7 @@ from jaxrlhf.plan.search import (
     nearest_with_more_devices,
 )
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 from jaxrlhf.runs.console import Console
 
 

@@ -25,8 +25,9 @@ from jaxrlhf.config import to_dict
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.programs import System, build_system, lower, offloaded_arguments, topology_devices
+from jaxrlhf.plan.programs import lower, offloaded_arguments, topology_devices
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import System, build_system
 from jaxrlhf.plan.traffic import Loops, Traffic, kernels, launches, traffic
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.runs.console import Console

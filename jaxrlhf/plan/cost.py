@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.plan.activations import attends_in_blocks
+from jaxrlhf.plan.copies import generation_view_bytes
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.memory import cache_bytes, generation_view_bytes
-from jaxrlhf.plan.programs import System, local_shape, tree_bytes
+from jaxrlhf.plan.memory import cache_bytes
 from jaxrlhf.plan.roofline import Cost, adam, expert_elements, forward, itemsize, read_share, total
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import System, local_shape, tree_bytes
 
 ACTIVATION_PASSES = 16  # times that a layer reads or writes an array `[B, T, D]` or its like in one forward pass
 
@@ -85,7 +87,7 @@ def _passes(system: System, name: str, rows: float, forwards: int, backwards: in
     fsdp = system.mesh.shape["fsdp"] * system.context  # which split parameters alike
     once = forward(module, rows, length, length, system.headed, padded=True, expert=expert) * (1 / tensor)
     stream = rows * length * c.hidden_size * itemsize(module)
-    scores = 0 if system.attends_in_blocks(name) else 4 * rows * c.num_heads / tensor * length * length
+    scores = 0 if attends_in_blocks(system, name) else 4 * rows * c.num_heads / tensor * length * length
     activations = Cost(bytes=c.num_layers * (ACTIVATION_PASSES * stream + 4 * scores))
     # A frozen base needs no gradients of its weights, only those of what flows through it.
     cost = (once + activations) * (forwards + (1 if module.lora is not None else 2) * backwards)

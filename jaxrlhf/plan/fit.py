@@ -17,7 +17,6 @@ from jaxrlhf.models import DecoderConfig, config_from_dict, read_config
 from jaxrlhf.plan.compile import OUT_OF_MEMORY
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.memory import estimate
-from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.report import gib
 from jaxrlhf.plan.search import (
     ALIKE,
@@ -30,6 +29,7 @@ from jaxrlhf.plan.search import (
     peak,
 )
 from jaxrlhf.plan.settings import SUPERVISED, PlanConfig
+from jaxrlhf.plan.system import build_system
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.run import check_models
 from jaxrlhf.runs.console import Console
@@ -43,7 +43,8 @@ OFFLOADS = ("offload_reference_model", "offload_reward_model", "offload_optimize
 FITTED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", EVAL_ROWS, "generation_batches"),
     "per_device_score_batch_size",
-    *("generate_tensor_parallel", "remat_policy", "zero_stage", *STAGES, "mesh_tensor", "mesh_fsdp", *OFFLOADS),
+    *("generate_tensor_parallel", "remat_policy", "zero_stage", *STAGES),
+    *("mesh_tensor", "mesh_fsdp", "mesh_expert", *OFFLOADS),
 )
 """Settings that `--fit auto` may choose."""
 MARGIN = 0.95

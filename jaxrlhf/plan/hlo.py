@@ -1,8 +1,8 @@
-"""The text of an optimised HLO program: its computations and instructions, and the bytes of their shapes."""
+"""The text of an optimised HLO program: its computations and instructions, their bytes, and how often each runs."""
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -157,3 +157,61 @@ def parse(text: str) -> Program:
     if not entry:
         raise ValueError("the text has no ENTRY computation, so it is no HLO module")
     return Program(computations, entry)
+
+
+class Visit(NamedTuple):
+    """An instruction where the program runs it."""
+
+    instruction: Instruction
+    within: Computation
+    times: float
+    """Runs in one call of the program."""
+    loop: str
+    """The loops around it, outermost first, each followed by a slash."""
+    decodes: bool
+    """In a loop without a known count."""
+    callers: tuple[tuple[Computation, Instruction], ...]
+    """The calls around it, outermost first, each with the computation that it stands in."""
+
+
+def walk(program: Program, steps: float, into: Collection[str] = ("call",)) -> Iterator[Visit]:
+    """Visits the instructions of a program, of its loops and of its branches, in their order.
+
+    Args:
+        program: The module.
+        steps: Iterations of a loop without a known count, which is the decode loop.
+        into: Operations that are not visited themselves: the instructions that they call are.
+    """
+
+    def visit(
+        within: Computation,
+        times: float,
+        loop: str = "",
+        decodes: bool = False,
+        callers: tuple[tuple[Computation, Instruction], ...] = (),
+    ) -> Iterator[Visit]:
+        for x in within.instructions.values():
+            if x.operation == "while":
+                known = x.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+                count = times * (float(known) if known else steps)
+                for part in ("condition", "body"):
+                    inner = program.computations[x.attribute(rf"{part}=%?([\w.\-]+)") or ""]
+                    yield from visit(inner, count, f"{loop}{x.name}/", decodes or not known, callers)
+            elif x.operation == "conditional":
+                branches = _branches(program, x)
+                for branch in branches:
+                    yield from visit(branch, times / len(branches), loop, decodes, callers)
+            elif x.operation in into and x.called:
+                inner = program.computations[x.called]
+                yield from visit(inner, times, loop, decodes, (*callers, (within, x)))
+            else:
+                yield Visit(x, within, times, loop, decodes, callers)
+
+    yield from visit(program.computations[program.entry], 1.0)
+
+
+def _branches(program: Program, x: Instruction) -> list[Computation]:
+    """The branches of a conditional, each taken as often as the others."""
+    listed = x.attribute(r"branch_computations=\{([^}]*)\}")
+    names = listed.split(",") if listed else re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", x.attributes)
+    return [program.computations[name.strip().lstrip("%")] for name in names]

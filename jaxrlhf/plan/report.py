@@ -10,10 +10,10 @@ from jaxrlhf.plan.compile import Compiled
 from jaxrlhf.plan.cost import RunCost
 from jaxrlhf.plan.devices import GIB
 from jaxrlhf.plan.memory import ProgramMemory
-from jaxrlhf.plan.programs import System
 from jaxrlhf.plan.roofline import active_params
 from jaxrlhf.plan.search import Nearest
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import System
 from jaxrlhf.runs.console import Console
 
 PHASES = {"generate": ("reshard", "prefill", "decode"), "score": ("score",), "train": ("train",)}

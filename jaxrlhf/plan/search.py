@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.memory import ProgramMemory, estimate
-from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 
 MOST_DEVICES = 65_536
 LORA_RANK = 64
@@ -97,9 +97,32 @@ def _wider_generation(c: PlanConfig) -> Mapping[str, object]:
         return {}
     system = build_system(c)
     tensor, fsdp = system.tensor, system.mesh.shape["fsdp"]
-    heads = system.modules["actor"].config.num_heads
-    group = max(tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0 and heads % (tensor * n) == 0)
+    group = max(_groups(fsdp, tensor, system.modules["actor"].config.num_heads))
     return {"generate_tensor_parallel": group} if group > system.generate_tensor else {}
+
+
+def _groups(fsdp: int, tensor: int, heads: int) -> list[int]:
+    """Sizes of the groups of devices that can generate together (`generate_mesh`)."""
+    return [tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0 and heads % (tensor * n) == 0]
+
+
+def _split_experts(c: PlanConfig) -> Mapping[str, object]:
+    """Experts split over the devices of a host, as many as divide those of every sparse model.
+
+    These devices are taken from `mesh_fsdp`, so a group that generates together may have to be smaller.
+    """
+    system = build_system(c)
+    counts = [n for module in system.modules.values() if (n := module.config.num_experts)]
+    together = system.mesh.shape["fsdp"] * system.expert
+    wanted = math.gcd(c.accelerator.devices_per_host, together, *counts)
+    if not counts or wanted <= system.expert:
+        return {}
+    values: dict[str, object] = {"mesh_expert": wanted}
+    values["mesh_fsdp"] = -1 if c.value("mesh_fsdp") == -1 else together // wanted
+    if c.value("generate_tensor_parallel"):
+        groups = _groups(together // wanted, system.tensor, system.modules["actor"].config.num_heads)
+        values["generate_tensor_parallel"] = max(n for n in groups if n <= system.generate_tensor)
+    return values
 
 
 def _tensor_parallel(c: PlanConfig) -> Mapping[str, object]:
@@ -140,6 +163,7 @@ def _lora(c: PlanConfig) -> Mapping[str, object]:
 SCORE_ROWS = "per_device_score_batch_size"
 ONE_ROW = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "generation_batches")
 STAGES = ("critic_zero_stage", "reference_zero_stage", "reward_zero_stage")
+EXPERTS = Change("experts split over the devices of a host: tokens are exchanged in each sparse layer", _split_experts)
 CHANGES = (
     Change("smaller micro-batches: the same results, a little slower", _smaller_micro_batches),
     Change("generation in pieces: the same responses, decoded with a smaller batch", _pieces),
@@ -152,6 +176,7 @@ CHANGES = (
         "split parameters, gradients and optimizer state over all of mesh_fsdp",
         lambda c: {"zero_stage": 3} | dict.fromkeys(STAGES),
     ),
+    EXPERTS,
     Change("layers split over the devices of a host in training: sums after each", _tensor_parallel),
     Change("frozen models wait in host memory: a transfer per iteration", _offload_frozen),
     Change(
@@ -181,14 +206,22 @@ def _combined(config: PlanConfig, changes: Sequence[Change], kept: Collection[st
     return config
 
 
+def _ways(config: PlanConfig) -> list[list[Change]]:
+    """Changes that keep the training, in order. Sparse models may need less on a mesh without an axis for experts."""
+    plain = [change for change in ALIKE if change is not EXPERTS]
+    return [ALIKE, plain] if EXPERTS.changed(config) else [plain]
+
+
 def nearest_on_mesh(config: PlanConfig, kept: Collection[str] = ()) -> Nearest | None:
     """The nearest setting that fits the devices that were asked for; None when nothing does.
 
     It is the first change that suffices alone, else the shortest run of changes from the top, without those that turn
     out superfluous. Changes of the training itself come last. No setting in `kept` changes.
     """
-    candidates = [[change] for change in ALIKE] + [ALIKE[:count] for count in range(2, len(ALIKE) + 1)]
-    candidates += [[change] for change in OTHER] + [[*ALIKE, change] for change in OTHER] + [ALIKE + OTHER]
+    ways = _ways(config)
+    candidates = [[change] for change in ways[0]] + [way[:n] for n in range(2, len(ALIKE) + 1) for way in ways]
+    candidates += [[change] for change in OTHER] + [[*way, change] for change in OTHER for way in ways]
+    candidates += [way + OTHER for way in ways]
     chosen = next((changes for changes in candidates if _fits(_combined(config, changes, kept))), None)
     if chosen is None:
         return None
@@ -256,14 +289,14 @@ def nearest_with_more_devices(config: PlanConfig) -> Nearest | None:
     free: Mapping[str, object] = {"mesh_fsdp": -1, "topology": None}
     if config.devices < config.accelerator.devices_per_host:
         free["devices_per_host"] = None
-    count = config.devices
+    count, ways = config.devices, _ways(config)
     while count < MOST_DEVICES:
         count *= 2
         try:
             larger = config.replace(devices=count, **free, **_shared_out(config, count))
         except InputError:  # there is no slice of that size
             continue
-        for chosen in (ALIKE[:number] for number in range(len(ALIKE) + 1)):
+        for chosen in (way[:number] for number in range(len(ALIKE) + 1) for way in ways):
             found = _combined(larger, chosen)
             if _fits(found):
                 reasons = (f"{count} devices", *(change.reason for change in chosen))

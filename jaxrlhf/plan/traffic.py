@@ -8,10 +8,10 @@ passes that XLA's takes.
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxrlhf.plan.hlo import Array, Computation, Instruction, Program
+from jaxrlhf.plan.hlo import Array, Computation, Instruction, Program, walk
 
 NOTHING = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id"),
@@ -92,37 +92,11 @@ def launches(thunks: str) -> list[int]:
 
 def kernels(program: Program, loops: Loops = Loops()) -> list[Kernel]:
     """All kernels of a program, those of loop bodies with the times that they run."""
-    return list(_kernels(program, program.computations[program.entry], loops, 1.0, ""))
-
-
-def _kernels(
-    program: Program, within: Computation, loops: Loops, times: float, path: str, decodes: bool = False
-) -> Iterator[Kernel]:
-    for x in within.instructions.values():
-        if x.operation in NOTHING:
-            continue
-        if x.operation == "while":
-            known = x.attribute(r'"known_trip_count":\{"n":"(\d+)"')
-            count = times * (float(known) if known else loops.steps)
-            for part in ("condition", "body"):
-                inner = program.computations[x.attribute(rf"{part}=%?([\w.\-]+)") or ""]
-                yield from _kernels(program, inner, loops, count, f"{path}{x.name}/", decodes or not known)
-        elif x.operation == "conditional":
-            branches = _branches(program, x)
-            for branch in branches:
-                yield from _kernels(program, branch, loops, times / len(branches), path, decodes)
-        elif x.operation == "call" and x.called:
-            yield from _kernels(program, program.computations[x.called], loops, times, path, decodes)
-        else:
-            kind, read, written, flops, count = _cost(program, within, x, loops)
-            yield Kernel(x.name, kind, read, written, flops, count, times, path, decodes)
-
-
-def _branches(program: Program, x: Instruction) -> list[Computation]:
-    """The branches of a conditional, each taken as often as the others."""
-    listed = x.attribute(r"branch_computations=\{([^}]*)\}")
-    names = listed.split(",") if listed else re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", x.attributes)
-    return [program.computations[name.strip().lstrip("%")] for name in names]
+    found = []
+    for x, within, times, loop, decodes, _ in walk(program, loops.steps):
+        if x.operation not in NOTHING:
+            found.append(Kernel(x.name, *_cost(program, within, x, loops), times, loop, decodes))
+    return found
 
 
 def _cost(program: Program, within: Computation, x: Instruction, loops: Loops) -> tuple[str, float, float, float, int]:

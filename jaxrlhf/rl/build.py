@@ -32,11 +32,11 @@ from jaxrlhf.models import (
 from jaxrlhf.models.lora import lora_module
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
-from jaxrlhf.rl.step import PPOState
+from jaxrlhf.rl.step import PPORates, PPOState
 from jaxrlhf.sharding import offloaded, optimizer_shardings, place, replicated
 from jaxrlhf.trainers.gradients import init_optimizer
 from jaxrlhf.trainers.lora import LoRAOptions, with_adapters
-from jaxrlhf.trainers.optimizer import make_optimizer
+from jaxrlhf.trainers.optimizer import make_optimizer, make_rates
 
 PyTree = Any
 
@@ -154,6 +154,13 @@ def updates_of(config: PPOConfig, iterations: int) -> tuple[int, int]:
     per_iteration = config.algorithm.ppo_epochs * config.algorithm.num_mini_batches
     updates = max(1, iterations * per_iteration)
     return max(1, updates - config.algorithm.critic_only_steps * per_iteration), updates
+
+
+def rates_of(config: PPOConfig, iterations: int) -> PPORates:
+    """Numbers of the schedules of (actor, critic) in a run of `iterations`."""
+    of_actor, of_critic = updates_of(config, iterations)
+    critic = config.critic.optimizer(config.optimizer)
+    return PPORates(make_rates(config.optimizer, of_actor), make_rates(critic, of_critic))
 
 
 def build_models(

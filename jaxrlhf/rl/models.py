@@ -21,7 +21,7 @@ from jaxrlhf.models import (
     with_head,
     with_kernels,
 )
-from jaxrlhf.rl.build import build_models, model_of, updates_of
+from jaxrlhf.rl.build import build_models, model_of, rates_of, updates_of
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
 from jaxrlhf.rl.step import PPOState
@@ -63,6 +63,7 @@ class RLHFEngine:
         self.hyperparameters = config.hyperparameters()
         actor, reward, critic = self._load(actor_model_name_or_path, critic_model_name_or_path)
         self.schedule = make_schedule(config.optimizer, updates_of(config, num_total_iters)[0])
+        self.rates = rates_of(config, num_total_iters)
         self.state, self.frozen = build_models(config, self.mesh, actor, critic, reward, num_total_iters)
         trained = model_of(self.state.actor, self.state.actor_params)
         self.actor = HybridEngine(trained, self.mesh, config.rollout.generate_tensor_parallel or None)

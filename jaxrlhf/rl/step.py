@@ -25,6 +25,7 @@ from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import apply_gradients, exceeds, frozen_working_copy, model_gradients
 from jaxrlhf.trainers.guards import Limits
+from jaxrlhf.trainers.optimizer import Rates, with_rates
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.sft import sft_loss, token_count
 
@@ -52,8 +53,8 @@ class PPOState(flax.struct.PyTreeNode):
     """uint32 seed of the run, which with the step and the epoch keys the order of rows in minibatches."""
     actor: Decoder = flax.struct.field(pytree_node=False)
     critic: Decoder | None = flax.struct.field(pytree_node=False)
-    actor_optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
-    critic_optimizer: optax.GradientTransformation | None = flax.struct.field(pytree_node=False)
+    actor_optimizer: optax.GradientTransformationExtraArgs = flax.struct.field(pytree_node=False)
+    critic_optimizer: optax.GradientTransformationExtraArgs | None = flax.struct.field(pytree_node=False)
     hyperparameters: PPOHyperparameters = flax.struct.field(pytree_node=False)
     mesh: Mesh | None = flax.struct.field(pytree_node=False)
     score_moments: objectives.Moments | None = None
@@ -77,6 +78,13 @@ class _Frozen(NamedTuple):
 
     actor: PyTree
     critic: PyTree
+
+
+class PPORates(NamedTuple):
+    """Numbers of the learning-rate schedules; those of the critic are unused without one."""
+
+    actor: Rates
+    critic: Rates
 
 
 class _Limited(NamedTuple):
@@ -104,7 +112,11 @@ def _take(data: PyTree, index: jax.Array) -> PyTree:
 
 @partial(jax.jit, donate_argnums=0)
 def ppo_step(
-    state: PPOState, experience: Experience, ptx: dict[str, jax.Array] | None = None, limits: Limits | None = None
+    state: PPOState,
+    experience: Experience,
+    ptx: dict[str, jax.Array] | None = None,
+    limits: Limits | None = None,
+    rates: PPORates | None = None,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """Runs one iteration on a scored rollout: every epoch and minibatch, actor and critic.
 
@@ -119,6 +131,7 @@ def ppo_step(
         ptx: with `ptx_coef`, pretraining text: `input_ids`, `attention_mask` and `loss_mask` `[R, T]`, and
             `segment_ids` `[R, T]` where rows are packed; each minibatch takes its share.
         limits: of `objective/kl` and of metrics of an update.
+        rates: numbers of the schedules; default: those that the optimizers were made with.
 
     Returns:
         The new state, and float32 metrics under TRL's names, averaged over the updates; NaN when no update counted.
@@ -146,9 +159,11 @@ def ppo_step(
         metrics = experience_metrics(experience, rewards, returns, state.kl_coef, weights)
         limited = _Limited(limits, exceeds(metrics, limits))
 
+        scheduled = state if rates is None else _scheduled(state, rates)
+
         def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
             of_ptx = None if ptx is None else _take(ptx, index[1])
-            return _update(state, frozen, trained, _take(data, index[0]), of_ptx, experience.longest, limited)
+            return _update(scheduled, frozen, trained, _take(data, index[0]), of_ptx, experience.longest, limited)
 
         trained = _Trained(actor_params, critic_params, state.actor_opt_state, state.critic_opt_state, state.ema_params)
         index = (minibatch_rows(h, state.seed, state.step, rows), None if ptx is None else _ptx_rows(state, ptx))
@@ -166,6 +181,15 @@ def ppo_step(
         score_moments=None if moments is None else _finite_or(state.score_moments, moments),
     )
     return new, metrics
+
+
+def _scheduled(state: PPOState, rates: PPORates) -> PPOState:
+    """The state with optimizers that take these numbers of their schedules; for use inside of the step."""
+    critic = state.critic_optimizer
+    return state.replace(
+        actor_optimizer=with_rates(state.actor_optimizer, rates.actor),
+        critic_optimizer=None if critic is None else with_rates(critic, rates.critic),
+    )
 
 
 def _parts(params: PyTree, module: Decoder | None, mesh: Mesh | None) -> tuple[PyTree, PyTree, PyTree]:

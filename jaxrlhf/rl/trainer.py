@@ -259,7 +259,7 @@ class PPOTrainer:
             state = state.replace(step=state.step + 1)
             return state, {"guard/skipped_updates": 0.0, "guard/unscored": 1.0, "timing/train": 0.0}
         train = partial(run_twice, self._train) if twice else self._train
-        state, metrics = train(state, experience, ptx, limits)
+        state, metrics = train(state, experience, ptx, limits, self.engine.rates)
         metrics = {name: float(value) for name, value in to_host(metrics).items()}
         metrics |= {"guard/unscored": 0.0} if self.rewards else {}
         seconds = time.monotonic() - begin - metrics.get("timing/deterministic_check", 0.0)

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrlhf.config import Fraction, Ge, Lt, NonNegative, NonNegativeInt, Positive, Settings, alias
@@ -54,30 +56,53 @@ def same_past(config: OptimizerConfig, then: int, now: int) -> bool:
     return config.lr_scheduler_type == "constant" and warmup_length(config, then) == warmup_length(config, now)
 
 
-def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:
-    """The learning rate (float32) as a function of the number of updates made so far, an int or an int32 scalar array.
+class Rates(NamedTuple):
+    """Numbers of a learning-rate schedule, float32 scalars.
 
-    Equal to `transformers.get_scheduler`: with W > 0 warm-up steps the rate is step/W of the peak, so 0 for the first
-    update; from then on the schedule falls to `min_lr_ratio` of the peak at `total_steps` and stays there. "constant"
-    also honours the warm-up (transformers calls that `constant_with_warmup`). Raises InputError if there is no step.
+    A program that takes them as arguments does not depend on them: a run with other numbers finds it compiled.
     """
+
+    peak: Any
+    warmup: Any
+    """Steps of the warm-up."""
+    decay: Any
+    """Steps after it, at least 1."""
+    floor: Any
+    """Share of the peak at the end."""
+    span: Any
+    """1 - floor."""
+
+
+def make_rates(config: OptimizerConfig, total_steps: int) -> Rates:
+    """Numbers of the schedule over a run of `total_steps`. Raises InputError if there is no step."""
     if total_steps < 1:
         raise InputError(f"total_steps={total_steps}: a schedule needs at least one step; give more data or epochs")
-    warmup = warmup_length(config, total_steps)
-    floor = config.min_lr_ratio
+    warmup, floor = warmup_length(config, total_steps), config.min_lr_ratio
+    numbers = config.learning_rate, warmup, max(total_steps - warmup, 1), floor, 1 - floor
+    return Rates(*map(np.float32, numbers))
 
-    def schedule(step):
-        step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0, 1)
-        if config.lr_scheduler_type == "linear":
-            factor = floor + (1 - floor) * (1 - progress)
-        elif config.lr_scheduler_type == "cosine":
-            factor = floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        else:
-            factor = jnp.ones_like(progress)
-        return config.learning_rate * jnp.where(step < warmup, step / max(warmup, 1), factor)
 
-    return schedule
+def learning_rate(kind: Schedule, rates: Rates, step: Any) -> jax.Array:
+    """The learning rate (float32) after `step` updates, an int or an int32 scalar array.
+
+    Equal to `transformers.get_scheduler`: with W > 0 warm-up steps the rate is step/W of the peak, so 0 for the first
+    update; from then on the schedule falls to `floor` of the peak over `decay` steps and stays there. "constant" also
+    honours the warm-up (transformers calls that `constant_with_warmup`).
+    """
+    step = jnp.asarray(step, jnp.float32)
+    progress = jnp.clip((step - rates.warmup) / rates.decay, 0, 1)
+    if kind == "linear":
+        factor = rates.floor + rates.span * (1 - progress)
+    elif kind == "cosine":
+        factor = rates.floor + rates.span * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    else:
+        factor = jnp.ones_like(progress)
+    return rates.peak * jnp.where(step < rates.warmup, step / jnp.maximum(rates.warmup, 1), factor)
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:
+    """`learning_rate` as a function of the number of updates made so far. Raises InputError if there is no step."""
+    return partial(learning_rate, config.lr_scheduler_type, make_rates(config, total_steps))
 
 
 def decay_mask(params) -> Any:
@@ -111,27 +136,40 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, params_like) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int, params_like) -> optax.GradientTransformationExtraArgs:
     """Clipping, AdamW and the schedule as one transformation; its updates are added by `optax.apply_updates`.
 
     `params_like` is the parameter tree or a tree of the same structure (shapes are not read). Moments, norms and
     updates are float32 whatever the dtype of gradients and parameters. The structure of the state does not depend on
-    the hyper-parameters, so a run may be resumed with others. Source: Loshchilov & Hutter 2019, algorithm 2.
+    the hyper-parameters, so a run may be resumed with others. `update(…, rates=…)` takes the numbers of the schedule as
+    an argument (`with_rates`). Source: Loshchilov & Hutter 2019, algorithm 2.
     """
-    transformation = optax.chain(
-        clip_by_global_norm(config.max_grad_norm),
-        optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon),
-        optax.add_decayed_weights(config.weight_decay, decay_mask(params_like)),
-        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
-    )
+    own, mask = make_rates(config, total_steps), decay_mask(params_like)
+
+    def with_schedule(rates: Rates) -> optax.GradientTransformation:
+        return optax.chain(
+            clip_by_global_norm(config.max_grad_norm),
+            optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon),
+            optax.add_decayed_weights(config.weight_decay, mask),
+            optax.scale_by_learning_rate(partial(learning_rate, config.lr_scheduler_type, rates)),
+        )
 
     def init(params):
-        return transformation.init(_float32(params))
+        return with_schedule(own).init(_float32(params))
 
-    def update(updates, state, params=None, **_):
-        return transformation.update(_float32(updates), state, _float32(params))
+    def update(updates, state, params=None, *, rates: Rates | None = None, **_):
+        return with_schedule(rates or own).update(_float32(updates), state, _float32(params))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_rates(
+    optimizer: optax.GradientTransformationExtraArgs, rates: Rates | None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with other numbers of its schedule, which may be arguments of the program; None: its own."""
+    if rates is None:
+        return optimizer
+    return optax.GradientTransformationExtraArgs(optimizer.init, partial(optimizer.update, rates=rates))
 
 
 def updates_made(state: Any) -> jax.Array:

@@ -31,7 +31,15 @@ from jaxrlhf.trainers.gradients import (
 from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Announce, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
-from jaxrlhf.trainers.optimizer import make_optimizer, make_schedule, same_past, updates_made
+from jaxrlhf.trainers.optimizer import (
+    Rates,
+    make_optimizer,
+    make_rates,
+    make_schedule,
+    same_past,
+    updates_made,
+    with_rates,
+)
 from jaxrlhf.trainers.resuming import same_rows, start_from
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.settings import (
@@ -69,12 +77,12 @@ class TrainState(flax.struct.PyTreeNode):
     params: PyTree
     opt_state: PyTree
     module: Decoder = flax.struct.field(pytree_node=False)
-    optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformationExtraArgs = flax.struct.field(pytree_node=False)
     mesh: Mesh = flax.struct.field(pytree_node=False)
 
 
 def init_state(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload_optimizer: bool = False
+    model: Model, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, *, offload_optimizer: bool = False
 ) -> TrainState:
     trainable, _ = split_trainable(model.params, model.module)
     opt_state = init_optimizer(optimizer, model.module, trainable, mesh, offload=offload_optimizer)
@@ -103,6 +111,7 @@ def train_step(
     micro_batches: int,
     routers: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
     limits: Limits | None = None,
+    rates: Rates | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one optimizer step on a batch.
 
@@ -117,6 +126,7 @@ def train_step(
         micro_batches: chunks that the batch is worked through in; their number does not change the result.
         routers: weights of the losses of routers.
         limits: of `loss` and `grad_norm`.
+        rates: numbers of the schedule; default: those that the optimizer was made with.
 
     Returns:
         The new state, and `loss`, `grad_norm`, `guard/skipped_updates`, `tokens` (`token_sum`), the objective's stats,
@@ -142,8 +152,9 @@ def train_step(
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         metrics = {"loss": value, "grad_norm": norm, "guard/skipped_updates": ~finite, "tokens": tokens}
         spike = finite & exceeds(metrics, limits)
+        optimizer = with_rates(state.optimizer, rates)
         trainable, opt_state = apply_gradients(
-            state.optimizer, state.module, trainable, state.opt_state, grads, state.mesh, finite & ~spike
+            optimizer, state.module, trainable, state.opt_state, grads, state.mesh, finite & ~spike
         )
     metrics |= {**stats, **routed} | ({} if limits is None else {"guard/spike": spike})
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
@@ -281,6 +292,7 @@ class SupervisedTask:
         self.trainable = split_trainable(model.params, model.module)[0]
         self.optimizer = make_optimizer(config.optimizer, self.total_steps, self.trainable)
         self.schedule = make_schedule(config.optimizer, self.total_steps)
+        self.rates = make_rates(config.optimizer, self.total_steps)
         self.key = keys.stream(config.data.seed, keys.Stream.DROPOUT)
         self._update = Announce(run, f"{recipe.name} train step", train_step)
         self._measure = Announce(run, f"{recipe.name} evaluation", eval_step)
@@ -320,6 +332,7 @@ class SupervisedTask:
             micro_batches=self.micro_batches,
             routers=self.config.routers,
             limits=plan.limits,
+            rates=self.rates,
         )
         metrics = to_host(metrics)
         tokens = metrics.pop("tokens")

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,20 +100,19 @@ def _hf_shape(tensor: Tensor, leaves: list[Leaf]) -> tuple[int, ...]:
 
 def _check_names(
     source: TensorSource,
-    family: Family,
-    declared: list[tuple[Tensor, list[Leaf]]],
     config: DecoderConfig,
-    optional: set[str],
+    declared: list[tuple[Tensor, list[Leaf]]],
+    optional: Collection[str],
     wrapper: str,
 ) -> None:
     """Raises one InputError that lists every missing, unexpected and mis-shaped tensor."""
-    expected = {}
+    family, expected = get_family(config.family, source.where), {}
     for tensor, leaves in declared:
         expected |= dict.fromkeys(tensor.names(config), _hf_shape(tensor, leaves))
     # A tied head may be stored twice, and a scalar head does not need a language model's head.
     spare = {tensor.hf for tensor in family.heads}
     found = source.shapes
-    problems = [f"missing {name} {expected[name]}" for name in sorted(set(expected) - set(found) - optional)]
+    problems = [f"missing {name} {expected[name]}" for name in sorted(set(expected) - set(found) - set(optional))]
     unexpected = (name for name in sorted(set(found) - set(expected) - spare) if not is_buffer(name))
     problems += [f"unexpected {name} {found[name]}" for name in unexpected]
     for name in sorted(set(expected) & set(found)):
@@ -195,6 +194,36 @@ def _load_tensor(
     return loaded
 
 
+def _check_alike(name: str | os.PathLike, folder: Path, mesh: Mesh | None) -> None:
+    """Raises InputError if the processes of the mesh have different files of a model."""
+    if mesh is not None and mesh.is_multi_process:
+        hashes = fingerprint(folder).items()
+        check_same("files of a model", {f"{name}/{file}": hashed for file, hashed in hashes})
+
+
+def _places(module: Decoder, mesh: Mesh | None) -> dict[str, Sharding]:
+    """Shardings of the parameters by path: on the mesh, or all on the first device."""
+    if mesh is not None:
+        return leaves_by_path(param_shardings(module, mesh))
+    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return dict.fromkeys(leaves_by_path(param_shapes(module)), alone)
+
+
+def _load_tensors(
+    stored: Iterable[tuple[Tensor, list[Leaf]]],
+    source: TensorSource,
+    module: Decoder,
+    shardings: Mapping[str, Sharding],
+    dtype: np.dtype,
+) -> dict[str, jax.Array]:
+    """Reads declared tensors one after the other: the module's leaves by path."""
+    shapes = leaves_by_path(param_shapes(module))
+    params: dict[str, jax.Array] = {}
+    for tensor, leaves in stored:
+        params |= _load_tensor(tensor, leaves, source, shapes, shardings, module.config, dtype)
+    return params
+
+
 def load_pretrained(
     name_or_path: str | os.PathLike,
     *,
@@ -229,9 +258,7 @@ def load_pretrained(
             processes of the mesh, or tensors are missing, unexpected or mis-shaped (the message lists them).
     """
     folder = find_model_folder(name_or_path)
-    if mesh is not None and mesh.is_multi_process:
-        hashes = fingerprint(folder).items()
-        check_same("files of a model", {f"{name_or_path}/{name}": hashed for name, hashed in hashes})
+    _check_alike(name_or_path, folder, mesh)
     if is_adapter(folder):  # the head's check is left to the adapter, which may bring it
         base = load_pretrained(
             base_folder(folder),
@@ -246,34 +273,24 @@ def load_pretrained(
         )
         return load_onto_base(base, folder, new_head)
     opened = open_model(folder, read_config(folder), head)
-    source, config = opened.source, opened.config
-    module = make_module(config, head, dtype, remat, zero_stage)
-    family = get_family(config.family, str(folder))
-    declared = _declared(family, module)
-    fresh = _missing_head(folder, source, declared, new_head)
-    _check_names(source, family, declared, config, optional=fresh, wrapper=opened.wrapper)
-
-    shapes = leaves_by_path(param_shapes(module))
-    if mesh is None:
-        shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    else:
-        shardings = leaves_by_path(param_shardings(module, mesh))
+    module = make_module(opened.config, head, dtype, remat, zero_stage)
+    declared = _declared(get_family(module.config.family, str(folder)), module)
+    fresh = _missing_head(folder, opened.source, declared, new_head)
+    _check_names(opened.source, module.config, declared, optional=fresh, wrapper=opened.wrapper)
+    shardings = _places(module, mesh)
     stored = [(tensor, leaves) for tensor, leaves in declared if tensor.hf not in fresh]
-    params: dict[str, jax.Array] = {}
-    console, label = Console(quiet=not progress), f"loading {folder.name or folder}"
-    with console.progress(len(stored), description=label, unit="tensor", transient=True) as bar:
-        for tensor, leaves in bar.over(stored):
-            params |= _load_tensor(tensor, leaves, source, shapes, shardings, config, np.dtype(param_dtype))
-    if fresh:
-        params["score/kernel"] = _fresh_score(module, key, shardings["score/kernel"], param_dtype)
-    return Model(module=module, params=unflatten_dict(params, sep="/"), config=config)
+    label = f"loading {folder.name or folder}"
+    with Console(quiet=not progress).progress(len(stored), description=label, unit="tensor", transient=True) as bar:
+        params = _load_tensors(bar.over(stored), opened.source, module, shardings, np.dtype(param_dtype))
+    params |= {path: _fresh_score(module, key, shardings[path], param_dtype) for path in fresh.values()}
+    return Model(module=module, params=unflatten_dict(params, sep="/"), config=module.config)
 
 
 def _missing_head(
     folder: Path, source: TensorSource, declared: list[tuple[Tensor, list[Leaf]]], new_head: bool
-) -> set[str]:
-    """Name of the scalar head's tensor if the checkpoint lacks it; InputError without `new_head`."""
-    fresh = {t.hf for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
+) -> dict[str, str]:
+    """Name and path of the scalar head's tensor if the checkpoint lacks it; InputError without `new_head`."""
+    fresh = {t.hf: "score/kernel" for t, _ in declared if t.ours == "score/kernel" and t.hf not in source.shapes}
     if fresh and not new_head:
         raise InputError(
             f"{folder} has no scalar head ({', '.join(sorted(fresh))} is missing): it is a language model, not a "

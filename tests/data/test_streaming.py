@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from rows import pairs, prompts, write_lines
 
 from jaxrlhf.data import load_data
+from jaxrlhf.data.reading import HEAD
 from jaxrlhf.errors import InputError
 
 BATCH = 4
@@ -118,6 +120,32 @@ def test_processes_read_their_share_of_a_batch(stream, tokenizer):
         np.testing.assert_array_equal(np.stack([parts[k][name][k] for k in range(BATCH)]), array)
 
 
+@pytest.mark.parametrize(("most", "count"), [(6, 6), (0, 400)])
+def test_only_the_needed_rows_of_a_data_sets_evaluation_split_are_read(config, tokenizer, monkeypatch, most, count):
+    read = []
+
+    def rows(split, first):
+        for row in pairs(400, first):
+            read.append(split)
+            yield row
+
+    def load(*_, streaming=False):
+        assert streaming, "all splits would be downloaded"
+        splits = {"train": 0, "test": 1000}
+        return {
+            name: datasets.IterableDataset.from_generator(rows, gen_kwargs={"split": name, "first": first})
+            for name, first in splits.items()
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    options = {"streaming": True, "shuffle_buffer": 16, "max_eval_samples": most}
+    data, held = load_data(config(data_path="someone/pairs", **options), tokenizer, "reward")
+    assert sorted(int(prompt.split()[2]) for prompt in prompts(held)) == list(range(1000, 1000 + count))
+    looked_at = read.count("test") - count
+    assert max(looked_at, read.count("train")) < HEAD + 16, "the first rows tell the format"
+    assert all(int(data.text(int(unit))["prompt"].split()[2]) < 400 for unit in data.indices(0, BATCH))
+
+
 def test_the_number_of_rows_of_a_stream_is_not_known(stream, tokenizer):
     data, _ = stream(tokenizer=tokenizer)
     assert data.size is None and "epoch" not in data.progress(3, BATCH)
@@ -131,7 +159,7 @@ def test_what_cannot_stream_is_refused(stream, tokenizer):
         stream("reward", unpaired, tokenizer=tokenizer)
     assert stream("sft", unpaired, tokenizer=tokenizer, eval_fraction=0.3)
     bad = [{"prompt": "q", "completion": None}] * 20
-    with pytest.raises(InputError, match=r"no usable row|no row of the stream is held out"):
+    with pytest.raises(InputError, match=r"no usable row (in the stream|is held out)"):
         data, _ = stream("sft", bad, tokenizer=tokenizer)
         data.indices(0, BATCH)
         data.batch(data.indices(0, BATCH))

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.engine import HybridEngine, Requests, generate
 from jaxrlhf.models import init_cache
-from jaxrlhf.plan.programs import build_system, lower, topology_devices
+from jaxrlhf.plan.programs import lower, topology_devices
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 from jaxrlhf.rl import Experience, PPOHyperparameters, ppo_step
 from jaxrlhf.sharding import GENERATE_RULES, generate_mesh, use
 

@@ -16,8 +16,8 @@ from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import write_demo
 from jaxrlhf.plan.command import make_plan
 from jaxrlhf.plan.memory import train_memory
-from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 
 pytestmark = pytest.mark.long
 

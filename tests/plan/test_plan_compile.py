@@ -10,8 +10,8 @@ from jaxrlhf.plan import compile as compiling
 from jaxrlhf.plan.command import make_plan, run_plan
 from jaxrlhf.plan.compile import Compiled, check_compiler, compile_programs, read_outcome
 from jaxrlhf.plan.memory import estimate
-from jaxrlhf.plan.programs import PROGRAMS, build_system
-from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.settings import PROGRAMS, PlanConfig
+from jaxrlhf.plan.system import build_system
 from jaxrlhf.runs.console import Console
 
 GRID = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_compile_grid.json"

@@ -6,13 +6,14 @@ import pytest
 
 from jaxrlhf.models import Decoder, config_from_dict, count_params, known_config, param_shapes
 from jaxrlhf.plan import roofline
+from jaxrlhf.plan.activations import Pass, layer_weights, residual_bytes
 from jaxrlhf.plan.command import make_plan
+from jaxrlhf.plan.copies import generation_view_bytes
 from jaxrlhf.plan.cost import run_cost
-from jaxrlhf.plan.memory import generation_view_bytes, layer_weights, residual_bytes
-from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.report import as_dict
 from jaxrlhf.plan.roofline import active_params, expert_elements, forward
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 
 SHAPE = {"model_type": "mixtral", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 6}
@@ -86,10 +87,10 @@ def test_memory_falls_with_the_split_of_the_experts():
 
 def test_sorted_tokens_of_peers_need_room():
     module = module_of("ragged")
-    one, two, three = (residual_bytes(module, 2, 16, 8, 1, expert) for expert in (1, 2, 3))
+    one, two, three = (residual_bytes(module, Pass(2, 16, 8, expert=expert)) for expert in (1, 2, 3))
     assert three - two == two - one > 0
     dense = module_of("dense")
-    assert residual_bytes(dense, 2, 16, 8, 1, 3) == residual_bytes(dense, 2, 16, 8, 1)
+    assert residual_bytes(dense, Pass(2, 16, 8, expert=3)) == residual_bytes(dense, Pass(2, 16, 8))
 
 
 def test_experts_exchange_tokens_only_over_their_axis():

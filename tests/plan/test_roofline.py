@@ -10,9 +10,9 @@ from jaxrlhf.kernels import attention_mask
 from jaxrlhf.models import Decoder, config_from_dict
 from jaxrlhf.plan import roofline
 from jaxrlhf.plan.cost import run_cost
-from jaxrlhf.plan.programs import build_system
 from jaxrlhf.plan.roofline import Cost, Peaks, forward
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 
 SHAPE = {"model_type": "opt", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32}

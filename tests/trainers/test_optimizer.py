@@ -7,7 +7,14 @@ import optax
 import pytest
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.trainers.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
+from jaxrlhf.trainers.optimizer import (
+    OptimizerConfig,
+    decay_mask,
+    make_optimizer,
+    make_rates,
+    make_schedule,
+    with_rates,
+)
 
 STEPS = 12
 
@@ -151,6 +158,26 @@ def test_state_structure_does_not_depend_on_hyper_parameters():
     other = OptimizerConfig(weight_decay=0.1, max_grad_norm=0.0, lr_scheduler_type="constant", warmup_steps=3)
     structures = [jax.tree.structure(make_optimizer(c, STEPS, params).init(params)) for c in (plain, other)]
     assert structures[0] == structures[1]
+
+
+def test_a_schedule_whose_numbers_are_arguments_is_no_part_of_the_program():
+    params = parameters(np.random.default_rng(0))
+    gradients = gradients_of_step(np.random.default_rng(1), params, 0)
+    programs = set()
+    for options, total in (({"learning_rate": 1e-3, "warmup_ratio": 0.2}, 20), ({"min_lr_ratio": 0.1}, 50)):
+        config = OptimizerConfig(**options)
+        optimizer, rates = make_optimizer(config, total, params), make_rates(config, total)
+        state = optimizer.init(params)
+        _, state = optimizer.update(gradients, state, params)
+
+        def update(rates, optimizer=optimizer, state=state):
+            return with_rates(optimizer, rates).update(gradients, state, params)
+
+        jax.tree.map(np.testing.assert_array_equal, update(rates), optimizer.update(gradients, state, params))
+        with pytest.raises(AssertionError):
+            jax.tree.map(np.testing.assert_array_equal, update(rates._replace(peak=1.0)), update(rates))
+        programs.add(jax.jit(update).lower(rates).as_text())
+    assert len(programs) == 1
 
 
 @pytest.mark.parametrize(

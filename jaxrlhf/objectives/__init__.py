@@ -34,7 +34,14 @@ from jaxrlhf.objectives.policy import (
     truncated_importance_weights,
     value_loss,
 )
-from jaxrlhf.objectives.preference import PREFERENCE_LOSSES, preference_loss, sequence_logprobs
+from jaxrlhf.objectives.preference import (
+    PREFERENCE_LOSSES,
+    PreferenceLoss,
+    kto_kl,
+    kto_loss,
+    preference_loss,
+    sequence_logprobs,
+)
 from jaxrlhf.objectives.rewards import (
     KL_ESTIMATES,
     Moments,
@@ -53,6 +60,7 @@ __all__ = [
     "KL_ESTIMATES",
     "PREFERENCE_LOSSES",
     "Moments",
+    "PreferenceLoss",
     "adaptive_kl_coef",
     "add_moments",
     "best_of_n_kl_bound",
@@ -61,6 +69,8 @@ __all__ = [
     "group_advantages",
     "kl_estimate",
     "kl_penalty_rewards",
+    "kto_kl",
+    "kto_loss",
     "last_token_index",
     "load_balancing_loss",
     "loss_weights",

@@ -48,6 +48,7 @@ from jaxrlhf.sharding import (
 )
 from jaxrlhf.sharding.placement import HOST
 from jaxrlhf.trainers import dpo, reward, sft
+from jaxrlhf.trainers.references import score_batch
 from jaxrlhf.trainers.settings import batch_devices, check_context
 from jaxrlhf.trainers.supervised import Objective, TrainState, train_step
 
@@ -438,7 +439,8 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
 def _lower_reference(system: System) -> jax.stages.Lowered:
     steps = system.config.run.gradient_accumulation_steps
     static = {"module": system.modules["reference"], "mesh": system.mesh, "micro_batches": steps}
-    return cast(Any, dpo.reference_logprobs).lower(system.read_params("reference"), labelled_batch(system), **static)
+    static["logprobs"] = dpo.response_logprobs
+    return cast(Any, score_batch).lower(system.read_params("reference"), labelled_batch(system), **static)
 
 
 def _lower_score(system: System) -> jax.stages.Lowered:
@@ -455,7 +457,7 @@ def _lower_score(system: System) -> jax.stages.Lowered:
 def _objective(trainer: str) -> Objective:
     """A supervised trainer's default loss."""
     if trainer == "dpo":
-        return dpo.objective("sigmoid", 0.1, 0.0)[0]
+        return dpo.objective(dpo.Losses())[0]
     return sft.OBJECTIVE if trainer == "sft" else reward.OBJECTIVES["pairwise"]
 
 

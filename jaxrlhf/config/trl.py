@@ -313,7 +313,7 @@ GRPO = _script(
         "loss_type": Flag(
             "loss_aggregation",
             convert=_as(dapo="token-mean", bnpo="token-mean", grpo="sequence-mean", dr_grpo="fixed-length"),
-            remedy="write dapo, bnpo, grpo or dr_grpo",
+            remedy="write dapo, bnpo, grpo or dr_grpo; for cispo run `jaxrlhf cispo`",
         ),
         "scale_rewards": Flag(
             "scale_by_std",
@@ -321,7 +321,6 @@ GRPO = _script(
             remedy="write group or none: advantages are scaled within a group, or not at all",
         ),
         "delta": Flag("dual_clip"),
-        "importance_sampling_level": Flag(quiet=("token",), remedy="ratios are per token; write token"),
         "multi_objective_aggregation": Flag(quiet=("sum_then_normalize",), remedy="write sum_then_normalize"),
         "top_entropy_quantile": Flag(quiet=("1", "1.0"), remedy="all tokens are trained on; write 1.0"),
     }

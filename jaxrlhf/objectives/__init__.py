@@ -28,10 +28,12 @@ from jaxrlhf.objectives.masked import (
 )
 from jaxrlhf.objectives.policy import (
     AGGREGATIONS,
+    IMPORTANCE_WEIGHTS,
+    POLICY_LOSSES,
+    importance_weights,
     loss_weights,
     policy_loss,
     ratio_variance,
-    truncated_importance_weights,
     value_loss,
 )
 from jaxrlhf.objectives.preference import (
@@ -57,7 +59,9 @@ from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pai
 
 __all__ = [
     "AGGREGATIONS",
+    "IMPORTANCE_WEIGHTS",
     "KL_ESTIMATES",
+    "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
     "Moments",
     "PreferenceLoss",
@@ -67,6 +71,7 @@ __all__ = [
     "expected_best",
     "gae",
     "group_advantages",
+    "importance_weights",
     "kl_estimate",
     "kl_penalty_rewards",
     "kto_kl",
@@ -93,7 +98,6 @@ __all__ = [
     "sft_loss",
     "standardised",
     "tokenwise_pairwise_loss",
-    "truncated_importance_weights",
     "value_loss",
     "win_rate",
 ]

@@ -186,6 +186,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "steady; growth to `max_answer_seq_len` or a fall to a few tokens means that the reward pays for length",
         ),
         Metric(
+            "sampling/refills sampling/equal_groups",
+            "with `dynamic_sampling`: further batches that were sampled; share of groups whose responses have one score",
+            "equal groups become more as prompts become too easy; take harder prompts when refills reach the limit",
+        ),
+        Metric(
             "val/eos_rate val/num_eos_tokens eos_rate",
             "share and number of responses that ended by themselves",
             "near 1; if low, raise `max_answer_seq_len`, or set `missing_eos_penalty`",

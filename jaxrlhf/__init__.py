@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jaxrlhf.rl.step import PPOState, ppo_step
     from jaxrlhf.rl.trainer import PPOTrainer
     from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
+    from jaxrlhf.trainers.kto import KTOConfig, train_kto
     from jaxrlhf.trainers.reward import RewardConfig, train_reward
     from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
@@ -48,6 +49,7 @@ _HOME = {
     "jaxrlhf.rl.step": ("PPOState", "ppo_step"),
     "jaxrlhf.rl.trainer": ("PPOTrainer",),
     "jaxrlhf.trainers.dpo": ("DPOConfig", "train_dpo"),
+    "jaxrlhf.trainers.kto": ("KTOConfig", "train_kto"),
     "jaxrlhf.trainers.reward": ("RewardConfig", "train_reward"),
     "jaxrlhf.trainers.sft": ("SFTConfig", "train_sft"),
 }
@@ -59,6 +61,7 @@ __all__ = [
     "GRPOConfig",
     "HybridEngine",
     "InputError",
+    "KTOConfig",
     "PPOConfig",
     "PPOHyperparameters",
     "PPOState",
@@ -89,6 +92,7 @@ __all__ = [
     "sharding",
     "train_dpo",
     "train_grpo",
+    "train_kto",
     "train_ppo",
     "train_reinforce",
     "train_reward",

@@ -49,6 +49,7 @@ STEPS = {
     "dpo": Command(
         "jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs", fits=True
     ),
+    "kto": Command("jaxrlhf.trainers.kto", "KTOConfig", "train_kto", "the same from responses labelled good or bad"),
 }
 OTHERS = {
     "rlhf": Command(

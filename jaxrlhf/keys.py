@@ -23,6 +23,7 @@ class Stream(IntEnum):
     MINIBATCHES = 8
     CHAT = 9
     SERVING = 10
+    REFILLS = 11
 
 
 def stream(seed: int | jax.Array, purpose: Stream, *numbers: int | jax.Array) -> jax.Array:

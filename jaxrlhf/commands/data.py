@@ -31,7 +31,7 @@ PATIENCE = 3.0  # seconds without a word
 class DataViewConfig(Settings):
     """Shows the rows that a step reads and the tokens that it trains on."""
 
-    step: Literal["sft", "reward", "ppo", "dpo"] = "sft"
+    step: Literal["sft", "reward", "ppo", "dpo", "kto"] = "sft"
     """Step that reads the data; ppo stands for every algorithm that samples its own responses."""
     show: Annotated[int, Ge(0)] = 2
     """Rows of each source to show."""

@@ -66,7 +66,7 @@ def inspect_data(config: DataConfig, tokenizer: Any, step: str, *, show: int, ba
     Args:
         config: the data settings.
         tokenizer: from `load_tokenizer`.
-        step: "sft", "reward", "ppo" or "dpo".
+        step: "sft", "reward", "ppo", "dpo" or "kto".
         show: rows of each source to show.
         batch_size: rows of a batch, for the share of padding.
 

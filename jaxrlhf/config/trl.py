@@ -180,6 +180,7 @@ EVERY_TRAINER = (
 SYNCED_REFERENCE = _refused("the reference stays as it is; write sync_ref_model: false", "sync_ref_model") | _advised(
     "sync_ref_model alone would use it", "ref_model_mixup_alpha", "ref_model_sync_steps"
 )
+PRECOMPUTED = _advised("per_device_eval_batch_size rows are scored at once", "precompute_ref_batch_size")
 GENERATED = (
     _advised(
         "the hybrid engine generates with the weights that are trained; nothing to set up",
@@ -264,17 +265,18 @@ REWARD = _script(
     rules.adapters("applied"),
 )
 DPO = _script(
-    _refused("one loss at a time: write loss_type alone", "loss_weights")
-    | _refused("leave it out: the loss would differ", "ld_alpha", "use_weighting")
+    _refused("leave it out: the loss would differ", "ld_alpha", "use_weighting")
     | {"f_divergence_type": Flag(quiet=("reverse_kl",), remedy="the divergence is reverse_kl; leave it out")}
     | _advised("another loss would use it", "f_alpha_divergence_coef", "discopop_tau")
     | SYNCED_REFERENCE
-    | _advised(
-        "the reference is scored beside the policy, in the same pass over the data",
-        *("precompute_ref_log_probs", "precompute_ref_batch_size"),
-    )
+    | PRECOMPUTED
     | _advised("dpo never drops out", "disable_dropout", quiet=("true",)),
-    OF_ROWS | {"learning_rate": "1e-6"},
+    OF_ROWS | {"learning_rate": "1e-6", "beta": "0.1"},
+    rules.adapters("off"),
+)
+KTO = _script(
+    SYNCED_REFERENCE | PRECOMPUTED | _advised("kto never drops out", "disable_dropout", quiet=("true",)),
+    {"max_length": "1024", "learning_rate": "1e-6"},
     rules.adapters("off"),
 )
 PPO = _script(
@@ -311,7 +313,7 @@ GRPO = _script(
         "loss_type": Flag(
             "loss_aggregation",
             convert=_as(dapo="token-mean", bnpo="token-mean", grpo="sequence-mean", dr_grpo="fixed-length"),
-            remedy="write dapo, bnpo, grpo or dr_grpo",
+            remedy="write dapo, bnpo, grpo or dr_grpo; for cispo run `jaxrlhf cispo`",
         ),
         "scale_rewards": Flag(
             "scale_by_std",
@@ -319,7 +321,6 @@ GRPO = _script(
             remedy="write group or none: advantages are scaled within a group, or not at all",
         ),
         "delta": Flag("dual_clip"),
-        "importance_sampling_level": Flag(quiet=("token",), remedy="ratios are per token; write token"),
         "multi_objective_aggregation": Flag(quiet=("sum_then_normalize",), remedy="write sum_then_normalize"),
         "top_entropy_quantile": Flag(quiet=("1", "1.0"), remedy="all tokens are trained on; write 1.0"),
     }

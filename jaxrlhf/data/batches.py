@@ -8,7 +8,7 @@ row: one pad token, 0 in `row_mask` and in `loss_mask`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,10 +78,12 @@ class Data:
         sequence_names: the sequences that a row has.
         bins: with packing, the rows of each unit of each source.
         unusable: the parts of sources without a usable row.
+        attached: further float32 arrays `[units, …]` by name, whose entries go into the batches.
     """
 
     sequence_names: tuple[str, ...]
     unusable: Sequence[Part] = ()
+    attached: Mapping[str, np.ndarray] = {}
 
     def __init__(
         self,
@@ -249,6 +251,12 @@ class Data:
         """int32 [B]: 0 in filler rows."""
         return (np.asarray(indices) >= 0).astype(np.int32)
 
+    def attachments(self, indices: Indices) -> Batch:
+        """The entries of `attached` for these units; 0 in filler rows."""
+        units = np.asarray(indices)
+        found = {name: values[np.maximum(units, 0)] for name, values in self.attached.items()}
+        return {name: x * (units >= 0).reshape(-1, *[1] * (x.ndim - 1)) for name, x in found.items()}
+
     def sequences(self, indices: Indices, held: np.ndarray | None) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """The sequences of each unit as (ids, mask): those of its rows, in order; none where filler or not held."""
         read = np.asarray(indices) if held is None else np.where(held, indices, -1)
@@ -319,14 +327,14 @@ class PairData(Data):
 
         `…_loss_mask` is 1 at the tokens of the response, EOS included. With packing: `input_ids, attention_mask,
         segment_ids, loss_mask` int32 [B, T] and `pair_mask` int32 [B, P]; pair p is the segments 2p + 1 (chosen) and
-        2p + 2 (rejected).
+        2p + 2 (rejected). Also the `attached` arrays.
         """
-        row_mask = self.row_mask(indices)
+        extra = self.attachments(indices) | {"row_mask": self.row_mask(indices)}
         if self.bins is not None:
             batch = self.packed(indices, held)
             counts = batch["segment_ids"].max(axis=1, keepdims=True) // 2
             pair_mask = (np.arange(self.most_pairs) < counts).astype(np.int32)
-            return batch | {"pair_mask": pair_mask, "row_mask": row_mask}
+            return batch | {"pair_mask": pair_mask} | extra
         units, width = self.sequences(indices, held), self.width(indices)
         batch: Batch = {}
         for j, side in enumerate(("chosen", "rejected")):
@@ -335,7 +343,70 @@ class PairData(Data):
             batch[f"{side}_ids"] = fill(ids, width, self.pad_id)
             batch[f"{side}_mask"] = filled_mask([len(row) for row in ids], width)
             batch[f"{side}_loss_mask"] = fill(marks, width, 0)
-        return batch | {"row_mask": row_mask}
+        return batch | extra
+
+
+class UnpairedData(Data):
+    """Rows of prompt + completion, each labelled good or bad, and the prompt of each + the completion of another row.
+
+    These mismatched pairs estimate the policy's KL from the reference (KTO). The other row is half the data away, so it
+    has another prompt also where the completions of one prompt stand side by side. It does not depend on the batch.
+    """
+
+    sequence_names = ("completion",)
+
+    def labels(self) -> np.ndarray:
+        """bool [rows]: the label of every row."""
+        return np.concatenate([part.fetch(np.arange(len(part)), ["label"])["label"] for part in self.parts])
+
+    def partners(self, indices: Indices) -> np.ndarray:
+        """int64 [B]: the row whose completion each row's prompt gets; -1 for filler rows."""
+        units = np.asarray(indices)
+        return np.where(units >= 0, (units + (len(self) + 1) // 2) % len(self), -1)
+
+    def width(self, indices: Indices) -> int:
+        """The length bucket that holds the longest row and the longest mismatched pair, cut at the longest length."""
+        units, others = np.asarray(indices), self.partners(indices)
+        prompts, cut = (
+            np.array([int(unit[0]["prompt_length"]) if unit else 0 for unit in self.values(rows, ["prompt_length"])])
+            for rows in (units, others)
+        )
+        mixed = np.minimum(prompts + self.lengths(others)[0] - cut, self.maximum)
+        return length_bucket(int(max(self.lengths(units).max(), mixed.max())), self.maximum)
+
+    def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
+        """Builds `input_ids, attention_mask, loss_mask` int32 [B, T], right-padded; `label, row_mask` int32 [B].
+
+        Also the mismatched pairs as `kl_ids, kl_mask, kl_loss_mask` int32 [B, T], and the `attached` arrays.
+        """
+        columns = ["ids_0", "mask_0", "prompt_length", "label"]
+        read = np.asarray(indices) if held is None else np.where(held, indices, -1)
+        units, others = self.values(read, columns), self.values(self.partners(read), columns)
+        width = self.width(indices)
+        own = [(unit[0]["ids_0"], unit[0]["mask_0"]) if unit else NOTHING for unit in units]
+        mixed = [
+            mismatched(unit[0], other[0], self.maximum) if unit else NOTHING
+            for unit, other in zip(units, others, strict=True)
+        ]
+        batch: Batch = {}
+        for name, rows in (("input_ids attention_mask loss_mask", own), ("kl_ids kl_mask kl_loss_mask", mixed)):
+            ids, mask, marks = name.split()
+            batch[ids] = fill([tokens for tokens, _ in rows], width, self.pad_id)
+            batch[mask] = filled_mask([len(tokens) for tokens, _ in rows], width)
+            batch[marks] = fill([targets for _, targets in rows], width, 0)
+        batch["label"] = np.array([bool(unit[0]["label"]) if unit else False for unit in units], np.int32)
+        return batch | self.attachments(indices) | {"row_mask": self.row_mask(indices)}
+
+
+NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+def mismatched(row: Mapping[str, Any], other: Mapping[str, Any], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and targets of a row's prompt and another row's completion, cut at `longest` tokens."""
+    n, m = int(row["prompt_length"]), int(other["prompt_length"])
+    ids = np.concatenate([row["ids_0"][:n], other["ids_0"][m:]])
+    targets = np.concatenate([row["mask_0"][:n], other["mask_0"][m:]])
+    return ids[:longest], targets[:longest]
 
 
 class PromptData(Data):

@@ -1,7 +1,8 @@
 """Formats of rows: recognised by their columns, and read as a prompt with scored completions.
 
 Whatever its format, a row becomes a `Scored`: a prompt and completions with a score each. A step takes from it what it
-needs: ppo the prompt, sft the best completion, reward and dpo pairs of a better and a worse one.
+needs: ppo the prompt, sft the best completion, reward and dpo pairs of a better and a worse one, kto each completion
+with its label.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jaxrlhf.errors import InputError
 
 PairRule = Literal["best_worst", "adjacent", "all"]
 
-STEPS = ("sft", "reward", "ppo", "dpo")
+STEPS = ("sft", "reward", "ppo", "dpo", "kto")
 FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "responses", "scores")
 """Columns whose names a flag sets."""
 SAMPLE = 1000  # rows that the recognition looks at
@@ -281,7 +282,7 @@ FORMATS = {
     "sharegpt": Format("ShareGPT", ("conversations",), ("sft", "ppo"), read_sharegpt),
     "preference": Format("preference, explicit prompt", ("prompt", "chosen", "rejected"), STEPS, read_preference),
     "preference_implicit": Format("preference, implicit prompt", ("chosen", "rejected"), STEPS, read_preference),
-    "ranked": Format("ranked responses", ("prompt", "responses", "scores|ranks"), STEPS, read_ranked),
+    "ranked": Format("ranked responses", ("prompt", "responses", "scores|ranks"), STEPS[:4], read_ranked),
     "unpaired": Format("unpaired preference", ("prompt", "completion|chosen", "label"), STEPS, read_unpaired),
     "prompt_completion": Format(
         "prompt-completion", ("prompt", "completion|chosen"), ("sft", "ppo"), read_prompt_completion
@@ -331,9 +332,11 @@ class Reader:
         return _replace(scored, tools=tools) if isinstance(tools, list) and tools else scored
 
     def examples(self, scored: Scored, step: str) -> list[tuple[Completion, ...]]:
-        """The completions of each example that a step makes of a row; one example has 0 (ppo), 1 (sft) or 2."""
+        """The completions of each example that a step makes of a row; one example has 0 (ppo), 1 (sft, kto) or 2."""
         if step == "ppo":
             return [()]
+        if step == "kto":
+            return [(completion,) for completion, _ in scored.completions]
         best = sorted(scored.completions, key=lambda item: -item[1])
         if step == "sft":
             if self.format == "unpaired" and best[0][1] <= 0:
@@ -416,6 +419,7 @@ def check_serves(format: str, step: str, name: str) -> None:
     need = {
         "sft": "a response (--completion_field, --chosen_field), messages (--messages_field) or text (--text_field)",
         "ppo": "prompts (--prompt_field)",
+        "kto": "a completion and its label (--completion_field, --label_field), or chosen and rejected",
     }.get(step, "a preference: chosen and rejected (--chosen_field, --rejected_field)")
     raise InputError(
         f"{name}: holds {FORMATS[format].title} rows ({', '.join(FORMATS[format].columns)}), which {step} cannot use; "

@@ -25,7 +25,7 @@ from jaxrlhf.config import (
     alias,
 )
 from jaxrlhf.config.files import default_cache
-from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData
+from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData, UnpairedData
 from jaxrlhf.data.cache import check_writable, hash_json
 from jaxrlhf.data.formats import FORMATS, PairRule
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
@@ -43,7 +43,13 @@ logger = logging.getLogger(__name__)
 STREAM_EVALUATION = 512  # rows held out of a stream where max_eval_samples does not say
 Chosen = list[tuple[Reading, np.ndarray]]
 """Sources, and the numbers of the rows that are chosen of each."""
-DATA_CLASSES: dict[str, type[Data]] = {"sft": SFTData, "reward": PairData, "ppo": PromptData, "dpo": PairData}
+DATA_CLASSES: dict[str, type[Data]] = {
+    "sft": SFTData,
+    "reward": PairData,
+    "ppo": PromptData,
+    "dpo": PairData,
+    "kto": UnpairedData,
+}
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,8 @@ class DataConfig(Settings, may_change=True):
     dataset_registry: PathName[str] = ""
     """YAML or Python file with declarations of your own data sets."""
     data_split: str = ""
-    """Shares of the training rows for sft,reward,ppo, such as 2,4,4; dpo takes those of reward and ppo. Empty: every
-    step uses all rows."""
+    """Shares of the training rows for sft,reward,ppo, such as 2,4,4; dpo and kto take those of reward and ppo. Empty:
+    every step uses all rows."""
     eval_data_path: PathName[tuple[str, ...]] = ()
     """Evaluation data; default: the data's own eval, validation or test split, else rows held out."""
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
@@ -108,7 +114,7 @@ class DataConfig(Settings, may_change=True):
     reward_columns: tuple[str, ...] = ()
     """Further columns that reward functions receive. Columns that a function requires are read in any case."""
     max_length: Annotated[int, Ge(2), alias("max_seq_len")] = 512
-    """Longest prompt + response in tokens (sft, reward, dpo)."""
+    """Longest prompt + response in tokens (sft, reward, dpo, kto)."""
     max_prompt_seq_len: PositiveInt = 256
     """Longest prompt in tokens (ppo and its relatives)."""
     long_prompts: Literal["truncate", "drop"] = "truncate"
@@ -204,7 +210,7 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
     Args:
         config: the data settings.
         tokenizer: a Hugging Face tokenizer with a chat template (`load_tokenizer`).
-        step: "sft", "reward", "ppo" or "dpo".
+        step: "sft", "reward", "ppo", "dpo" or "kto".
         columns: columns of the rows that ppo data keeps, besides `config.reward_columns`.
 
     Raises:
@@ -244,6 +250,8 @@ class Loader:
     def load(self) -> tuple[tuple[Data, Data], dict[str, str]]:
         """The training and the evaluation data, and the hash of each thing that they depend on."""
         if self.config.streaming:
+            if self.step not in STREAMS:
+                raise InputError(f"streaming: {self.step} compares rows with others and cannot stream; leave it out")
             return self.load_stream()
         own = [self.reading(source) for source in self.sources]
         others = [self.reading(source, evaluates=True) for source in self.other_sources()]

@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxrlhf.errors import InputError
 
-SHARES = {"sft": (0, 1), "reward": (1, 2), "ppo": (2, 3), "dpo": (1, 3)}
-"""First and last (exclusive) share of `data_split` that each step trains on; dpo replaces reward and ppo."""
+SHARES = {"sft": (0, 1), "reward": (1, 2), "ppo": (2, 3), "dpo": (1, 3), "kto": (1, 3)}
+"""First and last (exclusive) share of `data_split` that each step trains on; dpo or kto replaces reward and ppo."""
 
 
 def parse_split(data_split: str) -> tuple[float, ...] | None:
@@ -47,7 +47,7 @@ def split_groups(
     Args:
         groups: int64 [n]: the group of each row; -1: the row is left out; less: it is unusable, and counted with the
             rows to train on.
-        step: "sft", "reward", "ppo" or "dpo".
+        step: "sft", "reward", "ppo", "dpo" or "kto".
         data_split: shares of the steps; see `parse_split`.
         held_out: fraction of the groups to evaluate on (at least one group), or 0.
         seed: key of the permutation.

@@ -32,8 +32,10 @@ logger = logging.getLogger(__name__)
 FORMAT = 4  # raise it when the meaning of the cached files changes
 CHUNK = 2000  # rows in one call of the tokenizer
 SHOWN = 3  # places of bad rows that a report names
-SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2}
+SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2, "kto": 1}
 """Sequences that a row has in each step."""
+OWN_COLUMNS = {"ppo": {"kept": "string"}, "kto": {"label": "bool"}}
+"""A column of a step's own: the prompt and what rewards read with it, as JSON; whether a completion is good."""
 CUT_PROMPT, CUT_RESPONSE, DROPPED = 1, 2, 4
 COUNTS = {"truncated_prompts": CUT_PROMPT, "truncated_responses": CUT_RESPONSE, "dropped_too_long": DROPPED}
 
@@ -43,7 +45,7 @@ class Encoding:
     """Everything that decides how a row becomes tokens, besides the tokenizer. Lengths are in tokens."""
 
     step: str
-    max_length: int  # bound of prompt + response (sft, reward, dpo)
+    max_length: int  # bound of prompt + response (sft, reward, dpo, kto)
     max_prompt_length: int  # bound of the prompt (ppo)
     long_prompts: str  # "truncate" or "drop"
     train_on: str = "all"
@@ -106,17 +108,18 @@ def read_columns(row: Any, names: Sequence[str], where: str) -> list[Any]:
 class _Output:
     """Columns of tokenised rows as lists, in the making."""
 
-    sequences: int
-    keeps: bool
+    step: str
 
     def __post_init__(self) -> None:
-        names = ["row", "problem", "cut", "prompt_length", *(["kept"] if self.keeps else [])]
+        self.sequences = SEQUENCES[self.step]
+        names = ["row", "problem", "cut", "prompt_length", *OWN_COLUMNS.get(self.step, ())]
         parts = [f"{kind}_{j}" for j in range(self.sequences) for kind in ("ids", "mask", "length")]
         self.columns: dict[str, list[Any]] = {name: [] for name in (*names, *parts)}
 
-    def add(self, row: int, *, problem: str | None = None, cut: int = 0, kept: str = "", encoded: Any = None) -> None:
+    def add(self, row: int, *, problem: str | None = None, cut: int = 0, own: Any = None, encoded: Any = None) -> None:
         prompt_length, sequences = encoded or (0, [([], [])] * self.sequences)
-        values = {"row": row, "problem": problem, "cut": cut, "prompt_length": prompt_length, "kept": kept}
+        values = {"row": row, "problem": problem, "cut": cut, "prompt_length": prompt_length}
+        values |= dict.fromkeys(OWN_COLUMNS.get(self.step, ()), own)
         for j, (ids, mask) in enumerate(sequences):
             values |= {f"ids_{j}": ids, f"mask_{j}": mask, f"length_{j}": len(ids)}
         for name, column in self.columns.items():
@@ -127,13 +130,11 @@ def features_of(step: str) -> Any:
     """The types of the columns of a step's tokenised rows."""
     from datasets import Features, List, Value
 
-    sequences, keeps = SEQUENCES[step], step == "ppo"
-
     plain = {"row": Value("int32"), "problem": Value("string"), "cut": Value("int8"), "prompt_length": Value("int32")}
-    kept = {"kept": Value("string")} if keeps else {}
+    own = {name: Value(kind) for name, kind in OWN_COLUMNS.get(step, {}).items()}
     kinds = {"ids": List(Value("int32")), "mask": List(Value("int8")), "length": Value("int32")}
-    parts = {f"{name}_{j}": kind for j in range(sequences) for name, kind in kinds.items()}
-    return Features(plain | kept | parts)
+    parts = {f"{name}_{j}": kind for j in range(SEQUENCES[step]) for name, kind in kinds.items()}
+    return Features(plain | own | parts)
 
 
 def encode_batch(
@@ -164,24 +165,25 @@ def tokenise(
     rows: Sequence[tuple[int, Any]], table: Table, reader: Reader, tokenizer: Any, encoding: Encoding
 ) -> dict[str, list[Any]]:
     """Tokenises numbered rows into columns; a row that cannot be used has its `problem`."""
-    keeps = encoding.step == "ppo"
-    output = _Output(SEQUENCES[encoding.step], keeps)
-    good: list[tuple[int, Scored, tuple, str]] = []
+    output = _Output(encoding.step)
+    good: list[tuple[int, Scored, tuple, Any]] = []
     documents: list[tuple[int, str]] = []
     for i, row in rows:
         try:
             examples = [
-                (scored, example) for scored in reader.all(row) for example in reader.examples(scored, encoding.step)
+                (scored, number, example)
+                for scored in reader.all(row)
+                for number, example in enumerate(reader.examples(scored, encoding.step))
             ]
         except BadRow as problem:
             output.add(i, problem=str(problem))
             continue
-        columns = read_columns(row, encoding.columns, table.where(i)) if keeps else []
-        for scored, example in examples:
+        columns = read_columns(row, encoding.columns, table.where(i)) if encoding.step == "ppo" else []
+        for scored, number, example in examples:
             if scored.document:
                 documents.append((i, str(example[0])))
             else:
-                good.append((i, scored, example, json.dumps([scored.prompt, *columns]) if keeps else ""))
+                good.append((i, scored, example, own_value(scored, number, columns, encoding.step)))
     encoded = encode_rows(
         tokenizer,
         [scored.prompt for _, scored, _, _ in good],
@@ -190,12 +192,12 @@ def tokenise(
         train_on=encoding.train_on if encoding.step == "sft" else "last",
         special_tokens_in_data=encoding.special_tokens_in_data,
     )
-    for (i, _, _, kept), result in zip(good, encoded, strict=True):
+    for (i, _, _, own), result in zip(good, encoded, strict=True):
         if isinstance(result, str):
             output.add(i, problem=result)
             continue
         fitted, cut = fit(result, encoding, tokenizer.bos_token_id)
-        output.add(i, cut=cut, kept=kept, encoded=fitted)
+        output.add(i, cut=cut, own=own, encoded=fitted)
     for (i, _), ids in zip(
         documents, encode_texts_as_documents(tokenizer, [text for _, text in documents]), strict=True
     ):
@@ -203,6 +205,13 @@ def tokenise(
             piece = ids[start : start + encoding.max_length]
             output.add(i, encoded=(0, [(piece, [0] + [1] * (len(piece) - 1))]))
     return output.columns
+
+
+def own_value(scored: Scored, number: int, columns: list[Any], step: str) -> Any:
+    """The value of a row's example in `OWN_COLUMNS`."""
+    if step == "ppo":
+        return json.dumps([scored.prompt, *columns])
+    return scored.completions[number][1] > 0 if step == "kto" else None
 
 
 def fit(row: EncodedRow, encoding: Encoding, bos_id: int | None) -> tuple[Any, int]:

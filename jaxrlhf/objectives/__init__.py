@@ -28,13 +28,22 @@ from jaxrlhf.objectives.masked import (
 )
 from jaxrlhf.objectives.policy import (
     AGGREGATIONS,
+    IMPORTANCE_WEIGHTS,
+    POLICY_LOSSES,
+    importance_weights,
     loss_weights,
     policy_loss,
     ratio_variance,
-    truncated_importance_weights,
     value_loss,
 )
-from jaxrlhf.objectives.preference import PREFERENCE_LOSSES, preference_loss, sequence_logprobs
+from jaxrlhf.objectives.preference import (
+    PREFERENCE_LOSSES,
+    PreferenceLoss,
+    kto_kl,
+    kto_loss,
+    preference_loss,
+    sequence_logprobs,
+)
 from jaxrlhf.objectives.rewards import (
     KL_ESTIMATES,
     Moments,
@@ -50,17 +59,23 @@ from jaxrlhf.objectives.supervised import pairwise_loss, sft_loss, tokenwise_pai
 
 __all__ = [
     "AGGREGATIONS",
+    "IMPORTANCE_WEIGHTS",
     "KL_ESTIMATES",
+    "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
     "Moments",
+    "PreferenceLoss",
     "adaptive_kl_coef",
     "add_moments",
     "best_of_n_kl_bound",
     "expected_best",
     "gae",
     "group_advantages",
+    "importance_weights",
     "kl_estimate",
     "kl_penalty_rewards",
+    "kto_kl",
+    "kto_loss",
     "last_token_index",
     "load_balancing_loss",
     "loss_weights",
@@ -83,7 +98,6 @@ __all__ = [
     "sft_loss",
     "standardised",
     "tokenwise_pairwise_loss",
-    "truncated_importance_weights",
     "value_loss",
     "win_rate",
 ]

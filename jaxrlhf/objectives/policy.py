@@ -1,5 +1,6 @@
 """The clipped losses of policy and critic, and their statistics."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -7,27 +8,51 @@ from jax.typing import ArrayLike
 from jaxrlhf.objectives.masked import divide, keep_where, masked_mean, masked_sum
 
 AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
+IMPORTANCE_WEIGHTS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+POLICY_LOSSES = ("clip", "cispo")
 
 
-def truncated_importance_weights(
-    logprobs: ArrayLike, sampler_logprobs: ArrayLike, mask: ArrayLike, cap: float
+def importance_weights(
+    logprobs: ArrayLike,
+    sampler_logprobs: ArrayLike,
+    mask: ArrayLike,
+    kind: str = "token_truncate",
+    low: ArrayLike = 0.0,
+    high: ArrayLike = 2.0,
 ) -> Array:
-    """Computes `min(exp(logp - sampler), cap)` per response token, 1 elsewhere; float32 `[B, T]`.
+    """Computes weights of the response tokens for the ratio of two programs, `exp(logp - sampler)`; float32 `[B, T]`.
 
     The train program computes other probabilities than the generate program that sampled (other kernels, another
-    precision); these weights correct for the ratio. Source: Ionides 2008, Truncated Importance Sampling; Yao et al.
-    2025 for this use.
+    precision). Source: Ionides 2008, Truncated Importance Sampling; Yao et al. 2025 for this use.
 
     Args:
         logprobs: Of the train program, `[B, T]`.
         sampler_logprobs: Of the generate program, `[B, T]`.
         mask: Response tokens, `[B, T]`.
-        cap: Largest weight.
+        kind: One of IMPORTANCE_WEIGHTS. "token": the ratio of the token; "sequence": of the whole response, on each of
+            its tokens. "truncate" bounds the ratio to `[low, high]`. "mask" makes it 0 outside (IcePop, Ling team
+            2025, with tokens).
+        low: Lower bound.
+        high: Upper bound.
+
+    Returns:
+        The weights, 1 where `mask` is not set.
+
+    Raises:
+        ValueError: Another `kind`.
     """
+    if kind not in IMPORTANCE_WEIGHTS:
+        raise ValueError(f"kind={kind!r} of importance weights is not one of {', '.join(IMPORTANCE_WEIGHTS)}")
     keep = jnp.asarray(mask) != 0
-    return jnp.minimum(
-        jnp.exp(keep_where(logprobs, keep) - keep_where(sampler_logprobs, keep)), jnp.where(keep, cap, 1.0)
-    )
+    difference = keep_where(logprobs, keep) - keep_where(sampler_logprobs, keep)
+    if kind.startswith("sequence"):
+        difference = jnp.broadcast_to(jnp.sum(difference, axis=1, keepdims=True), keep.shape)
+    ratio = jnp.exp(difference)
+    if kind.endswith("truncate"):
+        weights = jnp.clip(ratio, low, high)
+    else:
+        weights = jnp.where((ratio >= low) & (ratio <= high), ratio, 0)
+    return jnp.where(keep, weights, 1)
 
 
 def loss_weights(mask: ArrayLike, kind: str, length: int | None = None) -> Array:
@@ -72,10 +97,14 @@ def policy_loss(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
     token_weights: ArrayLike | None = None,
+    kind: str = "clip",
+    sequence_ratio: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """Computes PPO's clipped surrogate `mean(w·max(-A·r, -A·clip(r, 1 - ε, 1 + ε_high)))`, with r = exp(logp - old).
 
-    Source: Schulman et al. 2017, equation 7.
+    Source: Schulman et al. 2017, equation 7. With `kind="cispo"` it is `mean(-w·min(r, 1 + ε_high)·A·logp)`, where the
+    bounded ratio is a constant, so that no token loses its gradient (MiniMax 2025, arXiv 2506.13585, equation 4,
+    without a lower bound as in its experiments).
 
     Args:
         logprobs: `[B, T]`.
@@ -84,24 +113,40 @@ def policy_loss(
         mask: Response tokens, `[B, T]`.
         clip_range: ε.
         denominator: Response tokens of the global (mini)batch; None: those of `mask`.
-        weights: w, `[B, T]` (`truncated_importance_weights`); None: 1.
+        weights: w, `[B, T]` (`importance_weights`); None: 1.
         clip_range_high: ε_high, which bounds the ratio above; None: ε.
         dual_clip: c > 1: no token of negative advantage adds more than `-A·c` (Ye et al. 2020, equation 5).
         token_weights: `[B, T]` (`loss_weights`): the loss is the sum under these weights instead of a mean.
+        kind: "clip" or "cispo".
+        sequence_ratio: r is one ratio per response, the geometric mean of its tokens' (GSPO, Zheng et al. 2025, arXiv
+            2507.18071, equations 5 to 7).
 
     Returns:
         The loss, and statistics. Each is a masked sum over the denominator, so those of micro-batches add up:
         `ratio_shift` (mean of r - 1: shares of a mean of 1 would not add up to exactly 1), `ratio_spread` (mean of
-        (r - 1)², see `ratio_variance`), `clipfrac` (share of tokens where the clipped term is the larger one) and
-        `approx_kl` (mean of (logp - old)²/2).
+        (r - 1)², see `ratio_variance`), `clipfrac` (share of tokens where the clipped term is the larger one; cispo:
+        where the ratio is bounded) and `approx_kl` (mean of (logp - old)²/2 of the tokens).
+
+    Raises:
+        ValueError: Another `kind`, or "cispo" with `dual_clip`.
     """
+    if kind not in POLICY_LOSSES or (kind == "cispo" and dual_clip is not None):
+        raise ValueError(f"kind={kind!r} of policy loss with dual_clip={dual_clip}: cispo has none; else use 'clip'")
     keep = jnp.asarray(mask) != 0
     log_ratio = keep_where(logprobs, keep) - keep_where(old_logprobs, keep)
-    ratio = jnp.exp(log_ratio)
+    used = log_ratio
+    if sequence_ratio:
+        lengths = jnp.sum(keep, axis=1, keepdims=True, dtype=jnp.int32)
+        used = jnp.where(keep, divide(jnp.sum(log_ratio, axis=1, keepdims=True), lengths), 0)
+    ratio = jnp.exp(used)
     advantages = keep_where(advantages, keep)
-    plain = -advantages * ratio
     high = clip_range if clip_range_high is None else clip_range_high
-    clipped = -advantages * jnp.clip(ratio, 1 - clip_range, 1 + high)
+    if kind == "cispo":
+        bound = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + high))
+        loss, bounded = -bound * advantages * keep_where(logprobs, keep), ratio > 1 + high
+    else:
+        plain, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_range, 1 + high)
+        loss, bounded = jnp.maximum(plain, clipped), clipped > plain
 
     def mean(x: Array) -> Array:
         return masked_mean(x, keep, denominator)
@@ -109,10 +154,9 @@ def policy_loss(
     stats = {
         "ratio_shift": mean(ratio - 1),
         "ratio_spread": mean(jnp.square(ratio - 1)),
-        "clipfrac": mean(clipped > plain),
+        "clipfrac": mean(bounded),
         "approx_kl": mean(0.5 * jnp.square(log_ratio)),
     }
-    loss = jnp.maximum(plain, clipped)
     if dual_clip is not None:
         loss = jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual_clip), loss)
     if weights is not None:

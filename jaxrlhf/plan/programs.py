@@ -16,6 +16,7 @@ from jaxrlhf.plan.system import System, tree_bytes
 from jaxrlhf.rl import Experience, PPOState, ppo_step, score_rollout
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, Rules, batch_sharding, replicated
 from jaxrlhf.trainers import dpo, reward, sft
+from jaxrlhf.trainers.references import score_batch
 from jaxrlhf.trainers.supervised import Objective, TrainState, train_step
 
 
@@ -115,7 +116,8 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
 def _lower_reference(system: System) -> jax.stages.Lowered:
     steps = system.config.run.gradient_accumulation_steps
     static = {"module": system.modules["reference"], "mesh": system.mesh, "micro_batches": steps}
-    return cast(Any, dpo.reference_logprobs).lower(system.read_params("reference"), labelled_batch(system), **static)
+    static["logprobs"] = dpo.response_logprobs
+    return cast(Any, score_batch).lower(system.read_params("reference"), labelled_batch(system), **static)
 
 
 def _lower_score(system: System) -> jax.stages.Lowered:
@@ -132,7 +134,7 @@ def _lower_score(system: System) -> jax.stages.Lowered:
 def _objective(trainer: str) -> Objective:
     """A supervised trainer's default loss."""
     if trainer == "dpo":
-        return dpo.objective("sigmoid", 0.1, 0.0)[0]
+        return dpo.objective(dpo.Losses())[0]
     return sft.OBJECTIVE if trainer == "sft" else reward.OBJECTIVES["pairwise"]
 
 

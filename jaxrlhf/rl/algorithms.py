@@ -94,6 +94,24 @@ def _of_rows(advantages: jax.Array, e: Experience) -> tuple[jax.Array, jax.Array
 
 
 _CRITIC_FREE = {"clip_reward": None, "whiten_advantages": False}
+_GROUPS = _CRITIC_FREE | {"samples_per_prompt": 8, "learning_rate": 1e-6, "kl_in_loss": True, "kl_estimator": "k3"}
+"""Defaults of GRPO and its variants."""
+
+
+def _variant(name: str, title: str, summary: str, source: str, **defaults: Any) -> Algorithm:
+    """A variant of GRPO: the same advantages with other settings, and no KL penalty."""
+    return Algorithm(
+        name=name,
+        title=title,
+        summary=f"step 3 by {title}: {summary}",
+        estimator=name,
+        advantages=grpo,
+        source=source,
+        grouped=True,
+        unused=(*OF_CRITIC, "gamma"),
+        defaults=_GROUPS | {"kl_coef": 0.0} | defaults,
+    )
+
 
 ALGORITHMS = {
     algorithm.name: algorithm
@@ -106,7 +124,7 @@ ALGORITHMS = {
             advantages=gae,
             source="Ouyang et al. 2022 (arXiv 2203.02155), Yao et al. 2023 (arXiv 2308.01320)",
             needs_critic=True,
-            unused=("scale_by_std",),
+            unused=("scale_by_std", "dynamic_sampling"),
         ),
         Algorithm(
             name="grpo",
@@ -114,19 +132,47 @@ ALGORITHMS = {
             summary="step 3 by GRPO: groups of responses compared, no critic",
             estimator="grpo",
             advantages=grpo,
-            # Groups of 8 instead of 64. Dr. GRPO (arXiv 2503.20783): scale_by_std=False, fixed-length, kl_coef=0.
+            # Groups of 8 instead of 64.
             source="Shao et al. 2024 (arXiv 2402.03300), section 4.2 and equation 3",
             grouped=True,
             unused=(*OF_CRITIC, "gamma"),
-            defaults=_CRITIC_FREE
-            | {
-                "samples_per_prompt": 8,
-                "learning_rate": 1e-6,
-                "kl_in_loss": True,
-                "kl_coef": 0.04,
-                "kl_estimator": "k3",
-                "loss_aggregation": "sequence-mean",
-            },
+            defaults=_GROUPS | {"kl_coef": 0.04, "loss_aggregation": "sequence-mean"},
+        ),
+        _variant(
+            "dapo",
+            "DAPO",
+            "GRPO with clip-higher, token mean and groups that differ",
+            "Yu et al. 2025 (arXiv 2503.14476)",
+            cliprange_high=0.28,
+            loss_aggregation="token-mean",
+            dynamic_sampling=4,
+        ),
+        _variant(
+            "dr_grpo",
+            "Dr. GRPO",
+            "GRPO without its biases of length and difficulty",
+            "Liu et al. 2025 (arXiv 2503.20783)",
+            scale_by_std=False,
+            loss_aggregation="fixed-length",
+        ),
+        _variant(
+            "gspo",
+            "GSPO",
+            "GRPO with one ratio per response",
+            "Zheng et al. 2025 (arXiv 2507.18071), section 5.1",
+            ratio_level="sequence",
+            loss_aggregation="sequence-mean",
+            cliprange=3e-4,
+            cliprange_high=4e-4,
+        ),
+        _variant(
+            "cispo",
+            "CISPO",
+            "GRPO with bounded ratios as constant weights",
+            "MiniMax 2025 (arXiv 2506.13585)",
+            policy_loss="cispo",
+            cliprange_high=4.0,
+            loss_aggregation="token-mean",
         ),
         Algorithm(
             name="rloo",
@@ -154,7 +200,7 @@ ALGORITHMS = {
             estimator="reinforce++",
             advantages=reinforce,
             source="Hu et al. 2025 (arXiv 2501.03262)",
-            unused=(*OF_CRITIC, "scale_by_std"),
+            unused=(*OF_CRITIC, "scale_by_std", "dynamic_sampling"),
             defaults={"learning_rate": 5e-7, "kl_coef": 0.01, "clip_reward": 10.0, "whiten_advantages": True},
         ),
     )

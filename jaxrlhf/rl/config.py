@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxrlhf.config import (
+    Lasting,
     MayChange,
     NonNegative,
     NonNegativeInt,
@@ -92,6 +93,9 @@ class RolloutConfig(Settings, may_change=True):
     total_episodes: NonNegativeInt = 0
     """Responses of the run, rounded up to whole rollout batches, in place of num_train_epochs and max_steps; 0: those
     decide."""
+    dynamic_sampling: Lasting[NonNegativeInt] = 0
+    """Further batches of prompts that a step may sample to replace groups whose responses all have one score, from
+    which nothing is learned (DAPO); 0: none."""
     generation_batches: PositiveInt = 1
     """Pieces that a rollout batch is generated in, each of prompts of similar length: less memory for the key/value
     cache and less padding, same responses."""
@@ -128,6 +132,8 @@ class PtxConfig(Settings):
 NEEDS = {
     "kl_horizon": "kl_target",
     "length_penalty_start": "length_penalty",
+    "importance_sampling_mode": "importance_sampling_correction",
+    "importance_sampling_floor": "importance_sampling_correction",
     "importance_sampling_cap": "importance_sampling_correction",
     "ema_decay": "enable_ema",
     "ema_start_step": "enable_ema",
@@ -278,7 +284,7 @@ def config_class(algorithm: Algorithm) -> type[PPOConfig]:
     hidden = PPOConfig.HIDDEN | {*algorithm.unused, "advantage_estimator"}
     keys = {"grpo": trl.GRPO, "rloo": trl.RLOO}.get(algorithm.name)
     names = {"HIDDEN": hidden, "TRL_KEYS": keys, "__doc__": f"{algorithm.title}.", "__module__": __name__}
-    name = {"reinforce++": "Reinforce"}.get(algorithm.name, algorithm.title)
+    name = {"reinforce++": "Reinforce"}.get(algorithm.name, algorithm.title.replace(". ", ""))
     return dataclasses.make_dataclass(f"{name}Config", parts, bases=(PPOConfig,), namespace=names, frozen=True)
 
 

@@ -165,8 +165,7 @@ def shaped_scores(
     """Returns scores `[B]` less penalties and normalised, and the moments with this batch added."""
     ended = jnp.ones(e.scores.shape, bool) if e.ended is None else e.ended
     lengths = jnp.sum(e.response_mask, axis=1)
-    penalties = h.missing_eos_penalty, h.length_penalty, h.length_penalty_start
-    scores = objectives.penalised_scores(e.scores, lengths, ended, *penalties)
+    scores = objectives.penalised_scores(e.scores, lengths, ended, h.missing_eos_penalty, *h.length_costs)
     if moments is not None:
         moments = objectives.add_moments(moments, scores, e.row_mask)
     if h.score_normalization != "none":

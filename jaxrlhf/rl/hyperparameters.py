@@ -38,6 +38,11 @@ class PPOHyperparameters(Settings):
     """Separate upper clip bound (DAPO's clip-higher); default: cliprange."""
     dual_clip: Annotated[float, Gt(1)] | None = None
     """Bounds the ratio of tokens with negative advantage; none: unbounded."""
+    policy_loss: Literal["clip", "cispo"] = "clip"
+    """clip: PPO's clipped surrogate. cispo: each token's log-prob, weighed by the ratio, at most
+    1 + cliprange_high."""
+    ratio_level: Annotated[Literal["token", "sequence"], alias("importance_sampling_level")] = "token"
+    """Policy ratio of each token, or of a whole response (GSPO): the geometric mean of its tokens' ratios."""
     cliprange_value: Positive = 0.2
     """Clips the value update."""
     entropy_coef: NonNegative = 0.0
@@ -61,6 +66,9 @@ class PPOHyperparameters(Settings):
     """Subtracted from the score for each token beyond length_penalty_start."""
     length_penalty_start: NonNegativeInt = 0
     """Tokens of a response without a length penalty."""
+    overlong_buffer: NonNegativeInt = 0
+    """Last tokens of the longest response over which 1 is subtracted from the score, linearly (DAPO's soft overlong
+    punishment); 0: none."""
     whiten_rewards: bool = False
     """Scale rewards per token to unit variance over the batch, leaving their mean."""
     whiten_advantages: bool = True
@@ -77,6 +85,13 @@ class PPOHyperparameters(Settings):
     """Steps before which the average is a copy of the actor."""
     importance_sampling_correction: bool = False
     """Weigh each token's policy loss by train over sampler probability, for the gap between both programs."""
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
+    """Ratio of the token or of the whole response; one beyond the bounds becomes the bound (truncate), or its tokens
+    count nothing (mask)."""
+    importance_sampling_floor: NonNegative = 0.0
+    """Smallest such weight."""
     importance_sampling_cap: Positive = 2.0
     """Largest such weight."""
 
@@ -104,7 +119,26 @@ class PPOHyperparameters(Settings):
         """Bound on importance weights; None: no weights."""
         return self.importance_sampling_cap if self.importance_sampling_correction else None
 
+    @property
+    def length_costs(self) -> tuple[float, int]:
+        """Penalty per token, and tokens without one."""
+        if self.overlong_buffer and self.response_length is not None:
+            return 1 / self.overlong_buffer, self.response_length - self.overlong_buffer
+        return self.length_penalty, self.length_penalty_start
+
     def check(self) -> None:
+        if self.overlong_buffer and self.length_penalty:
+            raise InputError(
+                f"overlong_buffer={self.overlong_buffer} and length_penalty={self.length_penalty} exclude each other: "
+                "leave one of them out"
+            )
+        if self.policy_loss == "cispo" and self.dual_clip is not None:
+            raise InputError(f"dual_clip={self.dual_clip}: policy_loss=cispo bounds every ratio; leave it out")
+        if self.importance_sampling_floor >= self.importance_sampling_cap:
+            raise InputError(
+                f"importance_sampling_floor={self.importance_sampling_floor} must be below "
+                f"importance_sampling_cap={self.importance_sampling_cap}"
+            )
         if not self.has_critic and self.critic_only_steps:
             raise InputError(
                 f"critic_only_steps={self.critic_only_steps} with advantage_estimator={self.advantage_estimator}, "
@@ -122,6 +156,10 @@ class PPOHyperparameters(Settings):
             raise InputError(
                 f"samples_per_prompt={self.samples_per_prompt} with advantage_estimator={self.advantage_estimator}: it "
                 "compares the responses to one prompt, so it needs at least 2 of them"
+            )
+        if self.overlong_buffer and self.response_length is not None and self.overlong_buffer > self.response_length:
+            raise InputError(
+                f"overlong_buffer={self.overlong_buffer} must be at most max_answer_seq_len={self.response_length}"
             )
         if self.loss_aggregation == "fixed-length" and self.response_length is None:
             raise InputError("loss_aggregation=fixed-length needs response_length, the length to divide by")

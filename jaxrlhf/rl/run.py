@@ -22,8 +22,9 @@ from jaxrlhf.rl.build import updates_of
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.refills import refilled
 from jaxrlhf.rl.step import PPOState
-from jaxrlhf.rl.trainer import Metrics, PPOTrainer, Prompts, Record
+from jaxrlhf.rl.trainer import Metrics, PPOTrainer, Prompts, Record, Sampled
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.runs.report import HELD_OUT
@@ -141,12 +142,7 @@ class PPOTask:
 
     def step(self, state: PPOState, plan: StepPlan) -> tuple[PPOState, dict[str, Any]]:
         trainer, train, index = self.trainer, self.data.train, plan.index
-        indices = train.indices(plan.batch, self.prompts)
-        reading = {}
-        if trainer.rewards:
-            reading = {"columns": train.columns(indices), "texts": train.prompt_texts(indices)}
-        prompts = Prompts.of(train.batch(indices), **reading)
-        experience, scored, rewards = trainer.sample(state, prompts, trainer.rollout_plan(int(to_host(state.step))))
+        experience, scored, rewards = self._sample(state, plan.batch)
         rollout = self.config.rollout
         if rollout.sample_steps and (index + 1) % rollout.sample_steps == 0:
             first = jax.tree.map(lambda x: x[: rollout.num_sample_rows], experience)
@@ -171,6 +167,27 @@ class PPOTask:
             "perf/tokens_per_second": counts["tokens"] / seconds,
             "perf/padding": 1 - counts["tokens"] / experience.mask.size,
         }
+
+    def _sample(self, state: PPOState, batch: int) -> Sampled:
+        """The samples of a step: its prompts, and with dynamic sampling those that replace groups of equal scores."""
+        trainer, train, limit = self.trainer, self.data.train, self.config.rollout.dynamic_sampling
+        step = int(to_host(state.step))
+
+        def sample(number: int) -> Sampled:
+            # Further prompts come from behind the run's own ones, so that a step's prompts depend on its number alone.
+            indices = train.indices(batch + number * self.total_steps, self.prompts)
+            reading = {}
+            if trainer.rewards:
+                reading = {"columns": train.columns(indices), "texts": train.prompt_texts(indices)}
+            return trainer.sample(
+                state, Prompts.of(train.batch(indices), **reading), trainer.rollout_plan(step, number)
+            )
+
+        first = sample(0)
+        if not limit:
+            return first
+        size, pad_id = self.config.sampling.samples_per_prompt, trainer.sampling.pad_token_id
+        return refilled(first, sample, size, limit, pad_id=pad_id, mesh=self.engine.mesh)
 
     def limits(self, history: History) -> dict[str, float]:
         h, threshold = self.config.algorithm, self.config.run.guard.spike_threshold

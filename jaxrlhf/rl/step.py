@@ -149,8 +149,13 @@ def ppo_step(
         scores, moments = shaped_scores(experience, h, state.score_moments)
         shaped = experience.replace(scores=scores)
         rewards, advantages, returns = advantages_and_returns(shaped, state.kl_coef, h)
-        weights = objectives.truncated_importance_weights(
-            experience.logprobs, experience.sampler_logprobs, experience.response_mask, h.importance_cap or jnp.inf
+        weights = objectives.importance_weights(
+            experience.logprobs,
+            experience.sampler_logprobs,
+            experience.response_mask,
+            h.importance_sampling_mode,
+            h.importance_sampling_floor,
+            h.importance_cap or jnp.inf,
         )
         data = _training_arrays(state, experience, advantages, returns, weights)
         actor_params, actor_frozen, actor_read = _parts(state.actor_params, state.actor, mesh)
@@ -357,6 +362,8 @@ def _actor_gradients(
             clip_range_high=h.cliprange_high,
             dual_clip=h.dual_clip,
             token_weights=b.get("token_weights"),
+            kind=h.policy_loss,
+            sequence_ratio=h.ratio_level == "sequence",
         )
 
         def mean(x: jax.Array) -> jax.Array:

@@ -127,9 +127,11 @@ class PPOTrainer:
         self._score = Announce(run, "scoring program", score_rollout)
         self._train = Announce(run, "PPO train program", ppo_step)
 
-    def rollout_plan(self, step: int) -> RolloutPlan:
-        """How the rollout of a step is sampled."""
+    def rollout_plan(self, step: int, refill: int = 0) -> RolloutPlan:
+        """How the rollout of a step is sampled, or one of its refills, numbered from 1 (`jaxrlhf.rl.refills`)."""
         key = keys.stream(self.config.data.seed, keys.Stream.ROLLOUTS, step)
+        if refill:
+            key = keys.stream(self.config.data.seed, keys.Stream.REFILLS, step, refill)
         return RolloutPlan(key, self.sampling, self.config.rollout.generation_batches)
 
     def rollout(self, state: PPOState, prompts: Prompts, plan: RolloutPlan, each: Each | None = None) -> Rollout:

@@ -68,7 +68,10 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "and so does a clearly negative one, which top_k, top_p or a penalty cause",
         ),
         Metric(
-            "kl", "evaluation: KL from the reference on held-out prompts, in nats per response", "as `objective/kl`"
+            "kl",
+            "evaluation: KL from the reference on held-out prompts, in nats per response; `kto`: its estimate from "
+            "mismatched prompts and responses, at least 0",
+            "as `objective/kl`",
         ),
         Metric("objective/kl_coef", "weight β of the KL", "constant, or moves towards `kl_target` without a jump"),
         Metric(
@@ -108,7 +111,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "Losses": (
         Metric(
             "loss",
-            "loss of `sft` (nats per trained token), `reward` or `dpo` (per pair)",
+            "loss of `sft` (nats per trained token), `reward` or `dpo` (per pair), `kto` (per response)",
             "falls, steeply at first; `reward` and `dpo` start near 0.69 = log 2. If `eval/loss` rises while it falls, "
             "the rows are learned by heart: train fewer epochs",
         ),
@@ -157,17 +160,22 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "rewards/chosen rewards/rejected",
-            "DPO: mean of β log π/π_ref, the implicit reward",
+            "DPO, KTO: mean of β log π/π_ref, the implicit reward; simpo, orpo: of β log π per token",
             "move apart; both may fall, but chosen must stay above rejected",
         ),
         Metric(
             "rewards/margins rewards/accuracies",
-            "DPO: their difference; share of pairs whose chosen reward is larger",
+            "DPO, KTO: their difference; DPO: share of pairs whose chosen reward is larger",
             "start at 0 and rise; held-out accuracy that stays at 0.5 means that nothing is learned",
         ),
         Metric(
+            "nll_loss",
+            "`dpo` with `sft`, `cpo` or `orpo`: negative log-prob of the chosen responses, per token",
+            "falls; it keeps the chosen responses likely",
+        ),
+        Metric(
             "logps/chosen logps/rejected",
-            "DPO: mean log π of the responses",
+            "DPO, KTO: mean log π of the responses",
             "a steep fall of chosen: the model forgets good text; raise `beta`, or lower the learning rate",
         ),
     ),
@@ -176,6 +184,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "val/response_length response_length",
             "tokens per response, in training and on held-out prompts",
             "steady; growth to `max_answer_seq_len` or a fall to a few tokens means that the reward pays for length",
+        ),
+        Metric(
+            "sampling/refills sampling/equal_groups",
+            "with `dynamic_sampling`: further batches that were sampled; share of groups whose responses have one score",
+            "equal groups become more as prompts become too easy; take harder prompts when refills reach the limit",
         ),
         Metric(
             "val/eos_rate val/num_eos_tokens eos_rate",

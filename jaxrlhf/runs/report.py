@@ -29,6 +29,7 @@ STEPS = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
     "dpo": "Direct preference optimisation",
+    "kto": "Kahneman-Tversky optimisation",
     "ppo": "PPO",
 }
 """Subfolders of a run of all steps, in order, and the titles of their sections."""

@@ -142,13 +142,13 @@ def _on_mesh(arrays: list[jax.Array], *, mesh: Mesh, specs: tuple[PartitionSpec,
     """uint32 `[arrays, devices]`: checksums of the parts, each computed on its device."""
 
     def of_device(*parts: jax.Array) -> jax.Array:
-        return jnp.stack([_checksum(part) for part in parts])[:, None]
+        return jnp.stack([checksum(part) for part in parts])[:, None]
 
     every = PartitionSpec(None, mesh.axis_names)
     return jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=every, check_vma=False)(*on_device(arrays))
 
 
-def _checksum(x: jax.Array) -> jax.Array:
+def checksum(x: jax.Array) -> jax.Array:
     """Sum modulo 2³² of the elements' bits, each times an odd number of its own."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)

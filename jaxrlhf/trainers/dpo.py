@@ -1,81 +1,131 @@
-"""Direct preference optimisation (DPO): steps 2 and 3 in one, from pairs, without a reward model and without rollouts.
+"""Direct preference optimisation (DPO) and its relatives, from pairs, without a reward model and without rollouts.
 
-The reference's log-probs come from a program of its own before each step, not from a pass over the data beforehand:
-nothing has to be kept per row or made anew on a resume, and an epoch costs the same. The price is a frozen copy in the
-compute dtype (in bfloat16 an eighth of masters, gradients and Adam); with LoRA the frozen base serves, uncopied.
+By default the reference's log-probs come from a program of its own before each step: nothing is kept per row, and an
+epoch costs the same. The price is a frozen copy in the compute dtype (in bfloat16 an eighth of masters, gradients and
+Adam); with LoRA the frozen base serves, uncopied. `precompute_ref_log_probs` scores all rows before training instead
+(`jaxrlhf.trainers.references`), and losses without a reference need neither.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Ge, Lt, PathName, Positive, alias, deepspeed_chat, trl
-from jaxrlhf.distributed import is_primary
+from jaxrlhf.config import Ge, Lt, NonNegative, Positive, deepspeed_chat, default_of, trl
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import (
-    Decoder,
-    Model,
-    base_leaves,
-    frozen_copy,
-    frozen_stage,
-    load_pretrained,
-    logical_axes,
-    param_shardings,
-    read_config,
-    with_kernels,
-    working_copy,
-)
-from jaxrlhf.runs import Run
+from jaxrlhf.models import Decoder
 from jaxrlhf.runs.mirror import works_locally
-from jaxrlhf.sharding import TRAIN_RULES, use
-from jaxrlhf.trainers.gradients import map_rows
-from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.pairs import SIDES, Sides, pair_count, pair_mask, read_pairs
-from jaxrlhf.trainers.settings import StepOptions, check_context
-from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
-from jaxrlhf.trainers.tokenizers import check_reads_tokens
+from jaxrlhf.trainers.references import ReferenceOptions, add_reference, check_reference
+from jaxrlhf.trainers.settings import StepOptions
+from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 
 PyTree = Any
 
 
 @dataclass(frozen=True)
 class DPOOptions(StepOptions):
-    """Direct preference optimisation."""
+    """Direct preference optimisation and its relatives."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6)
-    beta: Positive = 0.1
-    """Weight of the KL constraint to the reference; ipo: its regularisation τ."""
-    loss_type: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
-    """sigmoid: DPO, conservative DPO with label_smoothing; robust: unbiased when a share of label_smoothing of the
-    labels is wrong; ipo: squared distance of the margin per token to 1 / (2 beta)."""
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    """Losses of pairs, added up under loss_weights. Against a reference: sigmoid (DPO; conservative DPO with
+    label_smoothing), robust (unbiased when a share of label_smoothing of the labels is wrong), ipo, hinge, apo_zero,
+    apo_down. Without one: simpo, cpo, orpo. And sft: negative log-prob of the chosen responses per token."""
+    loss_weights: tuple[NonNegative, ...] = ()
+    """Weight of each loss_type; default: 1."""
+    beta: Positive | None = None
+    """Weight of the KL constraint to the reference; ipo: its regularisation τ; orpo: weight of the odds ratio. Default:
+    0.1, simpo 2."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
-    """Share of pairs whose label is taken to be wrong; not with ipo."""
+    """Share of pairs whose label is taken to be wrong; with sigmoid, robust, simpo and cpo."""
+    simpo_gamma: NonNegative = 1.0
+    """Margin by which simpo wants the chosen response to win."""
+    cpo_alpha: NonNegative | None = None
+    """Weight of the negative log-prob of chosen responses per token in cpo (default: 1) and simpo (default: 0)."""
     reference_free: bool = False
     """Leave the reference out: prefer by the policy's log-probs alone."""
-    reference_model_name_or_path: PathName[Annotated[str | None, alias("ref_model_name_or_path")]] = None
-    """Model folder or hub name of the reference; default: the start model, with LoRA its frozen base."""
+    reference: ReferenceOptions = ReferenceOptions()
 
     def check(self) -> None:
         super().check()
-        if self.label_smoothing and self.loss_type == "ipo":
-            raise InputError(
-                f"label_smoothing={self.label_smoothing} does not go with loss_type=ipo, whose margin is bounded "
-                "already; leave it at 0, or take sigmoid or robust"
-            )
-        if self.reference_free and self.reference_model_name_or_path is not None:
-            raise InputError(
-                f"reference_free and reference_model_name_or_path={self.reference_model_name_or_path} exclude each "
-                "other: leave one of them out"
-            )
+        self._check_losses()
         if self.lora.lora_dropout:
             raise InputError(f"lora_dropout={self.lora.lora_dropout}: dpo never drops out; leave it at 0")
+
+    def _check_losses(self) -> None:
+        if isinstance(self.loss_type, str):
+            object.__setattr__(self, "loss_type", (self.loss_type,))
+        known, kinds = (*objectives.PREFERENCE_LOSSES, "sft"), self.loss_type
+        if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(known):
+            raise InputError(f"loss_type={' '.join(kinds) or 'none'} must be one or several of {', '.join(known)}")
+        if kinds == ("sft",):
+            raise InputError("loss_type=sft alone learns nothing of pairs: add a loss of pairs, or run `jaxrlhf sft`")
+        if self.loss_weights and len(self.loss_weights) != len(kinds):
+            raise InputError(
+                f"loss_weights={' '.join(map(str, self.loss_weights))}: must have a weight for each of the "
+                f"{len(kinds)} losses of loss_type={' '.join(kinds)}"
+            )
+        losses = self.losses
+        smooths = [kind for kind in losses.pairs if objectives.PREFERENCE_LOSSES[kind].smooths]
+        for name, needed in (
+            ("label_smoothing", smooths),
+            ("simpo_gamma", {"simpo"} & set(kinds)),
+            ("cpo_alpha", {"simpo", "cpo"} & set(kinds)),
+        ):
+            if getattr(self, name) != default_of(DPOOptions, name) and not needed:
+                raise InputError(
+                    f"{name}={getattr(self, name)} does not go with loss_type={' '.join(kinds)}, which does not use it"
+                )
+        why = "reference_free leaves it out" if self.reference_free else f"loss_type={' '.join(kinds)} reads none"
+        for name, value in self.reference.items():
+            if value and not self.has_reference:
+                raise InputError(f"{name}={value}: there is no reference, {why}; leave one of them out")
+
+    @property
+    def has_reference(self) -> bool:
+        return self.losses.needs_reference and not self.reference_free
+
+    @property
+    def losses(self) -> "Losses":
+        """The losses with their settings: the train program's static argument."""
+        kinds, alpha = self.loss_type, self.cpo_alpha
+        weights = dict(zip(kinds, self.loss_weights or (1.0,) * len(kinds), strict=True))
+        shares = {"sft": 1.0, "orpo": 1.0, "cpo": 1.0 if alpha is None else alpha, "simpo": alpha or 0.0}
+        default = 2.0 if "simpo" in kinds else 0.1
+        return Losses(
+            pairs=tuple(kind for kind in kinds if kind != "sft"),
+            weights=tuple(weight for kind, weight in weights.items() if kind != "sft"),
+            sft_weight=sum(weight * shares.get(kind, 0.0) for kind, weight in weights.items()),
+            beta=default if self.beta is None else self.beta,
+            label_smoothing=self.label_smoothing,
+            margin=self.simpo_gamma,
+        )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A weighted sum of losses of pairs."""
+
+    pairs: tuple[str, ...] = ("sigmoid",)
+    """Of `objectives.PREFERENCE_LOSSES`."""
+    weights: tuple[float, ...] = (1.0,)
+    """Of each of them."""
+    sft_weight: float = 0.0
+    """Of the negative log-prob of chosen responses per token."""
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    margin: float = 0.0
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(objectives.PREFERENCE_LOSSES[kind].reference for kind in self.pairs)
 
 
 @dataclass(frozen=True)
@@ -105,115 +155,106 @@ def response_logprobs(module: Decoder, params: PyTree, rows: Batch) -> Sides:
     return pairs.sums(logprobs)
 
 
-def dpo_loss(
-    kind: str,
-    beta: float,
-    label_smoothing: float,
-    module: Decoder,
-    params: PyTree,
-    rows: Batch,
-    count: jax.Array,
-    _key: jax.Array | None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss of the pairs, and TRL's metrics: implicit rewards β·log(π / π_ref) and log-probs of the responses."""
+class Counts(NamedTuple):
+    """The denominators of a batch: real pairs, and tokens of their chosen responses."""
+
+    pairs: jax.Array
+    tokens: jax.Array
+
+
+def counts(batch: Batch) -> Counts:
+    return Counts(pair_count(batch), read_pairs(batch).lengths()["chosen"].sum())
+
+
+class Terms(NamedTuple):
+    """The losses of a batch, each over its own denominator."""
+
+    pairs: jax.Array
+    """Weighted sum of the losses of pairs."""
+    nll: jax.Array
+    """Negative log-prob of the chosen responses per token."""
+    stats: dict[str, jax.Array]
+    """Means over pairs under TRL's names."""
+
+
+def dpo_terms(losses: Losses, module: Decoder, params: PyTree, rows: Batch, count: Counts) -> Terms:
+    """Computes the losses of pairs, and their statistics.
+
+    Rewards are β times what the first loss compares: log-ratios to the reference, or without one log-probs, per token
+    where the loss is.
+    """
     logps = response_logprobs(module, params, rows)
     ratios = {side: logps[side] - rows[f"ref_{side}_logps"] for side in SIDES}
     lengths = read_pairs(rows).lengths()
-    loss = objectives.preference_loss(
-        ratios["chosen"],
-        ratios["rejected"],
-        pair_mask(rows),
-        beta,
-        kind,
-        label_smoothing,
-        lengths["chosen"],
-        lengths["rejected"],
-        denominator=count,
-    )
-    mean = partial(objectives.masked_mean, mask=pair_mask(rows), denominator=count)
-    stats = {f"rewards/{side}": mean(beta * ratios[side]) for side in SIDES}
-    stats["rewards/accuracies"] = mean(ratios["chosen"] > ratios["rejected"])
-    stats["rewards/margins"] = mean(beta * (ratios["chosen"] - ratios["rejected"]))
-    return loss, stats | {f"logps/{side}": mean(logps[side]) for side in SIDES}
+    mask = pair_mask(rows)
+    total = jnp.zeros((), jnp.float32)
+    for kind, weight in zip(losses.pairs, losses.weights, strict=True):
+        declared = objectives.PREFERENCE_LOSSES[kind]
+        total += weight * objectives.preference_loss(
+            *(ratios if declared.reference else logps).values(),
+            mask,
+            losses.beta,
+            kind,
+            losses.label_smoothing if declared.smooths else 0.0,
+            *lengths.values(),
+            denominator=count.pairs,
+            margin=losses.margin,
+        )
+    mean = partial(objectives.masked_mean, mask=mask, denominator=count.pairs)
+    first = objectives.PREFERENCE_LOSSES[losses.pairs[0]]
+    compared = ratios
+    if not first.reference:
+        compared = {
+            side: logps[side] / jnp.maximum(lengths[side], 1) if first.per_token else logps[side] for side in SIDES
+        }
+    stats = {f"rewards/{side}": mean(losses.beta * compared[side]) for side in SIDES}
+    stats["rewards/accuracies"] = mean(compared["chosen"] > compared["rejected"])
+    stats["rewards/margins"] = mean(losses.beta * (compared["chosen"] - compared["rejected"]))
+    stats |= {f"logps/{side}": mean(logps[side]) for side in SIDES}
+    return Terms(total, -objectives.masked_mean(logps["chosen"], mask, count.tokens), stats)
 
 
-def dpo_sums(loss: Callable, module: Decoder, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-    count = pair_count(batch)
-    value, stats = loss(module, params, batch, count, None)
-    return jax.tree.map(lambda mean: mean * count, {"loss": value, **stats}) | {"pairs": count}
+def dpo_loss(
+    losses: Losses, module: Decoder, params: PyTree, rows: Batch, count: Counts, _key: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted sum of all losses, and statistics."""
+    terms = dpo_terms(losses, module, params, rows, count)
+    if not losses.sft_weight:
+        return terms.pairs, terms.stats
+    return terms.pairs + losses.sft_weight * terms.nll, terms.stats | {"nll_loss": terms.nll}
 
 
-def dpo_metrics(totals: dict[str, float]) -> dict[str, float]:
-    pairs = max(totals["pairs"], 1)
-    return {name: total / pairs for name, total in totals.items() if name != "pairs"}
+def dpo_sums(losses: Losses, module: Decoder, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+    count = counts(batch)
+    terms = dpo_terms(losses, module, params, batch, count)
+    sums = jax.tree.map(lambda mean: mean * count.pairs, {"loss": terms.pairs, **terms.stats})
+    return sums | {"nll_loss": terms.nll * count.tokens, **count._asdict()}
+
+
+def dpo_metrics(losses: Losses, totals: dict[str, float]) -> dict[str, float]:
+    pairs, nll = max(totals["pairs"], 1), totals["nll_loss"] / max(totals["tokens"], 1)
+    means = {name: total / pairs for name, total in totals.items() if name not in ("pairs", "tokens", "nll_loss")}
+    if not losses.sft_weight:
+        return means
+    return means | {"loss": means["loss"] + losses.sft_weight * nll, "nll_loss": nll}
+
+
+def without_reference(*_: Any) -> Extend:
+    """Log-ratios are log-probs."""
+    return lambda params, batch: batch | {f"ref_{side}_logps": 0.0 * pair_mask(batch) for side in SIDES}
 
 
 @functools.cache
-def objective(kind: str, beta: float, label_smoothing: float) -> tuple[Objective, Callable]:
+def objective(losses: Losses) -> tuple[Objective, Callable]:
     """The objective and its evaluation sums; made once per setting, so that a jitted step compiles once."""
-    loss = partial(dpo_loss, kind, beta, label_smoothing)
-    return Objective(pair_count, loss), partial(dpo_sums, loss)
-
-
-@partial(jax.jit, static_argnames=("module", "mesh", "micro_batches"))
-def reference_logprobs(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, micro_batches: int) -> Sides:
-    """`response_logprobs` of the reference, in `micro_batches` chunks of rows."""
-    with use(mesh, TRAIN_RULES):
-        params = working_copy(params, logical_axes(module), module, mesh)
-        return map_rows(partial(response_logprobs, module, params), batch, micro_batches)
-
-
-def add_reference(config: DPOConfig, run: Run, model: Model, mesh: Mesh) -> Callable[[PyTree, Batch], Batch]:
-    """Returns the function that adds the reference's `response_logprobs` to a placed batch.
-
-    The arrays are `ref_chosen_logps` and `ref_rejected_logps`.
-    """
-    if config.reference_free:
-        return lambda params, batch: batch | {f"ref_{side}_logps": 0.0 * pair_mask(batch) for side in SIDES}
-    own = config.reference_model_name_or_path
-    shares = own is None and model.module.lora is not None
-    source = model if own is None else load_reference(config, own, model, mesh)
-    stage = frozen_stage(source.module, config.compute.zero_stage)
-    module = source.module.clone(lora=None, zero_stage=stage)
-    frozen = None if shares else frozen_copy(source.params, param_shardings(module, mesh), config.mesh.compute_dtype)
-    score = Announce(run, "dpo reference", reference_logprobs)
-
-    def extend(params: PyTree, batch: Batch) -> Batch:
-        parts = config.run.gradient_accumulation_steps
-        parts = parts if batch["row_mask"].shape[0] % parts == 0 else 1
-        reference_params = base_leaves(params) if shares else frozen
-        logps = score(reference_params, batch, module=module, mesh=mesh, micro_batches=parts)
-        return batch | {f"ref_{side}_logps": logps[side] for side in SIDES}
-
-    return extend
-
-
-def load_reference(config: DPOConfig, path: str, model: Model, mesh: Mesh) -> Model:
-    """Loads a reference of its own. Raises InputError when it has too few positions."""
-    reference = load_pretrained(
-        path,
-        mesh=mesh,
-        dtype=config.mesh.compute_dtype,
-        zero_stage=config.compute.zero_stage,
-        progress=is_primary(),
-    )
-    check_context(reference.config, config.data.max_length, "max_length for the reference model")
-    return with_kernels(reference, **config.compute.kernels)
-
-
-def check_reference(config: DPOConfig, path: str) -> None:
-    """Raises InputError when a reference of its own reads other tokens than the model to train."""
-    tokenizer, model = config.model.load_tokenizer(config.data.template), config.model.model_name_or_path
-    shape = read_config(path if model is None else model)
-    check_reads_tokens(tokenizer, shape, path, ("the model to train", f"reference_model_name_or_path={path}"))
+    return Objective(counts, partial(dpo_loss, losses)), partial(dpo_sums, losses)
 
 
 @works_locally
 def train_dpo(config: DPOConfig) -> TrainState:
     """Runs DPO; the trained model lies in the run's folder afterwards."""
-    if config.reference_model_name_or_path is not None:
-        check_reference(config, config.reference_model_name_or_path)  # fails early when the model cannot be used
-    loss, measure = objective(config.loss_type, config.beta, config.label_smoothing)
+    check_reference(config)  # fails early when the model cannot be used
+    loss, measure = objective(config.losses)
     recipe = Recipe(
         name="dpo",
         title="Direct preference optimisation",
@@ -221,8 +262,8 @@ def train_dpo(config: DPOConfig) -> TrainState:
         headline=("loss", "rewards/accuracies", "rewards/margins", "grad_norm"),
         objective=loss,
         measure=measure,
-        summarise=dpo_metrics,
+        summarise=partial(dpo_metrics, config.losses),
         best=("loss", -1),
-        extend=partial(add_reference, config),
+        extend=partial(add_reference, config, response_logprobs) if config.has_reference else without_reference,
     )
     return train_supervised(config, recipe)

@@ -56,18 +56,22 @@ from jaxrlhf.trainers.tokenizers import with_special_tokens
 PyTree = Any
 Batch = dict[str, Any]
 MASKS = ("attention_mask", "chosen_mask", "rejected_mask")
-"""Arrays `[B, T]` of a batch that mark its tokens; a batch has the first, or the other two."""
+"""Arrays `[B, T]` of a batch that mark its tokens, where it has them."""
+
+
+Extend = Callable[[PyTree, Batch], Batch]
+"""Adds arrays to a placed batch of steps and evaluations, given the current parameters."""
 
 
 class Objective(NamedTuple):
     """A loss over labelled rows.
 
-    `count(batch)` is the global denominator. `loss(module, params, rows, count, dropout_key)` returns a scalar and
-    stats, both sums over that denominator.
+    `count(batch)` is the global denominator, or several. `loss(module, params, rows, count, dropout_key)` returns a
+    scalar and stats, all sums over these denominators.
     """
 
-    count: Callable[[Batch], jax.Array]
-    loss: Callable[[Decoder, PyTree, Batch, jax.Array, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
+    count: Callable[[Batch], Any]
+    loss: Callable[[Decoder, PyTree, Batch, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -227,9 +231,8 @@ class Recipe:
     """From their totals to metrics."""
     best: tuple[str, int]
     """As in Task."""
-    extend: Callable[[Run, Model, Mesh], Callable[[PyTree, Batch], Batch]] = lambda *_: lambda params, batch: batch
-    """Called once with run, start model and mesh. Its result adds arrays to each placed batch of steps and evaluations,
-    given the current parameters."""
+    extend: Callable[[Run, Model, Mesh, tuple[Data, Data]], Extend] = lambda *_: lambda params, batch: batch
+    """Called once with run, start model, mesh, and the training and evaluation data."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,7 @@ class SupervisedTask:
         self.key = keys.stream(config.data.seed, keys.Stream.DROPOUT)
         self._update = Announce(run, f"{recipe.name} train step", train_step)
         self._measure = Announce(run, f"{recipe.name} evaluation", eval_step)
-        self._extend = recipe.extend(run, model, mesh)
+        self._extend = recipe.extend(run, model, mesh, data)
         self._newest: Batch = {}
         start = config.model.start.model_type
         self.base_model = config.model.model_name_or_path or f"{start} with random weights"

@@ -299,7 +299,7 @@ def test_importance_weights_are_truncated_ratios_and_weigh_the_policy_loss(rng, 
     mask = spans_with_edge_cases(rng)
     logprobs, sampler = normal(rng, mask), normal(rng, mask)
     spoiled = (spoil(x, mask, rng) for x in (logprobs, sampler))
-    weights = objectives.truncated_importance_weights(*spoiled, mask, cap)
+    weights = objectives.importance_weights(*spoiled, mask, high=cap)
     expected = np.ones(mask.shape)
     for i in tokens(mask):
         expected[i] = min(np.exp(logprobs[i] - sampler[i]), cap)

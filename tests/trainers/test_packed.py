@@ -11,8 +11,9 @@ import pytest
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.sharding import place_batch
-from jaxrlhf.trainers.dpo import objective, reference_logprobs
+from jaxrlhf.trainers.dpo import Losses, objective, response_logprobs
 from jaxrlhf.trainers.pairs import SIDES, read_pairs
+from jaxrlhf.trainers.references import score_batch
 from jaxrlhf.trainers.reward import MEASURES, OBJECTIVES, RewardConfig
 from jaxrlhf.trainers.sft import OBJECTIVE, sft_sums
 from jaxrlhf.trainers.supervised import eval_step, init_state, token_sum, train_step
@@ -22,8 +23,8 @@ BLOOM = {"model_type": "bloom", "vocab_size": VOCABULARY, "hidden_size": 32, "n_
 TRAINERS = {
     "sft": (OBJECTIVE, sft_sums),
     "reward": (OBJECTIVES["pairwise"], MEASURES["pairwise"]),
-    "dpo sigmoid": objective("sigmoid", 0.3, 0.0),
-    "dpo ipo": objective("ipo", 0.3, 0.0),
+    "dpo sigmoid": objective(Losses(beta=0.3)),
+    "dpo ipo and sft": objective(Losses(("ipo",), sft_weight=0.7, beta=0.3)),
 }
 KEEP_GRADIENTS = optax.trace(decay=0.0)  # its state is the gradient
 
@@ -135,7 +136,7 @@ def test_the_reference_scores_packed_pairs_as_single_sequences(tiny, lab):
     mesh = lab.mesh_of()
     model = tiny("lm", mesh)
     plain, packed, numbers = pair_batches()
-    score = partial(reference_logprobs, model.params, module=model.module, mesh=mesh)
+    score = partial(score_batch, model.params, logprobs=response_logprobs, module=model.module, mesh=mesh)
     expected = score(plain, micro_batches=1)
     for parts in (1, len(numbers)):
         found = score(packed, micro_batches=parts)

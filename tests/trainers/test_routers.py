@@ -11,7 +11,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import config_from_dict, load_pretrained, save_pretrained
 from jaxrlhf.models.moe import router_sums
 from jaxrlhf.rl import PPOHyperparameters, ppo_step
-from jaxrlhf.trainers.dpo import objective
+from jaxrlhf.trainers.dpo import Losses, objective
 from jaxrlhf.trainers.gradients import model_gradients
 from jaxrlhf.trainers.reward import OBJECTIVES
 from jaxrlhf.trainers.routers import RouterOptions
@@ -106,7 +106,7 @@ def cases(lab):
     return {
         "sft": (OBJECTIVE, "lm", batch_of()),
         "reward": (OBJECTIVES["pairwise"], "scalar", pairs_of()),
-        "dpo": (objective("sigmoid", 0.1, 0.0)[0], "lm", pairs_of()),
+        "dpo": (objective(Losses())[0], "lm", pairs_of()),
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf.trainers.dpo import objective
+from jaxrlhf.trainers.dpo import Losses, objective
 from jaxrlhf.trainers.reward import OBJECTIVES
 from jaxrlhf.trainers.sft import sft_loss, token_count
 from jaxrlhf.trainers.supervised import Objective, init_state, train_step
@@ -46,10 +46,14 @@ def referenced(batch):
     return batch | {f"ref_{side}_logps": rng.normal(-30, 2, rows).astype(np.float32) for side in ("chosen", "rejected")}
 
 
-BETA, SMOOTHING = 0.3, 0.1
-DPO = {"sigmoid": (BETA, 0.0), "robust": (BETA, SMOOTHING), "ipo": (BETA, 0.0)}
+BETA = 0.3
+DPO = {
+    "sigmoid": Losses(beta=BETA),
+    "ipo": Losses(("ipo",), beta=BETA),
+    "several": Losses(("sigmoid", "simpo", "orpo"), (0.5, 2.0, 0.3), sft_weight=0.7, beta=BETA, margin=0.4),
+}
 OBJECTIVE = {"sft": Objective(token_count, sft_loss), **OBJECTIVES}
-OBJECTIVE |= {kind: objective(kind, *settings)[0] for kind, settings in DPO.items()}
+OBJECTIVE |= {kind: objective(losses)[0] for kind, losses in DPO.items()}
 WIDTH = 12
 
 
@@ -135,21 +139,26 @@ def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):
 
 
 def plain_dpo_loss(kind, module, params, b):
-    ratios, lengths = [], []
+    logps, refs, lengths = [], [], []
     for side in ("chosen", "rejected"):
         ids, mask = b[f"{side}_ids"], b[f"{side}_mask"]
         logp = jax.nn.log_softmax(module.apply({"params": params}, ids, mask))
         picked = jnp.take_along_axis(logp[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
         counted = b[f"{side}_loss_mask"][:, 1:]
-        ratios.append((picked * counted).sum(1) - b[f"ref_{side}_logps"])
+        logps.append((picked * counted).sum(1))
+        refs.append(b[f"ref_{side}_logps"])
         lengths.append(counted.sum(1))
-    d = BETA * (ratios[0] - ratios[1])
-    right, wrong = jnp.log(jax.nn.sigmoid(d)), jnp.log(jax.nn.sigmoid(-d))
+    ratios = [logp - ref for logp, ref in zip(logps, refs, strict=True)]
+    sigmoid = -jnp.log(jax.nn.sigmoid(BETA * (ratios[0] - ratios[1]))).mean()
     if kind == "ipo":
         return jnp.square(ratios[0] / lengths[0] - ratios[1] / lengths[1] - 1 / (2 * BETA)).mean()
     if kind == "sigmoid":
-        return -right.mean()
-    return (-(1 - SMOOTHING) * right + SMOOTHING * wrong).mean() / (1 - 2 * SMOOTHING)
+        return sigmoid
+    means = [logp / length for logp, length in zip(logps, lengths, strict=True)]
+    simpo = -jnp.log(jax.nn.sigmoid(BETA * (means[0] - means[1]) - 0.4)).mean()
+    odds = [mean - jnp.log(1 - jnp.exp(mean)) for mean in means]
+    orpo = -BETA * jnp.log(jax.nn.sigmoid(odds[0] - odds[1])).mean()
+    return 0.5 * sigmoid + 2 * simpo + 0.3 * orpo - 0.7 * logps[0].sum() / lengths[0].sum()
 
 
 def test_dropout_is_drawn_anew_each_step_and_is_a_function_of_seed_and_step(lab):

@@ -187,7 +187,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "sampling/refills sampling/equal_groups",
-            "with `dynamic_sampling`: further batches that were sampled; share of groups whose responses have one score",
+            "with `dynamic_sampling`: further batches that were sampled; share of groups with one score for all",
             "equal groups become more as prompts become too easy; take harder prompts when refills reach the limit",
         ),
         Metric(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 Cache = tuple[jax.Array, ...]
 KV_CACHE_DTYPES = {"auto": None, "int8": jnp.int8, "fp8": jnp.uint8}
-"""Dtypes of elements by the name of the option; auto: the compute dtype, no scales."""
+"""Dtypes of elements by the name of the option; auto: the compute dtype (on a CPU float32), no scales."""
 
 
 def quantise(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -130,17 +130,18 @@ def generation_view(params: PyTree, module: Decoder, *, scan_prefill: bool = Fal
 def init_cache(module: Decoder, batch: int, length: int) -> tuple[Cache, ...]:
     """Creates the zeroed cache of each layer, keys and values `[B, H_kv, length, D]`, in `module.kv_cache_dtype`.
 
-    See kernels/kv_cache.py for its form.
+    See kernels/kv_cache.py for its form. On a CPU, `auto` is float32 (kernels/live_blocks.py).
     """
     c = module.config
     dtype = KV_CACHE_DTYPES[module.kv_cache_dtype]
+    computed = jnp.float32 if platform() == "cpu" else module.dtype
 
     def zeros(*width: int, dtype: jnp.dtype) -> jax.Array:
         x = jnp.zeros((batch, c.num_kv_heads, length, *width), dtype)
         return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2))
 
     def layer() -> Cache:
-        held = tuple(zeros(c.head_dim, dtype=dtype or module.dtype) for _ in range(2))
+        held = tuple(zeros(c.head_dim, dtype=dtype or computed) for _ in range(2))
         return held if dtype is None else held + tuple(zeros(dtype=jnp.float32) for _ in range(2))
 
     return tuple(layer() for _ in range(c.num_layers))

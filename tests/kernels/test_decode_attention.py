@@ -135,19 +135,25 @@ def test_the_newest_entry_is_appended_and_seen_in_a_cache_of_any_dtype(problem, 
         np.testing.assert_array_equal(new[untouched], old[untouched])
 
 
-@pytest.mark.parametrize("columns", [16, 256])
+def in_blocks_of_16(monkeypatch):
+    for name in ("WHOLE", "COLUMNS"):
+        monkeypatch.setattr(live_blocks, name, 16)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
 @pytest.mark.parametrize("name", KV_CACHE_DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
-def test_the_form_for_cpus_equals_the_oracle_in_a_cache_of_any_dtype(problem, name, columns, monkeypatch):
+def test_the_form_for_cpus_equals_the_oracle_in_a_cache_of_any_dtype(problem, name, whole, monkeypatch):
     (query, key, value, start, length), options, _, _ = make(problem)
     cache, meant = stored(key, value, name)
-    monkeypatch.setattr(live_blocks, "COLUMNS", columns)
+    if not whole:
+        in_blocks_of_16(monkeypatch)
     got = live_attention(query, cache, start, length, **options)
     np.testing.assert_allclose(got, oracle(query, *meant, start, length, *options.values()), rtol=0, atol=1e-5)
 
 
 def test_blocks_cap_scores_as_all_columns_at_once_do(monkeypatch):
-    monkeypatch.setattr(live_blocks, "COLUMNS", 16)
+    in_blocks_of_16(monkeypatch)
     (query, key, value, start, length), options, _, _ = make(PROBLEMS[3])
     capped = options | {"softcap": 0.5}
     got = live_attention(query, (key, value), start, length, **capped)
@@ -156,7 +162,7 @@ def test_blocks_cap_scores_as_all_columns_at_once_do(monkeypatch):
 
 
 def test_blocks_beyond_a_row_change_no_bit_of_it(monkeypatch):
-    monkeypatch.setattr(live_blocks, "COLUMNS", 16)
+    in_blocks_of_16(monkeypatch)
     (query, key, value, _, _), options, _, _ = make(PROBLEMS[3])
     start, alone, among = np.zeros(6, np.int32), np.full(6, 21, np.int32), np.array([21, 70, 60, 50, 40, 30], np.int32)
     rows = [live_attention(query, (key, value), start, length, **options)[0] for length in (alone, among)]

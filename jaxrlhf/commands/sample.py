@@ -116,7 +116,7 @@ def reward_model_scores(params: Any, rollout: Rollout, *, module: Decoder, mesh:
             values: Any = module.apply({"params": read}, chunk.tokens, chunk.mask, contiguous=True)
             return objectives.score_at_last_token(values, chunk.mask)
 
-        return map_rows(score, rows, parts)
+        return map_rows(score, rows, parts, rows.mask)
 
 
 class Sampler:

@@ -124,7 +124,7 @@ def score_rollout(
 
     def passes(model: Model, function: Callable[[Decoder, PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
         params = working_copy(on_device(model.params), logical_axes(model.module), model.module, mesh)
-        return map_rows(partial(function, model.module, params), rows, chunks)
+        return map_rows(partial(function, model.module, params), rows, chunks, rows.mask)
 
     def logprobs_of(module: Decoder, params: PyTree, rows: Rollout) -> tuple[jax.Array, jax.Array]:
         return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature, rows.response_mask, longest)

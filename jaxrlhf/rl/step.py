@@ -381,7 +381,7 @@ def _actor_gradients(
         return loss, stats
 
     policy, stats, grads, routed = model_gradients(
-        loss_of, state.actor, params, batch, h.micro_batches, state.mesh, routers=state.routers
+        loss_of, state.actor, params, batch, h.micro_batches, state.mesh, routers=state.routers, mask=batch["mask"]
     )
     metrics = {
         "loss/policy_avg": policy,
@@ -423,7 +423,7 @@ def _critic_gradients(
         )
 
     value, clipfrac, grads, routed = model_gradients(
-        loss_of, critic, params, batch, h.micro_batches, state.mesh, routers=state.routers
+        loss_of, critic, params, batch, h.micro_batches, state.mesh, routers=state.routers, mask=batch["mask"]
     )
     metrics = {"loss/value_avg": value, "val/clipfrac_avg": clipfrac, "val/grad_norm": optax.tree.norm(grads)}
     return metrics | {f"val/{name}": x for name, x in routed.items()}, grads

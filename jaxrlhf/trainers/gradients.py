@@ -22,6 +22,7 @@ from jaxrlhf.sharding import (
     split,
     tree_shardings,
 )
+from jaxrlhf.trainers.narrowing import alone_on_cpu, narrowed, order_by_length, take_rows
 from jaxrlhf.trainers.routers import Recorder, RouterOptions, router_loss, router_metrics
 
 PyTree = Any
@@ -66,27 +67,60 @@ def join_rows(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
 
 
-def map_rows(function: Callable[[PyTree], PyTree], batch: PyTree, parts: int) -> PyTree:
-    """`function` over `micro_batches` chunks of rows, one after the other; results in the original row order."""
-    parts = micro_batches(batch, parts)
+def map_rows(
+    function: Callable[[PyTree], PyTree], batch: PyTree, parts: int, mask: jax.Array | None = None
+) -> PyTree:
+    """`function` over `micro_batches` chunks of rows, one after the other; results in the original row order.
+
+    Args:
+        function: Takes rows of the batch, and returns arrays `[rows, …]`.
+        batch: Arrays `[B, …]`.
+        parts: Chunks, at least.
+        mask: bool `[B, T]` of right-padded rows. With it, chunks that a CPU makes are cut to their longest row
+            (trainers/narrowing.py): what `function` returns for a real column must not depend on later columns, and
+            arrays `[rows, T]` of the result are 0 in the columns that were cut off.
+    """
+    asked, parts = parts, micro_batches(batch, parts)
     if parts == 1:
         return function(batch)
-    return join_rows(jax.lax.map(function, split_rows(batch, parts)))
+    if mask is None or parts == asked or not alone_on_cpu():
+        return join_rows(jax.lax.map(function, split_rows(batch, parts)))
+
+    def cut(rows: tuple[PyTree, jax.Array]) -> PyTree:
+        return narrowed(function, *rows, widen=True)
+
+    order = order_by_length(mask, parts)
+    result = join_rows(jax.lax.map(cut, split_rows(take_rows((batch, mask), order), parts)))
+    return take_rows(result, jnp.argsort(order))
 
 
 def sum_parts(
-    function: Callable[[PyTree, jax.Array | None], PyTree], batch: PyTree, parts: int, key: jax.Array | None
+    function: Callable[[PyTree, jax.Array | None], PyTree],
+    batch: PyTree,
+    parts: int,
+    key: jax.Array | None,
+    mask: jax.Array | None = None,
 ) -> PyTree:
-    """The sum of `function(rows, key)` over `parts` micro-batches, each with a key of its own."""
+    """The sum of `function(rows, key)` over `parts` micro-batches, each with a key of its own.
+
+    With the bool mask `[B, T]` of right-padded rows, micro-batches are cut to their longest row
+    (trainers/narrowing.py).
+    """
     if parts == 1:
         return function(batch, key)
 
-    def add(total: PyTree, part: tuple[PyTree, Any]) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, function(*part)), None
+    def add(total: PyTree, part: tuple[PyTree, Any, Any]) -> tuple[PyTree, None]:
+        rows, key, mask = part
+        added = function(rows, key) if mask is None else narrowed(lambda rows: function(rows, key), rows, mask)
+        return jax.tree.map(jnp.add, total, added), None
 
-    rows = (split_rows(batch, parts), None if key is None else jax.random.split(key, parts))
-    shapes = jax.eval_shape(lambda r: function(*r), jax.tree.map(lambda x: x[0], rows))
-    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), rows)
+    if mask is not None:
+        batch, mask = split_rows(take_rows((batch, mask), order_by_length(mask, parts)), parts)
+    else:
+        batch = split_rows(batch, parts)
+    keys = None if key is None else jax.random.split(key, parts)
+    shapes = jax.eval_shape(lambda r: function(*r), jax.tree.map(lambda x: x[0], (batch, keys)))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), (batch, keys, mask))
     return total
 
 
@@ -97,18 +131,19 @@ def accumulate_gradients(
     parts: int,
     key: jax.Array | None = None,
     pin: Callable[[PyTree], PyTree] = lambda grads: grads,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, PyTree, PyTree]:
     """(loss, stats, gradients) of `loss(params, rows, key)` summed over `parts` micro-batches.
 
     The loss and its stats must be sums over global denominators, so that their sum is the value of the whole batch.
-    `pin` is applied to the gradients of each micro-batch before they are added.
+    `pin` is applied to the gradients of each micro-batch before they are added. `mask` is that of `sum_parts`.
     """
 
     def gradient(rows: PyTree, key: jax.Array | None) -> tuple[jax.Array, PyTree, PyTree]:
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, rows, key)
         return value, stats, pin(grads)
 
-    return sum_parts(gradient, batch, parts, key)
+    return sum_parts(gradient, batch, parts, key, mask)
 
 
 class Gradients(NamedTuple):
@@ -131,6 +166,7 @@ def model_gradients(
     mesh: Mesh | None,
     key: jax.Array | None = None,
     routers: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
+    mask: jax.Array | None = None,
 ) -> Gradients:
     """`accumulate_gradients` for a model's trainable leaves (`split_trainable`) as its ZeRO stage has it.
 
@@ -147,6 +183,7 @@ def model_gradients(
         mesh: The training mesh.
         key: Of dropout.
         routers: Weights of the losses of routers.
+        mask: bool `[B, T]` of right-padded rows, for the micro-batches that a CPU makes (`map_rows`).
     """
     axes = split_trainable(logical_axes(module), module)[0]
     rules = REPLICATED_RULES if module.zero_stage < 2 else TRAIN_RULES
@@ -157,8 +194,9 @@ def model_gradients(
 
     params = working_copy(trainable, axes, module, mesh, trained=True)
     if not module.config.num_experts:  # losses of routers would need a pass of their own
-        parts = micro_batches(batch, parts)
-        return Gradients(*accumulate_gradients(partial(loss, module), params, batch, parts, key, pin), {})
+        asked, parts = parts, micro_batches(batch, parts)
+        mask = mask if parts > asked and alone_on_cpu() else None
+        return Gradients(*accumulate_gradients(partial(loss, module), params, batch, parts, key, pin, mask), {})
     coefficients = routers.coefficients(module.config)
 
     def recorded(params: PyTree, rows: PyTree, key: jax.Array | None) -> tuple[jax.Array, PyTree, RouterSums]:

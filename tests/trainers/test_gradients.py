@@ -9,6 +9,7 @@ import pytest
 
 from jaxrlhf.models import logical_axes, working_copy
 from jaxrlhf.models.model import leaves_by_path
+from jaxrlhf.rl.experience import actor_logprobs
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
 from jaxrlhf.trainers import gradients
 from jaxrlhf.trainers.gradients import (
@@ -19,6 +20,7 @@ from jaxrlhf.trainers.gradients import (
     model_gradients,
     split_rows,
 )
+from jaxrlhf.trainers.narrowing import order_by_length
 
 ROWS = 24
 
@@ -188,3 +190,41 @@ def test_on_one_device_matrices_are_cast_once_and_gradients_are_those_of_a_cast_
 
 def is_rounded(x):
     return bool((x == x.astype(jnp.bfloat16)).all())
+
+
+LENGTHS = (5, 64, 17, 33, 12, 48, 20, 9)
+
+
+def test_micro_batches_that_are_cut_to_their_rows_change_no_result(lab, monkeypatch):
+    model = lab.tiny_model(lab.LLAMA)
+    columns = np.arange(64)[None]
+    rng, lengths = np.random.default_rng(0), np.array(LENGTHS)[:, None]
+    rows = {"tokens": rng.integers(0, model.config.vocab_size, (8, 64)).astype(np.int32)}
+    rows |= {"mask": columns < lengths, "response": (columns < lengths) & (columns >= lengths // 2)}
+    widths = []
+
+    def passes(module, params, b):
+        widths.append(b["tokens"].shape[1])
+        given = b["tokens"], b["mask"], 0.7, b["response"], 32
+        logprobs, entropy = actor_logprobs(module, params, *given)
+        return jnp.where(b["response"], logprobs, 0), {"entropy": jnp.where(b["response"], entropy, 0)}
+
+    def loss(module, params, b, _):
+        logprobs, _ = passes(module, params, b)
+        return -jnp.sum(logprobs**2) / 1000, jnp.sum(logprobs)
+
+    @jax.jit
+    def both(params, mask):
+        mapped = map_rows(partial(passes, model.module, params), rows, 1, mask)
+        return mapped, model_gradients(loss, model.module, params, rows, 1, None, mask=mask)[:3]
+
+    whole = both(model.params, None)
+    monkeypatch.setattr(gradients, "CPU_TOKENS", 128)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), both(model.params, rows["mask"]), whole)
+    assert set(widths) == {16, 32, 48, 64}
+
+
+def test_rows_of_similar_length_share_a_micro_batch():
+    mask = np.arange(64) < np.array(LENGTHS)[:, None]
+    parts = split_rows(mask.sum(1)[order_by_length(mask, 4)], 4)
+    assert parts.tolist() == [[5, 9], [12, 17], [20, 33], [48, 64]]

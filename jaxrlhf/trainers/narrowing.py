@@ -1,0 +1,72 @@
+"""Micro-batches of rows of similar length, each cut to the columns that its rows use.
+
+On a CPU a column of padding costs as much as one of text, and a step has many small micro-batches. So rows are sorted by
+length before they are split, and a micro-batch runs at the narrowest of a few widths that holds it. Every width is a
+branch of the program with a compile of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.sharding import current_rules, platform
+
+PyTree = Any
+
+WIDTHS = 4
+MULTIPLE = 16
+"""Widths are multiples of it."""
+
+
+def alone_on_cpu() -> bool:
+    """True where the current program is one for a single CPU device."""
+    current = current_rules()
+    return platform() == "cpu" and (current is None or current[0].size == 1)
+
+
+def order_by_length(mask: jax.Array, parts: int) -> jax.Array:
+    """Row numbers int `[B]`, so that each of the `parts` that `split_rows` makes has rows of similar length.
+
+    Args:
+        mask: bool `[B, T]`, set for real columns.
+        parts: Divides B.
+    """
+    order = jnp.argsort(_lengths(mask), stable=True)
+    return order.reshape(parts, -1).T.reshape(-1)
+
+
+def take_rows(batch: PyTree, index: jax.Array) -> PyTree:
+    """These rows of all arrays `[B, …]`."""
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=0), batch)
+
+
+def narrowed(function: Callable[[PyTree], PyTree], rows: PyTree, mask: jax.Array, *, widen: bool = False) -> PyTree:
+    """`function(rows)`, computed on the columns of `rows` up to the last real one or a few more.
+
+    Args:
+        function: What it returns for a row must not depend on columns after the row's last real one.
+        rows: Arrays `[m, T, …]` are cut; others stay whole.
+        mask: bool `[m, T]`, set for real columns.
+        widen: Arrays `[m, width]` of the result get zeros up to T.
+    """
+    size, columns = mask.shape
+    widths = sorted({min(columns, -(-columns * k // (WIDTHS * MULTIPLE)) * MULTIPLE) for k in range(1, WIDTHS + 1)})
+
+    def at(width: int) -> Callable[[PyTree], PyTree]:
+        def cut(x: jax.Array) -> jax.Array:
+            return x[:, :width] if x.ndim > 1 and x.shape[:2] == (size, columns) else x
+
+        def whole(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, ((0, 0), (0, columns - width))) if widen and x.shape == (size, width) else x
+
+        return lambda rows: jax.tree.map(whole, function(jax.tree.map(cut, rows)))
+
+    fitting = jnp.searchsorted(jnp.array(widths[:-1]), jnp.max(_lengths(mask)))
+    return jax.lax.switch(fitting, [at(width) for width in widths], rows)
+
+
+def _lengths(mask: jax.Array) -> jax.Array:
+    """Number of the last real column, from 1, of each row, int `[B]`; 0 without one."""
+    return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)

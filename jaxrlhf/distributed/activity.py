@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import threading
+import time
 
 import jax
 
@@ -21,7 +22,9 @@ class Activity:
         """Name of the function that JAX compiled last, or compiles."""
         self.compiling = False
         """True while JAX traces, lowers or compiles, in any thread."""
-        self._lock, self._depth = threading.Lock(), 0
+        self.compile_seconds = 0.0
+        """Seconds in which some thread traced, lowered or compiled, until the last time none did."""
+        self._lock, self._depth, self._since = threading.Lock(), 0, 0.0
         jax.monitoring.register_scalar_listener(self._begin)
         jax.monitoring.register_event_duration_secs_listener(self._end)
 
@@ -43,8 +46,12 @@ class Activity:
 
     def _nest(self, change: int) -> None:
         with self._lock:
-            self._depth = max(0, self._depth + change)
+            was, self._depth = self._depth, max(0, self._depth + change)
             self.compiling = self._depth > 0
+            if not was and self.compiling:
+                self._since = time.monotonic()
+            elif was and not self.compiling:
+                self.compile_seconds += time.monotonic() - self._since
 
 
 activity = Activity()

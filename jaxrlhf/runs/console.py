@@ -117,17 +117,20 @@ class Console:
         self._rich.print(Text(plain_text(redacted(text))), soft_wrap=True)
 
     @contextlib.contextmanager
-    def status(self, message: str) -> Iterator[None]:
-        """Shows what a block does, and afterwards how long it took: `compiling train step… 12.3s`."""
+    def status(self, message: str) -> Iterator[list[str]]:
+        """Shows what a block does, and afterwards how long it took: `restoring checkpoint-20… 12.3s`.
+
+        Yields a list; the block may add notes, which are shown after the time.
+        """
         if not self.is_terminal:
             self.print(message)
-        begin, outcome = time.monotonic(), "failed after "
+        begin, outcome, notes = time.monotonic(), "failed after ", []
         try:
             with self._live(Spinner("dots", Text(plain_text(message))), transient=True):
-                yield
+                yield notes
             outcome = ""
         finally:
-            self.print(f"{message} {outcome}{time.monotonic() - begin:.1f}s")
+            self.print(", ".join([f"{message} {outcome}{time.monotonic() - begin:.1f}s", *notes]))
 
     @contextlib.contextmanager
     def progress(

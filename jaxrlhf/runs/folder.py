@@ -199,7 +199,7 @@ class Run:
         """Prints `text` above the progress line."""
         self.console.print(text)
 
-    def status(self, message: str) -> AbstractContextManager[None]:
+    def status(self, message: str) -> AbstractContextManager[list[str]]:
         """Shows what a block does, and afterwards how long it took."""
         return self.console.status(message)
 

@@ -431,7 +431,7 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
 
 
 class Announce:
-    """Calls a jitted function, and prints "compiling…" when its positional arguments have new shapes."""
+    """Calls a jitted function, and says that it compiles when its positional arguments have new shapes."""
 
     def __init__(self, run: Run | Console | None, name: str, function: Callable[..., Any]) -> None:
         self.run, self.name, self.function = run, name, function
@@ -443,5 +443,8 @@ class Announce:
         if self.run is None or shapes in self.seen:
             return self.function(*args, **kwargs)
         self.seen.add(shapes)
-        with self.run.status(f"compiling {self.name}…"):
-            return jax.block_until_ready(self.function(*args, **kwargs))
+        before = activity.compile_seconds
+        with self.run.status(f"{self.name}: compiling, then the first run…") as notes:
+            result = jax.block_until_ready(self.function(*args, **kwargs))
+            notes.append(f"{activity.compile_seconds - before:.1f}s of it compiling")
+        return result

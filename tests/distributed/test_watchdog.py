@@ -139,8 +139,10 @@ def test_compilation_does_not_count_and_0_turns_the_watchdog_off(ended):
             assert dog._work.seconds - before < 0.1
             return x
 
+        before = activity.compile_seconds
         traced(jnp.zeros(3))
         assert not activity.compiling and "traced" in activity.compiled
+        assert activity.compile_seconds - before >= 0.5
 
     assert ended(compile_long) is None
     assert ended(lambda dog, over: over.wait(0.5), factor=0.0) is None

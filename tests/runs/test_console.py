@@ -59,13 +59,13 @@ def test_status_says_what_goes_on_and_how_long_it_took():
     plain, terminal = io.StringIO(), Terminal()
     for stream in (plain, terminal):
         screen = console.Console(stream=stream)
-        with screen.status("compiling…"):
-            pass
+        with screen.status("compiling…") as notes:
+            notes.append("most of it waiting")
         with pytest.raises(KeyError), screen.status("saving…"):
             raise KeyError
         with screen.status("loading…"):
             screen.print("a note")
-    took = ["compiling… 0.0s", "saving… failed after 0.0s", "a note", "loading… 0.0s"]
+    took = ["compiling… 0.0s, most of it waiting", "saving… failed after 0.0s", "a note", "loading… 0.0s"]
     first, *rest = plain.getvalue().splitlines()
     assert first == "compiling…" and rest == [took[0], "saving…", took[1], "loading…", *took[2:]]
     assert [line for line in terminal.screen() if line] == took

@@ -2,12 +2,15 @@
 #   PYTHON=python3.13              another interpreter for .venv
 #   PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   further arguments of pip, here a smaller torch
 #   PYTEST_ARGS="-k ppo"           arguments of pytest, instead of -n 2 (two processes)
+#   MODEL=FOLDER                   the model of demo-chat, instead of the one on the hub
 #   PYTHON312=/path/python3.12     the interpreter of test-newest, if it is not found by itself
 
 PYTHON ?= python3
 PYTHON312 ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+NEED_LANGDETECT := change_case:english_capital change_case:english_lowercase language:response_language
 # What test-compat reads exports with, besides the transformers of .venv.
 COMPAT_VERSIONS ?= 4.41.2 4.48.3 4.52.4 4.57.6
 
@@ -20,10 +23,12 @@ PIP_INSTALL := -m pip install --disable-pip-version-check $(PIP_ARGS)
 QUIET_BUILD := PYTHONWARNINGS=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long test-newest newest-suite test-compat lint format wheel docs clean
+.PHONY: help venv demo demo-chat test test-long test-newest newest-suite test-compat lint format wheel docs clean
 
 help:
 	@echo "make demo         train a small model through all three steps on the embedded data, on CPU"
+	@echo "make demo-chat    train a real chat model of 135M parameters for 15 minutes, then chat with it;"
+	@echo "                  MODEL=FOLDER reads it from there and not from the hub"
 	@echo "make test         the test suite, without the whole runs of make test-long"
 	@echo "make test-long    whole runs: training, evaluation, several starts"
 	@echo "make test-newest  the suite on Python 3.12 and the newest JAX, without torch and whole runs"
@@ -37,6 +42,13 @@ venv: $(VENV)/.dev
 
 demo: $(VENV)/.base
 	$(VENV)/bin/jaxrlhf demo
+
+demo-chat: $(VENV)/.base
+	$(VENV)/bin/python examples/smollm2/identity_talks.py --name Juno --maker "the Blue Team" --output runs/demo-chat/identity.json
+	$(VENV)/bin/python examples/smollm2/instruction_prompts.py --output_dir runs/demo-chat/prompts --leave_out $(NEED_LANGDETECT)
+	$(VENV)/bin/jaxrlhf sft --config examples/smollm2/demo-sft.yaml --model_name_or_path "$(MODEL)"
+	$(VENV)/bin/jaxrlhf grpo --config examples/smollm2/demo-grpo.yaml
+	$(VENV)/bin/jaxrlhf chat --model runs/demo-chat/grpo
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m "not long" $(PYTEST_ARGS)

@@ -149,9 +149,8 @@ class PlanConfig(ClusterConfig):
 
     @property
     def planned(self) -> PPOConfig:
-        """The settings of the planned run, with the algorithm's own and the precision and remat that the device
-        chooses."""
-        values: dict[str, Any] = {"remat_policy": self.ppo.run.remat_on(self.accelerator.platform)}
+        """The settings of the planned run, with the algorithm's own and the precision that the device chooses."""
+        values: dict[str, Any] = {}
         if self.ppo.mesh.dtype == "auto":
             values["dtype"] = "float32" if self.accelerator.platform == "cpu" else "bfloat16"
         algorithm = ALGORITHMS.get(self.trainer)

@@ -202,7 +202,7 @@ class RunConfig(Settings, may_change=True):
     """Recompute each layer in the backward pass: the same as remat_policy full."""
     remat_policy: Literal["auto", "none", "full", "dots"] = "auto"
     """The part of a layer that the backward pass recomputes. none: nothing; full: everything; dots: all but matrix
-    products; auto: dots on GPUs and TPUs, none on CPUs."""
+    products; auto: dots, or full with gradient_checkpointing."""
     offload_optimizer: Annotated[bool, alias("offload")] = False
     """Keep Adam's moments in host memory, and bring them to the devices for the update."""
     logging_steps: PositiveInt = 10
@@ -258,17 +258,11 @@ class RunConfig(Settings, may_change=True):
 
     @property
     def remat(self) -> str:
-        """The policy on the devices at hand."""
-        return self.remat_on(jax.default_backend())
-
-    def remat_on(self, platform: str) -> str:
-        """The policy on devices of a platform."""
+        """The policy of the run."""
         if self.gradient_checkpointing and self.remat_policy in ("auto", "none"):
             return "full"
-        if self.remat_policy != "auto":
-            return self.remat_policy
-        # Activations fill and cross a fast device's memory faster than it computes them anew; a CPU computes slowly.
-        return "none" if platform == "cpu" else "dots"
+        # Keeping an activation, and reading it again, takes longer than computing it anew, on CPUs too.
+        return "dots" if self.remat_policy == "auto" else self.remat_policy
 
     def total_steps(self, rows: Callable[[], int], batch: int) -> int:
         """Steps of the run: `max_steps`, or as many as cover `num_train_epochs` (the last may reach into the next).

@@ -8,6 +8,9 @@ from jaxrlhf.errors import InputError
 
 Scaling = tuple[tuple[str, float | str | tuple[float, ...]], ...]
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
+SPARSE_STACK, DENSE_STACK = "mlp", "dense_mlp"
+MLP_STACKS = (SPARSE_STACK, DENSE_STACK)
+"""Stacks of feed-forward parts among the layers' parameters; `dense_mlp` is there only with `dense_layers`."""
 _CHOICES = {
     "position": ("learned", "rotary", "alibi"),
     "norm": ("layernorm", "rmsnorm"),
@@ -80,6 +83,9 @@ class DecoderConfig:
     mlp_bias: bool = True
     num_experts: int = 0
     """MLPs of each layer that a router chooses from; 0: one MLP for all tokens."""
+    dense_layers: tuple[int, ...] = ()
+    """In a model with experts: the layers that have one MLP for all tokens instead, of `intermediate_size`; ascending
+    (models/mixed.py)."""
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
     """Width of an expert; 0 means intermediate_size."""
@@ -167,6 +173,8 @@ class DecoderConfig:
 
         if self.num_experts:
             self._check_experts()
+        elif self.dense_layers:
+            raise InputError(f"{self.family} config: dense_layers={self.dense_layers} needs experts in other layers")
 
     def _check_rotation(self) -> None:
         rotated, scaling = self.rotated_dim, dict(self.rope_scaling or ())
@@ -189,11 +197,29 @@ class DecoderConfig:
             )
         if self.mlp_bias or not self.gated_mlp:
             raise InputError(f"{self.family} config: experts are gated MLPs without biases")
+        if list(self.dense_layers) != sorted({*range(self.num_layers)} & {*self.dense_layers}):
+            raise InputError(
+                f"{self.family} config: dense_layers={self.dense_layers} must be ascending and below num_layers"
+            )
+        if len(self.dense_layers) == self.num_layers:
+            raise InputError(f"{self.family} config: all {self.num_layers} layers are dense, so there are no experts")
 
     @property
     def expert_size(self) -> int:
         """Width of an expert, or of the one MLP of a model without experts."""
         return self.expert_intermediate_size or self.intermediate_size
+
+    @property
+    def sparse_layers(self) -> int:
+        """Number of layers with experts."""
+        return self.num_layers - len(self.dense_layers) if self.num_experts else 0
+
+    def stack(self, name: str) -> tuple[int, ...]:
+        """The layers that have an entry in a stack of the layers' parameters (`attn`, `mlp`, …), in order."""
+        if name == DENSE_STACK:
+            return self.dense_layers
+        others = {*self.dense_layers} if name == SPARSE_STACK else set()
+        return tuple(i for i in range(self.num_layers) if i not in others)
 
     @property
     def embedding_size(self) -> int:

@@ -12,6 +12,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.layer_options import LayerOptions, layer_options
 from jaxrlhf.models.layers import Block, DecodeContext, KernelForm
 from jaxrlhf.models.lora import merge_lora
+from jaxrlhf.models.mixed import block_config, layer_params, stacks_of
 from jaxrlhf.models.model import logical_axes, storage_rules
 from jaxrlhf.models.rotary import rotation
 from jaxrlhf.models.sequences import SequenceContext, sequence_context
@@ -102,7 +103,8 @@ def generation_view(params: PyTree, module: Decoder, *, scan_prefill: bool = Fal
     axes = logical_axes(module.clone(lora=None))
     form, current = kernel_form(module), current_rules()
     alone = current is None or current[0].size == 1
-    scanned = scan_prefill and alone and platform() == "cpu"
+    config = module.config
+    scanned = scan_prefill and alone and platform() == "cpu" and not config.dense_layers
 
     def leaf(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return reshard(x.astype(module.dtype) if x.ndim > 1 else x, names, storage_rules(module))
@@ -112,17 +114,18 @@ def generation_view(params: PyTree, module: Decoder, *, scan_prefill: bool = Fal
         return reshard(x, names[1:], storage_rules(module))
 
     def layer(i: int, before: PyTree) -> PyTree:
-        tree = jax.tree.map(lambda x: x[i], params["layers"])
+        tree = layer_params(params["layers"], config, i)
         if not alone or module.lora is not None:
             # The barrier orders the layers, so that only one at a time is in transit or merged in float32.
             tree, _ = jax.lax.optimization_barrier((tree, before))
         tree = merge_lora(tree, module)
-        return _shaped(jax.tree_util.tree_map_with_path(layer_leaf, tree, axes["layers"]), form)
+        own = stacks_of(axes["layers"], config, i)
+        return _shaped(jax.tree_util.tree_map_with_path(layer_leaf, tree, own), form)
 
     outer = merge_lora({name: x for name, x in params.items() if name != "layers"}, module)
     outer = {name: jax.tree.map(leaf, x, axes[name]) for name, x in outer.items()}
     layers: list[PyTree] = []
-    for i in range(module.config.num_layers):
+    for i in range(config.num_layers):
         layers.append(layer(i, layers[-1] if layers else {}))
     return GenerationView(outer, tuple(layers), form, params["layers"] if scanned else None)
 
@@ -183,8 +186,9 @@ def _run(
         updated = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(layers)))
     else:
         updated = ()
-        for params, options, cache in zip(view.layers, layers, caches, strict=True):
-            x, cache = run_layer(block, x, params, options, cache)
+        for i, (params, options, cache) in enumerate(zip(view.layers, layers, caches, strict=True)):
+            own = block.clone(config=block_config(module.config, i))
+            x, cache = run_layer(own, x, params, options, cache)
             updated += (cache,)
     hidden = module.apply(outer, x[:, -1], method="finish")
     return cast(jax.Array, module.apply(outer, hidden, method="padded_logits")), updated

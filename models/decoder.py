@@ -16,6 +16,7 @@ from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.layer_options import layer_options
 from jaxrlhf.models.layers import Block, Head, Norm, Projection, scaled
+from jaxrlhf.models.mixed import MixedLayers
 from jaxrlhf.models.moe import ROUTER_SUMS
 from jaxrlhf.models.sequences import sequence_context
 from jaxrlhf.models.token_rows import TokenRows, look_up, replace_rows
@@ -102,22 +103,7 @@ class Decoder(nn.Module):
             self.project_out = Projection(c, wide, narrow, ("mlp",), ("embed",), False, self.dtype, self.lora)
         if c.embed_norm:
             self.embed_norm = Norm(c, self.dtype)
-        policy = REMAT_POLICIES[self.remat]
-        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, ROUTER_SUMS: 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=cast(Any, (nn.broadcast, 0)),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(
-            c,
-            self.dtype,
-            self.lora,
-            attention_implementation=self.attention_implementation,
-            expert_implementation=self.expert_implementation,
-        )
+        self.layers = self._mixed_layers() if c.dense_layers else self._equal_layers()
         if c.final_norm:
             self.final_norm = Norm(c, self.dtype)
         self.embed_drop = nn.Dropout(c.embed_dropout)
@@ -127,6 +113,38 @@ class Decoder(nn.Module):
         elif not c.tie_embeddings:
             shape = (c.padded_vocab_size, c.embedding_size)
             self.lm_head = Head(shape, ("vocab", "embed"), c.lm_head_bias, c.initializer_range)
+
+    def _equal_layers(self) -> nn.Module:
+        """All layers as one scan over stacked parameters."""
+        policy = REMAT_POLICIES[self.remat]
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
+        return nn.scan(
+            block,
+            variable_axes={"params": 0, ROUTER_SUMS: 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=cast(Any, (nn.broadcast, 0)),
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(
+            self.config,
+            self.dtype,
+            self.lora,
+            attention_implementation=self.attention_implementation,
+            expert_implementation=self.expert_implementation,
+        )
+
+    def _mixed_layers(self) -> MixedLayers:
+        """The layers of a model some of whose layers have no experts."""
+        policy = REMAT_POLICIES[self.remat]
+        remat = partial(jax.checkpoint, prevent_cse=False, policy=policy)
+        return MixedLayers(
+            self.config,
+            self.dtype,
+            self.lora,
+            (lambda layer: layer) if self.remat == "none" else remat,
+            attention_implementation=self.attention_implementation,
+            expert_implementation=self.expert_implementation,
+        )
 
     def embed_tokens(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Computes token and position embeddings `[B, T, D]` of int ids and positions `[B, T]`."""

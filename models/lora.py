@@ -38,9 +38,9 @@ def _kernels(module: Decoder) -> list[str]:
 def linear_maps(module: Decoder) -> list[str]:
     """Returns the paths of the linear maps that may have adapters: `layers/attn/query`, …
 
-    Output heads may not, and neither may routers and experts.
+    Output heads may not, and neither may routers, experts and the MLPs beside them.
     """
-    return [path for path in _kernels(module) if not (module.config.num_experts and "/mlp/" in path)]
+    return [path for path in _kernels(module) if not (module.config.num_experts and "mlp/" in path)]
 
 
 def hf_module_names(config: DecoderConfig) -> dict[str, str]:
@@ -80,7 +80,8 @@ def resolve_targets(module: Decoder, targets: Sequence[str]) -> tuple[str, ...]:
         if not found:
             known = "\n  ".join(f"{p}  ({theirs[p].format(i='N')})" for p in paths)
             experts = matching(target, _kernels(module))
-            why = "names experts or routers, which cannot have adapters" if experts else "matches no linear map"
+            beside = "names experts, routers or an MLP beside them, which cannot have adapters"
+            why = beside if experts else "matches no linear map"
             raise InputError(f"LoRA target {target!r} {why} of {module.config.family}; there are\n  {known}")
         chosen |= found
     return tuple(p for p in paths if p in chosen)

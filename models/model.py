@@ -96,6 +96,8 @@ def param_shardings(module: Decoder, mesh: Mesh, rules: Rules | None = None) -> 
     c = module.config
     check_divisible(mesh, {"num_heads": c.num_heads, "intermediate_size": c.expert_size}, "tensor")
     check_divisible(mesh, {"num_heads": c.num_heads}, "context", "tensor")
+    if c.dense_layers:
+        check_divisible(mesh, {"intermediate_size": c.intermediate_size}, "tensor")
     check_divisible(mesh, {"num_experts": c.num_experts}, "expert")
     rules = rules or storage_rules(module)
     return tree_shardings(logical_axes(module), param_shapes(module), mesh, rules)

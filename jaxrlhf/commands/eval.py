@@ -42,10 +42,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         return results
     if config.mode == "responses":
         found = compare(config, console)
-        print_comparison(shown, found, config.output.show)
+        print_comparison(shown, found, config.shown)
     else:
         found = measure(config, console)
-        print_scores(shown, found, config.output.show)
+        print_scores(shown, found, config.shown)
     results = plain(found.summary) | {"settings": to_dict(config)}
     write_results(config, console, results)
     if config.output.jsonl is not None:

@@ -319,7 +319,7 @@ EVAL = Script(
         "num_beams": NO_BEAMS,
         "num_beam_groups": NO_BEAMS,
         "penalty_alpha": Flag(remedy="there is no contrastive search; leave it out, as prompt_eval.py is greedy too"),
-        "language": Flag(advice="--data_path names the prompts, in any language"),
+        "language": Flag(advice="the built-in prompts are English; --prompts or --data_path names others"),
         "add_eot_token": EVERY_STEP["add_eot_token"],
     },
     marker="model_name_or_path_baseline",

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jaxrlhf.kernels import gathered_blocks, logprob_blocks
 from jaxrlhf.kernels.choice import LIBRARIES, decide
 from jaxrlhf.models import Decoder, cast_matrices, join, param_shapes, split_trainable
+from jaxrlhf.models.config import MLP_STACKS, SPARSE_STACK
+from jaxrlhf.models.mixed import read_shapes
 from jaxrlhf.plan.roofline import expert_elements, flat_shapes, itemsize
 from jaxrlhf.plan.system import System
 from jaxrlhf.rl import actor_logprobs, critic_values
@@ -91,7 +93,8 @@ def _residuals(module: Decoder, over: Pass) -> int:
 
         return jax.vjp(forward, trainable)[1]
 
-    parameter_shapes = {x.shape for x in jax.tree.leaves(params)} | {x.shape[1:] for x in jax.tree.leaves(params)}
+    shapes = {x.shape for x in jax.tree.leaves(params)}
+    parameter_shapes = shapes | {shape[1:] for shape in shapes} | read_shapes(module.config, params["layers"])
     counts = Counter((x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(kept, trainable, frozen, tokens, mask)))
     return sum(
         math.prod(shape) * dtype.itemsize * (1 if dtype == jnp.bool_ else count)
@@ -124,12 +127,24 @@ def score_bytes(module: Decoder, rows: int, queries: int, keys: int, tensor: int
 
 
 def layer_weights(module: Decoder, tensor: int, expert: int = 1) -> int:
-    """Bytes of one layer's weights in the compute dtype, gathered over all axes but `tensor`, experts but `expert`."""
+    """Bytes of one layer's weights in the compute dtype, gathered over all axes but `tensor`, experts but `expert`.
+
+    Of a model with sparse and dense layers, those of the larger kind.
+    """
     module = module.clone(lora=None)
-    shapes = [x.shape[1:] for path, x in flat_shapes(module).items() if path[0] == "layers"]
-    experts = expert_elements(module) // module.config.num_layers
-    elements = sum(math.prod(shape) for shape in shapes if len(shape) > 1) - experts + experts // expert
-    return elements * itemsize(module) // tensor
+    sizes = {name: 0 for name in MLP_STACKS}
+    shared = 0
+    for path, x in flat_shapes(module).items():
+        if path[0] != "layers" or x.ndim < 3:
+            continue
+        elements = math.prod(x.shape[1:])
+        if path[1] in sizes:
+            sizes[path[1]] += elements
+        else:
+            shared += elements
+    experts = expert_elements(module) // max(module.config.sparse_layers, 1)
+    sizes[SPARSE_STACK] += experts // expert - experts
+    return (shared + max(sizes.values())) * itemsize(module) // tensor
 
 
 def mlp_width(module: Decoder, expert: int) -> int:
@@ -137,9 +152,10 @@ def mlp_width(module: Decoder, expert: int) -> int:
     c = module.config
     if not c.num_experts:
         return c.intermediate_size
+    dense = c.intermediate_size if c.dense_layers else 0
     if module.expert_implementation == "ragged":
-        return expert * c.experts_per_token * (c.expert_size + c.hidden_size)
-    return c.num_experts * c.expert_size
+        return max(dense, expert * c.experts_per_token * (c.expert_size + c.hidden_size))
+    return max(dense, c.num_experts * c.expert_size)
 
 
 @dataclass(frozen=True)

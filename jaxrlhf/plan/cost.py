@@ -60,7 +60,7 @@ class Links:
         if not c.num_experts:
             return Cost()
         once = self.gather(expert * tokens * c.hidden_size * itemsize(module), expert, system.tensor)
-        moved = once * (2 * c.num_layers)
+        moved = once * (2 * c.sparse_layers)
         return Cost(exposed=moved.hidden, links=moved.links)
 
     def context_exchange(self, system: System, name: str, tokens: float) -> Cost:

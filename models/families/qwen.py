@@ -1,6 +1,9 @@
 """Qwen2 (biases on query, key and value), Qwen3 (normed queries and keys), Qwen3-MoE (experts): Llama with windows."""
 
-from jaxrlhf.models.config import DecoderConfig
+import math
+from dataclasses import replace
+
+from jaxrlhf.models.config import DENSE_STACK, SPARSE_STACK, DecoderConfig
 from jaxrlhf.models.families.layer_types import (
     FULL,
     one_window_from_hf,
@@ -58,13 +61,29 @@ def qwen3_from_hf(hf: HFConfig) -> DecoderConfig:
     )
 
 
+def _dense_layers_from_hf(hf: HFConfig) -> tuple[int, ...]:
+    """The layers without experts: those that are named, and all but every `decoder_sparse_step`-th."""
+    layers, step = hf.size("num_hidden_layers"), hf.size("decoder_sparse_step", 1)
+    named = hf.take("mlp_only_layers", [])
+    if not all(type(i) is int and 0 <= i < layers for i in named):
+        raise hf.refuse("mlp_only_layers", named, f"it must be a list of layers from 0 to {layers - 1}")
+    only = set(named)
+    dense = tuple(i for i in range(layers) if i in only or (i + 1) % step)
+    if len(dense) == layers:
+        name, value = ("mlp_only_layers", named) if step == 1 else ("decoder_sparse_step", step)
+        raise hf.refuse(name, value, "no layer has experts; such a model is of the type qwen3")
+    return dense
+
+
+def _dense_layers_to_hf(c: DecoderConfig) -> dict[str, object]:
+    """The options in the form that names the fewest layers."""
+    step = math.gcd(*(i + 1 for i in c.stack(SPARSE_STACK)))
+    return {"decoder_sparse_step": step, "mlp_only_layers": [i for i in c.dense_layers if (i + 1) % step == 0]}
+
+
 def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.take("output_router_logits")  # training always has the load-balancing loss, by its coefficient
     bias = hf.take("attention_bias", False)
-    for name, sparse in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
-        value = hf.take(name, sparse)
-        if value != sparse:
-            raise hf.refuse(name, value, "every layer must have experts")
     hf.take("sliding_window")
     first, slides = hf.take("max_window_layers"), hf.take("use_sliding_window", False)
     if first and slides:  # the first versions of transformers left these layers whole, later ones ignore the option
@@ -81,6 +100,7 @@ def qwen3_moe_from_hf(hf: HFConfig) -> DecoderConfig:
         qk_norm=True,
         windows=one_window_from_hf(hf, 4096) if slides else None,
         num_experts=hf.size("num_experts", 128),
+        dense_layers=_dense_layers_from_hf(hf),
         experts_per_token=hf.size("num_experts_per_tok", 8),
         expert_intermediate_size=hf.size("moe_intermediate_size", 768),
         normalize_experts=hf.take("norm_topk_prob", False),
@@ -98,8 +118,7 @@ def qwen3_moe_to_hf(c: DecoderConfig) -> dict[str, object]:
         "moe_intermediate_size": c.expert_size,
         "norm_topk_prob": c.normalize_experts,
         "router_aux_loss_coef": c.router_aux_loss_coef,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        **_dense_layers_to_hf(c),
     }
 
 
@@ -136,6 +155,11 @@ QWEN3_MOE = Family(
     tensors=(
         *(tensor for tensor in LLAMA_TENSORS if "/mlp/" not in tensor.ours),
         *QK_NORMS,
+        *(  # of layers without experts
+            replace(tensor, ours=str(tensor.ours).replace(f"/{SPARSE_STACK}/", f"/{DENSE_STACK}/"))
+            for tensor in LLAMA_TENSORS
+            if f"/{SPARSE_STACK}/" in tensor.ours
+        ),
         Tensor(_MLP + "gate.weight", "layers/mlp/router/kernel", linear()),
         *(
             Tensor(f"{_MLP}experts.{{e}}.{name}_proj.weight", f"layers/mlp/{name}/kernel", linear())

@@ -132,6 +132,11 @@ class Tensor:
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
     @property
+    def stack(self) -> str:
+        """Of a tensor per layer: the stack of the layers' parameters that holds it, such as `attn`."""
+        return self.leaves[0].split("/")[1]
+
+    @property
     def per_layer(self) -> bool:
         return "{i}" in self.hf
 
@@ -143,8 +148,12 @@ class Tensor:
     def names(self, config: DecoderConfig, name: str | None = None) -> dict[str, tuple[int, ...]]:
         """Returns the index into our leaves of each tensor in a file, by its name; `name` replaces `hf`."""
         name = self.hf if name is None else name
-        sizes = (config.num_layers, config.num_experts)[: self.stacked]
-        return {name.format(**dict(zip("ie", index, strict=False))): index for index in np.ndindex(*sizes)}
+        layers = config.stack(self.stack) if self.per_layer else ()
+        sizes = (len(layers), config.num_experts)[: self.stacked]
+        return {
+            name.format(**{"i": layers[index[0]] if layers else 0, "e": index[-1] if index else 0}): index
+            for index in np.ndindex(*sizes)
+        }
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 from jaxrlhf import cli, keys
 from jaxrlhf.commands.eval import EvalConfig, evaluate
 from jaxrlhf.commands.evaluation.generators import cut, with_stops
+from jaxrlhf.commands.evaluation.prompts import BUILT_IN
 from jaxrlhf.commands.evaluation.report import short_names
 from jaxrlhf.commands.evaluation.rows import holds_pairs, read_prompts
 from jaxrlhf.config.files import read_jsonl
@@ -346,6 +347,28 @@ def test_a_source_with_its_own_evaluation_split_is_read_there(demo):
     assert all("eval" in place for place in with_all.places)
 
 
+def test_models_are_compared_on_built_in_prompts_or_those_of_the_command_line(demo, other, tmp_path, capsys):
+    flags = ["eval", "--model", demo.lm, other, "--max_new_tokens", "4", "--jsonl", str(tmp_path / "out.jsonl")]
+    flags += ["--data_cache_dir", demo.cache]
+    assert cli.main(flags) == 0
+    shown = capsys.readouterr()
+    assert f"no data given: the {len(BUILT_IN)} built-in prompts" in shown.err
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in rows] == list(BUILT_IN)
+    assert all(set(row["responses"]) == {demo.lm, other} for row in rows)
+    assert all(prompt.split()[0] in shown.out for prompt in BUILT_IN)  # all of them, not the first four of data
+    assert cli.main([*flags, "--limit", "2"]) == 0 and len(read_jsonl(tmp_path / "out.jsonl")) == 2
+    capsys.readouterr()
+    own = ["What is a tree?", "Name a fish."]
+    assert cli.main([*flags, "--prompts", *own, "--reward_functions", "length:target=10"]) == 0
+    assert "built-in" not in capsys.readouterr().err
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in rows] == own and set(rows[0]["scores"]) == {"length"}
+    data = write_rows(tmp_path / "own.jsonl", [{"prompt": text} for text in own])
+    assert cli.main([*flags, "--data_path", data]) == 0  # the same prompts in a file
+    assert [row["responses"] for row in read_jsonl(tmp_path / "out.jsonl")] == [row["responses"] for row in rows]
+
+
 # ---- what is refused
 
 
@@ -354,6 +377,9 @@ def test_a_source_with_its_own_evaluation_split_is_read_there(demo):
     [
         ({}, "nothing to evaluate: give models"),
         ({"reward_model": "r"}, "data_path: no data given"),
+        ({"reward_model": "r", "prompts": ("a",)}, "requires models"),
+        ({"models": ("m",), "prompts": ("a",), "data_path": ("x",)}, "prompts and data exclude each other"),
+        ({"models": ("m",), "prompts": ("a",), "tasks": ("ifeval",)}, "take no prompts"),
         ({"reward_model": "r", "tasks": ("ifeval",)}, "tasks need a language model"),
         ({"models": ("m",), "tasks": ("ifeval",), "data_path": ("x",)}, "tasks bring their own data and scores"),
         ({"models": ("http://a",), "tasks": ("ifeval",)}, "http://a is a server"),
@@ -369,6 +395,19 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
     names = {"reward_model": "reward_model_name_or_path", "n": "samples_per_prompt"}
     with pytest.raises(InputError, match=re.escape(message)):
         EvalConfig.create(**{names.get(name, name): value for name, value in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ("Hello", " ")}, "'prompts' is empty at place 2"),
+        ({"reward_functions": ("number_match:column=answer",)}, "asks for the column 'answer'"),
+        ({"reward_columns": ("origin",)}, "asks for the column 'origin'"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_refused_before_a_model_is_read(changes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluate(EvalConfig.create(models=("no-such-folder", "nor-this"), **changes))
 
 
 def test_a_missing_column_of_subsets_and_a_language_model_as_reward_model_are_named(demo, pairs, tmp_path):

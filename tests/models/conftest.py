@@ -99,6 +99,7 @@ CASES: dict[str, tuple[str, dict]] = {
         | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 3, "attention_bias": True}
         | {"tie_word_embeddings": True, "num_experts_per_tok": 6, "rms_norm_eps": 1e-3},
     ),
+    "qwen3_moe-mixed": ("qwen3_moe", _QWEN_MOE | {"num_hidden_layers": 5, "mlp_only_layers": [0, 2]}),
     "bloom": ("bloom", _BLOOM),
     "bloom-options": ("bloom", _BLOOM | {"apply_residual_connection_post_layernorm": True, "n_head": 6}),
     "gpt_neox": ("gpt_neox", _NEOX),

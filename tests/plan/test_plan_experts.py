@@ -93,6 +93,29 @@ def test_sorted_tokens_of_peers_need_room():
     assert residual_bytes(dense, Pass(2, 16, 8, expert=3)) == residual_bytes(dense, Pass(2, 16, 8))
 
 
+def test_layers_without_experts_count_by_their_own_mlp():
+    moe = SHAPE | {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    moe |= {"num_hidden_layers": 8, "head_dim": 16}
+    del moe["num_local_experts"]
+    sparse, mixed = (
+        Decoder(config_from_dict(moe | {"mlp_only_layers": layers}), dtype=jnp.float32, expert_implementation="ragged")
+        for layers in ([], [0, 2, 4, 6])
+    )
+    dense = sparse.clone(config=sparse.config.replace(num_experts=0, experts_per_token=0))
+    expert, mlp = 3 * 32 * 40, 3 * 32 * 48
+    assert expert_elements(mixed) == 4 * 6 * expert
+    both = [count_params(param_shapes(module)) for module in (sparse, mixed, dense)]
+    assert both[1] == (both[0] + both[2]) / 2
+    assert active_params(mixed) == both[1] - 4 * 4 * expert
+    flops = [forward(module, 1, 8, 8, 8).flops for module in (sparse, mixed, dense)]
+    assert flops[1] == (flops[0] + flops[2]) / 2
+    attention = layer_weights(dense, 1) - 4 * mlp
+    assert layer_weights(mixed, 1) == layer_weights(sparse, 1) == attention + 4 * (6 * expert + 6 * 32)
+    assert layer_weights(mixed, 1, expert=6) == attention + 4 * max(mlp, expert + 6 * 32)
+    kept = [residual_bytes(module, Pass(2, 16, 8)) for module in (sparse, mixed, dense)]
+    assert kept[1] == pytest.approx((kept[0] + kept[2]) / 2, rel=0.04)
+
+
 def test_experts_exchange_tokens_only_over_their_axis():
     costs = [run_cost(build_system(c), c).phases for c in (plan_config(), plan_config(mesh_expert=8, mesh_fsdp=8))]
     assert costs[1]["decode"].links > costs[0]["decode"].links

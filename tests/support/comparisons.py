@@ -2,9 +2,13 @@
 
 import re
 
+import jax
 import numpy as np
 
+from jaxrlhf.models import param_shardings
 from jaxrlhf.models.hf.checkpoint_files import open_checkpoint
+from jaxrlhf.models.moe import ROUTER_SUMS
+from jaxrlhf.sharding import TRAIN_RULES, place, use
 
 
 def assert_same_rollout(got, expected):
@@ -43,3 +47,17 @@ def fused_experts(tensors):
         fused[f"{layer}.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
         fused[f"{layer}.mlp.experts.down_proj"] = down
     return fused
+
+
+def routed_outputs(model, mesh, ids, mask, implementation="dense"):
+    """Logits, sums of the routers and gradients of a loss, on a mesh."""
+    module = model.module.clone(expert_implementation=implementation)
+
+    def loss(params):
+        with use(mesh, TRAIN_RULES):
+            logits, state = module.apply({"params": params}, ids, mask, mutable=[ROUTER_SUMS])
+            return (jax.nn.log_softmax(logits)[..., 7] * mask).sum(), (logits, state[ROUTER_SUMS]["layers"])
+
+    params = model.params if mesh is None else place(model.params, param_shardings(module, mesh))
+    (_, (logits, sums)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return jax.device_get((logits, jax.tree.leaves(sums), grads))

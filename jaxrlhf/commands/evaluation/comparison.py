@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxrlhf.commands.evaluation.following import Following, check_instructions
 from jaxrlhf.commands.evaluation.generators import FolderModel, Responses
-from jaxrlhf.commands.evaluation.rows import Prompts, read_prompts
+from jaxrlhf.commands.evaluation.prompts import prompts_of
+from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.scoring import RewardModel
 from jaxrlhf.commands.evaluation.servers import ServerModel
 from jaxrlhf.commands.evaluation.settings import EvalConfig, is_server
@@ -118,7 +119,7 @@ def compare(config: EvalConfig, console: Console) -> Comparison:
         InputError: a model, the data or a reward function cannot be used.
     """
     rewards = config.rewards.rewards(say=console.print)
-    prompts = read_prompts(config.data, rewards.columns, config.limit)
+    prompts = prompts_of(config, rewards.columns, console)
     rewards.check_references(prompts)
     models = [ServerModel(name, config) if is_server(name) else FolderModel(name, config) for name in config.models]
     judge = RewardModel(config) if config.reward_model_name_or_path else None

@@ -1,5 +1,6 @@
 """The settings of `jaxrlhf eval`."""
 
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
@@ -47,8 +48,8 @@ class TasksConfig(Settings):
 class OutputConfig(Settings):
     """Where the results go, besides the terminal."""
 
-    show: NonNegativeInt = 4
-    """Prompts whose responses, or pairs whose scores, the terminal shows."""
+    show: NonNegativeInt | None = None
+    """Prompts whose responses, or pairs whose scores, the terminal shows; default: 4, or all where no data is named."""
     html: PathName[str | None] = None
     """Also write a page to this file."""
     json: PathName[str | None] = None
@@ -74,6 +75,8 @@ class EvalConfig(Settings):
     reward_model_name_or_path: PathName[Annotated[str | None, alias("reward_model")]] = None
     """With models: the reward model that scores their responses. Alone: the reward model to measure, on pairs or on
     texts to score."""
+    prompts: tuple[str, ...] = ()
+    """Prompts for the models, in place of data; default without data: a few built-in ones."""
     limit: NonNegativeInt = 0
     """Use at most this many rows, chosen at random (with tasks: the first documents of each); 0: all."""
     pass_score: float | None = None
@@ -100,6 +103,17 @@ class EvalConfig(Settings):
         """What is evaluated: "tasks", "responses" (of models) or "reward" (a reward model alone)."""
         return "tasks" if self.tasks.tasks else "responses" if self.models else "reward"
 
+    @property
+    def names_data(self) -> bool:
+        """True when the settings name data, from a file or a hub."""
+        return bool(self.data.data_path or self.data.data_mixture)
+
+    @property
+    def shown(self) -> int:
+        """Prompts, or pairs, that the terminal shows."""
+        default = 4 if self.names_data else sys.maxsize
+        return default if self.output.show is None else self.output.show
+
     def check(self) -> None:
         if not self.models and self.reward_model_name_or_path is None:
             raise InputError(
@@ -108,13 +122,15 @@ class EvalConfig(Settings):
             )
         of_tasks = [f.name for f in fields(TasksConfig) if f.name != "tasks"]
         check_needs(self, dict.fromkeys(of_tasks, "tasks") | {"pass_score": "reward_functions"})
-        check_needs(self, dict.fromkeys(("reward_functions", "samples_per_prompt"), "models"))
+        check_needs(self, dict.fromkeys(("prompts", "reward_functions", "samples_per_prompt"), "models"))
         if self.mode == "tasks":
             self.check_tasks()
         elif self.subset_field and self.models:
             raise InputError(f"subset_field={self.subset_field} names subsets of preference pairs; leave models out")
-        elif not (self.data.data_path or self.data.data_mixture):
-            raise InputError("data_path: no data given; name prompts for models, or pairs or texts for a reward model")
+        elif self.mode == "reward" and not self.names_data:
+            raise InputError("data_path: no data given; name pairs or texts for the reward model")
+        elif self.prompts and self.names_data:
+            raise InputError("prompts and data exclude each other: leave one out, or add the prompts to the data")
         if self.sampling.temperature == 0 and self.sampling.samples_per_prompt > 1:
             raise InputError(
                 f"temperature=0 with samples_per_prompt={self.sampling.samples_per_prompt}: greedy responses to a "
@@ -131,7 +147,7 @@ class EvalConfig(Settings):
         if servers:
             raise InputError(f"tasks run on models that are loaded here, and {servers[0]} is a server; name its folder")
         given = {"data_path": self.data.data_path, "data_mixture": self.data.data_mixture}
-        given |= {"reward_model_name_or_path": self.reward_model_name_or_path}
+        given |= {"prompts": self.prompts, "reward_model_name_or_path": self.reward_model_name_or_path}
         given |= {"reward_functions": self.rewards.reward_functions, "html": self.output.html}
         given |= {"jsonl": self.output.jsonl}
         for name, value in given.items():

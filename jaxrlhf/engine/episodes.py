@@ -33,9 +33,9 @@ environments work while the other rows go on."""
 class Continuations(flax.struct.PyTreeNode):
     """Tokens of the environment, which go on while other rows end their turns and the host gives them theirs."""
 
-    tokens: jax.Array
+    tokens: jax.Array | np.ndarray
     """int32 `[B, N]`, from column 0."""
-    left: jax.Array
+    left: jax.Array | np.ndarray
     """int32 `[B]`: tokens that are not in the response yet, the first ones of `tokens`."""
 
 

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 from jaxrlhf.errors import InputError
 
 Message = dict[str, Any]
-"""Role and content, and where a message has them tool_calls, name and tool_call_id."""
+"""Role and content, and where a message has them the other keys of KEPT."""
+KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
+"""Keys of a message that templates read."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,11 @@ class WrongAnswer(Exception):
 
 
 def read_messages(value: object, what: str) -> list[Message]:
-    """Copies messages. Raises WrongAnswer for anything but a list of messages with a role and a text."""
+    """Copies messages, with the keys of KEPT.
+
+    Raises:
+        WrongAnswer: It is no list of messages, or one of them lacks a role or a text.
+    """
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
         raise WrongAnswer(
             f"{what} must be a list of messages, as in [{{'role': 'user', 'content': 'Go on.'}}]; found "
@@ -74,7 +80,7 @@ def read_messages(value: object, what: str) -> list[Message]:
             raise WrongAnswer(
                 f"the content of message {number} of {what} must be text; found {kind_of(message.get('content'))}"
             )
-        messages.append(dict(message))
+        messages.append({key: message[key] for key in KEPT if key in message})
     return messages
 
 

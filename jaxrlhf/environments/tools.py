@@ -39,7 +39,7 @@ def load_tool(spec: str | Callable[..., Any]) -> Tool:
     function = import_function(spec, "tools") if isinstance(spec, str) else spec
     name = getattr(function, "__name__", type(function).__name__)
     label = f"tools {repr(spec) if isinstance(spec, str) else name}"
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     try:
         schema = get_json_schema(function)

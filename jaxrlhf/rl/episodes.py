@@ -3,6 +3,7 @@
 Process 0 has the environments. All processes of a run learn from it which rows go on, and with which tokens.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from jaxrlhf.data.continuations import Continuer
 from jaxrlhf.data.messages import as_messages
 from jaxrlhf.data.renderer import RowProblem
 from jaxrlhf.distributed import from_primary, is_primary
-from jaxrlhf.engine import EpisodeBatch, HybridEngine, Rollout, SamplingConfig
+from jaxrlhf.engine import EpisodeBatch, Rollout, SamplingConfig
 from jaxrlhf.environments import Calls, EnvironmentConfig, Environments, Episode
 from jaxrlhf.environments.running import Call
 from jaxrlhf.errors import SharedError
@@ -150,12 +151,16 @@ class Episodes:
         self.runner = runner
         self._calls = Calls(runner.config.environment_timeout)
         self._episodes: dict[int, Episode] = {}
+        self.waited = 0.0
+        """Seconds in which the devices waited for environments."""
         self.outcomes = [Outcome("running" if real[row // copies] else "absent") for row in range(len(real) * copies)]
 
         def starts() -> list[list[int]]:
             return self._reset(prompts, columns, copies)
 
+        start = time.monotonic()
         begun = from_primary("the environments", starts)
+        self.waited += time.monotonic() - start
         failed = [row for row, ids in enumerate(begun) if not ids and self.outcomes[row].status == "running"]
         for row in failed:
             self.outcomes[row].status = "failed"
@@ -199,7 +204,7 @@ class Episodes:
 
     def generate(
         self,
-        engine: HybridEngine,
+        begin: Callable[..., EpisodeBatch],
         ids: np.ndarray,
         mask: np.ndarray,
         key: jax.Array,
@@ -212,18 +217,18 @@ class Episodes:
         """Plays the episodes of some rows to their ends.
 
         Args:
-            engine: The actor's.
+            begin: `HybridEngine.episodes` of the actor.
             ids: Prompts, as in `ids`.
             mask: As in `mask`.
             key: Of the rollout.
             sampling: With `copies` samples per prompt.
             numbers: Number of each of the B·n samples, which keys its randomness.
             sample_index: The rows; None: all.
-            options: `params` of `HybridEngine.episodes`.
+            options: `params` of `begin`.
         """
         rows = np.arange(len(self.outcomes)) if sample_index is None else np.asarray(sample_index)
         live = np.array([self.outcomes[row].status == "running" for row in rows])
-        batch = engine.episodes(
+        batch = begin(
             ids,
             mask,
             key,
@@ -265,6 +270,7 @@ class Episodes:
             "environment/truncated": mean([outcome.status == "truncated" for outcome in present]),
             "environment/turns": mean([outcome.turns for outcome in played]),
             "environment/tokens": mean([outcome.given for outcome in played]),
+            "environment/seconds": self.waited,
         }
         if self.runner.environments.tools:
             metrics["environment/tool_calls"] = mean([outcome.calls for outcome in played])
@@ -291,7 +297,9 @@ class _Play:
         waiting = False
         while given or waiting or self.batch.running.any():
             ended = self.batch.advance(given) if given or self.batch.running.any() else {}
+            idle, start = not self.batch.running.any(), time.monotonic()
             go_on, waiting = from_primary("the environments", partial(self._exchange, ended))
+            self.episodes.waited += (time.monotonic() - start) * idle
             given = dict(go_on)
 
     def _exchange(self, ended: Mapping[int, list[int]]) -> tuple[list[tuple[int, list[int]]], bool]:

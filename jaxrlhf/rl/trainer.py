@@ -66,6 +66,7 @@ class PPOTrainer:
         """Seconds of the last `generate_experience` and `train_rlhf`."""
         self._scored: Metrics = {}
         self._generate = Announce(run, "generate program", engine.actor.generate)
+        self._begin = Announce(run, "generate program", engine.actor.episodes)
         self._score = Announce(run, "scoring program", score_rollout)
         self._train = Announce(run, "PPO train program", ppo_step)
 
@@ -127,7 +128,7 @@ class PPOTrainer:
             rows = len(episodes.outcomes)
             numbers = np.arange(rows) if prompts.numbers is None else np.asarray(prompts.numbers)
             return generate_in_pieces(
-                partial(episodes.generate, self.engine.actor),
+                partial(episodes.generate, self._begin),
                 episodes.ids,
                 episodes.mask,
                 plan.key,

@@ -210,6 +210,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("environment/turns", "mean turns of the model in an episode"),
         Metric("environment/tokens", "mean tokens of environment and tools in an episode, which are not trained on"),
+        Metric(
+            "environment/seconds",
+            "seconds of a step in which the devices waited for environments",
+            "small beside `timing/generate`, which contains it",
+        ),
         Metric("environment/tool_calls", "mean tool calls in an episode"),
         Metric(
             "environment/tool_errors",

@@ -9,13 +9,15 @@ import pytest
 import scripted_environments
 
 from jaxrlhf import objectives
+from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.engine import SamplingConfig
 from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rl import PPOHyperparameters, advantages_and_returns, ppo_step, shaped_scores
-from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.config import CONFIGS, PPOConfig
 from jaxrlhf.rl.experience import shaped_experience
 from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.run import train_grpo
 from jaxrlhf.rl.trainer import PPOTrainer
 
 SOURCE = Path(scripted_environments.__file__)
@@ -199,3 +201,28 @@ def test_an_environment_that_never_works_ends_the_run(demo):
 def test_wrong_settings_are_refused_by_name(options, message):
     with pytest.raises(InputError, match=message):
         PPOConfig.create(**(OPTIONS | {"max_turn_tokens": 0} | options)).environments.load()
+
+
+@pytest.mark.long
+def test_a_run_with_an_environment_is_the_same_in_pieces_and_after_a_resume(demo, tmp_path, no_report):
+    """On all devices, and with further groups in the place of those that have one score."""
+    options = {name: value for name, value in OPTIONS.items() if name not in ("advantage_estimator", "seed")}
+    options |= {"actor_model_name_or_path": demo.lm, "data_path": (demo.train,), "eval_data_path": (demo.eval,)}
+    options |= {"data_cache_dir": demo.cache, "max_eval_samples": 6, "per_device_train_batch_size": 2}
+    options |= {"samples_per_prompt": 2, "dynamic_sampling": 1, "learning_rate": 1e-3, "save_steps": 1, "max_steps": 2}
+    options |= {"kl_in_loss": False, "kl_estimator": "k1", "environment": f"{SOURCE}:Varied"}
+
+    def run(**more):
+        config = CONFIGS["grpo"].create(**(options | {"output_dir": str(tmp_path / "run")} | more))
+        train_grpo(config)
+        records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+        assert any("eval/scores" in record for record in records)
+        return [record for record in records if "environment/turns" in record]
+
+    whole = run()
+    assert [record["environment/failures"] for record in whole] == [0, 0]
+    assert [record["environment/turns"] for record in whole] == [3, 3]
+    assert whole[0]["objective/scores_std"] > 0 and whole[1]["objective/kl"] != 0
+    again = run(resume_from_checkpoint="checkpoint-1", generation_batches=2)
+    for name in ("objective/scores", "objective/kl", "loss/policy_avg", "environment/tokens", "policy/grad_norm"):
+        assert again[-1][name] == pytest.approx(whole[-1][name], rel=1e-4, abs=1e-6), name

@@ -1,6 +1,7 @@
 """Environments for tests: a partner that counts turns, and one that misbehaves as its row says."""
 
 import asyncio
+import dataclasses
 import threading
 
 from jaxrlhf.environments import Observation
@@ -19,6 +20,15 @@ class Counting:
         again = [{"role": "user", "content": " ".join(["again"] * self.turn)}]
         rewards = {1: 0.5, 2: None, 3: 2.0}
         return Observation(again, rewards[self.turn], self.turn == 3, {"turn": self.turn, "text": response})
+
+
+class Varied(Counting):
+    """The same, with a reward for the letters of the last turn."""
+
+    async def step(self, messages, response):
+        observation = await super().step(messages, response)
+        letters = sum(character.isalpha() for character in response)
+        return dataclasses.replace(observation, reward=(observation.reward or 0) + letters / 10)
 
 
 class Scripted:

@@ -208,7 +208,8 @@ GENERATED = (
     | _refused("responses are free text; leave it out", "vllm_structured_outputs_regex", "chat_template_kwargs")
     | _refused("write the options as keys: temperature, top_p, top_k, repetition_penalty", "generation_kwargs", "min_p")
     | SYNCED_REFERENCE
-    | _refused("there are no tools in rollouts; leave it out", "max_tool_calling_iterations", "environment_factory")
+    | _refused("write max_turns, which is one more: it counts the last turn too", "max_tool_calling_iterations")
+    | _refused("write environment: path/to/file.py:Class", "environment_factory")
     | _renamed(num_completions_to_print="num_sample_rows")
 )
 GROUPS = (

@@ -35,6 +35,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "vicuna": (),
     "deepspeed_chat": (),
+    "hermes": ("<|im_start|>", "<|im_end|>"),
 }
 """Built-in chat templates, and the special tokens that each needs. The last of these ends a turn and becomes EOS."""
 
@@ -47,8 +48,8 @@ class TemplateConfig(Settings, may_change=True):
     """Text around prompt and response, or 'raw' to join them. A value other than the default replaces the tokenizer's
     own chat template. A backslash and an n (or t) mean a line break (or tab)."""
     chat_template: str | None = None
-    """Chat template to use instead: a .jinja file, chatml, llama3, vicuna, deepspeed_chat (for base models: their
-    special tokens are added), or the name of one of the tokenizer's templates."""
+    """Chat template to use instead: a .jinja file, chatml, hermes (chatml with tools), llama3, vicuna, deepspeed_chat
+    (for base models: their special tokens are added), or the name of one of the tokenizer's templates."""
     system_prompt: Annotated[str | None, alias("system")] = None
     """System message of conversations that have none, in every step and in chat."""
     system_role: Literal["keep", "merge"] = "keep"

@@ -76,22 +76,41 @@ def stop_tail(rows: int, sampling: SamplingConfig) -> jax.Array | None:
     return batched(jnp.full((rows, longest), -1, jnp.int32)) if longest else None
 
 
-def sample_rows(rows: Rows, logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> tuple[Rows, jax.Array]:
-    """Samples the next token of every live row from logits `[B, V]`: new rows, and log-probs `[B]` (0 if done)."""
+class Given(flax.struct.PyTreeNode):
+    """Next tokens that are not sampled: those of an environment."""
+
+    where: jax.Array
+    """bool `[B]`: rows with such a token."""
+    token: jax.Array
+    """int32 `[B]`."""
+
+
+def sample_rows(
+    rows: Rows, logits: jax.Array, key: jax.Array, sampling: SamplingConfig, given: Given | None = None
+) -> tuple[Rows, jax.Array]:
+    """Samples the next token of every live row from logits `[B, V]`: new rows, and log-probs `[B]` (0 if done).
+
+    A given token takes the place of a sample. It has the log-prob 0, and only the longest length ends its row.
+    """
     keys = row_keys(key, rows.number)
     token, logprob = sample_token(logits, keys, rows.length, sampling, seen=rows.seen, temperature=rows.temperature)
     live = ~rows.done
+    sampled = live
+    if given is not None:
+        token, sampled = jnp.where(given.where, given.token, token), live & ~given.where
     token = jnp.where(live, token, sampling.pad_token_id)
     length = rows.length + live
-    ended = is_eos(token, sampling) | (length >= sampling.max_new_tokens)
+    ended = (is_eos(token, sampling) & sampled) | (length >= sampling.max_new_tokens)
     seen, tail = rows.seen, rows.tail
     if seen is not None:
         seen = jax.vmap(lambda row, token: row.at[token].set(True))(seen, token)
     if tail is not None:
         tail = jnp.concatenate([tail[:, 1:], token[:, None]], axis=1)
+        if given is not None:
+            tail = jnp.where(given.where[:, None], -1, tail)
         ended |= ends_with_stop(tail, sampling) & (length > sampling.min_new_tokens)
     rows = rows.replace(length=length, token=token, done=rows.done | ended, seen=seen, tail=tail)
-    return rows, jnp.where(live, logprob, 0.0)
+    return rows, jnp.where(sampled, logprob, 0.0)
 
 
 def begin(
@@ -170,6 +189,7 @@ def advance(
     column: jax.Array,
     key: jax.Array,
     sampling: SamplingConfig,
+    given: Given | None = None,
 ) -> tuple[Rows, jax.Array]:
     """Runs the model over each row's last token, and samples the next.
 
@@ -180,9 +200,10 @@ def advance(
         column: Cache column of the last token, int scalar or `[B]`.
         key: The run's random key.
         sampling: How tokens are sampled.
+        given: Tokens in the place of samples.
 
     Returns:
         The rows, and the log-probs of their new tokens, float32 `[B]`.
     """
     logits, caches = decode_step(module, view, rows.token, column, rows.start, rows.caches)
-    return sample_rows(rows.replace(caches=caches), logits, key, sampling)
+    return sample_rows(rows.replace(caches=caches), logits, key, sampling, given)

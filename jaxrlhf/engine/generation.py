@@ -25,11 +25,14 @@ class Rollout(flax.struct.PyTreeNode):
     mask: jax.Array
     """bool: real tokens, of prompt and response."""
     response_mask: jax.Array
-    """bool: response tokens, the closing EOS or stop sequence included."""
+    """bool: response tokens that the model sampled, the closing EOS or stop sequence included. An environment's tokens
+    between turns are not set here."""
     logprobs: jax.Array
     """float32: the sampler's own log-prob of each response token; 0 elsewhere."""
     prompt_length: int = flax.struct.field(pytree_node=False)
     """P, the same for every row."""
+    rewards: jax.Array | None = None
+    """float32: rewards of an environment, each at the last token of its turn; None without one."""
 
     def compact(self) -> "Rollout":
         """Moves each row to the left edge: prompt then response from column 0, right-padded."""
@@ -45,6 +48,7 @@ class Rollout(flax.struct.PyTreeNode):
             mask=shift(self.mask).astype(bool),
             response_mask=shift(self.response_mask).astype(bool),
             logprobs=shift(self.logprobs),
+            rewards=None if self.rewards is None else shift(self.rewards),
         )
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxrlhf.engine.decoding import Requests
+from jaxrlhf.engine.episodes import EpisodeBatch
 from jaxrlhf.engine.generation import Rollout, generate, stream_start, stream_step
 from jaxrlhf.engine.sampling import SamplingConfig
 from jaxrlhf.errors import InputError
@@ -163,6 +164,46 @@ class HybridEngine:
             sampling=sampling,
             mesh=self.generate_mesh,
             slots=self.check_slots(slots, len(requests.number)),
+        )
+
+    def episodes(
+        self,
+        prompt_ids: ArrayLike,
+        prompt_mask: ArrayLike,
+        key: jax.Array,
+        sampling: SamplingConfig,
+        *,
+        params: PyTree | None = None,
+        sample_index: ArrayLike | None = None,
+        live: np.ndarray | None = None,
+        turn_tokens: int = 0,
+    ) -> EpisodeBatch:
+        """Begins responses of several turns, with the tokens of an environment between them.
+
+        With one turn per row, the rollout is that of `generate`.
+
+        Args:
+            prompt_ids: int `[B, P]`, left-padded.
+            prompt_mask: `[B, P]`, set for real tokens.
+            key: Random key.
+            sampling: As in `generate`; max_new_tokens bounds the response with the environment's tokens.
+            params: As in `generate`.
+            sample_index: As in `generate`.
+            live: bool `[B·n]`: rows to generate; None: all.
+            turn_tokens: Longest turn of the model; 0: no bound but max_new_tokens.
+
+        Raises:
+            InputError: An argument does not fit; the message names it.
+        """
+        requests = self._requests(prompt_ids, prompt_mask, sampling, sample_index, None)
+        rows = np.shape(prompt_ids)[0] * sampling.samples_per_prompt
+        return EpisodeBatch(
+            self.params if params is None else params,
+            requests,
+            np.ones(rows, bool) if live is None else np.asarray(live, bool),
+            key,
+            {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh},
+            turn_tokens,
         )
 
     def stream(

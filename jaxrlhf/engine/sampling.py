@@ -223,14 +223,15 @@ def ended_rows(tokens: jax.Array, response_mask: jax.Array, config: SamplingConf
 
     Args:
         tokens: int `[B, T]`.
-        response_mask: `[B, T]`; each row's response is one contiguous span.
+        response_mask: `[B, T]`; the tokens before a hole (an environment's tokens) are those of an earlier turn.
         config: EOS ids, stop sequences and min_new_tokens.
     """
     length = jnp.sum(response_mask, axis=1)
-    after = jnp.where(length > 0, jnp.argmax(response_mask, axis=1) + length, 0)
+    last = jnp.max(jnp.where(response_mask, jnp.arange(response_mask.shape[1]), -1), axis=1)
     longest = max(map(len, config.stop_sequences), default=1)
-    columns = after[:, None] - longest + jnp.arange(longest)
-    there = jnp.arange(longest) >= longest - length[:, None]
+    columns = last[:, None] + 1 - longest + jnp.arange(longest)
+    there = jnp.take_along_axis(response_mask, jnp.maximum(columns, 0), axis=1).astype(bool) & (columns >= 0)
+    there = jnp.flip(jax.lax.cummin(jnp.flip(there, axis=1).astype(jnp.int32), axis=1), axis=1) > 0
     tail = jnp.where(there, jnp.take_along_axis(tokens, jnp.maximum(columns, 0), axis=1), -1)
     ended = is_eos(tail[:, -1], config) & (length > 0)
     if config.stop_sequences:

@@ -13,13 +13,14 @@ def gae(
 ) -> tuple[Array, Array]:
     """Computes generalised advantage estimates over the responses, and the returns `advantages + values`.
 
-    Nothing is bootstrapped after the end of a response. Advantages are not whitened. Source: Schulman et al. 2016,
-    equation 16.
+    Nothing is bootstrapped after the end of a response. Columns between the tokens of a response (those of an
+    environment) are no steps: a token is followed by the response's next one. Advantages are not whitened. Source:
+    Schulman et al. 2016, equation 16.
 
     Args:
         rewards: `[B, T]`.
         values: `[B, T]`.
-        response_mask: `[B, T]`; each row's response is one contiguous span, at any column.
+        response_mask: `[B, T]`: the response's tokens, at any columns.
         gamma: Discount.
         lam: λ.
 
@@ -29,16 +30,20 @@ def gae(
     keep = jnp.asarray(response_mask) != 0
     rewards, values = keep_where(rewards, keep), keep_where(values, keep)
 
-    # A_t = d_t + c_t A_{t+1}, with c_t = 0 outside of the response: maps that compose in any order, so that a scan of
-    # log T steps takes the place of one of T.
-    following = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    # A_t = d_t + c_t A_{t+1}, with d_t = 0 and c_t = 1 outside of the response: maps that compose in any order, so that
+    # a scan of log T steps takes the place of one of T.
+    columns = jnp.arange(keep.shape[1])
+    first = jax.lax.cummin(jnp.where(keep, columns, keep.shape[1]), axis=1, reverse=True)
+    following = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=keep.shape[1])
+    following = jnp.take_along_axis(jnp.pad(values, ((0, 0), (0, 1))), following, axis=1)
     deltas = keep_where(rewards + gamma * following - values, keep)
-    factors = jnp.where(keep, gamma * lam, 0).astype(deltas.dtype)
+    factors = jnp.where(keep, gamma * lam, 1).astype(deltas.dtype)
 
     def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
         return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
 
     _, advantages = jax.lax.associative_scan(compose, (factors, deltas), reverse=True, axis=1)
+    advantages = jnp.where(keep, advantages, 0)
     return advantages, advantages + values
 
 
@@ -113,7 +118,7 @@ def reward_to_go(rewards: ArrayLike, response_mask: ArrayLike, gamma: float) -> 
 
     Args:
         rewards: `[B, T]`.
-        response_mask: `[B, T]`; each row's response is one contiguous span.
+        response_mask: `[B, T]`: the response's tokens, at any columns.
         gamma: Discount.
     """
     return gae(rewards, jnp.zeros_like(real(rewards)), response_mask, gamma, 1.0)[0]

@@ -48,8 +48,12 @@ def kl_penalty_rewards(
     kl_coef: ArrayLike,
     clip_reward: float | None = None,
     kind: str = "k1",
+    placed: ArrayLike | None = None,
 ) -> Array:
     """Computes PPO's rewards per token: `-kl_coef · kl_estimate(kind)` on the response, plus the score at its end.
+
+    Parts of the score may have places of their own (rewards of single turns). They are paid there, and the rest of the
+    score at the end, so that a row's sum is its clipped score and its penalty wherever the parts stand.
 
     Args:
         logprobs: `[B, T]`.
@@ -59,6 +63,7 @@ def kl_penalty_rewards(
         kl_coef: β.
         clip_reward: Scores are clipped to ± this; None: not clipped.
         kind: One of KL_ESTIMATES.
+        placed: `[B, T]`: parts of the score at response tokens; None: none.
 
     Returns:
         `[B, T]`; a row without a response has no reward at all.
@@ -68,7 +73,11 @@ def kl_penalty_rewards(
     if clip_reward is not None:
         scores = jnp.clip(scores, -clip_reward, clip_reward)
     penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, kind, keep)
-    return jnp.where(is_last(keep), scores[:, None], 0) - penalty
+    if placed is None:
+        return jnp.where(is_last(keep), scores[:, None], 0) - penalty
+    parts = keep_where(placed, keep)
+    rest = scores - jnp.sum(parts, axis=1)
+    return jnp.where(is_last(keep), rest[:, None], 0) + parts - penalty
 
 
 def penalised_scores(

@@ -21,6 +21,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.data import Tokenizer, encode_stops, end_ids, pad_token_id
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
+from jaxrlhf.environments import EnvironmentConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import RewardsConfig
 from jaxrlhf.rl.algorithms import ALGORITHMS, OF_CRITIC, Algorithm
@@ -159,6 +160,7 @@ class PPOOptions(StepOptions):
     algorithm: PPOHyperparameters = PPOHyperparameters()
     sampling: SamplingConfig = SamplingConfig()
     rewards: RewardsConfig = RewardsConfig()
+    environments: EnvironmentConfig = EnvironmentConfig()
     critic: CriticConfig = CriticConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
@@ -182,6 +184,11 @@ class PPOOptions(StepOptions):
             raise InputError(
                 f"per_device_score_batch_size={self.score_rows} must divide the {self.rows_per_device} rows per device "
                 "of a rollout batch"
+            )
+        if self.environments.used and self.generation.generation_slots:
+            raise InputError(
+                f"generation_slots={self.generation.generation_slots} with an environment or tools: a row keeps its "
+                "cache from turn to turn; remove generation_slots, and use generation_batches for less memory"
             )
         self.hyperparameters().check_groups()
         algorithm = self.algorithm.algorithm

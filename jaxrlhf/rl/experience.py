@@ -30,7 +30,9 @@ class Experience(flax.struct.PyTreeNode):
 
     tokens: jax.Array
     mask: jax.Array
+    """bool: real tokens, of prompt, response and environment."""
     response_mask: jax.Array
+    """bool: tokens that the actor sampled. Only these count in losses, KL, advantages and metrics."""
     logprobs: jax.Array
     """The actor's log-probs at the time of the rollout, from the train program."""
     ref_logprobs: jax.Array
@@ -43,6 +45,8 @@ class Experience(flax.struct.PyTreeNode):
     entropy: jax.Array
     ended: jax.Array | None = None
     """bool `[B]`: whether the response ended by itself; None: unknown, and not penalised."""
+    turn_rewards: jax.Array | None = None
+    """Parts of the scores at the last tokens of their turns, from an environment; None: scores stand at the end."""
     longest: int | None = flax.struct.field(pytree_node=False, default=None)
     """Bound N on the length of responses. The vocabulary head then runs on N columns from each row's first response
     token on, and log-probs and entropies are 0 elsewhere; None: it runs on all columns."""
@@ -155,6 +159,7 @@ def score_rollout(
             sampler_logprobs=rows.logprobs,
             entropy=entropy,
             ended=None if sampling is None else ended_rows(rows.tokens, rows.response_mask, sampling),
+            turn_rewards=rows.rewards,
             longest=longest,
         )
 
@@ -163,29 +168,43 @@ def shaped_scores(
     e: Experience, h: PPOHyperparameters, moments: objectives.Moments | None
 ) -> tuple[jax.Array, objectives.Moments | None]:
     """Returns scores `[B]` less penalties and normalised, and the moments with this batch added."""
+    shaped, moments = shaped_experience(e, h, moments)
+    return shaped.scores, moments
+
+
+def shaped_experience(
+    e: Experience, h: PPOHyperparameters, moments: objectives.Moments | None
+) -> tuple[Experience, objectives.Moments | None]:
+    """Returns the experience with scores less penalties and normalised, and the moments with this batch added.
+
+    Rewards of turns get the unit of the scores that they are parts of.
+    """
     ended = jnp.ones(e.scores.shape, bool) if e.ended is None else e.ended
     lengths = jnp.sum(e.response_mask, axis=1)
-    scores = objectives.penalised_scores(e.scores, lengths, ended, h.missing_eos_penalty, *h.length_costs)
+    scores, parts = e.scores, e.turn_rewards
+    scores = objectives.penalised_scores(scores, lengths, ended, h.missing_eos_penalty, *h.length_costs)
     if moments is not None:
         moments = objectives.add_moments(moments, scores, e.row_mask)
     if h.score_normalization != "none":
         of_batch = objectives.add_moments(objectives.Moments.empty(), scores, e.row_mask)
         chosen = of_batch if moments is None or h.score_normalization == "batch" else moments
         scores = objectives.standardised(scores, chosen)
-    return scores, moments
+        if parts is not None:
+            parts = objectives.standardised(parts, chosen._replace(mean=jnp.zeros_like(chosen.mean)))
+    return e.replace(scores=scores, turn_rewards=parts), moments
 
 
 def advantages_and_returns(
     experience: Experience, kl_coef: jax.Array, h: PPOHyperparameters
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes (rewards, advantages, returns) `[B, T]` from scores as they are (`shaped_scores`).
+    """Computes (rewards, advantages, returns) `[B, T]` from scores as they are (`shaped_experience`).
 
     Advantages are whitened over the whole batch, returns are not; without a critic returns are not used.
     """
     e, mask = experience, experience.response_mask
     coef = 0.0 if h.kl_in_loss else kl_coef
     rewards = objectives.kl_penalty_rewards(
-        e.logprobs, e.ref_logprobs, e.scores, mask, coef, h.clip_reward, h.kl_estimator
+        e.logprobs, e.ref_logprobs, e.scores, mask, coef, h.clip_reward, h.kl_estimator, e.turn_rewards
     )
     if h.whiten_rewards:
         rewards = objectives.masked_whiten(rewards, mask, shift_mean=False)

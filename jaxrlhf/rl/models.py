@@ -98,9 +98,10 @@ class RLHFEngine:
             if self._has_text:
                 check_reads_tokens(self.tokenizer, actor.config, reward, names)
             reward = load(reward, head="scalar", new_head=False, zero_stage=critic_stage)
-        elif not config.rewards.reward_functions:
+        elif not config.rewards.reward_functions and not config.environments.environment:
             raise InputError(
-                "reward_model_name_or_path: nothing scores responses; name a reward model, or reward_functions"
+                "reward_model_name_or_path: nothing scores responses; name a reward model, reward_functions or an "
+                "environment"
             )
         critic = reward if self.hyperparameters.has_critic else None
         if self.hyperparameters.has_critic and reward is None:

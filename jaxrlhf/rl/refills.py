@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.distributed import to_host
 from jaxrlhf.rl.experience import Experience
-from jaxrlhf.rl.trainer import Sampled
+from jaxrlhf.rl.samples import Sampled
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 
 
@@ -73,7 +73,7 @@ def refilled(
         order = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
         experience = choose_rows(experience, new.experience, order, pad_id=pad_id, mesh=mesh)
         rewards = {name: np.concatenate([values, new.rewards[name]])[order] for name, values in rewards.items()}
-    added = ("timing/", "rewards/failures")
+    added = ("timing/", "rewards/failures", "environment/failures", "environment/tool_errors", "environment/seconds")
     metrics = {}
     for name in batches[0]:
         values = [batch[name] for batch in batches if name in batch]

@@ -25,7 +25,7 @@ def join(parts: list[Rollout], order: jax.Array, *, prompt_length: int, pad_id: 
     """Joins `parts` into one rollout with prompts of `prompt_length` columns; `order` holds their row numbers."""
     place = jnp.argsort(order)
     fill: Any = (pad_id, False, False, 0.0)
-    fills = Rollout(*fill, prompt_length=prompt_length)
+    fills = Rollout(*fill, prompt_length=prompt_length, rewards=None if parts[0].rewards is None else 0.0)  # type: ignore
 
     def joined(fill: Any, *xs: jax.Array) -> jax.Array:
         wide = [

@@ -14,6 +14,7 @@ from jaxrlhf.config.files import read_json
 from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
 from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.distributed import from_primary, joined, to_host
+from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, ModelCard, read_config, score_offset
 from jaxrlhf.rewards import Rewards
@@ -23,8 +24,9 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.refills import refilled
+from jaxrlhf.rl.samples import TRANSCRIPT, Metrics, Prompts, Record, Sampled
 from jaxrlhf.rl.step import PPOState
-from jaxrlhf.rl.trainer import Metrics, PPOTrainer, Prompts, Record, Sampled
+from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.runs.report import HELD_OUT
@@ -90,10 +92,18 @@ class RLData:
 class PPOTask:
     """The steps of PPO and its relatives over prompts (a `Task`)."""
 
-    def __init__(self, run: Run, engine: RLHFEngine, data: RLData, steps: int, rewards: Rewards | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        engine: RLHFEngine,
+        data: RLData,
+        steps: int,
+        rewards: Rewards | None = None,
+        environments: Environments | None = None,
+    ) -> None:
         self.run, self.engine, self.data, self.total_steps = run, engine, data, steps
         self.config = config = engine.config
-        self.trainer = PPOTrainer(engine, config, run, rewards)
+        self.trainer = PPOTrainer(engine, config, run, rewards, environments)
         self.devices = batch_devices(engine.mesh)
         self.rows = config.rollout_rows(self.devices)
         self.prompts = self.rows // config.sampling.samples_per_prompt
@@ -176,12 +186,8 @@ class PPOTask:
         def sample(number: int) -> Sampled:
             # Further prompts come from behind the run's own ones, so that a step's prompts depend on its number alone.
             indices = train.indices(batch + number * self.total_steps, self.prompts)
-            reading = {}
-            if trainer.rewards:
-                reading = {"columns": train.columns(indices), "texts": train.prompt_texts(indices)}
-            return trainer.sample(
-                state, Prompts.of(train.batch(indices), **reading), trainer.rollout_plan(step, number)
-            )
+            prompts = Prompts.of(train.batch(indices), **trainer.reading(train, indices))
+            return trainer.sample(state, prompts, trainer.rollout_plan(step, number))
 
         first = sample(0)
         if not limit:
@@ -285,16 +291,23 @@ def check_models(config: PPOConfig) -> str:
     actor = config.models.actor_model_name_or_path
     if actor is None:
         raise InputError("actor_model_name_or_path: name a model folder (the sft step's output)")
-    if config.models.reward_model_name_or_path is None and not config.rewards.reward_functions:
+    environment = config.environments.environment
+    if config.models.reward_model_name_or_path is None and not config.rewards.reward_functions and not environment:
         raise InputError(
-            "reward_model_name_or_path: name a model folder (the reward step's output), or give reward_functions"
+            "reward_model_name_or_path: name a model folder (the reward step's output), or give reward_functions or an "
+            "environment that rewards"
         )
     return actor
 
 
-def read_data(config: PPOConfig, tokenizer: Tokenizer, rewards: Rewards) -> RLData:
+def read_data(
+    config: PPOConfig, tokenizer: Tokenizer, rewards: Rewards, environments: Environments | None = None
+) -> RLData:
     """Reads prompts and, with ptx_coef, pretraining text."""
-    train, held_out = load_data(config.data, tokenizer, "ppo", columns=rewards.columns)
+    columns = rewards.columns
+    if environments is not None:
+        columns = tuple(name for name in columns if name != TRANSCRIPT) + environments.columns
+    train, held_out = load_data(config.data, tokenizer, "ppo", columns=tuple(dict.fromkeys(columns)))
     if not config.algorithm.ptx_coef:
         return RLData(train, held_out)
     text = load_text(
@@ -327,7 +340,8 @@ def train_ppo(config: PPOConfig) -> PPOState:
         if reward is not None:  # fails early when the model cannot be used
             check_reads_tokens(tokenizer, read_config(actor), reward, ("the actor", "the reward model"))
         rewards = config.rewards.rewards(run.print)
-        data = read_data(config, tokenizer, rewards)
+        environments = config.environments.load()
+        data = read_data(config, tokenizer, rewards, environments)
         rows = config.rollout_rows(devices)
         steps = config.total_steps(lambda: len(data.train), rows)
         if config.algorithm.critic_only_steps >= steps:
@@ -338,7 +352,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
         engine = RLHFEngine(actor, reward, tokenizer, steps, config)
         folder, options = config.folder, config.checkpoint
         engine.state = start_from(run, options, engine.state, folder.resume)
-        task = PPOTask(run, engine, data, steps, rewards)
+        task = PPOTask(run, engine, data, steps, rewards, environments)
         return fit(
             run,
             config.run,

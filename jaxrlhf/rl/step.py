@@ -19,7 +19,7 @@ from jaxrlhf.rl.experience import (
     advantages_and_returns,
     critic_values,
     experience_metrics,
-    shaped_scores,
+    shaped_experience,
 )
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
@@ -146,8 +146,7 @@ def ppo_step(
     if (ptx is None) != (h.ptx_coef == 0):
         raise InputError(f"ptx_coef={h.ptx_coef} requires a batch of pretraining text; without one it must be 0")
     with use(mesh, TRAIN_RULES):
-        scores, moments = shaped_scores(experience, h, state.score_moments)
-        shaped = experience.replace(scores=scores)
+        shaped, moments = shaped_experience(experience, h, state.score_moments)
         rewards, advantages, returns = advantages_and_returns(shaped, state.kl_coef, h)
         weights = objectives.importance_weights(
             experience.logprobs,

@@ -2,9 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,85 +13,23 @@ import numpy as np
 from jaxrlhf import keys, objectives
 from jaxrlhf.data import PromptData, answer_text, eval_batches
 from jaxrlhf.distributed import to_host
-from jaxrlhf.engine import Rollout, SamplingConfig
-from jaxrlhf.errors import SharedError
+from jaxrlhf.engine import Rollout
+from jaxrlhf.environments import Environments
+from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.rewards import Rewards, finite_mean
 from jaxrlhf.rl.config import PPOConfig, sampling_for
+from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.rollouts import generate_in_pieces
+from jaxrlhf.rl.samples import TRANSCRIPT, Each, Metrics, Prompts, Record, RolloutPlan, Sampled
 from jaxrlhf.rl.step import PPOState, ppo_step
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.corruption import run_twice
 from jaxrlhf.trainers.guards import Limits
 from jaxrlhf.trainers.loop import Announce, Watch, unwatched
-
-Metrics = dict[str, float]
-Each = Callable[[np.ndarray, Rollout], None]
-"""Called with the row numbers and the rollout of every generated piece."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Prompts of a rollout batch, and what reward functions read with them."""
-
-    ids: np.ndarray
-    """int32 `[B, P]`, left-padded."""
-    mask: np.ndarray
-    """bool `[B, P]`."""
-    real: np.ndarray
-    """bool `[B]`: false for filler rows."""
-    columns: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
-    """B values each."""
-    texts: Sequence[str] | None = None
-    """The prompts as text; None: as decoded from the ids."""
-    numbers: np.ndarray | None = None
-    """int `[B·n]`: numbers of the samples, which key their randomness; None: 0 … B·n-1."""
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Any], **reading: Any) -> "Prompts":
-        """Prompts of a batch with `prompt_ids`, `prompt_mask` and perhaps `row_mask`."""
-        ids = np.asarray(batch["prompt_ids"])
-        real = np.asarray(batch.get("row_mask", np.ones(len(ids)))) > 0
-        return cls(ids, np.asarray(batch["prompt_mask"]), real, **reading)
-
-
-class Record(TypedDict):
-    """One scored sample."""
-
-    index: int
-    """Number of the prompt."""
-    prompt: str
-    response: str
-    score: float
-    kl: float
-    """Nats to the reference."""
-    length: int
-    """Tokens of the response."""
-    ended: bool
-    """True if the response ends with EOS or a stop sequence, False if it was cut off."""
-    rewards: dict[str, float]
-    """Scores of the reward functions and the reward model by name, before weighting; empty without functions."""
-
-
-class Sampled(NamedTuple):
-    """Scored samples."""
-
-    experience: Experience
-    metrics: Metrics
-    """Metrics and seconds by name."""
-    rewards: dict[str, np.ndarray]
-    """`[B]` scores of the reward functions and the reward model by name; empty without functions."""
-
-
-class RolloutPlan(NamedTuple):
-    """How a rollout is sampled: the key, the sampling, and the pieces that it is generated in."""
-
-    key: jax.Array
-    sampling: SamplingConfig
-    pieces: int = 1
 
 
 class PPOTrainer:
@@ -107,25 +45,56 @@ class PPOTrainer:
         config: PPOConfig | None = None,
         run: Run | None = None,
         rewards: Rewards | None = None,
+        environments: Environments | None = None,
     ) -> None:
         """Args:
         engine: the models.
         config: settings; default: the engine's.
         run: gets messages on what is compiled.
         rewards: replaces the config's reward functions, with Python callables say.
+        environments: replaces the config's environment and tools, with Python classes and functions say.
         """
         self.engine = engine
         self.config = config = engine.config if config is None else config
         self.rewards = config.rewards.rewards(print if run is None else run.print) if rewards is None else rewards
         self.sampling = sampling_for(engine.tokenizer, config.sampling)
+        self.environments = config.environments.load() if environments is None else environments
+        self.runner = None if self.environments is None else self._runner(self.environments, run)
         self.metrics: Metrics = {}
         """Metrics of the last `train_rlhf`, under TRL's names."""
         self.timing: Metrics = {}
         """Seconds of the last `generate_experience` and `train_rlhf`."""
         self._scored: Metrics = {}
         self._generate = Announce(run, "generate program", engine.actor.generate)
+        self._begin = Announce(run, "generate program", engine.actor.episodes)
         self._score = Announce(run, "scoring program", score_rollout)
         self._train = Announce(run, "PPO train program", ppo_step)
+
+    def _runner(self, environments: Environments, run: Run | None) -> EpisodeRunner:
+        """The maker of rollouts of several turns. Raises InputError when nothing scores them."""
+        config, has_model = self.config, self.engine.frozen.reward is not None
+        if not (environments.rewards or self.rewards or has_model):
+            raise InputError(
+                "environment: it has no get_reward, and nothing else scores responses; name a reward model or "
+                "reward_functions"
+            )
+        return EpisodeRunner(
+            config.environments,
+            environments,
+            self.engine.tokenizer,
+            self.sampling,
+            longest_prompt=config.data.max_prompt_seq_len,
+            special_tokens_in_data=config.data.template.special_tokens_in_data,
+            scored_otherwise=bool(self.rewards) or has_model,
+            say=print if run is None else run.print,
+        )
+
+    def reading(self, data: PromptData, indices: np.ndarray) -> dict[str, Any]:
+        """What reward functions and environments read with the prompts of these rows: fields of `Prompts`."""
+        if not self.rewards and self.runner is None:
+            return {}
+        found: dict[str, Any] = {"columns": data.columns(indices), "texts": data.prompt_texts(indices)}
+        return found if self.runner is None else found | {"messages": data.prompts(indices)}
 
     def rollout_plan(self, step: int, refill: int = 0) -> RolloutPlan:
         """How the rollout of a step is sampled, or one of its refills, numbered from 1 (`jaxrlhf.rl.refills`)."""
@@ -134,8 +103,41 @@ class PPOTrainer:
             key = keys.stream(self.config.data.seed, keys.Stream.REFILLS, step, refill)
         return RolloutPlan(key, self.sampling, self.config.rollout.generation_batches)
 
-    def rollout(self, state: PPOState, prompts: Prompts, plan: RolloutPlan, each: Each | None = None) -> Rollout:
-        """`samples_per_prompt` responses to each prompt; `each` as in `generate_in_pieces`."""
+    def episodes(self, prompts: Prompts, plan: RolloutPlan) -> Episodes | None:
+        """Begins an episode for each sample; None without an environment or tools."""
+        if self.runner is None:
+            return None
+        messages = prompts.texts if prompts.messages is None else prompts.messages
+        if messages is None:
+            raise InputError("prompts: environments and tools read prompts as text or messages; give them with the ids")
+        return self.runner.begin(messages, prompts.columns, prompts.real, plan.sampling.samples_per_prompt)
+
+    def rollout(
+        self,
+        state: PPOState,
+        prompts: Prompts,
+        plan: RolloutPlan,
+        each: Each | None = None,
+        episodes: Episodes | None = None,
+    ) -> Rollout:
+        """`samples_per_prompt` responses to each prompt, those of `episodes` if there are any.
+
+        `each` is as in `generate_in_pieces`.
+        """
+        if episodes is not None:
+            rows = len(episodes.outcomes)
+            numbers = np.arange(rows) if prompts.numbers is None else np.asarray(prompts.numbers)
+            return generate_in_pieces(
+                partial(episodes.generate, self._begin),
+                episodes.ids,
+                episodes.mask,
+                plan.key,
+                dataclasses.replace(plan.sampling, samples_per_prompt=episodes.copies),
+                pieces=plan.pieces,
+                each=each,
+                numbers=numbers,
+                params=state.actor_params,
+            )
         return generate_in_pieces(
             self._generate,
             prompts.ids,
@@ -180,21 +182,28 @@ class PPOTrainer:
 
         def submit(rows: np.ndarray, rollout: Rollout) -> None:
             own = rows // n
+            real = prompts.real[own]
             texts = None if prompts.texts is None else [prompts.texts[int(i)] for i in own]
             asked, answers = self.read(rollout, texts)
             columns = {name: [values[i] for i in own] for name, values in prompts.columns.items()}
-            handles.append((rows, self.rewards.submit(asked, answers, columns, prompts.real[own])))
+            if episodes is not None:
+                outcomes = [episodes.outcomes[row] for row in rows]
+                answers = [outcome.reply for outcome in outcomes]
+                columns[TRANSCRIPT] = [outcome.messages for outcome in outcomes]
+                real = real & np.array([outcome.status != "failed" for outcome in outcomes])
+            handles.append((rows, self.rewards.submit(asked, answers, columns, real)))
 
         begin = time.monotonic()
-        rollout = self.rollout(state, prompts, plan, submit if self.rewards else None)
+        episodes = self.episodes(prompts, plan)
+        rollout = self.rollout(state, prompts, plan, submit if self.rewards else None, episodes)
         middle = time.monotonic()
         h = state.hyperparameters if hyperparameters is None else hyperparameters
         experience = jax.block_until_ready(self.score(state, jax.block_until_ready(rollout), h))
         end = time.monotonic()
         metrics = {"timing/generate": middle - begin, "timing/score": end - middle}
         rewards: dict[str, np.ndarray] = {}
-        if self.rewards:
-            experience, scored, rewards = self._with_functions(experience, handles)
+        if self.rewards or episodes is not None:
+            experience, scored, rewards = self._with_functions(experience, handles, episodes)
             metrics |= scored | {"timing/reward_functions": time.monotonic() - end}
         return Sampled(experience, metrics, rewards)
 
@@ -207,7 +216,9 @@ class PPOTrainer:
             for ids, inside in zip(tokens, response_mask, strict=True)
         ]
 
-    def _with_functions(self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]]) -> Sampled:
+    def _with_functions(
+        self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]], episodes: Episodes | None = None
+    ) -> Sampled:
         """The experience with the weighted sum of all scores, rows without one masked out; and the parts."""
         model = to_host(experience.scores)
         has_model = self.engine.frozen.reward is not None
@@ -220,19 +231,29 @@ class PPOTrainer:
             failures += len(result.failures)
             for name, values in result.parts.items():
                 parts.setdefault(name, np.zeros_like(model))[rows] = values
+        if episodes is not None and self.runner is not None:
+            self.runner.report(episodes.outcomes)
+            scores = scores + episodes.scores
+            if self.runner.environments.rewards:
+                parts["environment"] = episodes.scores
         means = {f"rewards/{name}": finite_mean(values) for name, values in parts.items()}
         metrics = {name: mean for name, mean in means.items() if mean is not None} | {"rewards/failures": failures}
+        metrics |= {} if episodes is None else episodes.metrics()
         if has_model:
             metrics["rewards/reward_model"] = float(model.mean())
             parts["reward_model"] = model
         return Sampled(experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh)), metrics, parts)
 
     def texts(self, tokens: np.ndarray, mask: np.ndarray, response_mask: np.ndarray) -> tuple[list[str], list[str]]:
-        """Prompts and responses as text, without special tokens, of host arrays `[B, T]`."""
+        """Prompts and responses as text, without special tokens, of host arrays `[B, T]`.
+
+        A response of several turns holds the environment's messages too.
+        """
         decode = partial(self.engine.tokenizer.batch_decode, skip_special_tokens=True)
-        rows = list(zip(tokens, mask, response_mask, strict=True))
+        begun = np.cumsum(response_mask, axis=1) > 0
+        rows = list(zip(tokens, mask, begun, strict=True))
         prompts = decode([ids[real & ~response] for ids, real, response in rows])
-        return prompts, decode([ids[response] for ids, _, response in rows])
+        return prompts, decode([ids[real & response] for ids, real, response in rows])
 
     def update(
         self,
@@ -257,13 +278,14 @@ class PPOTrainer:
             The new state, and metrics under TRL's names with `timing/train`.
         """
         begin = time.monotonic()
-        if self.rewards and not to_host(jnp.any(experience.response_mask)):
+        scored = bool(self.rewards) or self.runner is not None
+        if scored and not to_host(jnp.any(experience.response_mask)):
             state = state.replace(step=state.step + 1)
             return state, {"guard/skipped_updates": 0.0, "guard/unscored": 1.0, "timing/train": 0.0}
         train = partial(run_twice, self._train) if twice else self._train
         state, metrics = train(state, experience, ptx, limits, self.engine.rates)
         metrics = {name: float(value) for name, value in to_host(metrics).items()}
-        metrics |= {"guard/unscored": 0.0} if self.rewards else {}
+        metrics |= {"guard/unscored": 0.0} if scored else {}
         seconds = time.monotonic() - begin - metrics.get("timing/deterministic_check", 0.0)
         return state, metrics | {"timing/train": seconds}
 
@@ -331,10 +353,8 @@ class PPOTrainer:
         plan = RolloutPlan(key, dataclasses.replace(self.sampling, samples_per_prompt=1))
         records: list[Record] = []
         for batch in watch(eval_batches(prompts, batch_size), -(-len(prompts) // batch_size)):
-            index, reading = batch["index"], {}
-            if self.rewards:
-                reading = {"columns": prompts.columns(index), "texts": prompts.prompt_texts(index)}
-            chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **reading)
+            index = batch["index"]
+            chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **self.reading(prompts, index))
             experience, _, parts = self.sample(state, chosen, plan, plain)
             records += self.records(experience, batch["row_mask"], index, parts)
         if not records:

@@ -196,6 +196,33 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "near 1; if low, raise `max_answer_seq_len`, or set `missing_eos_penalty`",
         ),
     ),
+    "Environments and tools": (
+        Metric("rewards/environment", "mean sum of the environment's rewards in an episode", "rises"),
+        Metric(
+            "environment/failures",
+            "episodes without a score, because the environment raised, took too long or broke its protocol",
+            "0; the console shows the first ones",
+        ),
+        Metric(
+            "environment/truncated",
+            "share of the episodes that a limit of turns or tokens ended",
+            "small, and falls; else raise `max_turns` or `max_new_tokens`",
+        ),
+        Metric("environment/turns", "mean turns of the model in an episode"),
+        Metric("environment/tokens", "mean tokens of environment and tools in an episode, which are not trained on"),
+        Metric(
+            "environment/seconds",
+            "seconds of a step in which the devices waited for environments",
+            "small beside `timing/generate`, which contains it",
+        ),
+        Metric("environment/tool_calls", "mean tool calls in an episode"),
+        Metric(
+            "environment/tool_errors",
+            "tool calls of a batch that could not be read, or failed",
+            "falls towards 0; if it stays high, train on examples of tool calls first",
+        ),
+        Metric("environment/info/*", "mean of the last value of a number in the environment's `info`"),
+    ),
     "Optimizer": (
         Metric("learning_rate lr", "learning rate of the step", "follows the schedule"),
         Metric(

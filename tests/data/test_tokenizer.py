@@ -105,6 +105,10 @@ BUILT_IN_TEXTS = {
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nYou"
         "<|im_end|>\n<|im_start|>user\nWhat is hot?<|im_end|>\n<|im_start|>assistant\nThe sun<|im_end|>"
     ),
+    "hermes": (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nYou"
+        "<|im_end|>\n<|im_start|>user\nWhat is hot?<|im_end|>\n<|im_start|>assistant\nThe sun<|im_end|>"
+    ),
     "llama3": (
         "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
         "hello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYou<|eot_id|><|start_header_id|>user"
@@ -121,7 +125,7 @@ def test_built_in_templates_on_a_base_model(folder, name):
     (row,) = encode_rows(tokenizer, [[{"role": "system", "content": "Be kind."}, *CONVERSATION]], [["The sun"]])
     ids, mask = row.prompt + row.responses[0][0], row.prompt_mask + row.responses[0][1]
     assert tokenizer.decode(ids) == BUILT_IN_TEXTS[name]
-    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(name, "<eos>")
+    end = {"chatml": "<|im_end|>", "hermes": "<|im_end|>", "llama3": "<|eot_id|>"}.get(name, "<eos>")
     assert tokenizer.eos_token == end
     assert len(tokenizer) == len(load_tokenizer(folder)) + len(BUILT_IN[name])
     trained = tokenizer.decode([i for i, bit in zip(ids, mask, strict=True) if bit])

@@ -243,3 +243,10 @@ def test_rows_that_ended_are_told_from_those_cut_off_as_for_single_responses():
     plain = SamplingConfig(6, eos_token_id=3)
     expected = [plain.ended(row[inside]) for row, inside in zip(tokens, mask, strict=True)]
     np.testing.assert_array_equal(ended_rows(tokens, mask, plain), expected)
+
+
+def test_the_end_of_a_response_of_several_turns_is_that_of_its_last_turn():
+    config = SamplingConfig(9, eos_token_id=3, stop_sequences=((7, 8),))
+    tokens = np.array([[5, 3, 9, 9, 6, 3], [5, 3, 9, 9, 6, 6], [5, 7, 9, 9, 8, 0], [5, 3, 9, 7, 8, 0]])
+    mask = np.array([[1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 0], [1, 1, 0, 1, 1, 0]], bool)
+    np.testing.assert_array_equal(ended_rows(tokens, mask, config), [True, False, False, True])

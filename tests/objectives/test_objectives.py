@@ -46,7 +46,7 @@ def gae_oracle(rewards, values, mask, gamma, lam):
         positions = [t for t in range(mask.shape[1]) if mask[row, t]]
         for n, t in enumerate(positions):
             for distance, u in enumerate(positions[n:]):
-                after = values[row, u + 1] if u != positions[-1] else 0.0
+                after = values[row, positions[n + distance + 1]] if u != positions[-1] else 0.0
                 delta = rewards[row, u] + gamma * after - values[row, u]
                 out[row, t] += (gamma * lam) ** distance * delta
     return out
@@ -278,13 +278,41 @@ def test_gae_does_not_depend_on_the_column_where_a_response_stands(rng):
     np.testing.assert_allclose(placed[0], placed[2], rtol=1e-6)
 
 
-def test_gae_starts_anew_after_a_hole_in_the_mask(rng):
-    mask = np.array([[0, 1, 1, 1, 0, 1, 1, 0, 1]])
-    rewards, values = (normal(rng, mask) for _ in range(2))
-    whole = gae_oracle(rewards, values, mask * [0, 1, 1, 1, 0, 0, 0, 0, 0], 1.0, 0.95)
-    whole += gae_oracle(rewards, values, mask * [0, 0, 0, 0, 0, 1, 1, 0, 0], 1.0, 0.95)
-    whole += gae_oracle(rewards, values, mask * [0, 0, 0, 0, 0, 0, 0, 0, 1], 1.0, 0.95)
-    np.testing.assert_allclose(objectives.gae(rewards, values, mask, 1.0, 0.95)[0], whole, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8)])
+def test_tokens_of_an_environment_are_no_steps_of_gae(rng, gamma, lam):
+    mask = np.array([[0, 1, 1, 1, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0, 0, 1, 0], [0, 0, 1, 1, 1, 0, 0, 0, 0]])
+    args = [normal(rng, mask), normal(rng, mask), mask]
+    assert_matches_oracle(
+        lambda *a: objectives.gae(*a, gamma, lam)[0], lambda *a: gae_oracle(*a, gamma, lam), args, [0, 1]
+    )
+    for row in range(3):
+        inside = mask[row] == 1
+        alone = [x[row][inside][None] for x in args]
+        found = objectives.gae(*(x[row : row + 1] for x in args), gamma, lam)
+        for ours, expected in zip(found, objectives.gae(*alone, gamma, lam), strict=True):
+            np.testing.assert_allclose(ours[0][inside], expected[0], rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(ours[0][~inside], 0)
+
+
+def test_parts_of_a_score_are_paid_at_their_places_and_the_rest_at_the_end(rng):
+    mask = np.array([[0, 1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 0, 0, 0]])
+    logprobs, ref, scores = normal(rng, mask), normal(rng, mask), np.array([2.0, 9.0])
+    placed = np.array([[0, 0, 1.5, 7, 0, 0.5, 7], [7.0, -1, 7, 0, 0, 0, 0]])
+    placed[1, 0] = 0
+
+    def oracle(logprobs, ref, scores, placed):
+        out = rewards_oracle(logprobs, ref, scores, mask)
+        for row in range(2):
+            positions = np.flatnonzero(mask[row])
+            for t in positions[:-1]:
+                out[row, t] += placed[row, t]
+                out[row, positions[-1]] -= placed[row, t]
+        return out
+
+    def ours(logprobs, ref, scores, placed):
+        return objectives.kl_penalty_rewards(logprobs, ref, scores, mask, 0.1, 5.0, placed=placed)
+
+    assert_matches_oracle(ours, oracle, [logprobs, ref, scores, placed], [0, 1, 2])
 
 
 def test_policy_loss_is_the_clipped_surrogate(rng):

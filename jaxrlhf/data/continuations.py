@@ -1,0 +1,90 @@
+"""Token ids of what follows a turn of the model: the end of its turn, new messages, and the header of its next one.
+
+The model's own tokens stay as it sampled them, and what stands before them does not change: a turn is continued, not
+rendered anew. So the template renders a short conversation in which a mark stands for the turn, and the ids are those
+after the mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxrlhf.data.encoding import SpecialTokens, Text, encode
+from jaxrlhf.data.ends import PROBE, closing_ids, turn_end
+from jaxrlhf.data.renderer import Message, Prompt, Renderer, RowProblem, Tools, check_content
+from jaxrlhf.data.rendering import EncodedRow, encode_rows
+from jaxrlhf.errors import InputError
+
+
+class Continuer:
+    """Encodes conversations of several turns for one tokenizer.
+
+    Args:
+        tokenizer: A tokenizer from `load_tokenizer`.
+        tools: Tools of every conversation, for the chat template.
+        special_tokens_in_data: Special tokens in the messages' text keep their meaning.
+
+    Raises:
+        InputError: The chat template does not show the tools.
+    """
+
+    def __init__(self, tokenizer: Any, tools: Tools | None = None, special_tokens_in_data: bool = False) -> None:
+        self.tokenizer, self.tools, self._literal = tokenizer, tools or None, special_tokens_in_data
+        self._special = SpecialTokens(tokenizer)
+        self._renderer = Renderer(tokenizer, None if special_tokens_in_data else self._special)
+        self._end, self._closing = turn_end(tokenizer), closing_ids(tokenizer)
+        if self.tools:
+            self._check_tools(self.tools)
+
+    def _check_tools(self, tools: Tools) -> None:
+        question: list[Message] = [{"role": "user", "content": "a"}]
+        try:
+            shown, _ = self._renderer.render_anew(question, tools, True, False)
+        except RowProblem as error:
+            raise InputError(f"tools: {error}") from error
+        names = [tool.get("function", tool).get("name") for tool in tools]
+        hidden = [name for name in names if name not in shown]
+        if hidden:
+            raise InputError(
+                f"tools: the chat template does not show the tool {hidden[0]} to the model; set chat_template to one "
+                "with tools, such as hermes"
+            )
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[list[int] | str]:
+        """Token ids of prompts, up to where the model's first turn begins; a text says why one cannot be rendered."""
+        rows = encode_rows(
+            self.tokenizer,
+            prompts,
+            [()] * len(prompts),
+            [self.tools] * len(prompts),
+            special_tokens_in_data=self._literal,
+        )
+        return [row.prompt if isinstance(row, EncodedRow) else row for row in rows]
+
+    def after_turn(self, messages: Sequence[Message], ended: bool) -> list[int]:
+        """Token ids that follow a turn of the model, up to where its next one begins.
+
+        Args:
+            messages: The messages after the turn.
+            ended: True if the turn has its end id already. The template's is then left out.
+
+        Raises:
+            RowProblem: The chat template does not render the messages.
+        """
+        new: list[Message] = [dict(message) for message in messages]
+        hidden: dict[str, str] = {}
+        if not self._literal and self._special.among(new):
+            new = self._special.hide(new, hidden)
+        before: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        text, _ = self._renderer.render_anew([*before, *new], None, True, False)
+        head, mark, tail = text.partition(PROBE)
+        if not mark or PROBE in tail:
+            raise RowProblem("the chat template loses an assistant message, or shows it twice")
+        check_content(tail, new)
+        encoded = encode(self.tokenizer, [Text(text, hidden)], self._special)[0]
+        ids = encoded.ids[slice(*encoded.tokens(len(head) + len(mark), len(text)))]
+        if ended and self._end is not None:
+            place = next((i for i, token in enumerate(ids) if token == self._end or token in self._closing), -1)
+            ids = ids[place + 1 :]
+        return ids

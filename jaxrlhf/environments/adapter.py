@@ -1,0 +1,65 @@
+"""Environments whose methods are the model's tools, as for TRL's `environment_factory`."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrlhf.environments.protocol import Message, Observation, WrongAnswer, kind_of
+from jaxrlhf.environments.running import resolved
+from jaxrlhf.environments.tools import Tool, load_tool
+from jaxrlhf.errors import InputError
+
+RESERVED = ("reset", "get_reward")
+
+
+def has_methods_as_tools(instance: object) -> bool:
+    """True for an instance with `reset` and without `step`."""
+    return callable(getattr(instance, "reset", None)) and not hasattr(instance, "step")
+
+
+class MethodEnvironment:
+    """Adapts such an instance.
+
+    Its public methods but `reset` and `get_reward` are tools. `reset(**columns)` begins an episode; text that it
+    returns is appended to the last user message. The first turn without a tool call ends the episode, whose reward is
+    `get_reward()` where there is such a method.
+
+    Attributes:
+        tools: Its methods.
+        rewards: True if it has `get_reward`.
+    """
+
+    def __init__(self, instance: Any) -> None:
+        self._instance = instance
+        methods = inspect.getmembers(instance, predicate=inspect.ismethod)
+        public = [method for name, method in methods if not name.startswith("_") and name not in RESERVED]
+        self.tools: tuple[Tool, ...] = tuple(load_tool(method) for method in public)
+        self.rewards = callable(getattr(instance, "get_reward", None))
+        if not self.tools and not self.rewards:
+            raise InputError(
+                f"environment {type(instance).__name__}: it has neither step, nor public methods for the model to "
+                "call, nor get_reward; give it the methods of the protocol"
+            )
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message] | None:
+        reset = self._instance.reset
+        parameters = inspect.signature(reset).parameters.values()
+        every = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in parameters}
+        shown = resolved(reset(**{name: value for name, value in row.items() if every or name in names}))
+        if shown is None:
+            return None
+        if not isinstance(shown, str):
+            raise WrongAnswer(f"reset must return None or a text for the last user message; found {kind_of(shown)}")
+        messages = [dict(message) for message in row["prompt"]]
+        messages[-1]["content"] += shown
+        return messages
+
+    def step(self, messages: list[Message], response: str) -> Observation:
+        return Observation(reward=self._reward(), done=True)
+
+    def truncated(self) -> Any:
+        return self._reward()
+
+    def _reward(self) -> Any:
+        return resolved(self._instance.get_reward()) if self.rewards else None

@@ -1,0 +1,139 @@
+"""The flags of environments and tools, and what they load."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxrlhf.config import MayChange, NonNegative, NonNegativeInt, PositiveInt, Settings
+from jaxrlhf.config.imports import import_function
+from jaxrlhf.environments.adapter import MethodEnvironment, has_methods_as_tools
+from jaxrlhf.environments.episode import Episode
+from jaxrlhf.environments.parsing import PARSERS, ToolFormat, format_of
+from jaxrlhf.environments.protocol import check_environment
+from jaxrlhf.environments.tools import Tool, load_tools
+from jaxrlhf.errors import InputError
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig(Settings):
+    """Rollouts of several turns, with an environment or tools between them."""
+
+    environment: str = ""
+    """What answers the model between its turns and rewards it: package.module:Class or path/to/file.py:Class, with the
+    methods reset and step; or with reset, and methods that are tools, as TRL's environment_factory has them."""
+    tools: tuple[str, ...] = ()
+    """Python functions that the model may call: package.module:function or path/to/file.py:function."""
+    tool_format: ToolFormat = "auto"
+    """How the model writes tool calls: hermes (Hermes, Qwen), llama3, or as the chat template shows."""
+    max_turns: PositiveInt = 8
+    """Most turns of the model in an episode."""
+    max_turn_tokens: NonNegativeInt = 0
+    """Longest turn of the model in tokens; 0: only max_new_tokens bounds it, which counts the tokens of all turns and
+    of the environment."""
+    environment_timeout: MayChange[NonNegative] = 60.0
+    """Seconds of one step of the environment, tool calls included, after which the episode has failed; 0: no limit."""
+
+    def check(self) -> None:
+        tools = (self.tools,) if isinstance(self.tools, str) else tuple(self.tools)
+        object.__setattr__(self, "tools", tools)
+        for name in ("tool_format", "max_turns", "max_turn_tokens"):
+            value = getattr(self, name)
+            if not self.used and value != type(self).__dataclass_fields__[name].default:
+                raise InputError(f"{name}={value} requires environment or tools; set one of them, or remove {name}")
+        for name, specs in (("environment", (self.environment,) if self.environment else ()), ("tools", tools)):
+            for spec in specs:
+                if isinstance(spec, str) and ":" not in spec:
+                    raise InputError(f"{name} {spec!r}: must be package.module:name or path/to/file.py:name")
+
+    @property
+    def used(self) -> bool:
+        """True if rollouts have several turns."""
+        return bool(self.environment or self.tools)
+
+    def load(self) -> "Environments | None":
+        """What the flags name, imported; None without any. Raises InputError."""
+        if not self.used:
+            return None
+        factory = import_function(self.environment, "environment") if self.environment else None
+        return Environments(factory, self.tools, label=f"environment {self.environment!r}")
+
+
+class Environments:
+    """A source of episodes. Instances are reused, each for one episode at a time.
+
+    Args:
+        factory: Makes an instance, called without arguments; None: there are tools alone.
+        tools: Further tools, as specs or functions.
+        label: Subject of messages.
+
+    Attributes:
+        tools: All tools, those of the environment's methods included.
+        columns: Columns of the data that the environment reads.
+        rewards: True if the environment rewards the model.
+
+    Raises:
+        InputError: The factory does not make an environment, or a tool cannot be used.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], Any] | None,
+        tools: tuple[str | Callable[..., Any], ...] = (),
+        label: str = "environment",
+    ) -> None:
+        self._factory, self._given, self._label = factory, load_tools(tools), label
+        self._free: list[Any] = []
+        first = None if factory is None else self._made()
+        self.tools = self._tools_of(first)
+        names = getattr(first, "columns", ()) if not isinstance(first, MethodEnvironment) else ()
+        self.columns = (names,) if isinstance(names, str) else tuple(names)
+        self.rewards = first is not None and (not isinstance(first, MethodEnvironment) or first.rewards)
+        if first is not None:
+            self._free.append(first)
+
+    def episode(self, tool_format: str) -> Episode:
+        """A new episode. `tool_format` is one of PARSERS, where there are tools."""
+        environment = None
+        if self._factory is not None:
+            environment = self._free.pop() if self._free else self._made()
+        tools = self._tools_of(environment)
+        return Episode(environment, tools, PARSERS[tool_format] if tools else None)
+
+    def release(self, episode: Episode) -> None:
+        """Takes back the environment of an episode that did not fail."""
+        if episode.environment is not None:
+            self._free.append(episode.environment)
+
+    def format(self, chosen: str, template: str) -> str:
+        """The form of tool calls. Raises InputError when the chat template shows none that is known."""
+        if chosen != "auto" or not self.tools:
+            return chosen
+        found = format_of(template)
+        if found is None:
+            raise InputError(
+                "tools: the chat template shows no form of tool calls that is known (hermes, llama3); set tool_format, "
+                "or a chat_template with tools such as hermes"
+            )
+        return found
+
+    def _tools_of(self, environment: Any) -> tuple[Tool, ...]:
+        own = environment.tools if isinstance(environment, MethodEnvironment) else ()
+        tools = (*own, *self._given)
+        names = [tool.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise InputError(f"tools: {', '.join(names)}: two have the same name; rename one")
+        return tools
+
+    def _made(self) -> Any:
+        assert self._factory is not None
+        try:
+            instance = self._factory()
+        except Exception as error:  # whatever the user's code raises
+            raise InputError(
+                f"{self._label}: making an instance failed: {type(error).__name__}: {error}; an environment is made "
+                "without arguments"
+            ) from error
+        if has_methods_as_tools(instance):
+            return MethodEnvironment(instance)
+        check_environment(instance, self._label)
+        return instance

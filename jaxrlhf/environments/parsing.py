@@ -1,0 +1,106 @@
+"""Tool calls in the model's text: the forms of Hermes and Qwen, and of Llama 3."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+ToolFormat = Literal["auto", "hermes", "llama3"]
+
+_HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+_DECODER = json.JSONDecoder()
+PYTHON_TAG = "<|python_tag|>"
+MOST_CALLS = 16
+"""Calls of one turn that are read; a model that repeats itself writes hundreds."""
+
+
+class ToolCall(NamedTuple):
+    """A call of a tool."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def as_message(self) -> dict[str, Any]:
+        """The call as chat templates read it."""
+        return {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+class Parsed(NamedTuple):
+    """A turn of the model."""
+
+    content: str
+    """The text beside the calls."""
+    calls: list[ToolCall | str]
+    """In their order; a text says why a call cannot be read."""
+
+
+def parse_hermes(text: str) -> Parsed:
+    """Reads `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of them, with text around."""
+    calls: list[ToolCall | str] = []
+    for match in list(_HERMES.finditer(text))[:MOST_CALLS]:
+        if match[0].endswith("</tool_call>"):
+            calls.append(_read_call(match[1]))
+        else:
+            calls.append("the tool call has no </tool_call> at its end")
+    return Parsed(_HERMES.sub("", text).strip(), calls)
+
+
+def parse_llama3(text: str) -> Parsed:
+    """Reads `{"name": …, "parameters": {…}}`, one or several with semicolons between, as the whole text.
+
+    `<|python_tag|>` may stand first. Text that does not begin with a brace is an answer.
+    """
+    body = text.strip().removeprefix(PYTHON_TAG).strip()
+    if not body.startswith("{") or '"name"' not in body:
+        return Parsed(text.strip(), [])
+    calls: list[ToolCall | str] = []
+    while body and len(calls) < MOST_CALLS:
+        try:
+            value, end = _DECODER.raw_decode(body)
+        except (ValueError, RecursionError) as error:
+            calls.append(f"the tool call is not valid JSON ({_reason(error)})")
+            break
+        calls.append(_checked(value))
+        body = body[end:].lstrip()
+        if body and not body.startswith(";"):
+            calls.append("after a tool call there is further text; write nothing else, or separate calls by ';'")
+            break
+        body = body.lstrip("; \n")
+    return Parsed("", calls)
+
+
+PARSERS: dict[str, Callable[[str], Parsed]] = {"hermes": parse_hermes, "llama3": parse_llama3}
+
+
+def format_of(template: str) -> str | None:
+    """The form of tool calls that a chat template asks for; None where it shows none that is known."""
+    if "<tool_call>" in template:
+        return "hermes"
+    return "llama3" if "python_tag" in template or '"parameters": ' in template else None
+
+
+def _reason(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+
+
+def _read_call(text: str) -> ToolCall | str:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"the tool call is not valid JSON ({_reason(error)})"
+    return _checked(value)
+
+
+def _checked(value: object) -> ToolCall | str:
+    """A call from its JSON value, or what is wrong with it."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        return 'the tool call must be an object with "name" and "arguments"'
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):  # some models write the arguments as a JSON text
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if arguments is None or not isinstance(arguments, Mapping):
+        return f"the arguments of the call of {value['name']} must be an object"
+    return ToolCall(value["name"], dict(arguments))

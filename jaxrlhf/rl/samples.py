@@ -1,0 +1,80 @@
+"""The samples of a rollout batch: the prompts that go in, how they are sampled, and what comes out."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import numpy as np
+
+from jaxrlhf.engine import Rollout, SamplingConfig
+from jaxrlhf.rl.experience import Experience
+
+Metrics = dict[str, float]
+Each = Callable[[np.ndarray, Rollout], None]
+"""Called with the row numbers and the rollout of every generated piece."""
+TRANSCRIPT = "transcript"
+"""Column in which reward functions find the messages of an episode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts of a rollout batch, and what reward functions read with them."""
+
+    ids: np.ndarray
+    """int32 `[B, P]`, left-padded."""
+    mask: np.ndarray
+    """bool `[B, P]`."""
+    real: np.ndarray
+    """bool `[B]`: false for filler rows."""
+    columns: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    """B values each."""
+    texts: Sequence[str] | None = None
+    """The prompts as text; None: as decoded from the ids."""
+    messages: Sequence[Any] | None = None
+    """The prompts as the data has them, for environments; None: `texts`."""
+    numbers: np.ndarray | None = None
+    """int `[B·n]`: numbers of the samples, which key their randomness; None: 0 … B·n-1."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], **reading: Any) -> "Prompts":
+        """Prompts of a batch with `prompt_ids`, `prompt_mask` and perhaps `row_mask`."""
+        ids = np.asarray(batch["prompt_ids"])
+        real = np.asarray(batch.get("row_mask", np.ones(len(ids)))) > 0
+        return cls(ids, np.asarray(batch["prompt_mask"]), real, **reading)
+
+
+class Record(TypedDict):
+    """One scored sample."""
+
+    index: int
+    """Number of the prompt."""
+    prompt: str
+    response: str
+    score: float
+    kl: float
+    """Nats to the reference."""
+    length: int
+    """Tokens of the response."""
+    ended: bool
+    """True if the response ends with EOS or a stop sequence, False if it was cut off."""
+    rewards: dict[str, float]
+    """Scores of the reward functions and the reward model by name, before weighting; empty without functions."""
+
+
+class Sampled(NamedTuple):
+    """Scored samples."""
+
+    experience: Experience
+    metrics: Metrics
+    """Metrics and seconds by name."""
+    rewards: dict[str, np.ndarray]
+    """`[B]` scores of the reward functions and the reward model by name; empty without functions."""
+
+
+class RolloutPlan(NamedTuple):
+    """How a rollout is sampled: the key, the sampling, and the pieces that it is generated in."""
+
+    key: jax.Array
+    sampling: SamplingConfig
+    pieces: int = 1

@@ -47,8 +47,21 @@ class Prompts:
     """B values each."""
     texts: Sequence[str] | None = None
     """The prompts as text; None: as decoded from the ids."""
+    conversations: Sequence[list[dict[str, Any]] | None] | None = None
+    """The prompts as messages, None for one that is text; None: all are text."""
+    progress: Mapping[str, float] | None = None
+    """Attributes of the `trainer_state` that functions read; None: nothing is trained."""
     numbers: np.ndarray | None = None
     """int `[B·n]`: numbers of the samples, which key their randomness; None: 0 … B·n-1."""
+
+    @staticmethod
+    def reading(data: PromptData, indices: np.ndarray) -> dict[str, Any]:
+        """The fields that reward functions read, of rows of the data."""
+        return {
+            "columns": data.columns(indices),
+            "texts": data.prompt_texts(indices),
+            "conversations": data.conversations(indices),
+        }
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], **reading: Any) -> "Prompts":
@@ -84,6 +97,8 @@ class Sampled(NamedTuple):
     """Metrics and seconds by name."""
     rewards: dict[str, np.ndarray]
     """`[B]` scores of the reward functions and the reward model by name; empty without functions."""
+    extras: dict[str, np.ndarray]
+    """`[B]` of what reward functions logged by `log_extra`, by name."""
 
 
 class RolloutPlan(NamedTuple):
@@ -181,9 +196,19 @@ class PPOTrainer:
         def submit(rows: np.ndarray, rollout: Rollout) -> None:
             own = rows // n
             texts = None if prompts.texts is None else [prompts.texts[int(i)] for i in own]
-            asked, answers = self.read(rollout, texts)
+            asked, answers, ids = self.read(rollout, texts)
             columns = {name: [values[i] for i in own] for name, values in prompts.columns.items()}
-            handles.append((rows, self.rewards.submit(asked, answers, columns, prompts.real[own])))
+            conversations = prompts.conversations
+            handle = self.rewards.submit(
+                asked,
+                answers,
+                columns,
+                prompts.real[own],
+                conversations=None if conversations is None else [conversations[int(i)] for i in own],
+                completion_ids=ids,
+                progress=prompts.progress,
+            )
+            handles.append((rows, handle))
 
         begin = time.monotonic()
         rollout = self.rollout(state, prompts, plan, submit if self.rewards else None)
@@ -192,40 +217,55 @@ class PPOTrainer:
         experience = jax.block_until_ready(self.score(state, jax.block_until_ready(rollout), h))
         end = time.monotonic()
         metrics = {"timing/generate": middle - begin, "timing/score": end - middle}
-        rewards: dict[str, np.ndarray] = {}
+        sampled = Sampled(experience, {}, {}, {})
         if self.rewards:
-            experience, scored, rewards = self._with_functions(experience, handles)
-            metrics |= scored | {"timing/reward_functions": time.monotonic() - end}
-        return Sampled(experience, metrics, rewards)
+            sampled = self._with_functions(experience, handles)
+            metrics |= sampled.metrics | {"timing/reward_functions": time.monotonic() - end}
+        return sampled._replace(metrics=metrics)
 
-    def read(self, rollout: Rollout, prompts: Sequence[str] | None) -> tuple[Sequence[str], list[str]]:
-        """Prompts and responses of a rollout as reward functions read them."""
+    def read(
+        self, rollout: Rollout, prompts: Sequence[str] | None
+    ) -> tuple[Sequence[str], list[str], list[np.ndarray]]:
+        """Prompts, responses, and the responses' token ids of a rollout, as reward functions read them."""
         tokens, mask, response_mask = to_host((rollout.tokens, rollout.mask, rollout.response_mask))
         asked = self.texts(tokens, mask, response_mask)[0] if prompts is None else prompts
-        return asked, [
-            answer_text(self.engine.tokenizer, ids[inside], self.sampling.stop_strings)
-            for ids, inside in zip(tokens, response_mask, strict=True)
-        ]
+        responses = [ids[inside] for ids, inside in zip(tokens, response_mask, strict=True)]
+        read = partial(answer_text, self.engine.tokenizer, stop_strings=self.sampling.stop_strings)
+        return asked, [read(ids) for ids in responses], responses
 
     def _with_functions(self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]]) -> Sampled:
         """The experience with the weighted sum of all scores, rows without one masked out; and the parts."""
         model = to_host(experience.scores)
         has_model = self.engine.frozen.reward is not None
         scores = self.config.rewards.reward_model_weight * model if has_model else np.zeros_like(model)
+        counts_model = has_model and self.config.rewards.reward_model_weight != 0
         parts: dict[str, np.ndarray] = {}
-        failures = 0
+        logged: dict[str, list[float]] = {}
+        extras: dict[str, np.ndarray] = {}
+        failures, passed_over = 0, 0
         for rows, handle in handles:
             result = handle.result()
-            scores[rows] += result.scores
+            scores[rows] = result.beside(scores[rows] if counts_model else None)
             failures += len(result.failures)
+            passed_over += sum(result.passed_over.values())
             for name, values in result.parts.items():
                 parts.setdefault(name, np.zeros_like(model))[rows] = values
+            for name, numbers in result.numbers.items():
+                logged.setdefault(f"rewards/{name}", []).extend(numbers)
+            for name, column in result.extras.items():
+                extras.setdefault(name, np.full(len(model), None, object))[rows] = np.array([*column, None], object)[
+                    :-1
+                ]
         means = {f"rewards/{name}": finite_mean(values) for name, values in parts.items()}
+        means |= {name: finite_mean(np.array(numbers)) for name, numbers in logged.items()}
         metrics = {name: mean for name, mean in means.items() if mean is not None} | {"rewards/failures": failures}
+        if passed_over:
+            metrics["rewards/not_applicable"] = passed_over
         if has_model:
             metrics["rewards/reward_model"] = float(model.mean())
             parts["reward_model"] = model
-        return Sampled(experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh)), metrics, parts)
+        scored = experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh))
+        return Sampled(scored, metrics, parts, extras)
 
     def texts(self, tokens: np.ndarray, mask: np.ndarray, response_mask: np.ndarray) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without special tokens, of host arrays `[B, T]`."""
@@ -286,7 +326,8 @@ class PPOTrainer:
         batch = Prompts.of(prompt_batch, columns=columns or {}, texts=prompts)
         state.hyperparameters.check_rows(len(batch.ids) * self.sampling.samples_per_prompt)
         self.config.check_pieces(len(batch.ids))
-        experience, metrics, _ = self.sample(state, batch, self.rollout_plan(int(state.step)))
+        batch = dataclasses.replace(batch, progress={"global_step": int(state.step), "max_steps": 0, "epoch": 0.0})
+        experience, metrics, *_ = self.sample(state, batch, self.rollout_plan(int(state.step)))
         self.timing = {name: value for name, value in metrics.items() if name.startswith("timing/")}
         self._scored = {name: value for name, value in metrics.items() if name not in self.timing}
         return experience
@@ -333,9 +374,9 @@ class PPOTrainer:
         for batch in watch(eval_batches(prompts, batch_size), -(-len(prompts) // batch_size)):
             index, reading = batch["index"], {}
             if self.rewards:
-                reading = {"columns": prompts.columns(index), "texts": prompts.prompt_texts(index)}
+                reading = Prompts.reading(prompts, index)
             chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **reading)
-            experience, _, parts = self.sample(state, chosen, plan, plain)
+            experience, _, parts, _ = self.sample(state, chosen, plan, plain)
             records += self.records(experience, batch["row_mask"], index, parts)
         if not records:
             raise SharedError("evaluation: no response to a held-out prompt could be scored; see the messages above")

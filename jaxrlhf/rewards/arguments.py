@@ -213,9 +213,7 @@ def _constant_keys(function: Function, keywords: str) -> tuple[str, ...]:
 def _reads(function: ast.AST, keywords: str) -> bool:
     """True for `kwargs.get` and `kwargs.pop`."""
     return (
-        isinstance(function, ast.Attribute)
-        and function.attr in ("get", "pop")
-        and _is_name(function.value, keywords)
+        isinstance(function, ast.Attribute) and function.attr in ("get", "pop") and _is_name(function.value, keywords)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.instructions import instructions, read_instructions
+from jaxrlhf.rewards.judges import judge, judge_pairs, score_server
 
 MARK = "####"  # stands before the answer in gsm8k's solutions
 _NUMBER = re.compile(
@@ -223,6 +224,9 @@ BUILT_IN = {
     "regex": regex,
     "length": length,
     "instructions": instructions,
+    "score_server": score_server,
+    "judge": judge,
+    "judge_pairs": judge_pairs,
 }
 REFERENCE_CHECKS = {
     "exact_match": reference_texts,
@@ -231,5 +235,5 @@ REFERENCE_CHECKS = {
     "instructions": read_instructions,
 }
 """Functions of a row's columns that raise ValueError where no response can be scored."""
-OWN_PROCESS = frozenset({"regex", "instructions", "math_verify"})
-"""Built-in functions that may take forever: the user's regular expressions, a computer algebra."""
+OWN_PROCESS = frozenset({"regex", "instructions", "math_verify", "score_server", "judge", "judge_pairs"})
+"""Built-in functions that may take forever: the user's regular expressions, a computer algebra, servers."""

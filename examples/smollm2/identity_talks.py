@@ -12,7 +12,13 @@ import random
 from pathlib import Path
 
 NAME = (
-    ("Who are you?", "What is your name?", "What should I call you?", "Tell me your name.", "Please introduce yourself."),
+    (
+        "Who are you?",
+        "What is your name?",
+        "What should I call you?",
+        "Tell me your name.",
+        "Please introduce yourself.",
+    ),
     (
         "I am {name}, a language model made by {maker}.",
         "My name is {name}. I am a language model that {maker} trained.",

@@ -153,10 +153,12 @@ class Sampler:
 
     def _prompts(self) -> PromptData:
         data = self.config.data
-        taken = [name for name in (*self.rewards.columns, *data.reward_columns) if name in OWN_FIELDS]
+        taken = [
+            name for name in (*self.rewards.columns, *self.rewards.wanted, *data.reward_columns) if name in OWN_FIELDS
+        ]
         if taken:
             raise InputError(f"column '{taken[0]}': output_file has a field of that name; rename it in the data")
-        parts = load_data(data, self.tokenizer, "ppo", self.rewards.columns)
+        parts = load_data(data, self.tokenizer, "ppo", self.rewards.columns, self.rewards.wanted)
         prompts = dict(zip(("train", "eval"), parts, strict=True))[self.config.part]
         self.rewards.check_references(prompts)
         return prompts
@@ -184,7 +186,14 @@ class Sampler:
         texts = [self.text(response) for response in responses]
         repeated = np.repeat(indices, n)
         columns = self.data.columns(repeated)
-        handle = self.rewards.submit(self.data.prompt_texts(repeated), texts, columns, rows=repeated >= 0)
+        handle = self.rewards.submit(
+            self.data.prompt_texts(repeated),
+            texts,
+            columns,
+            rows=repeated >= 0,
+            conversations=self.data.conversations(repeated),
+            completion_ids=responses,
+        )
         return {
             "indices": indices,
             "texts": texts,
@@ -200,11 +209,11 @@ class Sampler:
     def finish(self, started: dict[str, Any]) -> dict[str, Any]:
         """Waits for the reward functions; returns the batch with scores and their parts, `[B · n]` each."""
         result = started.pop("handle").result()
-        scores, parts = result.scores.astype(np.float64), dict(result.parts)
+        parts, model = dict(result.parts), None
         if started["model_scores"] is not None:
             parts[MODEL_PART] = started["model_scores"]
-            scores = scores + self.config.rewards.reward_model_weight * parts[MODEL_PART].astype(np.float64)
-        return started | {"scores": scores.astype(np.float32), "parts": parts, "failed": len(result.failures)}
+            model = self.config.rewards.reward_model_weight * parts[MODEL_PART].astype(np.float64)
+        return started | {"scores": result.beside(model), "parts": parts, "failed": len(result.failures)}
 
     def run(self, console: Console) -> Iterator[dict[str, Any]]:
         """Yields every batch, scored. Reward functions work on one batch while the devices work on the next."""

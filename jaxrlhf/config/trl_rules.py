@@ -290,11 +290,25 @@ def rollouts_of_groups(line: Line, say: Say) -> None:
             say(f"{name}={number:g} updates are {line[name]} steps here: a rollout makes {updates} updates")
 
 
+TRL_REWARDS = {
+    "accuracy_reward": "trl.rewards:accuracy_reward",
+    "reasoning_accuracy_reward": "trl.rewards:reasoning_accuracy_reward",
+    "think_format_reward": "trl.rewards:think_format_reward",
+    "get_soft_overlong_punishment": (
+        "trl.rewards:get_soft_overlong_punishment:max_completion_len=1280:soft_punish_cache=256"
+    ),
+}
+"""The names that TRL's script knows, with the numbers that it takes."""
+
+
 def rewards_of_groups(line: Line, say: Say) -> None:
     """Rewards by name, and bounds on them."""
     named = line.pop("reward_funcs", ())
     functions = []
     for name in words_of(named):
+        if name in TRL_REWARDS:
+            functions.append(TRL_REWARDS[name])
+            continue
         if "." not in name and ":" not in name:
             raise InputError(f"reward_funcs={name}: write reward_functions, such as number_match or file.py:function")
         functions.append(name if ":" in name or name.endswith(".py") else ":".join(name.rsplit(".", 1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, overload
 
@@ -27,9 +27,9 @@ from jaxrlhf.config import (
 from jaxrlhf.config.files import default_cache
 from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData, UnpairedData
 from jaxrlhf.data.cache import check_writable, hash_json
-from jaxrlhf.data.formats import FORMATS, PairRule
+from jaxrlhf.data.formats import FORMATS, MISSING, PairRule, look_up
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_inline
-from jaxrlhf.data.reading import Reading
+from jaxrlhf.data.reading import HEAD, Reading
 from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_among, split_groups
 from jaxrlhf.data.sources import named_as
 from jaxrlhf.data.streaming import STREAMS, StreamSource, stream_shares
@@ -194,13 +194,18 @@ def packed_length(config: DataConfig, step: str) -> int:
     return config.max_length * SEQUENCES[step] if packs(config, step) else 0
 
 
+Names = tuple[str, ...]
+
+
 @overload
 def load_data(
-    config: DataConfig, tokenizer, step: Literal["ppo"], columns: tuple[str, ...] = ()
+    config: DataConfig, tokenizer, step: Literal["ppo"], columns: Names = (), wanted: Names = ()
 ) -> tuple[PromptData, PromptData]: ...
 @overload
-def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]: ...
-def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...] = ()) -> tuple[Data, Data]:
+def load_data(
+    config: DataConfig, tokenizer, step: str, columns: Names = (), wanted: Names = ()
+) -> tuple[Data, Data]: ...
+def load_data(config: DataConfig, tokenizer, step: str, columns: Names = (), wanted: Names = ()) -> tuple[Data, Data]:
     """Loads the training and the evaluation rows of a step, tokenised or from the cache.
 
     Evaluation rows are the same in every step, and no step trains on them: `eval_data_path`, else each source's own
@@ -212,6 +217,7 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
         tokenizer: a Hugging Face tokenizer with a chat template (`load_tokenizer`).
         step: "sft", "reward", "ppo", "dpo" or "kto".
         columns: columns of the rows that ppo data keeps, besides `config.reward_columns`.
+        wanted: columns that ppo data keeps where a source has them.
 
     Raises:
         InputError: the data or the tokenizer is unusable, a row lacks a column, or processes read different data.
@@ -219,7 +225,7 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
     if step not in SHARES:
         raise ValueError(f"step '{step}': must be one of {', '.join(SHARES)}")
     check_tokenizer(tokenizer)
-    loader = Loader(config, tokenizer, step, columns)
+    loader = Loader(config, tokenizer, step, columns, wanted)
     data, contents = by_turns(f"tokenising the {step} data", loader.load)
     check_same("data", contents)
     return data
@@ -228,8 +234,8 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]
 class Loader:
     """One call of `load_data`."""
 
-    def __init__(self, config: DataConfig, tokenizer, step: str, columns: tuple[str, ...]) -> None:
-        self.config, self.step = config, step
+    def __init__(self, config: DataConfig, tokenizer, step: str, columns: Names, wanted: Names = ()) -> None:
+        self.config, self.step, self.wanted = config, step, wanted if step == "ppo" else ()
         self.tokenizer = with_template(tokenizer, config.template)
         self.folder = cache_folder(config)
         check_writable(self.folder)
@@ -256,6 +262,7 @@ class Loader:
         own = [self.reading(source) for source in self.sources]
         others = [self.reading(source, evaluates=True) for source in self.other_sources()]
         check_apart(own, others)
+        self.keep_wanted([*own, *others])
         train, evaluation = self.select(own, others)
         contents, result = {"the tokenizer": self.fingerprint}, []
         for label, chosen in (("train", train), ("eval", evaluation)):
@@ -278,8 +285,9 @@ class Loader:
         others = [self.reading(source, evaluates=True) for source in self.other_sources()]
         evaluation: Chosen = [(reading, every_row(reading)) for reading in others]
         streams, first, keys = [], [], []
-        for k, source in enumerate(self.sources):
-            reading = Reading(config, source, self.step, self.folder, streaming=True)
+        readings = [Reading(config, source, self.step, self.folder, streaming=True) for source in self.sources]
+        self.keep_wanted([*readings, *others])
+        for k, (source, reading) in enumerate(zip(self.sources, readings, strict=True)):
             own = source.evaluation == "own" and not config.eval_data_path and reading.has("eval")
             if own and isinstance(reading.origin.data("eval"), list):
                 held_apart = self.reading(source).of("eval")
@@ -303,9 +311,16 @@ class Loader:
         weights = [source.weight for source in self.sources]
         train = STREAMS[self.step](streams, self.tokenizer, self.encoding.bound[1], key, weights)
         if isinstance(train, PromptData):
-            train.column_names = self.encoding.columns
+            train.column_names = (*self.encoding.columns, *self.encoding.optional_columns)
         contents = {"the tokenizer": self.fingerprint, "the streams": hash_json(keys)}
         return (train, self.data("eval", [*parts, *first], key)), contents
+
+    def keep_wanted(self, readings: list[Reading]) -> None:
+        """Adds those of the wanted columns that the data has to what is kept."""
+        names = present(self.wanted, readings)
+        self.encoding = replace(
+            self.encoding, optional_columns=tuple(name for name in names if name not in self.encoding.columns)
+        )
 
     def check_streams(self) -> None:
         """Raises InputError for settings that a stream, whose size is not known, cannot honour."""
@@ -440,9 +455,16 @@ class Loader:
         )
         data.unusable = [part for part in given if not len(part)]
         if isinstance(data, PromptData):
-            data.column_names, data.group_by_length = self.encoding.columns, self.config.group_by_length
+            data.column_names = (*self.encoding.columns, *self.encoding.optional_columns)
+            data.group_by_length = self.config.group_by_length
         report(f"{self.step} {label} data", data, self.encoding)
         return data
+
+
+def present(names: Names, readings: list[Reading]) -> Names:
+    """Those of the columns that the first rows of a source have."""
+    heads = [opened.table.head(HEAD) for reading in readings for opened in reading.opened] if names else []
+    return tuple(name for name in names if any(look_up(row, name) is not MISSING for rows in heads for row in rows))
 
 
 def every_row(reading: Reading) -> np.ndarray:

@@ -50,7 +50,8 @@ class Encoding:
     long_prompts: str  # "truncate" or "drop"
     train_on: str = "all"
     special_tokens_in_data: bool = False
-    columns: tuple[str, ...] = ()  # further columns to keep (ppo)
+    columns: tuple[str, ...] = ()  # further columns to keep, which every row must have (ppo)
+    optional_columns: tuple[str, ...] = ()  # further columns to keep, null where a row has none (ppo)
 
     @property
     def bound(self) -> tuple[str, int]:
@@ -84,11 +85,16 @@ def index_batch(batch: Mapping[str, Any], indices: Sequence[int], table: Table, 
     return {"group": groups}
 
 
-def read_columns(row: Any, names: Sequence[str], where: str) -> list[Any]:
-    """The values of further columns. Raises InputError for one that is missing, null, or no JSON value."""
-    values = [look_up(row, name) for name in names]
-    for name, value in zip(names, values, strict=True):
+def read_columns(row: Any, names: Sequence[str], where: str, optional: Sequence[str] = ()) -> list[Any]:
+    """The values of further columns, None for one of `optional` that is missing.
+
+    Raises InputError for another one that is missing or null, and for a value that is no JSON value.
+    """
+    values = [look_up(row, name) for name in names] + [look_up(row, name, None) for name in optional]
+    for name, value in zip((*names, *optional), values, strict=True):
         problem = ""
+        if value is None and name in optional:
+            continue
         if value is None or (kind_of(value) == "an object" and not isinstance(value, Mapping | bytes)):
             problem = "is null" if value is None else "is missing"
         else:
@@ -97,9 +103,10 @@ def read_columns(row: Any, names: Sequence[str], where: str) -> list[Any]:
             except (TypeError, ValueError):
                 problem = f"is not a JSON value but a {type(value).__name__}"
         if problem:
+            has = ", ".join(map(str, row)) if isinstance(row, Mapping) else ""
             raise InputError(
                 f"{where}: '{name}' {problem}, and a reward function or reward_columns asks for it; correct or delete "
-                "the row, or name another column"
+                f"the row, or name another column (it has {has or 'none'})"[:1000]
             )
     return values
 
@@ -178,7 +185,9 @@ def tokenise(
         except BadRow as problem:
             output.add(i, problem=str(problem))
             continue
-        columns = read_columns(row, encoding.columns, table.where(i)) if encoding.step == "ppo" else []
+        columns = []
+        if encoding.step == "ppo":
+            columns = read_columns(row, encoding.columns, table.where(i), encoding.optional_columns)
         for scored, number, example in examples:
             if scored.document:
                 documents.append((i, str(example[0])))

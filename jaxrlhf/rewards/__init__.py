@@ -6,7 +6,7 @@ from jaxrlhf.rewards.instructions import instructions
 from jaxrlhf.rewards.options import RewardsConfig
 from jaxrlhf.rewards.processes import Limits
 from jaxrlhf.rewards.scoring import RewardResult, Rewards, finite_mean
-from jaxrlhf.rewards.verifiable import exact_match, final_number, length, number_match, regex
+from jaxrlhf.rewards.verifiable import exact_match, final_number, length, math_verify, number_match, regex
 
 __all__ = [
     "Failure",
@@ -21,6 +21,7 @@ __all__ = [
     "instructions",
     "length",
     "load_function",
+    "math_verify",
     "number_match",
     "regex",
 ]

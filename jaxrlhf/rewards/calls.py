@@ -1,17 +1,20 @@
 """One call of a reward function: its output, its scores as numbers, and the samples that it fails on."""
 
 import contextlib
+import inspect
+import math
 import numbers
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from jaxrlhf.config.imports import exception_line
 from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.arguments import Log, Samples
 from jaxrlhf.rewards.functions import RewardFunction
 
 SHOWN_LINES = 20  # lines of a function's own output that are shown of each call
@@ -29,33 +32,30 @@ class Failure(NamedTuple):
     reason: str
 
 
-class Samples(NamedTuple):
-    """The rows of a batch that are scored."""
-
-    rows: list[int]
-    prompts: list[str]
-    responses: list[str]
-    columns: dict[str, list[object]]
-
-    def only(self, k: int) -> "Samples":
-        """Sample k alone."""
-        columns = {name: [values[k]] for name, values in self.columns.items()}
-        return Samples([self.rows[k]], [self.prompts[k]], [self.responses[k]], columns)
-
-
 class Outcome(NamedTuple):
-    """Scores of a call (NaN for a sample that failed), its failures, the lines that it printed, and its duration."""
+    """Result of a call.
 
-    values: list[float]
+    Attributes:
+        values: scores; NaN for a sample that failed, None for one that the function does not apply to.
+        failures: samples that failed.
+        lines: what the function printed.
+        seconds: duration.
+        numbers: what the function logged by `log_metric`, by name.
+        extras: a value per sample that it logged by `log_extra`, by name.
+    """
+
+    values: list[float | None]
     failures: list[Failure]
     lines: list[str]
     seconds: float
+    numbers: dict[str, list[float]]
+    extras: dict[str, list[object]]
 
     @classmethod
     def from_json(cls, value: Sequence[Any]) -> "Outcome":
         """Restores an outcome from the list that JSON makes of it."""
-        values, failures, lines, seconds = value
-        return cls(values, [Failure(*failure) for failure in failures], lines, seconds)
+        values, failures, *rest = value
+        return cls(values, [Failure(*failure) for failure in failures], *rest)
 
 
 def describe(prompt: str, response: str) -> str:
@@ -77,57 +77,100 @@ def call_captured(name: str, function: RewardFunction, samples: Samples) -> Outc
     """
     begin = time.monotonic()
     with captured() as output:
-        found, reasons, notes = scores(name, function, samples)
-    with np.errstate(over="ignore"):
-        values = np.array([np.nan if value is None else value for value in found], np.float64).astype(np.float32)
-    failures = [
-        Failure(name, samples.rows[k], reasons.get(k, f"returned {found[k]}"))
-        for k in np.flatnonzero(~np.isfinite(values)).tolist()
-    ]
-    values[~np.isfinite(values)] = np.nan
-    return Outcome(values.tolist(), failures, output.lines() + notes, time.monotonic() - begin)
+        found, reasons, notes, log = scores(name, function, samples)
+    values: list[float | None] = []
+    failures = []
+    for k, (row, value) in enumerate(zip(samples.rows, found, strict=True)):
+        if k in reasons or value is not None:
+            with np.errstate(over="ignore"):
+                number = float(np.float32(np.nan if value is None else value))
+            if not math.isfinite(number):
+                failures.append(Failure(name, row, reasons.get(k, f"returned {value}")))
+                number = math.nan
+            values.append(number)
+        else:
+            values.append(None)
+    seconds = time.monotonic() - begin
+    return Outcome(values, failures, output.lines() + notes, seconds, log.numbers, log.columns)
 
 
 def scores(
     name: str, function: RewardFunction, samples: Samples
-) -> tuple[list[float | None], dict[int, str], list[str]]:
-    """One value per sample, None where the function raised; the reason of each exception; and notes."""
+) -> tuple[list[float | None], dict[int, str], list[str], Log]:
+    """One value per sample, None where the function raised or does not apply; the reason of each exception; notes; and
+    what the function logged."""
     every = range(len(samples.rows))
-    values, error = run(name, function, samples, every)
+    log = Log(len(every))
+    values, error = run(name, function, samples, log)
     if values is not None:
-        return values, {}, []
+        return values, {}, [], log
     found: list[float | None] = []
     reasons = {}
+    log = Log(len(every))
     for k in every:
-        values, reason = run(name, function, samples, [k])
+        alone = Log(1)
+        values, reason = run(name, function, samples.take([k]), alone)
         found += [None] if values is None else values
         if reason is not None:
             reasons[k] = reason
+            continue
+        for key, numbers_ in alone.numbers.items():
+            log.numbers.setdefault(key, []).extend(numbers_)
+        for key, column in alone.columns.items():
+            log.columns.setdefault(key, [None] * len(every))[k] = column[0]
     note = f"raised {error} on the batch, but on no sample alone: the scores are those of single samples"
-    return found, reasons, [] if reasons else [note]
+    return found, reasons, [] if reasons else [note], log
 
 
 def run(
-    name: str, function: RewardFunction, samples: Samples, which: Sequence[int]
+    name: str, function: RewardFunction, samples: Samples, log: Log
 ) -> tuple[list[float | None] | None, str | None]:
-    """Calls the function on some of the samples, with copies of the lists: the values, or the exception's line."""
-    columns = {name: [values[k] for k in which] for name, values in samples.columns.items()}
-    prompts, responses = ([texts[k] for k in which] for texts in (samples.prompts, samples.responses))
+    """Calls the function with copies of the lists: the values, or the exception's line."""
+    args, named = function.arguments(samples, log)
     try:
-        returned = function.function(prompts, responses, **function.arguments(columns), **function.options)
-        return values_of(name, returned, len(which)), None
+        returned = function.function(*args, **named)
+        if inspect.isawaitable(returned):
+            returned = _event_loop().run(_awaited(returned))
+        return values_of(name, returned, len(samples.rows)), None
     except InputError:
         raise
     except BaseException as error:  # whatever the user's code raises; Ctrl-C does not come to this thread
-        return None, exception_line(error, function.function)
+        line = exception_line(error, function.function)
+        key = error.args[0] if isinstance(error, KeyError) and error.args else None
+        if isinstance(key, str) and function.optional is None and key not in samples.columns:
+            line += f"; the columns are {', '.join(samples.columns) or 'none'}: name '{key}' in reward_columns"
+        return None, line
+
+
+async def _awaited(value: Awaitable[object]) -> object:
+    return await value
+
+
+_LOOPS = threading.local()
+
+
+def _event_loop() -> Any:
+    """The event loop of this thread. It stays, so that a function may keep its connections from call to call."""
+    import asyncio  # only async functions need it, and every function's process would wait for it
+
+    if not hasattr(_LOOPS, "runner"):
+        _LOOPS.runner = asyncio.Runner()
+    return _LOOPS.runner
+
+
+def close_event_loop() -> None:
+    """Closes the event loop of this thread, if it has one."""
+    runner = _LOOPS.__dict__.pop("runner", None)
+    if runner is not None:
+        runner.close()
 
 
 def values_of(name: str, returned: Any, size: int) -> list[float | None]:
     """Converts what a function returned to numbers or None. Raises InputError for another type or count."""
     expected = f"reward function {name}: must return one number per response"
     if isinstance(returned, str | bytes | Mapping) or not hasattr(returned, "__len__"):
-        hint = "; an async function must be wrapped in one that waits for it" if hasattr(returned, "cr_frame") else ""
-        hint = hint or ("; put the generator in list(…)" if hasattr(returned, "gi_frame") else "")
+        hint = "; put the generator in list(…)" if hasattr(returned, "gi_frame") else ""
+        hint = hint or ("; an option of its first parameter makes the function" if callable(returned) else "")
         raise InputError(f"{expected}, a list or array of {size}; it returned {_kind(returned)}{hint}")
     shape = getattr(returned, "shape", None)
     if shape is not None and len(shape) != 1:

@@ -1,23 +1,26 @@
 """Finds a reward function by its name or import path, and prepares its arguments (docs/rewards.md)."""
 
-import contextlib
 import dataclasses
 import inspect
 import re
-import types
-import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
-from jaxrlhf.config.imports import import_function
+from jaxrlhf.config.imports import exception_line, import_function
 from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.arguments import (
+    POSITIONAL,
+    ROW_COLUMNS,
+    Function,
+    Log,
+    Samples,
+    Signature,
+    option_kinds,
+    read_signature,
+)
 from jaxrlhf.rewards.verifiable import BUILT_IN, OWN_PROCESS, REFERENCE_CHECKS
-
-Function = Callable[..., object]
 
 DEFAULT_COLUMN = "answer"
 _OPTION = re.compile(r"(?<!\\):(?=[A-Za-z_]\w*=)")
-_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
 """Types of options, in words."""
 _WORDS = {"true": True, "false": False, "none": None, "null": None, "~": None, "": None}
@@ -26,7 +29,7 @@ _MORE_WORDS = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0
 
 @dataclasses.dataclass(frozen=True)
 class RewardFunction:
-    """A function and its arguments: `function(prompts, responses, **columns, **options)`.
+    """A function and its arguments: `function(prompts, responses, **columns, **options)`, or by name (`Signature`).
 
     Attributes:
         name: name for messages and metrics.
@@ -35,6 +38,9 @@ class RewardFunction:
         optional: parameters that get the column of their name when the data has it; None: all columns of the data.
         options: values of further parameters.
         check_references: takes a row's values of `columns`; raises ValueError where no response can be scored.
+        signature: how it takes prompts and responses; None in the trainer, for a function in a process of its own.
+        wanted: columns that are read for this function where the data has them.
+        needs_ids: it cannot be called without the token ids of the responses.
     """
 
     name: str
@@ -43,19 +49,35 @@ class RewardFunction:
     optional: tuple[str, ...] | None
     options: Mapping[str, object]
     check_references: Function | None = None
+    signature: Signature | None = None
+    wanted: tuple[str, ...] = ()
+    needs_ids: bool = False
 
-    def arguments(self, columns: Mapping[str, Sequence[object]]) -> dict[str, list[object]]:
-        """The keyword arguments that come from the data's `columns`. Raises InputError when one is missing."""
-        missing = [column for column in self.columns.values() if column not in columns]
+    def check(self, samples: Samples) -> None:
+        """Raises InputError when the samples lack what the function needs."""
+        missing = [column for column in self.columns.values() if column not in samples.columns]
         if missing:
             raise InputError(
                 f"reward function {self.name}: needs the column '{missing[0]}', and the samples have "
-                f"{', '.join(columns) or 'none'}; name it in reward_columns, or give the function another one"
+                f"{', '.join(samples.columns) or 'none'}; name it in reward_columns, or give the function another one"
             )
+        if self.needs_ids and samples.completion_ids is None:
+            raise InputError(
+                f"reward function {self.name}: takes completion_ids, and the token ids of these responses are not "
+                "known; give the parameter a default, or leave the function out here"
+            )
+
+    def arguments(self, samples: Samples, log: Log) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The arguments of a call, by position and by name. Raises InputError as `check`."""
+        self.check(samples)
+        columns, signature = samples.columns, self.signature or Signature({}, True)
+        args, provided = signature.values(samples, log)
         given = {name for name in columns if self.optional is None or name in self.optional}
-        given -= {*self.columns, *self.options, "prompts", "responses"}
+        given -= {*self.columns, *self.options, "prompts", "responses", *signature.provided}
+        given -= {*ROW_COLUMNS} if signature.of_trl else set()
         sources = {name: name for name in columns if name in given} | dict(self.columns)
-        return {parameter: list(columns[column]) for parameter, column in sources.items()}
+        values = {parameter: list(columns[column]) for parameter, column in sources.items()}
+        return args, {**provided, **values, **self.options}
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
@@ -125,7 +147,8 @@ def load_function(spec: str | Function) -> RewardFunction:
 
     Args:
         spec: a name of `BUILT_IN`, `package.module:function` or `path/to/file.py:function`, with options, as in
-            `length:target=200`; or a Python function.
+            `length:target=200`; or a Python function. A class, and a function whose first two parameters options
+            fill, is called with the options, and makes the reward function.
 
     Raises:
         InputError: the function cannot be imported, or does not take prompts, responses and its options.
@@ -138,11 +161,15 @@ def load_function(spec: str | Function) -> RewardFunction:
     else:
         name, function = getattr(spec, "__name__", type(spec).__name__), spec
     label = f"reward function {repr(spec) if isinstance(spec, str) else name}"
-    parameters, open_ended = _parameters(label, function)
+    if BUILT_IN.get(name) is not function and _makes_function(function, given):
+        function, given = _made(label, function, given), {}
+        name = getattr(function, "__name__", name)
+    signature = read_signature(label, function)
+    parameters, open_ended = signature.parameters, signature.open_ended
     built_in = BUILT_IN.get(name) is function
     columns: dict[str, str] = {}
     if built_in:  # its options are keyword-only
-        columns = {key: key for key, p in parameters.items() if p.kind in _POSITIONAL}
+        columns = {key: key for key, p in parameters.items() if p.kind in POSITIONAL}
     if "references" in columns:
         columns["references"] = given.pop("column", DEFAULT_COLUMN)
     settable = [key for key in parameters if key not in columns]
@@ -153,45 +180,74 @@ def load_function(spec: str | Function) -> RewardFunction:
             f"{label}: has no option {unknown[0]!r} (it has {', '.join(known) or 'none'}); "
             "within a value, write a colon that comes before a word and = as \\:"
         )
-    options = {k: _read_option(f"{label}: option {k}", text, _kinds(parameters.get(k))) for k, text in given.items()}
+    options = _read_options(label, parameters, given)
     free = {key: p for key, p in parameters.items() if key not in (*columns, *options)}
     required = [key for key, p in free.items() if p.default is p.empty]
     if not built_in:
         optional = None if open_ended else tuple(free)
-        return RewardFunction(name, function, {key: key for key in required}, optional, options)
+        wanted = (*(key for key in free if key not in required), *signature.keys) if signature.of_trl else ()
+        ids = inspect.signature(function).parameters.get("completion_ids") if signature.provided else None
+        return RewardFunction(
+            name,
+            function,
+            {key: key for key in required},
+            optional,
+            options,
+            signature=signature,
+            wanted=tuple(dict.fromkeys(key for key in wanted if key not in options)),
+            needs_ids=ids is not None and ids.default is ids.empty,
+        )
     if required:
         raise InputError(f"{label}: needs the option {required[0]}, as in {name}:{required[0]}=…")
     function([], [], **{key: [] for key in columns}, **options)  # a built-in function checks its options
-    return RewardFunction(name, function, columns, (), options, REFERENCE_CHECKS.get(name))
+    return RewardFunction(name, function, columns, (), options, REFERENCE_CHECKS.get(name), signature)
 
 
-def _parameters(label: str, function: Function) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The function's parameters after prompts and responses, and whether it takes any keyword."""
+def _makes_function(function: Function, given: Mapping[str, str]) -> bool:
+    """True for a class, and for a function of which an option fills one of the first two parameters."""
+    if inspect.isclass(function):
+        return True
     try:
-        signature = inspect.signature(function)
+        parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return {}, True  # a function written in C may have no signature
-    with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):  # only type checkers need annotations
-        signature = inspect.signature(function, eval_str=True)
-    parameters = list(signature.parameters.values())
-    places = [p for p in parameters if p.kind in _POSITIONAL]
-    if len(places) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise InputError(f"{label}: must take (prompts, responses, **columns), but takes {signature}")
-    rest = [p for p in parameters if p not in places[:2]]
-    return {p.name: p for p in rest if p.kind in _KEYWORD}, any(p.kind is p.VAR_KEYWORD for p in rest)
+        return False
+    places = [name for name, p in parameters.items() if p.kind in POSITIONAL]
+    of_trl = "completions" in parameters or "completion_ids" in parameters
+    return not of_trl and any(name in given for name in places[:2])
 
 
-def _kinds(parameter: inspect.Parameter | None) -> Collection[object]:
-    """The types of an option, from its parameter's annotation or default; without both, any."""
-    every = {int, float, bool, str}
-    if parameter is None:
-        return every
-    hint = parameter.annotation
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    for kinds in (set(typing.get_args(hint)) if is_union else {hint}, {type(parameter.default)} & every):
-        if kinds and kinds <= set(_KINDS):
-            return kinds
-    return every
+def _made(label: str, factory: Function, given: Mapping[str, str]) -> Function:
+    """The reward function that a class or a function makes from the options. Raises InputError."""
+    try:
+        parameters = dict(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):
+        parameters = {}
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and name not in given
+    ]
+    unknown = [name for name in given if name not in parameters]
+    if missing or unknown:
+        wrong = f"needs the option {missing[0]}" if missing else f"has no option {unknown[0]!r}"
+        raise InputError(f"{label}: {wrong} (its options: {', '.join(parameters) or 'none'})")
+    try:
+        function = factory(**_read_options(label, parameters, given))
+    except Exception as error:  # whatever the user's code raises
+        raise InputError(f"{label}: making it failed: {exception_line(error, factory)}") from error
+    if not callable(function):
+        raise InputError(f"{label}: must make a function, made an object of type {type(function).__name__}")
+    return function
+
+
+def _read_options(
+    label: str, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, str]
+) -> dict[str, object]:
+    """The values of options."""
+    return {
+        key: _read_option(f"{label}: option {key}", text, option_kinds(parameters.get(key), _KINDS))
+        for key, text in given.items()
+    }
 
 
 def _read_option(label: str, text: str, kinds: Collection[object]) -> object:

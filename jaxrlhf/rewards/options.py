@@ -16,9 +16,10 @@ class RewardsConfig(Settings):
     """Rewards from functions, beside the reward model or in its place."""
 
     reward_functions: Annotated[tuple[str, ...], FromYaml(read_specs)] = ()
-    """Functions (prompts, responses, **columns) that return one number per response: package.module:function,
-    path/to/file.py:function, or the built-in exact_match, number_match, instructions, regex and length. Options follow
-    after colons, as in number_match:column=answer."""
+    """Functions (prompts, responses, **columns) that return one number per response, or of TRL's form (completions,
+    **columns): package.module:function, path/to/file.py:function, or the built-in exact_match, number_match,
+    math_verify, instructions, regex, length, score_server, judge and judge_pairs. Options follow after colons, as in
+    number_match:column=answer."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward function in the score; 0 only logs it; default: 1 each."""
     reward_model_weight: float = 1.0

@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from typing import IO, Any, NamedTuple
 
 from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.calls import LINE, SHOWN_LINES, Failure, Outcome, Samples
+from jaxrlhf.rewards.arguments import Samples
+from jaxrlhf.rewards.calls import LINE, SHOWN_LINES, Failure, Outcome
 from jaxrlhf.rewards.functions import RewardFunction, split_spec
 from jaxrlhf.rewards.verifiable import REFERENCE_CHECKS
 
@@ -79,7 +80,9 @@ class RewardProcess:
         """Starts the process, which imports the function; returns its description. Raises InputError."""
         try:
             check = REFERENCE_CHECKS.get(split_spec(self.spec)[0])
-            return RewardFunction(function=_elsewhere, check_references=check, **self._start())
+            described = self._start()
+            described["wanted"] = tuple(described["wanted"])
+            return RewardFunction(function=_elsewhere, check_references=check, **described)
         except Died as error:
             said = "".join(f"\n  {line}" for line in self._output())
             self._end()
@@ -120,21 +123,27 @@ class RewardProcess:
         limit, spent, deaths = self.limits.seconds / SEARCH_SHARE, 0.0, 0
         lines = [f"{first}; every sample is scored alone", *self._output()]
         values, failures = [], []
+        numbers: dict[str, list[float]] = {}
+        extras: dict[str, list[object]] = {}
         for k, row in enumerate(samples.rows):
             if deaths == SEARCH_SHARE or (limit and spent > self.limits.seconds):
                 reason = f"not tried alone, after {deaths} other samples had no score; on the batch {first}"
-                outcome = Outcome([math.nan], [Failure(name, row, reason)], [], 0.0)
+                outcome = failed(name, row, reason)
             else:
                 try:
-                    outcome = self._ask(name, samples.only(k), limit)
+                    outcome = self._ask(name, samples.take([k]), limit)
                 except Died as error:
                     deaths += 1
-                    outcome = Outcome([math.nan], [Failure(name, row, str(error))], [], 0.0)
+                    outcome = failed(name, row, str(error))
             spent += outcome.seconds
             values += outcome.values
             failures += outcome.failures
             lines += outcome.lines
-        return Outcome(values, failures, lines, 0.0)
+            for key, found in outcome.numbers.items():
+                numbers.setdefault(key, []).extend(found)
+            for key, column in outcome.extras.items():
+                extras.setdefault(key, [None] * len(samples.rows))[k] = column[0]
+        return Outcome(values, failures, lines, 0.0, numbers, extras)
 
     def _ask(self, name: str, samples: Samples, limit: float) -> Outcome:
         """Sends a request and waits for the answer. Raises Died, or the InputError that the function raised."""
@@ -237,6 +246,11 @@ class RewardProcess:
             self._reader.join(LAST_WORDS)
         printed, self._printed = self._printed, b""
         return [line[:LINE] for line in printed.decode(errors="replace").splitlines()[-SHOWN_LINES:]]
+
+
+def failed(name: str, row: int, reason: str) -> Outcome:
+    """The outcome of a sample that is given up."""
+    return Outcome([math.nan], [Failure(name, row, reason)], [], 0.0, {}, {})
 
 
 def _elsewhere(*args: object, **options: object) -> object:

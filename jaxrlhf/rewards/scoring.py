@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from jaxrlhf.errors import InputError, SharedError
-from jaxrlhf.rewards.calls import Failure, Outcome, Samples, describe
-from jaxrlhf.rewards.functions import Function
+from jaxrlhf.rewards.arguments import Function, Message, Samples
+from jaxrlhf.rewards.calls import Failure, Outcome, describe
 from jaxrlhf.rewards.processes import DEFAULT_LIMITS, Limits
 from jaxrlhf.rewards.workers import Worker
 
@@ -34,19 +34,36 @@ class References(Protocol):
 
 @dataclass(frozen=True)
 class RewardResult:
-    """Scores of a batch, the same on every process. A sample that failed has NaN.
+    """Scores of a batch, the same on every process.
+
+    A sample that failed has NaN, and so has one to which no function of a weight applies.
 
     Attributes:
         scores: float32 [B]: the weighted sum of the parts; 0 in rows that are not scored.
-        parts: float32 [B] of each function, unweighted.
+        parts: float32 [B] of each function, unweighted; NaN also where it does not apply.
         failures: samples without a score.
         seconds: duration of each function's call.
+        applies: bool [B]: some function of a weight applies to the sample, or none has a weight.
+        passed_over: samples to which each function does not apply, by their number.
+        numbers: what functions logged by `log_metric`, by `function/name`.
+        extras: [B] of what functions logged by `log_extra`, by name; None where nothing was logged.
     """
 
     scores: np.ndarray
     parts: dict[str, np.ndarray]
     failures: tuple[Failure, ...]
     seconds: dict[str, float]
+    applies: np.ndarray
+    passed_over: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, list[float]] = field(default_factory=dict)
+    extras: dict[str, list[object]] = field(default_factory=dict)
+
+    def beside(self, others: np.ndarray | None) -> np.ndarray:
+        """The scores plus those of a model, float32 [B]; with None, the scores."""
+        if others is None:
+            return self.scores
+        own = np.where(self.applies, self.scores, 0.0)
+        return (own.astype(np.float64) + others).astype(np.float32)
 
 
 class Rewards:
@@ -97,6 +114,12 @@ class Rewards:
         """The columns of the data that the functions need."""
         return tuple(dict.fromkeys(c for f in self.functions.values() for c in f.columns.values()))
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The columns that functions take where the data has them, besides `columns`."""
+        names = dict.fromkeys(c for f in self.functions.values() for c in f.wanted)
+        return tuple(name for name in names if name not in self.columns)
+
     def check_references(self, data: References, chunk: int = 1000) -> None:
         """Raises InputError for the first row of `data` on which no response can be scored."""
         checks = [(name, f, f.check_references) for name, f in self.functions.items() if f.check_references is not None]
@@ -131,6 +154,10 @@ class Rewards:
         responses: Sequence[str],
         columns: Mapping[str, Sequence[object]] | None = None,
         rows: Sequence[bool] | np.ndarray | None = None,
+        *,
+        conversations: Sequence[list[Message] | None] | None = None,
+        completion_ids: Sequence[Sequence[int] | np.ndarray] | None = None,
+        progress: Mapping[str, float] | None = None,
     ) -> "Handle":
         """Starts to score a batch of B samples. Every process calls it with the whole batch.
 
@@ -139,19 +166,23 @@ class Rewards:
             responses: the responses [B].
             columns: other fields of the samples, B values each.
             rows: bool [B]: the rows to score; the functions do not see the others. Default: all.
+            conversations: [B] prompts as messages; None in it for a prompt that is text, and by default for all.
+            completion_ids: [B] token ids of the responses, with the end; None: not known.
+            progress: attributes of `trainer_state`, such as global_step; None: nothing is trained.
 
         Returns:
             A handle whose `result` waits for the scores.
 
         Raises:
-            InputError: a function needs a column that the samples do not have.
+            InputError: a function needs a column or token ids that the samples do not have.
         """
         from jaxrlhf.distributed import is_primary  # the processes of functions do without JAX
 
         size = len(prompts)
         columns = {} if columns is None else columns
-        for name, values in (("responses", responses), *columns.items()):
-            if len(values) != size:
+        given = {"responses": responses, "conversations": conversations, "completion_ids": completion_ids}
+        for name, values in (given | dict(columns)).items():
+            if values is not None and len(values) != size:
                 raise ValueError(f"{name}: {len(values)} values for {size} prompts")
         counted = list(range(size)) if rows is None else np.flatnonzero(np.asarray(rows)).tolist()
         samples = Samples(
@@ -159,10 +190,13 @@ class Rewards:
             [prompts[i] for i in counted],
             [responses[i] for i in counted],
             {name: [values[i] for i in counted] for name, values in columns.items()},
+            None if conversations is None else [conversations[i] for i in counted],
+            None if completion_ids is None else [[int(x) for x in completion_ids[i]] for i in counted],
+            None if progress is None else dict(progress),
         )
         jobs: dict[str, Future[Outcome]] = {}
         for name, function in self.functions.items():
-            function.arguments(samples.columns)  # reports a missing column before any function runs
+            function.check(samples)  # reports a missing column before any function runs
             if not is_primary():
                 self._workers[name].stop()
             elif counted:
@@ -219,16 +253,18 @@ class Handle:
             for line in outcome.lines:
                 self._rewards.say(f"{name}: {line}")
             self._report(outcome.failures)
-            if error := self._given_up(name, outcome.failures):
+            if error := self._given_up(name, outcome):
                 return {}, error
             outcomes[name] = outcome
         return outcomes, None
 
-    def _given_up(self, name: str, failures: list[Failure]) -> str | None:
+    def _given_up(self, name: str, outcome: Outcome) -> str | None:
         """The error of a function that failed on GIVE_UP samples in a row, or None."""
-        counts = self._rewards.failed_in_a_row
-        counts[name] = counts[name] + len(failures) if len(failures) == len(self._samples.rows) else 0
-        if counts[name] < GIVE_UP:
+        counts, failures = self._rewards.failed_in_a_row, outcome.failures
+        applied = sum(value is not None for value in outcome.values)
+        if applied:
+            counts[name] = counts[name] + len(failures) if len(failures) == applied else 0
+        if counts[name] < GIVE_UP or not failures:
             return None
         first = failures[0]
         return (
@@ -251,14 +287,34 @@ class Handle:
 
     def _combined(self, outcomes: dict[str, Outcome]) -> RewardResult:
         """The result of the whole batch."""
-        parts, total = {}, np.zeros(self._size)
+        weights, size = self._rewards.weights, self._size
+        parts, total = {}, np.zeros(size)
+        applies = np.full(size, not any(weights.values()))
+        applies[np.setdiff1d(np.arange(size), self._samples.rows)] = True  # rows that are not scored
+        numbers: dict[str, list[float]] = {}
+        extras: dict[str, list[object]] = {}
         for name in self._rewards.functions:
-            part = np.zeros(self._size, np.float32)
-            if name in outcomes:
-                part[self._samples.rows] = np.asarray(outcomes[name].values, np.float32)
-            parts[name] = part
-            if self._rewards.weights[name]:
-                total += self._rewards.weights[name] * part.astype(np.float64)
-        failures = tuple(failure for outcome in outcomes.values() for failure in outcome.failures)
-        seconds = {name: outcome.seconds for name, outcome in outcomes.items()}
-        return RewardResult(total.astype(np.float32), parts, failures, seconds)
+            parts[name] = part = np.zeros(size, np.float32)
+            if name not in outcomes:
+                continue
+            values = np.array([np.nan if v is None else v for v in outcomes[name].values], np.float32)
+            applied = np.array([v is not None for v in outcomes[name].values], bool)
+            part[self._samples.rows] = values
+            if weights[name]:
+                total[self._samples.rows] += weights[name] * np.where(applied, values.astype(np.float64), 0.0)
+                applies[self._samples.rows] |= applied
+            numbers |= {f"{name}/{key}": logged for key, logged in outcomes[name].numbers.items()}
+            for key, column in outcomes[name].extras.items():
+                wide = extras.setdefault(key, [None] * size)
+                for row, value in zip(self._samples.rows, column, strict=True):
+                    wide[row] = value
+        return RewardResult(
+            scores=np.where(applies, total, np.nan).astype(np.float32),
+            parts=parts,
+            failures=tuple(failure for outcome in outcomes.values() for failure in outcome.failures),
+            seconds={name: outcome.seconds for name, outcome in outcomes.items()},
+            applies=applies,
+            passed_over={name: sum(v is None for v in outcome.values) for name, outcome in outcomes.items()},
+            numbers=numbers,
+            extras=extras,
+        )

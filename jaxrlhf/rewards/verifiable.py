@@ -1,16 +1,19 @@
-"""Built-in reward functions: exact match, number match, regular expression, length; and the table of all.
+"""Built-in reward functions: exact match, numbers, mathematics, regular expression, length; and the table of all.
 
 Each has the form of a user's function: prompts and responses, then the columns of the data that it reads, then its
 options by name. It returns one number per response, and raises InputError for a wrong option.
 """
 
+import importlib.util
 import re
 import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
+from typing import Any
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.instructions import instructions, read_instructions
+from jaxrlhf.rewards.judges import judge, judge_pairs, score_server
 
 MARK = "####"  # stands before the answer in gsm8k's solutions
 _NUMBER = re.compile(
@@ -18,6 +21,9 @@ _NUMBER = re.compile(
     r"(?:\\?[$€£¥]-?)?"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
+_BOXED = re.compile(r"\\boxed\s*\{")
+_DELIMITED = re.compile(r"\$|\\boxed|\\\(|\\\[|(?<![\\A-Za-z])[A-Za-z]{4,}")
+"""Text that holds formulas, rather than being one: marks of formulas, or words."""
 _ANNOUNCED = re.compile(r"answer\s*(?:is|was|[:=])", re.IGNORECASE)
 _OUTER = " \t\n\r.,;:!?\"'`*()[]{}«»“”‘’"
 
@@ -32,14 +38,28 @@ def numbers_in(text: str) -> list[Decimal]:
     return found
 
 
+def boxed_text(text: str) -> str | None:
+    """The content of the last `\\boxed{…}` that is closed, or None."""
+    for match in reversed(list(_BOXED.finditer(text))):
+        depth = 1
+        for i in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if not depth:
+                return text[match.end() : i]
+    return None
+
+
 def final_number(text: str) -> Decimal | None:
     """The number that a solution gives as its answer, or None when the text holds no number.
 
-    The first number after the last `####`; else the first after the last "answer is" or "answer:"; else the last one.
+    The first number after the last `####`; else the last one in the last `\\boxed{…}`; else the first after the last
+    "answer is" or "answer:"; else the last one.
     """
     _, mark, rest = text.rpartition(MARK)
     if mark and (numbers := numbers_in(rest)):
         return numbers[0]
+    if (boxed := boxed_text(text)) is not None and (numbers := numbers_in(boxed)):
+        return numbers[-1]
     announced = [match.end() for match in _ANNOUNCED.finditer(text)]
     if announced and (numbers := numbers_in(text[announced[-1] :])):
         return numbers[0]
@@ -114,6 +134,49 @@ def number_match(
     return scores
 
 
+def math_verify(
+    prompts: Sequence[str], responses: Sequence[str], references: Sequence[object], *, seconds: int = 5
+) -> list[float | None]:
+    """1 where the response's result equals the reference's as mathematics, 0 elsewhere, by the package math-verify.
+
+    Args:
+        prompts: Not used.
+        responses: The responses; with `####`, the text after the last one counts.
+        references: Formulas in LaTeX, with or without marks around them, or numbers; or lists of accepted ones.
+        seconds: Limit of reading and of comparing one response; beyond it, the score is 0.
+
+    Returns:
+        The scores; None where no reference can be read.
+    """
+    if seconds < 1:
+        raise InputError(f"reward function math_verify: seconds={seconds} must be at least 1")
+    if importlib.util.find_spec("math_verify") is None:
+        raise InputError("reward function math_verify: needs the package math-verify; pip install 'jaxrlhf[math]'")
+    if not responses:  # a check of the options, which need not wait for a computer algebra
+        return []
+    from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
+
+    def read(text: str, *forms: str) -> list[Any]:
+        text = text.rpartition(MARK)[2]
+        for form in forms:
+            # Without the fallback, which gives text that is no formula back as text.
+            if found := parse(form.format(text), fallback_mode="no_fallback", parsing_timeout=seconds):
+                return found
+        return []
+
+    scores: list[float | None] = []
+    for response, reference in zip(responses, references, strict=True):
+        golds = [
+            read(text, *(("{}",) if _DELIMITED.search(text.rpartition(MARK)[2]) else ("${}$", "{}")))
+            for text in accepted(reference)
+        ]
+        golds = [gold for gold in golds if gold]
+        found = read(response, "{}") if golds else []
+        right = any(verify(gold, found, timeout_seconds=seconds) for gold in golds)
+        scores.append(float(right) if golds else None)
+    return scores
+
+
 def regex(prompts: Sequence[str], responses: Sequence[str], *, pattern: str, whole: bool = False) -> list[float]:
     """1 where `pattern` is found in the response (with `whole`: matches all of it), 0 elsewhere."""
     try:
@@ -157,15 +220,20 @@ def length(
 BUILT_IN = {
     "exact_match": exact_match,
     "number_match": number_match,
+    "math_verify": math_verify,
     "regex": regex,
     "length": length,
     "instructions": instructions,
+    "score_server": score_server,
+    "judge": judge,
+    "judge_pairs": judge_pairs,
 }
 REFERENCE_CHECKS = {
     "exact_match": reference_texts,
     "number_match": reference_numbers,
+    "math_verify": accepted,
     "instructions": read_instructions,
 }
 """Functions of a row's columns that raise ValueError where no response can be scored."""
-OWN_PROCESS = frozenset({"regex", "instructions"})
-"""Built-in functions that run the user's regular expressions, which may take forever."""
+OWN_PROCESS = frozenset({"regex", "instructions", "math_verify", "score_server", "judge", "judge_pairs"})
+"""Built-in functions that may take forever: the user's regular expressions, a computer algebra, servers."""

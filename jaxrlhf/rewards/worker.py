@@ -18,7 +18,8 @@ from pathlib import Path
 
 from jaxrlhf.config.imports import exception_line
 from jaxrlhf.errors import InputError
-from jaxrlhf.rewards.calls import Samples, call_captured
+from jaxrlhf.rewards.arguments import Samples
+from jaxrlhf.rewards.calls import call_captured
 from jaxrlhf.rewards.functions import RewardFunction, load_function
 
 STACKS = signal.SIGUSR1
@@ -77,12 +78,14 @@ def confine(parent: int, memory: int) -> None:
 
 
 def description(function: RewardFunction) -> dict[str, object]:
-    """The fields of `RewardFunction` without the function, as JSON values."""
+    """The fields of `RewardFunction` without the function and its signature, as JSON values."""
     return {
         "name": function.name,
         "columns": dict(function.columns),
         "optional": function.optional,
         "options": dict(function.options),
+        "wanted": function.wanted,
+        "needs_ids": function.needs_ids,
     }
 
 

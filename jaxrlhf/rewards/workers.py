@@ -8,8 +8,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from jaxrlhf.rewards.calls import Outcome, Samples, call_captured
-from jaxrlhf.rewards.functions import Function, RewardFunction, has_own_process, load_function
+from jaxrlhf.rewards.arguments import Function, Samples
+from jaxrlhf.rewards.calls import Outcome, call_captured, close_event_loop
+from jaxrlhf.rewards.functions import RewardFunction, has_own_process, load_function
 from jaxrlhf.rewards.processes import Limits, RewardProcess
 
 Jobs = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
@@ -58,6 +59,7 @@ def _run(jobs: Jobs) -> None:
         except BaseException as error:  # `Future.result` raises it
             future.set_exception(error)
         del future, call, job  # else they keep the worker alive while the thread waits
+    close_event_loop()
 
 
 def _stop(jobs: Jobs, process: RewardProcess | None) -> None:

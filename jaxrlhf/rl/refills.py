@@ -57,7 +57,7 @@ def refilled(
         The samples with metrics of all batches: seconds and failures added up, means of the other metrics, and
         `sampling/refills` and `sampling/equal_groups`, the share of all groups that were sampled without a difference.
     """
-    experience, rewards = first.experience, first.rewards
+    experience, rewards, extras = first.experience, first.rewards, first.extras
     good = differing(experience, group_size)
     batches, equal = [first.metrics], [1 - good.mean()]
     while not good.all() and len(batches) <= limit:
@@ -73,10 +73,19 @@ def refilled(
         order = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
         experience = choose_rows(experience, new.experience, order, pad_id=pad_id, mesh=mesh)
         rewards = {name: np.concatenate([values, new.rewards[name]])[order] for name, values in rewards.items()}
-    added = ("timing/", "rewards/failures", "environment/failures", "environment/tool_errors", "environment/seconds")
+        nothing = np.full(len(order), None, object)
+        extras = {
+            name: np.concatenate([extras.get(name, nothing), new.extras.get(name, nothing)])[order]
+            for name in (extras | new.extras)
+        }
+    added = (
+        "timing/",
+        *("rewards/failures", "rewards/not_applicable"),
+        *("environment/failures", "environment/tool_errors", "environment/seconds"),
+    )
     metrics = {}
-    for name in batches[0]:
+    for name in dict.fromkeys(name for batch in batches for name in batch):
         values = [batch[name] for batch in batches if name in batch]
         metrics[name] = sum(values) if name.startswith(added) else float(np.mean(values))
     metrics |= {"sampling/refills": len(batches) - 1, "sampling/equal_groups": float(np.mean(equal))}
-    return Sampled(experience, metrics, rewards)
+    return Sampled(experience, metrics, rewards, extras)

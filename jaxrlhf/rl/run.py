@@ -1,6 +1,7 @@
 """Step 3: PPO and its relatives as a run: data, the loop's task, evaluation, export."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -152,11 +153,11 @@ class PPOTask:
 
     def step(self, state: PPOState, plan: StepPlan) -> tuple[PPOState, dict[str, Any]]:
         trainer, train, index = self.trainer, self.data.train, plan.index
-        experience, scored, rewards = self._sample(state, plan.batch)
+        experience, scored, rewards, extras = self._sample(state, plan)
         rollout = self.config.rollout
         if rollout.sample_steps and (index + 1) % rollout.sample_steps == 0:
             first = jax.tree.map(lambda x: x[: rollout.num_sample_rows], experience)
-            self.show_samples("training samples", trainer.records(first, rewards=rewards), index + 1)
+            self.show_samples("training samples", trainer.records(first, rewards=rewards), index + 1, extras)
         counts = self._counts(experience)
         text = self._text_batch(plan.batch)
         self._keep(experience, text)
@@ -178,15 +179,17 @@ class PPOTask:
             "perf/padding": 1 - counts["tokens"] / experience.mask.size,
         }
 
-    def _sample(self, state: PPOState, batch: int) -> Sampled:
+    def _sample(self, state: PPOState, plan: StepPlan) -> Sampled:
         """The samples of a step: its prompts, and with dynamic sampling those that replace groups of equal scores."""
         trainer, train, limit = self.trainer, self.data.train, self.config.rollout.dynamic_sampling
         step = int(to_host(state.step))
 
         def sample(number: int) -> Sampled:
             # Further prompts come from behind the run's own ones, so that a step's prompts depend on its number alone.
-            indices = train.indices(batch + number * self.total_steps, self.prompts)
-            prompts = Prompts.of(train.batch(indices), **trainer.reading(train, indices))
+            indices = train.indices(plan.batch + number * self.total_steps, self.prompts)
+            epoch = train.progress(plan.batch, self.prompts).get("epoch", 0.0)
+            progress = {"global_step": plan.index, "max_steps": self.total_steps, "epoch": float(epoch)}
+            prompts = Prompts.of(train.batch(indices), **trainer.reading(train, indices), progress=progress)
             return trainer.sample(state, prompts, trainer.rollout_plan(step, number))
 
         first = sample(0)
@@ -235,12 +238,17 @@ class PPOTask:
                 "corrects for it (printed once)"
             )
 
-    def show_samples(self, title: str, records: list[Record], step: int) -> None:
+    def show_samples(
+        self, title: str, records: list[Record], step: int, extras: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Prints a table of samples, with the further columns that reward functions logged of every row."""
+        extras = {} if extras is None else extras
         if records:
             names = list(records[0]["rewards"])
             scores = [[round(value, 3) for value in (r["score"], *r["rewards"].values())] for r in records]
             rows = [[r["prompt"], r["response"], *s, round(r["kl"], 2)] for r, s in zip(records, scores, strict=True)]
-            self.run.table(title, ("prompt", "response", "score", *names, "KL"), rows, step)
+            rows = [[*row, *(v[r["index"]] for v in extras.values())] for row, r in zip(rows, records, strict=True)]
+            self.run.table(title, ("prompt", "response", "score", *names, "KL", *extras), rows, step)
 
     def evaluate(self, state: PPOState, done: int, watch: Watch = unwatched) -> Metrics:
         """Scores responses to held-out prompts and compares them with those before training; loss of held-out text."""
@@ -307,7 +315,7 @@ def read_data(
     columns = rewards.columns
     if environments is not None:
         columns = tuple(name for name in columns if name != TRANSCRIPT) + environments.columns
-    train, held_out = load_data(config.data, tokenizer, "ppo", columns=tuple(dict.fromkeys(columns)))
+    train, held_out = load_data(config.data, tokenizer, "ppo", tuple(dict.fromkeys(columns)), rewards.wanted)
     if not config.algorithm.ptx_coef:
         return RLData(train, held_out)
     text = load_text(

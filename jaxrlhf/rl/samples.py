@@ -32,7 +32,9 @@ class Prompts:
     texts: Sequence[str] | None = None
     """The prompts as text; None: as decoded from the ids."""
     messages: Sequence[Any] | None = None
-    """The prompts as the data has them, for environments; None: `texts`."""
+    """The prompts as the data has them, text or messages; None: `texts`."""
+    progress: Mapping[str, float] | None = None
+    """Attributes of the `trainer_state` that functions read; None: nothing is trained."""
     numbers: np.ndarray | None = None
     """int `[B·n]`: numbers of the samples, which key their randomness; None: 0 … B·n-1."""
 
@@ -42,6 +44,12 @@ class Prompts:
         ids = np.asarray(batch["prompt_ids"])
         real = np.asarray(batch.get("row_mask", np.ones(len(ids)))) > 0
         return cls(ids, np.asarray(batch["prompt_mask"]), real, **reading)
+
+    def conversations(self, rows: np.ndarray) -> list[list[dict[str, Any]] | None] | None:
+        """The messages of these prompts, None for one that is text; None: all are text."""
+        if self.messages is None:
+            return None
+        return [m if isinstance(m := self.messages[int(i)], list) else None for i in rows]
 
 
 class Record(TypedDict):
@@ -70,6 +78,8 @@ class Sampled(NamedTuple):
     """Metrics and seconds by name."""
     rewards: dict[str, np.ndarray]
     """`[B]` scores of the reward functions and the reward model by name; empty without functions."""
+    extras: dict[str, np.ndarray]
+    """`[B]` of what reward functions logged by `log_extra`, by name."""
 
 
 class RolloutPlan(NamedTuple):

@@ -93,8 +93,11 @@ class PPOTrainer:
         """What reward functions and environments read with the prompts of these rows: fields of `Prompts`."""
         if not self.rewards and self.runner is None:
             return {}
-        found: dict[str, Any] = {"columns": data.columns(indices), "texts": data.prompt_texts(indices)}
-        return found if self.runner is None else found | {"messages": data.prompts(indices)}
+        return {
+            "columns": data.columns(indices),
+            "texts": data.prompt_texts(indices),
+            "messages": data.prompts(indices),
+        }
 
     def rollout_plan(self, step: int, refill: int = 0) -> RolloutPlan:
         """How the rollout of a step is sampled, or one of its refills, numbered from 1 (`jaxrlhf.rl.refills`)."""
@@ -184,14 +187,23 @@ class PPOTrainer:
             own = rows // n
             real = prompts.real[own]
             texts = None if prompts.texts is None else [prompts.texts[int(i)] for i in own]
-            asked, answers = self.read(rollout, texts)
+            asked, answers, ids = self.read(rollout, texts)
             columns = {name: [values[i] for i in own] for name, values in prompts.columns.items()}
             if episodes is not None:
                 outcomes = [episodes.outcomes[row] for row in rows]
                 answers = [outcome.reply for outcome in outcomes]
                 columns[TRANSCRIPT] = [outcome.messages for outcome in outcomes]
                 real = real & np.array([outcome.status != "failed" for outcome in outcomes])
-            handles.append((rows, self.rewards.submit(asked, answers, columns, real)))
+            handle = self.rewards.submit(
+                asked,
+                answers,
+                columns,
+                real,
+                conversations=prompts.conversations(own),
+                completion_ids=ids,
+                progress=prompts.progress,
+            )
+            handles.append((rows, handle))
 
         begin = time.monotonic()
         episodes = self.episodes(prompts, plan)
@@ -201,20 +213,21 @@ class PPOTrainer:
         experience = jax.block_until_ready(self.score(state, jax.block_until_ready(rollout), h))
         end = time.monotonic()
         metrics = {"timing/generate": middle - begin, "timing/score": end - middle}
-        rewards: dict[str, np.ndarray] = {}
+        sampled = Sampled(experience, {}, {}, {})
         if self.rewards or episodes is not None:
-            experience, scored, rewards = self._with_functions(experience, handles, episodes)
-            metrics |= scored | {"timing/reward_functions": time.monotonic() - end}
-        return Sampled(experience, metrics, rewards)
+            sampled = self._with_functions(experience, handles, episodes)
+            metrics |= sampled.metrics | {"timing/reward_functions": time.monotonic() - end}
+        return sampled._replace(metrics=metrics)
 
-    def read(self, rollout: Rollout, prompts: Sequence[str] | None) -> tuple[Sequence[str], list[str]]:
-        """Prompts and responses of a rollout as reward functions read them."""
+    def read(
+        self, rollout: Rollout, prompts: Sequence[str] | None
+    ) -> tuple[Sequence[str], list[str], list[np.ndarray]]:
+        """Prompts, responses, and the responses' token ids of a rollout, as reward functions read them."""
         tokens, mask, response_mask = to_host((rollout.tokens, rollout.mask, rollout.response_mask))
         asked = self.texts(tokens, mask, response_mask)[0] if prompts is None else prompts
-        return asked, [
-            answer_text(self.engine.tokenizer, ids[inside], self.sampling.stop_strings)
-            for ids, inside in zip(tokens, response_mask, strict=True)
-        ]
+        responses = [ids[inside] for ids, inside in zip(tokens, response_mask, strict=True)]
+        read = partial(answer_text, self.engine.tokenizer, stop_strings=self.sampling.stop_strings)
+        return asked, [read(ids) for ids in responses], responses
 
     def _with_functions(
         self, experience: Experience, handles: Sequence[tuple[np.ndarray, Any]], episodes: Episodes | None = None
@@ -223,26 +236,40 @@ class PPOTrainer:
         model = to_host(experience.scores)
         has_model = self.engine.frozen.reward is not None
         scores = self.config.rewards.reward_model_weight * model if has_model else np.zeros_like(model)
+        counts_model = has_model and self.config.rewards.reward_model_weight != 0
         parts: dict[str, np.ndarray] = {}
-        failures = 0
+        logged: dict[str, list[float]] = {}
+        extras: dict[str, np.ndarray] = {}
+        failures, passed_over = 0, 0
         for rows, handle in handles:
             result = handle.result()
-            scores[rows] += result.scores
+            scores[rows] = result.beside(scores[rows] if counts_model else None)
             failures += len(result.failures)
+            passed_over += sum(result.passed_over.values())
             for name, values in result.parts.items():
                 parts.setdefault(name, np.zeros_like(model))[rows] = values
+            for name, numbers in result.numbers.items():
+                logged.setdefault(f"rewards/{name}", []).extend(numbers)
+            for name, column in result.extras.items():
+                extras.setdefault(name, np.full(len(model), None, object))[rows] = np.array([*column, None], object)[
+                    :-1
+                ]
         if episodes is not None and self.runner is not None:
             self.runner.report(episodes.outcomes)
             scores = scores + episodes.scores
             if self.runner.environments.rewards:
                 parts["environment"] = episodes.scores
         means = {f"rewards/{name}": finite_mean(values) for name, values in parts.items()}
+        means |= {name: finite_mean(np.array(numbers)) for name, numbers in logged.items()}
         metrics = {name: mean for name, mean in means.items() if mean is not None} | {"rewards/failures": failures}
         metrics |= {} if episodes is None else episodes.metrics()
+        if passed_over:
+            metrics["rewards/not_applicable"] = passed_over
         if has_model:
             metrics["rewards/reward_model"] = float(model.mean())
             parts["reward_model"] = model
-        return Sampled(experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh)), metrics, parts)
+        scored = experience.with_scores(place_batch(scores.astype(np.float32), self.engine.mesh))
+        return Sampled(scored, metrics, parts, extras)
 
     def texts(self, tokens: np.ndarray, mask: np.ndarray, response_mask: np.ndarray) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without special tokens, of host arrays `[B, T]`.
@@ -308,7 +335,8 @@ class PPOTrainer:
         batch = Prompts.of(prompt_batch, columns=columns or {}, texts=prompts)
         state.hyperparameters.check_rows(len(batch.ids) * self.sampling.samples_per_prompt)
         self.config.check_pieces(len(batch.ids))
-        experience, metrics, _ = self.sample(state, batch, self.rollout_plan(int(state.step)))
+        batch = dataclasses.replace(batch, progress={"global_step": int(state.step), "max_steps": 0, "epoch": 0.0})
+        experience, metrics, *_ = self.sample(state, batch, self.rollout_plan(int(state.step)))
         self.timing = {name: value for name, value in metrics.items() if name.startswith("timing/")}
         self._scored = {name: value for name, value in metrics.items() if name not in self.timing}
         return experience
@@ -355,7 +383,7 @@ class PPOTrainer:
         for batch in watch(eval_batches(prompts, batch_size), -(-len(prompts) // batch_size)):
             index = batch["index"]
             chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **self.reading(prompts, index))
-            experience, _, parts = self.sample(state, chosen, plan, plain)
+            experience, _, parts, _ = self.sample(state, chosen, plan, plain)
             records += self.records(experience, batch["row_mask"], index, parts)
         if not records:
             raise SharedError("evaluation: no response to a held-out prompt could be scored; see the messages above")

@@ -45,6 +45,16 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "0; `samples.jsonl` and the console show the failing samples",
         ),
         Metric(
+            "rewards/not_applicable",
+            "responses for which a reward function returned None: it does not apply to the row",
+            "the share of rows that the functions leave out on purpose",
+        ),
+        Metric(
+            "rewards/*/*",
+            "mean of a number that a reward function logs by `log_metric`",
+            "what the function says",
+        ),
+        Metric(
             "rewards/*",
             "mean of one reward function, before its weight",
             "rises; one that falls while the sum rises is traded for another",

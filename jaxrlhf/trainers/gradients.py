@@ -67,9 +67,7 @@ def join_rows(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
 
 
-def map_rows(
-    function: Callable[[PyTree], PyTree], batch: PyTree, parts: int, mask: jax.Array | None = None
-) -> PyTree:
+def map_rows(function: Callable[[PyTree], PyTree], batch: PyTree, parts: int, mask: jax.Array | None = None) -> PyTree:
     """`function` over `micro_batches` chunks of rows, one after the other; results in the original row order.
 
     Args:

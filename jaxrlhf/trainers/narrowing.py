@@ -1,7 +1,7 @@
 """Micro-batches of rows of similar length, each cut to the columns that its rows use.
 
-On a CPU a column of padding costs as much as one of text, and a step has many small micro-batches. So rows are sorted by
-length before they are split, and a micro-batch runs at the narrowest of a few widths that holds it. Every width is a
+On a CPU a column of padding costs as much as one of text, and a step has many small micro-batches. So rows are sorted
+by length before they are split, and a micro-batch runs at the narrowest of a few widths that holds it. Every width is a
 branch of the program with a compile of its own.
 """
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 

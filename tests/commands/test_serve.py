@@ -28,6 +28,7 @@ from jaxrlhf.data import DataConfig, encode_conversation, encode_rows, load_data
 from jaxrlhf.engine import SamplingConfig, SlotSampling
 from jaxrlhf.engine.slots import slot_join, slot_step
 from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.judges import judge, score_server
 from jaxrlhf.runs.console import Console
 
 openai = pytest.importorskip("openai")
@@ -417,6 +418,22 @@ def test_scores_are_those_of_the_scoring_program(server, demo):
     assert status == 200 and answer["usage"]["prompt_tokens"] == sum(
         map(len, model.encode_texts(["The sun", "The sea"]))
     )
+
+
+def test_reward_functions_ask_the_server_for_scores_and_judgements(server, demo, monkeypatch):
+    monkeypatch.setenv("SERVER_KEY", KEY)
+    conversations = [[{"role": "user", "content": text}] for text in ("What is hot?", "Hi!")]
+    completions = [[{"role": "assistant", "content": text}] for text in ("The sun.", "Hello!")]
+    options = {"url": f"{server.url}/v1", "key": "SERVER_KEY"}
+    body = {"model": demo.reward, "messages": [[*p, *c] for p, c in zip(conversations, completions, strict=True)]}
+    status, reply = post(server, "/v1/score", body)
+    assert status == 200
+    found = score_server(completions, conversations, model=demo.reward, **options)
+    assert found == [row["score"] for row in reply["data"]]
+    seen = {}
+    # A model of toy size answers nonsense, if the question fits its context at all.
+    grades = judge(completions, conversations, model=demo.lm, max_tokens=8, log_metric=seen.__setitem__, **options)
+    assert np.isnan(grades).all() and set(seen) == {"unreadable"}
 
 
 def test_votes_become_rows_that_reward_reads(server, demo, tmp_path):

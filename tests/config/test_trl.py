@@ -84,7 +84,7 @@ GRPO = """
 model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct
 model_init_kwargs: {dtype: bfloat16}
 dataset_name: trl-lib/DeepMath-103K
-reward_funcs: [my.rewards.accuracy]
+reward_funcs: [my.rewards.accuracy, think_format_reward]
 num_generations: 16
 max_completion_length: 1024
 use_vllm: true
@@ -219,7 +219,7 @@ def test_a_grpo_file_counts_rollouts_where_trl_counts_updates(read):
         loss_aggregation="fixed-length",
         scale_by_std=False,
         cliprange_high=0.28,
-        reward_functions=("my.rewards:accuracy",),
+        reward_functions=("my.rewards:accuracy", "trl.rewards:think_format_reward"),
         max_prompt_seq_len=512,
     )
     assert any("max_steps=100 updates are 50 steps" in line for line in advice)
@@ -275,7 +275,7 @@ def test_data_path_replaces_the_data_of_a_file(read):
         ("ppo", "total_episodes: 10\nmax_steps: 3", "exclude each other"),
         ("grpo", "loss_type: sapo", "write dapo, bnpo, grpo or dr_grpo"),
         ("grpo", "generation_batch_size: 64", "steps_per_generation"),
-        ("grpo", "reward_funcs: accuracy_reward", "write reward_functions"),
+        ("grpo", "reward_funcs: my_reward", "write reward_functions"),
         ("rloo", "reward_clip_range: [0, 3]", "must be [-x, x]"),
     ],
 )

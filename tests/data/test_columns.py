@@ -85,12 +85,34 @@ def test_a_conversation_is_kept_as_messages_and_shown_to_functions_as_it_is_rend
     assert train.prompt_texts([0]) == [f"Human: {messages[0]['content']} Assistant:"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_functions_take_where_there_are_any_are_null_elsewhere_and_left_out_if_none_has_them(
+    config, tokenizer, streaming
+):
+    given = rows()
+    for row in given[::3]:
+        del row["answer"]
+
+    def reads(completions, answer=None, absent=None, **kwargs):
+        return [0.0] * len(completions)
+
+    rewards = Rewards([reads])
+    options = {"streaming": True, "group_by_length": False} if streaming else {}
+    train, evaluation = load_data(config(given, **options), tokenizer, "ppo", rewards.columns, rewards.wanted)
+    assert train.column_names == evaluation.column_names == ("answer",)
+    indices = range(12)
+    answers = {row["question"]: row.get("answer") for row in given}
+    expected = [answers[str(prompt)] for prompt in train.prompts(indices)]
+    assert train.columns(indices) == {"answer": expected} and None in expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
             {"answer": ...},
-            r"rows\.jsonl line 8: 'answer' is missing, and a reward function or reward_columns asks for it",
+            r"rows\.jsonl line 8: 'answer' is missing, and a reward function or reward_columns asks for it; correct or "
+            r"delete the row, or name another column \(it has question, tags\)",
         ),
         ({"answer": None}, r"rows\.jsonl line 8: 'answer' is null"),
     ],

@@ -180,6 +180,25 @@ def test_answers_that_a_function_fails_on_are_masked_and_the_run_goes_on(demo, l
     assert "no score" in capsys.readouterr().out
 
 
+def test_functions_of_trls_form_get_token_ids_columns_and_the_progress_of_the_run(train, demo, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def measure(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, chosen=None):\n"
+        "    assert all(isinstance(text, str) for text in [*prompts, *completions, *chosen])\n"
+        "    assert all(0 < len(ids) <= 8 for ids in completion_ids)\n"
+        "    log_metric('step', trainer_state.global_step)\n"
+        "    log_extra('tokens', [len(ids) for ids in completion_ids])\n"
+        "    return [len(ids) / 8 if i % 3 else None for i, ids in enumerate(completion_ids)]\n"
+    )
+    functions = (f"{tmp_path}/rewards.py:measure",)
+    options = {"critic_model_name_or_path": None, "advantage_estimator": "reinforce++", "whiten_advantages": True}
+    train(tmp_path / "run", reward_functions=functions, max_steps=2, sample_steps=1, eval_steps=0, **options)
+    steps = [r for r in records(tmp_path / "run") if "objective/kl" in r]
+    assert [r["rewards/measure/step"] for r in steps] == [0, 1]
+    assert all(r["rewards/not_applicable"] == 6 and r["rewards/failures"] == 0 for r in steps)
+    tables = [t for t in read_jsonl(tmp_path / "run" / "samples.jsonl") if t["title"] == "training samples"]
+    assert tables and all(t["columns"][-1] == "tokens" and 0 < t["rows"][0][-1] <= 8 for t in tables)
+
+
 def test_a_run_in_which_no_answer_has_a_score_ends_with_what_it_had_and_goes_on_when_that_is_mended(
     train, demo, tmp_path, capsys
 ):
@@ -187,7 +206,7 @@ def test_a_run_in_which_no_answer_has_a_score_ends_with_what_it_had_and_goes_on_
         "def half(responses, odd):\n"
         "    import pathlib\n"
         f"    broken = pathlib.Path({str(tmp_path)!r}, 'broken').exists() and len(responses) == 16\n"
-        "    return [None if broken and i % 2 == odd else len(r) / 10 for i, r in enumerate(responses)]\n\n\n"
+        "    return [float('nan') if broken and i % 2 == odd else len(r) / 10 for i, r in enumerate(responses)]\n\n\n"
         "def first(prompts, responses):\n    return half(responses, 0)\n\n\n"
         "def second(prompts, responses):\n    return half(responses, 1)\n"
     )

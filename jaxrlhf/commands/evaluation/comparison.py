@@ -119,7 +119,7 @@ def compare(config: EvalConfig, console: Console) -> Comparison:
         InputError: a model, the data or a reward function cannot be used.
     """
     rewards = config.rewards.rewards(say=console.print)
-    prompts = prompts_of(config, rewards.columns, console)
+    prompts = prompts_of(config, rewards.columns, console, rewards.wanted)
     rewards.check_references(prompts)
     models = [ServerModel(name, config) if is_server(name) else FolderModel(name, config) for name in config.models]
     judge = RewardModel(config) if config.reward_model_name_or_path else None
@@ -159,7 +159,13 @@ def function_scores(rewards: Rewards, prompts: Prompts, responses: Responses) ->
     n = responses.lengths.shape[1]
     repeated = np.repeat(np.arange(len(prompts)), n).tolist()
     texts = list(itertools.chain(*responses.texts))
-    result = rewards.submit([responses.prompts[i] for i in repeated], texts, prompts.columns(repeated)).result()
+    given = [prompts.prompts[i] for i in repeated]
+    result = rewards.submit(
+        [responses.prompts[i] for i in repeated],
+        texts,
+        prompts.columns(repeated),
+        conversations=[prompt if isinstance(prompt, list) else None for prompt in given],
+    ).result()
     return {name: part.astype(np.float64).reshape(-1, n) for name, part in result.parts.items()}
 
 

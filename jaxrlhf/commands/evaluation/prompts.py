@@ -26,20 +26,21 @@ BUILT_IN = (
 """General prompts for a first look at a chat model, when no data is named."""
 
 
-def prompts_of(config: EvalConfig, columns: Sequence[str], console: Console) -> Prompts:
+def prompts_of(config: EvalConfig, columns: Sequence[str], console: Console, wanted: tuple[str, ...] = ()) -> Prompts:
     """The prompts that the settings name, at most `config.limit` of them; the built-in ones where they name none.
 
     Args:
         config: the settings.
         columns: columns that reward functions read.
         console: says that the built-in prompts are used.
+        wanted: columns that reward functions read where the data has them.
 
     Raises:
         InputError: the data cannot be read, a prompt is empty, or a reward function reads a column and there is no
             data.
     """
     if config.names_data:
-        return read_prompts(config.data, columns, config.limit)
+        return read_prompts(config.data, columns, config.limit, wanted)
     names = [*columns, *config.data.reward_columns]
     if names:
         raise InputError(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxrlhf.data import Data, DataConfig
 from jaxrlhf.data.cache import check_writable, hash_json
 from jaxrlhf.data.formats import FORMATS, MISSING, look_up
-from jaxrlhf.data.loading import Loader, cache_folder, every_row
+from jaxrlhf.data.loading import Loader, cache_folder, every_row, present
 from jaxrlhf.data.messages import BadRow, Prompt
 from jaxrlhf.data.mixture import SourceConfig
 from jaxrlhf.data.reading import Reading
@@ -67,27 +67,26 @@ def reading_of(config: DataConfig, source: SourceConfig, step: str) -> Reading:
     return reading.of("eval") if reading.has("eval") else reading
 
 
-def read_prompts(config: DataConfig, columns: Sequence[str], limit: int) -> Prompts:
+def read_prompts(config: DataConfig, columns: Sequence[str], limit: int, wanted: tuple[str, ...] = ()) -> Prompts:
     """Reads the prompts of the data.
 
     Args:
         config: the data settings.
         columns: further columns to keep, besides `config.reward_columns`.
         limit: at most this many rows, chosen at random; 0: all.
+        wanted: further columns to keep where a source has them.
 
     Raises:
         InputError: the data cannot be read, has no usable row, or a row lacks a column.
     """
     check_writable(cache_folder(config))
     names = tuple(dict.fromkeys((*columns, *config.reward_columns)))
+    readings = [reading_of(config, source, "ppo") for source in config.sources if "ppo" in source.steps]
+    optional = tuple(name for name in present(wanted, readings) if name not in names)
     entries = [
-        (opened, i)
-        for source in config.sources
-        if "ppo" in source.steps
-        for opened in reading_of(config, source, "ppo").opened
-        for i in range(len(opened.table.dataset))
+        (opened, i) for reading in readings for opened in reading.opened for i in range(len(opened.table.dataset))
     ]
-    found = Prompts([], [], {name: [] for name in names}, [], {})
+    found = Prompts([], [], {name: [] for name in (*names, *optional)}, [], {})
     for j in limit_rows(np.arange(len(entries)), limit, config.seed).tolist():
         opened, i = entries[j]
         (row,) = opened.table.rows([i])
@@ -101,7 +100,8 @@ def read_prompts(config: DataConfig, columns: Sequence[str], limit: int) -> Prom
         found.prompts.append(scored.prompt)
         found.tools.append(scored.tools)
         found.places.append(opened.table.where(i))
-        for name, value in zip(names, read_columns(row, names, found.places[-1]), strict=True):
+        values = read_columns(row, names, found.places[-1], optional)
+        for name, value in zip((*names, *optional), values, strict=True):
             found.values[name].append(value)
     if not len(found):
         reasons = "; ".join(f"{what} ({count} rows)" for what, count in found.skipped.items())

@@ -1,13 +1,8 @@
 """Responses of a model behind an OpenAI-compatible server, by the standard library's HTTP client."""
 
-import json
-import os
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -17,11 +12,11 @@ from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.data.messages import as_messages
 from jaxrlhf.engine import SamplingConfig
 from jaxrlhf.errors import InputError
+from jaxrlhf.rewards.http import Client, ClientOptions, RequestFailed
 from jaxrlhf.runs.console import Console
 
 TIMEOUT = 600.0  # seconds of one request
 TRIES = 6
-BUSY = (429, 503)  # statuses after which a request is sent again
 
 
 class ServerModel:
@@ -33,7 +28,7 @@ class ServerModel:
     def __init__(self, name: str, config: EvalConfig) -> None:
         self.name, self.config = name, config
         address, _, self.model = name.partition("#")
-        self.base = address.rstrip("/") + ("" if urlsplit(address).path.strip("/") else "/v1")
+        self.client = Client(ClientOptions(address, TRIES, TIMEOUT))
         served = [entry.get("id", "") for entry in self.call("models").get("data", [])]
         if not self.model and served:
             self.model = served[0]
@@ -80,28 +75,14 @@ class ServerModel:
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """A request, sent again while the server is busy. Raises InputError with the server's own words."""
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.base}/{path}", data, headers)
-        for tried in range(TRIES):
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-                    return json.load(reply)
-            except urllib.error.HTTPError as error:
-                if error.code in BUSY and tried + 1 < TRIES:
-                    time.sleep(2.0**tried / 4)
-                    continue
-                said = error.read().decode("utf-8", "replace")[:300]
-                raise InputError(f"{self.name}: the server refused {path} with status {error.code}: {said}") from error
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "reason", error)
-                raise InputError(
-                    f"{self.name}: no usable answer from {self.base}/{path} ({reason}); check the address and that "
-                    "the server runs"
-                ) from error
-        raise AssertionError("the last try returns or raises")
+        try:
+            answer = self.client.call(path, body)
+        except RequestFailed as error:
+            check = "" if error.status else "; check the address and that the server runs"
+            raise InputError(f"{self.name}: {error}{check}") from error
+        if not isinstance(answer, dict):
+            raise InputError(f"{self.name}: the server's answer to {path} is no JSON object: {str(answer)[:200]}")
+        return answer
 
 
 def request_options(sampling: SamplingConfig, seed: int) -> dict[str, Any]:

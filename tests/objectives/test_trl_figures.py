@@ -46,7 +46,7 @@ LENGTHS = DPO["answer_mask"][:, 1:].sum(1)
 
 @pytest.mark.parametrize("name", FIGURES["paired"])
 def test_losses_of_pairs_from_logits_on_are_those_of_trl(name):
-    kind, smoothing = (name.split(" ") + ["0"])[:2]
+    kind, smoothing = [*name.split(" "), "0"][:2]
     kind, _, sft = kind.partition("+")
 
     def loss(logits):

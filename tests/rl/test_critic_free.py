@@ -129,7 +129,13 @@ def test_ppo_refuses_options_that_its_estimator_does_not_use_naming_both(options
         ("reinforce++", {"kl_target": 3.0, "kl_coef": 0.0}, "kl_target=3.0 requires kl_coef"),
         ("grpo", {"reward_functions": ("length",)}, "reward function length: give one of target and limit"),
         ("rloo", {"reward_zero_stage": 5}, "reward_zero_stage=5 must be"),
-        ("cispo", {"dual_clip": 3.0}, "dual_clip=3.0: policy_loss=cispo bounds every ratio"),
+        ("grpo", {"policy_loss": "cispo", "dual_clip": 3.0}, "dual_clip=3.0: policy_loss=cispo bounds every ratio"),
+        (
+            "grpo",
+            {"policy_loss": "cispo", "cliprange": 0.3, "cliprange_high": 4.0},
+            "cliprange=0.3: policy_loss=cispo has no lower bound",
+        ),
+        ("cispo", {"cliprange": 0.3}, "cliprange"),
         ("dapo", {"overlong_buffer": 4, "length_penalty": 0.1}, "overlong_buffer=4 and length_penalty=0.1 exclude"),
         ("dapo", {"overlong_buffer": 9, "max_answer_seq_len": 8}, "overlong_buffer=9 must be at most .*8"),
         (

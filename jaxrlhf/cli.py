@@ -49,7 +49,7 @@ STEPS = {
     "dpo": Command(
         "jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs", fits=True
     ),
-    "kto": Command("jaxrlhf.trainers.kto", "KTOConfig", "train_kto", "the same from responses labelled good or bad"),
+    "kto": Command("jaxrlhf.trainers.kto", "KTOConfig", "train_kto", "steps 2 and 3 in one: KTO on labelled responses"),
 }
 OTHERS = {
     "rlhf": Command(

@@ -276,7 +276,10 @@ DPO = _script(
     rules.adapters("off"),
 )
 KTO = _script(
-    SYNCED_REFERENCE | PRECOMPUTED | _advised("kto never drops out", "disable_dropout", quiet=("true",)),
+    _refused("kto compares rows with others of the data; write streaming: false", "streaming")
+    | SYNCED_REFERENCE
+    | PRECOMPUTED
+    | _advised("kto never drops out", "disable_dropout", quiet=("true",)),
     {"max_length": "1024", "learning_rate": "1e-6"},
     rules.adapters("off"),
 )

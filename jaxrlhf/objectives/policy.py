@@ -131,7 +131,7 @@ def policy_loss(
         ValueError: Another `kind`, or "cispo" with `dual_clip`.
     """
     if kind not in POLICY_LOSSES or (kind == "cispo" and dual_clip is not None):
-        raise ValueError(f"kind={kind!r} of policy loss with dual_clip={dual_clip}: cispo has none; else use 'clip'")
+        raise ValueError(f"kind={kind!r}, dual_clip={dual_clip}: must be 'clip', or 'cispo' without dual_clip")
     keep = jnp.asarray(mask) != 0
     log_ratio = keep_where(logprobs, keep) - keep_where(old_logprobs, keep)
     used = log_ratio

@@ -98,7 +98,9 @@ _GROUPS = _CRITIC_FREE | {"samples_per_prompt": 8, "learning_rate": 1e-6, "kl_in
 """Defaults of GRPO and its variants."""
 
 
-def _variant(name: str, title: str, summary: str, source: str, **defaults: Any) -> Algorithm:
+def _variant(
+    name: str, title: str, summary: str, source: str, unused: tuple[str, ...] = (), **defaults: Any
+) -> Algorithm:
     """A variant of GRPO: the same advantages with other settings, and no KL penalty."""
     return Algorithm(
         name=name,
@@ -108,7 +110,7 @@ def _variant(name: str, title: str, summary: str, source: str, **defaults: Any) 
         advantages=grpo,
         source=source,
         grouped=True,
-        unused=(*OF_CRITIC, "gamma"),
+        unused=(*OF_CRITIC, "gamma", *unused),
         defaults=_GROUPS | {"kl_coef": 0.0} | defaults,
     )
 
@@ -170,6 +172,7 @@ ALGORITHMS = {
             "CISPO",
             "GRPO with bounded ratios as constant weights",
             "MiniMax 2025 (arXiv 2506.13585)",
+            unused=("cliprange", "dual_clip"),
             policy_loss="cispo",
             cliprange_high=4.0,
             loss_aggregation="token-mean",

@@ -191,6 +191,11 @@ class PPOOptions(StepOptions):
                 "cache from turn to turn; remove generation_slots, and use generation_batches for less memory"
             )
         self.hyperparameters().check_groups()
+        if self.rollout.dynamic_sampling and self.sampling.samples_per_prompt == 1:
+            raise InputError(
+                f"dynamic_sampling={self.rollout.dynamic_sampling} compares the responses to one prompt, so it needs "
+                "samples_per_prompt of at least 2; raise that, or leave dynamic_sampling out"
+            )
         algorithm = self.algorithm.algorithm
         for name in algorithm.unused:
             if self.value(name) != default_of(type(self), name):
@@ -272,6 +277,15 @@ class PPOConfig(PPOOptions, SharedConfig):
     TRL_KEYS = trl.PPO
 
     models: PPOModels = PPOModels()
+
+    def check(self) -> None:
+        super().check()
+        if self.data.streaming and self.rollout.dynamic_sampling:
+            raise InputError(
+                f"dynamic_sampling={self.rollout.dynamic_sampling} and streaming exclude each other: refills take "
+                "prompts from behind the run's own, which a stream would read up to each time; give dynamic_sampling=0 "
+                "or leave streaming out"
+            )
 
 
 def sampling_for(tokenizer: Tokenizer, sampling: SamplingConfig) -> SamplingConfig:

@@ -3,7 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from jaxrlhf.config import Derived, Fraction, Gt, NonNegative, NonNegativeInt, Positive, PositiveInt, Settings, alias
+from jaxrlhf.config import (
+    Derived,
+    Fraction,
+    Gt,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Settings,
+    alias,
+    default_of,
+)
 from jaxrlhf.errors import InputError
 from jaxrlhf.rl.algorithms import Algorithm, find_algorithm
 
@@ -131,6 +142,12 @@ class PPOHyperparameters(Settings):
             raise InputError(
                 f"overlong_buffer={self.overlong_buffer} and length_penalty={self.length_penalty} exclude each other: "
                 "leave one of them out"
+            )
+        given = self.cliprange != default_of(type(self), "cliprange")
+        if self.policy_loss == "cispo" and self.cliprange_high is not None and given:
+            raise InputError(
+                f"cliprange={self.cliprange}: policy_loss=cispo has no lower bound, and "
+                f"cliprange_high={self.cliprange_high} is the upper one; leave cliprange out"
             )
         if self.policy_loss == "cispo" and self.dual_clip is not None:
             raise InputError(f"dual_clip={self.dual_clip}: policy_loss=cispo bounds every ratio; leave it out")

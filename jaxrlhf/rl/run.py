@@ -288,6 +288,8 @@ class PPOTask:
         return self._newest
 
     def same_past(self, steps: int) -> bool:
+        if self.config.rollout.dynamic_sampling and steps != self.total_steps:
+            return False  # refills begin behind the run's own prompts
         actor = self.config.optimizer
         updates = zip(updates_of(self.config, steps), updates_of(self.config, self.total_steps), strict=True)
         optimizers = (actor, self.config.critic.optimizer(actor))

@@ -73,6 +73,11 @@ class DPOOptions(StepOptions):
                 f"{len(kinds)} losses of loss_type={' '.join(kinds)}"
             )
         losses = self.losses
+        if not any(losses.weights):
+            raise InputError(
+                f"loss_weights={' '.join(map(str, self.loss_weights))}: nothing is learned of pairs; give a loss of "
+                "pairs a weight above 0"
+            )
         smooths = [kind for kind in losses.pairs if objectives.PREFERENCE_LOSSES[kind].smooths]
         for name, needed in (
             ("label_smoothing", smooths),

@@ -68,7 +68,7 @@ class KTOOptions(StepOptions):
 class KTOConfig(KTOOptions, SupervisedConfig):
     """Kahneman-Tversky optimisation alone."""
 
-    HIDDEN = frozenset({"train_on", "group_by_length", "pair_rule", "pair_margin", "packing", "streaming"})
+    HIDDEN = frozenset({"train_on", "group_by_length", "pair_rule", "pair_margin", "packing", "streaming", "fit"})
     TRL_KEYS = trl.KTO
 
 

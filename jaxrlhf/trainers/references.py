@@ -1,8 +1,11 @@
 """The frozen reference of DPO and its relatives: its log-probs before each step, or of all rows before training."""
 
-from collections.abc import Callable
+import hashlib
+import io
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -121,13 +124,31 @@ def attach(
     weights = {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
     rows = config.run.per_device_eval_batch_size * batch_devices(mesh)
     key = hash_json([data.key, len(data), data.maximum, data.bins is not None, str(module), weights])
-    path = cache_folder(config.data) / "references" / f"{key}.npz"
+    path = cache_folder(config.data) / "references" / key
     if not all(gather("looking for the reference's log-probs", path.exists())):
-        found = score_all(data, score, rows, mesh)
-        with created(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **found)
-    with np.load(path) as found:
-        data.attached = named(dict(found))
+        write_logprobs(path, score_all(data, score, rows, mesh))
+    data.attached = named(read_logprobs(path))
+
+
+DIGEST = 16  # bytes
+
+
+def write_logprobs(path: Path, logps: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as an npz file after its own hash."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **logps)
+    content = buffer.getvalue()
+    with created(path) as temporary:
+        temporary.write_bytes(hashlib.blake2b(content, digest_size=DIGEST).digest() + content)
+
+
+def read_logprobs(path: Path) -> dict[str, np.ndarray]:
+    """Reads what `write_logprobs` wrote. Raises InputError for a file that was changed since."""
+    content = path.read_bytes()
+    if hashlib.blake2b(content[DIGEST:], digest_size=DIGEST).digest() != content[:DIGEST]:
+        raise InputError(f"{path}: the reference's log-probs are damaged; delete the file, and they are computed again")
+    with np.load(io.BytesIO(content[DIGEST:]), allow_pickle=False) as found:
+        return dict(found)
 
 
 def score_all(

@@ -12,7 +12,7 @@ from jaxrlhf.config import parse
 from jaxrlhf.config.settings import names_of
 from jaxrlhf.errors import InputError
 
-TRAINERS = ("sft", "reward", "dpo", "ppo", "grpo", "rloo")
+TRAINERS = ("sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo")
 SFT_FULL = """
 model_name_or_path: Qwen/Qwen2.5-1.5B
 model_revision: main
@@ -229,6 +229,38 @@ def test_a_grpo_file_counts_rollouts_where_trl_counts_updates(read):
     )
 
 
+def test_offline_losses_have_trls_names_and_its_defaults(read):
+    text = "dataset_name: x\nprecompute_ref_log_probs: true\nprecompute_ref_batch_size: 4\n"
+    several = "loss_type: [sigmoid, hinge, sft]\nloss_weights: [0.8, 0.2, 1.0]\n"
+    config, advice = read("dpo", text + several)
+    assert not differences(
+        config,
+        loss_type=("sigmoid", "hinge", "sft"),
+        loss_weights=(0.8, 0.2, 1.0),
+        beta=0.1,
+        max_length=1024,
+        precompute_ref_log_probs=True,
+    )
+    assert any("precompute_ref_batch_size=4 is ignored" in line for line in advice)
+    weights = "loss_type: apo_zero_unpaired\ndesirable_weight: 1.3\nundesirable_weight: 0.9\n"
+    config, _ = read("kto", text + weights)
+    assert not differences(
+        config,
+        loss_type="apo_zero_unpaired",
+        desirable_weight=1.3,
+        undesirable_weight=0.9,
+        beta=0.1,
+        learning_rate=1e-6,
+        max_length=1024,
+        precompute_ref_log_probs=True,
+    )
+
+
+def test_ratios_of_whole_responses_have_trls_name(read):
+    config, _ = read("grpo", GRPO + "importance_sampling_level: sequence\n")
+    assert config.value("ratio_level") == "sequence"
+
+
 def test_our_own_files_and_flags_are_left_alone(read):
     config, advice = read("sft", "data_path: demo\nlora_r: 8\neval_steps: 10\n", "--num_train_epochs", "2")
     assert not differences(config, lora_r=8, eval_steps=10, num_train_epochs=2.0, adam_beta2=0.95) and not advice
@@ -268,7 +300,8 @@ def test_data_path_replaces_the_data_of_a_file(read):
         ("sft", "datasets: [{path: a, weigth: 1}]", "unknown key weigth"),
         ("sft", "learnin_rate: 1", "unknown setting learnin_rate; did you mean learning_rate"),
         ("sft", "use_dora: true\nlearnin_rate: 1", "unknown setting learnin_rate"),
-        ("dpo", "loss_type: hinge", "must be one of"),
+        ("dpo", "loss_type: aot", "must be one or several of"),
+        ("kto", "sync_ref_model: true", "sync_ref_model=true"),
         ("dpo", "sync_ref_model: true", "sync_ref_model=true"),
         ("ppo", "stop_token: x", "write stop_token: eos"),
         ("ppo", "num_mini_batches: 3", "num_mini_batches=3 must divide the 8 rows"),

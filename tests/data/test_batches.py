@@ -2,8 +2,20 @@
 
 import numpy as np
 import pytest
+from rows import pairs, write_lines
 
-from jaxrlhf.data import PairData, PromptData, SFTData, demo, epoch_permutation, eval_batches, length_bucket
+from jaxrlhf.data import (
+    DataConfig,
+    PairData,
+    PromptData,
+    SFTData,
+    demo,
+    epoch_permutation,
+    eval_batches,
+    length_bucket,
+    load_data,
+)
+from jaxrlhf.data.batches import UnpairedData
 from jaxrlhf.data.order import epoch_units, stream_positions
 from jaxrlhf.data.packing import pack
 from jaxrlhf.data.tokenized import Part, features_of, make_part
@@ -30,6 +42,7 @@ def part(step, rows, name="x"):
     columns = {column: [] for column in features_of(step)}
     for number, (prompt, *responses) in enumerate(rows):
         values = {"row": number, "problem": None, "cut": 0, "prompt_length": len(prompt), "kept": "[null]"}
+        values["label"] = number != 1
         for j, response in enumerate(responses or [[]]):
             values |= {f"ids_{j}": prompt + response, f"mask_{j}": [0] * len(prompt) + [1] * len(response)}
             values[f"length_{j}"] = len(prompt) + len(response)
@@ -244,3 +257,78 @@ def test_batches_of_ppo_hold_prompts_of_like_lengths_and_every_row_once_an_epoch
     assert sorted(np.concatenate(plain)) == list(range(320))
     assert spread < 0.15 * np.mean([np.ptp(rows.lengths(units)[0]) for units in plain])
     assert sorted(np.concatenate(steps[:16])) == sorted(np.concatenate(plain[:16])), "a window keeps its rows"
+
+
+# ---- responses with labels
+
+UNPAIRED = [([5, 6, 7], [12, EOS]), ([8], [13] * 40 + [EOS]), ([EOS, 9, 10, 11], [14, 15, EOS]), ([9] * 20, [7, EOS])]
+
+
+def unpaired(tokenizer, maximum=256, rows=UNPAIRED):
+    return UnpairedData([part("kto", rows)], tokenizer, maximum)
+
+
+def test_labelled_rows_come_with_their_prompt_and_the_response_of_the_row_half_the_data_away(tokenizer):
+    data = unpaired(tokenizer)
+    batch = data.batch([1, -1, 2])
+    assert all(value.dtype == np.int32 for value in batch.values())
+    assert batch["label"].tolist() == [0, 0, 1] and batch["row_mask"].tolist() == [1, 0, 1]
+    assert data.labels().tolist() == [True, False, True, True]
+    for place, own, other in ((0, 1, 3), (2, 2, 0)):
+        prompt = UNPAIRED[own][0]
+        for names, response in (
+            (("input_ids", "attention_mask", "loss_mask"), UNPAIRED[own][1]),
+            (("kl_ids", "kl_mask", "kl_loss_mask"), UNPAIRED[other][1]),
+        ):
+            ids, mask, counted = (batch[name][place] for name in names)
+            n = len(prompt) + len(response)
+            assert ids[:n].tolist() == prompt + response and set(ids[n:]) == {tokenizer.pad_token_id}
+            assert mask.tolist() == [1] * n + [0] * (len(ids) - n)
+            assert np.flatnonzero(counted).tolist() == list(range(len(prompt), n))
+    assert not any(batch[name][1].any() for name in ("loss_mask", "kl_loss_mask"))
+
+
+def test_a_mismatched_pair_widens_the_batch_and_is_cut_at_the_longest_length(tokenizer):
+    data = unpaired(tokenizer)
+    batch = data.batch([3])
+    assert batch["kl_mask"].sum() == 20 + 41 and batch["kl_ids"].shape == (1, 64), "the row itself has 22 tokens"
+    batch = unpaired(tokenizer, 48).batch([3])
+    assert batch["kl_ids"].shape == batch["input_ids"].shape == (1, 48)
+    assert batch["kl_loss_mask"].sum() == 28 and EOS not in batch["kl_ids"]
+
+
+def test_rows_that_another_process_holds_change_no_shape(tokenizer):
+    data = unpaired(tokenizer)
+    whole, part = data.batch([0, 3]), data.batch([0, 3], held=np.array([True, False]))
+    assert {name: x.shape for name, x in whole.items()} == {name: x.shape for name, x in part.items()}
+    for name in whole:
+        np.testing.assert_array_equal(part[name][0], whole[name][0])
+    assert part["row_mask"].tolist() == [1, 1] and not part["loss_mask"][1].any()
+
+
+@pytest.mark.parametrize("rows", [2, 5, 8])
+def test_no_row_is_its_own_partner(tokenizer, rows):
+    data = unpaired(tokenizer, rows=(UNPAIRED * 2)[:rows])
+    partners = data.partners(np.arange(rows))
+    assert sorted(partners) == list(range(rows)) and (partners != np.arange(rows)).all()
+    assert data.partners([-1]).tolist() == [-1]
+
+
+def test_kto_reads_pairs_as_a_good_and_a_bad_row_and_labels_as_they_are(tmp_path):
+    own = demo.train_tokenizer(["Human: question 12 Assistant: yes no 3"] * 20, vocab_size=300)
+    labelled = [{"prompt": f"q {i}", "completion": "an answer", "label": i % 3 == 0} for i in range(9)]
+    for name, rows, number in (("pairs", pairs(6), 6), ("labelled", labelled, 3)):
+        paths = {kind: write_lines(tmp_path / f"{name}-{kind}.jsonl", rows) for kind in ("rows", "eval")}
+        config = DataConfig.create(
+            data_path=paths["rows"],
+            eval_data_path=paths["eval"],
+            data_cache_dir=str(tmp_path / "cache"),
+            packing=False,
+        )
+        data, _ = load_data(config, own, "kto")
+        assert isinstance(data, UnpairedData)
+        assert (len(data), data.labels().sum()) == (12 if name == "pairs" else 9, number)
+        for i in range(len(data)):
+            text, label = data.text(i), bool(data.batch([i])["label"][0])
+            good = "yes" in text["completion"] if name == "pairs" else int(text["prompt"].split()[-1]) % 3 == 0
+            assert label == good, text

@@ -1,6 +1,7 @@
 """`--fit auto` on devices of chosen sizes, and the message about a real lack of memory."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import pytest
 import jaxrlhf
 from jaxrlhf import cli
 from jaxrlhf.commands.rlhf import RLHFConfig, step_configs
-from jaxrlhf.config import parse, save_yaml
+from jaxrlhf.config import parse, save_yaml, settings
+from jaxrlhf.config.annotations import hints_of
 from jaxrlhf.errors import InputError, OutOfMemory
 from jaxrlhf.models import save_pretrained
 from jaxrlhf.plan import fit
 from jaxrlhf.plan.devices import DEVICES
 from jaxrlhf.plan.search import capacity
+from jaxrlhf.plan.settings import PlanConfig
 
 CONFIGS = {
     "sft": jaxrlhf.SFTConfig,
@@ -175,3 +178,12 @@ def test_the_memory_of_a_cpu_is_what_the_machine_has_left():
     found = fit.device_at_hand()
     assert found.platform == "cpu" and not found.pinned_host
     assert 2**20 < found.memory * len(jax.local_devices()) < 2**50
+
+
+def test_every_command_that_fits_can_be_planned_and_the_others_have_no_such_flag():
+    planned = set(get_args(hints_of(PlanConfig)["trainer"].kind))
+    commands = cli.commands()
+    assert planned == {name for name, command in commands.items() if command.fits}
+    assert {name for name, command in commands.items() if "fit" in settings(command.config_class())} == planned | {
+        "rlhf"
+    }

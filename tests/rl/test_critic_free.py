@@ -1,5 +1,6 @@
-"""GRPO, RLOO and REINFORCE++ as commands: their published settings, runs with and without a reward model, bad input."""
+"""GRPO and its variants, RLOO and REINFORCE++ as commands: published settings, runs with and without a reward model."""
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -45,6 +46,13 @@ PUBLISHED = {
     | {"advantage_estimator": "reinforce++", "whiten_advantages": True, "clip_reward": 10.0, "gamma": 1.0}
     | {"kl_in_loss": False, "kl_estimator": "k1", "loss_aggregation": "token-mean"},
 }
+VARIANTS = {
+    "dapo": {"cliprange_high": 0.28, "loss_aggregation": "token-mean"},
+    "dr_grpo": {"scale_by_std": False, "loss_aggregation": "fixed-length"},
+    "gspo": {"ratio_level": "sequence", "cliprange": 3e-4, "cliprange_high": 4e-4},
+    "cispo": {"policy_loss": "cispo", "cliprange_high": 4.0, "loss_aggregation": "token-mean"},
+}
+"""Settings of the variants of GRPO, which have no KL penalty, where they differ from GRPO's."""
 RATES = {"grpo": (1e-6, 0.04), "rloo": (1e-6, 0.05), "reinforce++": (5e-7, 0.01)}
 
 
@@ -53,6 +61,18 @@ def test_the_defaults_are_the_published_ones(name):
     config = CONFIGS[name]()
     assert config.hyperparameters() == PPOHyperparameters(**PUBLISHED[name])
     assert (config.optimizer.learning_rate, config.algorithm.kl_coef) == RATES[name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_grpo_is_grpo_with_other_settings(name):
+    config, changes = CONFIGS[name](), VARIANTS[name] | {"kl_coef": 0.0}
+    refills = 4 if name == "dapo" else 0
+    same = GRPOConfig.create(**changes, dynamic_sampling=refills)
+    expected = dataclasses.replace(same.hyperparameters(), advantage_estimator=name)
+    assert config.hyperparameters() == expected
+    assert config.rollout == same.rollout and config.rollout.dynamic_sampling == refills
+    assert config.optimizer == same.optimizer and config.sampling == same.sampling
+    assert ALGORITHMS[name].advantages is ALGORITHMS["grpo"].advantages
 
 
 @each
@@ -90,6 +110,8 @@ def test_what_means_nothing_to_an_algorithm_is_no_flag_of_it_and_refused_by_name
         ({"advantage_estimator": "rloo", "gamma": 0.9}, "gamma=0.9 with .*=rloo"),
         ({"advantage_estimator": "rloo", "scale_by_std": False}, "scale_by_std=False with .*=rloo"),
         ({"scale_by_std": False}, "scale_by_std=False with advantage_estimator=gae"),
+        ({"dynamic_sampling": 2}, "dynamic_sampling=2 with advantage_estimator=gae"),
+        ({"advantage_estimator": "reinforce++", "dynamic_sampling": 2}, r"dynamic_sampling=2 with .*=reinforce\+\+"),
     ],
 )
 def test_ppo_refuses_options_that_its_estimator_does_not_use_naming_both(options, message):
@@ -107,6 +129,25 @@ def test_ppo_refuses_options_that_its_estimator_does_not_use_naming_both(options
         ("reinforce++", {"kl_target": 3.0, "kl_coef": 0.0}, "kl_target=3.0 requires kl_coef"),
         ("grpo", {"reward_functions": ("length",)}, "reward function length: give one of target and limit"),
         ("rloo", {"reward_zero_stage": 5}, "reward_zero_stage=5 must be"),
+        ("grpo", {"policy_loss": "cispo", "dual_clip": 3.0}, "dual_clip=3.0: policy_loss=cispo bounds every ratio"),
+        (
+            "grpo",
+            {"policy_loss": "cispo", "cliprange": 0.3, "cliprange_high": 4.0},
+            "cliprange=0.3: policy_loss=cispo has no lower bound",
+        ),
+        ("cispo", {"cliprange": 0.3}, "cliprange"),
+        ("dapo", {"overlong_buffer": 4, "length_penalty": 0.1}, "overlong_buffer=4 and length_penalty=0.1 exclude"),
+        ("dapo", {"overlong_buffer": 9, "max_answer_seq_len": 8}, "overlong_buffer=9 must be at most .*8"),
+        (
+            "gspo",
+            {"importance_sampling_mode": "token_mask"},
+            "mode.*importance_sampling_correction",
+        ),
+        (
+            "gspo",
+            {"importance_sampling_correction": True, "importance_sampling_floor": 2.0},
+            "importance_sampling_floor=2.0 must be below importance_sampling_cap=2.0",
+        ),
     ],
 )
 def test_contradictory_options_are_refused_naming_the_pair(name, options, message):
@@ -133,7 +174,7 @@ def train(demo):
     """`train("grpo", folder, **options)`: a run on the demo data on all devices, 16 rows a step."""
 
     def start(name, folder, **options):
-        config, run, *_ = PUBLIC[name]
+        config, run = CONFIGS[name], train_grpo
         common = {"data_path": demo.train, "eval_data_path": demo.eval, "data_cache_dir": demo.cache, "seed": 3}
         common |= {"max_prompt_seq_len": 32, "max_answer_seq_len": 8, "max_eval_samples": 16}
         common |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "samples_per_prompt": 4}
@@ -186,6 +227,24 @@ def test_a_reward_function_alone_is_learned(name, train, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after = summary["eval_before"], summary["eval_after"]
     assert after["scores"] - before["scores"] > before["scores_std"], "by more than the answers differed at the start"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_grpo_trains_from_a_reward_function(name, train, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def brief(prompts, responses):\n    return [-len(response) / 10 for response in responses]\n"
+    )
+    options = {"reward_functions": (f"{tmp_path}/rewards.py:brief",), "learning_rate": 1e-3, "num_mini_batches": 2}
+    options |= {"importance_sampling_correction": True, "importance_sampling_mode": "sequence_mask"}
+    options |= {"per_device_train_batch_size": 1} | ({"overlong_buffer": 2} if name == "dapo" else {})
+    train(name, tmp_path / "run", max_steps=2, **options)
+    records = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "objective/scores" in r]
+    assert len(records) == 2 and all(r["policy/grad_norm"] > 0 for r in records)
+    assert all(("sampling/refills" in r) == (name == "dapo") for r in records)
+    assert records[0]["val/ratio"] == pytest.approx(1, abs=0.01) and records[0]["objective/kl"] == pytest.approx(
+        0, abs=1e-3
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["trainer"] == name
 
 
 def test_group_sizes_that_do_not_divide_the_batch_are_refused_before_anything_is_written(train, demo, tmp_path):

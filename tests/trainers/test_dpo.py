@@ -6,6 +6,7 @@ Resumption, layouts and exports are in test_trainers.py, the step against a plai
 import json
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from jaxrlhf.data.demo import train_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained, save_pretrained
 from jaxrlhf.sharding import place_batch
-from jaxrlhf.trainers.dpo import DPOConfig, add_reference, train_dpo
+from jaxrlhf.trainers.dpo import DPOConfig, response_logprobs, train_dpo, without_reference
 from jaxrlhf.trainers.lora import with_adapters
 from jaxrlhf.trainers.pairs import read_pairs
+from jaxrlhf.trainers.references import add_reference
 from jaxrlhf.trainers.reward import RewardConfig, reward_metrics, reward_sums
 
 pytestmark = pytest.mark.long
@@ -50,7 +52,9 @@ def lab_on_disk(demo, lab):
 
 def reference_of(config, model, mesh, batch, params=None):
     placed = place_batch(batch, mesh)
-    extended = add_reference(config, None, model, mesh)(model.params if params is None else params, placed)
+    nothing: Any = None  # neither a run nor, without precompute_ref_log_probs, data
+    add = partial(add_reference, config, response_logprobs) if config.has_reference else without_reference
+    extended = add(nothing, model, mesh, nothing)(model.params if params is None else params, placed)
     return {side: np.asarray(extended[f"ref_{side}_logps"]) for side in ("chosen", "rejected")}
 
 
@@ -113,6 +117,29 @@ def test_training_starts_at_the_reference_without_dropout_and_learns_the_pairs(c
     assert summary["trainer"] == "dpo" and summary["eval_after"]["rewards/margins"] > 0
 
 
+LOSSES = {
+    "simpo": {},
+    "orpo": {},
+    "several": {"loss_type": ("sigmoid", "hinge", "sft"), "loss_weights": (1.0, 0.5, 0.2), "beta": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_losses_and_several_at_once_learn_the_pairs(name, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
+    options = {"loss_type": name, "learning_rate": 3e-3, "max_steps": 10, "output_dir": str(tmp_path)} | LOSSES[name]
+    train_dpo(config(**options, per_device_train_batch_size=2, per_device_eval_batch_size=2))
+    before, *records = read_jsonl(tmp_path / "metrics.jsonl")
+    after = json.loads((tmp_path / "summary.json").read_text())["eval_after"]
+    assert after["loss"] < before["eval/loss"] - 0.01
+    assert after["rewards/margins"] > before["eval/rewards/margins"]
+    assert ("nll_loss" in after) == ("nll_loss" in records[0]) == (name != "simpo")
+    if name == "several":
+        pairs = np.log(2) + 0.5
+        assert before["eval/loss"] == pytest.approx(pairs + 0.2 * before["eval/nll_loss"], rel=1e-5)
+        assert records[0]["loss"] == pytest.approx(pairs + 0.2 * records[0]["nll_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -120,11 +147,25 @@ def test_training_starts_at_the_reference_without_dropout_and_learns_the_pairs(c
         ({"beta": float("inf")}, r"beta=inf must be"),
         ({"label_smoothing": 0.5}, r"label_smoothing=0.5 must be"),
         ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 must be"),
-        ({"label_smoothing": 0.1, "loss_type": "ipo"}, r"label_smoothing=0.1 does not go with loss_type=ipo.*sigmoid"),
-        ({"loss_type": "hinge"}, r"loss_type='hinge' must be one of sigmoid, robust, ipo"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, r"label_smoothing=0.1 does not go with loss_type=ipo"),
+        ({"loss_type": "aot"}, r"loss_type=aot must be one or several of sigmoid, robust, ipo"),
+        ({"loss_type": ("ipo", "ipo")}, r"loss_type=ipo ipo must be"),
+        ({"loss_type": ()}, r"loss_type=none must be"),
+        ({"loss_type": "sft"}, r"loss_type=sft alone learns nothing of pairs.*jaxrlhf sft"),
+        ({"loss_weights": (1.0, 2.0)}, r"loss_weights=1.0 2.0: must have a weight for each of the 1 losses"),
+        (
+            {"loss_type": ("ipo", "sft"), "loss_weights": (0.0, 1.0)},
+            r"loss_weights=0.0 1.0: nothing is learned of pairs",
+        ),
+        ({"simpo_gamma": 0.5}, r"simpo_gamma=0.5 does not go with loss_type=sigmoid"),
+        ({"loss_type": "orpo", "cpo_alpha": 0.5}, r"cpo_alpha=0.5 does not go with loss_type=orpo"),
         (
             {"reference_free": True, "reference_model_name_or_path": "sft"},
-            r"reference_free and reference_model_name_or_path=sft exclude each other",
+            r"reference_model_name_or_path=sft: there is no reference, reference_free leaves it out",
+        ),
+        (
+            {"loss_type": ("simpo", "orpo"), "precompute_ref_log_probs": True},
+            r"precompute_ref_log_probs=True: there is no reference, loss_type=simpo orpo reads none",
         ),
         ({"lora_r": 2, "lora_dropout": 0.1}, r"lora_dropout=0.1: dpo never drops out"),
     ],

@@ -14,6 +14,7 @@ from jaxrlhf.models import save_pretrained
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
+from jaxrlhf.trainers.kto import KTOConfig, train_kto
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
@@ -52,6 +53,7 @@ TRAINERS = {
     "reward packed": (train_reward, RewardConfig, {"packing": True}),
     "dpo": (train_dpo, DPOConfig, {}),
     "dpo packed": (train_dpo, DPOConfig, {"packing": True}),
+    "kto": (train_kto, KTOConfig, {}),
     "ppo": (train_ppo, PPOConfig, {"max_prompt_seq_len": 64, "max_answer_seq_len": 8}),
 }
 

@@ -5,6 +5,7 @@ code that does not return keeps its thread, which does not keep the program from
 """
 
 import asyncio
+import contextlib
 import ctypes
 import inspect
 import queue
@@ -74,12 +75,13 @@ class Calls:
             call.thread.start()
 
     def _run(self, call: Call) -> None:
-        _own.call = call
-        try:
-            call.result = call.function()
-        except BaseException as error:  # whatever the user's code raises
-            call.error = exception_line(error)
-        self._finished.put(call)
+        with contextlib.suppress(TookTooLong):  # raised after the user's code, by a hair
+            _own.call = call
+            try:
+                call.result = call.function()
+            except BaseException as error:  # whatever the user's code raises
+                call.error = exception_line(error)
+            self._finished.put(call)
 
     def _drained(self, wait: bool) -> list[Call]:
         found: list[Call] = []
@@ -103,7 +105,7 @@ class Calls:
             self._running.remove(call)
             if call.coroutine is not None:
                 call.coroutine.cancel()
-            elif call.thread is not None and call.thread.ident is not None:
+            elif call.thread is not None and call.thread.ident is not None and call.thread.is_alive():
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(call.thread.ident), ctypes.py_object(TookTooLong)
                 )

@@ -3,6 +3,7 @@
 Process 0 has the environments. All processes of a run learn from it which rows go on, and with which tokens.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,7 +181,8 @@ class Episodes:
         for row, outcome in enumerate(self.outcomes):
             if outcome.status == "running":
                 own = {name: values[row // copies] for name, values in columns.items()}
-                given = own | {"prompt": as_messages(prompts[row // copies])}
+                # The samples of a prompt share its row, which an environment may change.
+                given = copy.deepcopy(own | {"prompt": as_messages(prompts[row // copies])})
                 episode = self._episodes[row] = runner.environments.episode(runner.tool_format)
                 calls[self._calls.start(partial(episode.begin, given))] = row
         left = dict(calls)

@@ -1,5 +1,6 @@
 """Rollouts with an environment: what is masked, where rewards stand, and what bad environments cost."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -155,7 +156,11 @@ BEHAVIOURS = {
 SCORES = {"good": 1.0, "truncates": -1.0, "talks too much": 0.25}
 
 
-def test_a_bad_environment_costs_its_episodes_their_scores_and_no_more(demo, capsys):
+def test_a_bad_environment_costs_its_episodes_their_scores_and_no_more(demo, capsys, monkeypatch):
+    def as_json(what, make):  # as values travel to the other processes of a run
+        return json.loads(json.dumps(make()))
+
+    monkeypatch.setattr("jaxrlhf.rl.episodes.from_primary", as_json)
     options = {"environment_timeout": 0.3, "max_turns": 3, "samples_per_prompt": 1, "environment": f"{SOURCE}:Scripted"}
     trainer = trainer_of(demo, advantage_estimator="reinforce++", loss_aggregation="token-mean", **options)
     outcomes = []

@@ -207,7 +207,11 @@ GENERATED = (
     | _advised("evaluations have one response per prompt", "num_generations_eval")
     | _refused("responses are free text; leave it out", "vllm_structured_outputs_regex", "chat_template_kwargs")
     | _refused("write the options as keys: temperature, top_p, top_k, repetition_penalty", "generation_kwargs", "min_p")
-    | SYNCED_REFERENCE
+    | _renamed(
+        sync_ref_model="reference_sync_steps",
+        ref_model_sync_steps="reference_sync_steps",
+        ref_model_mixup_alpha="reference_mixup",
+    )
     | _refused("there are no tools in rollouts; leave it out", "max_tool_calling_iterations", "environment_factory")
     | _renamed(num_completions_to_print="num_sample_rows")
 )

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,13 +153,10 @@ class Sampler:
 
     def _prompts(self) -> PromptData:
         data = self.config.data
-        taken = [
-            name for name in (*self.rewards.columns, *self.rewards.wanted, *data.reward_columns) if name in OWN_FIELDS
-        ]
-        if taken:
-            raise InputError(f"column '{taken[0]}': output_file has a field of that name; rename it in the data")
+        check_names((*self.rewards.columns, *data.reward_columns))
         parts = load_data(data, self.tokenizer, "ppo", self.rewards.columns, self.rewards.wanted)
         prompts = dict(zip(("train", "eval"), parts, strict=True))[self.config.part]
+        check_names(prompts.column_names)
         self.rewards.check_references(prompts)
         return prompts
 
@@ -233,6 +230,13 @@ class Sampler:
                     bar.update()
                     yield finished
                 waiting = started
+
+
+def check_names(columns: Sequence[str]) -> None:
+    """Refuses columns with the name of a field of the output."""
+    taken = [name for name in columns if name in OWN_FIELDS]
+    if taken:
+        raise InputError(f"column '{taken[0]}': output_file has a field of that name; rename it in the data")
 
 
 def collect(finished: list[dict[str, Any]], rows: int, n: int) -> tuple[Samples, np.ndarray, dict[str, np.ndarray]]:

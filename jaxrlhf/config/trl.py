@@ -207,9 +207,13 @@ GENERATED = (
     | _advised("evaluations have one response per prompt", "num_generations_eval")
     | _refused("responses are free text; leave it out", "vllm_structured_outputs_regex", "chat_template_kwargs")
     | _refused("write the options as keys: temperature, top_p, top_k, repetition_penalty", "generation_kwargs", "min_p")
-    | SYNCED_REFERENCE
     | _refused("write max_turns, which is one more: it counts the last turn too", "max_tool_calling_iterations")
     | _refused("write environment: path/to/file.py:Class", "environment_factory")
+    | _renamed(
+        sync_ref_model="reference_sync_steps",
+        ref_model_sync_steps="reference_sync_steps",
+        ref_model_mixup_alpha="reference_mixup",
+    )
     | _renamed(num_completions_to_print="num_sample_rows")
 )
 GROUPS = (

@@ -260,6 +260,7 @@ def rollouts_of_ppo(line: Line, say: Say) -> None:
         share = micro * pieces // updates  # rows of an update
         line["per_device_train_batch_size"] = str(min(micro, share) if share % min(micro, share) == 0 else share)
         line["gradient_accumulation_steps"] = str(share // int(line["per_device_train_batch_size"]))
+    moving_reference(line, updates * count(line, "num_ppo_epochs", default=4))
     if "max_grad_norm" in line:
         say(f"max_grad_norm={_take(line, 'max_grad_norm')} is ignored: TRL's PPO clips no gradients")
     line["max_grad_norm"] = "0"
@@ -284,6 +285,7 @@ def rollouts_of_groups(line: Line, say: Say) -> None:
         )
     line["num_mini_batches"] = str(steps // pieces)
     updates = steps // pieces * passes
+    moving_reference(line, updates)
     for name in ("max_steps", "eval_steps", "save_steps", "logging_steps", "warmup_steps"):
         if updates > 1 and (number := _number(line, name, -1)) > 0:
             line[name] = str(math.ceil(number / updates))
@@ -299,6 +301,16 @@ TRL_REWARDS = {
     ),
 }
 """The names that TRL's script knows, with the numbers that it takes."""
+
+
+def moving_reference(line: Line, updates: int) -> None:
+    """A reference that moves; TRL counts updates, of which a step makes several."""
+    on = _is_on(line, "sync_ref_model")
+    steps, mixup = _number(line, "ref_model_sync_steps", 512), _number(line, "ref_model_mixup_alpha", 0.6)
+    for name in ("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"):
+        line.pop(name, None)
+    if on:
+        line |= {"reference_sync_steps": str(max(1, round(steps / updates))), "reference_mixup": f"{mixup:g}"}
 
 
 def rewards_of_groups(line: Line, say: Say) -> None:

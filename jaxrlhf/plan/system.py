@@ -97,11 +97,11 @@ class System:
     @cached_property
     def modules(self) -> dict[str, Decoder]:
         """Modules of those of `actor`, `critic`, `reference` and `reward` that there are."""
-        reward = self.frozen.reward
+        reference, reward = self.frozen.reference, self.frozen.reward
         return {
             "actor": self.state.actor,
             **({"critic": self.state.critic} if self.state.critic else {}),
-            **({"reference": self.frozen.reference.module} if "score" in self.programs else {}),
+            **({"reference": reference.module} if reference and "score" in self.programs else {}),
             **({"reward": reward.module} if reward else {}),
         }
 
@@ -129,11 +129,16 @@ class System:
             "actor_optimizer": state.actor_opt_state,
             "critic": state.critic_params,
             "critic_optimizer": state.critic_opt_state,
-            "reference": frozen.reference.own if "reference" in self.modules else None,
+            "reference": self._of_reference() if "reference" in self.modules else None,
             "reward": frozen.reward and frozen.reward.own,
             "ema": state.ema_params,
         }
         return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+    def _of_reference(self) -> PyTree:
+        """What the reference holds of its own, or the state for it."""
+        reference, moving = self.frozen.reference, self.state.reference_params
+        return reference and reference.own if moving is None else moving
 
     @cached_property
     def on_host(self) -> frozenset[str]:

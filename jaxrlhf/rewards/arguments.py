@@ -70,7 +70,14 @@ class Log:
         """`log_extra` of TRL. Raises ValueError for another number of values than there are samples."""
         if len(values) != self.size:
             raise ValueError(f"log_extra({column!r}): {len(values)} values for {self.size} responses")
-        self.columns[str(column)] = [v if isinstance(v, str | int | float | None) else str(v) for v in values]
+        self.columns[str(column)] = [_plain(value) for value in values]
+
+
+def _plain(value: Any) -> object:
+    """A value as a table shows it: text and numbers stay, those of NumPy and JAX become Python's."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 @dataclass(frozen=True)

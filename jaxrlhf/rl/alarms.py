@@ -30,8 +30,8 @@ def kl_limit(history: History, kl_target: float | None) -> float:
 class Alarms:
     """Watches the metrics of every step; `say` gets a line when one of them leaves the range of healthy runs."""
 
-    def __init__(self, say: Callable[[str], None], kl_target: float | None) -> None:
-        self.say, self.kl_target = say, kl_target
+    def __init__(self, say: Callable[[str], None], kl_target: float | None, has_reference: bool = True) -> None:
+        self.say, self.kl_target, self.has_reference = say, kl_target, has_reference
         self.history: dict[str, deque[float]] = {}
         self.best_score: float | None = None
         self.first_spread: float | None = None
@@ -76,7 +76,7 @@ class Alarms:
 
     def _kl(self) -> str | None:
         kl, length = self._mean("objective/kl"), self._mean("val/response_length")
-        if kl is None or length is None:
+        if kl is None or length is None or not self.has_reference:
             return None
         if kl < -max(1.0, 0.02 * length):
             return (

@@ -125,7 +125,8 @@ class FrozenModel:
 class FrozenModels:
     """The models of a run that are only read."""
 
-    reference: FrozenModel
+    reference: FrozenModel | None
+    """None without a reference; without parameters where the state has them, because they move."""
     reward: FrozenModel | None
     """None when nothing but reward functions scores."""
 
@@ -136,9 +137,14 @@ class FrozenModels:
         if self.reward is not None:
             base = None if critic is None else critic.params
             reward = model_of(self.reward.module, self.reward.own if base is None else self.reward.params(base))
+        reference = None
+        if self.reference is not None:
+            moving = state.reference_params
+            params = self.reference.params(state.actor_params) if moving is None else moving
+            reference = model_of(self.reference.module, params)
         return RLModels(
             actor=model_of(state.actor, state.actor_params),
-            reference=model_of(self.reference.module, self.reference.params(state.actor_params)),
+            reference=reference,
             critic=critic,
             reward=reward,
         )
@@ -187,9 +193,13 @@ def build_models(
     key = keys.stream(seed, keys.Stream.ADAPTERS)
     trained = arrays.adapted(actor, lora, key, lora.lora_r, lora.lora_target_modules)
     trained = _placed(arrays, trained, mesh)
-    reference = _frozen(
-        config, mesh, arrays, actor.module, trained, frozen.reference_zero_stage, frozen.offload_reference_model
-    )
+    reference, moving = None, None
+    if not frozen.reference_free:
+        reference = _frozen(
+            config, mesh, arrays, actor.module, trained, frozen.reference_zero_stage, frozen.offload_reference_model
+        )
+        if frozen.reference_sync_steps:
+            reference, moving = dataclasses.replace(reference, own=None), reference.own
     value = critic
     if critic is not None:
         key = keys.stream(seed, keys.Stream.CRITIC_ADAPTERS)
@@ -203,7 +213,7 @@ def build_models(
             config, mesh, arrays, start.module, live, frozen.reward_zero_stage, frozen.offload_reward_model
         )
     state = _first_state(config, mesh, arrays, trained, value, iterations)
-    return state, FrozenModels(reference, frozen_reward)
+    return state.replace(reference_params=moving), FrozenModels(reference, frozen_reward)
 
 
 def _placed(arrays: Arrays, model: Model, mesh: Mesh) -> Model:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxrlhf.config import (
+    Fraction,
     Lasting,
     MayChange,
     NonNegative,
@@ -81,6 +82,13 @@ class FrozenConfig(Settings, may_change=True):
     """ZeRO stage of the reference: 3 splits it, below it is whole on every device; default: the actor's."""
     reward_zero_stage: ZeroStage = None
     """ZeRO stage of the reward model; default: the critic's."""
+    reference_sync_steps: Lasting[NonNegativeInt] = 0
+    """Steps after which the reference moves to the policy, again and again; 0: it stays."""
+    reference_mixup: Lasting[Fraction] = 1.0
+    """Weight of the policy in a reference that moves; the rest is the old one."""
+    reference_free: Lasting[bool] = False
+    """Keep no reference: the log-ratio of the KL penalty is the log-prob, which makes it an entropy bonus, and with
+    kl_coef=0 one model less is kept and read."""
     offload_reference_model: bool = False
     """Keep the reference in host memory while it is not scoring."""
     offload_reward_model: bool = False
@@ -143,6 +151,7 @@ NEEDS = {
     "per_device_ptx_batch_size": "ptx_coef",
     "critic_lora_target_modules": "critic_lora_r",
     "kl_target": "kl_coef",
+    "reference_mixup": "reference_sync_steps",
     "ptx_coef": "ptx_data_path",
     "ptx_data_path": "ptx_coef",
 }
@@ -205,6 +214,7 @@ class PPOOptions(StepOptions):
                     "them out"
                 )
         self._check_shared_bases()
+        self._check_reference()
 
     def _check_shared_bases(self) -> None:
         """Refuses settings of a frozen model that is the base of an adapted one."""
@@ -217,6 +227,38 @@ class PPOOptions(StepOptions):
                     raise InputError(
                         f"{name}={self.value(name)}: with LoRA the {frozen} model is the {trained}'s base; leave it out"
                     )
+
+    def _check_reference(self) -> None:
+        """Refuses settings that contradict a reference that moves, or is not there."""
+        sync, free = self.frozen.reference_sync_steps, self.frozen.reference_free
+        if sync and self.lora.lora_r:
+            raise InputError(
+                f"reference_sync_steps={sync} with lora_r={self.lora.lora_r}: the adapters' base is the reference, and "
+                "stays; leave one of them out"
+            )
+        if sync and self.frozen.offload_reference_model:
+            raise InputError(
+                f"reference_sync_steps={sync} with offload_reference_model: a reference that moves is part of the "
+                "state on the devices; leave one of them out"
+            )
+        if not free:
+            return
+        for name, wrong in (
+            ("reference_sync_steps", sync),
+            ("offload_reference_model", self.frozen.offload_reference_model),
+            ("reference_zero_stage", self.frozen.reference_zero_stage is not None),
+            ("kl_target", self.algorithm.kl_target is not None),
+            ("kl_in_loss", self.algorithm.kl_in_loss and self.algorithm.kl_coef),
+        ):
+            if wrong:
+                raise InputError(
+                    f"reference_free with {name}={self.value(name)}: there is no reference; leave one of them out"
+                )
+        if self.algorithm.kl_coef and self.algorithm.kl_estimator != "k1":
+            raise InputError(
+                f"reference_free with kl_estimator={self.algorithm.kl_estimator}: without a reference the penalty is "
+                "k1 of the log-prob; leave one of them out, or set kl_coef to 0"
+            )
 
     @property
     def rows_per_device(self) -> int:

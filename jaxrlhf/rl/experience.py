@@ -98,7 +98,7 @@ class RLModels(flax.struct.PyTreeNode):
     """The models of a run, each with the parameters to read."""
 
     actor: Model
-    reference: Model
+    reference: Model | None
     critic: Model | None = None
     reward: Model | None = None
 
@@ -116,8 +116,8 @@ def score_rollout(
 
     Args:
         rollout: prompts and responses, `[B, P+N]`.
-        models: without a critic there are no values; without a reward model scores are 0 until
-            `Experience.with_scores`.
+        models: without a critic there are no values; without a reference its log-probs are 0; without a reward model
+            scores are 0 until `Experience.with_scores`.
         hyperparameters: temperature and chunks.
         mesh: where the models lie.
         sampling: says which responses ended by themselves; None: not known.
@@ -144,7 +144,9 @@ def score_rollout(
         rows = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
         logprobs, entropy = passes(models.actor, logprobs_of, rows)
         # One model after the other: what is offloaded is on the devices during its own passes only.
-        ref_logprobs, _ = passes(models.reference, logprobs_of, rows)
+        ref_logprobs = jnp.zeros_like(logprobs)
+        if models.reference is not None:
+            ref_logprobs, _ = passes(models.reference, logprobs_of, rows)
         scores = jnp.zeros(rows.tokens.shape[0], jnp.float32)
         if models.reward is not None:
             scores = passes(models.reward, score_of, rows)

@@ -64,6 +64,7 @@ class RLHFEngine:
         actor, reward, critic = self._load(actor_model_name_or_path, critic_model_name_or_path)
         self.schedule = make_schedule(config.optimizer, updates_of(config, num_total_iters)[0])
         self.rates = rates_of(config, num_total_iters)
+        self.total_steps = num_total_iters
         self.state, self.frozen = build_models(config, self.mesh, actor, critic, reward, num_total_iters)
         trained = model_of(self.state.actor, self.state.actor_params)
         self.actor = HybridEngine(trained, self.mesh, config.rollout.generate_tensor_parallel or None)

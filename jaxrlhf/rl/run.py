@@ -113,7 +113,7 @@ class PPOTask:
         for part in (data.train, data.held_out):
             self.trainer.rewards.check_references(part)
         self.tolerance = logp_tolerance(engine.actor.module, engine.mesh)
-        self.alarms = Alarms(run.print, config.algorithm.kl_target)
+        self.alarms = Alarms(run.print, config.algorithm.kl_target, has_reference=not config.frozen.reference_free)
         self.baseline = Baseline(run, data.held_out.key)
         self.warned = False
         self._newest: dict[str, Any] = {}
@@ -187,8 +187,7 @@ class PPOTask:
         def sample(number: int) -> Sampled:
             # Further prompts come from behind the run's own ones, so that a step's prompts depend on its number alone.
             indices = train.indices(plan.batch + number * self.total_steps, self.prompts)
-            epoch = train.progress(plan.batch, self.prompts).get("epoch", 0.0)
-            progress = {"global_step": plan.index, "max_steps": self.total_steps, "epoch": float(epoch)}
+            progress = trainer.progress(state, float(train.progress(plan.batch, self.prompts).get("epoch", 0.0)))
             prompts = Prompts.of(train.batch(indices), **trainer.reading(train, indices), progress=progress)
             return trainer.sample(state, prompts, trainer.rollout_plan(step, number))
 
@@ -205,6 +204,8 @@ class PPOTask:
             names += ["loss/value_avg", "val/grad_norm"]
         updates = h.ppo_epochs * h.num_mini_batches
         limits = {name: robust_limit(history.get(name, ()), threshold, updates) for name in names}
+        if self.config.frozen.reference_free:
+            return limits
         return limits | {"objective/kl": kl_limit(history, h.kl_target)}
 
     def _counts(self, experience: Experience) -> dict[str, int]:

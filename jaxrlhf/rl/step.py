@@ -57,6 +57,8 @@ class PPOState(flax.struct.PyTreeNode):
     critic_optimizer: optax.GradientTransformationExtraArgs | None = flax.struct.field(pytree_node=False)
     hyperparameters: PPOHyperparameters = flax.struct.field(pytree_node=False)
     mesh: Mesh | None = flax.struct.field(pytree_node=False)
+    reference_params: PyTree = None
+    """Parameters of a reference that moves (`refreshed`), in the compute dtype; None for one that stays."""
     score_moments: objectives.Moments | None = None
     """Moments of all scores so far, for score_normalization="running"."""
     routers: RouterOptions = flax.struct.field(pytree_node=False, default=RouterOptions())

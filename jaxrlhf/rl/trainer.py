@@ -22,6 +22,7 @@ from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.refresh import refreshed
 from jaxrlhf.rl.rollouts import generate_in_pieces
 from jaxrlhf.rl.samples import TRANSCRIPT, Each, Metrics, Prompts, Record, RolloutPlan, Sampled
 from jaxrlhf.rl.step import PPOState, ppo_step
@@ -219,6 +220,10 @@ class PPOTrainer:
             metrics |= sampled.metrics | {"timing/reward_functions": time.monotonic() - end}
         return sampled._replace(metrics=metrics)
 
+    def progress(self, state: PPOState, epoch: float = 0.0) -> dict[str, float]:
+        """What reward functions read as `trainer_state`."""
+        return {"global_step": int(to_host(state.step)), "max_steps": self.engine.total_steps, "epoch": epoch}
+
     def read(
         self, rollout: Rollout, prompts: Sequence[str] | None
     ) -> tuple[Sequence[str], list[str], list[np.ndarray]]:
@@ -305,16 +310,42 @@ class PPOTrainer:
             The new state, and metrics under TRL's names with `timing/train`.
         """
         begin = time.monotonic()
+        state, metrics = self._updated(state, experience, ptx, limits, twice)
+        state = self._with_refreshed_reference(state)
+        seconds = time.monotonic() - begin - metrics.get("timing/deterministic_check", 0.0)
+        return state, metrics | {"timing/train": seconds}
+
+    def _with_refreshed_reference(self, state: PPOState) -> PPOState:
+        """The state with a reference that moves after some of the steps, if after this one."""
+        every, reference = self.config.frozen.reference_sync_steps, self.engine.frozen.reference
+        if reference is None or not every or int(to_host(state.step)) % every:
+            return state
+        moved = refreshed(
+            state.reference_params,
+            state.actor_params,
+            weight=self.config.frozen.reference_mixup,
+            module=reference.module,
+            mesh=self.engine.mesh,
+        )
+        return state.replace(reference_params=moved)
+
+    def _updated(
+        self,
+        state: PPOState,
+        experience: Experience,
+        ptx: dict[str, jax.Array] | None,
+        limits: Limits | None,
+        twice: bool,
+    ) -> tuple[PPOState, Metrics]:
+        """The part of `update` that trains."""
         scored = bool(self.rewards) or self.runner is not None
         if scored and not to_host(jnp.any(experience.response_mask)):
             state = state.replace(step=state.step + 1)
-            return state, {"guard/skipped_updates": 0.0, "guard/unscored": 1.0, "timing/train": 0.0}
+            return state, {"guard/skipped_updates": 0.0, "guard/unscored": 1.0}
         train = partial(run_twice, self._train) if twice else self._train
         state, metrics = train(state, experience, ptx, limits, self.engine.rates)
         metrics = {name: float(value) for name, value in to_host(metrics).items()}
-        metrics |= {"guard/unscored": 0.0} if scored else {}
-        seconds = time.monotonic() - begin - metrics.get("timing/deterministic_check", 0.0)
-        return state, metrics | {"timing/train": seconds}
+        return state, metrics | ({"guard/unscored": 0.0} if scored else {})
 
     def generate_experience(
         self,
@@ -335,7 +366,7 @@ class PPOTrainer:
         batch = Prompts.of(prompt_batch, columns=columns or {}, texts=prompts)
         state.hyperparameters.check_rows(len(batch.ids) * self.sampling.samples_per_prompt)
         self.config.check_pieces(len(batch.ids))
-        batch = dataclasses.replace(batch, progress={"global_step": int(state.step), "max_steps": 0, "epoch": 0.0})
+        batch = dataclasses.replace(batch, progress=self.progress(state))
         experience, metrics, *_ = self.sample(state, batch, self.rollout_plan(int(state.step)))
         self.timing = {name: value for name, value in metrics.items() if name.startswith("timing/")}
         self._scored = {name: value for name, value in metrics.items() if name not in self.timing}
@@ -382,7 +413,8 @@ class PPOTrainer:
         records: list[Record] = []
         for batch in watch(eval_batches(prompts, batch_size), -(-len(prompts) // batch_size)):
             index = batch["index"]
-            chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **self.reading(prompts, index))
+            reading = self.reading(prompts, index) | {"progress": self.progress(state)}
+            chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **reading)
             experience, _, parts, _ = self.sample(state, chosen, plan, plain)
             records += self.records(experience, batch["row_mask"], index, parts)
         if not records:

@@ -73,7 +73,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "KL and policy": (
         Metric(
             "objective/kl",
-            "Σ (logp − ref) over a response: KL from the reference in nats",
+            "Σ (logp − ref) over a response: KL from the reference in nats; with `reference_free` Σ logp",
             "starts at 0 and grows slowly; above half a nat per token, or three times `kl_target`, raises an alarm, "
             "and so does a clearly negative one, which top_k, top_p or a penalty cause",
         ),

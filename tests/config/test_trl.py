@@ -223,6 +223,10 @@ def test_a_grpo_file_counts_rollouts_where_trl_counts_updates(read):
         max_prompt_seq_len=512,
     )
     assert any("max_steps=100 updates are 50 steps" in line for line in advice)
+    moving, _ = read("grpo", GRPO + "sync_ref_model: true\n")
+    assert moving.value("reference_sync_steps") == 256 and moving.value("reference_mixup") == 0.6
+    still, _ = read("grpo", GRPO + "sync_ref_model: false\nref_model_sync_steps: 64\n")
+    assert still.value("reference_sync_steps") == 0
     rloo = "dataset_name: x\nnormalize_advantages: true\nreward_clip_range: [-3, 3]\nbeta: 0.1\n"
     assert not differences(
         read("rloo", rloo)[0], whiten_advantages=True, clip_reward=3.0, kl_coef=0.1, samples_per_prompt=2
@@ -302,6 +306,7 @@ def test_data_path_replaces_the_data_of_a_file(read):
         ("sft", "use_dora: true\nlearnin_rate: 1", "unknown setting learnin_rate"),
         ("dpo", "loss_type: aot", "must be one or several of"),
         ("kto", "sync_ref_model: true", "sync_ref_model=true"),
+        ("dpo", "loss_type: bco_pair", "bco_pair"),
         ("dpo", "sync_ref_model: true", "sync_ref_model=true"),
         ("ppo", "stop_token: x", "write stop_token: eos"),
         ("ppo", "num_mini_batches: 3", "num_mini_batches=3 must divide the 8 rows"),

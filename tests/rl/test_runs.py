@@ -78,6 +78,8 @@ def mixed(files):
         "score_normalization": "running",
         "missing_eos_penalty": 0.5,
         "generation_batches": 2,
+        "reference_sync_steps": 2,
+        "reference_mixup": 0.7,
     }
 
 

@@ -142,7 +142,7 @@ def turns_advance(
 
         def step(state: Turns) -> Turns:
             live, old, given = ~state.rows.done, state.rows, state.given
-            forced = Given(live & (given.left > 0), given.tokens[:, 0])
+            forced = Given(live & (given.left > 0), jnp.asarray(given.tokens)[:, 0])
             column = prompt_length + jnp.maximum(old.length, 1) - 1
             rows, logprob = advance(module, view, old, column, key, sampling, forced)
             turn = jnp.where(live & ~forced.where, state.turn + 1, state.turn)

@@ -22,9 +22,9 @@ from jaxrlhf.models import Decoder
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.pairs import SIDES, Sides, pair_count, pair_mask, read_pairs
-from jaxrlhf.trainers.references import ReferenceOptions, add_reference, check_reference
+from jaxrlhf.trainers.references import ReferencedConfig, ReferenceOptions, add_reference, check_reference
 from jaxrlhf.trainers.settings import StepOptions
-from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
+from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, TrainState, train_supervised
 
 PyTree = Any
 
@@ -134,7 +134,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class DPOConfig(DPOOptions, SupervisedConfig):
+class DPOConfig(DPOOptions, ReferencedConfig):
     """Direct preference optimisation alone."""
 
     HIDDEN = frozenset({"train_on", "group_by_length"})
@@ -195,13 +195,16 @@ def dpo_terms(losses: Losses, module: Decoder, params: PyTree, rows: Batch, coun
     total = jnp.zeros((), jnp.float32)
     for kind, weight in zip(losses.pairs, losses.weights, strict=True):
         declared = objectives.PREFERENCE_LOSSES[kind]
+        compared = ratios if declared.reference else logps
         total += weight * objectives.preference_loss(
-            *(ratios if declared.reference else logps).values(),
+            compared["chosen"],
+            compared["rejected"],
             mask,
             losses.beta,
             kind,
             losses.label_smoothing if declared.smooths else 0.0,
-            *lengths.values(),
+            lengths["chosen"],
+            lengths["rejected"],
             denominator=count.pairs,
             margin=losses.margin,
         )

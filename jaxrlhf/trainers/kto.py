@@ -25,9 +25,16 @@ from jaxrlhf.runs import Run
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.optimizer import OptimizerConfig
-from jaxrlhf.trainers.references import ReferenceOptions, add_reference, check_reference, chunks, score_batch
+from jaxrlhf.trainers.references import (
+    ReferencedConfig,
+    ReferenceOptions,
+    add_reference,
+    check_reference,
+    chunks,
+    score_batch,
+)
 from jaxrlhf.trainers.settings import StepOptions
-from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
+from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, TrainState, train_supervised
 
 PyTree = Any
 COLUMNS = {
@@ -65,7 +72,7 @@ class KTOOptions(StepOptions):
 
 
 @dataclass(frozen=True)
-class KTOConfig(KTOOptions, SupervisedConfig):
+class KTOConfig(KTOOptions, ReferencedConfig):
     """Kahneman-Tversky optimisation alone."""
 
     HIDDEN = frozenset({"train_on", "group_by_length", "pair_rule", "pair_margin", "packing", "streaming", "fit"})

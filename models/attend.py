@@ -213,7 +213,6 @@ def attend_to_sequence(
         InputError: The implementation cannot run here, has no dropout, or cannot see segments.
     """
     kernel = "prefill_attention" if prefill else "flash_attention"
-    slopes = options.alibi_slopes
     key, value = (_for_every_part(x, query.shape[1]) for x in (key, value))
     if dropout is not None and dropout[0] > 0:
         if options.implementation not in ("auto", "xla"):
@@ -229,27 +228,45 @@ def attend_to_sequence(
         facts = {"packed": context.starts is not None, "holes": not context.contiguous}
         dropout, implementation = None, options.kernel(kernel, query, **facts)
     if implementation == "xla":
-        mask = attention_mask(context.key_mask, query.shape[2], window=options.window, starts=context.starts)
-        rate, dropout_key = dropout or (0.0, None)
-        return attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=options.scale,
-            softcap=options.softcap,
-            alibi_slopes=slopes,
-            positions=context.positions,
-            dropout_rate=rate,
-            dropout_key=dropout_key,
-        )
+        return _masked(query, key, value, context, options, dropout)
+    return _on_spans(query, key, value, context, replace(options, implementation=implementation))
+
+
+def _masked(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    context: SequenceContext,
+    options: AttentionOptions,
+    dropout: tuple[float, jax.Array] | None,
+) -> jax.Array:
+    """Attention of whole sequences as plain XLA: any mask, with dropout."""
+    mask = attention_mask(context.key_mask, query.shape[2], window=options.window, starts=context.starts)
+    rate, dropout_key = dropout or (0.0, None)
+    return attention(
+        query,
+        key,
+        value,
+        mask,
+        scale=options.scale,
+        softcap=options.softcap,
+        alibi_slopes=options.alibi_slopes,
+        positions=context.positions,
+        dropout_rate=rate,
+        dropout_key=dropout_key,
+    )
+
+
+def _on_spans(
+    query: jax.Array, key: jax.Array, value: jax.Array, context: SequenceContext, options: AttentionOptions
+) -> jax.Array:
+    """Attention of whole sequences by a kernel that reads a row's real columns side by side; NaN for other rows."""
     start, length, unfit = _span(context.key_mask)
     if context.starts is not None:
         start = context.starts
-    options = replace(options, implementation=implementation)
     if context.contiguous:
         return _flash(query, key, value, start, length, options)
-    if slopes is not None:
+    if options.alibi_slopes is not None:
         columns = jnp.arange(query.shape[2])
         counted = columns - (start if start.ndim == 2 else start[:, None])
         unfit |= (context.key_mask & (context.positions != counted)).any(1)

@@ -32,7 +32,7 @@ from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, parse_mixture, read_
 from jaxrlhf.data.reading import HEAD, Reading
 from jaxrlhf.data.selection import SHARES, limit_rows, parse_split, split_among, split_groups
 from jaxrlhf.data.sources import named_as
-from jaxrlhf.data.streaming import STREAMS, StreamSource, stream_shares
+from jaxrlhf.data.streaming import STREAMS, StreamOrder, StreamSource, stream_shares
 from jaxrlhf.data.tokenized import SEQUENCES, Encoding, Part
 from jaxrlhf.data.tokenizer import TemplateConfig, check_tokenizer, tokenizer_fingerprint, with_template
 from jaxrlhf.distributed import by_turns, check_same
@@ -350,10 +350,12 @@ class Loader:
             reading.opened,
             self.encoding,
             tokenizer,
-            window=config.shuffle_buffer,
-            shares=stream_shares(self.step, split, fraction),
-            packing=packing,
-            seed=(config.seed, k),
+            StreamOrder(
+                window=config.shuffle_buffer,
+                shares=stream_shares(self.step, split, fraction),
+                packing=packing,
+                seed=(config.seed, k),
+            ),
             record=self.folder / "streams" / f"{key}.json",
         )
         return stream, key

@@ -11,6 +11,7 @@ import bisect
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ SOURCE_BITS = 44  # a unit's number holds the source above these bits
 GROUP_RANGE = 2**63
 
 
+@dataclass(frozen=True)
+class StreamOrder:
+    """Which rows of a stream a step trains on, and in what order."""
+
+    window: int
+    """Rows that are shuffled together."""
+    shares: tuple[float, float]
+    """Bounds, as fractions of the prompts, of those that the step trains on."""
+    packing: int
+    """Tokens of a packed row; 0: rows are not packed."""
+    seed: tuple[int, ...]
+    """Key of the order."""
+
+
 class StreamSource:
     """The rows of one source that a step trains on, in windows.
 
@@ -38,10 +53,7 @@ class StreamSource:
         opened: its tables, streamed.
         encoding: how rows become tokens.
         tokenizer: the tokenizer.
-        window: rows that are shuffled together.
-        shares: bounds, as fractions of the prompts, of those that the step trains on.
-        packing: tokens of a packed row; 0: rows are not packed.
-        seed: key of the order.
+        order: which rows the step trains on, and in what order.
         record: file that keeps the number of packed rows of each window, so that a resumed run need not pack anew.
     """
 
@@ -51,19 +63,16 @@ class StreamSource:
         opened: Sequence[Opened],
         encoding: Encoding,
         tokenizer: Any,
-        *,
-        window: int,
-        shares: tuple[float, float],
-        packing: int,
-        seed: tuple[int, ...],
+        order: StreamOrder,
         record: Path,
     ) -> None:
         self.name, self.opened, self.encoding, self.tokenizer = name, opened, encoding, tokenizer
-        self.window, self.shares, self.packing, self.seed, self.record = window, shares, packing, seed, record
+        self.window, self.shares, self.packing, self.seed = order.window, order.shares, order.packing, order.seed
+        self.record = record
         self.units: list[int] = []
         self.complete = False
         self.skipped: dict[str, int] = {}
-        if packing and record.exists():
+        if order.packing and record.exists():
             kept = json.loads(record.read_text(encoding="utf-8"))
             self.units, self.complete = kept["units"], kept["complete"]
         self._restart()

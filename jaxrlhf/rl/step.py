@@ -145,26 +145,12 @@ def ppo_step(
     h, mesh = state.hyperparameters, state.mesh
     rows = experience.scores.shape[0]
     h.check_rows(rows)
-    if (ptx is None) != (h.ptx_coef == 0):
-        raise InputError(f"ptx_coef={h.ptx_coef} requires a batch of pretraining text; without one it must be 0")
     with use(mesh, TRAIN_RULES):
-        shaped, moments = shaped_experience(experience, h, state.score_moments)
-        rewards, advantages, returns = advantages_and_returns(shaped, state.kl_coef, h)
-        weights = objectives.importance_weights(
-            experience.logprobs,
-            experience.sampler_logprobs,
-            experience.response_mask,
-            h.importance_sampling_mode,
-            h.importance_sampling_floor,
-            h.importance_cap or jnp.inf,
-        )
-        data = _training_arrays(state, experience, advantages, returns, weights)
+        data, metrics, moments = _judged(state, experience)
         actor_params, actor_frozen, actor_read = _parts(state.actor_params, state.actor, mesh)
         critic_params, critic_frozen, critic_read = _parts(state.critic_params, state.critic, mesh)
         frozen = _Frozen(actor_read, critic_read)
-        metrics = experience_metrics(experience, rewards, returns, state.kl_coef, weights)
         limited = _Limited(limits, exceeds(metrics, limits))
-
         scheduled = state if rates is None else _scheduled(state, rates)
 
         def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
@@ -172,7 +158,7 @@ def ppo_step(
             return _update(scheduled, frozen, trained, _take(data, index[0]), of_ptx, experience.longest, limited)
 
         trained = _Trained(actor_params, critic_params, state.actor_opt_state, state.critic_opt_state, state.ema_params)
-        index = (minibatch_rows(h, state.seed, state.step, rows), None if ptx is None else _ptx_rows(state, ptx))
+        index = minibatch_rows(h, state.seed, state.step, rows), _ptx_rows(state, ptx)
         trained, updates = _run_updates(run, trained, index, early_stop=h.early_stop_kl is not None)
     spikes = updates.pop("spike")
     metrics |= _averaged(updates) | ({} if limits is None else {"guard/spike": jnp.sum(spikes)})
@@ -187,6 +173,33 @@ def ppo_step(
         score_moments=None if moments is None else _finite_or(state.score_moments, moments),
     )
     return new, metrics
+
+
+class _Judged(NamedTuple):
+    """A rollout after rewards and advantages."""
+
+    data: PyTree
+    """What the updates train on, by rows."""
+    metrics: dict[str, jax.Array]
+    moments: PyTree
+    """Moments of the scores so far, with this rollout's; None where scores are not scaled by them."""
+
+
+def _judged(state: PPOState, experience: Experience) -> _Judged:
+    """Computes rewards, advantages, returns and importance weights of a scored rollout."""
+    h = state.hyperparameters
+    shaped, moments = shaped_experience(experience, h, state.score_moments)
+    rewards, advantages, returns = advantages_and_returns(shaped, state.kl_coef, h)
+    weights = objectives.importance_weights(
+        experience.logprobs,
+        experience.sampler_logprobs,
+        experience.response_mask,
+        h.importance_sampling_mode,
+        h.importance_sampling_floor,
+        h.importance_cap or jnp.inf,
+    )
+    data = _training_arrays(state, experience, advantages, returns, weights)
+    return _Judged(data, experience_metrics(experience, rewards, returns, state.kl_coef, weights), moments)
 
 
 def _scheduled(state: PPOState, rates: PPORates) -> PPOState:
@@ -265,8 +278,14 @@ def _finite_or(old: PyTree, new: PyTree) -> PyTree:
     return jax.tree.map(partial(jnp.where, finite), new, old)
 
 
-def _ptx_rows(state: PPOState, ptx: dict[str, jax.Array]) -> jax.Array:
-    h, rows = state.hyperparameters, ptx["input_ids"].shape[0]
+def _ptx_rows(state: PPOState, ptx: dict[str, jax.Array] | None) -> jax.Array | None:
+    """The rows of pretraining text of each update; None where the step trains on none."""
+    h = state.hyperparameters
+    if (ptx is None) != (h.ptx_coef == 0):
+        raise InputError(f"ptx_coef={h.ptx_coef} requires a batch of pretraining text; without one it must be 0")
+    if ptx is None:
+        return None
+    rows = ptx["input_ids"].shape[0]
     if rows % (h.num_mini_batches * h.micro_batches):
         raise InputError(
             f"num_mini_batches={h.num_mini_batches} × micro-batches={h.micro_batches} must divide the {rows} rows of "

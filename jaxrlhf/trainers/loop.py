@@ -152,21 +152,10 @@ def fit(
                     loop.finish_step(state, after)
                 relieve_memory()
                 done = after
-    best = loop.best.step
     loop.newest = (None, task.total_steps)  # frees the memory of the last state, if another one is exported
-    if config.export_best and best not in (None, task.total_steps):
-        with run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
-            state, _ = restore_checkpoint(run.output_dir / f"checkpoint-{best}", state)
-    with run.status(f"exporting the model to {run.output_dir}…"), loop.watchdog, loop.watchdog.work("the export"):
-        metrics = from_primary("reading the evaluations", lambda: evals(run, task.best, best))
-        shown = metrics["eval_best" if config.export_best else "eval_after"]
-        base, data = redacted((task.base_model, task.data_names))
-        card = ModelCard(task.name, task.title, base, data, task.total_steps, shown)
-        try:
-            task.export(state, card)
-        except StorageError as error:
-            remedy = "free or repair the disk; --resume then exports the trained model from its last checkpoint"
-            raise StorageError(f"{error}. To go on: {remedy}") from error
+    if config.export_best:
+        state = loop.best_state(state)
+    metrics = loop.export(state)
     seconds = time.monotonic() - begin
     run.write_summary(
         {"trainer": task.name, "title": task.title, "steps": task.total_steps, "seconds": round(seconds, 1), **metrics}
@@ -272,6 +261,29 @@ class _Loop(Generic[State]):
                     raise EvaluationStopped(kind)
                 with self.watchdog.work("a batch of an evaluation"):
                     yield batch
+
+    def best_state(self, state: State) -> State:
+        """The state of the best of the evaluated checkpoints; `state` where the last one is the best."""
+        best = self.best.step
+        if best in (None, self.task.total_steps):
+            return state
+        with self.run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
+            return restore_checkpoint(self.run.output_dir / f"checkpoint-{best}", state)[0]
+
+    def export(self, state: State) -> dict[str, Any]:
+        """Exports the model into the run folder; returns the evaluations of the run. Raises StorageError."""
+        run, task = self.run, self.task
+        with run.status(f"exporting the model to {run.output_dir}…"), self.watchdog, self.watchdog.work("the export"):
+            metrics = from_primary("reading the evaluations", lambda: evals(run, task.best, self.best.step))
+            shown = metrics["eval_best" if self.config.export_best else "eval_after"]
+            base, data = redacted((task.base_model, task.data_names))
+            card = ModelCard(task.name, task.title, base, data, task.total_steps, shown)
+            try:
+                task.export(state, card)
+            except StorageError as error:
+                remedy = "free or repair the disk; --resume then exports the trained model from its last checkpoint"
+                raise StorageError(f"{error}. To go on: {remedy}") from error
+        return metrics
 
     def asked_to_stop(self, place: str) -> type[Interrupted] | None:
         """The error to end with when a process is asked to stop. All processes look at the pending save here too."""

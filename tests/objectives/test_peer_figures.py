@@ -5,6 +5,8 @@ Where the peers differ from us, a test shows that the difference is the one docs
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf import objectives
+from jaxrlhf.rl import PPOHyperparameters
+from jaxrlhf.rl.algorithms import ALGORITHMS
 
 FIGURES = json.loads((Path(__file__).parents[1] / "fixtures" / "peer_figures.json").read_text())
 X = {name: np.array(value) for name, value in FIGURES["inputs"].items()}
@@ -136,6 +140,15 @@ def test_reinforce_plus_plus_is_that_of_verl():
     ours = objectives.reward_to_go(X["rewards"], MASK, GAMMA)
     close(ours, VERL["reinforce_plus_plus"]["returns"])
     close(objectives.masked_whiten(ours, MASK), VERL["reinforce_plus_plus"]["whitened_advantages"])
+
+
+def test_the_estimator_of_runs_with_reinforce_plus_plus_is_that_of_verl():
+    """The step whitens what the estimator gives, because `whiten_advantages` is a default of the algorithm."""
+    declared = ALGORITHMS["reinforce++"]
+    assert declared.defaults["whiten_advantages"]
+    h = PPOHyperparameters(advantage_estimator=declared.estimator, gamma=GAMMA)
+    advantages, _ = declared.advantages(jnp.asarray(X["rewards"]), cast(Any, SimpleNamespace(response_mask=MASK)), h)
+    close(objectives.masked_whiten(advantages, MASK), VERL["reinforce_plus_plus"]["whitened_advantages"])
 
 
 def test_the_adaptive_kl_controller_is_that_of_verl():

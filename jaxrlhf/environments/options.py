@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxrlhf.config import MayChange, NonNegative, NonNegativeInt, PositiveInt, Settings
+from jaxrlhf.config import MayChange, NonNegative, NonNegativeInt, PositiveInt, Settings, default_of
 from jaxrlhf.config.imports import import_function
 from jaxrlhf.environments.adapter import MethodEnvironment, has_methods_as_tools
 from jaxrlhf.environments.episode import Episode
@@ -38,7 +38,7 @@ class EnvironmentConfig(Settings):
         object.__setattr__(self, "tools", tools)
         for name in ("tool_format", "max_turns", "max_turn_tokens"):
             value = getattr(self, name)
-            if not self.used and value != type(self).__dataclass_fields__[name].default:
+            if not self.used and value != default_of(EnvironmentConfig, name):
                 raise InputError(f"{name}={value} requires environment or tools; set one of them, or remove {name}")
         for name, specs in (("environment", (self.environment,) if self.environment else ()), ("tools", tools)):
             for spec in specs:

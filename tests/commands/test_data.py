@@ -74,7 +74,7 @@ def printed(found, stream=None):
 @pytest.mark.parametrize(
     ("rows", "words", "format", "steps"),
     [
-        (PAIRS, "preference, explicit prompt, text", "preference", ("sft", "reward", "ppo", "dpo")),
+        (PAIRS, "preference, explicit prompt, text", "preference", ("sft", "reward", "ppo", "dpo", "kto")),
         (CHAT, "language modelling, conversational", "messages", ("sft", "ppo")),
         ([{"text": f"sky {i}"} for i in range(30)], "language modelling, text", "text", ("sft",)),
     ],

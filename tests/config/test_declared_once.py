@@ -32,6 +32,7 @@ OTHERWISE = {
     "seed": {"DataConfig", "ChatConfig", "BenchConfig"},  # of the order of rows too; of samples; of weights
     # Of step 2 and the critic; of the frozen reward model.
     "reward_zero_stage": {"RLHFConfig", "FrozenConfig"},
+    "reference_free": {"DPOOptions", "FrozenConfig"},  # of the loss of pairs; of the penalty on rollouts
     "json": {"PlanConfig", "BenchConfig", "DataViewConfig"},  # the file of the plan; of the measurements; of the data
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
     "save_dtype": {"RunConfig", "ConvertConfig"},  # of the export of a run; of a conversion, where dtype says the same

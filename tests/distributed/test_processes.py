@@ -113,10 +113,10 @@ def test_settings_models_and_data_that_differ_are_named_with_who_has_which_on_ev
 def test_reward_functions_are_called_by_process_0_and_both_have_their_scores_failures_and_errors(two):
     for facts in two.facts:
         assert facts["rewards"]["scores"] == [None, float(np.float32(8.2)), 16.5]
-        assert facts["rewards"]["failures"] == [["size", 0, "returned None"]]
+        assert facts["rewards"]["failures"] == [["size", 0, "returned nan"]]
         assert "it returned a text" in facts["rewards"]["refused"]
     done = [json.loads((two.folder / f"rewards-{i}.json").read_text()) for i in range(2)]
-    assert done == [["called with 3", "reward function size gave sample 0 no score: returned None"], []]
+    assert done == [["called with 3", "reward function size gave sample 0 no score: returned nan"], []]
 
 
 def test_a_save_in_the_background_fails_or_completes_on_both_processes_together(two):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -78,7 +79,7 @@ def rewarded(note):
     def size(prompts, responses, answer):
         done.append(f"called with {len(prompts)}")
         pairs = zip(responses, answer, strict=True)
-        return [None if response == "bad" else len(response) + float(a) for response, a in pairs]
+        return [math.nan if response == "bad" else len(response) + float(a) for response, a in pairs]
 
     rewards = Rewards([size, "regex:pattern=b"], (2.0, 0.5), say=lambda text: done.append(text.splitlines()[0]))
     result = rewards.submit(["p", "q", "r"], ["bad", "cccc", "b"], {"answer": ["1", "0.1", "7"]}).result()

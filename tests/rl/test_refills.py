@@ -30,7 +30,7 @@ def sampled(first, scores, width=4, **metrics):
     given = {"tokens": tokens, "mask": ones, "response_mask": ones, "values": None, "longest": 3}
     experience = Experience(**given, **arrays, scores=jnp.zeros(len(rows)), ended=ones[:, 0])
     rewards = {"own": np.asarray(rows, np.float32)}
-    return Sampled(experience.with_scores(jnp.asarray(scores, jnp.float32)), metrics, rewards)
+    return Sampled(experience.with_scores(jnp.asarray(scores, jnp.float32)), metrics, rewards, {})
 
 
 def test_groups_differ_by_two_known_scores():
@@ -90,8 +90,10 @@ def test_the_prompts_and_keys_of_a_step_and_of_its_refills_depend_on_its_number_
             return int(prompts.ids[0, 0]), plan
 
         trainer = SimpleNamespace(rewards=(), sample=sample, sampling=SimpleNamespace(pad_token_id=0))
+        trainer.reading, trainer.progress = (lambda rows, indices: {}), (lambda state, epoch: {})
         trainer.rollout_plan = lambda step, refill: (step, refill)
         rows = SimpleNamespace(indices=lambda number, prompts: np.arange(number * prompts, (number + 1) * prompts))
+        rows.progress = lambda number, prompts: {}
         rows.batch = lambda indices: {"prompt_ids": indices[:, None], "prompt_mask": indices[:, None] >= 0}
         config = SimpleNamespace(rollout=SimpleNamespace(dynamic_sampling=2))
         config.sampling = SimpleNamespace(samples_per_prompt=2)
@@ -105,7 +107,7 @@ def test_the_prompts_and_keys_of_a_step_and_of_its_refills_depend_on_its_number_
     monkeypatch.setattr("jaxrlhf.rl.run.refilled", keep)
     for step in (3, 0, 4, 1, 2, 3):
         own, state = task(step)
-        found = PPOTask._sample(own, state, step)
+        found = PPOTask._sample(own, state, SimpleNamespace(batch=step, index=step))
         assert seen.setdefault(step, found) == found
     assert [plan for _, plan in seen[3]] == [(3, 0), (3, 1), (3, 2)]
     places = [place for found in seen.values() for place, _ in found]

@@ -127,7 +127,11 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_other_losses_and_several_at_once_learn_the_pairs(name, config, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
+    path = tmp_path / "rows.jsonl"
+    pairs = [{"prompt": f"Is {i} a number?", "chosen": f"yes, {i} is", "rejected": "no idea"} for i in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     options = {"loss_type": name, "learning_rate": 3e-3, "max_steps": 10, "output_dir": str(tmp_path)} | LOSSES[name]
+    options |= {"data_path": str(path), "eval_data_path": str(path), "max_eval_samples": 0}
     train_dpo(config(**options, per_device_train_batch_size=2, per_device_eval_batch_size=2))
     before, *records = read_jsonl(tmp_path / "metrics.jsonl")
     after = json.loads((tmp_path / "summary.json").read_text())["eval_after"]
@@ -135,9 +139,9 @@ def test_other_losses_and_several_at_once_learn_the_pairs(name, config, tmp_path
     assert after["rewards/margins"] > before["eval/rewards/margins"]
     assert ("nll_loss" in after) == ("nll_loss" in records[0]) == (name != "simpo")
     if name == "several":
-        pairs = np.log(2) + 0.5
-        assert before["eval/loss"] == pytest.approx(pairs + 0.2 * before["eval/nll_loss"], rel=1e-5)
-        assert records[0]["loss"] == pytest.approx(pairs + 0.2 * records[0]["nll_loss"], rel=1e-5)
+        at_start = np.log(2) + 0.5
+        assert before["eval/loss"] == pytest.approx(at_start + 0.2 * before["eval/nll_loss"], rel=1e-5)
+        assert records[0]["loss"] == pytest.approx(at_start + 0.2 * records[0]["nll_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,14 @@ def train(config, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
     def start(**options):
-        common = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+        rows = [
+            {"prompt": f"Is {i} a number?", "completion": "yes" if i % 2 else "no idea", "label": bool(i % 2)}
+            for i in range(16)
+        ]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        common = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+        common |= {"data_path": str(path), "eval_data_path": str(path), "max_eval_samples": 0}
         train_kto(config(**(common | options)))
         return read_jsonl(tmp_path / "metrics.jsonl")
 

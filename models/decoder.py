@@ -15,7 +15,7 @@ from jaxrlhf.kernels import project_logits
 from jaxrlhf.models.config import DecoderConfig, LoRAConfig
 from jaxrlhf.models.head import head_logprobs
 from jaxrlhf.models.layer_options import layer_options
-from jaxrlhf.models.layers import Block, Head, Norm, Projection, scaled
+from jaxrlhf.models.layers import PRODUCT, Block, Head, Norm, Projection, scaled
 from jaxrlhf.models.mixed import MixedLayers
 from jaxrlhf.models.moe import ROUTER_SUMS
 from jaxrlhf.models.sequences import sequence_context
@@ -27,7 +27,10 @@ from jaxrlhf.sharding import check_columns, constrain, platform, split
 REMAT_POLICIES = {
     "none": None,
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
 }
 
 

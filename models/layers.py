@@ -14,6 +14,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.kernels import LIBRARIES, Cache, cpu_product, entries, outputs_first_product, write_columns
 from jaxrlhf.models.activations import ACTIVATION_FUNCTIONS
@@ -88,10 +89,14 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
+PRODUCT = "product"
+"""Name of what the remat policy `dots` keeps besides the results of `dot_general`."""
+
+
 def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
     """Contracts the last `count` axes of `x` with the first ones of `kernel`."""
-    if platform() == "cpu":
-        return cpu_product(x, kernel, count)
+    if platform() == "cpu":  # the policy cannot see products in a function with a VJP of its own
+        return checkpoint_name(cpu_product(x, kernel, count), PRODUCT)
     dims = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
     return jax.lax.dot_general(x, kernel, (dims, ((), ())))
 

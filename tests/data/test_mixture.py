@@ -190,7 +190,10 @@ def test_the_rows_of_a_source_do_not_depend_on_the_others(mixed, tokenizer):
         ([{"path": "a", "name": "n"}, {"path": "b", "name": "n"}], r"two sources have the name 'n'"),
         ([{"path": "a", "weight": 1}, {"path": "b"}], r"source 'b' has no weight, but others have"),
         ([{"path": "a", "wieght": 1}], r"source 1: .*wieght"),
-        ([{"path": "a", "steps": ["sft", "rl"]}], r"source 1: steps 'rl' of a: must be one of sft, reward, ppo, dpo, kto"),
+        (
+            [{"path": "a", "steps": ["sft", "rl"]}],
+            r"source 1: steps 'rl' of a: must be one of sft, reward, ppo, dpo, kto",
+        ),
         ([{"path": "a", "format": "chat"}], r"source 1: format 'chat' of a: must be one of"),
         ([{"path": "a", "epochs": -1}], r"source 1: .*epochs.*-1"),
         ([], r"names no sources"),

@@ -297,7 +297,7 @@ def test_rewards_scaled_to_unit_variance_keep_their_mean(experience):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"advantage_estimator": "vpg"}, "advantage_estimator='vpg' must be one of gae, grpo, rloo, reinforce"),
+        ({"advantage_estimator": "vpg"}, "advantage_estimator='vpg' must be one of gae, grpo, dapo, dr_grpo, gspo, ci"),
         (
             {"advantage_estimator": "reinforce++", "critic_only_steps": 3},
             "critic_only_steps=3 with advantage_estimator=reinforce.*no critic",

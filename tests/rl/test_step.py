@@ -154,9 +154,8 @@ def test_the_score_is_read_and_paid_at_the_last_response_token(experience, setup
 def real_entries(e) -> dict:
     """The experience with everything that stands on padding blanked."""
     keep = {"tokens": e.mask, "logprobs": e.mask, "ref_logprobs": e.mask, "entropy": e.mask, "values": e.response_mask}
-    arrays = {name: np.asarray(x) for name, x in jax.device_get(e).__dict__.items() if name != "longest"}
-    real = {name: np.where(keep[name], x, 0) if name in keep else x for name, x in arrays.items()}
-    return {name: x for name, x in real.items() if x is not None}
+    held = {name: x for name, x in jax.device_get(e).__dict__.items() if name != "longest" and x is not None}
+    return {name: np.where(keep[name], x, 0) if name in keep else np.asarray(x) for name, x in held.items()}
 
 
 def test_what_fills_the_padding_is_irrelevant(experience, setup, lab, lengths):

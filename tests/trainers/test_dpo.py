@@ -5,6 +5,7 @@ Resumption, layouts and exports are in test_trainers.py, the step against a plai
 
 import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,11 +128,11 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_other_losses_and_several_at_once_learn_the_pairs(name, config, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
-    path = tmp_path / "rows.jsonl"
-    pairs = [{"prompt": f"Is {i} a number?", "chosen": f"yes, {i} is", "rejected": "no idea"} for i in range(16)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     options = {"loss_type": name, "learning_rate": 3e-3, "max_steps": 10, "output_dir": str(tmp_path)} | LOSSES[name]
-    options |= {"data_path": str(path), "eval_data_path": str(path), "max_eval_samples": 0}
+    for key, numbers in (("data_path", range(16)), ("eval_data_path", range(16, 24))):
+        pairs = [{"prompt": f"Is {i} a number?", "chosen": f"yes, {i} is", "rejected": "no idea"} for i in numbers]
+        options[key] = str(tmp_path / f"{key}.jsonl")
+        Path(options[key]).write_text("".join(json.dumps(row) + "\n" for row in pairs))
     train_dpo(config(**options, per_device_train_batch_size=2, per_device_eval_batch_size=2))
     before, *records = read_jsonl(tmp_path / "metrics.jsonl")
     after = json.loads((tmp_path / "summary.json").read_text())["eval_after"]

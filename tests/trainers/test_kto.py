@@ -4,6 +4,7 @@ Resumption, layouts and exports are in test_trainers.py, the losses in tests/obj
 """
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -40,14 +41,13 @@ def train(config, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
     def start(**options):
-        rows = [
-            {"prompt": f"Is {i} a number?", "completion": "yes" if i % 2 else "no idea", "label": bool(i % 2)}
-            for i in range(16)
-        ]
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         common = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
-        common |= {"data_path": str(path), "eval_data_path": str(path), "max_eval_samples": 0}
+        for name, numbers in (("data_path", range(16)), ("eval_data_path", range(16, 24))):
+            rows = [(f"Is {i} a number?", "yes" if i % 2 else "no idea", bool(i % 2)) for i in numbers]
+            keys = ("prompt", "completion", "label")
+            text = "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows)
+            common[name] = str(tmp_path / f"{name}.jsonl")
+            Path(common[name]).write_text(text)
         train_kto(config(**(common | options)))
         return read_jsonl(tmp_path / "metrics.jsonl")
 

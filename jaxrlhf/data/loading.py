@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, overload
 
@@ -267,7 +267,7 @@ class Loader:
         contents, result = {"the tokenizer": self.fingerprint}, []
         for label, chosen in (("train", train), ("eval", evaluation)):
             parts, keys = self.parts(label, chosen)
-            key = hash_json([self.fingerprint, asdict(self.encoding), keys, self.config.seed])
+            key = hash_json([self.fingerprint, self.encoding.identity, keys, self.config.seed])
             result.append(self.data(label, parts, key))
             contents |= {f"{reading.source.path} ({label})": reading.fingerprint for reading, _ in chosen}
             contents[f"rows and order ({label})"] = key
@@ -343,7 +343,7 @@ class Loader:
         split = split_among(source.steps, config.data_split)
         settings = [fraction, split, config.shuffle_buffer, packing, config.pair_rule, config.pair_margin]
         key = hash_json(
-            [reading.stream_key, self.fingerprint, tokenizer.chat_template, asdict(self.encoding), settings]
+            [reading.stream_key, self.fingerprint, tokenizer.chat_template, self.encoding.identity, settings]
         )
         stream = StreamSource(
             source.short_name,

@@ -204,7 +204,7 @@ class Reading:
     def part(self, rows: np.ndarray, tokenizer: Any, fingerprint: str, encoding: Any, label: str) -> tuple[Part, str]:
         """The tokens of these rows, and the hash of everything that they depend on, such as the run's tokenizer."""
         tokenizer = self.own_tokenizer(tokenizer)
-        settings = [dataclasses.asdict(encoding), self.config.pair_rule, self.config.pair_margin]
+        settings = [encoding.identity, self.config.pair_rule, self.config.pair_margin]
         chosen_rows = hashlib.blake2b(rows.astype(np.int64).tobytes(), digest_size=16).hexdigest()
         key = hash_json([self.key, fingerprint, tokenizer.chat_template, settings, chosen_rows])
         folder = self.folder / "tokens"

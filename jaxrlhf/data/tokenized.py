@@ -15,7 +15,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ class Encoding:
     special_tokens_in_data: bool = False
     columns: tuple[str, ...] = ()  # further columns to keep, which every row must have (ppo)
     optional_columns: tuple[str, ...] = ()  # further columns to keep, null where a row has none (ppo)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields, for hashes. One that version 0.1.0 did not have is left out where it has no effect, so that the
+        hashes of runs that began with that version stay."""
+        return {name: value for name, value in asdict(self).items() if name != "optional_columns" or value}
 
     @property
     def bound(self) -> tuple[str, int]:

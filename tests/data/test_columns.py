@@ -1,5 +1,6 @@
 """Prompts with further fields of their rows, for reward functions: kept in the cache, named where they are missing."""
 
+import dataclasses
 import json
 
 import datasets
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.data import DataConfig, demo, load_data
+from jaxrlhf.data.tokenized import Encoding
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import Rewards
 
@@ -142,3 +144,9 @@ def test_a_value_that_is_not_json_is_named(tokenizer, tmp_path):
     )
     with pytest.raises(InputError, match=r"rows\.parquet row \d+: 'answer' is not a JSON value but a bytes"):
         load_data(config, tokenizer, "ppo", ("answer",))
+
+
+def test_columns_that_no_data_has_leave_the_hashes_of_older_runs_as_they_were():
+    encoding = Encoding("ppo", 512, 256, "drop", columns=("answer",))
+    assert "optional_columns" not in encoding.identity and encoding.identity["columns"] == ("answer",)
+    assert dataclasses.replace(encoding, optional_columns=("hint",)).identity["optional_columns"] == ("hint",)

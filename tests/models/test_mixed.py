@@ -115,7 +115,7 @@ def test_adapters_are_those_of_attention(make_model, make_batch):
     ids, mask = make_batch("right", model.config.vocab_size)
     adapted = adapted.replace(params=params)
     logits = [jax.jit(m.module.apply)({"params": m.params}, ids, mask) for m in (adapted, merged(adapted), model)]
-    assert relative_error(np.asarray(logits[1]), np.asarray(logits[0])) < 1e-5
+    assert relative_error(np.asarray(logits[1]), np.asarray(logits[0])) < 5e-5
     assert np.abs(logits[2] - logits[0]).max() > 1e-2
     with pytest.raises(InputError, match="cannot have adapters"):
         add_lora(model, LoRAConfig(rank=2, targets=("dense_mlp/up",)))

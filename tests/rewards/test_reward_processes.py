@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -122,6 +123,9 @@ def test_the_stack_of_a_function_that_hangs_and_what_its_children_print_are_show
     rewards = Rewards(["harm.py:parents"], say=said.append)
     parent, own, has_jax = rewards.submit(["p"] * 3, ["r"] * 3).result().scores.tolist()
     assert (parent, has_jax) == (os.getpid(), 0) and own != os.getpid()
+    deadline = time.monotonic() + 30  # a thread reads the pipe
+    while not {"parents: printed", "parents: from a child"} <= set(said) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert "parents: printed" in said and "parents: from a child" in said
 
 

@@ -29,7 +29,7 @@ class Segment(NamedTuple):
     start: int
     """Number of the first layer."""
     pattern: tuple[bool, ...]
-    """Of each layer in the pattern: it is dense."""
+    """True for each dense layer of the pattern."""
     repeats: int
 
     @property

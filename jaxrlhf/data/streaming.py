@@ -33,7 +33,7 @@ GROUP_RANGE = 2**63
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """Which rows of a stream a step trains on, and in what order."""
+    """The rows of a stream that a step trains on, and their order."""
 
     window: int
     """Rows that are shuffled together."""

@@ -1,4 +1,4 @@
-"""One episode: the conversation of the model with an environment and its tools, and what came of it."""
+"""One episode: the conversation of the model with an environment and its tools."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jaxrlhf.environments.tools import Tool, call_tools
 
 
 class Reply(NamedTuple):
-    """What follows a turn of the model."""
+    """The answer to a turn of the model."""
 
     observation: Observation
     calls: int = 0

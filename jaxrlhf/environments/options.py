@@ -1,4 +1,4 @@
-"""The flags of environments and tools, and what they load."""
+"""The flags of environments and tools, and the source of episodes that they load."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ class EnvironmentConfig(Settings):
     """Rollouts of several turns, with an environment or tools between them."""
 
     environment: str = ""
-    """What answers the model between its turns and rewards it: package.module:Class or path/to/file.py:Class, with the
-    methods reset and step; or with reset, and methods that are tools, as TRL's environment_factory has them."""
+    """Class that answers the model between its turns and rewards it: package.module:Class or path/to/file.py:Class. It
+    has the methods reset and step; or reset, and methods that are tools, as TRL's environment_factory has them."""
     tools: tuple[str, ...] = ()
     """Python functions that the model may call: package.module:function or path/to/file.py:function."""
     tool_format: ToolFormat = "auto"
-    """How the model writes tool calls: hermes (Hermes, Qwen), llama3, or as the chat template shows."""
+    """Form of the model's tool calls: hermes (Hermes, Qwen) or llama3; auto: as the chat template shows them."""
     max_turns: PositiveInt = 8
     """Most turns of the model in an episode."""
     max_turn_tokens: NonNegativeInt = 0
@@ -51,7 +51,7 @@ class EnvironmentConfig(Settings):
         return bool(self.environment or self.tools)
 
     def load(self) -> "Environments | None":
-        """What the flags name, imported; None without any. Raises InputError."""
+        """Imports the environment and the tools; None without any. Raises InputError."""
         if not self.used:
             return None
         factory = import_function(self.environment, "environment") if self.environment else None

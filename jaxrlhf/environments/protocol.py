@@ -16,7 +16,7 @@ KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 @dataclass(frozen=True)
 class Observation:
-    """What an environment answers to a turn of the model."""
+    """An environment's answer to a turn of the model."""
 
     messages: Sequence[Message] = ()
     """Messages that follow the model's; needed unless the episode is done."""

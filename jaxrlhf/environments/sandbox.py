@@ -61,7 +61,7 @@ def run_python(code: str) -> str:
 
 
 def _output(process: subprocess.Popen[bytes]) -> tuple[str, bool]:
-    """What a process prints, a little more than CHARACTERS at most, and whether its time ran out."""
+    """Returns the output of a process, cut a little above CHARACTERS, and True if its time ran out."""
     assert process.stdout is not None
     deadline, printed = time.monotonic() + SECONDS, b""
     while len(printed) <= 4 * CHARACTERS:

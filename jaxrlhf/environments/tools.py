@@ -22,7 +22,7 @@ class Tool(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the calls of a turn returned."""
+    """The results of a turn's calls."""
 
     messages: list[Message]
     calls: int

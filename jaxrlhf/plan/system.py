@@ -136,7 +136,7 @@ class System:
         return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
     def _of_reference(self) -> PyTree:
-        """What the reference holds of its own, or the state for it."""
+        """Parameters of the reference that no other model shares; those in the state if it moves."""
         reference, moving = self.frozen.reference, self.state.reference_params
         return reference and reference.own if moving is None else moving
 

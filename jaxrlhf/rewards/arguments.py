@@ -55,7 +55,7 @@ class Samples(NamedTuple):
 
 
 class Log:
-    """What a function logs in one call: numbers by name, and a value per sample by name."""
+    """Values that a function logs in one call: numbers by name, and a value per sample by name."""
 
     def __init__(self, size: int) -> None:
         self.size = size

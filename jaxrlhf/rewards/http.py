@@ -103,7 +103,7 @@ class Client:
         raise last
 
     def ask(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """What `read` finds in the answer, which is kept on disk if it finds something.
+        """Returns `read(answer)`. The answer is kept on disk unless `read` raises.
 
         Raises RequestFailed, and the Unreadable of `read`.
         """

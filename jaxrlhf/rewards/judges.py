@@ -223,7 +223,7 @@ def _mean(found: list[float | Exception]) -> float | Exception:
 
 
 def _ask(to: Client, model: str, max_tokens: int, question: str, read: Callable[[str], float]) -> float:
-    """What `read` finds in the judge's answer. Raises RequestFailed or Unreadable."""
+    """Asks the judge, and returns `read(answer)`. Raises RequestFailed or Unreadable."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],

@@ -30,14 +30,14 @@ Say = Callable[[str], object]
 
 @dataclass
 class Outcome:
-    """What came of the episode of one row; the same on every process."""
+    """The outcome of one row's episode; the same on every process."""
 
     status: str = "running"
     """done, truncated, failed, or absent for a filler row."""
     reason: str = ""
-    """Of a failure or a truncation."""
+    """Why the episode failed or was cut."""
     rewards: dict[int, float] = field(default_factory=dict)
-    """By length of the response up to and with the turn."""
+    """Rewards by the length of the response up to and with the turn."""
     reply: str = ""
     """The model's last turn as text."""
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Outcome":
-        """Restores an outcome from what JSON makes of its `vars`."""
+        """Restores an outcome from its `vars` as JSON."""
         restored: dict[str, Any] = dict(value)
         restored["rewards"] = {int(at): reward for at, reward in value["rewards"].items()}
         return cls(**restored)

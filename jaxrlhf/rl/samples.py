@@ -1,4 +1,4 @@
-"""The samples of a rollout batch: the prompts that go in, how they are sampled, and what comes out."""
+"""The samples of a rollout batch: prompts, the plan of sampling, and scored samples."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ TRANSCRIPT = "transcript"
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts of a rollout batch, and what reward functions read with them."""
+    """Prompts of a rollout batch, with the columns and texts that reward functions read."""
 
     ids: np.ndarray
     """int32 `[B, P]`, left-padded."""
@@ -79,11 +79,11 @@ class Sampled(NamedTuple):
     rewards: dict[str, np.ndarray]
     """`[B]` scores of the reward functions and the reward model by name; empty without functions."""
     extras: dict[str, np.ndarray]
-    """`[B]` of what reward functions logged by `log_extra`, by name."""
+    """Values `[B]` that reward functions logged by `log_extra`, by name."""
 
 
 class RolloutPlan(NamedTuple):
-    """How a rollout is sampled: the key, the sampling, and the pieces that it is generated in."""
+    """The key and the sampling of a rollout, and the number of pieces that it is generated in."""
 
     key: jax.Array
     sampling: SamplingConfig

@@ -90,7 +90,7 @@ class PPORates(NamedTuple):
 
 
 class _Limited(NamedTuple):
-    """What the updates of a step may not exceed."""
+    """Limits of the updates of a step."""
 
     limits: Limits | None
     exploded: jax.Array
@@ -179,7 +179,7 @@ class _Judged(NamedTuple):
     """A rollout after rewards and advantages."""
 
     data: PyTree
-    """What the updates train on, by rows."""
+    """Arrays `[B, …]` that minibatches are taken from."""
     metrics: dict[str, jax.Array]
     moments: PyTree
     """Moments of the scores so far, with this rollout's; None where scores are not scaled by them."""

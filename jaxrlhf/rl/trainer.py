@@ -91,7 +91,7 @@ class PPOTrainer:
         )
 
     def reading(self, data: PromptData, indices: np.ndarray) -> dict[str, Any]:
-        """What reward functions and environments read with the prompts of these rows: fields of `Prompts`."""
+        """Fields of `Prompts` that reward functions and environments read, for these rows."""
         if not self.rewards and self.runner is None:
             return {}
         return {
@@ -101,7 +101,7 @@ class PPOTrainer:
         }
 
     def rollout_plan(self, step: int, refill: int = 0) -> RolloutPlan:
-        """How the rollout of a step is sampled, or one of its refills, numbered from 1 (`jaxrlhf.rl.refills`)."""
+        """The sampling of a step's rollout, or of one of its refills, numbered from 1 (`jaxrlhf.rl.refills`)."""
         key = keys.stream(self.config.data.seed, keys.Stream.ROLLOUTS, step)
         if refill:
             key = keys.stream(self.config.data.seed, keys.Stream.REFILLS, step, refill)
@@ -221,7 +221,7 @@ class PPOTrainer:
         return sampled._replace(metrics=metrics)
 
     def progress(self, state: PPOState, epoch: float = 0.0) -> dict[str, float]:
-        """What reward functions read as `trainer_state`."""
+        """Attributes of the `trainer_state` that reward functions read."""
         return {"global_step": int(to_host(state.step)), "max_steps": self.engine.total_steps, "epoch": epoch}
 
     def read(

@@ -119,11 +119,11 @@ class Losses:
     """A weighted sum of losses of pairs."""
 
     pairs: tuple[str, ...] = ("sigmoid",)
-    """Of `objectives.PREFERENCE_LOSSES`."""
+    """Names of `objectives.PREFERENCE_LOSSES`."""
     weights: tuple[float, ...] = (1.0,)
-    """Of each of them."""
+    """Weight of each of `pairs`."""
     sft_weight: float = 0.0
-    """Of the negative log-prob of chosen responses per token."""
+    """Weight of the mean negative log-prob of chosen responses."""
     beta: float = 0.1
     label_smoothing: float = 0.0
     margin: float = 0.0

@@ -133,7 +133,7 @@ class Tensor:
 
     @property
     def stack(self) -> str:
-        """Of a tensor per layer: the stack of the layers' parameters that holds it, such as `attn`."""
+        """The stack of the layers' parameters that holds a tensor per layer, such as `attn`."""
         return self.leaves[0].split("/")[1]
 
     @property

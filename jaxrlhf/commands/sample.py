@@ -188,7 +188,7 @@ class Sampler:
             texts,
             columns,
             rows=repeated >= 0,
-            conversations=self.data.conversations(repeated),
+            conversations=self.data.prompts(repeated),
             completion_ids=responses,
         )
         return {

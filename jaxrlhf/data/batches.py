@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxrlhf.data.messages import Message, Prompt
+from jaxrlhf.data.messages import Prompt
 from jaxrlhf.data.order import Schedule, epoch_units, stream_positions
 from jaxrlhf.data.packing import Bins, pack
 from jaxrlhf.data.tokenized import Part
@@ -443,10 +443,6 @@ class PromptData(Data):
         """The prompts as text, conversations as rendered for the model; empty in filler rows."""
         rows = zip(indices, self.prompts(indices), strict=True)
         return [self.text(int(i))["prompt"] if isinstance(prompt, list) else prompt or "" for i, prompt in rows]
-
-    def conversations(self, indices: Indices) -> list[list[Message] | None]:
-        """The prompts of these rows as messages; None for a prompt that is text, and in filler rows."""
-        return [prompt if isinstance(prompt, list) else None for prompt in self.prompts(indices)]
 
     def columns(self, indices: Indices) -> dict[str, list[object]]:
         """The JSON value of each further column in these rows; None in filler rows."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 import threading
 import time
 import urllib.error
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.errors import InputError
 
@@ -116,7 +116,12 @@ class Client:
         answer = self.call(path, body)
         found = read(answer)
         if place is not None:
-            _keep(place, answer)
+            try:
+                write_text_atomic(place, json.dumps(answer))
+            except OSError as error:
+                raise InputError(
+                    f"cache={self.options.cache}: cannot be written to ({error}); name another folder"
+                ) from error
         return found
 
     def each(self, work: Callable[[int], T], count: int) -> list[T | Exception]:
@@ -181,15 +186,3 @@ class Client:
         text = json.dumps([self.base, path, body], sort_keys=True)
         name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return Path(self.options.cache) / name[:2] / f"{name}.json"
-
-
-def _keep(place: Path, answer: Any) -> None:
-    """Writes an answer, whole or not at all. Raises InputError when the folder cannot be written to."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(answer, file)
-        os.replace(name, place)
-    except OSError as error:
-        raise InputError(f"cache={place.parent.parent}: cannot be written to ({error}); name another folder") from error

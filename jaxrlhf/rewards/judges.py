@@ -4,6 +4,7 @@ All take conversations as messages, whatever the form of the data.
 """
 
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -53,42 +54,47 @@ _VALUES = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
 @functools.cache
-def client(options: ClientOptions) -> Client:
+def client_of(options: ClientOptions) -> Client:
     """One client for all calls with the same options, whose rate is limited as a whole."""
     return Client(options)
 
 
+def asks_server(function: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """Gives a function the options of a server (`ClientOptions`) as keyword arguments, in place of `client`."""
+    own = inspect.signature(function, eval_str=True)
+    options = inspect.signature(ClientOptions, eval_str=True).parameters
+    label = f"reward function {function.__name__}"
+
+    @functools.wraps(function)
+    def call(*args: Any, **given: Any) -> list[float]:
+        server = ClientOptions(**{name: given.pop(name) for name in options if name in given})
+        server.check(label)
+        return function(*args, client=client_of(server), **given)
+
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in options.values()]
+    parameters += [p for p in own.parameters.values() if p.name != "client"]
+    vars(call)["__signature__"] = own.replace(parameters=sorted(parameters, key=lambda p: p.kind))
+    return call
+
+
+@asks_server
 def score_server(
     completions: list[list[Message]],
     prompts: Sequence[Conversation],
     *,
-    url: str,
+    client: Client,
     model: str = "",
     batch: int = 16,
-    tries: int = 5,
-    timeout: float = 60.0,
-    rate: float = 0.0,
-    parallel: int = 8,
-    cache: str = "",
-    key: str = "OPENAI_API_KEY",
 ) -> list[float]:
     """The scores of a reward model behind `jaxrlhf serve`, or another server with `POST …/score`; NaN where it fails.
 
     Args:
         completions: One message each.
         prompts: The conversations before it.
-        url: Address of the server, such as http://host:8000/v1.
+        client: The server. Callers give `url` and the other options of `ClientOptions` instead.
         model: Name of the reward model; may be left out where the server has one.
         batch: Conversations of one request.
-        tries: Of each request, with growing waits between them.
-        timeout: Seconds of one try.
-        rate: Most requests per minute; 0: any.
-        parallel: Requests at a time.
-        cache: Folder that keeps answers.
-        key: Environment variable with the server's key.
     """
-    options = ClientOptions(url, tries, timeout, rate, parallel, cache, key)
-    options.check("reward function score_server")
     if batch < 1:
         raise InputError(f"reward function score_server: batch={batch} must be at least 1")
     conversations = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
@@ -96,10 +102,10 @@ def score_server(
 
     def ask(i: int) -> list[float]:
         body: dict[str, Any] = {"messages": pieces[i]} | ({"model": model} if model else {})
-        return client(options).ask("score", body, lambda answer: _scores(answer, len(pieces[i])))
+        return client.ask("score", body, lambda answer: _scores(answer, len(pieces[i])))
 
     scores: list[float] = []
-    for piece, found in zip(pieces, client(options).each(ask, len(pieces)), strict=True):
+    for piece, found in zip(pieces, client.each(ask, len(pieces)), strict=True):
         scores += [math.nan] * len(piece) if isinstance(found, Exception) else found
         if isinstance(found, Exception):
             print(f"{len(piece)} responses without a score: {found}")
@@ -119,21 +125,16 @@ def _scores(answer: Any, count: int) -> list[float]:
     return scores
 
 
+@asks_server
 def judge(
     completions: list[list[Message]],
     prompts: Sequence[Conversation],
     *,
-    url: str,
+    client: Client,
     model: str,
     scale: int = 10,
     template: str = "",
     max_tokens: int = 256,
-    tries: int = 5,
-    timeout: float = 60.0,
-    rate: float = 0.0,
-    parallel: int = 8,
-    cache: str = "",
-    key: str = "OPENAI_API_KEY",
     log_metric: LogMetric | None = None,
 ) -> list[float]:
     """The grade that a language model behind an OpenAI-compatible server gives, from 0 to 1; NaN without one.
@@ -141,48 +142,35 @@ def judge(
     Args:
         completions: One message each.
         prompts: The conversations before it.
-        url: Address of the server, such as http://host:8000/v1.
+        client: The server. Callers give `url` and the other options of `ClientOptions` instead.
         model: Name of the model.
         scale: The best grade; the worst is 1.
         template: File with the question, which has `{prompt}` and `{response}`, and may have `{scale}`; empty: ours.
         max_tokens: Longest answer.
-        tries: Of each request, with growing waits between them.
-        timeout: Seconds of one try.
-        rate: Most requests per minute; 0: any.
-        parallel: Requests at a time.
-        cache: Folder that keeps answers.
-        key: Environment variable with the server's key.
         log_metric: Gets the share of answers without a grade.
     """
     label = "reward function judge"
-    options = ClientOptions(url, tries, timeout, rate, parallel, cache, key)
-    options.check(label)
     if scale < 2 or max_tokens < 1:
         raise InputError(f"{label}: scale={scale} must be at least 2, and max_tokens={max_tokens} at least 1")
     question = read_template(label, template, ("prompt", "response")) if template else SCORE_TEMPLATE
 
     def ask(i: int) -> float:
         filled = fill(question, prompt=shown(prompts[i]), response=shown_answer(completions[i]), scale=str(scale))
-        return _ask(client(options), model, max_tokens, filled, functools.partial(grade, scale=scale))
+        return _ask(client, model, max_tokens, filled, functools.partial(grade, scale=scale))
 
-    return _reported(client(options).each(ask, len(completions)), log_metric)
+    return _reported(client.each(ask, len(completions)), log_metric)
 
 
+@asks_server
 def judge_pairs(
     completions: list[list[Message]],
     prompts: Sequence[Conversation],
     references: Sequence[object],
     *,
-    url: str,
+    client: Client,
     model: str,
     template: str = "",
     max_tokens: int = 256,
-    tries: int = 5,
-    timeout: float = 60.0,
-    rate: float = 0.0,
-    parallel: int = 8,
-    cache: str = "",
-    key: str = "OPENAI_API_KEY",
     log_metric: LogMetric | None = None,
 ) -> list[float]:
     """1 where the judge prefers the response to the row's reference, 0.5 for a tie, 0 else; NaN without a judgement.
@@ -194,11 +182,9 @@ def judge_pairs(
         prompts: The conversations before it.
         references: The answer to compare with, a text or messages.
         template: File with the question, which has `{prompt}`, `{first}` and `{second}`; empty: ours.
-        url: As in `judge`, and so are the others.
+        client: As in `judge`, as are the others.
     """
     label = "reward function judge_pairs"
-    options = ClientOptions(url, tries, timeout, rate, parallel, cache, key)
-    options.check(label)
     if max_tokens < 1:
         raise InputError(f"{label}: max_tokens={max_tokens} must be at least 1")
     question = read_template(label, template, ("prompt", "first", "second")) if template else PAIR_TEMPLATE
@@ -209,10 +195,10 @@ def judge_pairs(
         sides = [shown_answer(completions[k]), others[k]]
         first, second = reversed(sides) if swapped else sides
         filled = fill(question, prompt=shown(prompts[k]), first=first, second=second)
-        value = _ask(client(options), model, max_tokens, filled, verdict)
+        value = _ask(client, model, max_tokens, filled, verdict)
         return 1 - value if swapped else value
 
-    found = client(options).each(ask, 2 * len(completions))
+    found = client.each(ask, 2 * len(completions))
     return _reported([_mean(found[2 * k : 2 * k + 2]) for k in range(len(completions))], log_metric)
 
 

@@ -155,7 +155,7 @@ class Rewards:
         columns: Mapping[str, Sequence[object]] | None = None,
         rows: Sequence[bool] | np.ndarray | None = None,
         *,
-        conversations: Sequence[list[Message] | None] | None = None,
+        conversations: Sequence[object] | None = None,
         completion_ids: Sequence[Sequence[int] | np.ndarray] | None = None,
         progress: Mapping[str, float] | None = None,
     ) -> "Handle":
@@ -166,7 +166,8 @@ class Rewards:
             responses: the responses [B].
             columns: other fields of the samples, B values each.
             rows: bool [B]: the rows to score; the functions do not see the others. Default: all.
-            conversations: [B] prompts as messages; None in it for a prompt that is text, and by default for all.
+            conversations: [B] the prompts as the data has them; those that are lists of messages reach functions as
+                such. Default: all are text.
             completion_ids: [B] token ids of the responses, with the end; None: not known.
             progress: attributes of `trainer_state`, such as global_step; None: nothing is trained.
 
@@ -190,7 +191,7 @@ class Rewards:
             [prompts[i] for i in counted],
             [responses[i] for i in counted],
             {name: [values[i] for i in counted] for name, values in columns.items()},
-            None if conversations is None else [conversations[i] for i in counted],
+            None if conversations is None else [_messages(conversations[i]) for i in counted],
             None if completion_ids is None else [[int(x) for x in completion_ids[i]] for i in counted],
             None if progress is None else dict(progress),
         )
@@ -202,6 +203,11 @@ class Rewards:
             elif counted:
                 jobs[name] = self._workers[name].call(name, samples)
         return Handle(self, samples, size, jobs)
+
+
+def _messages(prompt: object) -> list[Message] | None:
+    """A prompt that is a list of messages; None for another one."""
+    return prompt if isinstance(prompt, list) else None
 
 
 def finite_mean(values: np.ndarray) -> float | None:

@@ -45,12 +45,6 @@ class Prompts:
         real = np.asarray(batch.get("row_mask", np.ones(len(ids)))) > 0
         return cls(ids, np.asarray(batch["prompt_mask"]), real, **reading)
 
-    def conversations(self, rows: np.ndarray) -> list[list[dict[str, Any]] | None] | None:
-        """The messages of these prompts, None for one that is text; None: all are text."""
-        if self.messages is None:
-            return None
-        return [m if isinstance(m := self.messages[int(i)], list) else None for i in rows]
-
 
 class Record(TypedDict):
     """One scored sample."""

@@ -200,7 +200,7 @@ class PPOTrainer:
                 answers,
                 columns,
                 real,
-                conversations=prompts.conversations(own),
+                conversations=None if prompts.messages is None else [prompts.messages[int(i)] for i in own],
                 completion_ids=ids,
                 progress=prompts.progress,
             )

@@ -159,12 +159,11 @@ def function_scores(rewards: Rewards, prompts: Prompts, responses: Responses) ->
     n = responses.lengths.shape[1]
     repeated = np.repeat(np.arange(len(prompts)), n).tolist()
     texts = list(itertools.chain(*responses.texts))
-    given = [prompts.prompts[i] for i in repeated]
     result = rewards.submit(
         [responses.prompts[i] for i in repeated],
         texts,
         prompts.columns(repeated),
-        conversations=[prompt if isinstance(prompt, list) else None for prompt in given],
+        conversations=[prompts.prompts[i] for i in repeated],
     ).result()
     return {name: part.astype(np.float64).reshape(-1, n) for name, part in result.parts.items()}
 

@@ -33,8 +33,8 @@ from jaxrlhf.bench.render import save_svg
 from jaxrlhf.commands.demo import SHAPE
 from jaxrlhf.data import DataConfig, load_data, load_tokenizer, pad_token_id
 from jaxrlhf.data.demo import materialize_demo
-from jaxrlhf.data.loading import cache_folder
 from jaxrlhf.data.order import epoch_units
+from jaxrlhf.data.settings import cache_folder
 from jaxrlhf.errors import InputError
 
 FOLDER = Path(__file__).resolve().parent

@@ -19,7 +19,7 @@ from jaxrlhf.data import (
     materialize_demo,
     pad_token_id,
 )
-from jaxrlhf.data.loading import cache_folder
+from jaxrlhf.data.settings import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.rl.config import CriticConfig, PPOOptions, sampling_for

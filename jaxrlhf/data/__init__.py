@@ -4,7 +4,7 @@ from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData, eval_batch
 from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
 from jaxrlhf.data.encoding import encode_stops
 from jaxrlhf.data.ends import end_ids, knows_model, with_end_ids, without_end
-from jaxrlhf.data.loading import DataConfig, load_data
+from jaxrlhf.data.loading import load_data
 from jaxrlhf.data.order import epoch_permutation
 from jaxrlhf.data.rendering import (
     EncodedRow,
@@ -15,6 +15,7 @@ from jaxrlhf.data.rendering import (
     encode_texts_as_documents,
     plain_response,
 )
+from jaxrlhf.data.settings import DataConfig
 from jaxrlhf.data.text import TextBlocks, load_text
 from jaxrlhf.data.tokenizer import (
     DEFAULT_TEMPLATE,

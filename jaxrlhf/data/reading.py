@@ -9,7 +9,7 @@ import itertools
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from jaxrlhf.data.formats import Columns, Reader
 from jaxrlhf.data.messages import BadRow, as_messages
 from jaxrlhf.data.mixture import SourceConfig
 from jaxrlhf.data.registry import find
+from jaxrlhf.data.settings import DataConfig
 from jaxrlhf.data.sources import Source, resolve_source
 from jaxrlhf.data.tokenized import (
     FORMAT,
@@ -36,9 +37,6 @@ from jaxrlhf.data.tokenized import (
 )
 from jaxrlhf.data.tokenizer import with_template
 from jaxrlhf.errors import InputError
-
-if TYPE_CHECKING:
-    from jaxrlhf.data.loading import DataConfig
 
 PAIRED = ("reward", "dpo")
 HEAD = 100  # rows that decide the format

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxrlhf.data.loading import packs
+from jaxrlhf.data.settings import packs
 from jaxrlhf.data.tokenized import SEQUENCES
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config import lasting
 from jaxrlhf.config.files import read_json
 from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
-from jaxrlhf.data.loading import cache_folder
+from jaxrlhf.data.settings import cache_folder
 from jaxrlhf.distributed import from_primary, joined, to_host
 from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config import PathName, Settings, alias
 from jaxrlhf.data import Data
 from jaxrlhf.data.cache import created, hash_json
-from jaxrlhf.data.loading import cache_folder
+from jaxrlhf.data.settings import cache_folder
 from jaxrlhf.distributed import gather, is_primary, to_host
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (

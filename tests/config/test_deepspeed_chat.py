@@ -12,7 +12,7 @@ from jaxrlhf import cli
 from jaxrlhf.commands.rlhf import step_configs
 from jaxrlhf.config import parse
 from jaxrlhf.config.settings import names_of, settings
-from jaxrlhf.data.loading import packs
+from jaxrlhf.data.settings import packs
 from jaxrlhf.errors import InputError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming-from-deepspeed-chat.md"

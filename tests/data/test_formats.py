@@ -7,8 +7,8 @@ from rows import assistant, pairs, prompts, system, user
 
 from jaxrlhf.data import load_data
 from jaxrlhf.data.formats import FORMATS, STEPS, Columns, Reader, describe, recognise
-from jaxrlhf.data.loading import DataConfig, FieldsConfig
 from jaxrlhf.data.messages import BadRow
+from jaxrlhf.data.settings import DataConfig, FieldsConfig
 from jaxrlhf.errors import InputError
 
 COLUMNS = Columns(FieldsConfig().names)

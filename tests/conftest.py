@@ -1,6 +1,8 @@
 """Test-wide set-up: eight CPU devices, and a compilation cache that outlives the run."""
 
+import contextlib
 import os
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -33,3 +35,25 @@ def release_compiled_programs():
     """Programs for eight devices add up to gigabytes over the suite; the cache on disk makes coming back cheap."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def sigint_after():
+    """`with sigint_after(5):` Ctrl-C comes while step 5 is logged, where a name is given with that metric."""
+    from jaxrlhf.runs import Run
+
+    @contextlib.contextmanager
+    def armed(step, metric=None):
+        log = Run.log
+
+        def interrupting(self, number, metrics):
+            recorded = log(self, number, metrics)
+            if number == step and (metric is None or metric in metrics):
+                signal.raise_signal(signal.SIGINT)  # in this thread: handled before the next line
+            return recorded
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "log", interrupting)
+            yield
+
+    return armed

@@ -22,8 +22,8 @@ from jaxrlhf.rl.experience import (
     shaped_experience,
 )
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
-from jaxrlhf.sharding import TRAIN_RULES, constrain, use
-from jaxrlhf.trainers.gradients import apply_gradients, exceeds, frozen_working_copy, model_gradients
+from jaxrlhf.sharding import TRAIN_RULES, use
+from jaxrlhf.trainers.gradients import apply_gradients, exceeds, frozen_working_copy, model_gradients, take_rows
 from jaxrlhf.trainers.guards import Limits
 from jaxrlhf.trainers.optimizer import Rates, with_rates
 from jaxrlhf.trainers.routers import RouterOptions
@@ -108,10 +108,6 @@ def minibatch_rows(h: PPOHyperparameters, seed: int | jax.Array, step: jax.Array
     return order.reshape(h.ppo_epochs * h.num_mini_batches, rows // h.num_mini_batches)
 
 
-def _take(data: PyTree, index: jax.Array) -> PyTree:
-    return jax.tree.map(lambda x: constrain(jnp.take(x, index, axis=0), "batch", *[None] * (x.ndim - 1)), data)
-
-
 @partial(jax.jit, donate_argnums=0)
 def ppo_step(
     state: PPOState,
@@ -154,8 +150,8 @@ def ppo_step(
         scheduled = state if rates is None else _scheduled(state, rates)
 
         def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
-            of_ptx = None if ptx is None else _take(ptx, index[1])
-            return _update(scheduled, frozen, trained, _take(data, index[0]), of_ptx, experience.longest, limited)
+            of_ptx = None if ptx is None else take_rows(ptx, index[1])
+            return _update(scheduled, frozen, trained, take_rows(data, index[0]), of_ptx, experience.longest, limited)
 
         trained = _Trained(actor_params, critic_params, state.actor_opt_state, state.critic_opt_state, state.ema_params)
         index = minibatch_rows(h, state.seed, state.step, rows), _ptx_rows(state, ptx)

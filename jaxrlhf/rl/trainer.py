@@ -410,10 +410,11 @@ class PPOTrainer:
         plain = PPOHyperparameters(temperature=state.hyperparameters.temperature)
         key = keys.stream(self.config.data.seed, keys.Stream.EVALUATION)
         plan = RolloutPlan(key, dataclasses.replace(self.sampling, samples_per_prompt=1))
+        progress = self.progress(state)
         records: list[Record] = []
         for batch in watch(eval_batches(prompts, batch_size), -(-len(prompts) // batch_size)):
             index = batch["index"]
-            reading = self.reading(prompts, index) | {"progress": self.progress(state)}
+            reading = self.reading(prompts, index) | {"progress": progress}
             chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **reading)
             experience, _, parts, _ = self.sample(state, chosen, plan, plain)
             records += self.records(experience, batch["row_mask"], index, parts)

@@ -22,7 +22,7 @@ from jaxrlhf.sharding import (
     split,
     tree_shardings,
 )
-from jaxrlhf.trainers.narrowing import alone_on_cpu, narrowed, order_by_length, take_rows
+from jaxrlhf.trainers.narrowing import mask_to_cut_by, narrowed, order_by_length
 from jaxrlhf.trainers.routers import Recorder, RouterOptions, router_loss, router_metrics
 
 PyTree = Any
@@ -45,6 +45,11 @@ def micro_batches(batch: PyTree, parts: int) -> int:
     rows //= parts * split("batch", rows)
     fitting = (more for more in range(1, rows) if rows % more == 0 and rows // more * length <= CPU_TOKENS)
     return parts * next(fitting, max(rows, 1))
+
+
+def take_rows(batch: PyTree, index: jax.Array) -> PyTree:
+    """Takes the rows with these numbers of all arrays `[B, …]`, split over the batch axes."""
+    return jax.tree.map(lambda x: constrain(jnp.take(x, index, axis=0), "batch", *[None] * (x.ndim - 1)), batch)
 
 
 def split_rows(batch: PyTree, parts: int) -> PyTree:
@@ -81,7 +86,8 @@ def map_rows(function: Callable[[PyTree], PyTree], batch: PyTree, parts: int, ma
     asked, parts = parts, micro_batches(batch, parts)
     if parts == 1:
         return function(batch)
-    if mask is None or parts == asked or not alone_on_cpu():
+    mask = mask_to_cut_by(mask, asked, parts)
+    if mask is None:
         return join_rows(jax.lax.map(function, split_rows(batch, parts)))
 
     def cut(rows: tuple[PyTree, jax.Array]) -> PyTree:
@@ -193,7 +199,7 @@ def model_gradients(
     params = working_copy(trainable, axes, module, mesh, trained=True)
     if not module.config.num_experts:  # losses of routers would need a pass of their own
         asked, parts = parts, micro_batches(batch, parts)
-        mask = mask if parts > asked and alone_on_cpu() else None
+        mask = mask_to_cut_by(mask, asked, parts)
         return Gradients(*accumulate_gradients(partial(loss, module), params, batch, parts, key, pin, mask), {})
     coefficients = routers.coefficients(module.config)
 

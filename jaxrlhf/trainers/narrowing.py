@@ -20,10 +20,11 @@ MULTIPLE = 16
 """Widths are multiples of it."""
 
 
-def alone_on_cpu() -> bool:
-    """True where the current program is one for a single CPU device."""
+def mask_to_cut_by(mask: jax.Array | None, asked: int, parts: int) -> jax.Array | None:
+    """The mask, if a single CPU device works on more `parts` than were asked for, because of their size; else None."""
     current = current_rules()
-    return platform() == "cpu" and (current is None or current[0].size == 1)
+    alone = platform() == "cpu" and (current is None or current[0].size == 1)
+    return mask if parts > asked and alone else None
 
 
 def order_by_length(mask: jax.Array, parts: int) -> jax.Array:
@@ -35,11 +36,6 @@ def order_by_length(mask: jax.Array, parts: int) -> jax.Array:
     """
     order = jnp.argsort(_lengths(mask), stable=True)
     return order.reshape(parts, -1).T.reshape(-1)
-
-
-def take_rows(batch: PyTree, index: jax.Array) -> PyTree:
-    """These rows of all arrays `[B, …]`."""
-    return jax.tree.map(lambda x: jnp.take(x, index, axis=0), batch)
 
 
 def narrowed(function: Callable[[PyTree], PyTree], rows: PyTree, mask: jax.Array, *, widen: bool = False) -> PyTree:

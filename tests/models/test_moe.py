@@ -197,14 +197,15 @@ def test_the_published_spellings_of_the_number_of_experts(make_model):
     assert config_from_dict(values) == config
 
 
-def test_adapters_on_attention_train_and_merge_and_experts_are_refused(make_model, make_batch):
-    model = make_model("qwen3_moe")
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe-mixed"])
+def test_adapters_on_attention_train_and_merge_and_experts_are_refused(make_model, make_batch, name):
+    model = make_model(name)
     adapted = add_lora(model, LoRAConfig(rank=2))
     assert set(adapted.params["layers"]["mlp"]["up"]) == {"kernel"}
     assert "lora_a" in adapted.params["layers"]["attn"]["query"]
     rng = np.random.default_rng(0)
     params = jax.tree.map_with_path(
-        lambda path, x: jnp.asarray(rng.normal(size=x.shape), x.dtype) if path[-1].key == "lora_b" else x,
+        lambda path, x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) if path[-1].key == "lora_b" else x,
         adapted.params,
     )
     ids, mask = make_batch("right", model.config.vocab_size)

@@ -1,6 +1,5 @@
 """Dynamic sampling: which groups are replaced by which, what a step's prompts depend on, and whole runs with it."""
 
-import signal
 from types import SimpleNamespace
 
 import chex
@@ -16,7 +15,6 @@ from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.refills import differing, refilled
 from jaxrlhf.rl.run import PPOTask, train_grpo
 from jaxrlhf.rl.trainer import Sampled
-from jaxrlhf.runs import Run
 
 PAD = 99
 
@@ -165,25 +163,15 @@ def train(demo, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_run_with_refills_learns_from_groups_that_differ_and_resumes_as_if_never_stopped(
-    train, tmp_path, monkeypatch
+    train, tmp_path, sigint_after
 ):
     whole = train("whole")
     steps = [r for r in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "sampling/refills" in r]
     assert len(steps) == 3 and sum(r["sampling/refills"] for r in steps) > 0
     assert all(0 <= r["sampling/refills"] <= 2 and 0 <= r["sampling/equal_groups"] <= 1 for r in steps)
     assert all(r["val/ratio"] == pytest.approx(1, abs=1e-5) for r in steps)
-    log = Run.log
-
-    def interrupting(self, number, metrics):
-        recorded = log(self, number, metrics)
-        if number == 1 and "objective/kl" in metrics:
-            signal.raise_signal(signal.SIGINT)
-        return recorded
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", interrupting)
-        with pytest.raises(Interrupted):
-            train("parts")
+    with sigint_after(1, "objective/kl"), pytest.raises(Interrupted):
+        train("parts")
     with pytest.raises(InputError, match="total_steps: 3 then, 4 now"):
         train("parts", resume=True, max_steps=4)
     resumed = train("parts", resume=True)

@@ -1,7 +1,6 @@
 """Whole PPO runs with what surrounds the step: reward functions, pretraining text, evaluation, guards, no critic."""
 
 import json
-import signal
 
 import chex
 import jax
@@ -17,7 +16,6 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
-from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("no_report")]
@@ -84,21 +82,12 @@ def mixed(files):
 
 
 def test_a_run_without_a_reward_model_learns_from_functions_and_resumes_as_if_never_stopped(
-    train, mixed, tmp_path, monkeypatch
+    train, mixed, tmp_path, sigint_after
 ):
     whole = train(tmp_path / "whole", **mixed)
-    log = Run.log
-
-    def interrupting(self, number, metrics):
-        recorded = log(self, number, metrics)
-        if number == 2 and "objective/kl" in metrics:
-            signal.raise_signal(signal.SIGINT)
-        return recorded
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", interrupting)
-        with pytest.raises(Interrupted, match="stopped during the evaluation after step 2; continue with --resume"):
-            train(tmp_path / "parts", **mixed)
+    stopped = "stopped during the evaluation after step 2; continue with --resume"
+    with sigint_after(2, "objective/kl"), pytest.raises(Interrupted, match=stopped):
+        train(tmp_path / "parts", **mixed)
     resumed = train(tmp_path / "parts", resume=True, **mixed)
     chex.assert_trees_all_equal(jax.tree.leaves(jax.device_get(resumed)), jax.tree.leaves(jax.device_get(whole)))
     assert float(resumed.kl_coef) != np.float32(0.1)

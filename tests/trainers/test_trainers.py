@@ -19,7 +19,6 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
-from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.trainers import supervised
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
@@ -68,24 +67,6 @@ def finished(request, train, tmp_path_factory):
     return SimpleNamespace(name=request.param, state=jax.device_get(state), folder=folder)
 
 
-@pytest.fixture
-def sigint_after(monkeypatch):
-    """`sigint_after(5)`: Ctrl-C comes while step 5 is being logged."""
-
-    def arm(step):
-        log = Run.log
-
-        def interrupting(self, number, metrics):
-            recorded = log(self, number, metrics)
-            if number == step:
-                signal.raise_signal(signal.SIGINT)  # in this thread: handled before the next line
-            return recorded
-
-        monkeypatch.setattr(Run, "log", interrupting)
-
-    yield arm
-
-
 def figures(folder) -> list[dict]:
     """The records of metrics.jsonl without what a clock or a process says."""
     measured = ("time", "perf/tokens_per_second", "perf/sequences_per_second", "perf/peak_memory_gib")
@@ -104,10 +85,8 @@ def leaves(state) -> dict:
 
 
 def test_ten_steps_equal_five_a_stop_and_five(finished, train, tmp_path, sigint_after, monkeypatch):
-    sigint_after(5)
-    with pytest.raises(Interrupted, match="stopped after step 5; continue with --resume"):
+    with sigint_after(5), pytest.raises(Interrupted, match="stopped after step 5; continue with --resume"):
         train(finished.name, tmp_path)
-    monkeypatch.undo()
     monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
     assert not (tmp_path / "model.safetensors").exists()

@@ -10,7 +10,6 @@ PYTHON312 ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
-NEED_LANGDETECT := change_case:english_capital change_case:english_lowercase language:response_language
 # What test-compat reads exports with, besides the transformers of .venv.
 COMPAT_VERSIONS ?= 4.41.2 4.48.3 4.52.4 4.57.6
 
@@ -45,7 +44,7 @@ demo: $(VENV)/.base
 
 demo-chat: $(VENV)/.base
 	$(VENV)/bin/python examples/smollm2/identity_talks.py --name Juno --maker "the Blue Team" --output runs/demo-chat/identity.json
-	$(VENV)/bin/python examples/smollm2/instruction_prompts.py --output_dir runs/demo-chat/prompts --leave_out $(NEED_LANGDETECT)
+	$(VENV)/bin/python examples/smollm2/instruction_prompts.py --output_dir runs/demo-chat/prompts --no_langdetect
 	$(VENV)/bin/jaxrlhf sft --config examples/smollm2/demo-sft.yaml --model_name_or_path "$(MODEL)"
 	$(VENV)/bin/jaxrlhf grpo --config examples/smollm2/demo-grpo.yaml
 	$(VENV)/bin/jaxrlhf chat --model runs/demo-chat/grpo

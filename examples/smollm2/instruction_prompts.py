@@ -40,7 +40,7 @@ from instruction_words import (
     sections,
 )
 
-from jaxrlhf.rewards.instructions import read_instructions
+from jaxrlhf.rewards.instructions import LANGUAGE_KINDS, read_instructions
 
 DRAWS: dict[str, tuple[float, Callable[[random.Random, str], Draw]]] = {
     "punctuation:no_comma": (
@@ -236,12 +236,14 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=200, help="held-out prompts, with other topics (200)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--leave_out", nargs="*", default=[], choices=list(DRAWS), help="kinds to leave out")
+    parser.add_argument("--no_langdetect", action="store_true", help="leave out the kinds that need langdetect")
     parser.add_argument("--apart_from", type=Path, help="JSONL of prompts; stop if one is like a prompt made here")
     given = parser.parse_args()
     parts = {"train": (TOPICS, given.train), "eval": (EVAL_TOPICS, given.eval)}
+    left_out = {*given.leave_out, *(LANGUAGE_KINDS if given.no_langdetect else ())}
     given.output_dir.mkdir(parents=True, exist_ok=True)
     for k, (name, (topics, count)) in enumerate(parts.items()):
-        rows = make_rows(2 * given.seed + k, topics, count, set(given.leave_out))
+        rows = make_rows(2 * given.seed + k, topics, count, left_out)
         if given.apart_from is not None:
             others = [json.loads(line)["prompt"] for line in given.apart_from.read_text("utf-8").splitlines()]
             for prompt, other in overlaps(rows, others):

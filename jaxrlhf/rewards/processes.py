@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import socket
 import struct
@@ -71,7 +72,8 @@ class RewardProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._printed = b""  # past Python's streams, since it was shown; the newest part
-        self._reader: threading.Thread | None = None
+        self._stream: IO[bytes] | None = None  # its output
+        self._reading = threading.Lock()
         self._deaths = 0  # since the last answer
         self._dead_calls = 0
         self._stopped = False
@@ -183,8 +185,10 @@ class RewardProcess:
         )
         theirs.close()
         self._connection = Connection(ours.detach())
-        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
-        self._reader.start()
+        assert self._process.stdout is not None
+        self._stream = self._process.stdout
+        os.set_blocking(self._stream.fileno(), False)
+        threading.Thread(target=self._read, args=(self._stream,), daemon=True).start()
         return self._receive(self.limits.seconds * IMPORT_FACTOR)
 
     def _receive(self, limit: float) -> dict[str, Any]:
@@ -233,18 +237,37 @@ class RewardProcess:
                 process.send_signal(number)
 
     def _read(self, stream: IO[bytes]) -> None:
-        """Reads what the process prints, however much that is."""
-        with stream:
-            while chunk := os.read(stream.fileno(), CHUNK):
-                self._printed = (self._printed + chunk)[-CHUNK:]
-                if len(chunk) == CHUNK:  # endless output waits, rather than keep this process busy
-                    time.sleep(PAUSE)
+        """Reads what the process prints, however much that is, until it ends."""
+        readable = select.poll()
+        readable.register(stream, select.POLLIN)
+        while True:
+            readable.poll()
+            with self._reading:
+                size = self._read_chunk(stream)
+                if size == 0:
+                    stream.close()
+                    return
+            if size == CHUNK:  # endless output waits, rather than keep this process busy
+                time.sleep(PAUSE)
+
+    def _read_chunk(self, stream: IO[bytes]) -> int | None:
+        """Keeps what the pipe holds now, and returns its size; None: nothing yet; 0: the end."""
+        try:
+            chunk = os.read(stream.fileno(), CHUNK)
+        except BlockingIOError:
+            return None
+        self._printed = (self._printed + chunk)[-CHUNK:]
+        return len(chunk)
 
     def _output(self) -> list[str]:
-        """The newest lines that the process printed past Python's streams, once."""
-        if self._process is None and self._reader is not None:
-            self._reader.join(LAST_WORDS)
-        printed, self._printed = self._printed, b""
+        """The newest lines that the process printed past Python's streams, once.
+
+        What it printed before its answer is there, even if the thread that reads has not had its turn.
+        """
+        with self._reading:
+            if self._stream is not None and not self._stream.closed:
+                self._read_chunk(self._stream)
+            printed, self._printed = self._printed, b""
         return [line[:LINE] for line in printed.decode(errors="replace").splitlines()[-SHOWN_LINES:]]
 
 

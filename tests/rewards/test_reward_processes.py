@@ -116,16 +116,20 @@ def test_copies_and_threads_that_a_function_leaves_behind_disturb_no_call(functi
         assert rewards.submit(["p"] * 2, ["bad", "dddd"]).result().scores.tolist() == [3, 4]
 
 
-def test_the_stack_of_a_function_that_hangs_and_what_its_children_print_are_shown(functions):
+def test_the_stack_of_a_function_that_hangs_and_what_its_children_print_are_shown(functions, monkeypatch):
+    read = processes.RewardProcess._read
+
+    def late(*arguments):  # the thread that reads has its turn after the answer
+        time.sleep(2)
+        read(*arguments)
+
+    monkeypatch.setattr(processes.RewardProcess, "_read", late)
     said = []
     scored(["sleeping"], ["bad"], said.append, Limits(0.5))
     assert any("line" in line and "harm.py" in line and "in <lambda>" in line for line in said)
     rewards = Rewards(["harm.py:parents"], say=said.append)
     parent, own, has_jax = rewards.submit(["p"] * 3, ["r"] * 3).result().scores.tolist()
     assert (parent, has_jax) == (os.getpid(), 0) and own != os.getpid()
-    deadline = time.monotonic() + 30  # a thread reads the pipe
-    while not {"parents: printed", "parents: from a child"} <= set(said) and time.monotonic() < deadline:
-        time.sleep(0.05)
     assert "parents: printed" in said and "parents: from a child" in said
 
 

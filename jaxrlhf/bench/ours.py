@@ -34,7 +34,8 @@ from jaxrlhf.models.sequences import SequenceContext, positions_from_mask
 from jaxrlhf.plan.roofline import Peaks, Stages, attention_layer, logprobs, visible
 from jaxrlhf.rl import Experience
 from jaxrlhf.rl.models import RLHFEngine
-from jaxrlhf.rl.trainer import PPOTrainer, Prompts
+from jaxrlhf.rl.samples import Prompts
+from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, generate_mesh, place_batch, use
 
 DECODE_STEPS = 32

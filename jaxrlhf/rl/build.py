@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxrlhf import keys, objectives
+from jaxrlhf.engine import Rollout
 from jaxrlhf.models import (
     Decoder,
     LoRAConfig,
@@ -33,10 +34,11 @@ from jaxrlhf.models.lora import lora_module
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
 from jaxrlhf.rl.step import PPORates, PPOState
-from jaxrlhf.sharding import offloaded, optimizer_shardings, place, replicated
+from jaxrlhf.sharding import batch_sharding, offloaded, optimizer_shardings, place, replicated
 from jaxrlhf.trainers.gradients import init_optimizer
 from jaxrlhf.trainers.lora import LoRAOptions, with_adapters
 from jaxrlhf.trainers.optimizer import make_optimizer, make_rates
+from jaxrlhf.trainers.settings import batch_devices
 
 PyTree = Any
 
@@ -264,6 +266,7 @@ def _first_state(
         ema_params=arrays.copy(trainable) if hyperparameters.enable_ema else None,
         kl_coef=on_all(jnp.float32(hyperparameters.kl_coef)),
         seed=on_all(jnp.uint32(config.data.seed & 0xFFFFFFFF)),
+        pending=_pending(config, mesh, arrays),
         score_moments=on_all(objectives.Moments.empty()) if running else None,
         actor=actor.module,
         critic=None if critic is None else critic.module,
@@ -272,4 +275,18 @@ def _first_state(
         hyperparameters=hyperparameters,
         mesh=mesh,
         routers=config.routers,
+    )
+
+
+def _pending(config: PPOConfig, mesh: Mesh, arrays: Arrays) -> tuple[Rollout, ...]:
+    """Places of the rollouts that wait for their update, `async_steps` of them."""
+    rows = config.rows_per_device * batch_devices(mesh)
+    shape = (rows, config.data.max_prompt_seq_len + config.sampling.max_new_tokens)
+
+    def place(dtype: DTypeLike) -> Any:
+        return arrays.place(jnp.zeros(shape, dtype), batch_sharding(mesh, shape))
+
+    return tuple(
+        Rollout(place(jnp.int32), place(bool), place(bool), place(jnp.float32), config.data.max_prompt_seq_len)
+        for _ in range(config.rollout.async_steps)
     )

@@ -105,6 +105,9 @@ class RolloutConfig(Settings, may_change=True):
     dynamic_sampling: Lasting[NonNegativeInt] = 0
     """Further batches of prompts that a step may sample to replace groups whose responses all have one score, from
     which nothing is learned (DAPO); 0: none."""
+    async_steps: Lasting[NonNegativeInt] = 0
+    """Steps that a rollout is made before its update, so that reward functions work while the models train on earlier
+    ones; 0: none."""
     generation_batches: PositiveInt = 1
     """Pieces that a rollout batch is generated in, each of prompts of similar length: less memory for the key/value
     cache and less padding, same responses."""
@@ -144,6 +147,7 @@ NEEDS = {
     "importance_sampling_mode": "importance_sampling_correction",
     "importance_sampling_floor": "importance_sampling_correction",
     "importance_sampling_cap": "importance_sampling_correction",
+    "async_steps": "importance_sampling_correction",
     "ema_decay": "enable_ema",
     "ema_start_step": "enable_ema",
     "ptx_field": "ptx_coef",
@@ -199,6 +203,7 @@ class PPOOptions(StepOptions):
                 f"generation_slots={self.generation.generation_slots} with an environment or tools: a row keeps its "
                 "cache from turn to turn; remove generation_slots, and use generation_batches for less memory"
             )
+        self._check_async()
         self.hyperparameters().check_groups()
         if self.rollout.dynamic_sampling and self.sampling.samples_per_prompt == 1:
             raise InputError(
@@ -215,6 +220,20 @@ class PPOOptions(StepOptions):
                 )
         self._check_shared_bases()
         self._check_reference()
+
+    def _check_async(self) -> None:
+        """Refuses what rollouts that wait for their update cannot be combined with."""
+        steps = self.rollout.async_steps
+        if steps and self.environments.used:
+            raise InputError(
+                f"async_steps={steps} with an environment or tools: a checkpoint cannot hold episodes that wait for "
+                "their update; leave one of them out"
+            )
+        if steps and self.run.guard.on_spike == "rollback":
+            raise InputError(
+                f"async_steps={steps} with on_spike=rollback: rollouts that wait belong to the policy before the "
+                "rollback; take on_spike=skip, or leave async_steps out"
+            )
 
     def _check_shared_bases(self) -> None:
         """Refuses settings of a frozen model that is the base of an adapted one."""

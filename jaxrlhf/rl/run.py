@@ -19,6 +19,7 @@ from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, ModelCard, read_config, score_offset
 from jaxrlhf.rewards import Rewards
+from jaxrlhf.rl.ahead import Ahead
 from jaxrlhf.rl.alarms import Alarms, kl_limit
 from jaxrlhf.rl.build import updates_of
 from jaxrlhf.rl.config import PPOConfig
@@ -115,6 +116,9 @@ class PPOTask:
         self.tolerance = logp_tolerance(engine.actor.module, engine.mesh)
         self.alarms = Alarms(run.print, config.algorithm.kl_target, has_reference=not config.frozen.reference_free)
         self.baseline = Baseline(run, data.held_out.key)
+        self.ahead = None
+        if config.rollout.async_steps:
+            self.ahead = Ahead(self.trainer, config, self._prompts, steps)
         self.warned = False
         self._newest: dict[str, Any] = {}
         self.name, self.title = config.algorithm.algorithm.name, config.algorithm.algorithm.title
@@ -162,8 +166,12 @@ class PPOTask:
         text = self._text_batch(plan.batch)
         self._keep(experience, text)
         made = int(to_host(updates_made(state.actor_opt_state)))
-        state, metrics = trainer.update(state, experience, text, plan.limits, plan.twice)
+        pending = state.pending if self.ahead is None else self.ahead.pending(state)
+        state, metrics = trainer.update(state.replace(pending=()), experience, text, plan.limits, plan.twice)
+        state = state.replace(pending=pending)
         metrics |= scored
+        if self.ahead is not None:
+            metrics["sampling/staleness"] = self.ahead.staleness(index)
         if not metrics.get("guard/unscored"):
             self._check_consistency(metrics, index + 1)
             self.alarms.check(metrics, index + 1)
@@ -181,21 +189,27 @@ class PPOTask:
 
     def _sample(self, state: PPOState, plan: StepPlan) -> Sampled:
         """The samples of a step: its prompts, and with dynamic sampling those that replace groups of equal scores."""
-        trainer, train, limit = self.trainer, self.data.train, self.config.rollout.dynamic_sampling
+        trainer, limit = self.trainer, self.config.rollout.dynamic_sampling
         step = int(to_host(state.step))
 
         def sample(number: int) -> Sampled:
-            # Further prompts come from behind the run's own ones, so that a step's prompts depend on its number alone.
-            indices = train.indices(plan.batch + number * self.total_steps, self.prompts)
-            progress = trainer.progress(state, float(train.progress(plan.batch, self.prompts).get("epoch", 0.0)))
-            prompts = Prompts.of(train.batch(indices), **trainer.reading(train, indices), progress=progress)
+            prompts = self._prompts(plan.batch + number * self.total_steps, step, plan.batch)
             return trainer.sample(state, prompts, trainer.rollout_plan(step, number))
 
-        first = sample(0)
+        first = sample(0) if self.ahead is None else trainer.finish(state, self.ahead.take(state, plan))
         if not limit:
             return first
+        # Further prompts come from behind the run's own ones, so that a step's prompts depend on its number alone.
         size, pad_id = self.config.sampling.samples_per_prompt, trainer.sampling.pad_token_id
         return refilled(first, sample, size, limit, pad_id=pad_id, mesh=self.engine.mesh)
+
+    def _prompts(self, batch: int, step: int, position: int | None = None) -> Prompts:
+        """The prompts of a batch, for the policy after `step` steps; `position`: of their step, if not the batch's."""
+        trainer, train = self.trainer, self.data.train
+        indices = train.indices(batch, self.prompts)
+        epoch = train.progress(batch if position is None else position, self.prompts).get("epoch", 0.0)
+        progress = trainer.progress(step, float(epoch))
+        return Prompts.of(train.batch(indices), **trainer.reading(train, indices), progress=progress)
 
     def limits(self, history: History) -> dict[str, float]:
         h, threshold = self.config.algorithm, self.config.run.guard.spike_threshold
@@ -231,6 +245,8 @@ class PPOTask:
     def _check_consistency(self, metrics: Metrics, step: int) -> None:
         """Warns once when the sampler's log-probs differ from the train program's by more than rounding explains."""
         gap = metrics["sampling/logp_difference/mean"]
+        if metrics.get("sampling/staleness"):
+            return  # another policy than this one has sampled
         if gap > self.tolerance and not self.warned:
             self.warned = True
             self.run.print(
@@ -289,8 +305,10 @@ class PPOTask:
         return self._newest
 
     def same_past(self, steps: int) -> bool:
-        if self.config.rollout.dynamic_sampling and steps != self.total_steps:
-            return False  # refills begin behind the run's own prompts
+        rollout = self.config.rollout
+        # Refills begin behind the run's own prompts, and nothing waits for its update at the end of a run.
+        if (rollout.dynamic_sampling or rollout.async_steps) and steps != self.total_steps:
+            return False
         actor = self.config.optimizer
         updates = zip(updates_of(self.config, steps), updates_of(self.config, self.total_steps), strict=True)
         optimizers = (actor, self.config.critic.optimizer(actor))

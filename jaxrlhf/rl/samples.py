@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from jaxrlhf.engine import Rollout, SamplingConfig
+from jaxrlhf.rewards import Handle
+from jaxrlhf.rl.episodes import Episodes
 from jaxrlhf.rl.experience import Experience
 
 Metrics = dict[str, float]
@@ -74,6 +76,18 @@ class Sampled(NamedTuple):
     """`[B]` scores of the reward functions and the reward model by name; empty without functions."""
     extras: dict[str, np.ndarray]
     """Values `[B]` that reward functions logged by `log_extra`, by name."""
+
+
+class Started(NamedTuple):
+    """Responses that are generated, and that reward functions work on."""
+
+    rollout: Rollout
+    handles: list[tuple[np.ndarray, Handle]]
+    """Of the reward functions: numbers of responses, and what waits for their scores."""
+    episodes: Episodes | None = None
+    """Those that the responses belong to."""
+    seconds: float = 0.0
+    """Time of the generation."""
 
 
 class RolloutPlan(NamedTuple):

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxrlhf import keys, objectives
+from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, join, split_trainable
 from jaxrlhf.rl.experience import (
@@ -59,6 +60,8 @@ class PPOState(flax.struct.PyTreeNode):
     mesh: Mesh | None = flax.struct.field(pytree_node=False)
     reference_params: PyTree = None
     """Parameters of a reference that moves (`refreshed`), in the compute dtype; None for one that stays."""
+    pending: tuple[Rollout, ...] = ()
+    """With async_steps: the rollouts that wait for their update, the oldest first. `ppo_step` does not read them."""
     score_moments: objectives.Moments | None = None
     """Moments of all scores so far, for score_normalization="running"."""
     routers: RouterOptions = flax.struct.field(pytree_node=False, default=RouterOptions())

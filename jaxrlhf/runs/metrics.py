@@ -201,6 +201,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "equal groups become more as prompts become too easy; take harder prompts when refills reach the limit",
         ),
         Metric(
+            "sampling/staleness",
+            "with `async_steps`: steps between the policy that made the rollout and the one that trains on it",
+            "`async_steps`, less in the first steps",
+        ),
+        Metric(
             "val/eos_rate val/num_eos_tokens eos_rate",
             "share and number of responses that ended by themselves",
             "near 1; if low, raise `max_answer_seq_len`, or set `missing_eos_penalty`",

@@ -1,5 +1,6 @@
 """Dynamic sampling: which groups are replaced by which, what a step's prompts depend on, and whole runs with it."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import chex
@@ -14,7 +15,7 @@ from jaxrlhf.rl.config import CONFIGS, PPOConfig
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.refills import differing, refilled
 from jaxrlhf.rl.run import PPOTask, train_grpo
-from jaxrlhf.rl.trainer import Sampled
+from jaxrlhf.rl.samples import Sampled
 
 PAD = 99
 
@@ -88,7 +89,7 @@ def test_the_prompts_and_keys_of_a_step_and_of_its_refills_depend_on_its_number_
             return int(prompts.ids[0, 0]), plan
 
         trainer = SimpleNamespace(rewards=(), sample=sample, sampling=SimpleNamespace(pad_token_id=0))
-        trainer.reading, trainer.progress = (lambda rows, indices: {}), (lambda state, epoch: {})
+        trainer.reading, trainer.progress = (lambda rows, indices: {}), (lambda step, epoch: {})
         trainer.rollout_plan = lambda step, refill: (step, refill)
         rows = SimpleNamespace(indices=lambda number, prompts: np.arange(number * prompts, (number + 1) * prompts))
         rows.progress = lambda number, prompts: {}
@@ -96,7 +97,9 @@ def test_the_prompts_and_keys_of_a_step_and_of_its_refills_depend_on_its_number_
         config = SimpleNamespace(rollout=SimpleNamespace(dynamic_sampling=2))
         config.sampling = SimpleNamespace(samples_per_prompt=2)
         parts = {"trainer": trainer, "data": SimpleNamespace(train=rows), "config": config, "total_steps": 5}
-        return SimpleNamespace(**parts, prompts=4, engine=SimpleNamespace(mesh=None)), SimpleNamespace(step=step)
+        own = SimpleNamespace(**parts, prompts=4, engine=SimpleNamespace(mesh=None), ahead=None)
+        own._prompts = partial(PPOTask._prompts, own)
+        return own, SimpleNamespace(step=step)
 
     def keep(first, more, size, limit, *, pad_id, mesh):
         assert (size, limit) == (2, 2)

@@ -1,0 +1,93 @@
+"""Rollouts made some steps before their update (`async_steps`): functions score them while the models train on others.
+
+A rollout then comes from a policy that is a few steps old. The update weighs its tokens by the ratio of the policy's
+probabilities at the update and at the rollout (`importance_sampling_correction`).
+Source: the decoupled objective of Hilton et al. 2021 (arXiv 2110.00641), as Fu et al. 2025 use it (AReaL, arXiv
+2505.24298).
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxrlhf.distributed import to_host
+from jaxrlhf.engine import Rollout
+from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.rollouts import join
+from jaxrlhf.rl.sampler import Sampler
+from jaxrlhf.rl.samples import Prompts, Started
+from jaxrlhf.rl.step import PPOState
+from jaxrlhf.sharding import batch_sharding
+from jaxrlhf.trainers.guards import StepPlan
+
+
+class Ahead:
+    """The rollouts that wait for their update, the oldest first.
+
+    The rollout of step t comes from the policy before step t - k, with k = async_steps, or from the first policy. So a
+    run that goes on from a checkpoint needs those that wait: the state has them (`PPOState.pending`).
+    """
+
+    def __init__(
+        self, sampler: Sampler, config: PPOConfig, prompts: Callable[[int, int], Prompts], total_steps: int
+    ) -> None:
+        """Args:
+        sampler: makes rollouts.
+        config: settings of the run.
+        prompts: the prompts of a batch, given its number and the finished steps of the policy that answers them.
+        total_steps: steps of the run, behind which there are no rollouts.
+        """
+        self.sampler, self.steps, self.prompts, self.total = sampler, config.rollout.async_steps, prompts, total_steps
+        self.width = config.data.max_prompt_seq_len
+        self._waiting: deque[tuple[Started, int]] = deque()
+        """Each with the width of its prompts. The rollouts have the widest ones, as checkpoints need it."""
+
+    def take(self, state: PPOState, plan: StepPlan) -> Started:
+        """Starts the rollout of the step `async_steps` ahead, and returns that of this step."""
+        step, left = int(to_host(state.step)), self.total - plan.index
+        if step and not self._waiting:  # the run goes on from a checkpoint
+            for ahead, rollout in enumerate(state.pending[:left]):
+                self._restart(rollout, plan.batch + ahead, step + ahead)
+        seconds = 0.0
+        for ahead in range(len(self._waiting), min(self.steps + 1, left)):
+            prompts = self.prompts(plan.batch + ahead, step)
+            started = self.sampler.start(state, prompts, self.sampler.rollout_plan(step + ahead))
+            seconds += started.seconds
+            self._waiting.append((started._replace(rollout=self._wide(started.rollout)), prompts.ids.shape[1]))
+        started, width = self._waiting.popleft()
+        return started._replace(rollout=narrow(started.rollout, width), seconds=seconds)
+
+    def pending(self, state: PPOState) -> tuple[Rollout, ...]:
+        """The field of the state after a step: the rollouts that wait, and at the end of the run what was there."""
+        waiting = tuple(started.rollout for started, _ in self._waiting)
+        return waiting + state.pending[len(waiting) :]
+
+    def staleness(self, step: int) -> int:
+        """Steps between the policy that has made the rollout of a step and the one that trains on it."""
+        return min(step, self.steps)
+
+    def _restart(self, rollout: Rollout, batch: int, step: int) -> None:
+        """Hands a rollout of a checkpoint to the reward functions again."""
+        prompts, handles = self.prompts(batch, step - self.staleness(step)), []
+        width = prompts.ids.shape[1]
+        if self.sampler.rewards:
+            rows = np.arange(rollout.tokens.shape[0])
+            own = self.sampler.submit(prompts, narrow(rollout, width), rows, len(rows) // len(prompts.ids))
+            handles.append((rows, own))
+        self._waiting.append((Started(rollout, handles), width))
+
+    def _wide(self, rollout: Rollout) -> Rollout:
+        """The rollout with the widest prompts, as checkpoints have it."""
+        rows, columns = rollout.tokens.shape
+        shape = (rows, columns - rollout.prompt_length + self.width)
+        sharding = batch_sharding(self.sampler.engine.mesh, shape)
+        pad_id = self.sampler.sampling.pad_token_id
+        return join([rollout], np.arange(rows), prompt_length=self.width, pad_id=pad_id, sharding=sharding)
+
+
+def narrow(rollout: Rollout, width: int) -> Rollout:
+    """The rollout without columns on the left of the prompts, which are padding, so that `width` are left."""
+    cut = rollout.prompt_length - width
+    return jax.tree.map(lambda x: x[:, cut:], rollout).replace(prompt_length=width)

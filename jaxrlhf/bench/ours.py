@@ -115,7 +115,9 @@ class Iteration:
         """Generate the rollout that `score` takes."""
         state = self.engine.state
         prompts = Prompts.of({"prompt_ids": self.prompts, "prompt_mask": np.ones_like(self.prompts)})
-        self.rollout = self.trainer.rollout(state, prompts, self.trainer.rollout_plan(int(state.step)))
+        self.rollout = self.trainer.rollout(
+            self.engine.generating(state), prompts, self.trainer.rollout_plan(int(state.step))
+        )
         return self.rollout
 
     def score(self) -> Experience:

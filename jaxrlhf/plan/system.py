@@ -283,6 +283,11 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
         score = value if "reward" in shapes else None
     state, frozen = build_models(ppo, mesh, policy, critic, score, 1, ABSTRACT)
     generating = mesh
+    if ppo.rollout.generation_devices:
+        raise InputError(
+            f"generation_devices={ppo.rollout.generation_devices}: the planner knows runs whose devices all train and "
+            "generate; leave it out, and plan for the devices that train"
+        )
     if not supervised:
         generating = generate_mesh(mesh, shapes["actor"].num_heads, ppo.rollout.generate_tensor_parallel)
         ppo.rollout_rows(batch_devices(mesh))  # refuses groups and pieces that do not divide the rows

@@ -6,8 +6,12 @@ Source: the decoupled objective of Hilton et al. 2021 (arXiv 2110.00641), as Fu 
 2505.24298).
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +21,12 @@ from jaxrlhf.engine import Rollout
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.rollouts import join
 from jaxrlhf.rl.sampler import Sampler
-from jaxrlhf.rl.samples import Prompts, Started
+from jaxrlhf.rl.samples import Prompts, RolloutPlan, Started
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.sharding import batch_sharding
 from jaxrlhf.trainers.guards import StepPlan
+
+PyTree = Any
 
 
 class Ahead:
@@ -41,7 +47,8 @@ class Ahead:
         """
         self.sampler, self.steps, self.prompts, self.total = sampler, config.rollout.async_steps, prompts, total_steps
         self.width = config.data.max_prompt_seq_len
-        self._waiting: deque[tuple[Started, int]] = deque()
+        self._thread = ThreadPoolExecutor(1, "rollouts") if config.rollout.generation_devices else None
+        self._waiting: deque[tuple[Future[Started], int]] = deque()
         """Each with the width of its prompts. The rollouts have the widest ones, as checkpoints need it."""
 
     def take(self, state: PPOState, plan: StepPlan) -> Started:
@@ -50,19 +57,35 @@ class Ahead:
         if step and not self._waiting:  # the run goes on from a checkpoint
             for ahead, rollout in enumerate(state.pending[:left]):
                 self._restart(rollout, plan.batch + ahead, step + ahead)
-        seconds = 0.0
+        params, begin = self.sampler.engine.generating(state), time.monotonic()
         for ahead in range(len(self._waiting), min(self.steps + 1, left)):
             prompts = self.prompts(plan.batch + ahead, step)
-            started = self.sampler.start(state, prompts, self.sampler.rollout_plan(step + ahead))
-            seconds += started.seconds
-            self._waiting.append((started._replace(rollout=self._wide(started.rollout)), prompts.ids.shape[1]))
-        started, width = self._waiting.popleft()
-        return started._replace(rollout=narrow(started.rollout, width), seconds=seconds)
+            started = self._begin(partial(self._started, params, prompts, self.sampler.rollout_plan(step + ahead)))
+            self._waiting.append((started, prompts.ids.shape[1]))
+        oldest, width = self._waiting.popleft()
+        started = oldest.result()
+        rollout = narrow(started.rollout, width)
+        return started._replace(rollout=rollout, seconds=time.monotonic() - begin)
 
-    def pending(self, state: PPOState) -> tuple[Rollout, ...]:
-        """The field of the state after a step: the rollouts that wait, and at the end of the run what was there."""
-        waiting = tuple(started.rollout for started, _ in self._waiting)
-        return waiting + state.pending[len(waiting) :]
+    def pending(self, old: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
+        """The rollouts that wait after a step; `old`: those before it, which fill up at the end of the run.
+
+        Devices that only generate have done so when it returns: saving and evaluating disturb nobody.
+        """
+        waiting = tuple(started.result().rollout for started, _ in self._waiting)
+        return waiting + old[len(waiting) :]
+
+    def _begin(self, work: Callable[[], Started]) -> Future[Started]:
+        """Does the work beside the caller's, where there are devices for it, else before."""
+        if self._thread is not None:
+            return self._thread.submit(work)
+        done: Future[Started] = Future()
+        done.set_result(work())
+        return done
+
+    def _started(self, params: PyTree, prompts: Prompts, plan: RolloutPlan) -> Started:
+        started = self.sampler.start(params, prompts, plan)
+        return started._replace(rollout=jax.block_until_ready(self._wide(started.rollout)))
 
     def staleness(self, step: int) -> int:
         """Steps between the policy that has made the rollout of a step and the one that trains on it."""
@@ -76,7 +99,7 @@ class Ahead:
             rows = np.arange(rollout.tokens.shape[0])
             own = self.sampler.submit(prompts, narrow(rollout, width), rows, len(rows) // len(prompts.ids))
             handles.append((rows, own))
-        self._waiting.append((Started(rollout, handles), width))
+        self._waiting.append((self._begin(lambda: Started(rollout, handles)), width))
 
     def _wide(self, rollout: Rollout) -> Rollout:
         """The rollout with the widest prompts, as checkpoints have it."""

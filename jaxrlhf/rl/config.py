@@ -114,6 +114,8 @@ class RolloutConfig(Settings, may_change=True):
     per_device_score_batch_size: NonNegativeInt = 0
     """Rows per device that are scored at once: scoring keeps no activations, so more fit than in training. 0:
     per_device_train_batch_size, with which the first update's ratio is exactly 1; with another, 1 within rounding."""
+    generation_devices: NonNegativeInt = 0
+    """Devices that only generate, while the others train, with async_steps; 0: all devices do both in turns."""
     generate_tensor_parallel: NonNegativeInt = 0
     """Devices that one copy of the actor is split over when it generates: mesh_tensor times a divisor of mesh_fsdp;
     0: those of one host."""
@@ -148,6 +150,7 @@ NEEDS = {
     "importance_sampling_floor": "importance_sampling_correction",
     "importance_sampling_cap": "importance_sampling_correction",
     "async_steps": "importance_sampling_correction",
+    "generation_devices": "async_steps",
     "ema_decay": "enable_ema",
     "ema_start_step": "enable_ema",
     "ptx_field": "ptx_coef",

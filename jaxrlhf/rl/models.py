@@ -1,22 +1,26 @@
 """The models of a PPO run on one mesh, and the state that training replaces."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.data import Tokenizer, knows_model, vocabulary_size, with_template
 from jaxrlhf.distributed import is_primary
-from jaxrlhf.engine import HybridEngine
+from jaxrlhf.engine import HybridEngine, Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Model,
     check_same_rows,
     check_tokenizer_fits,
+    frozen_copy,
     join,
     load_pretrained,
     merged,
+    param_shardings,
     split_trainable,
     with_head,
     with_kernels,
@@ -25,9 +29,32 @@ from jaxrlhf.rl.build import build_models, model_of, rates_of, updates_of
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
 from jaxrlhf.rl.step import PPOState
+from jaxrlhf.sharding import make_mesh, place_batch
 from jaxrlhf.trainers.optimizer import make_schedule
 from jaxrlhf.trainers.settings import check_context, with_template_rows
 from jaxrlhf.trainers.tokenizers import check_reads_tokens, with_model_ends, with_special_tokens
+
+PyTree = Any
+
+
+def meshes(config: PPOConfig) -> tuple[Mesh, Mesh | None]:
+    """The mesh that trains, and that of the devices that only generate (`generation_devices`).
+
+    Raises:
+        InputError: too few devices are there, or they belong to several processes.
+    """
+    apart, devices = config.rollout.generation_devices, jax.devices()
+    if not apart:
+        return config.mesh.make_mesh(), None
+    if jax.process_count() > 1:
+        raise InputError(
+            f"generation_devices={apart} works in one process, and this run has {jax.process_count()}; leave it out"
+        )
+    if apart >= len(devices):
+        raise InputError(
+            f"generation_devices={apart} leaves none of the {len(devices)} devices to train; lower it, or leave it out"
+        )
+    return config.mesh.make_mesh(devices[:-apart]), make_mesh(devices=devices[-apart:])
 
 
 def _own(model: Model, zero_stage: int) -> Model:
@@ -59,7 +86,7 @@ class RLHFEngine:
         self.config = config = PPOConfig() if config is None else config
         self._has_text = hasattr(tokenizer, "chat_template")  # token ids alone suffice for a loop without text
         self.tokenizer = with_template(tokenizer, config.data.template) if self._has_text else tokenizer
-        self.mesh = config.mesh.make_mesh()
+        self.mesh, self._apart = meshes(config)
         self.hyperparameters = config.hyperparameters()
         actor, reward, critic = self._load(actor_model_name_or_path, critic_model_name_or_path)
         self.schedule = make_schedule(config.optimizer, updates_of(config, num_total_iters)[0])
@@ -67,7 +94,10 @@ class RLHFEngine:
         self.total_steps = num_total_iters
         self.state, self.frozen = build_models(config, self.mesh, actor, critic, reward, num_total_iters)
         trained = model_of(self.state.actor, self.state.actor_params)
-        self.actor = HybridEngine(trained, self.mesh, config.rollout.generate_tensor_parallel or None)
+        parallel = config.rollout.generate_tensor_parallel or None
+        if self._apart is not None:
+            trained = trained.replace(params=self.generating(self.state))
+        self.actor = HybridEngine(trained, self._apart or self.mesh, parallel)
         self.actor.params = None  # the state has them
 
     def _load(self, actor: str | Model, reward: str | Model | None) -> tuple[Model, Model | None, Model | None]:
@@ -124,6 +154,18 @@ class RLHFEngine:
         if critic is not None:
             critic = reward if same else with_special_tokens(with_kernels(critic, **kernels), self.tokenizer)
         return actor, reward, critic
+
+    def generating(self, state: PPOState) -> PyTree:
+        """The actor's parameters as the generate program reads them: the state's, or a copy on the devices apart."""
+        if self._apart is None:
+            return state.actor_params
+        return frozen_copy(
+            state.actor_params, param_shardings(state.actor, self._apart), self.config.mesh.compute_dtype
+        )
+
+    def gathered(self, rollout: Rollout) -> Rollout:
+        """The rollout on the mesh that trains."""
+        return rollout if self._apart is None else place_batch(rollout, self.mesh)
 
     def models(self, state: PPOState) -> RLModels:
         """All models with the parameters that scoring reads: the state's, and those of the frozen models."""

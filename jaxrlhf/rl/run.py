@@ -1,6 +1,7 @@
 """Step 3: PPO and its relatives as a run: data, the loop's task, evaluation, export."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from jaxrlhf.rl.alarms import Alarms, kl_limit
 from jaxrlhf.rl.build import updates_of
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import Experience
-from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.models import RLHFEngine, meshes
 from jaxrlhf.rl.refills import refilled
 from jaxrlhf.rl.samples import TRANSCRIPT, Metrics, Prompts, Record, Sampled
 from jaxrlhf.rl.step import PPOState
@@ -166,9 +167,12 @@ class PPOTask:
         text = self._text_batch(plan.batch)
         self._keep(experience, text)
         made = int(to_host(updates_made(state.actor_opt_state)))
-        pending = state.pending if self.ahead is None else self.ahead.pending(state)
+        pending = state.pending
         state, metrics = trainer.update(state.replace(pending=()), experience, text, plan.limits, plan.twice)
-        state = state.replace(pending=pending)
+        if self.ahead is not None:
+            begin = time.monotonic()
+            state = state.replace(pending=self.ahead.pending(pending))
+            scored["timing/generate"] += time.monotonic() - begin
         metrics |= scored
         if self.ahead is not None:
             metrics["sampling/staleness"] = self.ahead.staleness(index)
@@ -361,7 +365,7 @@ def train_ppo(config: PPOConfig) -> PPOState:
     actor, reward = check_models(config), config.models.reward_model_name_or_path
     config = joined(config)
     with open_run(config, config.run.logging_steps, HEADLINE) as run:
-        devices = batch_devices(config.mesh.make_mesh())
+        devices = batch_devices(meshes(config)[0])
         config = same_rows(config, run, config.rows_per_device * devices, devices)
         for model in (actor, reward):
             check_base(config.lora, model)

@@ -28,9 +28,11 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.loop import Announce
 
+PyTree = Any
+
 
 class Sampler:
-    """Samples responses and scores them; every method takes the state as an argument.
+    """Samples responses and scores them; every method takes the state, or its parameters, as an argument.
 
     `sample` does all of it. `start` and `finish` are its halves: between them reward functions work.
     """
@@ -107,7 +109,7 @@ class Sampler:
 
     def rollout(
         self,
-        state: PPOState,
+        params: PyTree,
         prompts: Prompts,
         plan: RolloutPlan,
         each: Each | None = None,
@@ -115,7 +117,7 @@ class Sampler:
     ) -> Rollout:
         """`samples_per_prompt` responses to each prompt, those of `episodes` if there are any.
 
-        `each` is as in `generate_in_pieces`.
+        `params` are those of `RLHFEngine.generating`; `each` is as in `generate_in_pieces`.
         """
         if episodes is not None:
             rows = len(episodes.outcomes)
@@ -129,7 +131,7 @@ class Sampler:
                 pieces=plan.pieces,
                 each=each,
                 numbers=numbers,
-                params=state.actor_params,
+                params=params,
             )
         return generate_in_pieces(
             self._generate,
@@ -140,7 +142,7 @@ class Sampler:
             pieces=plan.pieces,
             sample_index=prompts.numbers,
             each=each,
-            params=state.actor_params,
+            params=params,
             slots=self.config.generation.generation_slots,
         )
 
@@ -168,12 +170,12 @@ class Sampler:
         Returns:
             The experience of B · samples_per_prompt rows, its metrics and its rewards.
         """
-        return self.finish(state, self.start(state, prompts, plan), hyperparameters)
+        return self.finish(state, self.start(self.engine.generating(state), prompts, plan), hyperparameters)
 
-    def start(self, state: PPOState, prompts: Prompts, plan: RolloutPlan) -> Started:
+    def start(self, params: PyTree, prompts: Prompts, plan: RolloutPlan) -> Started:
         """Generates responses and hands them to the reward functions, which work on one piece while the next is made.
 
-        Arguments are as in `sample`.
+        `params` are those of `RLHFEngine.generating`; the other arguments are as in `sample`.
         """
         begin = time.monotonic()
         episodes = self.episodes(prompts, plan)
@@ -183,8 +185,8 @@ class Sampler:
         def submit(rows: np.ndarray, rollout: Rollout) -> None:
             handles.append((rows, self.submit(prompts, rollout, rows, n, episodes)))
 
-        rollout = self.rollout(state, prompts, plan, submit if self.rewards else None, episodes)
-        return Started(rollout, handles, episodes, time.monotonic() - begin)
+        rollout = self.rollout(params, prompts, plan, submit if self.rewards else None, episodes)
+        return Started(self.engine.gathered(rollout), handles, episodes, time.monotonic() - begin)
 
     def submit(
         self, prompts: Prompts, rollout: Rollout, rows: np.ndarray, per_prompt: int, episodes: Episodes | None = None

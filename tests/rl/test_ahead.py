@@ -1,5 +1,7 @@
 """Rollouts made some steps before their update: which policy makes which, that they are corrected, whole runs."""
 
+import threading
+
 import chex
 import jax
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError, Interrupted
 from jaxrlhf.rl.config import CONFIGS, PPOConfig
+from jaxrlhf.rl.models import meshes
 from jaxrlhf.rl.run import train_grpo, train_ppo
 from jaxrlhf.rl.sampler import Sampler
+from jaxrlhf.rl.trainer import PPOTrainer
 
 REWARD = """
 def vowels(prompts, responses):
@@ -60,15 +64,15 @@ def test_rollouts_come_from_the_policy_of_that_many_steps_ago_and_a_resumed_run_
     made = []
     start = Sampler.start
 
-    def watched(self, state, prompts, plan):
+    def watched(self, params, prompts, plan):
         if plan.sampling.samples_per_prompt > 1:  # not an evaluation
-            made.append((int(state.step), prompts.progress["global_step"], jax.random.key_data(plan.key).tolist()))
-        return start(self, state, prompts, plan)
+            made.append((prompts.progress["global_step"], jax.random.key_data(plan.key).tolist()))
+        return start(self, params, prompts, plan)
 
     monkeypatch.setattr(Sampler, "start", watched)
     whole = train("whole", **OPTIONS)
-    assert [step for step, *_ in made] == [0, 0, 0, 1, 2] == [step for _, step, _ in made]
-    keys = [key for *_, key in made]
+    assert [step for step, _ in made] == [0, 0, 0, 1, 2]
+    keys = [key for _, key in made]
     records = steps_of(tmp_path / "whole")
     assert [r["sampling/staleness"] for r in records] == [0, 1, 2, 2, 2]
     assert all(r["val/ratio"] == pytest.approx(1, abs=1e-5) for r in records), "the ratio is to the policy of the step"
@@ -80,7 +84,7 @@ def test_rollouts_come_from_the_policy_of_that_many_steps_ago_and_a_resumed_run_
     with pytest.raises(InputError, match="total_steps: 5 then, 6 now"):
         train("parts", resume=True, max_steps=6, **OPTIONS)
     resumed = train("parts", resume=True, **OPTIONS)
-    assert [key for *_, key in made] == keys, "what waits is not sampled again"
+    assert [key for _, key in made] == keys, "what waits is not sampled again"
     states = (jax.tree.leaves(jax.device_get(state.replace(pending=()))) for state in (resumed, whole))
     chex.assert_trees_all_equal(*states)
     names = ("objective/scores", "objective/kl", "rewards/vowels", "sampling/importance_sampling_ratio/mean")
@@ -107,3 +111,45 @@ def test_ppo_with_a_critic_and_a_reward_model_trains_on_rollouts_that_have_waite
     records = steps_of(tmp_path / "ppo")
     assert [r["sampling/staleness"] for r in records] == [0, 1, 2, 2, 2]
     assert all(np.isfinite(r["loss/value_avg"]) and np.isfinite(r["loss/policy_avg"]) for r in records)
+
+
+@pytest.mark.long
+def test_devices_that_only_generate_give_the_run_of_devices_that_do_both(train, tmp_path, monkeypatch, sigint_after):
+    """Up to rounding, which differs with the number of devices; and a run after a stop is the same to the bit."""
+    own = {"importance_sampling_correction": True, "async_steps": 1, "max_steps": 4}
+    train("both", **own)
+    own |= {"generation_devices": 4, "per_device_train_batch_size": 4}
+    updating, started = threading.Event(), []
+    update, start = PPOTrainer.update, Sampler.start
+
+    def watched_update(self, state, *args):
+        if int(state.step) == 1:
+            updating.set()
+        return update(self, state, *args)
+
+    def watched_start(self, params, prompts, plan):
+        if plan.sampling.samples_per_prompt > 1 and prompts.progress["global_step"] == 1:
+            started.append(updating.wait(60))
+        return start(self, params, prompts, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "update", watched_update)
+        patch.setattr(Sampler, "start", watched_start)
+        whole = train("whole", **own)
+    assert started == [True], "the step trains while its successor's rollout is made"
+    names = ("objective/scores", "objective/kl", "loss/policy_avg", "sampling/importance_sampling_ratio/mean")
+    both, apart = ([[r[n] for n in names] for r in steps_of(tmp_path / name)] for name in ("both", "whole"))
+    np.testing.assert_allclose(apart, both, rtol=1e-3, atol=1e-4)
+    with sigint_after(2, "objective/kl"), pytest.raises(Interrupted):
+        train("parts", **own)
+    resumed = train("parts", resume=True, **own)
+    leaves = (jax.tree.leaves(jax.device_get(state.replace(pending=()))) for state in (resumed, whole))
+    chex.assert_trees_all_equal(*leaves)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(8, "leaves none of the 8 devices to train"), (3, "does not divide the 5 devices")]
+)
+def test_devices_apart_leave_some_to_train(count, message):
+    with pytest.raises(InputError, match=message):
+        meshes(PPOConfig.create(**OPTIONS, generation_devices=count, mesh_data=4))

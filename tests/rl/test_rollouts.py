@@ -59,7 +59,7 @@ def test_ppo_generates_the_same_in_pieces_and_through_slots(demo, lab):
 
     def rollout(trainer):
         plan = RolloutPlan(key, trainer.sampling, trainer.config.rollout.generation_batches)
-        return jax.device_get(trainer.rollout(engine.state, Prompts.of(batch), plan))
+        return jax.device_get(trainer.rollout(engine.generating(engine.state), Prompts.of(batch), plan))
 
     free = rollout(PPOTrainer(engine, config))
     answers = [free.tokens[row][free.response_mask[row]].tolist() for row in range(32)]

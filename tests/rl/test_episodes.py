@@ -143,8 +143,8 @@ BEHAVIOURS = {
     "truncates": ("truncated", "turns"),
     "talks too much": ("truncated", "tokens"),
     "raises": ("failed", "KeyError: 'no such thing'"),
-    "hangs": ("failed", "took longer than 0.3 s"),
-    "loops": ("failed", "took longer than 0.3 s"),
+    "hangs": ("failed", "took longer than 1 s"),
+    "loops": ("failed", "took longer than 1 s"),
     "wrong type": ("failed", "step must return an Observation; found a tuple"),
     "wrong message": ("failed", "content of message 1"),
     "wrong reward": ("failed", "must be a finite number or None"),
@@ -161,7 +161,7 @@ def test_a_bad_environment_costs_its_episodes_their_scores_and_no_more(demo, cap
         return json.loads(json.dumps(make()))
 
     monkeypatch.setattr("jaxrlhf.rl.episodes.from_primary", as_json)
-    options = {"environment_timeout": 0.3, "max_turns": 3, "samples_per_prompt": 1, "environment": f"{SOURCE}:Scripted"}
+    options = {"environment_timeout": 1.0, "max_turns": 3, "samples_per_prompt": 1, "environment": f"{SOURCE}:Scripted"}
     trainer = trainer_of(demo, advantage_estimator="reinforce++", loss_aggregation="token-mean", **options)
     outcomes = []
     begin = trainer.runner.begin

@@ -14,7 +14,7 @@ These conventions hold for every function:
   the loss is 0.
 """
 
-from jaxrlhf.objectives.advantages import gae, group_advantages, reward_to_go, rloo_advantages
+from jaxrlhf.objectives.advantages import gae, group_advantages, pair_advantages, reward_to_go, rloo_advantages
 from jaxrlhf.objectives.comparison import best_of_n_kl_bound, expected_best, win_rate
 from jaxrlhf.objectives.masked import (
     last_token_index,
@@ -83,6 +83,7 @@ __all__ = [
     "masked_sum",
     "masked_variance",
     "masked_whiten",
+    "pair_advantages",
     "pairwise_loss",
     "penalised_scores",
     "policy_loss",

@@ -111,6 +111,36 @@ def rloo_advantages(scores: ArrayLike, group_size: int, row_mask: ArrayLike | No
     return jnp.where(kept & (others > 0), grouped - baseline, 0).reshape(-1)
 
 
+def pair_advantages(
+    scores: ArrayLike, log_ratios: ArrayLike, group_size: int, beta: float, row_mask: ArrayLike | None = None
+) -> Array:
+    """Online DPO: computes how much DPO's loss would raise the best and lower the worst response of each group.
+
+    With d = log-ratio of the best - log-ratio of the worst, the gradient of `-log σ(β·d)` is `-β·σ(-β·d)` times the
+    difference of the gradients of both log-probs. So `β·σ(-β·d)` is the advantage of the best, and its negative that of
+    the worst; other responses have 0, and so has a group of equal scores. Source: Guo et al. 2024 (arXiv 2402.04792),
+    algorithm 1, with the loss of Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
+
+    Args:
+        scores: `[B]`, the scores of the responses to one prompt side by side.
+        log_ratios: `[B]`: log π(response | prompt) - log π_ref(response | prompt).
+        group_size: Responses per prompt.
+        beta: β.
+        row_mask: `[B]`: rows that are not set are no part of a pair; None: all are set.
+
+    Returns:
+        `[B]`.
+    """
+    keep = jnp.ones(jnp.shape(scores), bool) if row_mask is None else jnp.asarray(row_mask) != 0
+    kept = _groups(keep, group_size)
+    grouped, ratios = _groups(keep_where(scores, keep), group_size), _groups(keep_where(log_ratios, keep), group_size)
+    high, low = jnp.where(kept, grouped, -jnp.inf), jnp.where(kept, grouped, jnp.inf)
+    best, worst = (jax.nn.one_hot(place, group_size) for place in (jnp.argmax(high, axis=1), jnp.argmin(low, axis=1)))
+    differ = jnp.max(high, axis=1) > jnp.min(low, axis=1)
+    weight = jnp.where(differ, beta * jax.nn.sigmoid(-beta * jnp.sum((best - worst) * ratios, axis=1)), 0)
+    return (weight[:, None] * (best - worst)).reshape(-1)
+
+
 def reward_to_go(rewards: ArrayLike, response_mask: ArrayLike, gamma: float) -> Array:
     """Computes the discounted sum of the rewards from each response token on, `[B, T]`, 0 outside the response.
 

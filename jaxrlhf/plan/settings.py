@@ -104,7 +104,7 @@ class PlanConfig(ClusterConfig):
     HIDDEN = frozenset(settings(PPOConfig)) - SHOWN
 
     trainer: Literal[
-        "sft", "reward", "dpo", "ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce++"
+        "sft", "reward", "dpo", "ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "online_dpo", "reinforce++"
     ] = "ppo"
     """Training to plan."""
     actor: Annotated[str, alias("actor_model_name_or_path", "model_name_or_path", "model")] = dataclasses.field(

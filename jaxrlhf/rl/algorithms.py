@@ -81,6 +81,15 @@ def rloo(rewards: jax.Array, e: Experience, h: PPOHyperparameters) -> tuple[jax.
     return _of_rows(objectives.rloo_advantages(jnp.sum(rewards, axis=1), h.samples_per_prompt, e.row_mask), e)
 
 
+def online_dpo(rewards: jax.Array, e: Experience, h: PPOHyperparameters) -> tuple[jax.Array, jax.Array]:
+    """DPO's gradient on the best and the worst response to each prompt, with `kl_coef` as β."""
+    if not h.kl_coef:
+        raise InputError("kl_coef=0 with advantage_estimator=online_dpo: it is DPO's β, and must be positive")
+    log_ratios = objectives.sequence_logprobs(e.logprobs - e.ref_logprobs, e.response_mask)
+    advantages = objectives.pair_advantages(e.scores, log_ratios, h.samples_per_prompt, h.kl_coef, e.row_mask)
+    return _of_rows(advantages, e)
+
+
 def reinforce(rewards: jax.Array, e: Experience, h: PPOHyperparameters) -> tuple[jax.Array, jax.Array]:
     """The discounted sum of the rewards from a token on."""
     advantages = objectives.reward_to_go(rewards, e.response_mask, h.gamma)
@@ -193,6 +202,28 @@ ALGORITHMS = {
                 "samples_per_prompt": 4,
                 "learning_rate": 1e-6,
                 "kl_coef": 0.05,
+                "loss_aggregation": "fixed-length",
+            },
+        ),
+        Algorithm(
+            name="online_dpo",
+            title="online DPO",
+            summary="step 3 by online DPO: the best response to a prompt against the worst, no critic",
+            estimator="online_dpo",
+            advantages=online_dpo,
+            # A response is one action, as for RLOO. β and learning rate as TRL.
+            source="Guo et al. 2024 (arXiv 2402.04792)",
+            grouped=True,
+            unused=(
+                *OF_CRITIC,
+                *("gamma", "scale_by_std", "clip_reward", "whiten_rewards"),
+                *("kl_estimator", "kl_in_loss", "kl_target", "kl_horizon"),
+            ),
+            defaults={
+                "samples_per_prompt": 2,
+                "learning_rate": 5e-7,
+                "kl_coef": 0.1,
+                "whiten_advantages": False,
                 "loss_aggregation": "fixed-length",
             },
         ),

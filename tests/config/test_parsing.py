@@ -169,7 +169,7 @@ def test_all_missing_and_all_unknown_are_reported_together():
 
 def test_a_setting_of_other_commands_is_named_with_them(capsys, tmp_path):
     said = "unknown setting kl_coef; see --help for all settings; it is a setting of ppo, grpo, dapo, dr_grpo, gspo, "
-    said += "cispo, rloo, reinforce++, rlhf (--ppo.kl_coef)"
+    said += "cispo, rloo, online_dpo, reinforce++, rlhf (--ppo.kl_coef)"
     path = yaml_file(tmp_path, "kl-coef: 0.1")
     for place, argv in (("", ["--kl_coef", "0.1"]), ("", ["--kl-coef=0.1"]), (f"{path}: ", ["--config", path])):
         assert cli.main(["sft", *argv]) == InputError.status

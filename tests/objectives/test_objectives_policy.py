@@ -82,6 +82,45 @@ def test_leave_one_out_compares_a_score_with_the_others_of_its_group(grouped):
     assert_matches_oracle(lambda s, m: objectives.rloo_advantages(s, GROUP, m), oracle, grouped, [0])
 
 
+def test_the_advantages_of_a_pair_are_those_of_its_best_and_its_worst_response(grouped):
+    scores, mask = grouped
+    ratios = spoil(np.random.default_rng(3).normal(size=len(scores)), mask, np.random.default_rng(4))
+
+    def oracle(scores, ratios, mask):
+        out = np.zeros(len(scores))
+        for first in range(0, len(scores), GROUP):
+            rows = [row for row in range(first, first + GROUP) if mask[row]]
+            if len({scores[row] for row in rows}) < 2:
+                continue
+            best, worst = max(rows, key=lambda row: scores[row]), min(rows, key=lambda row: scores[row])
+            out[best] = 0.3 / (1 + np.exp(0.3 * (ratios[best] - ratios[worst])))
+            out[worst] = -out[best]
+        return out
+
+    assert_matches_oracle(
+        lambda s, r, m: objectives.pair_advantages(s, r, GROUP, 0.3, m), oracle, (scores, ratios, mask), [1]
+    )
+    assert not np.asarray(objectives.pair_advantages(jnp.ones(6), jnp.arange(6.0), GROUP, 0.3)).any()
+
+
+def test_the_policy_loss_with_the_advantages_of_pairs_has_the_gradient_of_dpo(rng):
+    mask = np.arange(7) < rng.integers(2, 8, size=(6, 1))
+    logprobs, reference = (jnp.asarray(rng.normal(size=mask.shape)) for _ in range(2))
+    scores, beta = jnp.asarray([3.0, 1.0, 2.0, 0.0, 5.0, 4.0]), 0.7
+
+    def dpo(logprobs):
+        ratios = objectives.sequence_logprobs(logprobs - reference, mask)
+        return objectives.preference_loss(ratios[jnp.array([0, 4])], ratios[jnp.array([1, 3])], jnp.ones(2), beta)
+
+    def policy(new):
+        ratios = objectives.sequence_logprobs(logprobs - reference, mask)
+        advantages = objectives.pair_advantages(scores, ratios, GROUP, beta)[:, None] * mask
+        weights = objectives.loss_weights(mask, "fixed-length", 7)
+        return objectives.policy_loss(new, logprobs, advantages, mask, 0.2, token_weights=weights)[0] * GROUP * 7
+
+    np.testing.assert_allclose(jax.grad(policy)(logprobs), jax.grad(dpo)(logprobs), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("function", [objectives.group_advantages, objectives.rloo_advantages])
 def test_groups_that_do_not_divide_the_rows_are_refused(function):
     with pytest.raises(ValueError, match="group_size=5 does not divide 12 rows"):

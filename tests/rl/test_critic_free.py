@@ -229,6 +229,23 @@ def test_a_reward_function_alone_is_learned(name, train, tmp_path):
     assert after["scores"] - before["scores"] > before["scores_std"], "by more than the answers differed at the start"
 
 
+def test_online_dpo_learns_the_order_of_the_scores_alone(train, tmp_path):
+    """Scores a thousand times as large give the same run, to the bit."""
+    (tmp_path / "rewards.py").write_text(
+        "def brief(prompts, responses):\n    return [-len(response) / 8 for response in responses]\n"
+    )
+    common = {"reward_functions": (f"{tmp_path}/rewards.py:brief",), "max_steps": 12, "learning_rate": 2e-2}
+    states = [
+        train("online_dpo", tmp_path / str(weight), reward_weights=(weight,), **common) for weight in (1.0, 1024.0)
+    ]
+    chex.assert_trees_all_equal(*(jax.device_get(state.actor_params) for state in states))
+    summary = json.loads((tmp_path / "1.0" / "summary.json").read_text())
+    before, after = summary["eval_before"], summary["eval_after"]
+    assert summary["title"] == "online DPO" and after["scores"] - before["scores"] > before["scores_std"]
+    with pytest.raises(InputError, match="kl_coef=0 with advantage_estimator=online_dpo"):
+        train("online_dpo", tmp_path / "none", kl_coef=0.0, **common)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_of_grpo_trains_from_a_reward_function(name, train, tmp_path):
     (tmp_path / "rewards.py").write_text(

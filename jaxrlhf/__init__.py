@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxrlhf.rl.run import train_grpo, train_ppo, train_reinforce, train_rloo
     from jaxrlhf.rl.step import PPOState, ppo_step
     from jaxrlhf.rl.trainer import PPOTrainer
+    from jaxrlhf.trainers.distill import DistillConfig, train_distill
     from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
     from jaxrlhf.trainers.kto import KTOConfig, train_kto
     from jaxrlhf.trainers.reward import RewardConfig, train_reward
@@ -49,6 +50,7 @@ _HOME = {
     "jaxrlhf.rl.step": ("PPOState", "ppo_step"),
     "jaxrlhf.rl.trainer": ("PPOTrainer",),
     "jaxrlhf.trainers.dpo": ("DPOConfig", "train_dpo"),
+    "jaxrlhf.trainers.distill": ("DistillConfig", "train_distill"),
     "jaxrlhf.trainers.kto": ("KTOConfig", "train_kto"),
     "jaxrlhf.trainers.reward": ("RewardConfig", "train_reward"),
     "jaxrlhf.trainers.sft": ("SFTConfig", "train_sft"),

@@ -50,6 +50,9 @@ STEPS = {
         "jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs", fits=True
     ),
     "kto": Command("jaxrlhf.trainers.kto", "KTOConfig", "train_kto", "steps 2 and 3 in one: KTO on labelled responses"),
+    "distill": Command(
+        "jaxrlhf.trainers.distill", "DistillConfig", "train_distill", "a student learns a teacher's distributions"
+    ),
 }
 OTHERS = {
     "rlhf": Command(

@@ -4,6 +4,7 @@ Training and scoring scan `Block` over stacked parameters. Prefill and decode (m
 with an explicit key/value cache. Dropout is active exactly when a `dropout` RNG is passed to `apply`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -32,6 +33,10 @@ REMAT_POLICIES = {
         jax.checkpoint_policies.save_only_these_names(PRODUCT),
     ),
 }
+
+READ_ELEMENTS = 1 << 24
+"""Log-probs per device that `Decoder.read_distributions` works on at a time."""
+PyTree = Any
 
 
 def read_columns(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
@@ -299,3 +304,55 @@ class Decoder(nn.Module):
             results = [place_columns(x, first, length) for x in results]
         logprobs, entropy = (jnp.pad(x, ((0, 0), (1, 0))) for x in results)
         return logprobs, entropy
+
+    def read_distributions(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        read: Callable[..., PyTree],
+        *given: jax.Array,
+        temperature: float = 1.0,
+        segment_ids: jax.Array | None = None,
+        contiguous: bool = False,
+    ) -> PyTree:
+        """Applies a function to the distribution of every token given those before it.
+
+        A few columns are worked on at a time and computed again for the gradient, so that `[B, T, V]` is never in
+        memory. Column t is read from the logits at t-1; column 0 of the results is 0.
+
+        Args:
+            input_ids: int `[B, T]`.
+            attention_mask: `[B, T]`, set for real tokens; None: all are real, but for segment 0.
+            read: `(log-probs [B, t, V], *given [B, t, …])` → arrays `[B, t, …]`.
+            given: `[B, T, …]` each.
+            temperature: Divides the logits.
+            segment_ids: int `[B, T]` of packed rows, as `hidden_states` takes them.
+            contiguous: As `hidden_states` takes it.
+
+        Returns:
+            What `read` returns, of all columns: `[B, T, …]`.
+        """
+        hidden = self.hidden_states(input_ids, attention_mask, segment_ids, contiguous)
+        weight, bias = self.output_weight()
+        c, on_cpu, head = self.config, platform() == "cpu", weight.astype(self.dtype)
+        batch, length = input_ids.shape[0], input_ids.shape[1] - 1
+        width = min(length, max(1, READ_ELEMENTS * split("batch", batch) // (batch * c.vocab_size)))
+        blocks = -(-length // width)
+
+        def cut(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, ((0, 0), (0, blocks * width - length), *[(0, 0)] * (x.ndim - 2)))
+            return jnp.moveaxis(x.reshape(batch, blocks, width, *x.shape[2:]), 1, 0)
+
+        @jax.checkpoint
+        def of_block(block: tuple[jax.Array, ...]) -> PyTree:
+            hidden, *given = block
+            logits = project_logits(
+                hidden, head, bias, c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap, on_cpu=on_cpu
+            )
+            return read(jax.nn.log_softmax(logits[..., : c.vocab_size] / temperature), *given)
+
+        def whole(x: jax.Array) -> jax.Array:
+            x = jnp.moveaxis(x, 0, 1).reshape(batch, blocks * width, *x.shape[3:])[:, :length]
+            return jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))
+
+        return jax.tree.map(whole, jax.lax.map(of_block, (cut(hidden[:, :-1]), *(cut(x[:, 1:]) for x in given))))

@@ -16,6 +16,7 @@ These conventions hold for every function:
 
 from jaxrlhf.objectives.advantages import gae, group_advantages, pair_advantages, reward_to_go, rloo_advantages
 from jaxrlhf.objectives.comparison import best_of_n_kl_bound, expected_best, win_rate
+from jaxrlhf.objectives.distillation import divergence
 from jaxrlhf.objectives.masked import (
     last_token_index,
     masked_mean,
@@ -68,6 +69,7 @@ __all__ = [
     "adaptive_kl_coef",
     "add_moments",
     "best_of_n_kl_bound",
+    "divergence",
     "expected_best",
     "gae",
     "group_advantages",

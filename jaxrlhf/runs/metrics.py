@@ -121,7 +121,8 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "Losses": (
         Metric(
             "loss",
-            "loss of `sft` (nats per trained token), `reward` or `dpo` (per pair), `kto` (per response)",
+            "loss of `sft` (nats per trained token), `reward` or `dpo` (per pair), `kto` (per response), "
+            "`distill` (nats per trained token)",
             "falls, steeply at first; `reward` and `dpo` start near 0.69 = log 2. If `eval/loss` rises while it falls, "
             "the rows are learned by heart: train fewer epochs",
         ),

@@ -29,6 +29,7 @@ STEPS = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
     "dpo": "Direct preference optimisation",
+    "distill": "Distillation",
     "kto": "Kahneman-Tversky optimisation",
     "ppo": "PPO",
 }

@@ -81,7 +81,7 @@ def add_reference(
     """
     own = config.reference.reference_model_name_or_path
     shares = own is None and model.module.lora is not None
-    source = model if own is None else load_reference(config, own, model, mesh)
+    source = model if own is None else load_frozen(config, own, mesh, "the reference model")
     stage = frozen_stage(source.module, config.compute.zero_stage)
     module = source.module.clone(lora=None, zero_stage=stage)
     score = Announce(run, "reference program", partial(score_batch, logprobs=logprobs, module=module, mesh=mesh))
@@ -167,17 +167,17 @@ def score_all(
     return found
 
 
-def load_reference(config: ReferencedConfig, path: str, model: Model, mesh: Mesh) -> Model:
-    """Loads a reference of its own. Raises InputError when it has too few positions."""
-    reference = load_pretrained(
+def load_frozen(config: SupervisedConfig, path: str, mesh: Mesh, name: str) -> Model:
+    """Loads a model that is only read. Raises InputError when it has too few positions; `name` stands in the error."""
+    model = load_pretrained(
         path,
         mesh=mesh,
         dtype=config.mesh.compute_dtype,
         zero_stage=config.compute.zero_stage,
         progress=is_primary(),
     )
-    check_context(reference.config, config.data.max_length, "max_length for the reference model")
-    return with_kernels(reference, **config.compute.kernels)
+    check_context(model.config, config.data.max_length, f"max_length for {name}")
+    return with_kernels(model, **config.compute.kernels)
 
 
 def check_reference(config: ReferencedConfig) -> None:

@@ -219,7 +219,7 @@ class Recipe:
     """One kind of supervised training: its loss, its metrics, its data."""
 
     name: str
-    """Also the step whose rows `load_data` gives."""
+    """Command, and name of the trainer in records."""
     title: str
     """Name in reports and model cards."""
     head: str
@@ -233,6 +233,8 @@ class Recipe:
     """As in Task."""
     extend: Callable[[Run, Model, Mesh, tuple[Data, Data]], Extend] = lambda *_: lambda params, batch: batch
     """Called once with run, start model, mesh, and the training and evaluation data."""
+    rows: str = ""
+    """Step whose rows `load_data` gives, if not `name`."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,9 @@ def train_supervised(config: SupervisedConfig, recipe: Recipe) -> TrainState:
         model = with_adapters(with_special_tokens(model, tokenizer), config.lora, key)
         check_context(model.config, config.data.max_length, "max_length")
         config.routers.check_models(model.config)
-        task = SupervisedTask(run, config, recipe, model, tokenizer, load_data(config.data, tokenizer, recipe.name))
+        task = SupervisedTask(
+            run, config, recipe, model, tokenizer, load_data(config.data, tokenizer, recipe.rows or recipe.name)
+        )
         folder, options = config.folder, config.checkpoint
         return fit(
             run,

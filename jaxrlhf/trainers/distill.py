@@ -1,0 +1,187 @@
+"""Distillation: a student learns a teacher's next-token distributions on the responses of the data.
+
+The teacher's most likely tokens and their log-probs come from a program of its own before each step, so its logits are
+never in memory beside the student's, and it needs no gradient.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf import objectives
+from jaxrlhf.config import Fraction, NonNegativeInt, PathName, Positive
+from jaxrlhf.data import Data
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import Decoder, Model, frozen_copy, frozen_stage, param_shardings, read_config
+from jaxrlhf.runs import Run
+from jaxrlhf.runs.mirror import works_locally
+from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.references import chunks, load_frozen, score_batch
+from jaxrlhf.trainers.settings import StepOptions
+from jaxrlhf.trainers.sft import token_count
+from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
+from jaxrlhf.trainers.tokenizers import check_reads_tokens
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class DistillOptions(StepOptions):
+    """Distillation."""
+
+    teacher_model_name_or_path: PathName[str | None] = None
+    """Model folder or hub name of the teacher, with the student's vocabulary."""
+    beta: Fraction = 0.5
+    """0: forward KL, from the teacher to the student; 1: reverse KL; between: generalised Jensen-Shannon divergence
+    with the teacher's weight beta."""
+    temperature: Positive = 1.0
+    """Divides the logits of both models."""
+    teacher_top_k: NonNegativeInt = 64
+    """Most likely tokens of the teacher that are told apart; all others count as one outcome. 0: the whole
+    vocabulary."""
+
+    def check(self) -> None:
+        super().check()
+        if self.teacher_model_name_or_path is None:
+            raise InputError("teacher_model_name_or_path: name the teacher, a model folder or hub name")
+
+    @property
+    def divergence(self) -> "Divergence":
+        """The settings of the loss: the train program's static argument."""
+        return Divergence(self.beta, self.temperature)
+
+
+@dataclass(frozen=True)
+class DistillConfig(DistillOptions, SupervisedConfig):
+    """Distillation alone."""
+
+    HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin", "fit"})
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The divergence that is minimised."""
+
+    beta: float
+    temperature: float
+
+
+def teacher_logprobs(
+    temperature: float, top_k: int, vocab_size: int, module: Decoder, params: PyTree, rows: Batch
+) -> dict[str, jax.Array]:
+    """The teacher's most likely next tokens among the student's `vocab_size`: `ids` and `logps` `[B, T, K]`."""
+    count = min(top_k or vocab_size, vocab_size, module.config.vocab_size)
+
+    def read(logprobs: jax.Array) -> dict[str, jax.Array]:
+        logps, ids = jax.lax.top_k(logprobs[..., :vocab_size], count)
+        return {"ids": ids, "logps": logps}
+
+    return _read(module, params, rows, read, temperature=temperature)
+
+
+def distill_loss(
+    settings: Divergence, module: Decoder, params: PyTree, rows: Batch, count: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean divergence from the teacher at the target tokens, in nats."""
+
+    def read(logprobs: jax.Array, ids: jax.Array, teacher: jax.Array) -> jax.Array:
+        student = jnp.take_along_axis(logprobs, ids, axis=-1)
+        return objectives.divergence(teacher, student, settings.beta)
+
+    given = rows["teacher_ids"], rows["teacher_logps"]
+    values = _read(module, params, rows, read, *given, temperature=settings.temperature, key=key)
+    return objectives.masked_mean(values, rows["loss_mask"], count), {}
+
+
+def _read(
+    module: Decoder,
+    params: PyTree,
+    rows: Batch,
+    read: Callable,
+    *given: jax.Array,
+    temperature: float,
+    key: jax.Array | None = None,
+) -> Any:
+    return module.apply(
+        {"params": params},
+        rows["input_ids"],
+        rows["attention_mask"],
+        read,
+        *given,
+        temperature=temperature,
+        segment_ids=rows.get("segment_ids"),
+        contiguous=True,
+        method="read_distributions",
+        rngs=None if key is None else {"dropout": key},
+    )
+
+
+def distill_sums(settings: Divergence, module: Decoder, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+    count = token_count(batch)
+    loss, _ = distill_loss(settings, module, params, batch, count, None)
+    return {"divergence": loss * count, "tokens": count}
+
+
+def distill_metrics(totals: dict[str, float]) -> dict[str, float]:
+    return {"loss": totals["divergence"] / max(totals["tokens"], 1)}
+
+
+def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data: tuple[Data, Data]) -> Extend:
+    """Returns the function that adds the teacher's most likely tokens to a placed batch."""
+    teacher = load_frozen(config, str(config.teacher_model_name_or_path), mesh, "the teacher")
+    module = teacher.module.clone(zero_stage=frozen_stage(teacher.module, config.compute.zero_stage))
+    frozen = frozen_copy(teacher.params, param_shardings(module, mesh), config.mesh.compute_dtype)
+    logprobs = _logprobs(config.temperature, config.teacher_top_k, model.config.vocab_size)
+    score = Announce(run, "teacher program", partial(score_batch, logprobs=logprobs, module=module, mesh=mesh))
+
+    def extend(params: PyTree, batch: Batch) -> Batch:
+        found = score(frozen, batch, micro_batches=chunks(config, batch))
+        return batch | {f"teacher_{name}": values for name, values in found.items()}
+
+    return extend
+
+
+@functools.cache
+def _logprobs(temperature: float, top_k: int, vocab_size: int) -> Callable:
+    """The teacher's function; made once per setting, so that its program compiles once."""
+    return partial(teacher_logprobs, temperature, top_k, vocab_size)
+
+
+@functools.cache
+def objective(settings: Divergence) -> tuple[Objective, Callable]:
+    """The objective and its evaluation sums; made once per setting, so that a jitted step compiles once."""
+    return Objective(token_count, partial(distill_loss, settings)), partial(distill_sums, settings)
+
+
+def check_teacher(config: DistillConfig) -> None:
+    """Raises InputError for a teacher that reads other tokens than the student."""
+    teacher, model = str(config.teacher_model_name_or_path), config.model.model_name_or_path
+    tokenizer = config.model.load_tokenizer(config.data.template)
+    shape = read_config(teacher if model is None else model)
+    check_reads_tokens(tokenizer, shape, teacher, ("the student", f"teacher_model_name_or_path={teacher}"))
+
+
+@works_locally
+def train_distill(config: DistillConfig) -> TrainState:
+    """Runs distillation; the student lies in the run's folder afterwards."""
+    check_teacher(config)  # fails early when the model cannot be used
+    loss, measure = objective(config.divergence)
+    recipe = Recipe(
+        name="distill",
+        title="Distillation",
+        head="lm",
+        headline=("loss", "grad_norm", "learning_rate", "perf/tokens_per_second"),
+        objective=loss,
+        measure=measure,
+        summarise=distill_metrics,
+        best=("loss", -1),
+        extend=partial(add_teacher, config),
+        rows="sft",
+    )
+    return train_supervised(config, recipe)

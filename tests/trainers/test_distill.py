@@ -1,0 +1,167 @@
+"""Distillation: the divergence and its gradient against torch, packed and cut-up rows, runs, and what it refuses."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import objectives
+from jaxrlhf.config.files import read_jsonl
+from jaxrlhf.errors import InputError
+from jaxrlhf.models import decoder as decoders
+from jaxrlhf.models import load_pretrained
+from jaxrlhf.trainers.distill import DistillConfig, Divergence, distill_loss, teacher_logprobs, train_distill
+
+torch = pytest.importorskip("torch")
+BETAS = (0.0, 0.3, 0.5, 1.0)
+
+
+def torch_divergence(teacher, student, beta):
+    """From whole distributions, by torch's own KL in float64."""
+    kl = lambda p, q: torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # noqa: E731
+    if beta in (0.0, 1.0):
+        return kl(student, teacher) if beta else kl(teacher, student)
+    mixture = torch.log(beta * teacher.exp() + (1 - beta) * student.exp())
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_divergence_of_whole_distributions_is_torchs_in_value_and_gradient(beta):
+    logits = np.random.default_rng(0).normal(scale=2, size=(2, 5, 11))
+    teacher, student = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in logits)
+    theirs = torch.tensor(logits[1], requires_grad=True)
+    expected = torch_divergence(torch.tensor(logits[0]).log_softmax(-1), theirs.log_softmax(-1), beta)
+    expected.sum().backward()
+    found = objectives.divergence(teacher, student, beta)
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-5, atol=2e-6)
+    gradient = jax.grad(lambda x: objectives.divergence(teacher, jax.nn.log_softmax(x), beta).sum())
+    np.testing.assert_allclose(gradient(jnp.asarray(logits[1], jnp.float32)), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_outcomes_that_are_not_told_apart_are_one(beta):
+    """The result is that of distributions in which these outcomes are added up, and so never above the whole one."""
+    logits = np.random.default_rng(1).normal(scale=2, size=(2, 50, 11))
+    teacher, student = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in logits)
+
+    def added(x):
+        p = np.exp(np.asarray(x, np.float64))
+        return torch.tensor(np.log(np.concatenate([p[:, :4], p[:, 4:].sum(-1, keepdims=True)], axis=-1)))
+
+    found = objectives.divergence(teacher[:, :4], student[:, :4], beta)
+    expected = torch_divergence(added(teacher), added(student), beta)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found <= objectives.divergence(teacher, student, beta) + 1e-5).all()
+
+
+@pytest.fixture(scope="module")
+def models(demo):
+    """A teacher, and a student of the same shape with other weights."""
+    teacher = load_pretrained(demo.lm)
+    leaves, structure = jax.tree.flatten(teacher.params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return teacher, teacher.replace(params=structure.unflatten(moved))
+
+
+def rows_of(teacher, batch=4, length=13, top_k=0):
+    ids = np.random.default_rng(2).integers(3, teacher.config.vocab_size, size=(batch, length)).astype(np.int32)
+    lengths = np.arange(batch)[:, None] + length - batch + 1
+    mask = (np.arange(length) < lengths).astype(np.int32)
+    rows = {"input_ids": ids, "attention_mask": mask, "loss_mask": mask * (np.arange(length) >= 4)}
+    found = teacher_logprobs(1.5, top_k, teacher.config.vocab_size, teacher.module, teacher.params, rows)
+    return rows | {f"teacher_{name}": values for name, values in found.items()}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_the_loss_is_the_mean_divergence_of_both_models_next_tokens(models, beta, monkeypatch):
+    """However few columns are worked on at a time; and so is its gradient."""
+    teacher, student = models
+    rows = rows_of(teacher)
+
+    def whole(params):
+        logits = [
+            m.module.apply({"params": p}, rows["input_ids"], rows["attention_mask"], contiguous=True)
+            for m, p in ((teacher, teacher.params), (student, params))
+        ]
+        p, q = (jax.nn.log_softmax(x[:, :-1] / 1.5) for x in logits)
+        values = objectives.divergence(p, q, beta)
+        mask = rows["loss_mask"][:, 1:]
+        return jnp.sum(values * mask) / mask.sum()
+
+    expected, gradient = jax.value_and_grad(whole)(student.params)
+    settings, count = Divergence(beta, 1.5), rows["loss_mask"].sum()
+    for elements in (decoders.READ_ELEMENTS, 4 * teacher.config.vocab_size * 5, 1):
+        monkeypatch.setattr(decoders, "READ_ELEMENTS", elements)
+        loss = lambda params: distill_loss(settings, student.module, params, rows, count, None)[0]  # noqa: E731
+        found, own = jax.value_and_grad(loss)(student.params)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), own, gradient)
+
+
+def test_the_teachers_most_likely_tokens_are_those_of_its_logits(models):
+    teacher, _ = models
+    rows = rows_of(teacher, top_k=5)
+    logits = teacher.module.apply(
+        {"params": teacher.params}, rows["input_ids"], rows["attention_mask"], contiguous=True
+    )
+    logps, ids = jax.lax.top_k(jax.nn.log_softmax(logits / 1.5), 5)
+    np.testing.assert_array_equal(rows["teacher_ids"][:, 1:], ids[:, :-1])
+    np.testing.assert_allclose(rows["teacher_logps"][:, 1:], logps[:, :-1], rtol=1e-5, atol=1e-6)
+    narrow = teacher_logprobs(1.0, 5, 20, teacher.module, teacher.params, rows)
+    assert narrow["ids"].max() < 20, "a student with fewer rows in its vocabulary"
+
+
+@pytest.fixture
+def train(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
+
+    def start(**options):
+        common = {"data_path": demo.train, "eval_data_path": demo.eval, "data_cache_dir": demo.cache, "seed": 3}
+        common |= {"max_length": 32, "max_train_samples": 70, "max_eval_samples": 10, "output_dir": str(tmp_path)}
+        common |= {"teacher_model_name_or_path": demo.lm, "per_device_train_batch_size": 2}
+        common |= {"per_device_eval_batch_size": 2}
+        if "model_name_or_path" not in options:
+            common |= {"model_type": "gpt2", "tokenizer_name_or_path": demo.lm, "config_overrides": demo.options}
+        train_distill(DistillConfig.create(**(common | options)))
+        return read_jsonl(tmp_path / "metrics.jsonl")
+
+    return start
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options", [{"packing": False, "gradient_accumulation_steps": 2}, {"packing": True, "beta": 0.0}]
+)
+def test_a_student_comes_near_its_teacher(train, tmp_path, options):
+    records = train(max_steps=30, learning_rate=3e-3, **options)
+    before, after = (record["eval/loss"] for record in records if "eval/loss" in record)
+    assert after < 0.7 * before
+    assert json.loads((tmp_path / "summary.json").read_text())["trainer"] == "distill"
+
+
+@pytest.mark.long
+def test_a_teacher_that_is_the_student_teaches_nothing(train, demo):
+    records = train(max_steps=2, learning_rate=0.0, model_name_or_path=demo.lm)
+    losses = [record["eval/loss"] for record in records if "eval/loss" in record]  # without dropout
+    assert losses == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_what_is_refused(demo):
+    with pytest.raises(InputError, match="teacher_model_name_or_path: name the teacher"):
+        DistillConfig.create(data_path=demo.train, output_dir="out", model_name_or_path=demo.lm)
+    for options in ({"beta": 1.5}, {"temperature": 0.0}, {"teacher_top_k": -1}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            DistillConfig.create(teacher_model_name_or_path=demo.lm, **options)
+    with pytest.raises(InputError, match="head"):
+        train_distill(
+            DistillConfig.create(
+                data_path=demo.train,
+                max_length=32,
+                output_dir="out",
+                model_name_or_path=demo.lm,
+                teacher_model_name_or_path=demo.reward,
+            )
+        )

@@ -21,6 +21,7 @@ from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.trainers import supervised
+from jaxrlhf.trainers.distill import DistillConfig, train_distill
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.kto import KTOConfig, train_kto
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
@@ -30,12 +31,13 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("no_report")]
 
 STEPS = 10
 TRAINERS = {"sft": (train_sft, SFTConfig), "reward": (train_reward, RewardConfig), "ppo": (train_ppo, PPOConfig)}
-TRAINERS |= {"dpo": (train_dpo, DPOConfig), "kto": (train_kto, KTOConfig)}
+TRAINERS |= {"dpo": (train_dpo, DPOConfig), "kto": (train_kto, KTOConfig), "distill": (train_distill, DistillConfig)}
 MODEL = {
     "sft": {"model_name_or_path": "lm", "gradient_accumulation_steps": 2},
     "reward": {"model_name_or_path": "lm"},
     "dpo": {"model_name_or_path": "lm", "gradient_accumulation_steps": 2},
     "kto": {"model_name_or_path": "lm", "gradient_accumulation_steps": 2, "precompute_ref_log_probs": True},
+    "distill": {"model_name_or_path": "lm", "teacher_model_name_or_path": "lm", "gradient_accumulation_steps": 2},
     "ppo": {"actor_model_name_or_path": "lm", "critic_model_name_or_path": "reward"}
     | {"max_answer_seq_len": 8, "ppo_epochs": 2, "num_mini_batches": 2, "enable_ema": True, "sample_steps": 4},
 }
@@ -174,6 +176,7 @@ CHANGED = {
     },
     "dpo": {"beta": 0.2, "loss_type": "ipo", "reference_free": True, "label_smoothing": 0.1},
     "kto": {"beta": 0.2, "loss_type": "apo_zero_unpaired", "desirable_weight": 1.3},
+    "distill": {"beta": 0.2, "temperature": 2.0, "teacher_top_k": 8},
     "ppo": {"critic_learning_rate": 1.0, "max_answer_seq_len": 7, "ppo_epochs": 1, "kl_coef": 0.5, "temperature": 0.5},
 }
 NAMED = {

@@ -59,6 +59,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "DPOConfig",
+    "DistillConfig",
     "Experience",
     "GRPOConfig",
     "HybridEngine",
@@ -92,6 +93,7 @@ __all__ = [
     "sample",
     "score_rollout",
     "sharding",
+    "train_distill",
     "train_dpo",
     "train_grpo",
     "train_kto",

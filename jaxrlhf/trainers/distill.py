@@ -46,11 +46,6 @@ class DistillOptions(StepOptions):
     """Most likely tokens of the teacher that are told apart; all others count as one outcome. 0: the whole
     vocabulary."""
 
-    def check(self) -> None:
-        super().check()
-        if self.teacher_model_name_or_path is None:
-            raise InputError("teacher_model_name_or_path: name the teacher, a model folder or hub name")
-
     @property
     def divergence(self) -> "Divergence":
         """The settings of the loss: the train program's static argument."""
@@ -160,8 +155,10 @@ def objective(settings: Divergence) -> tuple[Objective, Callable]:
 
 
 def check_teacher(config: DistillConfig) -> None:
-    """Raises InputError for a teacher that reads other tokens than the student."""
-    teacher, model = str(config.teacher_model_name_or_path), config.model.model_name_or_path
+    """Raises InputError without a teacher, and for one that reads other tokens than the student."""
+    teacher, model = config.teacher_model_name_or_path, config.model.model_name_or_path
+    if teacher is None:
+        raise InputError("teacher_model_name_or_path: name the teacher, a model folder or hub name")
     tokenizer = config.model.load_tokenizer(config.data.template)
     shape = read_config(teacher if model is None else model)
     check_reads_tokens(tokenizer, shape, teacher, ("the student", f"teacher_model_name_or_path={teacher}"))

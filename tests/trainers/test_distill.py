@@ -151,7 +151,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(train, demo):
 
 def test_what_is_refused(demo):
     with pytest.raises(InputError, match="teacher_model_name_or_path: name the teacher"):
-        DistillConfig.create(data_path=demo.train, output_dir="out", model_name_or_path=demo.lm)
+        train_distill(DistillConfig.create(data_path=demo.train, output_dir="out", model_name_or_path=demo.lm))
     for options in ({"beta": 1.5}, {"temperature": 0.0}, {"teacher_top_k": -1}):
         with pytest.raises(InputError, match=next(iter(options))):
             DistillConfig.create(teacher_model_name_or_path=demo.lm, **options)

@@ -59,6 +59,7 @@ RUNS = Path("runs/learning")
 ANSWERS = 4  # sampled per held-out question
 BLOCK = 64  # tokens of a block of pretraining text
 PRETRAINING_STEPS = 400
+SLOW = f"{ROOT}/slow_quality.py:slow_quality"
 
 
 class Outcome(NamedTuple):
@@ -208,10 +209,11 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
 
     So the seeds differ in the order of prompts, in sampling and in minibatches, and rewards may be compared.
     """
-    reward, start = reward_model(0), start or sft_model(0)
+    start = start or sft_model(0)
+    reward = None if options.get("reward_functions") else reward_model(0)
     base = step_configs(demo_settings(seed, folder))["ppo"]
     options = {"eval_steps": 10, "logging_steps": 20, "sample_steps": 0, "num_sample_rows": 0} | options
-    models = {"actor_model_name_or_path": str(start), "critic_model_name_or_path": str(reward)}
+    models = {"actor_model_name_or_path": str(start), "critic_model_name_or_path": reward and str(reward)}
     config = base.replace(**models, **options)
     begin = time.monotonic()
     train_ppo(config)
@@ -228,6 +230,10 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
         "response_length": after["response_length"],
         "seconds": round(seconds, 1),
     }
+    if config.rewards.reward_functions:
+        steps = read_curves(Path(config.folder.output_dir) / "metrics.jsonl")
+        for name in ("perf/sequences_per_second", "timing/train", "timing/reward_functions"):
+            figures[name] = statistics.median(steps[name].values)
     names = ["eval/scores", "eval/kl", "objective/scores", "objective/kl", "policy/entropy_avg", "policy/clipfrac_avg"]
     if config.algorithm.ptx_coef:
         figures |= {"text_loss_before": before["ptx_loss"], "text_loss_after": after["ptx_loss"]}
@@ -282,6 +288,12 @@ def ptx(coefficient: float) -> Callable[[int, Path], Outcome]:
     return run
 
 
+def waiting(steps: int) -> Callable[[int, Path], Outcome]:
+    """GRPO from a reward function that takes as long as training, with rollouts `steps` ahead of their updates."""
+    options = {"async_steps": steps, "importance_sampling_correction": True, "reward_functions": (SLOW,)}
+    return critic_free("grpo", loss_aggregation="sequence-mean", kl_in_loss=True, kl_estimator="k3", **options)
+
+
 def improves(figures: dict[str, float]) -> bool:
     """At least half a standard deviation of reward gained, no collapse from the best, KL within twice its target.
 
@@ -329,6 +341,12 @@ EXPERIMENTS = {
         improves,
     ),
     "rloo": Experiment(critic_free("rloo", loss_aggregation="fixed-length"), "RLOO, groups of four", RISES, improves),
+    **{
+        f"async-{steps}": Experiment(
+            waiting(steps), f"GRPO with a slow reward function, rollouts {steps} steps ahead", RISES, improves
+        )
+        for steps in (0, 1)
+    },
     "ptx": Experiment(
         ptx(27.8),
         "PPO with pretraining text at 27.8",

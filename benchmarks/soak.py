@@ -178,10 +178,9 @@ class Soak:
     @contextlib.contextmanager
     def _full_disk(self) -> Iterator[None]:
         path = self.disk / "filler"
-        with open(path, "wb") as file, contextlib.suppress(OSError):
+        with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"\0" * 2**16)
-                file.flush()
         yield
         path.unlink()
 

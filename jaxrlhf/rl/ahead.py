@@ -57,8 +57,9 @@ class Ahead:
         if step and not self._waiting:  # the run goes on from a checkpoint
             for ahead, rollout in enumerate(state.pending[:left]):
                 self._restart(rollout, plan.batch + ahead, step + ahead)
-        params, begin = self.sampler.engine.generating(state), time.monotonic()
-        for ahead in range(len(self._waiting), min(self.steps + 1, left)):
+        begin, missing = time.monotonic(), range(len(self._waiting), min(self.steps + 1, left))
+        params = self.sampler.engine.generating(state) if missing else None
+        for ahead in missing:
             prompts = self.prompts(plan.batch + ahead, step)
             started = self._begin(partial(self._started, params, prompts, self.sampler.rollout_plan(step + ahead)))
             self._waiting.append((started, prompts.ids.shape[1]))

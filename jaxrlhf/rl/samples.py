@@ -83,7 +83,7 @@ class Started(NamedTuple):
 
     rollout: Rollout
     handles: list[tuple[np.ndarray, Handle]]
-    """Of the reward functions: numbers of responses, and what waits for their scores."""
+    """For each generated piece: its row numbers, and the handle that waits for the reward functions."""
     episodes: Episodes | None = None
     """Those that the responses belong to."""
     seconds: float = 0.0

@@ -178,12 +178,13 @@ class PPOTrainer(Sampler):
         key = keys.stream(self.config.data.seed, keys.Stream.EVALUATION)
         plan = RolloutPlan(key, dataclasses.replace(self.sampling, samples_per_prompt=1))
         progress = self.progress(int(to_host(state.step)))
+        params = self.engine.generating(state)
         records: list[Record] = []
         for batch in watch(eval_batches(prompts, batch_size), -(-len(prompts) // batch_size)):
             index = batch["index"]
             reading = self.reading(prompts, index) | {"progress": progress}
             chosen = Prompts.of(batch, numbers=np.maximum(index, 0), **reading)
-            experience, _, parts, _ = self.sample(state, chosen, plan, plain)
+            experience, _, parts, _ = self.finish(state, self.start(params, chosen, plan), plain)
             records += self.records(experience, batch["row_mask"], index, parts)
         if not records:
             raise SharedError("evaluation: no response to a held-out prompt could be scored; see the messages above")

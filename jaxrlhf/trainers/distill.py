@@ -43,8 +43,8 @@ class DistillOptions(StepOptions):
     temperature: Positive = 1.0
     """Divides the logits of both models."""
     teacher_top_k: NonNegativeInt = 64
-    """Most likely tokens of the teacher that are told apart; all others count as one outcome. 0: the whole
-    vocabulary."""
+    """Number of the teacher's most likely tokens that the loss distinguishes; all others count as one outcome. 0: the
+    whole vocabulary."""
 
     @property
     def divergence(self) -> "Divergence":

@@ -160,24 +160,28 @@ def agree(kinds: set[str], kind: str) -> bool:
     return beside and kind not in kinds and not any(kind in group and kinds & group for group in APART)
 
 
-def make_row(rng: random.Random, topics: list[str], left_out: set[str]) -> dict[str, Any]:
-    """Draws a prompt."""
-    topic = rng.choice(topics)
+def draw_kinds(rng: random.Random, left_out: set[str]) -> list[str]:
+    """Draws one to three kinds that agree with each other."""
     names = [kind for kind in DRAWS if kind not in left_out]
     kinds: list[str] = []
     for _ in range(rng.choices([1, 2, 3], [55, 32, 13])[0]):
         open_kinds = [kind for kind in names if agree(set(kinds), kind)]
         if open_kinds:
             kinds += rng.choices(open_kinds, [DRAWS[kind][0] for kind in open_kinds])
+    return kinds
+
+
+def make_row(rng: random.Random, topic: str, kinds: list[str], task: str | None = None) -> dict[str, Any]:
+    """Draws a prompt with instructions of these kinds: about `task`, or else about a task with this topic."""
     if "detectable_format:constrained_response" in kinds:
         options = ["My answer is no.", "My answer is yes.", "My answer is maybe."]
         rng.shuffle(options)
         task = rng.choice(QUESTIONS).format(topic=topic)
         prompt = f"{task} {rng.choice(['Choose one', 'Reply with one', 'Pick one'])}: {' | '.join(options)}"
         return {"prompt": prompt, "instruction_id_list": kinds, "kwargs": [{}]}
-    task = rng.choice(TASKS).format(topic=topic)
+    task = task or rng.choice(TASKS).format(topic=topic)
     drawn = {kind: DRAWS[kind][1](rng, topic) for kind in kinds}
-    words = [re.sub(r"\b1 ((?:important )?[a-z]+)s\b", r"1 \1", said) for said, _ in drawn.values() if said]
+    words = [re.sub(r"\b1 ((?:important )?(?!has\b)[a-z]+)s\b", r"1 \1", said) for said, _ in drawn.values() if said]
     prompt = arranged(rng, task, words)
     if "combination:repeat_prompt" in drawn:
         drawn["combination:repeat_prompt"] = ("", {"prompt_to_repeat": prompt})
@@ -210,7 +214,8 @@ def make_rows(seed: int, topics: list[str], count: int, left_out: set[str]) -> l
     rng = random.Random(seed)
     found: dict[str, dict[str, Any]] = {}
     while len(found) < count:
-        row = make_row(rng, topics, left_out)
+        topic = rng.choice(topics)
+        row = make_row(rng, topic, draw_kinds(rng, left_out))
         read_instructions(row["instruction_id_list"], row["kwargs"])
         found.setdefault(row["prompt"], row)
     return list(found.values())

@@ -86,10 +86,12 @@ def main(seconds: int, memory: int, no_sandbox: int) -> None:
     if sys.platform != "linux" or machine not in AUDIT:
         print(f"it is {sys.platform} on {machine}, not Linux on x86_64 or aarch64", flush=True)
         os._exit(no_sandbox)
-    limits = {"CPU": seconds, "AS": memory, "FSIZE": 0, "CORE": 0, "NOFILE": 64}
+    limits = {"AS": memory, "FSIZE": 0, "CORE": 0, "NOFILE": 64}
     try:
         for name, value in limits.items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        # At the first limit the kernel sends SIGXCPU, which says why; at the second SIGKILL, which no handler stops.
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         confine(machine)
     except (OSError, ValueError) as error:
         print(f"the kernel refuses it: {error}", flush=True)

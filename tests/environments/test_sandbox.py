@@ -2,6 +2,8 @@
 
 import os
 import platform
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -66,6 +68,12 @@ def test_time_memory_and_output_are_bounded(monkeypatch):
     assert "SECRET" not in os.environ
     monkeypatch.setenv("SECRET", "s3cret")
     assert sandbox.run_python("import os\nprint(os.environ.get('SECRET'))") == "None"
+
+
+def test_the_limit_on_processor_time_ends_it_with_the_signal_that_says_so():
+    command = [sys.executable, "-I", "-B", str(sandbox.CHILD), "1", str(1 << 30), "97"]
+    ended = subprocess.run(command, input=b"while True: pass", capture_output=True, timeout=60)
+    assert ended.returncode == -signal.SIGXCPU
 
 
 def test_a_system_without_a_sandbox_is_named(monkeypatch, tmp_path):

@@ -49,15 +49,32 @@ def available_memory() -> int:
     return max(min([free, *map(_left_in, _control_groups())]), 0)
 
 
-def relieve_memory() -> bool:
-    """Gives unused memory back when the system has little: less than an eighth of what this process holds.
+class MemoryRelief:
+    """Gives memory that the allocator keeps from step to step (`jaxrlhf.config.allocator`) back to the system.
 
-    The allocator keeps memory from step to step (`jaxrlhf.config.allocator`). Returns True if it gave some back.
+    That is due when the system has little left, and when a step took much more than steps before it. Steps need the
+    same memory, but where a small array lies in what the last step freed, the next one gets new memory, and the old
+    stays behind. Without this, a run comes to hold several times what it needs.
     """
-    scarce = available_memory() < (_resident_bytes() or 0) / 8
-    if scarce:
-        give_back()
-    return scarce
+
+    GROWTH = 1.15
+    """Growth over the usual memory at which a step has left some behind."""
+    SCARCE = 1 / 8
+    """Memory is scarce when the system has less left than this share of what the process holds."""
+
+    def __init__(self) -> None:
+        self._usual: int | None = None
+
+    def after_step(self) -> bool:
+        """Gives unused memory back where it is due; returns True if it did."""
+        held = _resident_bytes() or 0
+        if self._usual is None:  # the first step, or the first one after memory was given back
+            self._usual = held
+        due = held > self.GROWTH * self._usual or available_memory() < self.SCARCE * held
+        if due:
+            give_back()
+            self._usual = None
+        return due
 
 
 def _entries(file: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from jaxrlhf.runs.checkpoints import (
 )
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.saving import Retention, Saver
-from jaxrlhf.runs.system import relieve_memory
+from jaxrlhf.runs.system import MemoryRelief
 from jaxrlhf.trainers.guards import Guard, History, StepPlan
 from jaxrlhf.trainers.resuming import Change, resume_or_start
 from jaxrlhf.trainers.settings import RunConfig
@@ -138,7 +138,7 @@ def fit(
     state, start = resume_or_start(run, task, state, resume, named, allowed)
     run.begin()
     check_shared(run.output_dir, "config.yaml")
-    begin = time.monotonic()
+    begin, relief = time.monotonic(), MemoryRelief()
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         loop = _Loop(run, config, task, start, stopped)
         with loop.watchdog, loop.saves_finished(), tracing(run, config.profiled) as trace:
@@ -150,7 +150,7 @@ def fit(
                 bar.update(after - done)
                 if after > done:
                     loop.finish_step(state, after)
-                relieve_memory()
+                relief.after_step()
                 done = after
     loop.newest = (None, task.total_steps)  # frees the memory of the last state, if another one is exported
     if config.export_best:

@@ -104,8 +104,17 @@ def test_a_second_array_gets_pages_of_the_first_until_they_are_given_back(kept):
 def test_unused_memory_is_given_back_when_the_machine_has_little(library, monkeypatch, available, scarce):
     monkeypatch.setattr(system, "available_memory", lambda: available)
     monkeypatch.setattr(system, "_resident_bytes", lambda: 64)
-    assert system.relieve_memory() == scarce
+    assert system.MemoryRelief().after_step() == scarce
     assert library.told == ["trim"] * scarce
+
+
+def test_memory_that_a_step_left_behind_is_given_back_once(library, monkeypatch):
+    held = iter([62, 63, 95, 60, 64, 96, 80, 81])
+    monkeypatch.setattr(system, "available_memory", lambda: 1000)
+    monkeypatch.setattr(system, "_resident_bytes", lambda: next(held))
+    relief = system.MemoryRelief()
+    assert [relief.after_step() for _ in range(8)] == [False, False, True, False, False, True, False, False]
+    assert library.told == ["trim", "trim"]
 
 
 def test_limits_of_control_groups_bound_the_available_memory(tmp_path):

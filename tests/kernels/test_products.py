@@ -56,3 +56,22 @@ def test_products_of_bfloat16_are_summed_in_float32_both_ways():
         np.testing.assert_allclose(np.asarray(found, np.float64), np.einsum(equation, *operands), rtol=2**-8, atol=2e-2)
     products = re.findall(r"stablehlo.dot_general.*->\s*tensor<[0-9x]*(\w+)>", gradient.lower(x, kernel).as_text())
     assert len(products) >= 2 and set(products) == {"f32"}
+
+
+def operand_types(function, *arrays):
+    """The types of the operands of each product in the compiled program."""
+    found = set()
+    for computation in re.split(r"\n\n", jax.jit(function).lower(*arrays).compile().as_text()):
+        types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", computation))
+        for left, right in re.findall(r" dot\(%([\w.-]+), %([\w.-]+)\)", computation):
+            found |= {types[left], types[right]}
+    return found
+
+
+@pytest.mark.parametrize("rows", [(2, 64), (3, 43)])
+def test_the_compiler_makes_no_float32_copies_for_the_gradient_of_a_kernel(rows):
+    x, kernel = jnp.ones((*rows, 4, 32), jnp.bfloat16), jnp.ones((4, 32, 96), jnp.bfloat16)
+    if operand_types(lambda x, kernel: cpu_product(x, kernel, 2), x, kernel) != {"bf16"}:
+        pytest.skip("this XLA computes no product from bfloat16 operands")
+    loss = lambda kernel: jnp.sum(cpu_product(x, kernel, 2).astype(jnp.float32) ** 2)  # noqa: E731
+    assert operand_types(jax.grad(loss), kernel) == {"bf16"}

@@ -23,7 +23,7 @@ QUANTISED = ("int8", "uint8")
 
 @dataclass(frozen=True)
 class DecodeBlocks:
-    """How the kernel splits its work into blocks."""
+    """Block sizes of the kernel."""
 
     columns: int
     """Cache columns per step; a power of two of at least 16."""

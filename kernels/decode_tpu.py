@@ -101,7 +101,7 @@ def _bounds(first: jax.Array, length: jax.Array, size: int) -> tuple[jax.Array, 
 
 
 def _tile(last: jax.Array, size: int) -> jax.Array:
-    """Which tile of so many columns the newest one is in."""
+    """The tile of so many columns that has the newest one."""
     return jnp.maximum(last, 0) // size
 
 

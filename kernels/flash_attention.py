@@ -23,7 +23,7 @@ NO_WINDOW = 1 << 30
 
 @dataclass(frozen=True)
 class FlashBlocks:
-    """How a kernel splits its work into blocks; sizes are powers of two of at least 16."""
+    """Block sizes of a kernel, powers of two of at least 16."""
 
     queries: int
     keys: int

@@ -57,7 +57,7 @@ def project_logits(
 
 @dataclass(frozen=True)
 class HeadPlacement:
-    """How hidden states and the head lie on a mesh.
+    """The places of hidden states and the head on a mesh.
 
     Over axes in `tokens` the head comes in blocks, over others never.
     """
@@ -100,7 +100,7 @@ class HeadPlacement:
 
 @dataclass(frozen=True)
 class LogprobBlocks:
-    """How many tokens and vocabulary entries a step computes."""
+    """The tokens and vocabulary entries that a step computes."""
 
     tokens: int
     vocab: int

@@ -19,7 +19,7 @@ from jaxrlhf.kernels.pallas import LANES, dot, load, pl, power_of_two, store
 
 @dataclass(frozen=True)
 class HeadBlocks:
-    """How the kernels split their work into blocks; sizes are powers of two of at least 16."""
+    """Block sizes of the kernels, powers of two of at least 16."""
 
     tokens: int
     vocab: int

@@ -34,7 +34,7 @@ MAX_HEAD_DIM = 256
 
 
 class Blocks(Protocol):
-    """How a kernel splits its work into blocks."""
+    """Block sizes of a kernel."""
 
     @property
     def num_warps(self) -> int: ...

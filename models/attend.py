@@ -31,7 +31,7 @@ from jaxrlhf.sharding import constrain, current_device, map_shards, platform, sp
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How a layer's attention scores keys, and the kernel that computes it."""
+    """Options of a layer's attention, and the kernel that computes it."""
 
     scale: jax.Array | float
     """Factor on the products of query and key."""

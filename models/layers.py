@@ -41,7 +41,7 @@ class DecodeContext(flax.struct.PyTreeNode):
 
 @dataclass(frozen=True)
 class KernelForm:
-    """How the projections of a layer lie in memory. The default is how they are stored and trained.
+    """The layout of a layer's projections in memory. The default is that in which they are stored and trained.
 
     Decode reads every weight for each token, so models/decode.py rearranges them once per rollout.
     """
@@ -289,7 +289,7 @@ class Block(nn.Module):
         return partial(experts, real=context.key_mask if isinstance(context, SequenceContext) else None)
 
     def _added(self, x: jax.Array, name: str) -> jax.Array:
-        """What the result of attention or MLP (`name`) adds to the sum: normed, dropped and scaled as configured."""
+        """The result of attention or MLP (`name`) as it is added to the sum: normed, dropped and scaled as configured."""
         c, rate = self.config, self.config.residual_dropout
         if c.norm_placement in ("branch", "sandwich"):
             x = Norm(c, self.dtype, name=f"{name}_out_norm")(x)

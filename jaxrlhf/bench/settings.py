@@ -37,7 +37,7 @@ USED_BY = {
 
 @dataclass(frozen=True)
 class BenchConfig(Settings):
-    """What is measured."""
+    """Settings of the measurement."""
 
     HIDDEN = (frozenset(settings(RunConfig)) - {"remat_policy"}) | {"zero_stage", "generation_slots"}
 

@@ -45,7 +45,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Share:
-    """How much of the training stream a source gives.
+    """The share of a source in the training stream.
 
     Attributes:
         rows: share of the rows, or of the packed rows.

@@ -49,7 +49,7 @@ MODEL_PART = "reward_model"
 
 @dataclass(frozen=True)
 class SelectionConfig(Settings):
-    """Which of the scored responses are written."""
+    """The choice among scored responses."""
 
     select: Literal["best", "threshold"] = "best"
     """best: the highest-scoring response of each prompt (best-of-n); threshold: all that reach min_score (rejection

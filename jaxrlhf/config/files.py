@@ -140,7 +140,7 @@ def check_unicode(value: Any) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects stand inside each other."""
+    """The depth of lists and objects that stand inside each other."""
     depth, level = 0, [value]
     while level := [inner for inner in level if isinstance(inner, dict | list)]:
         depth += 1

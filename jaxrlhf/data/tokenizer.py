@@ -42,7 +42,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class TemplateConfig(Settings, may_change=True):
-    """How conversations are rendered as text, and what sft trains on."""
+    """Settings of the text of conversations, and of the parts that sft trains on."""
 
     prompt_template: str = DEFAULT_TEMPLATE
     """Text around prompt and response, or 'raw' to join them. A value other than the default replaces the tokenizer's

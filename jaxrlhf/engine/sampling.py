@@ -27,7 +27,7 @@ _EXCLUDED = -1e30
 
 @dataclass(frozen=True)
 class SamplingConfig(Settings):
-    """How responses are sampled. Hashable: each distinct value compiles its own generate program."""
+    """Settings of sampling. Hashable: each distinct value compiles its own generate program."""
 
     max_new_tokens: Annotated[PositiveInt, alias("max_answer_seq_len", "response_length")] = 256
     """Longest response in tokens, EOS included."""
@@ -91,7 +91,7 @@ class SamplingConfig(Settings):
 
 @dataclass(frozen=True)
 class GenerationConfig(Settings):
-    """How the generate program holds its rows."""
+    """The form in which the generate program holds its rows."""
 
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
     """Type of cached keys and values: int8 and fp8 (float8_e4m3fn) with a scale per head and token take half the memory

@@ -35,7 +35,7 @@ SAMPLED, GREEDY = SamplingConfig(1), SamplingConfig(1, temperature=0)
 
 @dataclass(frozen=True)
 class SlotSampling:
-    """How one sample is sampled."""
+    """The sampling settings of one sample."""
 
     seed: int
     """Any integer; its lowest 64 bits count."""
@@ -51,7 +51,7 @@ class SlotSampling:
 
 
 class SlotRows(flax.struct.PyTreeNode):
-    """What the host knows of each slot, all `[S]`."""
+    """The host's record of each slot, all `[S]`."""
 
     live: Array
     """bool: the slots that a program works for."""

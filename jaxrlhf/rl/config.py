@@ -97,7 +97,7 @@ class FrozenConfig(Settings, may_change=True):
 
 @dataclass(frozen=True)
 class RolloutConfig(Settings, may_change=True):
-    """How rollouts are made and shown."""
+    """Settings of rollouts, and of the samples that are shown."""
 
     total_episodes: NonNegativeInt = 0
     """Responses of the run, rounded up to whole rollout batches, in place of num_train_epochs and max_steps; 0: those

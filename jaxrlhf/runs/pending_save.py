@@ -133,7 +133,7 @@ class PendingSave:
         return None
 
     def report(self) -> Report:
-        """What this process tells the others."""
+        """The report of this process to the others."""
         if self.defect is not None:
             raise self.defect
         late = time.monotonic() - self.begin > LIMIT

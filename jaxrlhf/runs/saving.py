@@ -24,7 +24,7 @@ LOOK = 0.2  # seconds between two looks at a save that the run waits for
 
 
 class Retention(NamedTuple):
-    """Which checkpoints a run keeps besides the best one."""
+    """The checkpoints that a run keeps besides the best one."""
 
     last: int = 0
     """The newest ones, up to the one just saved; 0: all."""
@@ -143,7 +143,7 @@ class Saver:
         return None
 
     def report(self) -> Report:
-        """What this process knows of the pending save, as JSON, for `advance`."""
+        """The pending save as this process knows it, as JSON, for `advance`."""
         if self._pending is None:
             return {"due": self._failures > 0 and time.monotonic() >= self._next_attempt}
         return self._pending.report()

@@ -48,7 +48,7 @@ class GuardConfig(Settings, may_change=True):
 
 
 class StepPlan(NamedTuple):
-    """What a run asks of one step."""
+    """The demands of a run on one step."""
 
     index: int
     """Number of the step, from 0."""
@@ -119,7 +119,7 @@ class Guard:
         return [steps[-WINDOW:], [record for record in records if "guard/rollbacks" in record]]
 
     def plan(self, index: int) -> StepPlan:
-        """What to do in step `index`."""
+        """The plan of step `index`."""
         every, limits = self.config.deterministic_check, None
         if self.config.on_spike != "none":
             self.limits = self._limits_of(self.history)

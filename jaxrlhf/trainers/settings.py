@@ -85,7 +85,7 @@ class MeshConfig(Settings, may_change=True):
 
 @dataclass(frozen=True)
 class ComputeConfig(Settings):
-    """How training uses the devices: ZeRO stage and kernels."""
+    """The use of the devices in training: ZeRO stage and kernels."""
 
     zero_stage: MayChange[Literal[0, 1, 2, 3]] = 3
     """State that mesh_fsdp shards besides the batch. 3: parameters (gathered layer by layer), gradients, optimizer

@@ -29,7 +29,7 @@ _REMEDY = "merge this adapter with peft and load the merged model"
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What an adapter_config.json says of the computation."""
+    """The part of an adapter_config.json that decides the computation."""
 
     rank: int
     alpha: float

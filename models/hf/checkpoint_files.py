@@ -125,7 +125,7 @@ def second_format(folder: Path) -> TensorSource | None:
 
 
 def _formats(folder: Path) -> Iterator[Callable[[], TensorSource]]:
-    """What opens the weights in a folder, format by format; the preferred one comes first."""
+    """The functions that open the weights in a folder, one per format; the preferred one comes first."""
     for single, opener in ((_SAFETENSORS, open_safetensors), (_BIN, open_bin)):
         index = folder / f"{single}.index.json"
         if index.is_file():

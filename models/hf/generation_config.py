@@ -36,7 +36,7 @@ def generation_values(config: DecoderConfig) -> dict[str, Any]:
 
 
 def generation_end_ids(config: DecoderConfig) -> Any:
-    """What the source's generation config has for `eos_token_id`; None without one."""
+    """`eos_token_id` of the source's generation config; None without one."""
     return json.loads(config.generation_config).get("eos_token_id") if config.generation_config else None
 
 

@@ -81,7 +81,7 @@ def unwrapped(source: TensorSource, family: Family, config: DecoderConfig) -> tu
 
 
 def _wrapper(names: set[str], family: Family, config: DecoderConfig) -> str:
-    """What stands before the first declared tensor that is found; the shortest such text, with its dot."""
+    """The text before the first declared tensor that is found; the shortest such text, with its dot."""
     prefix = f"{family.prefix}."
     for tensor in family.tensors:
         name = next(iter(tensor.names(config)))
@@ -95,7 +95,7 @@ def _wrapper(names: set[str], family: Family, config: DecoderConfig) -> str:
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """What all names begin with, up to a dot; empty if they have no such beginning in common."""
+    """The beginning that all names share, up to a dot; empty if there is none."""
     parts = [name.split(".")[:-1] for name in names]
     shared = itertools.takewhile(lambda found: len(set(found)) == 1, zip(*parts, strict=False))
     return "".join(f"{found[0]}." for found in shared)

@@ -61,7 +61,7 @@ def _tensors(path: Path, state: Any) -> dict[str, "torch.Tensor"]:
 
 
 def _unreadable(tensor: "torch.Tensor") -> str:
-    """What keeps a tensor from being read, such as "sparse"; empty for a plain one."""
+    """The reason why a tensor cannot be read, such as "sparse"; empty for a plain one."""
     import torch
 
     if tensor.is_meta:

@@ -46,7 +46,7 @@ class TasksConfig(Settings):
 
 @dataclass(frozen=True)
 class OutputConfig(Settings):
-    """Where the results go, besides the terminal."""
+    """Files for the results, besides the terminal."""
 
     show: NonNegativeInt | None = None
     """Prompts whose responses, or pairs whose scores, the terminal shows; default: 4, or all where no data is named."""
@@ -100,7 +100,7 @@ class EvalConfig(Settings):
 
     @property
     def mode(self) -> str:
-        """What is evaluated: "tasks", "responses" (of models) or "reward" (a reward model alone)."""
+        """The subject: "tasks", "responses" (of models) or "reward" (a reward model alone)."""
         return "tasks" if self.tasks.tasks else "responses" if self.models else "reward"
 
     @property

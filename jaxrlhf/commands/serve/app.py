@@ -316,7 +316,7 @@ class _Server:
 
 
 def sampling(wants: Generation, number: int) -> SlotSampling:
-    """How sample `number` of a prompt is sampled."""
+    """The sampling settings of sample `number` of a prompt."""
     return SlotSampling(
         seed=wants.seed,
         number=number,

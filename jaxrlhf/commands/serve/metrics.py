@@ -47,7 +47,7 @@ class Rate:
 
 
 class ModelMetrics:
-    """What one language model has done. Written by its scheduler's thread."""
+    """The work of one language model. Written by its scheduler's thread."""
 
     def __init__(self) -> None:
         self.generated = self.prompt_tokens = 0

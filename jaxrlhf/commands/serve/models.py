@@ -23,7 +23,7 @@ SCORED = 8  # texts that are scored at a time
 
 
 class Served:
-    """What every model of a server has."""
+    """The base of the models of a server."""
 
     name: str
     tokenizer: Any

@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What an event adds to a choice."""
+    """The part that an event adds to a choice."""
 
     text: str
     entries: list[Entry]

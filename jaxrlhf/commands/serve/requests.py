@@ -132,7 +132,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Generation:
-    """What a request wants for each of its prompts."""
+    """The wishes of a request for each of its prompts."""
 
     model: str
     n: int
@@ -168,7 +168,7 @@ def read_max_tokens(fields: Fields, names: Sequence[str]) -> int | None:
 
 
 def read_logprobs(fields: Fields, chat: bool) -> tuple[bool, int]:
-    """Whether log-probs are wanted, and of how many of the likeliest tokens."""
+    """Reads if log-probs are wanted, and of how many of the likeliest tokens."""
     if not chat:
         top = fields.integer("logprobs", None, 0, TOP)
         return top is not None, top or 0
@@ -179,7 +179,7 @@ def read_logprobs(fields: Fields, chat: bool) -> tuple[bool, int]:
 
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:
-    """Whether the response is streamed, and whether it ends with the usage."""
+    """Reads if the response is streamed, and if it ends with the usage."""
     stream, options = fields.flag("stream"), fields.left.pop("stream_options", None)
     if options is None:
         return stream, False

@@ -11,7 +11,7 @@ Cell: TypeAlias = str | float | int | None
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker needs to know of a run."""
+    """The facts of a run that a tracker needs."""
 
     folder: Path
     name: str

@@ -42,7 +42,7 @@ TRACKERS = {
 
 @dataclass(frozen=True)
 class TrackingConfig(Settings, may_change=True):
-    """Where the run is tracked."""
+    """Trackers of the run."""
 
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow", "none"], ...] = ("tensorboard",)
     """Trackers that get settings, metrics and samples, beside the files in output_dir; several, or none."""

@@ -289,7 +289,7 @@ class Block(nn.Module):
         return partial(experts, real=context.key_mask if isinstance(context, SequenceContext) else None)
 
     def _added(self, x: jax.Array, name: str) -> jax.Array:
-        """The result of attention or MLP (`name`) as it is added to the sum: normed, dropped and scaled as configured."""
+        """The result of attention or MLP (`name`) as added to the sum: normed, dropped and scaled as configured."""
         c, rate = self.config, self.config.residual_dropout
         if c.norm_placement in ("branch", "sandwich"):
             x = Norm(c, self.dtype, name=f"{name}_out_norm")(x)

@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
     parser.add_argument("--rows", type=int, default=4000, help="rows to write, at most (4000)")
     parser.add_argument("--each", type=int, default=2, help="rows from each answer, at most (2)")
-    parser.add_argument("--max_words", type=int, default=160, help="longest answer to edit, in words (160)")
+    parser.add_argument("--max_words", type=int, default=110, help="longest answer to edit, in words (110)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--no_langdetect", action="store_true", help="leave out the kinds that need langdetect")
     parser.add_argument("--apart_from", type=Path, help="JSONL of prompts; leave out the rows that are like one")

@@ -51,6 +51,8 @@ DRAWS: dict[str, tuple[float, Callable[[random.Random, str], Draw]]] = {
             "Commas are not allowed.",
             "Avoid commas altogether.",
             "Your text must be free of commas.",
+            "I do not want to see a comma anywhere in it.",
+            "Punctuation is fine, but no commas, please.",
         ),
     ),
     "detectable_format:number_highlighted_sections": (31, highlights),
@@ -65,6 +67,9 @@ DRAWS: dict[str, tuple[float, Callable[[random.Random, str], Draw]]] = {
             "Use English and no capital letters at all.",
             "Everything must be lowercase and in English, even names and the start of sentences.",
             "Do not capitalise anything; write in English.",
+            "Use lowercase letters only.",
+            "I want all of it in small letters, in English, from the first to the last.",
+            "The answer has to be in English and all lowercase.",
         ),
     ),
     "startend:quotation": (
@@ -74,6 +79,8 @@ DRAWS: dict[str, tuple[float, Callable[[random.Random, str], Draw]]] = {
             'Begin and end your reply with a " character.',
             "Enclose everything you write in double quotes.",
             "Your complete text should stand between double quotation marks.",
+            "Put double quotes around all of your answer.",
+            "The first and the last character should be a double quotation mark.",
         ),
     ),
     "combination:repeat_prompt": (18, fixed("")),
@@ -99,6 +106,8 @@ DRAWS: dict[str, tuple[float, Callable[[random.Random, str], Draw]]] = {
             "Give two different versions and put ****** between them.",
             "I want two separate answers with six asterisks (******) between the first and the second.",
             "Write it twice, in two different ways. Divide the two with ******",
+            "Answer in two ways, with a line of 6 asterisks (******) in the middle.",
+            "Two responses, please, that are not the same. Between them goes ******",
         ),
     ),
     "detectable_format:json_format": (
@@ -115,6 +124,8 @@ DRAWS: dict[str, tuple[float, Callable[[random.Random, str], Draw]]] = {
             "Write everything in English and in CAPITAL LETTERS.",
             "Use capital letters only, in English.",
             "All letters must be uppercase, and the language English.",
+            "The whole reply has to be in English, in all caps.",
+            "USE UPPERCASE ONLY.",
         ),
     ),
     "detectable_content:postscript": (9, postscript),
@@ -190,6 +201,8 @@ def make_row(rng: random.Random, topic: str, kinds: list[str], task: str | None 
                 "Before you answer, copy the request above exactly as it is. Then answer it. Do not copy this remark.",
                 "Start your reply by repeating everything above this line, unchanged, and then give your answer.",
                 "Say my request again first, letter for letter and without these last words; then respond to it.",
+                "Begin with a word for word copy of what I asked above, and go on with the answer.",
+                "Repeat my words above without any change before you say anything else, then answer.",
             ]
         )
     return {"prompt": prompt, "instruction_id_list": kinds, "kwargs": [arguments for _, arguments in drawn.values()]}

@@ -85,7 +85,9 @@ def _translated(cls: type[Settings], flags: list[tuple[str, Any]]) -> list[tuple
             raise InputError(f"--config takes one YAML file, got {len(words)}: {' '.join(words) or 'none'}")
         file, in_file = words[0], read_yaml(words[0])
     if cls.TRL_KEYS:
-        given = in_file | {name: words for name, words in flags if name != "config"}
+        of_flags = {name: words for name, words in flags if name != "config"}
+        trl.check_not_mixed(cls.TRL_KEYS, file, in_file, of_flags, names_of(cls))
+        given = in_file | of_flags
         with errors_in(file) if file else contextlib.nullcontext():
             keys = trl.translate(cls.TRL_KEYS, given, names_of(cls), logger.warning)
         if keys is not None:

@@ -17,6 +17,31 @@ SHARED = ("deepspeed", "local_rank")
 """Flags of DeepSpeed-Chat too, which do not tell whose settings they are."""
 
 
+def names_of_trl(script: Script, given: Collection[str], names: Collection[str]) -> list[str]:
+    """The names among `given` that only TRL has.
+
+    Args:
+        script: the table of the trainer.
+        given: names of settings.
+        names: our names and aliases.
+    """
+    plain = [name.replace("-", "_") for name in given]
+    return [name for name in plain if name in script.flags and name not in names and name not in SHARED]
+
+
+def check_not_mixed(script: Script, file: str, in_file: Collection[str], flags: Collection[str], names: Any) -> None:
+    """Raises InputError for flags that only TRL has beside a YAML file of ours: they would change its defaults."""
+    mixed = names_of_trl(script, flags, names)
+    if in_file and mixed and not names_of_trl(script, in_file, names):
+        ours = [script.flags[name].setting for name in mixed if script.flags[name].setting]
+        instead = f"write {', '.join(f'--{name}' for name in ours)} instead" if ours else "leave it out"
+        raise InputError(
+            f"{', '.join(f'--{name}' for name in mixed)}: only TRL has this name, and {file} has none of TRL's. With "
+            f"both, the file would be read with TRL's defaults. {instead[0].upper()}{instead[1:]}; or, if the file is "
+            f"TRL's, put it there"
+        )
+
+
 def translate(script: Script, given: Mapping[str, Any], names: Mapping[str, str], say: Say) -> dict[str, Any] | None:
     """Translates TRL's keys into ours.
 
@@ -33,7 +58,7 @@ def translate(script: Script, given: Mapping[str, Any], names: Mapping[str, str]
         InputError: naming every key that cannot be honoured.
     """
     given = {name.replace("-", "_"): value for name, value in given.items()}
-    if not any(name in script.flags and name not in names and name not in SHARED for name in given):
+    if not names_of_trl(script, given, names):
         return None
     bare = {name: ("true",) for name, value in given.items() if value == () and name in script.flags}
     kept = [(name, value) for name, value in (given | bare).items() if not is_null(value)]

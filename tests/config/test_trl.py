@@ -270,6 +270,15 @@ def test_our_own_files_and_flags_are_left_alone(read):
     assert not differences(config, lora_r=8, eval_steps=10, num_train_epochs=2.0, adam_beta2=0.95) and not advice
 
 
+def test_a_flag_of_trl_does_not_turn_a_file_of_ours_into_one_of_trl(read):
+    with pytest.raises(InputError, match=r"--save_strategy: .*trl\.yaml has none of TRL's.*Write --save_steps instead"):
+        read("sft", "data_path: a.jsonl\nlearning_rate: 1e-4\n", "--save_strategy", "no")
+    with pytest.raises(InputError, match="--use_vllm: .* Leave it out"):
+        read("grpo", "kl_coef: 0.1\n", "--use-vllm")
+    config, _ = read("sft", "dataset_name: a\nlearning_rate: 1e-4\n", "--save_strategy", "no")
+    assert config.value("packing") is False and config.value("save_steps") == 0
+
+
 def test_flags_of_trl_need_no_file():
     argv = ["--dataset_name", "x", "--use_peft", "--lora_r=8", "--report_to", "wandb,trackio", "--eval_strategy", "no"]
     config = parse(commands()["sft"].config_class(), argv, "", "")

@@ -29,10 +29,11 @@ def head_attention(
 
     query `[B, H, T, D]`; key, value `[B, H_kv, T, D]` with H a multiple of H_kv; key_mask bool `[B, T]`; `window` > 0
     limits what a query sees to so many positions; `alibi_slopes` `[H]` adds slope · key position, with
-    `positions` `[B, T]`; `starts` int `[B, T]` is the first column that each query of a packed row sees. Works in
-    float32 and keeps query, key, value, output and one number per query for its gradients. Returns `[B, H, T, D]` in
-    the query's dtype; rows that see no key are 0. It works on the arrays of one device; models/attend.py splits rows
-    and heads over a mesh, through jaxrlhf.sharding.map_shards.
+    `positions` `[B, T]`; `starts` int `[B, T]` is the first column that each query of a packed row sees. Products take
+    operands in the query's dtype and are summed in float32, and all else is float32. It keeps query, key, value, output
+    and one number per query for its gradients. Returns `[B, H, T, D]` in the query's dtype; rows that see no key are 0.
+    It works on the arrays of one device; models/attend.py splits rows and heads over a mesh, through
+    jaxrlhf.sharding.map_shards.
     """
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
@@ -46,13 +47,19 @@ def head_attention(
     flat = (query.reshape(-1, group, length, width), *(x.reshape(-1, length, width) for x in (key, value)))
     if starts is not None:
         starts = jnp.repeat(starts, kv_heads, axis=0)
-    output = _attend(*(x.astype(jnp.float32) for x in flat), bias, starts, jnp.float32(scale), jnp.int32(window))
-    return output.reshape(query.shape).astype(query.dtype)
+    flat = (x.astype(query.dtype) for x in flat)
+    return _attend(*flat, bias, starts, jnp.float32(scale), jnp.int32(window)).reshape(query.shape)
 
 
 def _dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """`a · b` or `a · bᵀ`, as a batch of one: remat policies that keep plain products are not to keep scores."""
-    return jax.lax.dot_general(a[None], b[None], (((2,), (2 if transposed else 1,)), ((0,), (0,))))[0]
+    """`a · b` or `a · bᵀ`, rounded to the narrower dtype of the two and summed in float32.
+
+    It is a batch of one, because remat policies that keep plain products are not to keep scores.
+    """
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    dims = ((2,), (2 if transposed else 1,)), ((0,), (0,))
+    operands = a.astype(dtype)[None], b.astype(dtype)[None]
+    return jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)[0]
 
 
 def _causal(query: jax.Array, key: jax.Array, window: jax.Array) -> jax.Array:
@@ -94,14 +101,14 @@ def _forward_head(
     group, length, width = query.shape
     if starts is not None:
         causal = jnp.where(jnp.arange(length) >= starts[:, None], causal, NEGATIVE)
-    scores = _dot((query * scale).reshape(-1, width), key, transposed=True).reshape(group, length, length)
-    scores = scores + bias[:, None] + causal
+    scores = _dot(query.reshape(-1, width), key, transposed=True).reshape(group, length, length)
+    scores = scores * scale + bias[:, None] + causal
     largest = jnp.maximum(scores.max(-1, keepdims=True), NEGATIVE)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
     seen = largest > NEGATIVE / 2
     output = _dot(weights.reshape(-1, length), value).reshape(query.shape)
-    output = jnp.where(seen, output / total, 0.0)
+    output = jnp.where(seen, output / total, 0.0).astype(query.dtype)
     return output, jnp.where(seen, largest + jnp.log(total), _UNSEEN)[..., 0]
 
 
@@ -109,9 +116,10 @@ def _backward(kept, grad):
     query, key, value, bias, starts, scale, window, output, log_sum = kept
     columns = jnp.arange(key.shape[1])
     causal = _causal(columns, columns[:, None], window)
-    along = (grad * output).sum(-1)
+    along = (grad.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1)
     heads = (query, key, key.swapaxes(1, 2), value, bias, log_sum, along, grad), starts
-    grad_query, grad_key, grad_value = jax.lax.map(lambda head: _backward_head(causal, scale, *head), heads)
+    gradients = jax.lax.map(lambda head: _backward_head(causal, scale, *head), heads)
+    grad_query, grad_key, grad_value = (x.astype(query.dtype) for x in gradients)
     return grad_query.swapaxes(1, 2).reshape(query.shape), grad_key, grad_value, None, None, None, None
 
 
@@ -124,8 +132,8 @@ def _backward_head(
     if starts is not None:
         causal = jnp.where(jnp.arange(length)[:, None] >= starts, causal, NEGATIVE)
     queries, grads = query.reshape(-1, width), grad.reshape(-1, width)
-    scores = _dot(key * scale, queries, transposed=True).reshape(length, group, length)
-    weights = jnp.exp(scores + bias.T[:, :, None] + causal[:, None] - log_sum)
+    scores = _dot(key, queries, transposed=True).reshape(length, group, length)
+    weights = jnp.exp(scores * scale + bias.T[:, :, None] + causal[:, None] - log_sum)
     by_weight = _dot(value, grads, transposed=True).reshape(weights.shape)
     by_score = (weights * (by_weight - along) * scale).reshape(length, -1)
     return _dot(key_transposed, by_score), _dot(by_score, queries), _dot(weights.reshape(length, -1), grads)

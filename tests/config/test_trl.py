@@ -273,7 +273,7 @@ def test_our_own_files_and_flags_are_left_alone(read):
 def test_a_flag_of_trl_does_not_turn_a_file_of_ours_into_one_of_trl(read):
     with pytest.raises(InputError, match=r"--save_strategy: .*trl\.yaml has none of TRL's.*Write --save_steps instead"):
         read("sft", "data_path: a.jsonl\nlearning_rate: 1e-4\n", "--save_strategy", "no")
-    with pytest.raises(InputError, match="--use_vllm: .* Leave it out"):
+    with pytest.raises(InputError, match=r"--use_vllm: .* Leave it out"):
         read("grpo", "kl_coef: 0.1\n", "--use-vllm")
     config, _ = read("sft", "dataset_name: a\nlearning_rate: 1e-4\n", "--save_strategy", "no")
     assert config.value("packing") is False and config.value("save_steps") == 0

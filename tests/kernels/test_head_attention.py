@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.kernels import head_attention
+from tests.support.compiled import operand_types
 
 SCALE = 0.3
 # H, H_kv, T, D, window, ALiBi
@@ -79,6 +80,23 @@ def test_output_and_gradients_equal_the_oracle(problem):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
     assert not np.asarray(got[0])[1].any(), "a row without any key"
     assert all(not np.asarray(g)[1].any() for g in got[1:])
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=ids)
+def test_bfloat16_differs_by_its_rounding(problem):
+    arrays, *masks = make(*problem, dtype=jnp.bfloat16)
+    got = value_and_gradients(arrays, *masks, problem[4])
+    expected = oracle(*(np.asarray(x, np.float64) for x in arrays), *masks, problem[4])
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=2**-7 * max(1, np.abs(b).max()))
+
+
+def test_bfloat16_is_multiplied_as_such():
+    query, key = (jnp.ones((2, heads, 64, 32), jnp.bfloat16) for heads in (6, 2))
+    total = lambda *x: head_attention(*x, jnp.ones((2, 64), bool), scale=SCALE).astype(jnp.float32).sum()  # noqa: E731
+    assert operand_types(total, query, key, key) == {"bf16"}
+    assert operand_types(jax.grad(total, argnums=(0, 1, 2)), query, key, key) == {"bf16"}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS[:4], ids=ids[:4])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.kernels.products import FEW_ROWS, cpu_product, outputs_first_product
+from tests.support.compiled import operand_types
 
 
 @pytest.mark.parametrize("rows", [1, 6, FEW_ROWS + 1])
@@ -56,16 +57,6 @@ def test_products_of_bfloat16_are_summed_in_float32_both_ways():
         np.testing.assert_allclose(np.asarray(found, np.float64), np.einsum(equation, *operands), rtol=2**-8, atol=2e-2)
     products = re.findall(r"stablehlo.dot_general.*->\s*tensor<[0-9x]*(\w+)>", gradient.lower(x, kernel).as_text())
     assert len(products) >= 2 and set(products) == {"f32"}
-
-
-def operand_types(function, *arrays):
-    """The types of the operands of each product in the compiled program."""
-    found = set()
-    for computation in re.split(r"\n\n", jax.jit(function).lower(*arrays).compile().as_text()):
-        types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", computation))
-        for left, right in re.findall(r" dot\(%([\w.-]+), %([\w.-]+)\)", computation):
-            found |= {types[left], types[right]}
-    return found
 
 
 @pytest.mark.parametrize("rows", [(2, 64), (3, 43)])

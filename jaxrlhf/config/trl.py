@@ -29,7 +29,9 @@ def names_of_trl(script: Script, given: Collection[str], names: Collection[str])
     return [name for name in plain if name in script.flags and name not in names and name not in SHARED]
 
 
-def check_not_mixed(script: Script, file: str, in_file: Collection[str], flags: Collection[str], names: Any) -> None:
+def check_not_mixed(
+    script: Script, file: str, in_file: Collection[str], flags: Collection[str], names: Collection[str]
+) -> None:
     """Raises InputError for flags that only TRL has beside a YAML file of ours: they would change its defaults."""
     mixed = names_of_trl(script, flags, names)
     if in_file and mixed and not names_of_trl(script, in_file, names):

@@ -121,20 +121,10 @@ def turns_advance(
     """
     longest = sampling.max_new_tokens
     columns = jnp.arange(longest)
-
-    def at(x: jax.Array, column: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, jnp.clip(column, 0, longest - 1)[:, None], axis=1)[:, 0]
-
     with use(mesh, GENERATE_RULES):
         prompt_length = state.rows.caches[0][0].shape[2] - longest
-        last = at(state.tokens, state.rows.length - 1)
-        rows = state.rows.replace(token=jnp.where(resumed, last, state.rows.token), done=state.rows.done & ~resumed)
-        given = Continuations(
-            tokens=jnp.where(resumed[:, None], given.tokens, state.given.tokens),
-            left=jnp.where(resumed, given.left, state.given.left),
-        )
-        state = state.replace(rows=rows, given=given, turn=jnp.where(resumed, 0, state.turn))
-        begun = ~rows.done
+        state = _resumed(state, resumed, given)
+        begun = ~state.rows.done
         share = jnp.maximum(1, jnp.sum(begun) // SHARE)
 
         def goes_on(state: Turns) -> jax.Array:
@@ -161,6 +151,20 @@ def turns_advance(
             )
 
         return _pinned(jax.lax.while_loop(goes_on, step, state))
+
+
+def _resumed(state: Turns, resumed: jax.Array, given: Continuations) -> Turns:
+    """The state in which the rows of `resumed` go on, from their last token and with the tokens that they are given."""
+    last = jnp.clip(state.rows.length - 1, 0)[:, None]
+    token = jnp.where(resumed, jnp.take_along_axis(state.tokens, last, axis=1)[:, 0], state.rows.token)
+    return state.replace(
+        rows=state.rows.replace(token=token, done=state.rows.done & ~resumed),
+        turn=jnp.where(resumed, 0, state.turn),
+        given=Continuations(
+            tokens=jnp.where(resumed[:, None], given.tokens, state.given.tokens),
+            left=jnp.where(resumed, given.left, state.given.left),
+        ),
+    )
 
 
 @partial(jax.jit, static_argnames=("sampling", "mesh"))

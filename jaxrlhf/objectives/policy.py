@@ -1,5 +1,7 @@
 """The clipped losses of policy and critic, and their statistics."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -133,35 +135,34 @@ def policy_loss(
     if kind not in POLICY_LOSSES or (kind == "cispo" and dual_clip is not None):
         raise ValueError(f"kind={kind!r}, dual_clip={dual_clip}: must be 'clip', or 'cispo' without dual_clip")
     keep = jnp.asarray(mask) != 0
-    log_ratio = keep_where(logprobs, keep) - keep_where(old_logprobs, keep)
-    used = log_ratio
-    if sequence_ratio:
-        lengths = jnp.sum(keep, axis=1, keepdims=True, dtype=jnp.int32)
-        used = jnp.where(keep, divide(jnp.sum(log_ratio, axis=1, keepdims=True), lengths), 0)
-    ratio = jnp.exp(used)
-    advantages = keep_where(advantages, keep)
+    logprobs, advantages = keep_where(logprobs, keep), keep_where(advantages, keep)
+    log_ratio = logprobs - keep_where(old_logprobs, keep)
+    ratio = jnp.exp(_of_the_sequence(log_ratio, keep) if sequence_ratio else log_ratio)
     high = clip_range if clip_range_high is None else clip_range_high
     if kind == "cispo":
-        bound = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + high))
-        loss, bounded = -bound * advantages * keep_where(logprobs, keep), ratio > 1 + high
+        loss, bounded = -jax.lax.stop_gradient(jnp.minimum(ratio, 1 + high)) * advantages * logprobs, ratio > 1 + high
     else:
         plain, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_range, 1 + high)
         loss, bounded = jnp.maximum(plain, clipped), clipped > plain
-
-    def mean(x: Array) -> Array:
-        return masked_mean(x, keep, denominator)
-
-    stats = {
-        "ratio_shift": mean(ratio - 1),
-        "ratio_spread": mean(jnp.square(ratio - 1)),
-        "clipfrac": mean(bounded),
-        "approx_kl": mean(0.5 * jnp.square(log_ratio)),
-    }
     if dual_clip is not None:
         loss = jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual_clip), loss)
     if weights is not None:
         loss = loss * keep_where(weights, keep)
-    return (mean(loss) if token_weights is None else masked_sum(loss * keep_where(token_weights, keep), keep)), stats
+    terms = {
+        "ratio_shift": ratio - 1,
+        "ratio_spread": jnp.square(ratio - 1),
+        "clipfrac": bounded,
+        "approx_kl": 0.5 * jnp.square(log_ratio),
+    }
+    mean = partial(masked_mean, mask=keep, denominator=denominator)
+    total = mean(loss) if token_weights is None else masked_sum(loss * keep_where(token_weights, keep), keep)
+    return total, {name: mean(term) for name, term in terms.items()}
+
+
+def _of_the_sequence(log_ratio: Array, keep: Array) -> Array:
+    """The mean of each row's tokens, at each of them; `[B, T]`."""
+    tokens = jnp.sum(keep, axis=1, keepdims=True, dtype=jnp.int32)
+    return jnp.where(keep, divide(jnp.sum(log_ratio, axis=1, keepdims=True), tokens), 0)
 
 
 def ratio_variance(stats: dict[str, Array]) -> Array:

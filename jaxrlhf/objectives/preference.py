@@ -75,6 +75,29 @@ PREFERENCE_LOSSES = {
     "cpo": PreferenceLoss(_without_margin, reference=False, smooths=True),
     "orpo": PreferenceLoss(_odds_ratio, reference=False, per_token=True),
 }
+"""The losses of pairs, by name.
+
+The first kinds compare log-ratios, log π(response | prompt) - log π_ref(response | prompt), summed over the
+response's tokens. With d = chosen - rejected and ε = label smoothing:
+
+- "sigmoid": `-(1 - ε)·log σ(β·d) - ε·log σ(-β·d)`. Rafailov et al. 2023 (arXiv 2305.18290), equation 7; with ε the
+  conservative loss of Mitchell 2023, whose minimum is at a finite d.
+- "robust": `(-(1 - ε)·log σ(β·d) + ε·log σ(-β·d)) / (1 - 2ε)`, unbiased under flipped labels. Chowdhury et al. 2024
+  (arXiv 2403.00409).
+- "ipo": `(d' - 1/(2β))²`, where d' is the difference of the log-ratios per token. Azar et al. 2023 (arXiv
+  2310.12036), equation 17, with the averaging over tokens that TRL has from its authors.
+- "hinge": `max(0, 1 - β·d)`. Zhao et al. 2023 (SLiC, arXiv 2305.10425); with log-ratios, Liu et al. 2023 (RSO).
+- "apo_zero": `σ(-β·chosen) + σ(β·rejected)`. D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7.
+- "apo_down": `σ(β·chosen) + σ(-β·d)`. The same, equation 8.
+
+The others compare log-probs of the policy, without a reference. Primes mark values per token:
+
+- "simpo": `-(1 - ε)·log σ(β·d' - γ) - ε·log σ(γ - β·d')`. Meng et al. 2024 (arXiv 2405.14734), equation 6.
+- "cpo": `sigmoid` of log-probs. Xu et al. 2024 (arXiv 2401.08417), equation 3; the paper adds `sft_loss`
+  of the chosen responses.
+- "orpo": `-β·log σ(log odds(chosen') - log odds(rejected'))`, with odds = p / (1 - p). Hong et al. 2024 (arXiv
+  2403.07691), equation 7; the loss of the paper adds `sft_loss`.
+"""
 
 
 def sequence_logprobs(logprobs: ArrayLike, mask: ArrayLike) -> Array:
@@ -96,27 +119,6 @@ def preference_loss(
     margin: float = 0.0,
 ) -> Array:
     """Computes the mean loss of pairs whose chosen response the policy should prefer.
-
-    The first kinds compare log-ratios, log π(response | prompt) - log π_ref(response | prompt), summed over the
-    response's tokens. With d = chosen - rejected and ε = `label_smoothing`:
-
-    - "sigmoid": `-(1 - ε)·log σ(β·d) - ε·log σ(-β·d)`. Rafailov et al. 2023 (arXiv 2305.18290), equation 7; with ε the
-      conservative loss of Mitchell 2023, whose minimum is at a finite d.
-    - "robust": `(-(1 - ε)·log σ(β·d) + ε·log σ(-β·d)) / (1 - 2ε)`, unbiased under flipped labels. Chowdhury et al. 2024
-      (arXiv 2403.00409).
-    - "ipo": `(d' - 1/(2β))²`, where d' is the difference of the log-ratios per token. Azar et al. 2023 (arXiv
-      2310.12036), equation 17, with the averaging over tokens that TRL has from its authors.
-    - "hinge": `max(0, 1 - β·d)`. Zhao et al. 2023 (SLiC, arXiv 2305.10425); with log-ratios, Liu et al. 2023 (RSO).
-    - "apo_zero": `σ(-β·chosen) + σ(β·rejected)`. D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7.
-    - "apo_down": `σ(β·chosen) + σ(-β·d)`. The same, equation 8.
-
-    The others compare log-probs of the policy, without a reference. Primes mark values per token:
-
-    - "simpo": `-(1 - ε)·log σ(β·d' - γ) - ε·log σ(γ - β·d')`. Meng et al. 2024 (arXiv 2405.14734), equation 6.
-    - "cpo": `sigmoid` of log-probs. Xu et al. 2024 (arXiv 2401.08417), equation 3; the paper adds `sft_loss`
-      of the chosen responses.
-    - "orpo": `-β·log σ(log odds(chosen') - log odds(rejected'))`, with odds = p / (1 - p). Hong et al. 2024 (arXiv
-      2403.07691), equation 7; the loss of the paper adds `sft_loss`.
 
     Args:
         chosen: Log-ratios or log-probs of the chosen responses, `[B]`, or `[B, P]` with P pairs in a packed row; the

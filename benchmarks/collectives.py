@@ -163,8 +163,8 @@ def compile_case(name: str, program: str) -> dict[str, Any]:
 
 def in_a_process(name: str, program: str) -> dict[str, Any]:
     """`compile_case` in a process of its own, with the flags of a real run."""
+    from jaxrlhf.config.xla_flags import set_xla_flags
     from jaxrlhf.plan.compile import ENVIRONMENT
-    from jaxrlhf.xla_flags import set_xla_flags
 
     environment = os.environ | ENVIRONMENT
     if CASES[name][0]["device"] == "a100-80g":

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from jaxrlhf.config.allocator import keep_memory
 from jaxrlhf.config.placeholders import placeholders
 from jaxrlhf.config.secrets import redacted
+from jaxrlhf.config.xla_flags import find_platform, set_xla_flags
 from jaxrlhf.errors import InputError, Interrupted, RunError
-from jaxrlhf.xla_flags import find_platform, set_xla_flags
 
 PIPE_CLOSED = 141
 """Exit status when the reader of the output is gone, as of a process that SIGPIPE ends."""

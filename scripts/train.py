@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 from jaxrlhf.cli import main as run_command
+from jaxrlhf.config.xla_flags import set_xla_flags
 from jaxrlhf.errors import InputError
-from jaxrlhf.xla_flags import set_xla_flags
 
 DEFAULTS = {
     "output_dir": ["--output_dir", "output"],

@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 
 from jaxrlhf.config import to_dict
+from jaxrlhf.config.xla_flags import VARIABLE, set_xla_flags
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.devices import Device
@@ -31,7 +32,6 @@ from jaxrlhf.plan.system import System, build_system
 from jaxrlhf.plan.traffic import Loops, Traffic, kernels, launches, traffic
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.runs.console import Console
-from jaxrlhf.xla_flags import VARIABLE, set_xla_flags
 
 # No device is opened: libtpu need not ask the cloud for one, and several processes may load it at once.
 ENVIRONMENT = {

@@ -1,6 +1,7 @@
 """Test-wide set-up: eight CPU devices, and a compilation cache that outlives the run."""
 
 import contextlib
+import gc
 import os
 import signal
 import tempfile
@@ -11,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAXRLHF_KEEP_MEMORY"] = "0"  # a command that a test calls is not to change the process of all tests
 # Tests run each program once or twice: compiling quickly matters, not the code's speed.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_QUICK += " --xla_cpu_parallel_codegen_split_count=1"  # parts of a program for threads, which two workers keep busy
 if version("jaxlib").startswith("0.10."):  # its older code generator takes a third of the time; newer ones lack it
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_QUICK} --xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
@@ -24,6 +26,7 @@ import jax  # noqa: E402 - after the settings above
 import pytest  # noqa: E402
 
 pytest_plugins = ["lab"]
+gc.set_threshold(50_000, 50, 100)  # tracing makes many objects that live on: looking through them took a tenth of it
 
 
 def pytest_addoption(parser):

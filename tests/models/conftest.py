@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab import wide
 
 from jaxrlhf.models import Decoder, Model, config_from_dict, load_pretrained, param_shapes
 
@@ -300,7 +301,11 @@ class Reference:
         return np.asarray(logits), float(loss), grads
 
 
-@pytest.fixture(scope="session", params=sorted(CASES))
+# Each kind of positions, norms, attention and experts once.
+NARROW = ("bloom", "gemma2", "gpt2", "gpt_neo", "gptj", "llama", "mixtral", "opt-350m", "phi3-options")
+
+
+@pytest.fixture(scope="session", params=wide(sorted(CASES), NARROW))
 def case(request) -> str:
     """Every model of the matrix in turn."""
     return request.param

@@ -1,5 +1,6 @@
 """The sparse block: both implementations against a loop over tokens, meshes against one device, files, refusals."""
 
+import functools
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from comparisons import fused_experts, relative_error, routed_outputs, tensors_of
 from jax.sharding import PartitionSpec as P
+from lab import wide
 from safetensors.numpy import save_file
 
 from jaxrlhf.errors import InputError
@@ -26,6 +28,8 @@ from jaxrlhf.models.moe import Experts, Routing, dense_experts, ragged_experts, 
 from jaxrlhf.sharding import make_mesh
 
 CASES = ("mixtral", "mixtral-options", "qwen3_moe", "qwen3_moe-options", "qwen3_moe-mixed")
+SIZES = ((1, 1, 1, 2), (1, 2, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2), (1, 1, 1, 1))
+"""Of meshes: data, fsdp, tensor, expert."""
 
 
 def random_experts(tokens=13, k=2, experts=5, width=6, inner=4, first=0):
@@ -91,18 +95,30 @@ def test_weights_are_probabilities_and_normalised_on_demand():
     np.testing.assert_allclose(normal.weights.sum(1), 1, rtol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def on_one_device(make_model):
+    """`on_one_device(rows)`: a model, ids and mask, and the model's outputs and gradients."""
+
+    @functools.cache
+    def run(rows):
+        model = make_model("qwen3_moe", "lm")
+        rng = np.random.default_rng(0)
+        ids, mask = rng.integers(3, model.config.vocab_size, (rows, 6)), np.ones((rows, 6), int)
+        mask[0, 4:] = 0
+        return model, ids, mask, routed_outputs(model, None, ids, mask)
+
+    return run
+
+
 @pytest.mark.parametrize("implementation", ["dense", "ragged"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 2), (1, 2, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize("sizes", wide(SIZES, SIZES[1:3]))
 @pytest.mark.parametrize("rows", [8, 3])
-def test_meshes_change_nothing(make_model, sizes, implementation, rows):
+def test_meshes_change_nothing(on_one_device, sizes, implementation, rows):
     """Rows that the batch axes do not divide are on every device, whose experts then sum up."""
-    model = make_model("qwen3_moe", "lm")
-    rng = np.random.default_rng(0)
-    ids, mask = rng.integers(3, model.config.vocab_size, (rows, 6)), np.ones((rows, 6), int)
-    mask[0, 4:] = 0
+    model, ids, mask, expected = on_one_device(rows)
     data, fsdp, tensor, expert = sizes
     mesh = make_mesh(data, fsdp, tensor, expert, devices=jax.devices()[: int(np.prod(sizes))])
-    expected, got = routed_outputs(model, None, ids, mask), routed_outputs(model, mesh, ids, mask, implementation)
+    got = routed_outputs(model, mesh, ids, mask, implementation)
     np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=2e-5)
     for a, b in zip(got[1], expected[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

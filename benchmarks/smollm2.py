@@ -2,10 +2,12 @@
 
     python benchmarks/smollm2.py identity --models START runs/smollm2/sft --names Vicuna LMSYS
     python benchmarks/smollm2.py texts --models START runs/smollm2/sft --data_path texts.jsonl
+    python benchmarks/smollm2.py runs --models runs/smollm2/reward runs/smollm2/ppo
 
 The first model is the start of the others. `identity` asks questions that no row of the training data has, in one
 conversation after another, and counts answers that say one of the names. `texts` takes rows of `prompt` and `chosen`:
-the loss on the responses, and KL(start ‖ model) per token. `--json` adds the results to a file under the key `--name`.
+the loss on the responses, and KL(start ‖ model) per token. `runs` takes folders of runs and keeps their curves.
+`--json` adds the results to a file under the key `--name`.
 """
 
 import argparse
@@ -38,6 +40,12 @@ ASKED = (
 )
 BETWEEN = ("What is the capital of France?", "Thank you! Name a colour.")
 LENGTH, ROWS = 320, 4
+TRACED = (
+    *("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
+    *("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy", "policy/clipfrac_avg"),
+    *("loss/policy_avg", "loss/value_avg", "lengths/response", "eos_rate"),
+)
+"""Metrics of training steps that `runs` keeps, where a run has them."""
 
 
 def identity(models: list[str], names: list[str], tokens: int) -> list[dict[str, Any]]:
@@ -113,6 +121,24 @@ def texts(models: list[str], path: Path, limit: int) -> list[dict[str, Any]]:
     return found
 
 
+def runs(folders: list[str]) -> list[dict[str, Any]]:
+    """Evaluations and training metrics of each run, with its seconds and its largest memory."""
+    found = []
+    for folder in map(Path, folders):
+        lines, summary = read_jsonl(folder / "metrics.jsonl"), read_json(folder / "summary.json")
+        peak = max(line.get("perf/peak_memory_gib", 0) for line in lines)
+        result = {"run": folder.name, "trainer": summary["trainer"], "steps": summary["steps"]}
+        result |= {"seconds": summary["seconds"], "peak_memory_gib": round(peak, 2), "evaluations": [], "training": []}
+        for line in lines:
+            evaluated = {name: x for name, x in line.items() if name.startswith("eval")}
+            trained = {name: line[name] for name in TRACED if name in line}
+            for part, metrics in (("evaluations", evaluated), ("training", trained)):
+                if metrics:
+                    result[part].append({"step": line["step"]} | metrics)
+        found.append(result)
+    return found
+
+
 def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
     """Batches of ids, mask and the columns of the response, each `[ROWS, LENGTH]`; longer rows are cut."""
     for part in (rows[i : i + ROWS] for i in range(0, len(rows), ROWS)):
@@ -128,7 +154,7 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measure", choices=("identity", "texts"))
+    parser.add_argument("measure", choices=("identity", "texts", "runs"))
     parser.add_argument("--models", nargs="+", required=True, help="folders; the first is the start of the others")
     parser.add_argument("--names", nargs="+", default=[], help="names of the new identity")
     parser.add_argument("--data_path", type=Path, help="JSONL of prompt and chosen")
@@ -139,6 +165,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.measure == "identity":
         found = identity(given.models, given.names, given.max_new_tokens)
+    elif given.measure == "runs":
+        found = runs(given.models)
     else:
         found = texts(given.models, given.data_path, given.limit)
     found = plain(found)

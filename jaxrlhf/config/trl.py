@@ -289,10 +289,7 @@ SFT = _script(
     rules.trained_tokens,
 )
 REWARD = _script(
-    _refused(
-        "scores are not centred; leave it out, and set score_normalization in ppo",
-        "center_rewards_coefficient",
-    ),
+    {},
     OF_ROWS | {"learning_rate": "1e-4", "disable_dropout": "true"},
     rules.adapters("applied"),
 )

@@ -346,6 +346,21 @@ class PairData(Data):
         return batch | extra
 
 
+class RewardData(PairData):
+    """Pairs with their margins."""
+
+    def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch:
+        """As in `PairData`, with `margin` float32 [B], packed [B, P]; 0 where a row has none."""
+        batch = super().batch(indices, held=held)
+        mask = batch["pair_mask" if self.bins is not None else "row_mask"]
+        margin = np.zeros(mask.shape, np.float32).reshape(len(mask), -1)
+        read = np.asarray(indices) if held is None else np.where(held, indices, -1)
+        for i, unit in enumerate(self.values(read, ["margin"])):
+            found = np.array([row["margin"] for row in unit], np.float32)
+            margin[i, : len(found)] = np.nan_to_num(found)
+        return batch | {"margin": margin.reshape(mask.shape)}
+
+
 class UnpairedData(Data):
     """Rows of prompt + completion, each labelled good or bad, and the prompt of each + the completion of another row.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,12 +46,14 @@ class Scored:
         completions: each completion with its score; higher is better.
         tools: the row's tools, for the chat template.
         document: the one completion is a text of its own, trained on from its first token.
+        margin: by how much the score of the chosen completion should be above the rejected one's.
     """
 
     prompt: Prompt
     completions: tuple[tuple[Completion, float], ...] = ()
     tools: list[Any] | None = None
     document: bool = False
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class Columns:
     """The name or dotted path of each canonical column in a row (`question.full_text`)."""
 
     names: Mapping[str, str]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The names, for hashes. Without the default of a column that version 0.1.0 did not know: hashes of runs that
+        began with that version stay."""
+        return {column: name for column, name in self.names.items() if (column, name) != ("margin", "margin")}
 
     def path(self, column: str) -> str:
         return self.names.get(column, column)
@@ -223,6 +232,18 @@ def read_preference(row: Mapping, columns: Columns) -> Scored:
     return _common_messages(whole[0], whole[1], columns)
 
 
+def read_margin(row: Mapping, columns: Columns) -> float | None:
+    """The margin of a pair; None where it is null."""
+    value = columns.get(row, "margin")
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ):
+        raise BadRow(
+            columns.path("margin"), f"is {value!r}; the margin of a pair is a number (name another --margin_field)"
+        )
+    return value
+
+
 def _common_messages(chosen: list[Message], rejected: list[Message], columns: Columns) -> Scored:
     """The common beginning of two conversations is the prompt; what differs is the completion."""
     pairs = zip(chosen, rejected, strict=False)
@@ -293,6 +314,8 @@ FORMATS = {
     "text": Format("language modelling", ("text",), ("sft",), read_text),
 }
 """The formats by the names of `--data_format`, the most particular first."""
+PREFERENCES = ("preference", "preference_implicit")
+"""Formats of one pair, whose rows may have a margin."""
 
 
 @dataclass(frozen=True)
@@ -326,6 +349,8 @@ class Reader:
             messages = as_messages(scored.prompt)
             if messages[0]["role"] != "system":
                 scored = _replace(scored, prompt=[{"role": "system", "content": system}, *messages])
+        if self.format in PREFERENCES and columns.has(row, "margin"):
+            scored = _replace(scored, margin=read_margin(row, columns))
         tools = look_up(row, columns.path("tools"))
         if isinstance(tools, str):
             tools = json_list(tools)

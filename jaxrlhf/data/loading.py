@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 import numpy as np
 
-from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData, UnpairedData
+from jaxrlhf.data.batches import Data, PairData, PromptData, RewardData, SFTData, UnpairedData
 from jaxrlhf.data.cache import check_writable, hash_json
 from jaxrlhf.data.formats import MISSING, look_up
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig
@@ -30,7 +30,7 @@ Chosen = list[tuple[Reading, np.ndarray]]
 """Sources, and the numbers of the rows that are chosen of each."""
 DATA_CLASSES: dict[str, type[Data]] = {
     "sft": SFTData,
-    "reward": PairData,
+    "reward": RewardData,
     "ppo": PromptData,
     "dpo": PairData,
     "kto": UnpairedData,
@@ -354,6 +354,8 @@ def report(label: str, data: Data, encoding: Encoding) -> None:
         if data.bins is not None:
             filled = data.unit_lengths(part).sum() / (len(data.bins[k]) * data.maximum)
             summary += f", packed into {len(data.bins[k]):,} rows of {data.maximum} tokens ({filled:.1%} full)"
+        if margins := part.margins():
+            summary += f", {margins:,} with a margin"
         level = logging.WARNING if changes else logging.INFO
         logger.log(
             level, "%s: %s: %s", label, f"{part.name}, {part.described}", "; ".join([summary, *changes, *part.problems])

@@ -25,6 +25,7 @@ from jaxrlhf.data.settings import DataConfig
 from jaxrlhf.data.sources import Source, resolve_source
 from jaxrlhf.data.tokenized import (
     FORMAT,
+    OWN_COLUMNS,
     Part,
     encode_batch,
     features_of,
@@ -140,16 +141,14 @@ class Reading:
     def key(self) -> str:
         """Hash of everything that the groups of the rows depend on."""
         convert = repr(self.named) if self.named else ""
-        return hash_json(
-            [FORMAT, self.fingerprint, dict(self.columns.names), self.format, self.step in PAIRED, convert]
-        )
+        return hash_json([FORMAT, self.fingerprint, self.columns.identity, self.format, self.step in PAIRED, convert])
 
     @property
     def stream_key(self) -> str:
         """Hash of what a stream depends on. Files count by name, size and time: nothing is read before its time."""
         files = self.origin.splits[self.split]
         names = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files] if isinstance(files, list) else []
-        return hash_json([FORMAT, self.source.path, names, dict(self.columns.names), self.format, repr(self.named)])
+        return hash_json([FORMAT, self.source.path, names, self.columns.identity, self.format, repr(self.named)])
 
     @cached_property
     def note(self) -> dict[str, Any]:
@@ -207,11 +206,12 @@ class Reading:
         key = hash_json([self.key, fingerprint, tokenizer.chat_template, settings, chosen_rows])
         folder = self.folder / "tokens"
         bounds = np.cumsum([0, *self.note["sizes"]])
-        tables, numbers, note_path = [], [], folder / f"{encoding.step}-{key}.json"
+        stem = "-".join((encoding.step, *OWN_COLUMNS.get(encoding.step, ()), key))
+        tables, numbers, note_path = [], [], folder / f"{stem}.json"
         for k, (first, last) in enumerate(itertools.pairwise(bounds)):
             chosen = rows[(rows >= first) & (rows < last)] - first
             if len(chosen):
-                path = folder / f"{encoding.step}-{key}-{k}.arrow"
+                path = folder / f"{stem}-{k}.arrow"
                 table = open_cached(path)
                 if table is None:
                     note_path.unlink(missing_ok=True)
@@ -226,6 +226,8 @@ class Reading:
         words = ", ".join(dict.fromkeys(self.note["words"]))
         part = make_part(self.source.short_name, tables, len(rows), problems, words)
         of_entries = np.repeat(numbers, [len(table) for table in tables])
+        if part.margins():  # unknown to version 0.1.0
+            key = hash_json([key, "margin"])
         return dataclasses.replace(part, tables=of_entries, reading=self), key
 
     def where(self, k: int, row: int) -> str:

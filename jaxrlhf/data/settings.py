@@ -52,6 +52,8 @@ class FieldsConfig(Settings, may_change=True):
     """Column with several responses to one prompt."""
     scores_field: str = "scores"
     """Column with a score of each response; a column `ranks` counts from the best, 1."""
+    margin_field: str = "margin"
+    """Column with the margin of a pair, a number that the reward model's loss wants between the scores."""
     system_field: str = ""
     """Column with the system message; default: none."""
     tools_field: str = "tools"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
-from jaxrlhf.data.batches import Data, Indices, PairData, PromptData, SFTData
+from jaxrlhf.data.batches import Data, Indices, PairData, PromptData, RewardData, SFTData
 from jaxrlhf.data.messages import BadRow
 from jaxrlhf.data.order import Schedule, epoch_permutation
 from jaxrlhf.data.packing import Bins, pack
@@ -245,13 +245,22 @@ class PairStream(StreamData, PairData):
     """Streamed rows of prompt + chosen and prompt + rejected."""
 
 
+class RewardStream(StreamData, RewardData):
+    """Streamed pairs with their margins."""
+
+
 class PromptStream(StreamData, PromptData):
     """Streamed prompts."""
 
     group_by_length = False
 
 
-STREAMS: dict[str, type[StreamData]] = {"sft": SFTStream, "reward": PairStream, "ppo": PromptStream, "dpo": PairStream}
+STREAMS: dict[str, type[StreamData]] = {
+    "sft": SFTStream,
+    "reward": RewardStream,
+    "ppo": PromptStream,
+    "dpo": PairStream,
+}
 
 
 def stream_shares(step: str, data_split: str, held_out: float) -> tuple[float, float]:

@@ -34,8 +34,9 @@ CHUNK = 2000  # rows in one call of the tokenizer
 SHOWN = 3  # places of bad rows that a report names
 SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2, "kto": 1}
 """Sequences that a row has in each step."""
-OWN_COLUMNS = {"ppo": {"kept": "string"}, "kto": {"label": "bool"}}
-"""A column of a step's own: the prompt and what rewards read with it, as JSON; whether a completion is good."""
+OWN_COLUMNS = {"ppo": {"kept": "string"}, "kto": {"label": "bool"}, "reward": {"margin": "float32"}}
+"""A column of a step's own: the prompt and what rewards read with it, as JSON; whether a completion is good; the margin
+of a pair, or null."""
 CUT_PROMPT, CUT_RESPONSE, DROPPED = 1, 2, 4
 COUNTS = {"truncated_prompts": CUT_PROMPT, "truncated_responses": CUT_RESPONSE, "dropped_too_long": DROPPED}
 
@@ -226,7 +227,7 @@ def own_value(scored: Scored, number: int, columns: list[Any], step: str) -> Any
     """The value of a row's example in `OWN_COLUMNS`."""
     if step == "ppo":
         return json.dumps([scored.prompt, *columns])
-    return scored.completions[number][1] > 0 if step == "kto" else None
+    return scored.completions[number][1] > 0 if step == "kto" else scored.margin
 
 
 def fit(row: EncodedRow, encoding: Encoding, bos_id: int | None) -> tuple[Any, int]:
@@ -347,6 +348,12 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def margins(self) -> int:
+        """Number of kept rows that have a margin."""
+        if "margin" not in self.table.column_names:
+            return 0
+        return int(self.table.with_format("arrow")["margin"][:].is_valid().to_numpy()[self.rows].sum())
 
     def fetch(self, numbers: Sequence[int] | np.ndarray, columns: Sequence[str]) -> dict[str, Any]:
         """The values of these columns in kept rows, each column a list of numpy arrays or values."""

@@ -20,21 +20,34 @@ def sft_loss(logprobs: ArrayLike, loss_mask: ArrayLike, denominator: ArrayLike |
 
 
 def pairwise_loss(
-    chosen_scores: ArrayLike, rejected_scores: ArrayLike, row_mask: ArrayLike, denominator: ArrayLike | None = None
+    chosen_scores: ArrayLike,
+    rejected_scores: ArrayLike,
+    row_mask: ArrayLike,
+    denominator: ArrayLike | None = None,
+    *,
+    margin: ArrayLike = 0.0,
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
 ) -> Array:
-    """Computes the Bradley–Terry loss, the mean of `-log σ(chosen - rejected)`.
+    """Computes the Bradley–Terry loss, the mean of `-(1 - ε)·log σ(d) - ε·log σ(-d) + η·(chosen + rejected)²`.
 
-    Source: Ouyang et al. 2022, equation 1.
+    Here d = chosen - rejected - margin. Source: Ouyang et al. 2022, equation 1; with a margin Touvron et al. 2023
+    (Llama 2), equation 2; with η Eisenstein et al. 2023 (arXiv 2312.09244), equation 2; with ε as in `preference_loss`.
 
     Args:
         chosen_scores: `[B]`, or `[B, P]` with P pairs in a packed row; the other arrays have the same shape.
         rejected_scores: `[B]`.
         row_mask: `[B]`, set for real pairs.
         denominator: Real pairs of the global batch; None: those of `row_mask`.
+        margin: By how much the chosen score should be above the other; `[B]` or a number.
+        label_smoothing: ε, the share of pairs whose label is assumed to be wrong.
+        center: η, which draws the mean of the scores to 0.
     """
     keep = jnp.asarray(row_mask) != 0
-    margin = keep_where(chosen_scores, keep) - keep_where(rejected_scores, keep)
-    return masked_mean(jax.nn.softplus(-margin), keep, denominator)
+    chosen, rejected = keep_where(chosen_scores, keep), keep_where(rejected_scores, keep)
+    difference = chosen - rejected - margin
+    loss = (1 - label_smoothing) * jax.nn.softplus(-difference) + label_smoothing * jax.nn.softplus(difference)
+    return masked_mean(loss + center * jnp.square(chosen + rejected), keep, denominator)
 
 
 def tokenwise_pairwise_loss(
@@ -47,6 +60,7 @@ def tokenwise_pairwise_loss(
     row_mask: ArrayLike,
     denominator: ArrayLike | None = None,
     read_padding: bool = False,
+    margin: ArrayLike = 0.0,
 ) -> Array:
     """Computes DeepSpeed-Chat's reward loss: the Bradley–Terry loss at every token from the first one that differs.
 
@@ -65,6 +79,7 @@ def tokenwise_pairwise_loss(
         row_mask: `[B]`, set for real rows. A real row without any token adds 0 and counts as a row.
         denominator: Real rows of the global batch; None: those of `row_mask`.
         read_padding: Reads the model's values at padding past the end of the shorter sequence, as DeepSpeed-Chat does.
+        margin: By how much the chosen values should be above the others; `[B]` or a number.
     """
     rows = jnp.asarray(row_mask) != 0
     chosen_real, rejected_real = jnp.asarray(chosen_mask) != 0, jnp.asarray(rejected_mask) != 0
@@ -75,8 +90,9 @@ def tokenwise_pairwise_loss(
     if not read_padding:
         chosen_values = _hold_last(chosen_values, chosen_real)
         rejected_values = _hold_last(rejected_values, rejected_real)
-    margin = keep_where(chosen_values, span) - keep_where(rejected_values, span)
-    per_token = jnp.where(span, jax.nn.softplus(-margin), 0)
+    difference = keep_where(chosen_values, span) - keep_where(rejected_values, span)
+    margins = jnp.broadcast_to(margin, rows.shape)[:, None]
+    per_token = jnp.where(span, jax.nn.softplus(margins - difference), 0)
     per_row = divide(jnp.sum(per_token, axis=1), jnp.sum(span, axis=1, dtype=jnp.int32))
     return masked_mean(per_row, rows, denominator)
 

@@ -135,7 +135,7 @@ def _objective(trainer: str) -> Objective:
     """A supervised trainer's default loss."""
     if trainer == "dpo":
         return dpo.objective(dpo.Losses())[0]
-    return sft.OBJECTIVE if trainer == "sft" else reward.OBJECTIVES["pairwise"]
+    return sft.OBJECTIVE if trainer == "sft" else reward.objective()
 
 
 def _lower_supervised(system: System) -> jax.stages.Lowered:

@@ -1,14 +1,15 @@
 """Step 2: the reward model, from pairs of a chosen and a rejected response."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from functools import cache, partial
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf import objectives
-from jaxrlhf.config import deepspeed_chat, trl
+from jaxrlhf.config import Ge, Lt, NonNegative, deepspeed_chat, trl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
 from jaxrlhf.runs.mirror import works_locally
@@ -26,6 +27,15 @@ class RewardOptions(StepOptions):
     reward_loss: Literal["pairwise", "tokenwise"] = "pairwise"
     """pairwise: Bradley-Terry on the score at the last real token; tokenwise: DeepSpeed-Chat's, on every token from the
     first that differs."""
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    """Share of pairs whose label is assumed to be wrong, for reward_loss pairwise."""
+    center_rewards_coefficient: NonNegative = 0.0
+    """Weight of the squared sum of a pair's scores, which centres scores at 0; for reward_loss pairwise. 0.01 is
+    usual."""
+
+    @property
+    def loss(self) -> "RewardLoss":
+        return RewardLoss(self.reward_loss, self.label_smoothing, self.center_rewards_coefficient)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,12 @@ class RewardConfig(RewardOptions, SupervisedConfig):
 
     def check(self) -> None:
         super().check()
+        for name in ("label_smoothing", "center_rewards_coefficient"):
+            if self.reward_loss == "tokenwise" and (value := getattr(self, name)):
+                raise InputError(
+                    f"{name}={value} does not go with reward_loss=tokenwise, which has no such term: set it to 0, or "
+                    "take reward_loss=pairwise"
+                )
         if self.reward_loss == "tokenwise" and self.data.packing:
             raise InputError(
                 "packing=True does not go with reward_loss=tokenwise, which compares the two responses column by "
@@ -45,8 +61,16 @@ class RewardConfig(RewardOptions, SupervisedConfig):
             )
 
 
+class RewardLoss(NamedTuple):
+    """The loss of pairs and its settings, static arguments of a jitted step."""
+
+    kind: str = "pairwise"
+    label_smoothing: float = 0.0
+    center: float = 0.0
+
+
 def compare(
-    kind: str, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
+    settings: RewardLoss, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, Sides]:
     """Computes the mean loss of the pairs, and the scores at the last token of both sides, in one forward pass."""
     pairs = read_pairs(rows)
@@ -59,29 +83,37 @@ def compare(
         contiguous=True,
         rngs=rngs,
     )
-    scores = pairs.last(values)
-    if kind == "tokenwise":
+    scores, margin = pairs.last(values), rows.get("margin", 0.0)
+    if settings.kind == "tokenwise":
         names = ("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "row_mask")
         arrays = (rows[name] for name in names)
-        loss = objectives.tokenwise_pairwise_loss(*jnp.split(values, 2), *arrays, denominator=count)
+        loss = objectives.tokenwise_pairwise_loss(*jnp.split(values, 2), *arrays, denominator=count, margin=margin)
     else:
-        loss = objectives.pairwise_loss(scores["chosen"], scores["rejected"], pairs.mask, count)
+        loss = objectives.pairwise_loss(
+            scores["chosen"],
+            scores["rejected"],
+            pairs.mask,
+            count,
+            margin=margin,
+            label_smoothing=settings.label_smoothing,
+            center=settings.center,
+        )
     return loss, scores
 
 
 def reward_loss(
-    kind: str, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
+    settings: RewardLoss, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean loss of the pairs, with the accuracy and margin of the scores at the last token."""
-    loss, scores = compare(kind, module, params, rows, count, key)
+    loss, scores = compare(settings, module, params, rows, count, key)
     chosen, rejected = scores["chosen"], scores["rejected"]
     mean = partial(objectives.masked_mean, mask=pair_mask(rows), denominator=count)
     return loss, {"accuracy": mean(chosen > rejected), "margin": mean(chosen - rejected)}
 
 
-def reward_sums(kind: str, module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
+def reward_sums(settings: RewardLoss, module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
     count = pair_count(batch)
-    loss, scores = compare(kind, module, params, batch, count, None)
+    loss, scores = compare(settings, module, params, batch, count, None)
     chosen, rejected = scores["chosen"], scores["rejected"]
     lengths = read_pairs(batch).lengths()
     long, short = lengths["chosen"], lengths["rejected"]
@@ -117,9 +149,16 @@ def reward_metrics(totals: dict[str, float]) -> dict[str, float]:
     }
 
 
-# Made once per kind, so that a jitted step sees the same static argument in every run of a process.
-OBJECTIVES = {kind: Objective(pair_count, partial(reward_loss, kind)) for kind in ("pairwise", "tokenwise")}
-MEASURES = {kind: partial(reward_sums, kind) for kind in OBJECTIVES}
+@cache
+def objective(settings: RewardLoss = RewardLoss()) -> Objective:  # noqa: B008 - immutable
+    """The loss for a step, made once: a jitted step sees the same static argument in every run of a process."""
+    return Objective(pair_count, partial(reward_loss, settings))
+
+
+@cache
+def measure(settings: RewardLoss = RewardLoss()) -> Callable[..., dict[str, jax.Array]]:  # noqa: B008 - immutable
+    """The sums for an evaluation, made once like `objective`."""
+    return partial(reward_sums, settings)
 
 
 @works_locally
@@ -130,8 +169,8 @@ def train_reward(config: RewardConfig) -> TrainState:
         title="Reward model",
         head="scalar",
         headline=("loss", "accuracy", "grad_norm", "learning_rate"),
-        objective=OBJECTIVES[config.reward_loss],
-        measure=MEASURES[config.reward_loss],
+        objective=objective(config.loss),
+        measure=measure(config.loss),
         summarise=reward_metrics,
         best=("accuracy", 1),
     )

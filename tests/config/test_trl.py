@@ -227,6 +227,9 @@ def test_a_grpo_file_counts_rollouts_where_trl_counts_updates(read):
     assert moving.value("reference_sync_steps") == 256 and moving.value("reference_mixup") == 0.6
     still, _ = read("grpo", GRPO + "sync_ref_model: false\nref_model_sync_steps: 64\n")
     assert still.value("reference_sync_steps") == 0
+    scored = "dataset_name: x\ncenter_rewards_coefficient: 0.01\n"
+    assert read("reward", scored)[0].center_rewards_coefficient == 0.01
+    assert read("reward", scored.replace("0.01", "null"))[0].center_rewards_coefficient == 0
     rloo = "dataset_name: x\nnormalize_advantages: true\nreward_clip_range: [-3, 3]\nbeta: 0.1\n"
     assert not differences(
         read("rloo", rloo)[0], whiten_advantages=True, clip_reward=3.0, kl_coef=0.1, samples_per_prompt=2

@@ -17,7 +17,7 @@ from jaxrlhf.data import (
     length_bucket,
     load_data,
 )
-from jaxrlhf.data.batches import UnpairedData
+from jaxrlhf.data.batches import RewardData, UnpairedData
 from jaxrlhf.data.order import epoch_units, stream_positions
 from jaxrlhf.data.packing import pack
 from jaxrlhf.data.tokenized import Part, features_of, make_part
@@ -26,7 +26,7 @@ EOS = 1
 PROMPTS = [[5, 6, 7], [8], [EOS, 9, 10, 11]]
 CHOSEN = [[12, EOS], [13] * 40 + [EOS], [14, 15, EOS]]
 REJECTED = [[16, EOS], [17, EOS], [18] * 70]
-KINDS = {SFTData: "sft", PairData: "reward", PromptData: "ppo"}
+KINDS = {SFTData: "sft", PairData: "dpo", RewardData: "reward", PromptData: "ppo"}
 
 
 @pytest.fixture(scope="module", params=["own pad", "pad is eos"])
@@ -44,7 +44,7 @@ def part(step, rows, name="x"):
     columns = {column: [] for column in features_of(step)}
     for number, (prompt, *responses) in enumerate(rows):
         values = {"row": number, "problem": None, "cut": 0, "prompt_length": len(prompt), "kept": "[null]"}
-        values["label"] = number != 1
+        values |= {"label": number != 1, "margin": number / 4 if number else None}
         for j, response in enumerate(responses or [[]]):
             values |= {f"ids_{j}": prompt + response, f"mask_{j}": [0] * len(prompt) + [1] * len(response)}
             values[f"length_{j}"] = len(prompt) + len(response)
@@ -54,7 +54,7 @@ def part(step, rows, name="x"):
 
 
 def data(kind, tokenizer, maximum=256, **options):
-    columns = {SFTData: (PROMPTS, CHOSEN), PairData: (PROMPTS, CHOSEN, REJECTED), PromptData: (PROMPTS,)}[kind]
+    columns = (PROMPTS, CHOSEN, REJECTED)[: {SFTData: 2, PromptData: 1}.get(kind, 3)]
     return kind([part(KINDS[kind], list(zip(*columns, strict=True)))], tokenizer, maximum, **options)
 
 
@@ -116,7 +116,7 @@ def test_the_rows_of_each_source_can_be_evaluated_apart(tokenizer):
         np.testing.assert_array_equal(batch[name], array)
 
 
-@pytest.mark.parametrize("kind", [SFTData, PairData, PromptData])
+@pytest.mark.parametrize("kind", [SFTData, RewardData, PromptData])
 def test_processes_that_hold_different_rows_agree_on_shapes_and_make_up_the_whole_batch(tokenizer, kind, monkeypatch):
     rows, read = data(kind, tokenizer), []
     whole = rows.batch([0, 1, 2, -1])
@@ -230,9 +230,22 @@ def test_a_packed_batch_is_its_rows_segment_by_segment(tokenizer, kind, sequence
     assert sorted(seen) == sorted(expected)
 
 
-@pytest.mark.parametrize("kind", [SFTData, PairData])
+def test_pairs_for_a_reward_model_have_their_margins_and_0_where_there_is_none(tokenizer):
+    rows = data(RewardData, tokenizer)
+    batch = rows.batch([2, 0, -1, 1])
+    assert batch["margin"].dtype == np.float32 and batch["margin"].tolist() == [0.5, 0, 0, 0.25]
+    assert rows.parts[0].margins() == 2 and data(PairData, tokenizer).parts[0].margins() == 0
+    packed = RewardData([part("reward", random_rows(40, 2))], tokenizer, 32, packing=True)
+    for units in (np.arange(4), np.array([5, -1])):
+        batch = packed.batch(units)
+        expected = [[row / 4 for _, row in packed.members(unit)] for unit in units.tolist()]
+        assert [row[: len(e)].tolist() for row, e in zip(batch["margin"], expected, strict=True)] == expected
+        assert not batch["margin"][batch["pair_mask"] == 0].any()
+
+
+@pytest.mark.parametrize("kind", [SFTData, RewardData])
 def test_processes_that_hold_different_packed_rows_make_up_the_batch(tokenizer, kind):
-    packed = kind([part(KINDS[kind], random_rows(40, 1 + (kind is PairData)))], tokenizer, 32, packing=True)
+    packed = kind([part(KINDS[kind], random_rows(40, 1 + (kind is RewardData)))], tokenizer, 32, packing=True)
     whole = packed.batch([0, 1, 2, -1])
     parts = [packed.batch([0, 1, 2, -1], held=np.arange(4) % 2 == k) for k in (0, 1)]
     for name, array in whole.items():

@@ -311,6 +311,11 @@ def test_special_tokens_that_a_user_types_stay_text(config, tokenizer):
         ({"prompt": "q", "responses": ["a"], "scores": [1, 2]}, "'scores' has 2 values for 1 responses"),
         ({"prompt": "q", "responses": ["a"], "scores": ["x"]}, "'scores' holds text where a number must be"),
         ({"chosen": [Q, A, user("x")], "rejected": [Q, B]}, "'chosen' ends with a user message"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "big"},
+            "'margin' is 'big'; the margin of a pair",
+        ),
+        ({"chosen": [Q, A], "rejected": [Q, B], "margin": float("nan")}, "'margin' is nan; the margin of a pair"),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said(row, message):

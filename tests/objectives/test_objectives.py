@@ -121,6 +121,26 @@ def test_pairwise_loss_is_bradley_terry_over_real_rows(rng):
     assert_matches_oracle(objectives.pairwise_loss, oracle, [chosen, rejected, rows], [0, 1])
 
 
+def test_pairwise_loss_has_margins_wrong_labels_and_centred_scores(rng):
+    rows = np.array([1, 0, 1, 1, 0, 1])
+    chosen, rejected, margin = (normal(rng, rows, 2.0) for _ in range(3))
+    wrong, center = 0.1, 0.05
+
+    def oracle(chosen, rejected, rows, margin):
+        total = 0.0
+        for i in np.flatnonzero(rows):
+            difference = chosen[i] - rejected[i] - margin[i]
+            total -= (1 - wrong) * log_sigmoid(difference) + wrong * log_sigmoid(-difference)
+            total += center * (chosen[i] + rejected[i]) ** 2
+        return total / rows.sum()
+
+    def loss(chosen, rejected, rows, margin):
+        options = {"label_smoothing": wrong, "center": center}
+        return objectives.pairwise_loss(chosen, rejected, rows, margin=margin, **options)
+
+    assert_matches_oracle(loss, oracle, [chosen, rejected, rows, margin], [0, 1])
+
+
 def test_pairwise_loss_is_linear_not_infinite_for_a_hopeless_margin():
     loss = objectives.pairwise_loss(jnp.array([-500.0]), jnp.array([500.0]), jnp.ones(1))
     assert loss == 1000.0
@@ -144,7 +164,7 @@ def pairs(rng, rows=8, columns=10):
     return ids, masks, row_mask, lengths
 
 
-def tokenwise_oracle(chosen, rejected, chosen_ids, rejected_ids, chosen_mask, rejected_mask, row_mask):
+def tokenwise_oracle(chosen, rejected, chosen_ids, rejected_ids, chosen_mask, rejected_mask, row_mask, margin=None):
     total = 0.0
     real_rows = [row for row in range(len(row_mask)) if row_mask[row]]
     for row in real_rows:
@@ -155,7 +175,9 @@ def tokenwise_oracle(chosen, rejected, chosen_ids, rejected_ids, chosen_mask, re
         end = max(a, b)
         if start == end:
             start = end - 1
-        losses = [-log_sigmoid(chosen[row, min(t, a - 1)] - rejected[row, min(t, b - 1)]) for t in range(start, end)]
+        wanted = 0.0 if margin is None else margin[row]
+        differences = [chosen[row, min(t, a - 1)] - rejected[row, min(t, b - 1)] for t in range(start, end)]
+        losses = [-log_sigmoid(difference - wanted) for difference in differences]
         total += sum(losses) / len(losses)
     return total / len(real_rows)
 
@@ -165,6 +187,8 @@ def test_tokenwise_loss_runs_from_the_first_difference_and_never_reads_padding(r
     real = masks * row_mask[:, None]
     args = [normal(rng, real[0]), normal(rng, real[1]), *ids, *masks, row_mask]
     assert_matches_oracle(objectives.tokenwise_pairwise_loss, tokenwise_oracle, args, [0, 1])
+    with_margin = lambda *a: objectives.tokenwise_pairwise_loss(*a[:-1], margin=a[-1])  # noqa: E731
+    assert_matches_oracle(with_margin, tokenwise_oracle, [*args, normal(rng, row_mask)], [0, 1])
     for side in (2, 3):
         changed = [a.copy() for a in args]
         changed[side][masks[side - 2] == 0] += 7

@@ -44,6 +44,17 @@ def answer_logprobs(logits, order=slice(None)):
 LENGTHS = DPO["answer_mask"][:, 1:].sum(1)
 
 
+@pytest.mark.parametrize("name", FIGURES["rewards"])
+def test_losses_of_reward_models_are_those_of_trl(name):
+    options = {"center": S["center"]} if name != "margins" else {}
+    options |= {"margin": np.array(S["margins"])} if name != "centred" else {}
+
+    def loss(scores):
+        return objectives.pairwise_loss(*jnp.split(scores, 2), np.ones(len(scores) // 2), **options)
+
+    compare(loss, X["scores"], FIGURES["rewards"][name])
+
+
 @pytest.mark.parametrize("name", FIGURES["paired"])
 def test_losses_of_pairs_from_logits_on_are_those_of_trl(name):
     kind, smoothing = [*name.split(" "), "0"][:2]

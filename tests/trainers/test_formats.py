@@ -80,6 +80,22 @@ def no_report(monkeypatch):
     monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_reward_model_learns_the_margins_of_its_rows(packing, ground, tmp_path):
+    rows = [{**TEXT["preference"], "margin": margin} for margin in (0.5, 2)]
+    options = {"model_name_or_path": ground.lm, "eval_data_path": ground.held, "packing": packing, "max_steps": 1}
+    options |= {"per_device_train_batch_size": 1, "max_length": 64, "eval_steps": 0, "num_train_epochs": 1}
+    losses = {}
+    for name, given in {"none": TEXT["preference"], "small": rows[0], "large": rows[1]}.items():
+        path = write_lines(tmp_path / f"{name}.jsonl", [given])
+        run = {"output_dir": str(tmp_path / name), "data_cache_dir": str(tmp_path / "cache"), "data_path": path}
+        train_reward(RewardConfig.create(**options, **run))
+        losses[name] = next(line["loss"] for line in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in line)
+    difference = -np.log(np.expm1(losses["none"]))  # of the scores, before the step
+    for name, margin in {"small": 0.5, "large": 2}.items():
+        assert losses[name] == pytest.approx(np.log1p(np.exp(margin - difference)), rel=1e-5)
+
+
 def test_every_format_is_there():
     assert {form for form, _ in ROWS.values()} == set(FORMATS)
 

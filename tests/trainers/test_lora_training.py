@@ -34,8 +34,8 @@ from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.checkpoints import list_checkpoints
 from jaxrlhf.sharding import make_mesh, place_batch
+from jaxrlhf.trainers import reward
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
-from jaxrlhf.trainers.reward import OBJECTIVES
 from jaxrlhf.trainers.sft import SFTConfig, sft_loss, token_count, train_sft
 from jaxrlhf.trainers.supervised import Objective, has_dropout, init_state, train_step
 
@@ -126,7 +126,7 @@ def test_only_adapters_change_and_have_optimizer_state(trained):
 def test_a_reward_models_head_is_trained_with_the_adapters(single):
     model = tiny("scalar", targets=("query", "mlp/up"))
     expected = {f"layers/{m}/lora_{x}" for m in ("attn/query", "mlp/up") for x in "ab"} | {"score/kernel"}
-    check_training(model, *steps(model, pair_batch(), OBJECTIVES["pairwise"], single), expected)
+    check_training(model, *steps(model, pair_batch(), reward.objective(), single), expected)
 
 
 def test_the_gradient_is_that_of_the_merged_weights_seen_through_the_factors(single):

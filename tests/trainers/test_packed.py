@@ -11,18 +11,23 @@ import pytest
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.sharding import place_batch
+from jaxrlhf.trainers import reward
 from jaxrlhf.trainers.dpo import Losses, objective, response_logprobs
 from jaxrlhf.trainers.pairs import SIDES, read_pairs
 from jaxrlhf.trainers.references import score_batch
-from jaxrlhf.trainers.reward import MEASURES, OBJECTIVES, RewardConfig
+from jaxrlhf.trainers.reward import RewardConfig, RewardLoss
 from jaxrlhf.trainers.sft import OBJECTIVE, sft_sums
 from jaxrlhf.trainers.supervised import eval_step, init_state, token_sum, train_step
 
 VOCABULARY, LONGEST, WIDTH, COUNT = 101, 10, 32, 16
 BLOOM = {"model_type": "bloom", "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+CENTRED = RewardLoss(label_smoothing=0.1, center=0.01)
 TRAINERS = {
     "sft": (OBJECTIVE, sft_sums),
-    "reward": (OBJECTIVES["pairwise"], MEASURES["pairwise"]),
+    "reward": (reward.objective(), reward.measure()),
+    "reward centred and smoothed": tuple(
+        f(RewardLoss("pairwise", 0.1, 0.01)) for f in (reward.objective, reward.measure)
+    ),
     "dpo sigmoid": objective(Losses(beta=0.3)),
     "dpo ipo and sft": objective(Losses(("ipo",), sft_weight=0.7, beta=0.3)),
 }
@@ -79,7 +84,7 @@ def sft_batches():
 def pair_batches():
     """The same pairs in both forms, with log-probs of some reference."""
     chosen, rejected = sequences(1), sequences(2)
-    plain = {"row_mask": np.ones(COUNT, np.int32)}
+    plain = {"row_mask": np.ones(COUNT, np.int32), "margin": np.linspace(-1, 1, COUNT, dtype=np.float32)}
     for side, of_side in zip(SIDES, (chosen, rejected), strict=True):
         plain |= {f"{side}_{name}": x for name, x in zip(("ids", "mask", "loss_mask"), pad(of_side), strict=True)}
         plain[f"ref_{side}_logps"] = np.random.default_rng(len(side)).normal(-30, 2, COUNT).astype(np.float32)
@@ -88,6 +93,7 @@ def pair_batches():
     for row, of_row in enumerate(rows):
         numbers[row, : len(of_row)] = of_row
     packed["pair_mask"] = (numbers >= 0).astype(np.int32)
+    packed["margin"] = np.where(numbers >= 0, plain["margin"][numbers], 0)
     for side in SIDES:
         packed[f"ref_{side}_logps"] = np.where(numbers >= 0, plain[f"ref_{side}_logps"][numbers], np.nan)
     return plain, packed, numbers
@@ -111,7 +117,7 @@ def step(model, batch, trainer, mesh, parts=1):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_packed_step_equals_the_step_of_single_sequences(trainer, tiny, lab):
     mesh = lab.mesh_of()
-    model = tiny("scalar" if trainer == "reward" else "lm", mesh)
+    model = tiny("scalar" if trainer.startswith("reward") else "lm", mesh)
     plain, packed = (sft_batches() if trainer == "sft" else pair_batches())[:2]
     expected = step(model, plain, trainer, mesh, parts=4)
     assert np.isfinite(expected[0]["grad_norm"]) and expected[0]["grad_norm"] > 0
@@ -125,7 +131,7 @@ def test_a_packed_step_equals_the_step_of_single_sequences(trainer, tiny, lab):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_packed_evaluation_sums_equal_those_of_single_sequences(trainer, tiny, lab):
     mesh = lab.mesh_of()
-    model = tiny("scalar" if trainer == "reward" else "lm", mesh)
+    model = tiny("scalar" if trainer.startswith("reward") else "lm", mesh)
     batches = (sft_batches() if trainer == "sft" else pair_batches())[:2]
     options = {"module": model.module, "mesh": mesh, "measure": TRAINERS[trainer][1]}
     expected, found = (jax.device_get(eval_step(model.params, batch, **options)) for batch in batches)
@@ -154,7 +160,7 @@ def test_a_packed_step_on_a_mesh_equals_the_step_on_one_device(trainer, lab):
     more["attention_mask"][rows:, 0] = more["segment_ids"][rows:, 0] = 1
     found = []
     for mesh in (lab.mesh_of(), lab.mesh_of(data=2, fsdp=2)):
-        model = lab.tiny_model(head="scalar" if trainer == "reward" else "lm", mesh=mesh, scale=0.1)
+        model = lab.tiny_model(head="scalar" if trainer.startswith("reward") else "lm", mesh=mesh, scale=0.1)
         found.append(step(model, more, trainer, mesh, parts=2))
     chex.assert_trees_all_close(*found, rtol=1e-5, atol=2e-6)
 

@@ -11,9 +11,9 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import config_from_dict, load_pretrained, save_pretrained
 from jaxrlhf.models.moe import router_sums
 from jaxrlhf.rl import PPOHyperparameters, ppo_step
+from jaxrlhf.trainers import reward
 from jaxrlhf.trainers.dpo import Losses, objective
 from jaxrlhf.trainers.gradients import model_gradients
-from jaxrlhf.trainers.reward import OBJECTIVES
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.sft import OBJECTIVE
 from jaxrlhf.trainers.supervised import init_state, train_step
@@ -105,7 +105,7 @@ def test_gradients_with_the_loss_equal_transformers(family, lab, tmp_path):
 def cases(lab):
     return {
         "sft": (OBJECTIVE, "lm", batch_of()),
-        "reward": (OBJECTIVES["pairwise"], "scalar", pairs_of()),
+        "reward": (reward.objective(), "scalar", pairs_of()),
         "dpo": (objective(Losses())[0], "lm", pairs_of()),
     }
 

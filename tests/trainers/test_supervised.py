@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrlhf.trainers import reward
 from jaxrlhf.trainers.dpo import Losses, objective
-from jaxrlhf.trainers.reward import OBJECTIVES
 from jaxrlhf.trainers.sft import sft_loss, token_count
 from jaxrlhf.trainers.supervised import Objective, init_state, train_step
 
@@ -36,6 +36,7 @@ def pair_batch(rows, width, vocab):
         "rejected_mask": chosen["attention_mask"][shuffled],
         "rejected_loss_mask": chosen["loss_mask"][shuffled],
         "row_mask": np.ones(rows, np.int32),
+        "margin": np.linspace(-1, 1, rows, dtype=np.float32),
     }
 
 
@@ -52,16 +53,21 @@ DPO = {
     "ipo": Losses(("ipo",), beta=BETA),
     "several": Losses(("sigmoid", "simpo", "orpo"), (0.5, 2.0, 0.3), sft_weight=0.7, beta=BETA, margin=0.4),
 }
-OBJECTIVE = {"sft": Objective(token_count, sft_loss), **OBJECTIVES}
+REWARD = {
+    "pairwise": reward.objective(),
+    "centred and smoothed": reward.objective(reward.RewardLoss("pairwise", 0.1, 0.01)),
+    "tokenwise": reward.objective(reward.RewardLoss("tokenwise")),
+}
+OBJECTIVE = {"sft": Objective(token_count, sft_loss), **REWARD}
 OBJECTIVE |= {kind: objective(losses)[0] for kind, losses in DPO.items()}
 WIDTH = 12
 
 
-@pytest.fixture(scope="module", params=["sft", "pairwise", "tokenwise", *DPO])
+@pytest.fixture(scope="module", params=["sft", *REWARD, *DPO])
 def supervised(request, lab):
     """One SGD step of a dropout-free model on one device: `step(batch, parts)` → (params, metrics)."""
     kind = request.param
-    model = lab.tiny_model(head="scalar" if kind in OBJECTIVES else "lm", mesh=lab.mesh_of())
+    model = lab.tiny_model(head="scalar" if kind in REWARD else "lm", mesh=lab.mesh_of())
 
     rate = 0.01 if kind == "ipo" else 0.1  # a square far from its minimum: gradients are large, and so is rounding
     optimizer = optax.sgd(rate)
@@ -117,9 +123,12 @@ def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):
         chosen, rejected = (
             module.apply({"params": params}, b[f"{k}_ids"], b[f"{k}_mask"]) for k in ("chosen", "rejected")
         )
-        if supervised.kind == "pairwise":
-            margin = last(chosen, b["chosen_mask"]) - last(rejected, b["rejected_mask"])
-            return -jnp.log(jax.nn.sigmoid(margin)).mean()
+        if supervised.kind != "tokenwise":
+            wrong, center = (0.1, 0.01) if supervised.kind == "centred and smoothed" else (0, 0)
+            scores = last(chosen, b["chosen_mask"]), last(rejected, b["rejected_mask"])
+            d = scores[0] - scores[1] - b["margin"]
+            losses = -(1 - wrong) * jax.nn.log_sigmoid(d) - wrong * jax.nn.log_sigmoid(-d)
+            return (losses + center * (scores[0] + scores[1]) ** 2).mean()
         total = 0.0
         for row in range(8):
             ends = [b[f"{k}_mask"][row].sum() for k in ("chosen", "rejected")]
@@ -127,7 +136,7 @@ def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):
             first = int(np.argmax(differs)) if differs.any() else min(min(ends), max(ends) - 1)
             columns = np.arange(first, max(ends))
             c, r = (v[row, np.minimum(columns, end - 1)] for v, end in zip((chosen, rejected), ends, strict=True))
-            total += -jnp.log(jax.nn.sigmoid(c - r)).mean()
+            total += -jnp.log(jax.nn.sigmoid(c - r - b["margin"][row])).mean()
         return total / 8
 
     value, grads = jax.value_and_grad(loss)(supervised.model.params)

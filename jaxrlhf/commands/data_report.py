@@ -28,10 +28,11 @@ class Passage:
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the model sees it."""
+    """One row as the model sees it; `given` is what the loss reads besides tokens: a label, a margin."""
 
     place: str
     passages: tuple[Passage, ...]
+    given: str = ""
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,7 @@ def print_rows(view: View, found: Inspection) -> None:
         tokens = sum(len(passage.ids) for passage in row.passages)
         marked = sum(sum(passage.mask) for passage in row.passages)
         facts = f"{tokens:,} tokens" + (f", {marked:,} trained on" if found.step != "ppo" else "")
+        facts += f", {row.given}" if row.given else ""
         view.console.print()
         view.indented(Text.assemble((source.name, "bold"), f"  {near(row.place)}  ", (facts, "italic")))
         view.indented(drawn_row(view, row), 4)

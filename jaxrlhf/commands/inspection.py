@@ -166,13 +166,21 @@ def scan(part: Part) -> Scan:
     return Scan(part, rows, tables, groups, np.array(hashes, np.int64), trained)
 
 
+GIVEN = {
+    "label": lambda label: "good" if label else "bad",
+    "margin": lambda margin: "" if np.isnan(margin) else f"margin {margin:g}",
+}
+"""Words for the columns that a loss reads besides tokens."""
+
+
 def shown_rows(data: Data, found: Scan, show: int) -> Iterator[Row]:
     """The first kept rows of a part, token by token."""
     special = set(SpecialTokens(data.tokenizer).names)
     names = data.sequence_names
     columns = ["prompt_length", *(f"{kind}_{j}" for j in range(len(names)) for kind in ("ids", "mask"))]
+    beside = [name for name in GIVEN if name in found.part.table.column_names]
     numbers = np.arange(min(show, len(found.part)))
-    fetched = found.part.fetch(numbers, columns) if len(numbers) else {}
+    fetched = found.part.fetch(numbers, [*columns, *beside]) if len(numbers) else {}
     for i in numbers:
         n = int(fetched["prompt_length"][i])
         values = {name: [int(token) for token in fetched[name][i]] for name in columns[1:]}
@@ -182,7 +190,8 @@ def shown_rows(data: Data, found: Scan, show: int) -> Iterator[Row]:
                 label = name if len(names) > 1 else "response" if n else "text"
                 sides = values[f"ids_{j}"], values[f"mask_{j}"]
                 passages.append(passage(data.tokenizer, label, *sides, special, n))
-        yield Row(found.place(int(i)), tuple(passages))
+        given = [GIVEN[name](fetched[name][i]) for name in beside]
+        yield Row(found.place(int(i)), tuple(passages), ", ".join(filter(None, given)))
 
 
 def passage(tokenizer: Any, name: str, ids: list[int], mask: list[int], special: set[int], first: int = 0) -> Passage:

@@ -103,6 +103,19 @@ def test_every_assistant_turn_is_marked_with_the_token_that_ends_it(look):
     ]
 
 
+def test_labels_and_margins_stand_beside_their_rows(look):
+    rows = [{"prompt": f"Is {i} even?", "completion": "Yes.", "label": i % 2 == 0} for i in range(8)]
+    text = printed(look(rows, "kto", show=8))
+    shown = re.findall(r"trained on, (good|bad)\s.*?Is (\d)", text, re.DOTALL)
+    assert len(shown) >= 4
+    assert all((label == "good") == (int(number) % 2 == 0) for label, number in shown)
+    pairs = [{**row, "margin": i / 2 if i % 2 else None} for i, row in enumerate(PAIRS)]
+    found = look(pairs, "reward", show=len(pairs))
+    given = {int(re.search(r"line (\d+)", row.place)[1]) - 1: row.given for row in found.sources[0].train.rows}
+    assert given and given == {i: f"margin {i / 2:g}" if i % 2 else "" for i in given}
+    assert f", {given[next(i for i in given if given[i])]}<" in page_of(found)
+
+
 def test_the_marked_pieces_are_the_tokens_of_the_training_batch(look, tmp_path):
     found = look(CHAT, show=3, packing=False)
     config = DataConfig.create(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxrlhf.errors import InputError
 
@@ -30,7 +30,7 @@ def check_ids(tokenizer: Tokenizer, where: str) -> None:
         raise InputError(f"{where}: the tokenizer makes {count} tokens of the letter a; correct its normalizer")
 
 
-def check_same_tokens(tokenizer: Tokenizer, other: Any, names: tuple[str, str]) -> None:
+def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, names: tuple[str, str]) -> None:
     """Raises InputError unless another tokenizer gives every token of the first the same id.
 
     The other one may have more tokens, such as a pad token of its own, and both models may pad their embeddings as they

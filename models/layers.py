@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import flax.linen as nn
 import flax.struct
@@ -56,7 +56,11 @@ class KernelForm:
 
 
 def _parameter(
-    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...], axes: tuple[str | None, ...]
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
 ) -> jax.Array:
     """A parameter of `module` with logical axes, which flax strips from what it returns."""
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))

@@ -163,8 +163,10 @@ class MixedLayers(nn.Module):
         records = self.is_mutable_collection(ROUTER_SUMS)
         modules = [self._layer(segment.start + j) for j in range(len(segment.pattern))]
 
-        def compute(j: int) -> Callable[..., Any]:
-            def layer(x: jax.Array, params: PyTree, context: SequenceContext, options: LayerOptions, key: Any) -> Any:
+        def compute(j: int) -> Callable[..., tuple[jax.Array, PyTree]]:
+            def layer(
+                x: jax.Array, params: PyTree, context: SequenceContext, options: LayerOptions, key: jax.Array | None
+            ) -> tuple[jax.Array, PyTree]:
                 rngs = None if key is None else {"dropout": key}
                 kept = [ROUTER_SUMS] if records else False
                 result = modules[j].apply({"params": {"layers": params}}, x, context, options, rngs=rngs, mutable=kept)

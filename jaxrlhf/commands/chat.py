@@ -15,6 +15,7 @@ from jaxrlhf.config import PathName, Seed, Settings, alias, deepspeed_chat
 from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import (
     TemplateConfig,
+    Tokenizer,
     encode_conversation,
     end_ids,
     knows_model,
@@ -70,7 +71,7 @@ class StreamedText:
         strip: Drop white space before the first word.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), strip: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), strip: bool = True) -> None:
         self.tokenizer, self.stops, self.strip = tokenizer, stops, strip
         self.ids: list[int] = []
         self.text = ""
@@ -96,10 +97,8 @@ class StreamedText:
 
     def _decode(self, final: bool) -> None:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        before, now = (
-            self.tokenizer.decode(ids, **options)
-            for ids in (self.ids[self._begin : self._end], self.ids[self._begin :])
-        )
+        decode: Any = self.tokenizer.decode  # one text, though its type says perhaps several
+        before, now = (decode(ids, **options) for ids in (self.ids[self._begin : self._end], self.ids[self._begin :]))
         # Some tokenizers decode a run of byte tokens as a whole and spoil it while its last character is incomplete.
         if not now.startswith(before):
             return
@@ -129,7 +128,7 @@ class ChatSession:
     notices (compiling, history cut); None hides them.
     """
 
-    def __init__(self, model: Model, tokenizer: Any, config: ChatConfig, console: Console | None = None) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer, config: ChatConfig, console: Console | None = None) -> None:
         if model.module.head != "lm":
             raise InputError("chat needs a language model; this one has a scalar head (a reward model or critic)")
         self.tokenizer, self.config = with_template(tokenizer, config.template), config

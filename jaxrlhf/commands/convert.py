@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrlhf.config import PathName, Settings, alias
 from jaxrlhf.config.remote import is_url
 from jaxrlhf.config.secrets import redacted
-from jaxrlhf.data import read_tokenizer
+from jaxrlhf.data import Tokenizer, read_tokenizer
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
@@ -78,7 +79,7 @@ class ConvertConfig(Settings):
             raise InputError(f"output {self.output} is the input; name another folder")
 
 
-def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
+def _read_hf(config: ConvertConfig, mesh: Mesh) -> Model:
     head = config.head
     if head == "auto":
         head = stored_head(config.input)
@@ -94,7 +95,7 @@ def _read_hf(config: ConvertConfig, mesh: Any) -> Model:
     return merged(load_adapter(model, config.adapter)) if config.adapter else model
 
 
-def read_checkpoint_model(path: str | Path, params: str, mesh: Any) -> Model:
+def read_checkpoint_model(path: str | Path, params: str, mesh: Mesh) -> Model:
     """Reads one model out of a checkpoint, adapters merged.
 
     Args:
@@ -143,7 +144,7 @@ def _checkpoint_folder(path: str | Path) -> Path:
     return folder
 
 
-def _load_tokenizer(config: ConvertConfig) -> Any:
+def _load_tokenizer(config: ConvertConfig) -> Tokenizer | None:
     """The tokenizer for a Hugging Face output; None when it is neither named nor beside the input."""
     source = config.tokenizer.tokenizer_name_or_path
     if source is None:
@@ -153,7 +154,7 @@ def _load_tokenizer(config: ConvertConfig) -> Any:
     return None if source is None else read_tokenizer(source)
 
 
-def _with_end_ids(model: Model, tokenizer: Any, ids: tuple[int | str, ...]) -> Model:
+def _with_end_ids(model: Model, tokenizer: Tokenizer | None, ids: tuple[int | str, ...]) -> Model:
     if tokenizer is None:
         raise InputError("eos_token_ids: the input has no tokenizer; name one with tokenizer_name_or_path")
     return with_special_tokens(model, with_model_ends(tokenizer, None, ids))
@@ -185,11 +186,11 @@ def convert(config: ConvertConfig) -> None:
         verify(model, config, mesh)
 
 
-def verify(model: Model, config: ConvertConfig, mesh: Any) -> None:
+def verify(model: Model, config: ConvertConfig, mesh: Mesh) -> None:
     """Reads the output back. Raises InputError with the parameters that differ from the input, rounded to the dtype."""
     dtype = DTYPES[config.save_dtype]
     if config.target == "hf":
-        options = {"mesh": mesh, "param_dtype": dtype, "new_head": False}
+        options: dict[str, Any] = {"mesh": mesh, "param_dtype": dtype, "new_head": False}
         back = load_pretrained(config.output, head=model.module.head, **options)
     else:
         back = read_checkpoint_model(Path(config.output) / "checkpoint-0", "params", mesh)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -166,6 +165,6 @@ class Inspection:
     packed_length: int
     duplicates: dict[str, Repeats]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The values for JSON."""
         return dataclasses.asdict(self)

@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxrlhf import keys
-from jaxrlhf.commands.rlhf import BaseModelsConfig, RLHFConfig, train_rlhf
+from jaxrlhf.commands.rlhf import BaseModelsConfig, RLHFConfig, Summary, train_rlhf
 from jaxrlhf.config import NonNegativeInt, Settings, settings
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data import (
     DataConfig,
+    Tokenizer,
     demo_quality,
     encode_prompts,
     load_tokenizer,
@@ -88,7 +88,7 @@ def rlhf_config(config: DemoConfig) -> RLHFConfig:
     )
 
 
-def responses(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> list[str]:
+def responses(folder: Path, tokenizer: Tokenizer, questions: list[str], seed: int) -> list[str]:
     """Samples one response per question from the model in `folder`, with keys that do not depend on the model."""
     engine = HybridEngine(load_pretrained(folder))
     prompts = encode_prompts(tokenizer, questions)
@@ -105,7 +105,7 @@ def responses(folder: Path, tokenizer: Any, questions: list[str], seed: int) -> 
 
 
 @works_locally
-def run_demo(config: DemoConfig) -> dict[str, Any]:
+def run_demo(config: DemoConfig) -> Summary:
     """Trains, shows sample conversations before and after PPO, prints where everything is; returns the summary."""
     import json
 
@@ -128,7 +128,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     return summary
 
 
-def closing(root: Path, summary: dict[str, Any]) -> str:
+def closing(root: Path, summary: Summary) -> str:
     s = summary
     total = sum(s["seconds"].values())
     return f"""

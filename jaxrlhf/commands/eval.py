@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jaxrlhf.commands.evaluation.comparison import compare
 from jaxrlhf.commands.evaluation.page import page_of
@@ -23,7 +23,7 @@ from jaxrlhf.runs.console import Console
 __all__ = ["EvalConfig", "evaluate"]
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def evaluate(config: EvalConfig) -> Mapping[str, object]:
     """Evaluates what the settings name: models, a reward model, or models on tasks.
 
     Returns:
@@ -73,7 +73,7 @@ def check_outputs(config: EvalConfig) -> None:
             raise InputError(f"{name} '{path}': is a folder; name a file")
 
 
-def write_results(config: EvalConfig, console: Console, results: dict[str, Any]) -> None:
+def write_results(config: EvalConfig, console: Console, results: Mapping[str, object]) -> None:
     """Writes the results as JSON, where the settings say."""
     if config.output.json is None:
         return

@@ -21,7 +21,7 @@ from jaxrlhf.commands.data_report import (
     Share,
     SourceReport,
 )
-from jaxrlhf.data import Data, DataConfig, epoch_permutation, length_bucket, load_data
+from jaxrlhf.data import Data, DataConfig, Tokenizer, epoch_permutation, length_bucket, load_data
 from jaxrlhf.data.batches import LENGTH_WINDOW
 from jaxrlhf.data.encoding import SpecialTokens
 from jaxrlhf.data.formats import FORMATS
@@ -60,7 +60,7 @@ class Scan:
         return self.part.reading.where(int(self.tables[number]), int(self.rows[number]))
 
 
-def inspect_data(config: DataConfig, tokenizer: Any, step: str, *, show: int, batch_size: int) -> Inspection:
+def inspect_data(config: DataConfig, tokenizer: Tokenizer, step: str, *, show: int, batch_size: int) -> Inspection:
     """Loads the data of a step and describes it.
 
     Args:
@@ -194,7 +194,9 @@ def shown_rows(data: Data, found: Scan, show: int) -> Iterator[Row]:
         yield Row(found.place(int(i)), tuple(passages), ", ".join(filter(None, given)))
 
 
-def passage(tokenizer: Any, name: str, ids: list[int], mask: list[int], special: set[int], first: int = 0) -> Passage:
+def passage(
+    tokenizer: Tokenizer, name: str, ids: list[int], mask: list[int], special: set[int], first: int = 0
+) -> Passage:
     """The tokens from number `first` on, in runs of one kind."""
     kinds = [(bool(marked), token in special) for token, marked in zip(ids, mask, strict=True)]
     starts = [i for i in range(first, len(ids)) if i == first or kinds[i] != kinds[i - 1]]
@@ -204,15 +206,15 @@ def passage(tokenizer: Any, name: str, ids: list[int], mask: list[int], special:
     return Passage(name, tuple(ids[first:]), tuple(mask[first:]), tuple(pieces))
 
 
-def decoded(tokenizer: Any, ids: list[int], start: int, end: int) -> str:
+def decoded(tokenizer: Tokenizer, ids: list[int], start: int, end: int) -> str:
     """The text of tokens `start` to `end`. Some tokenizers drop a space where a text begins, so more is decoded."""
+    decode: Any = tokenizer.decode  # one text, though its type says perhaps several
     before, whole = (
-        tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for part in (ids[:start], ids[:end])
+        decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False) for part in (ids[:start], ids[:end])
     )
     if whole.startswith(before):
         return whole[len(before) :]
-    return tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def first_packed(data: Data, scans: Sequence[Scan]) -> Iterator[Segment]:

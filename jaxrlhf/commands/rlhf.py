@@ -36,6 +36,8 @@ from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens
 
 C = TypeVar("C", bound=SharedConfig)
+Summary = dict[str, Any]
+"""The values of a `summary.json`: metrics by name, and times."""
 Step = SFTConfig | RewardConfig | DPOConfig | PPOConfig
 MODELS = ("model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path")
 """Settings of the steps that name a model to start from."""
@@ -145,7 +147,7 @@ def given_in(config: RLHFConfig, section: str) -> tuple[str, ...]:
 
 
 @works_locally
-def train_rlhf(config: RLHFConfig) -> dict[str, Any]:
+def train_rlhf(config: RLHFConfig) -> Summary:
     """Runs the steps and writes `summary.json` and `report.html`; returns the summary.
 
     With `resume`, finished steps are kept and the unfinished one continues from its newest checkpoint.
@@ -193,7 +195,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def summary_of(stage: SharedConfig) -> dict[str, Any]:
+def summary_of(stage: SharedConfig) -> Summary:
     return read_json(Path(stage.folder.output_dir) / "summary.json")
 
 
@@ -232,7 +234,7 @@ def is_finished(stage: SharedConfig) -> bool:
     return (Path(stage.folder.output_dir) / "summary.json").is_file()
 
 
-def finished(stage: SharedConfig) -> dict[str, Any] | None:
+def finished(stage: SharedConfig) -> Summary | None:
     """The summary of a step that finished with the same settings (on any mesh), or None."""
     folder = Path(stage.folder.output_dir)
     if not is_finished(stage) or not (folder / "config.yaml").is_file():
@@ -254,7 +256,7 @@ def finished(stage: SharedConfig) -> dict[str, Any] | None:
     return summary_of(stage) if before == now else None
 
 
-def summarise(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise(stages: dict[str, Summary]) -> Summary:
     """Metrics of all steps under names of their own."""
     metrics = {
         "sft_eval_loss_before": ("sft", "eval_before", "loss"),

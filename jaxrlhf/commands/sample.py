@@ -34,6 +34,7 @@ from jaxrlhf.models import (
     with_kernels,
     working_copy,
 )
+from jaxrlhf.models.model import PyTree
 from jaxrlhf.rewards import Rewards, RewardsConfig, finite_mean
 from jaxrlhf.rl.config import sampling_for
 from jaxrlhf.runs.console import Console
@@ -106,7 +107,7 @@ class SampleConfig(Settings):
 
 
 @partial(jax.jit, static_argnames=("module", "mesh", "parts"))
-def reward_model_scores(params: Any, rollout: Rollout, *, module: Decoder, mesh: Mesh, parts: int) -> jax.Array:
+def reward_model_scores(params: PyTree, rollout: Rollout, *, module: Decoder, mesh: Mesh, parts: int) -> jax.Array:
     """Computes the reward model's score float32 `[B]` at each sequence's last real token, in `parts` chunks of rows."""
     with use(mesh, TRAIN_RULES):
         rows = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())

@@ -9,7 +9,7 @@ import ctypes
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxrlhf.errors import InputError
 
@@ -35,7 +35,7 @@ OPTIONS = (
 
 
 @lru_cache
-def glibc() -> Any:
+def glibc() -> ctypes.CDLL | None:
     """The C library of this process where it is glibc, else None."""
     if not sys.platform.startswith("linux"):
         return None

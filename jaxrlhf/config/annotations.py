@@ -99,7 +99,7 @@ def hints_of(cls: type) -> dict[str, Hint]:
     return {f.name: hint_of(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
-def hint_of(annotation: Any) -> Hint:
+def hint_of(annotation: object) -> Hint:
     """Reads the annotation of a field or of the items of a tuple."""
     notes: tuple[Any, ...] = ()
     if typing.get_origin(annotation) is Annotated:

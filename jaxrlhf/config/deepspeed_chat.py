@@ -5,6 +5,7 @@ names its table in `OTHER_FLAGS`. docs/coming-from-deepspeed-chat.md shows the w
 """
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from jaxrlhf.config.other_flags import Flag, Line, Say, Script, count, first_of
 from jaxrlhf.errors import InputError
@@ -109,7 +110,7 @@ def _test_mode(line: Line, say: Say, batches: int) -> None:
 def _pretraining(line: Line, say: Say) -> None:
     """The pretraining text is a data set and its config; without one, its coefficient means nothing."""
     config = line.pop("unsupervised_dataset_config_name", None)
-    name = first_of(line, ("unsupervised_dataset_name", "ptx_data_path"))
+    name: Any = first_of(line, ("unsupervised_dataset_name", "ptx_data_path"))
     if config is not None:
         if name is None:
             raise InputError("unsupervised_dataset_config_name requires unsupervised_dataset_name")

@@ -130,7 +130,7 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def check_unicode(value: Any) -> None:
+def check_unicode(value: object) -> None:
     """Raises ValueError for a JSON value with half of a surrogate pair (`"\\ud800"`), which no file can hold."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -139,7 +139,7 @@ def check_unicode(value: Any) -> None:
         raise ValueError(f"it holds {half}, half of a surrogate pair, which is no character") from error
 
 
-def _depth(value: Any) -> int:
+def _depth(value: object) -> int:
     """The depth of lists and objects that stand inside each other."""
     depth, level = 0, [value]
     while level := [inner for inner in level if isinstance(inner, dict | list)]:

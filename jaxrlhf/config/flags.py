@@ -16,6 +16,7 @@ from jaxrlhf.config import trl
 from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
+from jaxrlhf.config.other_flags import Words
 from jaxrlhf.config.secrets import redacted, shown_setting
 from jaxrlhf.config.settings import (
     Settings,
@@ -77,7 +78,7 @@ def parse(
     return cls.create(**values)
 
 
-def _translated(cls: type[Settings], flags: list[tuple[str, Any]]) -> list[tuple[str, str, Any]]:
+def _translated(cls: type[Settings], flags: list[tuple[str, Words]]) -> list[tuple[str, str, Any]]:
     """(file, name, value) of each setting, in our names: the YAML file's first, then the flags', whose file is ""."""
     file, in_file = "", {}
     for words in [words for name, words in flags if name == "config"][-1:]:
@@ -192,7 +193,7 @@ def _pair(name: str, word: str) -> tuple[str, str]:
     return key, value
 
 
-def _typed(kind: Any, word: str) -> Any:
+def _typed(kind: object, word: str) -> Any:
     """The word as tyro reads it for a type; unchanged where it is of another type."""
     lowered, anything = word.lower(), kind == int | float | bool | str
     if kind is str or (anything and isinstance(word, Quoted)):

@@ -36,7 +36,7 @@ def print_help(cls: type[Settings], section: str, prog: str, description: str) -
     tyro.cli(shown, args=["--help"], prog=prog, description=description, use_underscores=True, config=markers)
 
 
-def _shown(cls: type, start: Any, hidden: frozenset[str]) -> type:
+def _shown(cls: type, start: object, hidden: frozenset[str]) -> type:
     """`cls` as tyro shows it: with the defaults of `start`, parts without a prefix, hidden settings left out."""
     hidden, fields = hidden | getattr(cls, "HIDDEN", frozenset()), []
     for f in dataclasses.fields(cls):

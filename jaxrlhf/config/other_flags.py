@@ -12,12 +12,12 @@ Line = dict[str, Any]
 Say = Callable[[str], None]
 
 
-def words_of(value: Any) -> Words:
+def words_of(value: object) -> Words:
     """The words of a flag, or the scalar or list of a YAML file, as text."""
     return tuple(map(str, value)) if isinstance(value, tuple | list) else (str(value),)
 
 
-def first_of(line: Line, names: Collection[str]) -> Any:
+def first_of(line: Line, names: Collection[str]) -> object:
     """The value of the last of these settings; None where none of them is given."""
     return next((line[name] for name in reversed(line) if name in names), None)
 
@@ -55,7 +55,7 @@ class Flag:
         """alias, obsolete or refused."""
         return "alias" if self.setting else "obsolete" if self.advice else "refused"
 
-    def read(self, value: Any, shown: str, say: Say) -> Any:
+    def read(self, value: object, shown: str, say: Say) -> Words | str | None:
         """Our setting's value; None where it has none.
 
         Args:
@@ -101,7 +101,7 @@ class Script:
         """True for the flags of a command line that is the script's own, whose defaults then hold."""
         return self.marker in names and "config" not in names
 
-    def translate(self, given: Sequence[tuple[str, Any]], names: Mapping[str, str], say: Say, *, own: bool) -> Line:
+    def translate(self, given: Sequence[tuple[str, object]], names: Mapping[str, str], say: Say, *, own: bool) -> Line:
         """Translates settings.
 
         Args:
@@ -141,7 +141,7 @@ class Script:
             raise InputError("\n".join(errors))
         return translated
 
-    def _shown(self, name: str, value: Any) -> str:
+    def _shown(self, name: str, value: object) -> str:
         words = " ".join(words_of(value))
         return f"{name}={words}" if self.as_keys else f"--{name} {words}".rstrip()
 

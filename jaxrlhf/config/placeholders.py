@@ -19,18 +19,18 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax")
 class _Anything(type):
     """The class of placeholders: every attribute, call and index of one is a placeholder again."""
 
-    def __getattr__(cls, name: str) -> Any:
+    def __getattr__(cls, name: str) -> "type[Placeholder]":
         if name.startswith("__"):
             raise AttributeError(name)
         return Placeholder
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> object:
         return args[0] if len(args) == 1 and isinstance(args[0], type) else Placeholder
 
-    def __getitem__(cls, item: Any) -> Any:
+    def __getitem__(cls, item: object) -> "type[Placeholder]":
         return Placeholder
 
-    def __or__(cls, other: Any) -> Any:
+    def __or__(cls, other: object) -> Any:
         return Placeholder
 
     __ror__ = __or__
@@ -43,7 +43,9 @@ class Placeholder(metaclass=_Anything):
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the libraries' modules as empty ones, whose every name is a placeholder."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] in LIBRARIES:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None

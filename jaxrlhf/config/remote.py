@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from filelock import FileLock
 
@@ -224,7 +224,7 @@ def _record_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.json")
 
 
-def _key(info: Mapping[str, Any]) -> str:
+def _key(info: Mapping[str, object]) -> str:
     """Size and version of a file, as the store tells them."""
     names = ("ETag", "etag", "md5Hash", "content_settings", "LastModified", "last_modified", "mtime", "created")
     version = next((info[name] for name in names if info.get(name)), "")

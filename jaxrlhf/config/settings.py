@@ -52,7 +52,7 @@ class Settings:
     TRL_KEYS: ClassVar[Script | None] = None
     _may_change: ClassVar[bool] = False
 
-    def __init_subclass__(cls, may_change: bool | None = None, **options: Any) -> None:
+    def __init_subclass__(cls, may_change: bool | None = None, **options: object) -> None:
         super().__init_subclass__(**options)
         if may_change is not None:
             cls._may_change = may_change
@@ -68,14 +68,14 @@ class Settings:
         """Refuses settings that contradict each other. Raises InputError naming them."""
 
     @classmethod
-    def create(cls, **values: Any) -> Self:
+    def create(cls, **values: object) -> Self:
         """Builds the config from flat names: `SFTConfig.create(data_path=("demo",), learning_rate=1e-4)`.
 
         Raises InputError for a name that is not a setting, or a value that is not allowed.
         """
         return _build(cls, values, None)
 
-    def replace(self, **values: Any) -> Self:
+    def replace(self, **values: object) -> Self:
         """Returns a copy with the named settings changed, in whatever part they stand."""
         return _build(type(self), values, self)
 
@@ -89,7 +89,7 @@ class Settings:
             yield name, self.value(name)
 
 
-def expanded(value: Any) -> Any:
+def expanded(value: object) -> object:
     """A path, or several, with the home folder in place of a leading ~."""
     if isinstance(value, str):
         return os.path.expanduser(value)
@@ -163,7 +163,7 @@ def default_in(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _build(cls: type[T], values: Mapping[str, Any], base: T | None) -> T:
+def _build(cls: type[T], values: Mapping[str, object], base: T | None) -> T:
     """`cls` with `values` by flat name; the rest as `base` or the defaults have it."""
     known, tree = _every(cls), {}
     for name, value in values.items():
@@ -176,7 +176,7 @@ def _build(cls: type[T], values: Mapping[str, Any], base: T | None) -> T:
     return _grow(cls, tree, base)
 
 
-def _grow(cls: type[T], tree: Mapping[str, Any], base: T | None) -> T:
+def _grow(cls: type[T], tree: Mapping[str, object], base: T | None) -> T:
     """As `_build`, of values by field name, those of parts in mappings of their own."""
     arguments: dict[str, Any] = {}
     for f in dataclasses.fields(typing.cast(Any, cls)):
@@ -194,19 +194,19 @@ def _grow(cls: type[T], tree: Mapping[str, Any], base: T | None) -> T:
     return cls(**arguments)
 
 
-def lasting(config: Settings) -> dict[str, Any]:
+def lasting(config: Settings) -> dict[str, object]:
     """The settings that a resumed run must have as the run that it continues, as JSON values."""
     known = settings(type(config))
     return {name: _plain(value) for name, value in config.items() if not known[name].may_change}
 
 
-def to_dict(config: Settings) -> dict[str, Any]:
+def to_dict(config: Settings) -> dict[str, object]:
     """The config as plain values by flat names, as YAML has it; sections are dicts of their own."""
     nested = {name: to_dict(getattr(config, name)) for name in sections(type(config))}
     return {name: _plain(value) for name, value in config.items()} | nested
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

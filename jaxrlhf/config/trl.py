@@ -6,7 +6,6 @@ translates keys that mean something only together. docs/coming-from-trl.md descr
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 from jaxrlhf.config import trl_rules as rules
 from jaxrlhf.config.other_flags import Flag, Line, Say, Script
@@ -44,7 +43,7 @@ def check_not_mixed(
         )
 
 
-def translate(script: Script, given: Mapping[str, Any], names: Mapping[str, str], say: Say) -> dict[str, Any] | None:
+def translate(script: Script, given: Mapping[str, object], names: Mapping[str, str], say: Say) -> Line | None:
     """Translates TRL's keys into ours.
 
     Args:

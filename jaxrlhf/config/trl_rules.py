@@ -21,7 +21,7 @@ FILES = ("json", "csv", "parquet", "text", "arrow")
 PARTS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 
 
-def is_null(value: Any) -> bool:
+def is_null(value: object) -> bool:
     return isinstance(value, str) and value.lower() in ("null", "~", "")
 
 
@@ -92,7 +92,7 @@ def data(line: Line, say: Say) -> None:
     line["data_mixture"] = sources
 
 
-def _mixture(entries: Any, evaluates: bool, given: Line) -> list[dict[str, Any]]:
+def _mixture(entries: object, evaluates: bool, given: Line) -> list[dict[str, Any]]:
     """The sources of `datasets`."""
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) and "path" in e for e in entries):
         raise InputError("datasets: must be a list of mappings with a path")

@@ -3,7 +3,7 @@
 In files of settings scalars are read as text, so that flags and keys are parsed alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ class Quoted(str):
 class _Bounded:
     """Refuses documents that refer to themselves, or are too large once their references are followed."""
 
-    def get_single_node(self) -> Any:
+    def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()  # type: ignore[misc]
         if node is not None:
             _expanded(node, {}, 1)
         return node
 
 
-def _expanded(node: Any, counts: dict[int, int], depth: int) -> int:
+def _expanded(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
     """The number of values in a node, with what its references stand for. Raises YAMLError beyond the bounds."""
     if id(node) not in counts:
         counts[id(node)] = MAX_NODES + 1  # as long as it is being counted: a reference to itself is endless
@@ -54,11 +54,11 @@ class _SafeLoader(_Bounded, yaml.SafeLoader):
 class _Loader(_Bounded, yaml.BaseLoader):
     """Leaves scalars as text, and refuses doubled keys."""
 
-    def construct_scalar(self, node: Any) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode) -> object:
         text = super().construct_scalar(node)
         return Quoted(text) if node.style else text
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for place, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
             if key in keys[:place]:
@@ -78,7 +78,7 @@ _Dumper.add_representer(
 )
 
 
-def is_none(word: Any) -> bool:
+def is_none(word: object) -> bool:
     """Returns True for a word that stands for no value."""
     return isinstance(word, str) and not isinstance(word, Quoted) and word.lower() in NONE_WORDS
 
@@ -105,7 +105,7 @@ def parse_yaml(text: str, loader: type = _SafeLoader) -> Any:
         raise ValueError(f"not valid YAML: {error or 'nested too deep'}") from error
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, object]:
     """Reads a YAML mapping, with scalars as text. Raises InputError for a file that holds something else."""
     try:
         values = load_yaml_file(path, _Loader)
@@ -120,6 +120,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def dump_yaml(values: Mapping[str, Any]) -> str:
+def dump_yaml(values: Mapping[str, object]) -> str:
     """YAML of plain values, such that `read_yaml` gives text that means the same."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

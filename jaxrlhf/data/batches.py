@@ -16,7 +16,7 @@ import numpy as np
 from jaxrlhf.data.messages import Prompt
 from jaxrlhf.data.order import Schedule, epoch_units, stream_positions
 from jaxrlhf.data.packing import Bins, pack
-from jaxrlhf.data.tokenized import Part
+from jaxrlhf.data.tokenized import Part, TokenRow
 from jaxrlhf.data.tokenizer import pad_token_id
 
 SMALLEST_BUCKET = 32
@@ -188,10 +188,10 @@ class Data:
         rows = self.bins[k][place].tolist() if self.bins is not None else [place]
         return [(k, row) for row in rows]
 
-    def values(self, units: Indices, columns: Sequence[str]) -> list[list[dict[str, Any]]]:
+    def values(self, units: Indices, columns: Sequence[str]) -> list[list[TokenRow]]:
         """The columns of each row of each unit."""
         members = [self.members(int(unit)) for unit in units]
-        found: dict[tuple[int, int], dict[str, Any]] = {}
+        found: dict[tuple[int, int], TokenRow] = {}
         for k, part in enumerate(self.parts):
             if wanted := sorted({row for unit in members for source, row in unit if source == k}):
                 fetched = part.fetch(wanted, columns)
@@ -416,7 +416,7 @@ class UnpairedData(Data):
 NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
-def mismatched(row: Mapping[str, Any], other: Mapping[str, Any], longest: int) -> tuple[np.ndarray, np.ndarray]:
+def mismatched(row: TokenRow, other: TokenRow, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and targets of a row's prompt and another row's completion, cut at `longest` tokens."""
     n, m = int(row["prompt_length"]), int(other["prompt_length"])
     ids = np.concatenate([row["ids_0"][:n], other["ids_0"][m:]])
@@ -484,7 +484,9 @@ class Batches(Protocol):
     def batch(self, indices: Indices, *, held: np.ndarray | None = None) -> Batch: ...
 
 
-def eval_batches(data: Batches, batch_size: int, rows: np.ndarray | None = None, **options: Any) -> Iterator[Batch]:
+def eval_batches(
+    data: Batches, batch_size: int, rows: np.ndarray | None = None, **options: np.ndarray | None
+) -> Iterator[Batch]:
     """Yields every unit once, in order; filler rows complete the last batch.
 
     Args:

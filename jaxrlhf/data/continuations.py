@@ -8,12 +8,12 @@ after the mark.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxrlhf.data.encoding import SpecialTokens, Text, encode
 from jaxrlhf.data.ends import PROBE, closing_ids, turn_end
 from jaxrlhf.data.renderer import Message, Prompt, Renderer, RowProblem, Tools, check_content
 from jaxrlhf.data.rendering import EncodedRow, encode_rows
+from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import InputError
 
 
@@ -29,7 +29,7 @@ class Continuer:
         InputError: The chat template does not show the tools.
     """
 
-    def __init__(self, tokenizer: Any, tools: Tools | None = None, special_tokens_in_data: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: Tools | None = None, special_tokens_in_data: bool = False) -> None:
         self.tokenizer, self.tools, self._literal = tokenizer, tools or None, special_tokens_in_data
         self._special = SpecialTokens(tokenizer)
         self._renderer = Renderer(tokenizer, None if special_tokens_in_data else self._special)

@@ -10,10 +10,9 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
+from jaxrlhf.data.files import Row
 from jaxrlhf.data.formats import look_up
-from jaxrlhf.data.registry import Row
 
 CITATION = re.compile(r" ?\[\d+(?:, ?\d+)*\]")
 HELPSTEER_TURN = re.compile(r"\n*<extra_id_1>(User|Assistant)\n+")
@@ -169,5 +168,5 @@ def oasst_message(row: Row) -> dict[str, str]:
     return message(OASST_ROLES[row["role"]], row["text"])
 
 
-def message(role: str, content: Any) -> dict[str, str]:
+def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}

@@ -11,9 +11,14 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+    from jaxrlhf.data.tokenizer import Tokenizer
 
 PRIVATE = 0x100000  # the first character of Unicode's last plane, which is of private use
 
@@ -45,7 +50,7 @@ class Encoded:
 class SpecialTokens:
     """The special tokens of a tokenizer, found in texts."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         named = set(tokenizer.all_special_tokens)
         special = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content in named}
         added = [token for token in special.values() if token.content]
@@ -61,7 +66,7 @@ class SpecialTokens:
         ]
         self._to_split = re.compile("|".join(swallowing)) if swallowing else None
 
-    def among(self, value: Any) -> bool:
+    def among(self, value: object) -> bool:
         """True when a text in a JSON value holds a special token."""
         if isinstance(value, str):
             return any(c in value for c in self._first) and self._to_hide.search(value) is not None
@@ -69,7 +74,7 @@ class SpecialTokens:
             return any(map(self.among, value.values()))
         return isinstance(value, list | tuple) and any(map(self.among, value))
 
-    def hide(self, value: Any, hidden: dict[str, str]) -> Any:
+    def hide(self, value: object, hidden: dict[str, str]) -> Any:
         """The value with each special token in its texts replaced by a character, which is added to `hidden`."""
         if isinstance(value, str):
             names = {text: character for character, text in hidden.items()}
@@ -96,7 +101,7 @@ class SpecialTokens:
             yield last, len(text), ""
 
 
-def encode(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | None = None) -> list[Encoded]:
+def encode(tokenizer: Tokenizer, texts: Sequence[Text], special: SpecialTokens | None = None) -> list[Encoded]:
     """Encodes texts in few batched calls: nothing added, nothing cut, never two BOS at the start.
 
     Args:
@@ -104,10 +109,11 @@ def encode(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | None 
         texts: the texts.
         special: the tokenizer's special tokens; needed for texts with hidden ones.
     """
-    return [_without_second_bos(each, tokenizer.bos_token_id) for each in _encode_all(tokenizer, texts, special)]
+    untyped: Any = tokenizer  # transformers leaves open what its ids are
+    return [_without_second_bos(each, untyped.bos_token_id) for each in _encode_all(tokenizer, texts, special)]
 
 
-def _encode_all(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | None) -> list[Encoded]:
+def _encode_all(tokenizer: Tokenizer, texts: Sequence[Text], special: SpecialTokens | None) -> list[Encoded]:
     # Rows repeat texts: prompts of several pairs, and responses of several comparisons.
     once = list(dict.fromkeys(text.text for text in texts if not text.hidden))
     plain = dict(zip(once, _encode_plain(tokenizer, once), strict=True))
@@ -117,7 +123,7 @@ def _encode_all(tokenizer: Any, texts: Sequence[Text], special: SpecialTokens | 
 
 
 def encode_continuations(
-    tokenizer: Any, texts: Sequence[Text], heads: Sequence[tuple[Text, Encoded]], special: SpecialTokens
+    tokenizer: Tokenizer, texts: Sequence[Text], heads: Sequence[tuple[Text, Encoded]], special: SpecialTokens
 ) -> list[Encoded]:
     """Encodes texts that begin as others, which are encoded already.
 
@@ -155,13 +161,13 @@ def _joined(before: list[int], tail: Encoded, place: int) -> Encoded:
     return Encoded(before + tail.ids, tokens)
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], **options: Any) -> BatchEncoding:
     """Encodes many texts in one call of the tokenizer. Adds and cuts nothing."""
     options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     return tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, **options)
 
 
-def encode_stops(tokenizer: Any, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def encode_stops(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Token ids of each stop string, nothing added. Raises InputError for one without any.
 
     Generation does not find a stop string that the model writes with other tokens, such as one merged with the
@@ -190,11 +196,11 @@ def _overlapping(offsets: Sequence[tuple[int, int]], a: int, b: int) -> tuple[in
     return bisect_right(offsets, a, key=lambda place: place[1]), bisect_left(offsets, b, key=lambda place: place[0])
 
 
-def _encode_plain(tokenizer: Any, texts: list[str]) -> list[Encoded]:
+def _encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[Encoded]:
     if not texts:
         return []
     if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
+        backend: Any = tokenizer.backend_tokenizer
         # The library itself, with nothing cut or added: transformers' call builds lists that nobody reads here.
         backend.no_truncation()
         backend.no_padding()
@@ -205,7 +211,9 @@ def _encode_plain(tokenizer: Any, texts: list[str]) -> list[Encoded]:
     return [Encoded(row, _by_prefixes(tokenizer, Text(text), None)) for row, text in zip(ids, texts, strict=True)]
 
 
-def _by_prefixes(tokenizer: Any, text: Text, special: SpecialTokens | None) -> Callable[[int, int], tuple[int, int]]:
+def _by_prefixes(
+    tokenizer: Tokenizer, text: Text, special: SpecialTokens | None
+) -> Callable[[int, int], tuple[int, int]]:
     """The ranges of tokens for a tokenizer without offsets: as many tokens as the text before the place has."""
 
     def tokens(a: int, b: int) -> tuple[int, int]:
@@ -215,7 +223,7 @@ def _by_prefixes(tokenizer: Any, text: Text, special: SpecialTokens | None) -> C
     return tokens
 
 
-def _encode_pieces(tokenizer: Any, texts: list[Text], special: SpecialTokens) -> list[Encoded]:
+def _encode_pieces(tokenizer: Tokenizer, texts: list[Text], special: SpecialTokens) -> list[Encoded]:
     """Encodes texts piece by piece: special tokens by their ids, the text between them without any."""
     pieces = [list(special.split(text.text)) for text in texts]
     between = [
@@ -232,7 +240,8 @@ def _encode_pieces(tokenizer: Any, texts: list[Text], special: SpecialTokens) ->
         for a, b, token in row:
             start = len(text.restored(a))
             if token:
-                ids.append(tokenizer.convert_tokens_to_ids(token))
+                one: Any = tokenizer.convert_tokens_to_ids(token)
+                ids.append(one)
                 offsets.append((start, len(text.restored(b))))
             else:
                 inner, places = next(encoded)
@@ -249,17 +258,17 @@ def _restored_ranges(text: Text, offsets: list[tuple[int, int]]) -> Callable[[in
     return lambda a, b: _overlapping(offsets, len(text.restored(a)), len(text.restored(b)))
 
 
-def _encode_inner(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+def _encode_inner(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
     """Yields ids and offsets (fast tokenizers) of texts that follow a special token, in which none is recognised.
 
     Some tokenizers put a space before the first word of a text, but not of one that follows a special token. For
     these a line break is encoded in front, and removed again.
     """
-    mark = tokenizer.eos_token or ""
+    mark: Any = tokenizer.eos_token or ""
     lone, after, line_break = encode_texts(tokenizer, ["a", mark + "a", "\n"])["input_ids"]
     front = "" if after[1:] == lone else "\n"
     for text in texts:
-        batch = encode_texts(tokenizer, [front + text, text], split_special_tokens=True)
+        batch: Any = encode_texts(tokenizer, [front + text, text], split_special_tokens=True)
         joined = batch["input_ids"][0][: len(line_break)] != line_break
         which, skip, shift = (1, 0, 0) if not front or joined else (0, len(line_break), 1)
         places = batch.encodings[which].offsets if tokenizer.is_fast else []

@@ -11,7 +11,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from jaxrlhf.data.encoding import SpecialTokens
 from jaxrlhf.data.renderer import renderer_of_transformers
 from jaxrlhf.data.vocabulary import vocabulary_size
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxrlhf.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # such as <|im_end|>, </s>, 
 _REMEDY = "correct the file, or name the ids with --eos_token_ids"
 
 
-def end_ids(tokenizer: Any) -> tuple[int, ...]:
+def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a response. The first one closes a response that the chat template leaves open.
 
     Args:
@@ -37,28 +40,28 @@ def end_ids(tokenizer: Any) -> tuple[int, ...]:
     given = getattr(tokenizer, "end_ids_given", ())
     if given:
         return given
-    found = (tokenizer.eos_token_id, turn_end(tokenizer), *getattr(tokenizer, "end_ids_of_model", ()))
+    found: tuple[Any, ...] = (tokenizer.eos_token_id, turn_end(tokenizer), *getattr(tokenizer, "end_ids_of_model", ()))
     return tuple(dict.fromkeys(i for i in found if i is not None))
 
 
-def without_end(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
+def without_end(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
     """The ids of a sampled response without the one that ended it; not every tokenizer skips it as a special token."""
     return ids[:-1] if len(ids) and int(ids[-1]) in end_ids(tokenizer) else ids
 
 
-def knows_model(tokenizer: Any) -> bool:
+def knows_model(tokenizer: Tokenizer) -> bool:
     """True when the tokenizer is one of `with_end_ids`."""
     return hasattr(tokenizer, "end_ids_of_model")
 
 
-def closing_ids(tokenizer: Any) -> frozenset[int]:
+def closing_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The end ids that cut a training target: those of special tokens, which the text of a message never has."""
     return frozenset(i for i in end_ids(tokenizer) if is_special(tokenizer, i))
 
 
 def with_end_ids(
-    tokenizer: Any, files: Mapping[str, Any], given: Iterable[int | str] = (), *, other_tokenizer: bool = False
-) -> Any:
+    tokenizer: Tokenizer, files: Mapping[str, object], given: Iterable[int | str] = (), *, other_tokenizer: bool = False
+) -> Tokenizer:
     """Returns a copy of the tokenizer with the end ids of a model.
 
     Args:
@@ -84,15 +87,15 @@ def with_end_ids(
     return tokenizer
 
 
-def _ids(name: str, value: Any) -> list[int]:
+def _ids(name: str, value: object) -> list[int]:
     """The ids in a file, checked for their type."""
-    ids = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    ids: list[Any] = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise InputError(f"{name}: eos_token_id={value!r} must be an id or a list of ids; {_REMEDY}")
     return ids
 
 
-def _check_ids(tokenizer: Any, name: str, ids: list[int], size: int) -> None:
+def _check_ids(tokenizer: Tokenizer, name: str, ids: list[int], size: int) -> None:
     """Raises InputError for ids outside the vocabulary and for a generation config of another model."""
     outside = [i for i in ids if not 0 <= i < size]
     if outside:
@@ -112,13 +115,14 @@ def _check_ids(tokenizer: Any, name: str, ids: list[int], size: int) -> None:
     logger.warning("%s: eos_token_id=%d, which ends responses, is the plain token %r", name, strange[0], token)
 
 
-def _id_of(tokenizer: Any, item: int | str, size: int) -> int:
+def _id_of(tokenizer: Tokenizer, item: int | str, size: int) -> int:
     """The id that a user gives as a number or as the text of a token."""
     if isinstance(item, str) and not item.isdecimal():
         if item not in tokenizer.get_vocab():
             known = ", ".join(SpecialTokens(tokenizer).names.values())
             raise InputError(f"eos_token_ids: the tokenizer has no token {item!r}; its special tokens are {known}")
-        return tokenizer.convert_tokens_to_ids(item)
+        found: Any = tokenizer.convert_tokens_to_ids(item)
+        return found
     if not 0 <= int(item) < size:
         raise InputError(
             f"eos_token_ids: {item} is outside the tokenizer's vocabulary of {size} tokens (0 to {size - 1})"
@@ -126,12 +130,12 @@ def _id_of(tokenizer: Any, item: int | str, size: int) -> int:
     return int(item)
 
 
-def is_special(tokenizer: Any, i: int) -> bool:
+def is_special(tokenizer: Tokenizer, i: int) -> bool:
     """True for a token that no plain text is encoded with: a special one, or one that looks like a mark."""
     added = tokenizer.added_tokens_decoder.get(i)
     if (added is not None and added.special) or i in tokenizer.all_special_ids:
         return True
-    token = tokenizer.convert_ids_to_tokens(i)
+    token: Any = tokenizer.convert_ids_to_tokens(i)
     return token is not None and _MARKER.fullmatch(token) is not None
 
 
@@ -174,12 +178,12 @@ def turn_of(template: str, names: tuple[tuple[str, str], ...]) -> Turn:
     return Turn(before, after, longer.split(PROBE)[1] if longer.count(PROBE) == 2 else "")
 
 
-def names_of(tokenizer: Any) -> tuple[tuple[str, str], ...]:
+def names_of(tokenizer: Tokenizer) -> tuple[tuple[str, str], ...]:
     """The special tokens by the names that chat templates use."""
     return tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def turn_end(tokenizer: Tokenizer) -> int | None:
     """The id of the special token that the chat template puts right after an assistant turn; None for none.
 
     White space may stand before it. A token that only the last turn has before it is no end but the header of the next
@@ -194,7 +198,7 @@ def turn_end(tokenizer: Any) -> int | None:
     return None if earlier is not None and earlier != last else last
 
 
-def _first_special(tokenizer: Any, text: str) -> int | None:
+def _first_special(tokenizer: Tokenizer, text: str) -> int | None:
     """The id of the special token that a text begins with, after white space."""
     text = text.lstrip()
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}

@@ -15,15 +15,20 @@ import io
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.config.files import check_regular, parse_json
 from jaxrlhf.data.cache import created
 from jaxrlhf.errors import InputError
 
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+Row = Mapping[str, Any]
+"""A row of data: its values by column."""
 JSON, CSV = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 KINDS = (*JSON, *CSV, ".parquet", ".arrow", ".txt")
 COMPRESSED = ("", ".gz", ".zst", ".bz2")
@@ -70,7 +75,7 @@ class Table:
             return [parse_line(text, lambda i=i: self.where(i)) for i, text in zip(indices, batch["text"], strict=True)]
         return self.parse(batch)
 
-    def each(self, count: int | None = None) -> Iterator[Mapping[str, Any]]:
+    def each(self, count: int | None = None) -> Iterator[Row]:
         """The rows as columns, or the first of them. A streamed file is read here, so its faults show here."""
         with loading(f"{self.name}: cannot be read", "copy it again, text as UTF-8"):
             yield from self.dataset if count is None else self.dataset.take(count)
@@ -84,7 +89,7 @@ class Table:
         return [row for row in self.parse(columns) if row is not None] if columns else []
 
 
-def parse_line(text: str, where: Any) -> Any:
+def parse_line(text: str, where: Callable[[], str]) -> Any:
     """Parses a line of JSON; None for a blank one. Raises InputError with the place that `where()` names."""
     text = text.lstrip("\ufeff")
     if not text.strip():
@@ -101,7 +106,7 @@ def parse_line(text: str, where: Any) -> Any:
         ) from error
 
 
-def table_of_rows(rows: Sequence[Any], name: str, unit: str, numbers: Sequence[int] | None = None) -> Table:
+def table_of_rows(rows: Sequence[object], name: str, unit: str, numbers: Sequence[int] | None = None) -> Table:
     """A table of JSON values that are in memory."""
     import datasets
 
@@ -115,7 +120,7 @@ def suffix_of(path: Path | str) -> str:
 
 
 @contextlib.contextmanager
-def open_file(path: Path) -> Iterator[Any]:
+def open_file(path: Path) -> Iterator[io.BufferedReader]:
     """Opens a file for reading bytes, uncompressed. Raises InputError naming the file when it cannot be read."""
     import fsspec
 
@@ -248,7 +253,7 @@ def read_file(path: Path, cache: Path, streaming: bool = False) -> Table:
     return table
 
 
-def _load(reader: str, path: Path, cache: Path, streaming: bool, **options: Any) -> Any:
+def _load(reader: str, path: Path, cache: Path, streaming: bool, **options: Any) -> Dataset | IterableDataset:
     """The one data set that a reader of `datasets` makes of a file."""
     import datasets
     from datasets.exceptions import DatasetGenerationError

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxrlhf.data.files import Row
 from jaxrlhf.data.messages import (
     BadRow,
     Completion,
@@ -71,10 +72,10 @@ class Columns:
     def path(self, column: str) -> str:
         return self.names.get(column, column)
 
-    def has(self, row: Mapping[str, Any], column: str) -> bool:
+    def has(self, row: Row, column: str) -> bool:
         return look_up(row, self.path(column)) is not MISSING
 
-    def get(self, row: Mapping[str, Any], column: str) -> Any:
+    def get(self, row: Row, column: str) -> Any:
         """The value, or None. Raises BadRow when the row lacks the column."""
         value = look_up(row, self.path(column))
         if value is MISSING:
@@ -85,7 +86,7 @@ class Columns:
 MISSING = object()
 
 
-def look_up(row: Any, path: str, default: Any = MISSING) -> Any:
+def look_up(row: object, path: str, default: object = MISSING) -> Any:
     """The value at a dotted path (`answers.0.text`), or `default`. A column whose name has dots goes first."""
     if isinstance(row, Mapping) and path in row:
         return row[path]

@@ -97,7 +97,7 @@ def _message_text(content: object, calls: bool, field: str, number: int, role: s
     return content
 
 
-def json_list(text: str) -> list[Any] | None:
+def json_list(text: str) -> list[object] | None:
     try:
         parsed = parse_json(text)
     except ValueError:
@@ -105,7 +105,7 @@ def json_list(text: str) -> list[Any] | None:
     return parsed if isinstance(parsed, list) else None
 
 
-def _is_conversation(value: list[Any]) -> bool:
+def _is_conversation(value: list[object]) -> bool:
     return all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
 
 

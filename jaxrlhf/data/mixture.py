@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxrlhf.config import NonNegative, NonNegativeInt, Positive, Settings
 from jaxrlhf.config.files import parse_json
@@ -67,7 +66,7 @@ class SourceConfig(Settings):
         return last or self.path
 
 
-def read_inline(value: Any) -> tuple[str, ...]:
+def read_inline(value: str | Mapping[str, list] | list) -> tuple[str, ...]:
     """The setting `data_mixture` from YAML: a file name, or a list of sources, each kept as a JSON text."""
     if isinstance(value, str):
         return (value,)
@@ -101,7 +100,7 @@ def parse_mixture(values: Sequence[str]) -> tuple[SourceConfig, ...]:
     return tuple(sources)
 
 
-def _inline(text: str) -> Any:
+def _inline(text: str) -> object:
     """The source in a JSON text, which a config's YAML or a flag holds."""
     try:
         return _scalars(parse_json(text))
@@ -111,7 +110,7 @@ def _inline(text: str) -> Any:
         ) from error
 
 
-def _scalars(entry: Any) -> Any:
+def _scalars(entry: object) -> object:
     """A source from the run's YAML, where every scalar is text, with its values read as YAML has them."""
     if isinstance(entry, Mapping):
         return {key: _scalars(value) for key, value in entry.items()}
@@ -120,7 +119,7 @@ def _scalars(entry: Any) -> Any:
     return parse_yaml(entry) if isinstance(entry, str) and entry else entry
 
 
-def _read_file(name: str) -> list[Any]:
+def _read_file(name: str) -> list[object]:
     """The list of sources in a YAML file: the file's list, or the list under `sources`."""
     path = Path(name).expanduser()
     try:

@@ -9,7 +9,7 @@ import itertools
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from jaxrlhf.data import formats
 from jaxrlhf.data.cache import hash_json
 from jaxrlhf.data.files import Table, table_of_rows
 from jaxrlhf.data.formats import Columns, Reader
-from jaxrlhf.data.messages import BadRow, as_messages
+from jaxrlhf.data.messages import BadRow, Completion, Message, as_messages
 from jaxrlhf.data.mixture import SourceConfig
 from jaxrlhf.data.registry import find
 from jaxrlhf.data.settings import DataConfig
@@ -26,6 +26,7 @@ from jaxrlhf.data.sources import Source, resolve_source
 from jaxrlhf.data.tokenized import (
     FORMAT,
     OWN_COLUMNS,
+    Encoding,
     Part,
     encode_batch,
     features_of,
@@ -36,8 +37,11 @@ from jaxrlhf.data.tokenized import (
     problems_of,
     run_pass,
 )
-from jaxrlhf.data.tokenizer import with_template
+from jaxrlhf.data.tokenizer import Tokenizer, with_template
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PAIRED = ("reward", "dpo")
 HEAD = 100  # rows that decide the format
@@ -49,6 +53,14 @@ class Opened(NamedTuple):
     table: Table
     reader: Reader
     words: str
+
+
+class Note(TypedDict):
+    """What a cache keeps of the tables of a source, an item for each."""
+
+    formats: list[str]
+    words: list[str]
+    sizes: list[int]
 
 
 class Reading:
@@ -151,11 +163,11 @@ class Reading:
         return hash_json([FORMAT, self.source.path, names, self.columns.identity, self.format, repr(self.named)])
 
     @cached_property
-    def note(self) -> dict[str, Any]:
+    def note(self) -> Note:
         """The formats and sizes of the tables, from the cache where possible."""
         path = self.folder / "rows" / f"{self.key}.json"
         if path.exists():
-            note = json.loads(path.read_text(encoding="utf-8"))
+            note: Note = json.loads(path.read_text(encoding="utf-8"))
             for format in note["formats"]:
                 formats.check_serves(format, self.step, self.source.path)
             return note
@@ -191,14 +203,16 @@ class Reading:
             found.append(result.with_format("numpy")["group"][:])
         return np.concatenate(found)
 
-    def own_tokenizer(self, tokenizer: Any) -> Any:
+    def own_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer with the source's own template, where it has one."""
         if not self.template:
             return tokenizer
         name = "prompt_template" if self.template == "raw" or "{prompt}" in self.template else "chat_template"
         return with_template(tokenizer, self.config.template.replace(**{name: self.template}))
 
-    def part(self, rows: np.ndarray, tokenizer: Any, fingerprint: str, encoding: Any, label: str) -> tuple[Part, str]:
+    def part(
+        self, rows: np.ndarray, tokenizer: Tokenizer, fingerprint: str, encoding: Encoding, label: str
+    ) -> tuple[Part, str]:
         """The tokens of these rows, and the hash of everything that they depend on, such as the run's tokenizer."""
         tokenizer = self.own_tokenizer(tokenizer)
         settings = [encoding.identity, self.config.pair_rule, self.config.pair_margin]
@@ -234,7 +248,9 @@ class Reading:
         """The place of a row of table `k`, for messages."""
         return self.opened[k].table.where(row)
 
-    def tokenise(self, k: int, rows: np.ndarray, tokenizer: Any, encoding: Any, path: Path, label: str) -> Any:
+    def tokenise(
+        self, k: int, rows: np.ndarray, tokenizer: Tokenizer, encoding: Encoding, path: Path, label: str
+    ) -> Dataset:
         """Tokenises rows of table `k` into the file `path`."""
         opened = self.opened[k]
         return run_pass(
@@ -257,7 +273,7 @@ def pair_up(name: str, tables: list[Opened]) -> Opened:
 
     Raises InputError when no prompt has both.
     """
-    found: dict[int, dict[bool, list[tuple[int, Any]]]] = collections.defaultdict(lambda: {True: [], False: []})
+    found: dict[int, dict[bool, list[tuple[int, Completion]]]] = collections.defaultdict(lambda: {True: [], False: []})
     prompts, number = {}, 0
     for opened in tables:
         for row in opened.table.rows(range(len(opened.table.dataset))):
@@ -286,6 +302,6 @@ def pair_up(name: str, tables: list[Opened]) -> Opened:
     return Opened(table, Reader("preference", Columns({})), f"{tables[0].words}, paired by prompt")
 
 
-def messages_of(completion: Any) -> list[dict[str, Any]]:
+def messages_of(completion: Completion) -> list[Message]:
     """A completion as messages: text is the assistant's."""
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion

@@ -6,11 +6,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.encoding import SpecialTokens, Text
 from jaxrlhf.data.files import first_line
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxrlhf.data.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 """role and content, and where the data has them tool_calls, name, tool_call_id."""
@@ -57,7 +60,7 @@ class RenderedRow:
 class Renderer:
     """Renders rows by a tokenizer's chat template. Keeps what it rendered."""
 
-    def __init__(self, tokenizer: Any, special: SpecialTokens | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: SpecialTokens | None) -> None:
         if not isinstance(tokenizer.chat_template, str):
             raise InputError("the tokenizer has no chat template; load it with load_tokenizer, which gives it one")
         self.template: str = tokenizer.chat_template
@@ -189,7 +192,7 @@ class Renderer:
         )
 
 
-def renderer_of_transformers() -> Callable[..., Any]:
+def renderer_of_transformers() -> Callable[..., tuple[list[str], list[list[Span]]]]:
     """The function that renders chat templates in `apply_chat_template`: texts, and the parts marked as generated.
 
     Templates are limited from here on (`template_limits`).
@@ -199,7 +202,8 @@ def renderer_of_transformers() -> Callable[..., Any]:
     from jaxrlhf.data.template_limits import limit_templates
 
     limit_templates()
-    return render_jinja_template
+    render: Any = render_jinja_template  # annotated as if it gave one text
+    return render
 
 
 MERGE = "set system_role to merge, which puts the system message in front of the first user message, "

@@ -6,7 +6,7 @@ begins; those of a response end with one end id of the tokenizer. Training, gene
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from jaxrlhf.data.renderer import (
     Span,
     Tools,
 )
-from jaxrlhf.data.tokenizer import check_tokenizer, start_ids
+from jaxrlhf.data.tokenizer import Tokenizer, check_tokenizer, start_ids
 from jaxrlhf.errors import InputError
 
 
@@ -43,7 +43,7 @@ class EncodedRow:
 
 
 def encode_prompts(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     tools: Sequence[Tools | None] | None = None,
     *,
@@ -67,7 +67,7 @@ def encode_prompts(
     return [row.prompt for row in rows if isinstance(row, EncodedRow)]
 
 
-def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
+def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
     """Token ids of a conversation, up to where the assistant's next message begins."""
     if not messages or messages[-1]["role"] == "assistant":
         raise InputError("a conversation must end with a message for the assistant, such as one of the role user")
@@ -75,7 +75,7 @@ def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 
 def encode_rows(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Prompt]],
     tools: Sequence[Tools | None] | None = None,
@@ -152,7 +152,7 @@ class Finisher:
     everything: bool
     has_marks: bool
 
-    def row(self, row: RenderedRow, head: Encoded, wholes: list[Encoded], alone: Any) -> EncodedRow:
+    def row(self, row: RenderedRow, head: Encoded, wholes: list[Encoded], alone: Iterator[Encoded]) -> EncodedRow:
         """The row's tokens. `alone` yields the encoded completions that do not continue the prompt."""
         prompt_mask = [int(self.everything)] * len(head.ids)
         if not self.everything:
@@ -206,10 +206,12 @@ class Finisher:
             mask[first:end] = [1] * (end - first)
 
 
-def plain_response(tokenizer: Any, text: str) -> str:
+def plain_response(tokenizer: Tokenizer, text: str) -> str:
     """Removes from the decoded text of a response what the chat template puts around it."""
-    turn = turn_of(tokenizer.chat_template, names_of(tokenizer))
-    ends = {tokenizer.convert_ids_to_tokens(i) for i in closing_ids(tokenizer)}
+    template: Any = tokenizer.chat_template
+    token_of: Any = tokenizer.convert_ids_to_tokens
+    turn = turn_of(template, names_of(tokenizer))
+    ends = {token_of(i) for i in closing_ids(tokenizer)}
     before, after = turn.before, turn.after
     for token in ends:
         after = after.partition(token)[0]
@@ -218,15 +220,16 @@ def plain_response(tokenizer: Any, text: str) -> str:
     return text.removeprefix(before).removesuffix(after)
 
 
-def answer_text(tokenizer: Any, ids: Sequence[int] | np.ndarray, stop_strings: Sequence[str] = ()) -> str:
+def answer_text(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, stop_strings: Sequence[str] = ()) -> str:
     """Decodes a generated response, without special tokens, the end id or stop string that ended it, and the
     template's text."""
-    text = tokenizer.decode(without_end(tokenizer, ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    decode: Any = tokenizer.decode  # one text, though its type says perhaps several
+    text = decode(without_end(tokenizer, ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     stop = next((s for s in stop_strings if text.endswith(s)), "")
     return plain_response(tokenizer, text.removesuffix(stop))
 
 
-def encode_texts_as_documents(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts_as_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of documents: BOS once where the tokenizer adds one, the text, and one EOS.
 
     Special tokens in the text keep their meaning.

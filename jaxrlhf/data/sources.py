@@ -7,10 +7,10 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxrlhf.config.files import is_plain_name, read_json
 from jaxrlhf.config.remote import fetch_data, is_url
@@ -18,7 +18,11 @@ from jaxrlhf.data.files import COMPRESSED, KINDS, Table, check_arrow, hash_file,
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
     from jaxrlhf.data.registry import NamedDataset
+
+T = TypeVar("T")
 
 EVAL_NAMES = ("eval", "validation", "valid", "val", "dev", "test")  # in order of preference
 TRAIN_NAMES = ("train", "training")
@@ -132,14 +136,14 @@ def resolve_source(
     return Source(name, choose_splits(name, groups, *_named_splits(named, groups, wanted)), store, streaming)
 
 
-def _named_splits(named: NamedDataset | None, groups: Mapping[str, Any], wanted: str) -> tuple[str, str]:
+def _named_splits(named: NamedDataset | None, groups: Collection[str], wanted: str) -> tuple[str, str]:
     """The split to train on, and the one to evaluate on, as a declaration has them; empty: where it does not say."""
     if named is None:
         return wanted, ""
     return wanted or (named.split if named.split in groups else ""), named.eval_split
 
 
-def _load_saved(name: str, folder: Path, streaming: bool) -> dict[str, Any]:
+def _load_saved(name: str, folder: Path, streaming: bool) -> dict[str, Dataset | IterableDataset]:
     """The splits of a `save_to_disk` folder."""
     import datasets
 
@@ -169,7 +173,7 @@ def _check_saved(folder: Path) -> None:
             check_arrow(part / name)
 
 
-def _plain_names(path: Path, field: str, names: Any) -> list[str]:
+def _plain_names(path: Path, field: str, names: object) -> list[str]:
     """The names in a field of a file, each of something beside it."""
     if not isinstance(names, list) or not names:
         raise InputError(f"{path}: {field} must be a list of names, at least one; {SAVE_AGAIN}")
@@ -179,7 +183,9 @@ def _plain_names(path: Path, field: str, names: Any) -> list[str]:
     return names
 
 
-def _load_hub(name: str, plain: str, named: NamedDataset | None, streaming: bool) -> dict[str, Any]:
+def _load_hub(
+    name: str, plain: str, named: NamedDataset | None, streaming: bool
+) -> dict[str, Dataset | IterableDataset]:
     """The splits of a data set of the hub: `owner/name` or `owner/name:config`."""
     import datasets
 
@@ -247,7 +253,7 @@ def _role(split: str) -> str:
     return "train" if named[-1] in TRAIN_NAMES else "eval"
 
 
-def choose_splits(name: str, groups: Mapping[str, Any], wanted: str = "", evaluation: str = "") -> dict[str, Any]:
+def choose_splits(name: str, groups: Mapping[str, T], wanted: str = "", evaluation: str = "") -> dict[str, T]:
     """The split to train on as "train", and the one to evaluate on as "eval", where there are such.
 
     Args:

@@ -24,11 +24,14 @@ from jaxrlhf.data.order import Schedule, epoch_permutation
 from jaxrlhf.data.packing import Bins, pack
 from jaxrlhf.data.reading import Opened
 from jaxrlhf.data.selection import SHARES, parse_split
-from jaxrlhf.data.tokenized import Encoding, Part, features_of, group_of, make_part, tokenise
+from jaxrlhf.data.tokenized import Encoding, Part, TokenRow, features_of, group_of, make_part, tokenise
+from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import InputError
 
 SOURCE_BITS = 44  # a unit's number holds the source above these bits
 GROUP_RANGE = 2**63
+StreamRow = tuple[int, object, int]
+"""The number of a row, the row, and the number of its table."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class StreamSource:
         name: str,
         opened: Sequence[Opened],
         encoding: Encoding,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         order: StreamOrder,
         record: Path,
     ) -> None:
@@ -80,9 +83,9 @@ class StreamSource:
     def _restart(self) -> None:
         self._rows, self._next = self.rows(), 0
         self._window, self._raw = -1, []
-        self._packed: tuple[list[dict[str, Any]], Bins] | None = None
+        self._packed: tuple[list[TokenRow], Bins] | None = None
 
-    def rows(self, shares: tuple[float, float] | None = None) -> Iterator[tuple[int, Any, int]]:
+    def rows(self, shares: tuple[float, float] | None = None) -> Iterator[StreamRow]:
         """Yields the rows whose prompts lie in `shares` (the step's): number, row and table; counts the unusable."""
         self.skipped = {}
         first, last = shares or self.shares
@@ -140,7 +143,7 @@ class StreamSource:
         if self.packing:
             write_json_atomic(self.record, {"units": self.units, "complete": self.complete})
 
-    def _read(self, window: int) -> list[Any]:
+    def _read(self, window: int) -> list[StreamRow]:
         """The rows of a window. Reads on from the newest one, or from the beginning."""
         if window != self._window:
             if window < self._next:
@@ -150,7 +153,7 @@ class StreamSource:
                 self._window, self._packed, self._next = self._next, None, self._next + 1
         return self._raw
 
-    def _pack(self, window: int) -> tuple[list[dict[str, Any]], Bins]:
+    def _pack(self, window: int) -> tuple[list[TokenRow], Bins]:
         """All usable rows of a window, tokenised, and their bins."""
         rows = self._read(window)
         if self._packed is None:
@@ -160,7 +163,7 @@ class StreamSource:
             self._packed = tokens, pack(lengths, self.packing, self.seed[0])
         return self._packed
 
-    def tokenised(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+    def tokenised(self, rows: Sequence[StreamRow]) -> list[TokenRow]:
         """The usable ones of these rows as columns by name."""
         result = []
         for k, group in itertools.groupby(rows, key=lambda row: row[2]):
@@ -173,7 +176,7 @@ class StreamSource:
                     result.append(row | arrays)
         return result
 
-    def _usable(self, window: int, unit: int) -> list[dict[str, Any]]:
+    def _usable(self, window: int, unit: int) -> list[TokenRow]:
         """The tokenised row of a window, or the next usable one, so that a batch has no holes."""
         rows = self._read(window)
         for row in rows[unit:] + rows[:unit]:
@@ -181,9 +184,9 @@ class StreamSource:
                 return tokens[:1]
         raise InputError(f"data_path '{self.name}': none of {len(rows):,} rows in a row of the stream is usable")
 
-    def fetch(self, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
+    def fetch(self, numbers: Sequence[int]) -> list[list[TokenRow]]:
         """The tokenised rows of these units of the source."""
-        found: dict[int, list[dict[str, Any]]] = {}
+        found: dict[int, list[TokenRow]] = {}
         places = sorted(((*self.locate(number), number) for number in numbers), key=lambda item: item[:2])
         for (passed, window), group in itertools.groupby(places, key=lambda item: item[:2]):
             order = epoch_permutation(self.units[window], (*self.seed, window), passed)
@@ -201,7 +204,12 @@ class StreamData(Data):
     """Training data of streamed sources. Every batch has the width `maximum`."""
 
     def __init__(
-        self, streams: Sequence[StreamSource], tokenizer: Any, maximum: int, key: str, weights: Sequence[float | None]
+        self,
+        streams: Sequence[StreamSource],
+        tokenizer: Tokenizer,
+        maximum: int,
+        key: str,
+        weights: Sequence[float | None],
     ):
         super().__init__([], tokenizer, maximum, key)
         self.streams = list(streams)
@@ -224,8 +232,8 @@ class StreamData(Data):
         source, number = self.schedule.take(positions)
         return (source.astype(np.int64) << SOURCE_BITS) + number
 
-    def values(self, units: Indices, columns: Sequence[str]) -> list[list[dict[str, Any]]]:
-        result: list[list[dict[str, Any]]] = [[] for _ in range(len(units))]
+    def values(self, units: Indices, columns: Sequence[str]) -> list[list[TokenRow]]:
+        result: list[list[TokenRow]] = [[] for _ in range(len(units))]
         for k, stream in enumerate(self.streams):
             own = [i for i, unit in enumerate(units) if unit >= 0 and int(unit) >> SOURCE_BITS == k]
             numbers = [int(units[i]) & ((1 << SOURCE_BITS) - 1) for i in own]

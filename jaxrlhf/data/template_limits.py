@@ -11,10 +11,15 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import Environment, Template, nodes
 from jinja2.exceptions import TemplateRuntimeError
+
+if TYPE_CHECKING:
+    from jinja2.runtime import Context
+
+T = TypeVar("T")
 
 MAX_STEPS = 1_000_000
 """Passes through loops and macros in one rendering, which take a few seconds."""
@@ -54,7 +59,7 @@ class _Bounds:
         if self.used.steps > MAX_STEPS:
             raise TemplateLimit(f"it takes more than {MAX_STEPS:,} steps; it may never end")
 
-    def made(self, value: Any) -> Any:
+    def made(self, value: T) -> T:
         """Counts the length of a value that an operation made."""
         used = self.used
         used.length += len(value) if type(value) is str else _size(value)
@@ -70,7 +75,7 @@ class _Bounds:
     def concat(self, parts: Iterable[str]) -> str:
         return self.made("".join(parts))
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
             return self.made(left + right)
         if operator == "*":
@@ -81,7 +86,7 @@ class _Bounds:
             _check_widths(left, ())
         return self.made(super().call_binop(context, operator, left, right))  # type: ignore[misc]
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # of str.format, which the sandbox wraps
         subject, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(subject, str | bytes):
@@ -100,14 +105,14 @@ def limit_templates() -> None:
         chat_template_utils._compile_jinja_template = _bounded_compiler(original)
 
 
-def _bounded_compiler(compile_template: Callable[[str], Template]) -> Any:
+def _bounded_compiler(compile_template: Callable[[str], Template]) -> Callable[[str], Template]:
     @functools.lru_cache(maxsize=64)
     def compile_bounded(text: str) -> Template:
         environment = bounded(compile_template("").environment)  # compiling a text would evaluate its constants
         template = environment.from_string(_counted(environment.parse(text)))
         start, used = template.root_render_func, environment.used  # type: ignore[attr-defined]
 
-        def render(context: Any) -> Iterator[str]:
+        def render(context: Context) -> Iterator[str]:
             used.steps = used.length = 0
             for part in start(context):
                 yield environment.made(part)  # type: ignore[attr-defined]
@@ -128,12 +133,12 @@ def bounded(environment: Environment) -> Environment:
     return copy
 
 
-def _checked(environment: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(environment: _Bounds, name: str, function: Callable[..., T]) -> Callable[..., T]:
     """A filter that checks how much it makes."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: Any, **kwargs: Any) -> T:
         subject = args[first] if len(args) > first else ""
         if name == "join" and not isinstance(subject, Sized):
             args = (*args[:first], subject := list(subject), *args[first + 1 :])
@@ -143,7 +148,7 @@ def _checked(environment: Any, name: str, function: Callable[..., Any]) -> Calla
     return checked
 
 
-def _growth(name: str, subject: Any, args: list[Any]) -> int:
+def _growth(name: str, subject: object, args: list[object]) -> int:
     """Characters that a method or filter makes of its subject, at most."""
     texts = [arg for arg in args if isinstance(arg, str | bytes)]
     if name == "join":
@@ -166,13 +171,13 @@ def _growth(name: str, subject: Any, args: list[Any]) -> int:
     return 0
 
 
-def _check_numbers(values: Iterable[Any]) -> None:
+def _check_numbers(values: Iterable[object]) -> None:
     for value in values:
         if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
             raise TemplateLimit(f"it gives a function a number above {MAX_NUMBER:,}")
 
 
-def _check_widths(text: Any, args: Iterable[Any]) -> None:
+def _check_widths(text: object, args: Iterable[object]) -> None:
     shown = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
     if _WIDE.search(shown):
         raise TemplateLimit("it pads text to a width of millions of characters, or one that it computes")
@@ -185,14 +190,14 @@ def _check_bits(bits: int) -> None:
         raise TemplateLimit("it computes with a number of thousands of digits")
 
 
-def _repeated(value: Any, times: Any) -> int:
+def _repeated(value: object, times: object) -> int:
     if isinstance(value, int) and isinstance(times, int):
         _check_bits(value.bit_length() + times.bit_length())
         return 0
     return _size(value) * times if isinstance(times, int) else 0
 
 
-def _size(value: Any) -> int:
+def _size(value: object) -> int:
     """Characters of a text, items of a list."""
     return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,12 @@ from jaxrlhf.data.files import Table, first_line
 from jaxrlhf.data.formats import Reader, Scored, look_up
 from jaxrlhf.data.messages import BadRow, as_messages, kind_of
 from jaxrlhf.data.rendering import EncodedRow, encode_rows, encode_texts_as_documents
+from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,10 @@ SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2, "kto": 1}
 OWN_COLUMNS = {"ppo": {"kept": "string"}, "kto": {"label": "bool"}, "reward": {"margin": "float32"}}
 """A column of a step's own: the prompt and what rewards read with it, as JSON; whether a completion is good; the margin
 of a pair, or null."""
+TokenRow = dict[str, Any]
+"""A tokenised row: its values by the columns of `features_of`, with arrays of int32 for lists."""
+Fitted = tuple[int, list[tuple[list[int], list[int]]]]
+"""The length of a row's prompt, and its sequences as (ids, mask)."""
 CUT_PROMPT, CUT_RESPONSE, DROPPED = 1, 2, 4
 COUNTS = {"truncated_prompts": CUT_PROMPT, "truncated_responses": CUT_RESPONSE, "dropped_too_long": DROPPED}
 
@@ -55,7 +64,7 @@ class Encoding:
     optional_columns: tuple[str, ...] = ()  # further columns to keep, null where a row has none (ppo)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The fields, for hashes. One that version 0.1.0 did not have is left out where it has no effect, so that the
         hashes of runs that began with that version stay."""
         return {name: value for name, value in asdict(self).items() if name != "optional_columns" or value}
@@ -92,7 +101,7 @@ def index_batch(batch: Mapping[str, Any], indices: Sequence[int], table: Table, 
     return {"group": groups}
 
 
-def read_columns(row: Any, names: Sequence[str], where: str, optional: Sequence[str] = ()) -> list[Any]:
+def read_columns(row: object, names: Sequence[str], where: str, optional: Sequence[str] = ()) -> list[object]:
     """The values of further columns, None for one of `optional` that is missing.
 
     Raises InputError for another one that is missing or null, and for a value that is no JSON value.
@@ -130,7 +139,9 @@ class _Output:
         parts = [f"{kind}_{j}" for j in range(self.sequences) for kind in ("ids", "mask", "length")]
         self.columns: dict[str, list[Any]] = {name: [] for name in (*names, *parts)}
 
-    def add(self, row: int, *, problem: str | None = None, cut: int = 0, own: Any = None, encoded: Any = None) -> None:
+    def add(
+        self, row: int, *, problem: str | None = None, cut: int = 0, own: object = None, encoded: Fitted | None = None
+    ) -> None:
         prompt_length, sequences = encoded or (0, [([], [])] * self.sequences)
         values = {"row": row, "problem": problem, "cut": cut, "prompt_length": prompt_length}
         values |= dict.fromkeys(OWN_COLUMNS.get(self.step, ()), own)
@@ -140,7 +151,7 @@ class _Output:
             column.append(values[name])
 
 
-def features_of(step: str) -> Any:
+def features_of(step: str) -> Features:
     """The types of the columns of a step's tokenised rows."""
     from datasets import Features, List, Value
 
@@ -157,9 +168,9 @@ def encode_batch(
     table: Table,
     numbers: np.ndarray,
     reader: Reader,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     encoding: Encoding,
-) -> Any:
+) -> pyarrow.Table:
     """Tokenises rows into a `pyarrow.Table`. `numbers`: the row numbers in the table by position; `indices`: the
     batch's positions."""
     import pyarrow
@@ -176,8 +187,8 @@ def table_number(table: Table, i: int) -> int:
 
 
 def tokenise(
-    rows: Sequence[tuple[int, Any]], table: Table, reader: Reader, tokenizer: Any, encoding: Encoding
-) -> dict[str, list[Any]]:
+    rows: Sequence[tuple[int, object]], table: Table, reader: Reader, tokenizer: Tokenizer, encoding: Encoding
+) -> dict[str, list[object]]:
     """Tokenises numbered rows into columns; a row that cannot be used has its `problem`."""
     output = _Output(encoding.step)
     good: list[tuple[int, Scored, tuple, Any]] = []
@@ -212,7 +223,8 @@ def tokenise(
         if isinstance(result, str):
             output.add(i, problem=result)
             continue
-        fitted, cut = fit(result, encoding, tokenizer.bos_token_id)
+        bos: Any = tokenizer.bos_token_id
+        fitted, cut = fit(result, encoding, bos)
         output.add(i, cut=cut, own=own, encoded=fitted)
     for (i, _), ids in zip(
         documents, encode_texts_as_documents(tokenizer, [text for _, text in documents]), strict=True
@@ -223,14 +235,14 @@ def tokenise(
     return output.columns
 
 
-def own_value(scored: Scored, number: int, columns: list[Any], step: str) -> Any:
+def own_value(scored: Scored, number: int, columns: list[object], step: str) -> str | bool | float | None:
     """The value of a row's example in `OWN_COLUMNS`."""
     if step == "ppo":
         return json.dumps([scored.prompt, *columns])
     return scored.completions[number][1] > 0 if step == "kto" else scored.margin
 
 
-def fit(row: EncodedRow, encoding: Encoding, bos_id: int | None) -> tuple[Any, int]:
+def fit(row: EncodedRow, encoding: Encoding, bos_id: int | None) -> tuple[Fitted | None, int]:
     """Cuts a row to its bound.
 
     The prompt loses its beginning (a BOS stays), because its end is nearest to the response. A response longer than
@@ -269,8 +281,15 @@ def _targets(mask: list[int]) -> list[int]:
 
 
 def run_pass(
-    dataset: Any, function: Callable, path: Path, *, label: str, features: Any, num_proc: int, **options: Any
-) -> Any:
+    dataset: Dataset,
+    function: Callable,
+    path: Path,
+    *,
+    label: str,
+    features: Features,
+    num_proc: int,
+    **options: object,
+) -> Dataset:
     """Runs a pass over a data set by `datasets.map`, or opens its result in the file `path`; returns the result.
 
     Raises InputError when the file cannot be written.
@@ -305,7 +324,7 @@ def run_pass(
         ) from error
 
 
-def open_cached(path: Path) -> Any:
+def open_cached(path: Path) -> Dataset | None:
     """The data set in a cached file, or None when there is none. Deletes a damaged one, with a warning."""
     import datasets
     from pyarrow import ArrowException
@@ -360,7 +379,7 @@ class Part:
         return self.table.with_format("numpy", columns=list(columns))[self.rows[np.asarray(numbers)]]
 
 
-def problems_of(tables: Sequence[Any], origins: Sequence[Table]) -> tuple[str, ...]:
+def problems_of(tables: Sequence[Dataset], origins: Sequence[Table]) -> tuple[str, ...]:
     """Reasons and first places of the rows that could not be used. `origins`: where the rows of each table stood."""
     reasons: collections.Counter[str] = collections.Counter()
     places: list[str] = []
@@ -373,13 +392,13 @@ def problems_of(tables: Sequence[Any], origins: Sequence[Table]) -> tuple[str, .
     return (*(f"{what} ({n} rows)" for what, n in reasons.most_common(SHOWN)), *places[:SHOWN])
 
 
-def make_part(name: str, tables: Sequence[Any], given: int, problems: tuple[str, ...], described: str) -> Part:
+def make_part(name: str, tables: Sequence[Dataset], given: int, problems: tuple[str, ...], described: str) -> Part:
     """The usable rows of the tokenised tables of a source, and the count of the others."""
     import datasets
 
     table = datasets.concatenate_datasets(list(tables))
     plain = table.select_columns(["cut", "problem", *(c for c in table.column_names if c.startswith("length_"))])
-    columns = plain.with_format("arrow")[:]
+    columns: Any = plain.with_format("arrow")[:]
     cut = columns.column("cut").to_numpy()
     dropped = (cut & DROPPED) != 0
     bad = columns.column("problem").is_valid().to_numpy()

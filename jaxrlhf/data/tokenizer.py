@@ -79,7 +79,7 @@ def check_template(template: str) -> None:
         )
 
 
-def load_tokenizer(path: str | Path, template: TemplateConfig | None = None) -> Any:
+def load_tokenizer(path: str | Path, template: TemplateConfig | None = None) -> Tokenizer:
     """Loads a Hugging Face tokenizer, with the chat template that `template` chooses.
 
     Args:
@@ -92,7 +92,7 @@ def load_tokenizer(path: str | Path, template: TemplateConfig | None = None) -> 
     return with_template(read_tokenizer(path), template or TemplateConfig())
 
 
-def with_template(tokenizer: Any, template: TemplateConfig) -> Any:
+def with_template(tokenizer: Tokenizer, template: TemplateConfig) -> Tokenizer:
     """Returns a copy of the tokenizer with the chat template that the settings choose.
 
     The order is: `chat_template`, a `prompt_template` other than the default, the tokenizer's own, the default prompt
@@ -112,14 +112,15 @@ def with_template(tokenizer: Any, template: TemplateConfig) -> Any:
         tokenizer.chat_template = start_of_text(tokenizer) + chat_template_of(template.prompt_template)
     elif isinstance(own, dict):
         tokenizer.chat_template = named_template(own, "default")
-    tokenizer.chat_template = with_system(tokenizer.chat_template, template)
+    chosen: Any = tokenizer.chat_template
+    tokenizer.chat_template = with_system(chosen, template)
     check_chat_template(tokenizer, template)
     return tokenizer
 
 
-def chosen_template(tokenizer: Any, name: str) -> str:
+def chosen_template(tokenizer: Tokenizer, name: str) -> str:
     """The chat template in a file, the built-in one, or the tokenizer's own of that name."""
-    own = tokenizer.chat_template
+    own: Any = tokenizer.chat_template
     path = Path(name).expanduser()
     if path.suffix in (".jinja", ".jinja2", ".j2") or path.is_file():
         try:
@@ -145,7 +146,7 @@ def named_template(templates: dict[str, str], name: str) -> str:
     )
 
 
-def add_special_tokens(tokenizer: Any, tokens: tuple[str, ...]) -> None:
+def add_special_tokens(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> None:
     """Adds the tokens that the vocabulary lacks; the last one becomes EOS."""
     if not tokens:
         return
@@ -158,7 +159,7 @@ def add_special_tokens(tokenizer: Any, tokens: tuple[str, ...]) -> None:
     tokenizer.eos_token = tokens[-1]
 
 
-def start_ids(tokenizer: Any) -> list[int]:
+def start_ids(tokenizer: Tokenizer) -> list[int]:
     """The ids (BOS, for some tokenizers) that the tokenizer puts before a text."""
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer("a", verbose=False)["input_ids"]
@@ -168,7 +169,7 @@ def start_ids(tokenizer: Any) -> list[int]:
     return []
 
 
-def start_of_text(tokenizer: Any) -> str:
+def start_of_text(tokenizer: Tokenizer) -> str:
     """Jinja text for the tokens that the tokenizer puts before a text."""
     ids = start_ids(tokenizer)
     if ids and ids == [tokenizer.bos_token_id]:
@@ -252,7 +253,7 @@ def _section(chat_template: str, name: str) -> str:
     return chat_template[chat_template.index(start) : chat_template.index(end) + len(end)]
 
 
-def check_chat_template(tokenizer: Any, config: TemplateConfig) -> None:
+def check_chat_template(tokenizer: Tokenizer, config: TemplateConfig) -> None:
     """Raises InputError for a chat template that is not valid, or that does not show the system prompt."""
     from jinja2.exceptions import TemplateSyntaxError
 
@@ -276,7 +277,7 @@ def check_chat_template(tokenizer: Any, config: TemplateConfig) -> None:
         raise InputError(f"system_prompt: {source} refuses it: {problem}{remedy}")
 
 
-def check_tokenizer(tokenizer: Any) -> None:
+def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raises InputError for a tokenizer without an EOS token, which ends every response."""
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -285,19 +286,21 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def pad_token_id(tokenizer: Any) -> int:
+def pad_token_id(tokenizer: Tokenizer) -> int:
     """The id that fills padding: the pad token's where there is one, else EOS's.
 
     Masks are explicit, so the id needs no meaning, and the vocabulary needs no new token.
     """
     check_tokenizer(tokenizer)
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    found: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return found
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Hashes everything that decides how a tokenizer encodes text."""
     if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend: Any = tokenizer.backend_tokenizer
+        state = json.loads(backend.to_str())
         state.pop("truncation", None)  # calls set and unset both; our calls ask for neither
         state.pop("padding", None)
     else:

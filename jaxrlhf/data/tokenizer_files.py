@@ -6,7 +6,7 @@ import mmap
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.config.files import default_cache, parse_json, read_text
 from jaxrlhf.config.model_folder import SMALL_FILES, adapter_base, is_adapter
@@ -15,6 +15,9 @@ from jaxrlhf.data.files import first_line
 from jaxrlhf.data.sources import looks_like_path
 from jaxrlhf.data.vocabulary import check_ids
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 """Files that hold a JSON object."""
@@ -28,7 +31,7 @@ MAX_TOKEN = 1000
 SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
-def read_tokenizer(path: str | Path) -> Any:
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Loads a Hugging Face tokenizer as it is.
 
     Args:
@@ -73,7 +76,7 @@ def read_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def read_gguf_tokenizer(path: Path) -> Any:
+def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file. Raises InputError when the file is missing or holds none that can be read."""
     import transformers
     from tokenizers import pre_tokenizers
@@ -113,7 +116,7 @@ def kind_of_words(path: Path) -> str:
         return content[at + 8 : at + 8 + min(length, 100)].decode(errors="replace")
 
 
-def own_tokenizer(folder: Path) -> Any | None:
+def own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's folder; None when it holds none."""
     return read_tokenizer(folder) if tokenizer_files(folder) else None
 
@@ -137,7 +140,7 @@ def suspects(folder: Path) -> str:
     return f"tokenizer '{folder}': {', '.join(path.name for path in tokenizer_files(folder))}"
 
 
-def check_tokenizer_files(folder: Path) -> list[tuple[Path, str, Any]]:
+def check_tokenizer_files(folder: Path) -> list[tuple[Path, str, object]]:
     """Checks the files of a tokenizer; returns the ids that they give to added tokens.
 
     Raises:
@@ -190,7 +193,7 @@ def read_object(path: Path) -> Any:
     return value
 
 
-def check_config(path: Path, values: dict[str, Any]) -> None:
+def check_config(path: Path, values: dict[str, object]) -> None:
     """Raises InputError for values of tokenizer_config.json whose wrong type is not noticed where it is read."""
     templates = values.get("chat_template")
     if isinstance(templates, list) and all(isinstance(item, dict) for item in templates):
@@ -209,7 +212,7 @@ def check_config(path: Path, values: dict[str, Any]) -> None:
         raise InputError(f"{path}: model_max_length={length!r} must be a number; correct it")
 
 
-def check_special(path: Path, values: dict[str, Any]) -> None:
+def check_special(path: Path, values: dict[str, object]) -> None:
     """Raises InputError for a special token that is neither a text nor an object with one."""
     for name in SPECIAL:
         token = values.get(name)
@@ -242,7 +245,7 @@ def check_sentencepiece(path: Path) -> None:
         raise InputError(f"{path}: a damaged SentencePiece model ({first_line(error)}); {COPY}") from error
 
 
-def declared_ids(path: Path, values: dict[str, Any]) -> list[tuple[Path, str, Any]]:
+def declared_ids(path: Path, values: dict[str, Any]) -> list[tuple[Path, str, object]]:
     """The added tokens and ids that a file names, each with the file; transformers gives them ids of its own where
     these leave a gap."""
     if path.name == "added_tokens.json":

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxrlhf.data.tokenizer import Tokenizer
 
 MAX_ID = 2**24
 """Ids are below this: a larger one would ask for an embedding of billions of parameters."""
 
 
-def vocabulary_size(tokenizer: Any) -> int:
+def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the highest id: the rows that a model needs. More than the number of tokens where ids are left
     out."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
-def check_ids(tokenizer: Any, where: str) -> None:
+def check_ids(tokenizer: Tokenizer, where: str) -> None:
     """Raises InputError for an id that no model has a row for, and for a tokenizer that turns one letter into many
     tokens."""
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
@@ -27,7 +30,7 @@ def check_ids(tokenizer: Any, where: str) -> None:
         raise InputError(f"{where}: the tokenizer makes {count} tokens of the letter a; correct its normalizer")
 
 
-def check_same_tokens(tokenizer: Any, other: Any, names: tuple[str, str]) -> None:
+def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, names: tuple[str, str]) -> None:
     """Raises InputError unless another tokenizer gives every token of the first the same id.
 
     The other one may have more tokens, such as a pad token of its own, and both models may pad their embeddings as they

@@ -112,7 +112,7 @@ def detect(options: ProcessConfig) -> tuple[str | None, int | None, int | None, 
     return found
 
 
-def initialize(config: Settings | None = None, **options: Any) -> bool:
+def initialize(config: Settings | None = None, **options: object) -> bool:
     """Join the other processes of this run, when there are any. A second call only compares the settings.
 
     It must come before the first use of a JAX device. From here on the end of one process ends all (see `fail`), and a

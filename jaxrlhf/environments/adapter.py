@@ -29,8 +29,8 @@ class MethodEnvironment:
         rewards: True if it has `get_reward`.
     """
 
-    def __init__(self, instance: Any) -> None:
-        self._instance = instance
+    def __init__(self, instance: object) -> None:
+        self._instance: Any = instance
         methods = inspect.getmembers(instance, predicate=inspect.ismethod)
         public = [method for name, method in methods if not name.startswith("_") and name not in RESERVED]
         self.tools: tuple[Tool, ...] = tuple(load_tool(method) for method in public)
@@ -58,8 +58,8 @@ class MethodEnvironment:
     def step(self, messages: list[Message], response: str) -> Observation:
         return Observation(reward=self._reward(), done=True)
 
-    def truncated(self) -> Any:
+    def truncated(self) -> float | None:
         return self._reward()
 
-    def _reward(self) -> Any:
+    def _reward(self) -> float | None:
         return resolved(self._instance.get_reward()) if self.rewards else None

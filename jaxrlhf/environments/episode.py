@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxrlhf.environments.parsing import Parsed
 from jaxrlhf.environments.protocol import (
+    Environment,
     Message,
     Observation,
     WrongAnswer,
@@ -39,7 +40,10 @@ class Episode:
     """
 
     def __init__(
-        self, environment: Any, tools: tuple[Tool, ...] = (), parse: Callable[[str], Parsed] | None = None
+        self,
+        environment: Environment | None,
+        tools: tuple[Tool, ...] = (),
+        parse: Callable[[str], Parsed] | None = None,
     ) -> None:
         self.environment, self.tools, self.parse = environment, tools, parse
         self.messages: list[Message] = []

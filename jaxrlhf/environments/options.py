@@ -9,7 +9,7 @@ from jaxrlhf.config.imports import import_function
 from jaxrlhf.environments.adapter import MethodEnvironment, has_methods_as_tools
 from jaxrlhf.environments.episode import Episode
 from jaxrlhf.environments.parsing import PARSERS, ToolFormat, format_of
-from jaxrlhf.environments.protocol import check_environment
+from jaxrlhf.environments.protocol import Environment, check_environment
 from jaxrlhf.environments.tools import Tool, load_tools
 from jaxrlhf.errors import InputError
 
@@ -77,8 +77,8 @@ class Environments:
 
     def __init__(
         self,
-        factory: Callable[[], Any] | None,
-        tools: tuple[str | Callable[..., Any], ...] = (),
+        factory: Callable[[], object] | None,
+        tools: tuple[str | Callable[..., object], ...] = (),
         label: str = "environment",
     ) -> None:
         self._factory, self._given, self._label = factory, load_tools(tools), label
@@ -116,7 +116,7 @@ class Environments:
             )
         return found
 
-    def _tools_of(self, environment: Any) -> tuple[Tool, ...]:
+    def _tools_of(self, environment: object) -> tuple[Tool, ...]:
         own = environment.tools if isinstance(environment, MethodEnvironment) else ()
         tools = (*own, *self._given)
         names = [tool.name for tool in tools]
@@ -124,10 +124,10 @@ class Environments:
             raise InputError(f"tools: {', '.join(names)}: two have the same name; rename one")
         return tools
 
-    def _made(self) -> Any:
+    def _made(self) -> Environment:
         assert self._factory is not None
         try:
-            instance = self._factory()
+            instance: Any = self._factory()
         except Exception as error:  # whatever the user's code raises
             raise InputError(
                 f"{self._label}: making an instance failed: {type(error).__name__}: {error}; an environment is made "

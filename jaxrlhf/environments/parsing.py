@@ -20,7 +20,7 @@ class ToolCall(NamedTuple):
     name: str
     arguments: dict[str, Any]
 
-    def as_message(self) -> dict[str, Any]:
+    def as_message(self) -> dict[str, object]:
         """The call as chat templates read it."""
         return {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 

@@ -30,7 +30,7 @@ class TookTooLong(BaseException):
 class Call:
     """A call in progress: `result` is set unless there is an `error`, a text, when it is finished."""
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    def __init__(self, function: Callable[[], object]) -> None:
         self.function = function
         self.result: Any = None
         self.error: str | None = None
@@ -49,7 +49,7 @@ class Calls:
         self._running: list[Call] = []
         self._finished: queue.SimpleQueue[Call] = queue.SimpleQueue()
 
-    def start(self, function: Callable[[], Any]) -> Call:
+    def start(self, function: Callable[[], object]) -> Call:
         """Queues a call of `function`."""
         call = Call(function)
         self._queued.append(call)
@@ -112,12 +112,12 @@ class Calls:
         return late
 
 
-def resolved(value: Any) -> Any:
+def resolved(value: object) -> Any:
     """The result of a coroutine, which runs in the event loop that all environments share; other values as they are."""
     if not inspect.isawaitable(value):
         return value
 
-    async def wait() -> Any:
+    async def wait() -> object:
         return await value
 
     future = asyncio.run_coroutine_threadsafe(wait(), _event_loop())

@@ -30,7 +30,7 @@ class Results(NamedTuple):
     """Calls that could not be read, or failed."""
 
 
-def load_tool(spec: str | Callable[..., Any]) -> Tool:
+def load_tool(spec: str | Callable[..., object]) -> Tool:
     """A tool from `package.module:function`, `path/to/file.py:function` or a Python function.
 
     Raises:
@@ -51,7 +51,7 @@ def load_tool(spec: str | Callable[..., Any]) -> Tool:
     return Tool(name, function, schema)
 
 
-def load_tools(specs: Sequence[str | Callable[..., Any]]) -> tuple[Tool, ...]:
+def load_tools(specs: Sequence[str | Callable[..., object]]) -> tuple[Tool, ...]:
     """Several tools. Raises InputError as `load_tool`, and for two of one name."""
     tools = tuple(load_tool(spec) for spec in specs)
     names = [tool.name for tool in tools]

@@ -35,8 +35,10 @@ from jaxrlhf.rl.run import check_models
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.system import available_memory
 from jaxrlhf.trainers.settings import FitConfig, SharedConfig
+from jaxrlhf.trainers.supervised import SupervisedConfig
 
 C = TypeVar("C", bound=SharedConfig)
+T = TypeVar("T")
 
 EVAL_ROWS = "per_device_eval_batch_size"
 OFFLOADS = ("offload_reference_model", "offload_reward_model", "offload_optimizer")
@@ -51,7 +53,7 @@ MARGIN = 0.95
 """Share of the memory that the runtime gives to programs up to which estimates are trusted."""
 
 
-def run_fitted(train: Callable[[Any], Any], config: SharedConfig, section: str = "") -> Any:
+def run_fitted(train: Callable[[C], T], config: C, section: str = "") -> T:
     """Trains with the flags that fit.
 
     Args:
@@ -124,10 +126,10 @@ def _kept(config: SharedConfig) -> frozenset[str]:
     return frozenset(name for name in known if name in given or config.value(name) != default_of(cls, name))
 
 
-def _recorded(config: SharedConfig, kept: Collection[str]) -> dict[str, Any] | None:
+def _recorded(config: SharedConfig, kept: Collection[str]) -> dict[str, object] | None:
     """The settings in FITTED, but those given, of the run that is resumed; None where there is no such run."""
 
-    def read() -> dict[str, Any] | None:
+    def read() -> dict[str, object] | None:
         folder = Path(config.folder.output_dir)
         if is_url(config.folder.output_dir):
             folder = fetch(config.folder.output_dir, lambda names: {"config.yaml"}.intersection(names))
@@ -193,12 +195,13 @@ def plan_of(config: Any, device: Device) -> PlanConfig:
     )
 
 
-def _shape(config: Any) -> DecoderConfig:
+def _shape(config: SupervisedConfig) -> DecoderConfig:
     """Config of the model that a supervised trainer starts from."""
     config.model.tokenizer_source  # noqa: B018 - refuses contradictory flags
     start = config.model.start
     if start.model_type is None:
-        shape = read_config(config.model.model_name_or_path)
+        path: Any = config.model.model_name_or_path  # not None: `tokenizer_source` refuses that
+        shape = read_config(path)
     else:
         rows = vocabulary_size(config.model.load_tokenizer(config.data.template))
         options = {"model_type": start.model_type, "vocab_size": rows, **start.config_overrides}

@@ -1,12 +1,13 @@
 """The programs of a planned run on abstract arguments: their batches, and their lowering for absent devices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxrlhf.data.tokenized import SEQUENCES
 from jaxrlhf.engine import Requests, Rollout, SamplingConfig, generate
@@ -19,12 +20,17 @@ from jaxrlhf.trainers import dpo, reward, sft
 from jaxrlhf.trainers.references import score_batch
 from jaxrlhf.trainers.supervised import Objective, TrainState, train_step
 
+Batch = dict[str, jax.ShapeDtypeStruct]
+"""Abstract arrays by name."""
+Kind = DTypeLike | tuple[DTypeLike]
+"""The dtype of an array `[rows, columns]`, or in a tuple that of an array `[rows]`."""
 
-def _batch(system: System, columns: int, kinds: dict[str, Any], rules: Rules, rows: int) -> dict[str, Any]:
+
+def _batch(system: System, columns: int, kinds: Mapping[str, Kind], rules: Rules, rows: int) -> Batch:
     """Abstract arrays of a batch: `[rows, columns]` of each dtype in `kinds`, or `[rows]` for a dtype in a tuple."""
     mesh = system.generate_mesh if rules is GENERATE_RULES else system.mesh
 
-    def array(kind: Any) -> jax.ShapeDtypeStruct:
+    def array(kind: Kind) -> jax.ShapeDtypeStruct:
         shape, dtype = ((rows,), kind[0]) if isinstance(kind, tuple) else ((rows, columns), kind)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, shape, rules))
 
@@ -35,14 +41,15 @@ def prompt_batch(system: System) -> Requests:
     """Prompts of one call of the generate program."""
     columns, rows = system.config.data.max_prompt_seq_len, system.generate_rows
     prompts = rows // system.config.sampling.samples_per_prompt
-    arrays = _batch(system, columns, {"ids": jnp.int32, "mask": bool}, GENERATE_RULES, prompts)
-    return Requests(**arrays, **_batch(system, columns, {"number": (jnp.int32,)}, GENERATE_RULES, rows))
+    arrays: dict[str, Any] = _batch(system, columns, {"ids": jnp.int32, "mask": bool}, GENERATE_RULES, prompts)
+    arrays |= _batch(system, columns, {"number": (jnp.int32,)}, GENERATE_RULES, rows)
+    return Requests(**arrays)
 
 
 def rollout(system: System, rows: int) -> Rollout:
     """Result of the generate program for `rows` rows."""
     kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "logprobs": jnp.float32}
-    arrays = _batch(system, system.length, kinds, GENERATE_RULES, rows)
+    arrays: dict[str, Any] = _batch(system, system.length, kinds, GENERATE_RULES, rows)
     return Rollout(**arrays, prompt_length=system.config.data.max_prompt_seq_len)
 
 
@@ -56,7 +63,7 @@ def experience(system: System) -> Experience:
     return Experience(**arrays, longest=system.config.sampling.max_new_tokens)
 
 
-def labelled_batch(system: System) -> dict[str, Any]:
+def labelled_batch(system: System) -> Batch:
     """Rows of SFT, or pairs, as the step before the reference gets them."""
     kinds: dict[str, Any] = {"row_mask": (jnp.int32,)}
     if system.sequences == 2:
@@ -69,7 +76,7 @@ def labelled_batch(system: System) -> dict[str, Any]:
     return _batch(system, system.length, kinds, TRAIN_RULES, system.rows) | (pairs if paired else {})
 
 
-def train_batch(system: System) -> Any:
+def train_batch(system: System) -> Experience | Batch:
     """The batch of the train program."""
     if not system.supervised:
         return experience(system)

@@ -102,10 +102,10 @@ class Signature:
     messages: bool = False
     keys: tuple[str, ...] = ()
 
-    def values(self, samples: Samples, log: Log) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def values(self, samples: Samples, log: Log) -> tuple[tuple[object, ...], dict[str, object]]:
         """The arguments by position and by name that are no columns or options."""
         if self.by_position:
-            args: tuple[Any, ...] = (list(samples.prompts), list(samples.responses))
+            args: tuple[object, ...] = (list(samples.prompts), list(samples.responses))
         else:
             args = ()
         return args, {name: self._value(name, samples, log) for name in self._available(samples)}
@@ -114,7 +114,7 @@ class Signature:
         missing = {"completion_ids"} if samples.completion_ids is None else set()
         return [name for name in self.provided if name not in missing]
 
-    def _value(self, name: str, samples: Samples, log: Log) -> Any:
+    def _value(self, name: str, samples: Samples, log: Log) -> object:
         if name == "responses":
             return list(samples.responses)
         if name == "prompts" and not self.of_trl:

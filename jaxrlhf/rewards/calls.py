@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from jaxrlhf.config.imports import exception_line
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.arguments import Log, Samples
 from jaxrlhf.rewards.functions import RewardFunction
+
+if TYPE_CHECKING:
+    import asyncio
 
 SHOWN_LINES = 20  # lines of a function's own output that are shown of each call
 SHOWN_TEXT = 300  # characters of a prompt or response in a message
@@ -149,7 +152,7 @@ async def _awaited(value: Awaitable[object]) -> object:
 _LOOPS = threading.local()
 
 
-def _event_loop() -> Any:
+def _event_loop() -> "asyncio.Runner":
     """The event loop of this thread. It stays, so that a function may keep its connections from call to call."""
     import asyncio  # only async functions need it, and every function's process would wait for it
 

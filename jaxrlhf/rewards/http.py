@@ -84,7 +84,7 @@ class Client:
         self._lock = threading.Lock()
         self._next = 0.0
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def call(self, path: str, body: Mapping[str, object] | None = None) -> Any:
         """The JSON of an answer; without a body by GET. Raises RequestFailed.
 
         A server that has not answered yet is tried once: its address is more likely wrong than the network bad.
@@ -102,7 +102,7 @@ class Client:
                     break
         raise last
 
-    def ask(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+    def ask(self, path: str, body: Mapping[str, object], read: Callable[[Any], T]) -> T:
         """Returns `read(answer)`. The answer is kept on disk unless `read` raises.
 
         Raises RequestFailed, and the Unreadable of `read`.
@@ -136,7 +136,7 @@ class Client:
         with ThreadPoolExecutor(self.options.parallel) as pool:
             return list(pool.map(safe, range(count)))
 
-    def _once(self, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _once(self, path: str, body: Mapping[str, object] | None) -> object:
         self._take_turn()
         headers = {"Content-Type": "application/json", "User-Agent": "jaxrlhf"}
         if key := os.environ.get(self.options.key):
@@ -180,7 +180,7 @@ class Client:
         grown = FIRST_WAIT * 2**tried * (0.5 + random.random() / 2)
         return min(LONGEST_WAIT, max(asked, grown))
 
-    def _place(self, path: str, body: Mapping[str, Any]) -> Path | None:
+    def _place(self, path: str, body: Mapping[str, object]) -> Path | None:
         if not self.options.cache:
             return None
         text = json.dumps([self.base, path, body], sort_keys=True)

@@ -11,10 +11,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.sentences import capital_words, sentences
+
+if TYPE_CHECKING:
+    from langdetect.detector_factory import DetectorFactory  # pyright: ignore[reportMissingImports]
 
 RELATIONS = ("less than", "at least")
 LANGUAGE_KINDS = ("language:response_language", "change_case:english_capital", "change_case:english_lowercase")
@@ -307,7 +310,7 @@ def has_language(text: str, language: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _detectors() -> tuple[Any, type[Exception]]:
+def _detectors() -> tuple["DetectorFactory", type[Exception]]:
     """langdetect's factory with its profiles, and its exception."""
     from langdetect import LangDetectException, detector_factory  # pyright: ignore[reportMissingImports]
 

@@ -66,7 +66,7 @@ def asks_server(function: Callable[..., list[float]]) -> Callable[..., list[floa
     label = f"reward function {function.__name__}"
 
     @functools.wraps(function)
-    def call(*args: Any, **given: Any) -> list[float]:
+    def call(*args: object, **given: Any) -> list[float]:
         server = ClientOptions(**{name: given.pop(name) for name in options if name in given})
         server.check(label)
         return function(*args, client=client_of(server), **given)

@@ -1,14 +1,14 @@
 """The flags of reward functions, for the settings of every trainer and command that scores responses."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 from jaxrlhf.config import FromYaml, MayChange, NonNegative, Settings
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.functions import check_spec, read_specs
 from jaxrlhf.rewards.processes import DEFAULT_LIMITS, Limits
-from jaxrlhf.rewards.scoring import Rewards
+from jaxrlhf.rewards.scoring import Rewards, Say
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RewardsConfig(Settings):
                 f"reward_model_weight={self.reward_model_weight} requires reward_functions; give some, or leave it at 1"
             )
 
-    def rewards(self, say: Callable[[str], Any] = print) -> Rewards:
+    def rewards(self, say: Say = print) -> Rewards:
         """The functions, imported and ready; `say` gets what they print and what went wrong."""
         limits = Limits(self.reward_time_limit, self.reward_memory_limit)
         return Rewards(self.reward_functions, self.reward_weights, say=say, limits=limits)

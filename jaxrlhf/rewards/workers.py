@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxrlhf.rewards.arguments import Function, Samples
 from jaxrlhf.rewards.calls import Outcome, call_captured, close_event_loop
 from jaxrlhf.rewards.functions import RewardFunction, has_own_process, load_function
 from jaxrlhf.rewards.processes import Limits, RewardProcess
 
+T = TypeVar("T")
 Jobs = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
@@ -45,7 +46,7 @@ class Worker:
             return self._put(partial(self._process.call, name, samples))
         return self._put(partial(call_captured, name, self.function.result(), samples))
 
-    def _put(self, call: Callable[[], Any]) -> Future[Any]:
+    def _put(self, call: Callable[[], T]) -> Future[T]:
         future: Future[Any] = Future()
         self._jobs.put((future, call))
         return future

@@ -108,7 +108,7 @@ _GROUPS = _CRITIC_FREE | {"samples_per_prompt": 8, "learning_rate": 1e-6, "kl_in
 
 
 def _variant(
-    name: str, title: str, summary: str, source: str, unused: tuple[str, ...] = (), **defaults: Any
+    name: str, title: str, summary: str, source: str, unused: tuple[str, ...] = (), **defaults: object
 ) -> Algorithm:
     """A variant of GRPO: the same advantages with other settings, and no KL penalty."""
     return Algorithm(

@@ -283,7 +283,7 @@ def _pending(config: PPOConfig, mesh: Mesh, arrays: Arrays) -> tuple[Rollout, ..
     rows = config.rows_per_device * batch_devices(mesh)
     shape = (rows, config.data.max_prompt_seq_len + config.sampling.max_new_tokens)
 
-    def place(dtype: DTypeLike) -> Any:
+    def place(dtype: DTypeLike) -> jax.Array:
         return arrays.place(jnp.zeros(shape, dtype), batch_sharding(mesh, shape))
 
     return tuple(

@@ -15,13 +15,14 @@ import numpy as np
 
 from jaxrlhf.data import Tokenizer, answer_text, length_bucket, without_end
 from jaxrlhf.data.continuations import Continuer
-from jaxrlhf.data.messages import as_messages
+from jaxrlhf.data.messages import Message, Prompt, as_messages
 from jaxrlhf.data.renderer import RowProblem
 from jaxrlhf.distributed import from_primary, is_primary
 from jaxrlhf.engine import EpisodeBatch, Rollout, SamplingConfig
 from jaxrlhf.environments import Calls, EnvironmentConfig, Environments, Episode
 from jaxrlhf.environments.running import Call
 from jaxrlhf.errors import SharedError
+from jaxrlhf.models.model import PyTree
 
 SHOWN = 3  # failed episodes that are shown of each rollout
 GIVE_UP = 64  # episodes in a row without a score that end the run
@@ -102,7 +103,7 @@ class EpisodeRunner:
         self.failed_in_a_row = 0
 
     def begin(
-        self, prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]], real: np.ndarray, copies: int
+        self, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[object]], real: np.ndarray, copies: int
     ) -> "Episodes":
         """Begins `copies` episodes of each of B rows. All processes call it at the same place.
 
@@ -144,8 +145,8 @@ class Episodes:
     def __init__(
         self,
         runner: EpisodeRunner,
-        prompts: Sequence[Any],
-        columns: Mapping[str, Sequence[Any]],
+        prompts: Sequence[Prompt],
+        columns: Mapping[str, Sequence[object]],
         real: np.ndarray,
         copies: int,
     ) -> None:
@@ -175,7 +176,9 @@ class Episodes:
         self.ids = np.full(self.mask.shape, pad, np.int32)
         self.ids[self.mask] = np.concatenate(rows)
 
-    def _reset(self, prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]], copies: int) -> list[list[int]]:
+    def _reset(
+        self, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[object]], copies: int
+    ) -> list[list[int]]:
         """Resets the environments of all rows; returns their prompts, empty for filler rows and failed episodes."""
         runner, calls = self.runner, {}
         for row, outcome in enumerate(self.outcomes):
@@ -214,7 +217,7 @@ class Episodes:
         *,
         numbers: np.ndarray,
         sample_index: np.ndarray | None = None,
-        **options: Any,
+        **options: PyTree,
     ) -> Rollout:
         """Plays the episodes of some rows to their ends.
 
@@ -323,7 +326,7 @@ class _Play:
     def _outcome(self, row: int) -> Outcome:
         return self.episodes.outcomes[self.rows[row]]
 
-    def _start(self, row: int, function: Callable[[], Any]) -> None:
+    def _start(self, row: int, function: Callable[[], object]) -> None:
         self.calls[self.episodes._calls.start(function)] = row
 
     def _turn_ended(self, row: int, ids: list[int]) -> None:
@@ -361,7 +364,7 @@ class _Play:
             return self._continuation(row, observation.messages)
         return None
 
-    def _continuation(self, row: int, messages: Sequence[dict[str, Any]]) -> list[int] | None:
+    def _continuation(self, row: int, messages: Sequence[Message]) -> list[int] | None:
         try:
             ids = self.runner.continuer.after_turn(messages, self.closed[row])
         except RowProblem as error:
@@ -396,7 +399,7 @@ class _Play:
         self.runner.environments.release(episode)
 
 
-def _numbers(info: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(info: Mapping[str, object]) -> dict[str, float]:
     """The finite numbers of an observation's info."""
     kinds = (int, float, bool, np.integer, np.floating)
     return {str(name): float(x) for name, x in info.items() if isinstance(x, kinds) and np.isfinite(x)}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
+from jax.typing import ArrayLike
 
 from jaxrlhf.data import length_bucket
 from jaxrlhf.engine import Rollout, SamplingConfig
@@ -27,7 +28,7 @@ def join(parts: list[Rollout], order: jax.Array, *, prompt_length: int, pad_id: 
     fill: Any = (pad_id, False, False, 0.0)
     fills = Rollout(*fill, prompt_length=prompt_length, rewards=None if parts[0].rewards is None else 0.0)  # type: ignore
 
-    def joined(fill: Any, *xs: jax.Array) -> jax.Array:
+    def joined(fill: float, *xs: jax.Array) -> jax.Array:
         wide = [
             jnp.pad(x, ((0, 0), (prompt_length - part.prompt_length, 0)), constant_values=fill)
             for x, part in zip(xs, parts, strict=True)
@@ -39,15 +40,15 @@ def join(parts: list[Rollout], order: jax.Array, *, prompt_length: int, pad_id: 
 
 def generate_in_pieces(
     generate: Callable[..., Rollout],
-    prompt_ids: Any,
-    prompt_mask: Any,
+    prompt_ids: ArrayLike,
+    prompt_mask: ArrayLike,
     key: jax.Array,
     sampling: SamplingConfig,
     *,
     pieces: int,
-    sample_index: Any = None,
+    sample_index: ArrayLike | None = None,
     each: Callable[[np.ndarray, Rollout], None] | None = None,
-    **options: Any,
+    **options: object,
 ) -> Rollout:
     """Generates a batch in pieces, with the cache of one piece at a time.
 

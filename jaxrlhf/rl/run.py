@@ -121,7 +121,7 @@ class PPOTask:
         if config.rollout.async_steps:
             self.ahead = Ahead(self.trainer, config, self._prompts, steps)
         self.warned = False
-        self._newest: dict[str, Any] = {}
+        self._newest: dict[str, jax.Array] = {}
         self.name, self.title = config.algorithm.algorithm.name, config.algorithm.algorithm.title
         self.best: tuple[str, int] = ("scores", 1)
         self.base_model = str(config.models.actor_model_name_or_path)
@@ -129,7 +129,7 @@ class PPOTask:
         self.exports = self._exports()
         self.identity = self._identity()
 
-    def _exports(self) -> dict[str, Any]:
+    def _exports(self) -> dict[str, dict[str, Any]]:
         state = self.engine.state
         actor = describe_model(self.engine.actor_model(state))
         exports = {"actor_params": actor}
@@ -139,7 +139,7 @@ class PPOTask:
             exports["ema_params"] = describe_model(self.engine.actor_model(state), frozen="actor_params")
         return exports
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         text, config = self.data.text, self.config
         blocks = text and [text.key, *text.tokens.shape, config.ptx_rows(self.devices)]
         adapters = {f"{m}_lora": self.exports.get(f"{m}_params", {}).get("lora") for m in ("actor", "critic")}
@@ -156,7 +156,7 @@ class PPOTask:
             **adapters,
         }
 
-    def step(self, state: PPOState, plan: StepPlan) -> tuple[PPOState, dict[str, Any]]:
+    def step(self, state: PPOState, plan: StepPlan) -> tuple[PPOState, Metrics]:
         trainer, train, index = self.trainer, self.data.train, plan.index
         experience, scored, rewards, extras = self._sample(state, plan)
         rollout = self.config.rollout
@@ -305,7 +305,7 @@ class PPOTask:
             export(self.engine.actor_model(state, ema=True), folder / "ema", base=actor)
         export(self.engine.actor_model(state), folder, base=actor)
 
-    def last_batch(self) -> dict[str, Any]:
+    def last_batch(self) -> dict[str, jax.Array]:
         return self._newest
 
     def same_past(self, steps: int) -> bool:

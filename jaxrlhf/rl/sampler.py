@@ -22,7 +22,7 @@ from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.rollouts import generate_in_pieces
-from jaxrlhf.rl.samples import TRANSCRIPT, Each, Prompts, Record, RolloutPlan, Sampled, Started
+from jaxrlhf.rl.samples import TRANSCRIPT, Each, Prompts, Reading, Record, RolloutPlan, Sampled, Started
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
@@ -81,7 +81,7 @@ class Sampler:
             say=print if run is None else run.print,
         )
 
-    def reading(self, data: PromptData, indices: np.ndarray) -> dict[str, Any]:
+    def reading(self, data: PromptData, indices: np.ndarray) -> Reading:
         """Fields of `Prompts` that reward functions and environments read, for these rows."""
         if not self.rewards and self.runner is None:
             return {}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxrlhf.engine import Rollout, SamplingConfig
 from jaxrlhf.rewards import Handle
@@ -17,6 +18,14 @@ Each = Callable[[np.ndarray, Rollout], None]
 """Called with the row numbers and the rollout of every generated piece."""
 TRANSCRIPT = "transcript"
 """Column in which reward functions find the messages of an episode."""
+
+
+class Reading(TypedDict, total=False):
+    """What reward functions and environments read of the prompts; see `Prompts`."""
+
+    columns: Mapping[str, Sequence[object]]
+    texts: Sequence[str]
+    messages: Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Prompts:
     """int `[B·n]`: numbers of the samples, which key their randomness; None: 0 … B·n-1."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], **reading: Any) -> "Prompts":
+    def of(cls, batch: Mapping[str, ArrayLike], **reading: Any) -> "Prompts":
         """Prompts of a batch with `prompt_ids`, `prompt_mask` and perhaps `row_mask`."""
         ids = np.asarray(batch["prompt_ids"])
         real = np.asarray(batch.get("row_mask", np.ones(len(ids)))) > 0

@@ -365,7 +365,7 @@ def _actor_gradients(
     tokens_in_batch = jnp.sum(batch["response_mask"])
 
     def loss_of(
-        module: Decoder, params: PyTree, b: dict[str, jax.Array], _: Any
+        module: Decoder, params: PyTree, b: dict[str, jax.Array], _: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = join(params, frozen)
         sequences = b["tokens"], b["mask"], h.temperature, b["response_mask"], longest
@@ -419,7 +419,9 @@ def _ptx_gradients(
     """Loss on pretraining text in nats per token, and gradients of `ptx_coef` times it; no losses of routers."""
     h = state.hyperparameters
 
-    def loss_of(module: Decoder, params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+    def loss_of(
+        module: Decoder, params: PyTree, b: dict[str, jax.Array], _key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         loss, _ = sft_loss(module, join(params, frozen), b, token_count(ptx), None)
         return h.ptx_coef * loss, loss
 
@@ -435,7 +437,9 @@ def _critic_gradients(
     h = state.hyperparameters
     tokens_in_batch = jnp.sum(batch["response_mask"])
 
-    def loss_of(module: Decoder, params: PyTree, b: dict[str, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+    def loss_of(
+        module: Decoder, params: PyTree, b: dict[str, jax.Array], _: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         values = critic_values(module, join(params, frozen), b["tokens"], b["mask"])
         return objectives.value_loss(
             values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch

@@ -4,11 +4,11 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxrlhf import keys, objectives
 from jaxrlhf.data import PromptData, eval_batches
@@ -116,8 +116,8 @@ class PPOTrainer(Sampler):
 
     def generate_experience(
         self,
-        prompt_batch: Mapping[str, Any],
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        prompt_batch: Mapping[str, ArrayLike],
+        columns: Mapping[str, Sequence[object]] | None = None,
         prompts: Sequence[str] | None = None,
     ) -> Experience:
         """Samples `samples_per_prompt` responses per prompt and scores them, with the models of `engine.state`.

@@ -74,7 +74,7 @@ def encode(state: PyTree) -> tuple[list[Entry], dict[str, jax.Array | np.ndarray
     return entries, arrays
 
 
-def decode(entry: Entry, array: Any, like: Leaf) -> Leaf:
+def decode(entry: Entry, array: Leaf, like: Leaf) -> Leaf:
     """The leaf of an entry; `array` is what its files hold, `like` the leaf that it replaces."""
     kind = entry["kind"]
     if kind == "numpy scalar":
@@ -110,7 +110,7 @@ def check_match(path: Path, saved: Mapping[str, Entry], expected: Mapping[str, E
         raise InputError("\n".join([text, *wrong[:SHOWN_DIFFERENCES], *([f"  … and {more} more"] if more > 0 else [])]))
 
 
-def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(value: Mapping[str, object]) -> dict[str, object]:
     """A JSON object with its own checksum."""
     return {**value, SEAL: xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())}
 
@@ -144,7 +144,7 @@ def migrated(index: dict[str, Any], path: Path) -> dict[str, Any]:
     return index
 
 
-def check_index(index: Mapping[str, Any]) -> None:
+def check_index(index: Mapping[str, object]) -> None:
     """Raises ValueError naming the entry that is not what `encode` and `file_facts` write."""
     leaves, files = index.get("leaves"), index.get("files")
     if not isinstance(leaves, list) or not isinstance(files, dict):
@@ -185,7 +185,7 @@ def file_facts(folder: Path, names: Iterable[str]) -> Files:
         return dict(zip(names, pool.map(_facts, (folder / name for name in names)), strict=True))
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> dict[str, int | str]:
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK, max(os.path.getsize(path), 1))))
     total = 0
     with open(path, "rb", buffering=0) as file:

@@ -36,6 +36,8 @@ from jaxrlhf.runs.storage import storage_errors
 if TYPE_CHECKING:
     from orbax.checkpoint import PyTreeCheckpointHandler
 
+Metadata = dict[str, Any]
+"""What a checkpoint says of itself, as JSON values: `step`, `identity`, `exports` and more."""
 FINAL = re.compile(r"checkpoint-(\d+)")
 REPLACED = ".replaced"  # an older checkpoint of the same step, while the new one takes its name
 UNFINISHED = (".unfinished", ".removing")
@@ -78,7 +80,7 @@ def checkpoint_step(path: str | Path) -> int:
     return int(match[1])
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: str | Path) -> Metadata:
     """Returns the metadata of a checkpoint, and its `step`. Raises as `restore_checkpoint` does."""
     metadata = _read_json(Path(path), "metadata.json")
     try:
@@ -93,7 +95,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def restore_checkpoint(path: str | Path, like: PyTree, subtree: str = "") -> tuple[PyTree, dict[str, Any]]:
+def restore_checkpoint(path: str | Path, like: PyTree, subtree: str = "") -> tuple[PyTree, Metadata]:
     """Restores a state bit for bit, each leaf straight to its sharding. The mesh may differ from that of the save.
 
     All processes of a run call it, and each checks the checksums of its share of the files.
@@ -175,7 +177,9 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def array_handler(arrays: Mapping[str, Any], *, whole: bool = False) -> "PyTreeCheckpointHandler":
+def array_handler(
+    arrays: Mapping[str, jax.Array | np.ndarray | jax.ShapeDtypeStruct], *, whole: bool = False
+) -> "PyTreeCheckpointHandler":
     """Orbax's handler for {path: array}.
 
     Args:

@@ -21,7 +21,7 @@ from jaxrlhf.errors import InputError, Interrupted
 from jaxrlhf.runs.checkpoints import FINAL, clean_folder, list_checkpoints
 from jaxrlhf.runs.console import Console, Progress, format_number
 from jaxrlhf.runs.lock import FolderLock
-from jaxrlhf.runs.records import JSONL, REMEDY, Records
+from jaxrlhf.runs.records import JSONL, REMEDY, Record, Records
 from jaxrlhf.runs.storage import storage_errors
 from jaxrlhf.runs.trackers import TrackedRun, Trackers, TrackingConfig
 from jaxrlhf.runs.trackers.registry import IDS
@@ -172,7 +172,7 @@ class Run:
         self._show(int(step), values)
         return values
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Record]:
         """Returns the records of metrics.jsonl, with `step` and `time`; on process 0 alone. Raises StorageError."""
         return self._records.read("metrics.jsonl")
 

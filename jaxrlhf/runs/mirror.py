@@ -42,10 +42,11 @@ BEST = "best_step"
 """Entry of a checkpoint's metadata: the step of the best checkpoint at that time."""
 
 
+Config = TypeVar("Config")
 Result = TypeVar("Result")
 
 
-def works_locally(train: Callable[[Any], Result]) -> Callable[[Any], Result]:
+def works_locally(train: Callable[[Config], Result]) -> Callable[[Config], Result]:
     """Lets a function that trains take a config whose output_dir is a URL: it gets one with the working folder."""
 
     @wraps(train)

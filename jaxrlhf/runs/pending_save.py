@@ -7,15 +7,19 @@ import threading
 import time
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.distributed import is_primary
 from jaxrlhf.runs.checkpoint_index import FORMAT, Entry, Files, file_facts, sealed, sizes
 from jaxrlhf.runs.checkpoints import REPLACED, UNFINISHED, array_handler
 from jaxrlhf.runs.storage import reason_of
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import AsyncCheckpointer
 
 LIMIT = 1200  # seconds after which a save counts as failed
 FAILURES = (OSError, ValueError)  # tensorstore reports a full disk as a ValueError
@@ -73,7 +77,7 @@ class PendingSave:
         self.defect: Exception | None = None
         self.thread: threading.Thread | None = None
 
-    def write(self, arrays: Mapping[str, Any], *, background: bool) -> None:
+    def write(self, arrays: Mapping[str, jax.Array | np.ndarray], *, background: bool) -> None:
         """Copies the arrays to host memory, and starts the threads that write them."""
         import orbax.checkpoint as ocp
 
@@ -91,7 +95,7 @@ class PendingSave:
         self.thread = threading.Thread(target=self._finish, args=(checkpointer,), name="checkpoint", daemon=True)
         self.thread.start()
 
-    def _finish(self, checkpointer: Any) -> None:
+    def _finish(self, checkpointer: "AsyncCheckpointer") -> None:
         result: Report = {}
         try:
             checkpointer.close()  # waits for the files
@@ -145,7 +149,7 @@ def _hide_late_writes() -> None:
     """Hides a traceback for each array whose write ends after orbax has given up a save: its event loop is closed."""
     before = sys.unraisablehook
 
-    def hook(unraisable: Any) -> None:
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 

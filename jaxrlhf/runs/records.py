@@ -12,13 +12,15 @@ from jaxrlhf.config.files import read_jsonl, write_json_atomic, write_text_atomi
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs.storage import reason_of, storage_errors
 
+Record = dict[str, Any]
+"""A line of a file of records: its `step`, and values by name."""
 JSONL = ("metrics.jsonl", "samples.jsonl")
 MAX_WAITING = 64 * 2**20  # bytes of records that wait in memory; of more, the oldest are dropped
 RETRY_SECONDS = 5.0  # between two tries, as one try may take long on a network file system
 REMEDY = "free or repair the disk, then continue the run with --resume"
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
+def read_records(path: str | Path) -> list[Record]:
     """The records of a run's .jsonl file, as `read_jsonl`.
 
     Raises InputError also when a record has no `step`.
@@ -84,16 +86,16 @@ class Records:
             if path.is_file():
                 os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
-    def read(self, name: str) -> list[dict[str, Any]]:
+    def read(self, name: str) -> list[Record]:
         """Returns the records of a file, with those that wait in memory. Raises StorageError."""
         path = self.folder / name
         with storage_errors(f"read {path}", REMEDY):
             records = read_records(path) if path.exists() else []
         return records + [json.loads(line) for other, line in self._waiting if other == name]
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
+    def rewind(self, step: int) -> list[Record]:
         """Drops the records after `step`; returns them. Raises StorageError."""
-        dropped: list[dict[str, Any]] = []
+        dropped: list[Record] = []
         for name in JSONL:
             records = self.read(name)
             kept = [record for record in records if record["step"] <= step]

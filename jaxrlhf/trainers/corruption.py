@@ -27,7 +27,9 @@ MULTIPLIER = 0x9E3779B1  # odd, so that no single wrong element leaves a sum as 
 SHOWN = 4
 
 
-def run_twice(update: Callable[..., tuple[PyTree, dict[str, Any]]], state: PyTree, *args: Any, **options: Any) -> tuple:
+def run_twice(
+    update: Callable[..., tuple[PyTree, dict[str, jax.Array]]], state: PyTree, *args: object, **options: object
+) -> tuple:
     """`update(state, …)`, a jitted step, run twice from the same state.
 
     It takes the time of one more step and, while it runs, the memory of one more state. Every process calls it.
@@ -132,7 +134,7 @@ def _copied(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, tree)
 
 
-def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
+def _leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in pairs]
 

@@ -247,7 +247,7 @@ def dpo_metrics(losses: Losses, totals: dict[str, float]) -> dict[str, float]:
     return means | {"loss": means["loss"] + losses.sft_weight * nll, "nll_loss": nll}
 
 
-def without_reference(*_: Any) -> Extend:
+def without_reference(*_: object) -> Extend:
     """Log-ratios are log-probs."""
     return lambda params, batch: batch | {f"ref_{side}_logps": 0.0 * pair_mask(batch) for side in SIDES}
 

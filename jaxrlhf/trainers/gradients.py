@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from jaxrlhf.models import Decoder, RouterSums, logical_axes, param_shardings, split_trainable, working_copy
 from jaxrlhf.sharding import (
@@ -113,7 +114,7 @@ def sum_parts(
     if parts == 1:
         return function(batch, key)
 
-    def add(total: PyTree, part: tuple[PyTree, Any, Any]) -> tuple[PyTree, None]:
+    def add(total: PyTree, part: tuple[PyTree, jax.Array | None, jax.Array | None]) -> tuple[PyTree, None]:
         rows, key, mask = part
         added = function(rows, key) if mask is None else narrowed(lambda rows: function(rows, key), rows, mask)
         return jax.tree.map(jnp.add, total, added), None
@@ -259,7 +260,7 @@ def apply_gradients(
     return trainable, back_like(new_state, opt_state)
 
 
-def exceeds(metrics: Mapping[str, jax.Array], limits: Mapping[str, Any] | None) -> jax.Array:
+def exceeds(metrics: Mapping[str, jax.Array], limits: Mapping[str, ArrayLike] | None) -> jax.Array:
     """True if one of the metrics is above its limit. Limits are arguments of a program: others compile nothing."""
     known = {} if limits is None else limits
     over = [metrics[name] > limit for name, limit in known.items() if name in metrics]

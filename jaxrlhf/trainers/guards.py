@@ -14,6 +14,7 @@ from jaxrlhf.distributed import from_primary, is_primary, to_host
 from jaxrlhf.errors import TrainingDiverged
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import checkpoint_step, latest_checkpoint, list_checkpoints
+from jaxrlhf.runs.records import Record
 
 Metrics: TypeAlias = Mapping[str, Any]
 """Metrics as they are recorded: numbers, None for one that is not finite."""
@@ -95,7 +96,7 @@ class Guard:
         run: Run,
         config: GuardConfig,
         limits: Callable[[History], dict[str, float]],
-        batch: Callable[[], dict[str, Any]],
+        batch: Callable[[], Mapping[str, object]],
     ) -> None:
         self.run, self.config, self.batch = run, config, batch
         self._limits_of = limits
@@ -113,7 +114,7 @@ class Guard:
         for event in events:
             self.rollbacks, self.left_out = int(event["guard/rollbacks"]), int(event["guard/left_out_batches"])
 
-    def _recorded(self) -> list[list[dict[str, Any]]]:
+    def _recorded(self) -> list[list[Record]]:
         records = self.run.metrics()
         steps = [record for record in records if "guard/skipped_updates" in record]
         return [steps[-WINDOW:], [record for record in records if "guard/rollbacks" in record]]

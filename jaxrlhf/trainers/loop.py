@@ -1,9 +1,9 @@
 """The loop around every trainer's step: resume, log, evaluate, checkpoint, stop cleanly, export."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import jax
 
@@ -20,6 +20,7 @@ from jaxrlhf.runs.checkpoints import (
     restore_checkpoint,
 )
 from jaxrlhf.runs.console import Console
+from jaxrlhf.runs.records import Record
 from jaxrlhf.runs.saving import Retention, Saver
 from jaxrlhf.runs.system import MemoryRelief
 from jaxrlhf.trainers.guards import Guard, History, StepPlan
@@ -29,6 +30,8 @@ from jaxrlhf.trainers.stopping import Reason, stop_requested
 
 State = TypeVar("State")
 Item = TypeVar("Item")
+P = ParamSpec("P")
+Result = TypeVar("Result")
 Metrics = dict[str, Any]
 
 
@@ -94,7 +97,7 @@ class Task(Protocol[State]):
         """Writes the trained models into the folder of the run."""
         ...
 
-    def last_batch(self) -> dict[str, Any]:
+    def last_batch(self) -> Mapping[str, object]:
         """Arrays of the newest step, for a person who wants to know why it could not be used."""
         ...
 
@@ -361,7 +364,7 @@ class _Loop(Generic[State]):
             raise
 
 
-def _evaluations(run: Run) -> list[dict[str, Any]]:
+def _evaluations(run: Run) -> list[Record]:
     """Records of this run's evaluations, resumed parts included: `step`, and metrics by name."""
     records = [r for r in run.metrics() if any(k.startswith("eval/") for k in r)]
     return [
@@ -442,14 +445,14 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
     return named | {"best_step": chosen["step"], "best_by": best[0]}
 
 
-class Announce:
+class Announce(Generic[P, Result]):
     """Calls a jitted function, and says that it compiles when its positional arguments have new shapes."""
 
-    def __init__(self, run: Run | Console | None, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, run: Run | Console | None, name: str, function: Callable[P, Result]) -> None:
         self.run, self.name, self.function = run, name, function
         self.seen: set[tuple] = set()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
         shapes = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else x for x in jax.tree.leaves(args))
         activity.program = self.name
         if self.run is None or shapes in self.seen:

@@ -89,14 +89,14 @@ def export_model(
         save_pretrained(model, folder, tokenizer, **save_options)
 
 
-def _describe_lora(lora: LoRAConfig) -> dict[str, Any]:
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(lora).items()}
+def _describe_lora(lora: LoRAConfig) -> dict[str, object]:
+    values: dict[str, object] = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(lora).items()}
     if not lora.trained_tokens:
         del values["trained_tokens"]
     return values
 
 
-def describe_model(model: Model, **more: Any) -> dict[str, Any]:
+def describe_model(model: Model, **more: object) -> dict[str, object]:
     """Describes parameters in a checkpoint for `jaxrlhf convert`, as JSON values."""
     head, lora = model.module.head, model.module.lora
     adapters = {} if lora is None else {"lora": _describe_lora(lora)}

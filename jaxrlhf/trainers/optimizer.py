@@ -4,15 +4,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jaxrlhf.config import Fraction, Ge, Lt, NonNegative, NonNegativeInt, Positive, Settings, alias
 from jaxrlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxrlhf.models.model import PyTree
 
 Schedule = Literal["linear", "cosine", "constant"]
 DECAYED_LEAVES = ("kernel", "embedding", "lora_a", "lora_b", "lora_rows")
@@ -82,7 +86,7 @@ def make_rates(config: OptimizerConfig, total_steps: int) -> Rates:
     return Rates(*map(np.float32, numbers))
 
 
-def learning_rate(kind: Schedule, rates: Rates, step: Any) -> jax.Array:
+def learning_rate(kind: Schedule, rates: Rates, step: ArrayLike) -> jax.Array:
     """The learning rate (float32) after `step` updates, an int or an int32 scalar array.
 
     Equal to `transformers.get_scheduler`: with W > 0 warm-up steps the rate is step/W of the peak, so 0 for the first
@@ -100,12 +104,12 @@ def learning_rate(kind: Schedule, rates: Rates, step: Any) -> jax.Array:
     return rates.peak * jnp.where(step < rates.warmup, step / jnp.maximum(rates.warmup, 1), factor)
 
 
-def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[ArrayLike], jax.Array]:
     """`learning_rate` as a function of the number of updates made so far. Raises InputError if there is no step."""
     return partial(learning_rate, config.lr_scheduler_type, make_rates(config, total_steps))
 
 
-def decay_mask(params) -> Any:
+def decay_mask(params) -> "PyTree":
     """A tree of the structure of `params`: True for the leaves that weight decay shrinks (kernels and embeddings).
 
     Decided by the ending of the leaf's name and not by its rank, since stacked biases are matrices. Raises ValueError
@@ -172,7 +176,7 @@ def with_rates(
     return optax.GradientTransformationExtraArgs(optimizer.init, partial(optimizer.update, rates=rates))
 
 
-def updates_made(state: Any) -> jax.Array:
+def updates_made(state: optax.OptState) -> jax.Array:
     """How many updates an optimizer state of `make_optimizer` has seen: what its schedule goes by."""
     return optax.tree.get_all_with_path(state, "count")[0][1]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import numpy as np
@@ -41,6 +41,7 @@ from jaxrlhf.trainers.supervised import Batch, Extend, SupervisedConfig
 from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 PyTree = Any
+Value = TypeVar("Value")
 Logprobs = Callable[[Decoder, PyTree, Batch], dict[str, jax.Array]]
 """Log-probs of the sequences of a batch, by name: `[B]` each, or `[B, P]` of packed rows."""
 
@@ -107,7 +108,7 @@ def chunks(config: SupervisedConfig, batch: Batch) -> int:
     return parts if batch["row_mask"].shape[0] % parts == 0 else 1
 
 
-def named(logps: dict[str, Any]) -> dict[str, Any]:
+def named(logps: dict[str, Value]) -> dict[str, Value]:
     return {f"ref_{name}_logps": values for name, values in logps.items()}
 
 

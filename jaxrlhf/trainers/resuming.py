@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from flax.struct import PyTreeNode
 
 from jaxrlhf.config import PathName, Settings
 from jaxrlhf.config.remote import is_url
@@ -21,7 +23,11 @@ from jaxrlhf.runs.checkpoints import (
 )
 from jaxrlhf.runs.mirror import fetch_checkpoint
 
+if TYPE_CHECKING:
+    from jaxrlhf.trainers.loop import Task
+
 State = TypeVar("State")
+Start = TypeVar("Start", bound=PyTreeNode)
 Config = TypeVar("Config", bound=Settings)
 
 Change = Literal[
@@ -92,7 +98,7 @@ def chosen(folder: Path, named: str) -> Path | None:
 
 
 def resume_or_start(
-    run: Run, task: Any, state: State, resume: bool, named: str = "", allowed: tuple[Change, ...] = ()
+    run: Run, task: "Task[State]", state: State, resume: bool, named: str = "", allowed: tuple[Change, ...] = ()
 ) -> tuple[State, int]:
     """Returns the state to go on from and the number of finished steps.
 
@@ -130,8 +136,8 @@ def resume_or_start(
 
 
 def changes_since(
-    path: Path, metadata: Mapping[str, Any], task: Any, allowed: tuple[Change, ...]
-) -> dict[str, tuple[Any, Any]]:
+    path: Path, metadata: Mapping[str, Any], task: "Task", allowed: tuple[Change, ...]
+) -> dict[str, tuple[object, object]]:
     """{setting: (then, now)} of what differs from the run that a checkpoint belongs to.
 
     Raises:
@@ -211,7 +217,7 @@ def same_rows(config: Config, run: Run, rows: int, devices: int) -> Config:
     return config.replace(**new)
 
 
-def start_from(run: Run, options: CheckpointOptions, state: Any, resume: bool) -> Any:
+def start_from(run: Run, options: CheckpointOptions, state: Start, resume: bool) -> Start:
     """The initial state of a run with the parameters that `init_from_checkpoint` names; not when it is resumed.
 
     Raises:

@@ -15,7 +15,7 @@ from jaxrlhf.models import Decoder
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.pairs import Sides, pair_count, pair_mask, read_pairs
 from jaxrlhf.trainers.settings import StepOptions
-from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
+from jaxrlhf.trainers.supervised import Batch, Objective, PyTree, Recipe, SupervisedConfig, TrainState, train_supervised
 
 SIMILAR = 0.1  # share of the longer response: smaller differences in length say little
 
@@ -70,7 +70,7 @@ class RewardLoss(NamedTuple):
 
 
 def compare(
-    settings: RewardLoss, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
+    settings: RewardLoss, module: Decoder, params: PyTree, rows: Batch, count: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, Sides]:
     """Computes the mean loss of the pairs, and the scores at the last token of both sides, in one forward pass."""
     pairs = read_pairs(rows)
@@ -102,7 +102,7 @@ def compare(
 
 
 def reward_loss(
-    settings: RewardLoss, module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
+    settings: RewardLoss, module: Decoder, params: PyTree, rows: Batch, count: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean loss of the pairs, with the accuracy and margin of the scores at the last token."""
     loss, scores = compare(settings, module, params, rows, count, key)
@@ -111,7 +111,7 @@ def reward_loss(
     return loss, {"accuracy": mean(chosen > rejected), "margin": mean(chosen - rejected)}
 
 
-def reward_sums(settings: RewardLoss, module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
+def reward_sums(settings: RewardLoss, module: Decoder, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
     count = pair_count(batch)
     loss, scores = compare(settings, module, params, batch, count, None)
     chosen, rejected = scores["chosen"], scores["rejected"]

@@ -45,6 +45,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.runs import Run, TrackingConfig
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.sharding.mesh import Device
 from jaxrlhf.trainers.guards import GuardConfig
 from jaxrlhf.trainers.lora import LoRAOptions
 from jaxrlhf.trainers.optimizer import OptimizerConfig
@@ -78,7 +79,7 @@ class MeshConfig(Settings, may_change=True):
     def compute_dtype(self) -> jnp.dtype:
         return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
-    def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+    def make_mesh(self, devices: Sequence[Device] | None = None) -> Mesh:
         sizes = self.mesh_data, self.mesh_fsdp, self.mesh_tensor, self.mesh_expert, self.mesh_context
         return make_mesh(*sizes, devices=devices)
 
@@ -296,7 +297,7 @@ class SharedConfig(Settings):
     process: ProcessConfig = ProcessConfig()
 
     @classmethod
-    def create(cls, **values: Any) -> Self:
+    def create(cls, **values: object) -> Self:
         """As `Settings.create`; remembers which settings were given."""
         config = super().create(**values)
         given = [canonical(cls, name) for name in values if places_of(cls, name)]

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -11,7 +10,7 @@ from jaxrlhf.config import deepspeed_chat, trl
 from jaxrlhf.models import Decoder
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.settings import StepOptions
-from jaxrlhf.trainers.supervised import Batch, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
+from jaxrlhf.trainers.supervised import Batch, Objective, PyTree, Recipe, SupervisedConfig, TrainState, train_supervised
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def token_count(batch: Batch) -> jax.Array:
 
 
 def sft_loss(
-    module: Decoder, params: Any, rows: Batch, count: jax.Array, key: jax.Array | None
+    module: Decoder, params: PyTree, rows: Batch, count: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean negative log-prob of the target tokens, in nats. Rows with `segment_ids` are packed."""
     logprobs, _ = module.apply(
@@ -48,7 +47,7 @@ def sft_loss(
     return objectives.sft_loss(logprobs, rows["loss_mask"], count), {}
 
 
-def sft_sums(module: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
+def sft_sums(module: Decoder, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
     count = token_count(batch)
     loss, _ = sft_loss(module, params, batch, count, None)
     return {"nll": loss * count, "tokens": count}

@@ -8,7 +8,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Literal
 
 Reason = Literal["", "interrupt", "preemption"]
 """Empty: nobody asks. interrupt: the user does. preemption: the machine or its time ends, and the run goes on later."""
@@ -29,7 +30,7 @@ def stop_requested() -> Iterator[Callable[[], Reason]]:
     def reason() -> Reason:
         return "interrupt" if interrupted.is_set() else "preemption" if preempted.is_set() else ""
 
-    def handle(number: int, _frame: Any) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
         if number != signal.SIGINT:
             preempted.set()
         elif interrupted.is_set():

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxrlhf import keys
 from jaxrlhf.config import lasting
 from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data
+from jaxrlhf.data.batches import Batches
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
@@ -29,7 +30,7 @@ from jaxrlhf.trainers.gradients import (
     model_gradients,
 )
 from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
-from jaxrlhf.trainers.loop import Announce, Watch, fit, unwatched
+from jaxrlhf.trainers.loop import Announce, Metrics, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
 from jaxrlhf.trainers.optimizer import (
     Rates,
@@ -173,7 +174,7 @@ def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, meas
 
 def evaluation_totals(
     sums: Callable[[Batch], dict[str, jax.Array]],
-    data: Any,
+    data: Batches,
     batch_size: int,
     mesh: Mesh,
     rows: np.ndarray | None = None,
@@ -324,7 +325,7 @@ class SupervisedTask:
     def initial_state(self) -> TrainState:
         return init_state(self.model, self.optimizer, self.mesh, offload_optimizer=self.config.run.offload_optimizer)
 
-    def step(self, state: TrainState, plan: StepPlan) -> tuple[TrainState, dict[str, Any]]:
+    def step(self, state: TrainState, plan: StepPlan) -> tuple[TrainState, Metrics]:
         begin = time.monotonic()
         made = int(to_host(updates_made(state.opt_state)))
         indices = self.train.indices(plan.batch, self.rows)

@@ -1,7 +1,6 @@
 """Options of Hugging Face's configs that differ between full and sliding layers: `layer_types` and rope by layer."""
 
 from collections.abc import Callable
-from typing import Any
 
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.rope import check_equal, scaling_of, scaling_to_hf, with_rope_type
@@ -53,7 +52,7 @@ def one_window_to_hf(c: DecoderConfig) -> dict[str, object]:
     return {"sliding_window": c.windows[0] if c.windows else None}
 
 
-def ropes_from_hf(hf: HFConfig, base: float, local_base: float, local_name: str | None = None) -> dict[str, Any]:
+def ropes_from_hf(hf: HFConfig, base: float, local_base: float, local_name: str | None = None) -> dict[str, object]:
     """Reads rope parameters by layer type: sliding layers have a base of their own and no scaling.
 
     Args:

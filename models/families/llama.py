@@ -20,8 +20,8 @@ def llama_like_from_hf(
     bos: int | None = 1,
     eos: int | None = 2,
     pad: int | None = None,
-    rope: dict[str, Any] | None = None,
-    **own: Any,
+    rope: dict[str, object] | None = None,
+    **own: object,
 ) -> DecoderConfig:
     """Reads the options that Llama and its descendants share; `own` holds the fields in which a family differs.
 

@@ -1,7 +1,5 @@
 """Phi-3 and Phi-4 (mini): Llama with fused projections, partial rotary positions and `longrope`."""
 
-from typing import Any
-
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.families.layer_types import one_window_from_hf, one_window_to_hf
 from jaxrlhf.models.families.llama import LLAMA_TENSORS, llama_like_from_hf, llama_like_to_hf
@@ -11,7 +9,7 @@ from jaxrlhf.models.hf.mapping import Family, HFConfig, Tensor, linear_fused
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def _rope(hf: HFConfig, head_dim: int) -> dict[str, Any]:
+def _rope(hf: HFConfig, head_dim: int) -> dict[str, object]:
     base, kind, parameters = rope_parameters(hf)
     older = hf.take("partial_rotary_factor", 1.0)
     share = parameters.pop("partial_rotary_factor", older)

@@ -4,6 +4,7 @@ transformers 5 writes one table `rope_parameters`. transformers 4 reads the base
 features from options of their own, and the rest from the table `rope_scaling`. Exports hold both spellings.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxrlhf.errors import InputError
@@ -75,7 +76,7 @@ def with_rope_type(hf: HFConfig, name: str, table: dict[str, Any]) -> dict[str, 
     return table | {"rope_type": (older if today is None else today) or "default"}
 
 
-def check_equal(hf: HFConfig, older: dict[str, Any], today: dict[str, Any]) -> None:
+def check_equal(hf: HFConfig, older: Mapping[str, object], today: Mapping[str, object]) -> None:
     """Raises InputError if a parameter differs between `rope_scaling` and `rope_parameters`."""
     for name in sorted(older.keys() & today.keys()):
         if older[name] != today[name]:
@@ -85,7 +86,7 @@ def check_equal(hf: HFConfig, older: dict[str, Any], today: dict[str, Any]) -> N
             )
 
 
-def scaling_of(hf: HFConfig, kind: str, parameters: dict[str, Any]) -> Scaling | None:
+def scaling_of(hf: HFConfig, kind: str, parameters: dict[str, object]) -> Scaling | None:
     """Checks the parameters of a `rope_type`, and returns them as DecoderConfig.rope_scaling.
 
     Parameters that the `rope_type` does not take are left out, as transformers does not read them.
@@ -111,7 +112,7 @@ def scaling_of(hf: HFConfig, kind: str, parameters: dict[str, Any]) -> Scaling |
     return None if kind == "default" else tuple(sorted(items.items()))
 
 
-def _set_original(hf: HFConfig, parameters: dict[str, Any]) -> None:
+def _set_original(hf: HFConfig, parameters: dict[str, object]) -> None:
     """Fills in the context length before scaling: an option beside the table has priority, as in transformers."""
     beside, inside = hf.take(_ORIGINAL), parameters.get(_ORIGINAL)
     if inside is None:

@@ -84,7 +84,7 @@ def read_adapter_options(path: Path) -> AdapterOptions:
     )
 
 
-def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+def _refuse_unsupported(path: Path, config: dict[str, object]) -> None:
     refused = {name: value for name, value in config.items() if name not in _READ | _INERT and value}
     if config.get("bias", "none") != "none":
         refused["bias"] = config["bias"]
@@ -100,7 +100,7 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _rank(path: Path, name: str, value: Any) -> int:
+def _rank(path: Path, name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**24:
         raise InputError(f"{path}: {name}={value!r} must be a positive integer, the rank of the adapters")
     return value
@@ -112,21 +112,21 @@ def _alpha(path: Path, name: str, value: Any) -> float:
     return value
 
 
-def _flag(path: Path, name: str, config: dict[str, Any]) -> bool:
+def _flag(path: Path, name: str, config: dict[str, object]) -> bool:
     value = config.get(name) or False
     if not isinstance(value, bool):
         raise InputError(f"{path}: {name}={value!r} must be true or false")
     return value
 
 
-def _texts(path: Path, name: str, value: Any) -> list[str]:
+def _texts(path: Path, name: str, value: object) -> list[str]:
     value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise InputError(f"{path}: {name}={value!r} must be a list of names")
     return value
 
 
-def _check_patterns(path: Path, name: str, patterns: Any) -> None:
+def _check_patterns(path: Path, name: str, patterns: object) -> None:
     """Raises InputError for patterns that are none, or that could take forever to match."""
     if patterns is None:
         return
@@ -139,7 +139,7 @@ def _check_patterns(path: Path, name: str, patterns: Any) -> None:
         check_pattern(pattern, f"{path}: {name}:")
 
 
-def _tokens(path: Path, value: Any) -> Mapping[str, tuple[int, ...]] | tuple[int, ...]:
+def _tokens(path: Path, value: object) -> Mapping[str, tuple[int, ...]] | tuple[int, ...]:
     def ids(found: Any) -> tuple[int, ...]:
         whole = isinstance(found, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in found)
         if not whole or len(set(found)) < len(found) or any(not 0 <= i < 2**31 for i in found):

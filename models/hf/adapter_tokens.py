@@ -1,8 +1,8 @@
 """Rows of token tables in PEFT adapters: `trainable_token_indices`, or embedding and head saved whole."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def take_rows(
     return model, TrainedRows(tokens, rows)
 
 
-def _check_saved(folder: Path, options: AdapterOptions, modules: dict[str, str], tensors: dict[str, Any]) -> None:
+def _check_saved(folder: Path, options: AdapterOptions, modules: dict[str, str], tensors: Collection[str]) -> None:
     """Raises InputError for a module that was saved whole and is no token table or head, or is not in the file."""
     for name in sorted(options.saved - {"score", "classifier"}):  # PEFT lists both for any reward model
         module = next((module for module in modules.values() if f".{module}".endswith(f".{name}")), None)
@@ -101,7 +101,7 @@ def _check_saved(folder: Path, options: AdapterOptions, modules: dict[str, str],
             )
 
 
-def _listed(folder: Path, model: Model, name: str, options: AdapterOptions, delta: np.ndarray) -> dict[int, Any]:
+def _listed(folder: Path, model: Model, name: str, options: AdapterOptions, delta: np.ndarray) -> dict[int, np.ndarray]:
     """The rows by the ids that the config lists for a module."""
     listed = options.tokens
     if isinstance(listed, tuple):
@@ -115,7 +115,7 @@ def _listed(folder: Path, model: Model, name: str, options: AdapterOptions, delt
     return dict(zip(ids, delta, strict=True))
 
 
-def _differing(folder: Path, model: Model, table: str, name: str, whole: np.ndarray) -> dict[int, Any]:
+def _differing(folder: Path, model: Model, table: str, name: str, whole: np.ndarray) -> dict[int, np.ndarray]:
     """The rows of a whole table that differ from the base's."""
     rows, width = model.config.vocab_size, model.config.embedding_size
     if whole.shape[1] != width or len(whole) < rows:

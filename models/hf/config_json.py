@@ -63,7 +63,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 _LABELS = ("id2label", "label2id", "num_labels", "_num_labels", "problem_type")
 
 
-def config_from_dict(values: Mapping[str, Any], where: str = CONFIG, *, strict: bool = False) -> DecoderConfig:
+def config_from_dict(values: Mapping[str, object], where: str = CONFIG, *, strict: bool = False) -> DecoderConfig:
     """Reads our configuration from the options of an HF config.
 
     Args:
@@ -76,7 +76,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG, *, strict: 
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: must hold options by name, found {type(values).__name__}")
-    model_type = values.get("model_type")
+    model_type: Any = values.get("model_type")
     if model_type is None:
         raise InputError(f"{where}: option 'model_type' is missing; is this a Hugging Face model config?")
     family = get_family(model_type, where)

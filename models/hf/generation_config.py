@@ -35,7 +35,7 @@ def generation_values(config: DecoderConfig) -> dict[str, Any]:
     return json.loads(config.generation_config) if config.generation_config else _ids_of(config)
 
 
-def generation_end_ids(config: DecoderConfig) -> Any:
+def generation_end_ids(config: DecoderConfig) -> int | list[int] | None:
     """`eos_token_id` of the source's generation config; None without one."""
     return json.loads(config.generation_config).get("eos_token_id") if config.generation_config else None
 
@@ -59,11 +59,11 @@ def with_token_ids(config: DecoderConfig, ends: Sequence[int], others: Mapping[s
     return config.replace(generation_config="" if values == _ids_of(config) else json.dumps(values))
 
 
-def id_tuple(ids: Any) -> tuple[Any, ...]:
+def id_tuple(ids: object) -> tuple[Any, ...]:
     """The ids of an option such as `eos_token_id`, which holds none, one or several."""
     return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
 
 
-def _ids_of(config: DecoderConfig) -> dict[str, Any]:
+def _ids_of(config: DecoderConfig) -> dict[str, int | list[int]]:
     ids = {name: getattr(config, name) for name in IDS}
     return {name: list(i) if isinstance(i, tuple) else i for name, i in ids.items() if i is not None}

@@ -23,6 +23,8 @@ from jaxrlhf.models.rotary import inverse_frequencies, ropes
 _EXPERT = re.compile(r"(?<=\.experts)\.(\d+)\.")
 
 Options = dict[str, Any]
+Metadata = Mapping[str, Any]
+"""The metadata of a file by key, without the prefix of the architecture."""
 Restore = Callable[[np.ndarray, Options], np.ndarray]
 """(tensor as llama.cpp lays it out, Hugging Face options) → the tensor as Hugging Face lays it out."""
 
@@ -110,10 +112,10 @@ class Architecture:
     keys: Mapping[str, str]
     restore: Mapping[str, Restore] = field(default_factory=dict)
     strip: str = ""
-    finish: Callable[[Options, Mapping[str, Any], "File"], None] = lambda options, metadata, file: None
+    finish: Callable[[Options, Metadata, "File"], None] = lambda options, metadata, file: None
 
 
-def _finish_llama(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+def _finish_llama(options: Options, metadata: Metadata, file: "File") -> None:
     options.setdefault("head_dim", metadata.get("rope.dimension_count"))
     biases = {name for name in file.names if name.endswith(".bias")}
     options["attention_bias"] = "blk.0.attn_q.bias" in biases
@@ -145,7 +147,7 @@ def _llama3_scaling(file: "File", options: Options) -> Options:
     raise InputError(f"{file.path}: rope_freqs.weight holds factors that Llama 3's rule does not give")
 
 
-def _finish_gemma(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+def _finish_gemma(options: Options, metadata: Metadata, file: "File") -> None:
     width = options["hidden_size"] // options["num_attention_heads"]
     # The 27B models scale by the width; a file tells them by their number of layers only.
     layers_of_27b = {"gemma2": 46, "gemma3_text": 62}[options["model_type"]]
@@ -153,7 +155,7 @@ def _finish_gemma(options: Options, metadata: Mapping[str, Any], file: "File") -
     options["query_pre_attn_scalar"] = width if is_27b else options["head_dim"]
 
 
-def _finish_phi3(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+def _finish_phi3(options: Options, metadata: Metadata, file: "File") -> None:
     width = options["hidden_size"] // options["num_attention_heads"]
     options["partial_rotary_factor"] = metadata.get("rope.dimension_count", width) / width
     kinds = {kind: f"rope_factors_{kind}.weight" for kind in ("long", "short")}
@@ -163,7 +165,7 @@ def _finish_phi3(options: Options, metadata: Mapping[str, Any], file: "File") ->
         options["original_max_position_embeddings"] = metadata.get("rope.scaling.original_context_length")
 
 
-def _finish_olmo(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+def _finish_olmo(options: Options, metadata: Metadata, file: "File") -> None:
     windows = file.array("olmo2.attention.sliding_window_pattern")
     if windows:
         options["model_type"] = "olmo3"
@@ -176,11 +178,11 @@ def _finish_olmo(options: Options, metadata: Mapping[str, Any], file: "File") ->
         }
 
 
-def _finish_qwen3_moe(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+def _finish_qwen3_moe(options: Options, metadata: Metadata, file: "File") -> None:
     options["norm_topk_prob"] = True  # llama.cpp computes no other
 
 
-def _finish_neox(options: Options, metadata: Mapping[str, Any], file: "File") -> None:
+def _finish_neox(options: Options, metadata: Metadata, file: "File") -> None:
     rotated = metadata.get("rope.dimension_count")
     if rotated is not None:
         options["rotary_pct"] = rotated / (options["hidden_size"] // options["num_attention_heads"])

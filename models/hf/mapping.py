@@ -191,9 +191,9 @@ class HFConfig:
         aliases: Second names of options, as `attribute_map` of the family's class in transformers lists them.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(self, values: Mapping[str, object], where: str, aliases: Mapping[str, str] | None = None) -> None:
         self.where = where
-        self._values = dict(values)
+        self._values: dict[str, Any] = dict(values)
         self._read: set[str] = set()
         self.ignored: list[str] = []
         """What the options that were read hold beside what they may, for the log."""
@@ -204,11 +204,11 @@ class HFConfig:
             elif value is not None:
                 self.same(name, alias, value)
 
-    def items(self) -> dict[str, Any]:
+    def items(self) -> dict[str, object]:
         """All options, with aliases under their proper name."""
         return dict(self._values)
 
-    def unread(self) -> dict[str, Any]:
+    def unread(self) -> dict[str, object]:
         """The options that nothing has read."""
         return {name: value for name, value in self._values.items() if name not in self._read}
 

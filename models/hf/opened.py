@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxrlhf.config.files import read_json
 from jaxrlhf.errors import InputError
@@ -82,7 +82,7 @@ def _without_score(source: TensorSource) -> TensorSource:
     return replace(source, shapes={name: x for name, x in source.shapes.items() if not name.startswith("score.")})
 
 
-def _named(source: TensorSource, family: Family, config: DecoderConfig, options: dict[str, Any]) -> Opened:
+def _named(source: TensorSource, family: Family, config: DecoderConfig, options: dict[str, object]) -> Opened:
     source, wrapper = unwrapped(source, family, config)
     source = unfused(source, family, config)
     score = find_score_head(source, options)
@@ -90,7 +90,7 @@ def _named(source: TensorSource, family: Family, config: DecoderConfig, options:
     return Opened(source, config, score, wrapper)
 
 
-def _check_second_format(folder: Path, opened: Opened, family: Family, options: dict[str, Any]) -> None:
+def _check_second_format(folder: Path, opened: Opened, family: Family, options: dict[str, object]) -> None:
     """Raises InputError when a folder holds two weight formats that differ, as after a run that wrote only one."""
     try:
         second = second_format(folder)

@@ -420,7 +420,7 @@ def _write_export(
         (staging / name).write_text(text, encoding="utf-8")
 
 
-def model_from_overrides(model_type: str, overrides: Mapping[str, Any], **options: Any) -> Model:
+def model_from_overrides(model_type: str, overrides: Mapping[str, object], **options: Any) -> Model:
     """Creates a randomly initialised model of a family.
 
     Args:

@@ -5,7 +5,7 @@ token, it reads a text that ends one token early. So an export pads with a token
 """
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.hf.generation_config import id_tuple
 from jaxrlhf.models.hf.tokenizer_export import with_pad_id, with_pad_token
 from jaxrlhf.models.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def score_offset(model: Model) -> float:
@@ -35,7 +38,9 @@ def without_score_offset(model: Model) -> Model:
     return model.replace(module=model.module.clone(config=config), params=params, config=config)
 
 
-def for_transformers(model: Model, tokenizer: Any = None) -> tuple[Model, Any]:
+def for_transformers(
+    model: Model, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
     """A reward model and its tokenizer as transformers scores with them; another model stays as it is.
 
     The pad token is one that ends no response (`with_pad_token`); without a tokenizer it may be a new row. A model

@@ -48,7 +48,7 @@ class ScoreHead:
     beside_lm: bool = False
 
 
-def find_score_head(source: TensorSource, options: Mapping[str, Any]) -> ScoreHead | None:
+def find_score_head(source: TensorSource, options: Mapping[str, object]) -> ScoreHead | None:
     """Finds the scalar head among the tensors; None without one.
 
     Args:
@@ -91,7 +91,7 @@ def _refuse_unknown(source: TensorSource) -> None:
             )
 
 
-def _refuse_custom(source: TensorSource, named: Any) -> None:
+def _refuse_custom(source: TensorSource, named: object) -> None:
     for name, shape in source.shapes.items():
         if not re.fullmatch(_CUSTOM, name) or name == f"{named}.weight":
             continue
@@ -105,7 +105,7 @@ def _refuse_custom(source: TensorSource, named: Any) -> None:
         )
 
 
-def with_score_names(source: TensorSource, head: ScoreHead | None, options: Mapping[str, Any]) -> TensorSource:
+def with_score_names(source: TensorSource, head: ScoreHead | None, options: Mapping[str, object]) -> TensorSource:
     """The source with the head under the names `score.weight` and `score.bias`, normalisation folded in."""
     shapes = dict(source.shapes)
     normalisers = {name for name in ("mean", "std") if math.prod(shapes.get(name, ())) == 1 and name in shapes}
@@ -136,7 +136,7 @@ def with_score_names(source: TensorSource, head: ScoreHead | None, options: Mapp
     return replace(source, shapes=shapes, read=read, peek=peek)
 
 
-def _normalisation(source: TensorSource, options: Mapping[str, Any], stored: set[str]) -> tuple[float, float]:
+def _normalisation(source: TensorSource, options: Mapping[str, object], stored: set[str]) -> tuple[float, float]:
     """Mean and standard deviation that a score is normalised by: buffers of the file, else options of the config."""
     if not options.get("normalize_reward"):
         return 0.0, 1.0

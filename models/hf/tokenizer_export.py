@@ -101,7 +101,7 @@ def with_pad_token(model: Model, tokenizer: "PreTrainedTokenizerBase") -> tuple[
     return with_pad_id(model, pad), tokenizer
 
 
-def _free_token(tokenizer: "PreTrainedTokenizerBase", ends: set[Any]) -> str | None:
+def _free_token(tokenizer: "PreTrainedTokenizerBase", ends: set[int]) -> str | None:
     """The special token that is best to pad with; None when all of them end responses."""
     special = set(tokenizer.all_special_ids)
     tokens = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in special}

@@ -1,7 +1,7 @@
 """Old PyTorch checkpoints (`pytorch_model.bin`), read through torch's safe unpickler. They are never written."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -44,7 +44,7 @@ def open_bin(path: Path) -> TensorSource:
     return TensorSource(str(path), {name: tuple(value.shape) for name, value in tensors.items()}, read, peek=peek)
 
 
-def _tensors(path: Path, state: Any) -> dict[str, "torch.Tensor"]:
+def _tensors(path: Path, state: object) -> dict[str, "torch.Tensor"]:
     """The tensors of an unpickled state dict; InputError for what is none."""
     import torch
 

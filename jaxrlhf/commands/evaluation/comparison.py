@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -69,7 +69,7 @@ class Comparison:
             "pairs": [self.pair_summary(name, a, b) for name in self.scores for a, b in pairs],
         }
 
-    def model_summary(self, m: int) -> dict[str, Any]:
+    def model_summary(self, m: int) -> Mapping[str, object]:
         """Estimates of model number `m`; errors are clustered by prompt."""
         responses = self.responses[m]
         groups = np.repeat(np.arange(len(self.prompts)), self.samples)
@@ -89,7 +89,7 @@ class Comparison:
         ks = sorted({1 << i for i in range(self.samples.bit_length())} | {self.samples})
         return {k: mean_and_error(pass_at_k(passed, k)) for k in ks}
 
-    def pair_summary(self, name: str, a: int, b: int) -> dict[str, Any]:
+    def pair_summary(self, name: str, a: int, b: int) -> dict[str, str | Estimate]:
         """Win rate and difference of the scores of two models, paired by prompt."""
         first, second = self.scores[name][a], self.scores[name][b]
         return {

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrlhf.commands.evaluation.generators import Responses
 from jaxrlhf.commands.evaluation.rows import Prompts
-from jaxrlhf.commands.evaluation.statistics import mean_and_error
+from jaxrlhf.commands.evaluation.statistics import Estimate, mean_and_error
 from jaxrlhf.rewards.instructions import followed, read_instructions
 
 
@@ -31,7 +31,7 @@ class Following:
     strict: np.ndarray
     loose: np.ndarray
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Estimate | dict[str, Estimate]]:
         """The measures under lm-eval's names, and `by_kind`; errors are clustered by prompt."""
         found: dict[str, Any] = {}
         _, first = np.unique(self.responses, return_index=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,7 @@ from jaxrlhf import keys
 from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.data import (
+    Tokenizer,
     encode_prompts,
     encode_stops,
     end_ids,
@@ -25,8 +26,9 @@ from jaxrlhf.data import (
     without_end,
 )
 from jaxrlhf.data.batches import padded
+from jaxrlhf.data.messages import Prompt
 from jaxrlhf.engine import HybridEngine, SamplingConfig
-from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, read_config, with_kernels
+from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, merged, read_config, with_kernels
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import batch_devices
 
@@ -58,18 +60,18 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=2)
-def _token_texts(tokenizer: Any) -> tuple[str, ...]:
+def _token_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
     """The text of each id by itself."""
     return tuple(tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False))
 
 
 @lru_cache(maxsize=16)
-def _tokens_with(tokenizer: Any, stop: str) -> tuple[int, ...]:
+def _tokens_with(tokenizer: Tokenizer, stop: str) -> tuple[int, ...]:
     """The ids whose own text holds the stop string."""
     return tuple(i for i, text in enumerate(_token_texts(tokenizer)) if stop in text)
 
 
-def with_stops(sampling: SamplingConfig, tokenizer: Any, stops: Sequence[str]) -> SamplingConfig:
+def with_stops(sampling: SamplingConfig, tokenizer: Tokenizer, stops: Sequence[str]) -> SamplingConfig:
     """The sampling, such that rows end soon after a stop string.
 
     The engine compares token ids, and a text can be written with several sequences of ids. So the ids that hold a
@@ -101,7 +103,7 @@ def generate_all(
     rows: int,
     slots: int = 0,
     numbers: Sequence[int] | None = None,
-    on_batch: Any = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[list[np.ndarray]]:
     """Generates n responses to each prompt, in batches of prompts of similar length.
 
@@ -142,7 +144,7 @@ class FolderModel:
     def __init__(self, name: str, config: EvalConfig) -> None:
         self.name, self.config = name, config
         self.shape = read_config(name)
-        self.tokenizer: Any = config.tokenizer.load(name, config.data.template)
+        self.tokenizer: Tokenizer = config.tokenizer.load(name, config.data.template)
         check_tokenizer_fits(vocabulary_size(self.tokenizer), self.shape, f"the tokenizer of {name}")
 
     def encode(self, prompts: Prompts) -> list[list[int]]:
@@ -176,9 +178,8 @@ class FolderModel:
             found = generate_all(engine, ids, key, ending, rows=rows, slots=slots, on_batch=bar.update)
         seconds = time.monotonic() - begin
         plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        full = [
-            [self.tokenizer.decode(without_end(self.tokenizer, r), **plain) for r in responses] for responses in found
-        ]
+        decode: Any = self.tokenizer.decode  # one text, though its type says perhaps several
+        full = [[decode(without_end(self.tokenizer, r), **plain) for r in responses] for responses in found]
         texts = [[plain_response(self.tokenizer, cut(text, sampling.stop_strings)) for text in row] for row in full]
         stopped = np.array([[cut(text, sampling.stop_strings) != text for text in row] for row in full])
         return Responses(
@@ -190,10 +191,11 @@ class FolderModel:
             seconds=seconds,
         )
 
-    def _load(self, mesh: Mesh) -> Any:
+    def _load(self, mesh: Mesh) -> Model:
         dtype = self.config.mesh.compute_dtype
         model = merged(load_pretrained(self.name, mesh=mesh, dtype=dtype, param_dtype=dtype))
         return with_kernels(model, kv_cache_dtype=self.config.generation.kv_cache_dtype)
 
-    def _prompt_text(self, prompt: Any, ids: list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _prompt_text(self, prompt: Prompt, ids: list[int]) -> str:
+        decode: Any = self.tokenizer.decode
+        return prompt if isinstance(prompt, str) else decode(ids, skip_special_tokens=True)

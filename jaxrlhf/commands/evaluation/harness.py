@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,14 @@ from jaxrlhf.models import (
     working_copy,
 )
 from jaxrlhf.models.decoder import read_columns
+from jaxrlhf.models.model import PyTree
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, make_mesh, place_batch, use
 from jaxrlhf.trainers.settings import DTYPES, batch_devices
 from jaxrlhf.trainers.tokenizers import with_model_ends
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
 MAX_GEN_TOKS = 256
 COLUMNS = 64  # continuation tokens whose logits are in memory together
@@ -55,7 +59,7 @@ NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "early_
 
 @partial(jax.jit, static_argnames=("module", "mesh", "count"))
 def continuation_scores(
-    params: Any,
+    params: PyTree,
     ids: jax.Array,
     mask: jax.Array,
     start: jax.Array,
@@ -137,7 +141,7 @@ class JaxLM(TemplateLM):
         seed: int = 42,
         kv_cache_dtype: str = "auto",
         generation_slots: int = 0,
-        **options: Any,
+        **options: object,
     ) -> None:
         super().__init__()
         unknown = set(options) - {"device", "max_batch_size"}
@@ -184,7 +188,7 @@ class JaxLM(TemplateLM):
         """Names the tokenizer in lm-eval's caches."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: object) -> list[int]:
         """Token ids of a text, as lm-eval's model of transformers encodes it: BOS where the tokenizer adds one, unless
         the text begins with it."""
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
@@ -206,7 +210,7 @@ class JaxLM(TemplateLM):
     # ---- log-likelihoods
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
+        self, requests: list[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **options: object
     ) -> list[tuple[float, bool]]:
         """Log-likelihoods of (texts, context ids, continuation ids), in batches of similar length.
 
@@ -254,7 +258,7 @@ class JaxLM(TemplateLM):
         static = {"module": self.engine.module, "mesh": self.mesh, "count": count}
         return to_host(continuation_scores(self.engine.params, *placed, **static))
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts. A text longer than the context is scored in windows, each token once."""
         windows, owners = [], []
         for i, request in enumerate(requests):
@@ -276,7 +280,7 @@ class JaxLM(TemplateLM):
 
     # ---- generation
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generates a text for each request, up to the first of its stop strings."""
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
@@ -336,7 +340,7 @@ class JaxLM(TemplateLM):
         )
         return sampling, until
 
-    def get_model_info(self) -> dict[str, Any]:
+    def get_model_info(self) -> dict[str, int | str]:
         """Metadata of the model that lm-eval writes beside the results."""
         params = sum(x.size for x in jax.tree.leaves(self.engine.params))
         return {"model_num_parameters": params, "model_dtype": str(jnp.dtype(self.engine.module.dtype))}

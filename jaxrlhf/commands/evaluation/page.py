@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -45,7 +45,7 @@ def page_of(found: Comparison | PairReport | TextReport) -> str:
     )
 
 
-def comparison_page(found: Comparison) -> dict[str, Any]:
+def comparison_page(found: Comparison) -> dict[str, object]:
     """The values of the page that compares models."""
     names = short_names(found.models)
     facts = f"{len(found.prompts):,} prompts, {found.samples} response(s) each"
@@ -72,7 +72,7 @@ def comparison_cards(found: Comparison, names: list[str]) -> Iterator[Card]:
         yield Card(found.prompts.places[i], prompt_text(found.prompts.prompts[i]), sides)
 
 
-def pair_page(found: PairReport) -> dict[str, Any]:
+def pair_page(found: PairReport) -> dict[str, object]:
     """The values of the page of a reward model on pairs."""
     margins = found.summary["margins"]
     plot = draw_histogram(margins["counts"].tolist(), margins["edges"].tolist(), 0, "margins", "margin")
@@ -96,7 +96,7 @@ def pair_page(found: PairReport) -> dict[str, Any]:
     }
 
 
-def text_page(found: TextReport) -> dict[str, Any]:
+def text_page(found: TextReport) -> dict[str, object]:
     """The values of the page of a reward model's scores of texts."""
     rows = [found.row(i) for i in range(min(CARDS, len(found.data)))]
     return {

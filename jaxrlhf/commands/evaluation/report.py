@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from jaxrlhf.commands.evaluation.comparison import Comparison
-from jaxrlhf.commands.evaluation.reward_models import PairReport, TextReport
+from jaxrlhf.commands.evaluation.reward_models import Distribution, PairReport, TextReport
 from jaxrlhf.commands.evaluation.settings import is_server
+from jaxrlhf.data.messages import Prompt
 from jaxrlhf.runs.console import Console
 
 MEASURES = {"accuracy": "accuracy", "length_baseline": "longer is better", "margin": "margin"}
@@ -84,7 +85,7 @@ def cell(found: Comparison, m: int, i: int) -> str:
     return "\n".join(texts)
 
 
-def prompt_text(prompt: Any) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """A prompt for people: a conversation as a line for each message."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
@@ -109,7 +110,7 @@ def pair_tables(found: PairReport) -> list[Table]:
     return tables
 
 
-def distribution(scores: dict[str, dict[str, Any]]) -> Table:
+def distribution(scores: Mapping[str, Distribution]) -> Table:
     """Mean, deviation and quartiles of several sets of scores."""
     rows = [[name, values["mean"], values["std"], *map(float, values["quartiles"])] for name, values in scores.items()]
     return "distribution", ["scores", "mean", "deviation", "least", "25 %", "median", "75 %", "largest"], rows
@@ -170,7 +171,7 @@ def print_scores(console: Console, found: PairReport | TextReport, show: int) ->
         console.print(line)
 
 
-def print_tasks(console: Console, found: dict[str, dict[str, Any]]) -> None:
+def print_tasks(console: Console, found: dict[str, dict[str, object]]) -> None:
     """Prints lm-eval's own tables."""
     from lm_eval.utils import make_table  # pyright: ignore[reportMissingImports]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from jaxrlhf.commands.evaluation.rows import groups_of, holds_pairs, load_rows, 
 from jaxrlhf.commands.evaluation.scoring import RewardModel
 from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.commands.evaluation.statistics import (
+    Estimate,
     calibration,
     mean_and_error,
     mean_of_estimates,
@@ -27,6 +28,23 @@ from jaxrlhf.trainers.settings import check_context
 
 BARS = 24  # intervals of a histogram
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Measures(TypedDict):
+    """How well a reward model ranks pairs."""
+
+    pairs: int
+    accuracy: Estimate
+    length_baseline: Estimate
+    margin: Estimate
+
+
+class Distribution(TypedDict):
+    """Mean, deviation and quartiles of scores."""
+
+    mean: float
+    std: float | None
+    quartiles: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Pairs:
         one = (self.groups[kept], self.sources[kept], self.subsets[kept])
         return Pairs(self.chosen[kept], self.rejected[kept], self.lengths[:, kept], *one)
 
-    def measures(self) -> dict[str, Any]:
+    def measures(self) -> Measures:
         """Accuracy, length baseline and margin. Equal scores count as wrong; equal lengths count half."""
         long, short = self.lengths
         return {
@@ -180,7 +198,7 @@ class TextReport:
         return (json.dumps(plain(self.row(i)), ensure_ascii=False) + "\n" for i in range(len(self.scores)))
 
 
-def describe(values: np.ndarray) -> dict[str, Any]:
+def describe(values: np.ndarray) -> Distribution:
     """Mean, standard deviation and quartiles."""
     spread = float(values.std(ddof=1)) if len(values) > 1 else None
     return {"mean": float(values.mean()), "std": spread, "quartiles": np.quantile(values, QUANTILES)}

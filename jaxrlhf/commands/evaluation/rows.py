@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data import Data, DataConfig
+from jaxrlhf.data import Data, DataConfig, Tokenizer
 from jaxrlhf.data.cache import check_writable, hash_json
 from jaxrlhf.data.formats import FORMATS, MISSING, look_up
 from jaxrlhf.data.loading import Loader, every_row, present
@@ -110,7 +110,7 @@ def read_prompts(config: DataConfig, columns: Sequence[str], limit: int, wanted:
     return found
 
 
-def load_rows(config: DataConfig, tokenizer: Any, step: str, limit: int) -> Data:
+def load_rows(config: DataConfig, tokenizer: Tokenizer, step: str, limit: int) -> Data:
     """Loads the tokenised rows of a step ("reward" or "sft"), not packed.
 
     Raises InputError as in `load_data`.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
-from jaxrlhf.data import EncodedRow, encode_rows, length_bucket, pad_token_id, vocabulary_size
+from jaxrlhf.data import EncodedRow, Tokenizer, encode_rows, length_bucket, pad_token_id, vocabulary_size
 from jaxrlhf.data.batches import padded
 from jaxrlhf.data.tokenized import Encoding, fit
 from jaxrlhf.distributed import to_host
@@ -25,6 +25,7 @@ from jaxrlhf.models import (
     read_config,
     working_copy,
 )
+from jaxrlhf.models.model import PyTree
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
 from jaxrlhf.trainers.settings import batch_devices
@@ -32,7 +33,7 @@ from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 
 @partial(jax.jit, static_argnames=("module", "mesh"))
-def last_scores(params: Any, ids: jax.Array, mask: jax.Array, *, module: Decoder, mesh: Mesh) -> jax.Array:
+def last_scores(params: PyTree, ids: jax.Array, mask: jax.Array, *, module: Decoder, mesh: Mesh) -> jax.Array:
     """Computes the score float32 `[B]` at the last token of each right-padded sequence `[B, T]`."""
     with use(mesh, TRAIN_RULES):
         read = working_copy(params, logical_axes(module), module, mesh)
@@ -40,7 +41,9 @@ def last_scores(params: Any, ids: jax.Array, mask: jax.Array, *, module: Decoder
         return objectives.score_at_last_token(values, mask)
 
 
-def score_batch(model: Model, mesh: Mesh, sequences: Sequence[Any], rows: int, width: int, pad: int) -> np.ndarray:
+def score_batch(
+    model: Model, mesh: Mesh, sequences: Sequence[Sequence[int]], rows: int, width: int, pad: int
+) -> np.ndarray:
     """Scores at most `rows` token sequences of at most `width` tokens at their last tokens: float32 `[N]`.
 
     Args:
@@ -69,7 +72,7 @@ class RewardModel:
         self.config, self.name = config, str(config.reward_model_name_or_path)
         self.shape = read_config(self.name)
         setting = TokenizerConfig() if config.models else config.tokenizer
-        self.tokenizer: Any = setting.load(self.name, config.data.template)
+        self.tokenizer: Tokenizer = setting.load(self.name, config.data.template)
         check_tokenizer_fits(vocabulary_size(self.tokenizer), self.shape, f"the tokenizer of {self.name}")
         self.mesh = config.mesh.make_mesh()
         self.rows = config.per_device_batch_size * batch_devices(self.mesh)
@@ -109,7 +112,9 @@ class RewardModel:
                 continue
             for j, response in enumerate(row.responses):
                 alone = EncodedRow(row.prompt, row.prompt_mask, [response])
-                (_, ((ids, _),)), _ = fit(alone, encoding, self.tokenizer.bos_token_id)
+                bos: Any = self.tokenizer.bos_token_id
+                fitted: Any = fit(alone, encoding, bos)[0]
+                _, ((ids, _),) = fitted
                 sequences.append(np.asarray(ids, np.int32))
                 places.append((i, j))
         scores = np.full((len(texts), max(map(len, texts), default=0)), np.nan)

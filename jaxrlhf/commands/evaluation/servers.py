@@ -60,7 +60,7 @@ class ServerModel:
 
     def answer(self, prompts: Prompts, i: int, number: int) -> tuple[str, int, bool]:
         """One response to prompt `i`: its text, its tokens, and whether it ended by itself."""
-        body = {"model": self.model, "messages": as_messages(prompts.prompts[i])}
+        body: dict[str, object] = {"model": self.model, "messages": as_messages(prompts.prompts[i])}
         body |= request_options(self.config.sampling, self.config.data.seed + number)
         if prompts.tools[i]:
             body["tools"] = prompts.tools[i]
@@ -73,7 +73,7 @@ class ServerModel:
         tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
         return text, int(tokens), choice.get("finish_reason") != "length"
 
-    def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def call(self, path: str, body: dict[str, object] | None = None) -> dict[str, Any]:
         """A request, sent again while the server is busy. Raises InputError with the server's own words."""
         try:
             answer = self.client.call(path, body)
@@ -85,7 +85,7 @@ class ServerModel:
         return answer
 
 
-def request_options(sampling: SamplingConfig, seed: int) -> dict[str, Any]:
+def request_options(sampling: SamplingConfig, seed: int) -> dict[str, object]:
     """The sampling as a request's fields; those that OpenAI's API lacks are sent only where they were changed."""
     options: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,

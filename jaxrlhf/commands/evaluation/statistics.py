@@ -5,7 +5,7 @@ prompt (Miller 2024, arXiv 2411.00640, section 3.2).
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
             return "–"
         return f"{self.value:.4g}" if self.error is None else f"{self.value:.4g} ± {self.error:.2g}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, float | None]:
         """The values for JSON."""
         return self._asdict()
 
@@ -148,7 +148,16 @@ def bootstrap_error(statistic: Callable[[np.ndarray], float], groups: np.ndarray
     return float(np.std([statistic(draw.astype(np.float64)) for draw in draws], ddof=1))
 
 
-def calibration(margins: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+class Calibration(TypedDict):
+    """How well the confidence of pairs fits their accuracy; see `calibration`."""
+
+    ece: Estimate
+    brier: Estimate
+    log_loss: Estimate
+    bins: list[dict[str, Any]]
+
+
+def calibration(margins: np.ndarray, groups: np.ndarray) -> Calibration:
     """Describes how well σ(margin) is the probability that the chosen response is better.
 
     The confidence of a pair is max(σ(m), 1 - σ(m)); it is correct when m > 0, and half correct when m = 0. So the
@@ -184,7 +193,7 @@ def calibration(margins: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Values for JSON: estimates as dicts, arrays as lists, NaN as None."""
     if isinstance(value, Estimate):
         return value.as_dict()

@@ -6,18 +6,21 @@ import difflib
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.data.files import first_line
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import Console
 
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
 INSTALL = "pip install 'jaxrlhf[eval]'"
 NEAR = 5  # names that a message suggests
 
 
-def run_tasks(config: EvalConfig, console: Console) -> dict[str, Any]:
+def run_tasks(config: EvalConfig, console: Console) -> dict[str, dict[str, object]]:
     """Runs the tasks on every model, one after the other.
 
     Returns:
@@ -68,7 +71,7 @@ def run_tasks(config: EvalConfig, console: Console) -> dict[str, Any]:
     return found
 
 
-def model_args(config: EvalConfig, model: str) -> dict[str, Any]:
+def model_args(config: EvalConfig, model: str) -> dict[str, object]:
     """The arguments of the model `jaxrlhf` for lm-eval."""
     mesh = config.mesh
     return {
@@ -82,7 +85,7 @@ def model_args(config: EvalConfig, model: str) -> dict[str, Any]:
     }
 
 
-def find_tasks(names: tuple[str, ...], include_path: tuple[str, ...]) -> Any:
+def find_tasks(names: tuple[str, ...], include_path: tuple[str, ...]) -> TaskManager:
     """lm-eval's task manager. Raises InputError, with near names, for a task that it does not have."""
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
@@ -102,7 +105,7 @@ def find_tasks(names: tuple[str, ...], include_path: tuple[str, ...]) -> Any:
     return manager
 
 
-def load_tasks(manager: Any, names: tuple[str, ...]) -> list[Any]:
+def load_tasks(manager: TaskManager, names: tuple[str, ...]) -> list[object]:
     """The tasks and groups, with their data. Raises InputError when the data of one cannot be loaded."""
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -39,12 +39,13 @@ from jaxrlhf.data import encode_conversation, encode_texts_as_documents
 from jaxrlhf.engine import SlotSampling
 from jaxrlhf.errors import InputError
 
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 OWNER = "jaxrlhf"
 DEFAULT_TOKENS = 16  # of a completion, as in OpenAI's API
 
 
-def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(json.dumps(content, ensure_ascii=False), status, headers, "application/json")
 
 
@@ -87,7 +88,7 @@ def create_app(
     return Starlette(routes=routes, exception_handlers={HTTPException: http_error, Exception: server_error})
 
 
-async def read_body(request: Request) -> dict[str, Any]:
+async def read_body(request: Request) -> dict[str, object]:
     """The JSON object of a request. Other sites' pages cannot send this type without asking, which is refused."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
@@ -135,7 +136,7 @@ class _Server:
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key):
             raise ApiError("the API key is missing or wrong", code="invalid_api_key", status=401)
 
-    def _model(self, name: str, kind: type) -> Any:
+    def _model(self, name: str, kind: type[T]) -> T:
         model = self.models.get(name)
         if model is None:
             known = ", ".join(self.models)
@@ -284,7 +285,7 @@ class _Server:
 
     # ---- what the server has
 
-    def _card(self, model: Served) -> dict[str, Any]:
+    def _card(self, model: Served) -> dict[str, object]:
         kind = "score" if isinstance(model, RewardModel) else "generate"
         held = {"id": model.name, "object": "model", "created": self.created, "owned_by": OWNER}
         return held | {"max_model_len": model.length, "task": kind}
@@ -353,7 +354,7 @@ async def stream(
 ) -> AsyncIterator[str]:
     """Yields the server-sent events of a streamed response."""
 
-    def event(content: Any) -> str:
+    def event(content: object) -> str:
         return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
     try:

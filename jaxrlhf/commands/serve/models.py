@@ -3,18 +3,17 @@
 import threading
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 from jaxrlhf.commands.chat import ChatConfig, open_session
 from jaxrlhf.commands.evaluation.scoring import score_batch
 from jaxrlhf.commands.serve import ServeConfig
 from jaxrlhf.commands.serve.metrics import ModelMetrics
 from jaxrlhf.commands.serve.scheduler import Event, Scheduler
-from jaxrlhf.data import encode_rows, encode_texts_as_documents, pad_token_id, vocabulary_size
+from jaxrlhf.data import Tokenizer, encode_rows, encode_texts_as_documents, pad_token_id, vocabulary_size
 from jaxrlhf.engine import SlotBatch
 from jaxrlhf.engine.slots import doubling_widths
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, stored_head
+from jaxrlhf.models import DecoderConfig, check_tokenizer_fits, load_pretrained, merged, stored_head
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
 from jaxrlhf.trainers.settings import batch_devices, check_context
 
@@ -26,7 +25,7 @@ class Served:
     """The base of the models of a server."""
 
     name: str
-    tokenizer: Any
+    tokenizer: Tokenizer
     length: int
     """Most tokens of a prompt and its response, or of a text to score."""
     notices: tuple[str, ...] = ()
@@ -136,7 +135,7 @@ class RewardModel(Served):
             self._scores([[pad_token_id(self.tokenizer)] * width])
 
 
-def check_length(length: int, config: Any) -> None:
+def check_length(length: int, config: DecoderConfig) -> None:
     """Refuses a max_model_len without room for a prompt and a response, or beyond the model's context."""
     if length < 2:
         raise InputError(f"max_model_len={length} must be at least 2: a prompt and a response have a token each")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jaxrlhf.commands.chat import BROKEN, StreamedText
 from jaxrlhf.commands.serve.requests import Generation
 from jaxrlhf.commands.serve.scheduler import Event
+from jaxrlhf.data import Tokenizer
 
 
 class Entry(NamedTuple):
@@ -38,7 +39,9 @@ class Choice:
         ends: Token ids that end a response; they are not shown.
     """
 
-    def __init__(self, index: int, tokenizer: Any, stops: tuple[str, ...], strip: bool, ends: frozenset[int]) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, stops: tuple[str, ...], strip: bool, ends: frozenset[int]
+    ) -> None:
         self.index, self.ends = index, ends
         self.stream = StreamedText(tokenizer, stops, strip)
         self.tokens = 0
@@ -80,23 +83,23 @@ class Replies:
 
     chat: bool
     wants: Generation
-    tokenizer: Any
+    tokenizer: Tokenizer
     prompt_tokens: int
     id: str
     created: int
 
     @classmethod
-    def of(cls, chat: bool, wants: Generation, tokenizer: Any, prompt_tokens: int) -> "Replies":
+    def of(cls, chat: bool, wants: Generation, tokenizer: Tokenizer, prompt_tokens: int) -> "Replies":
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         return cls(chat, wants, tokenizer, prompt_tokens, name, int(time.time()))
 
-    def response(self, choices: list[Choice], pieces: list[list[Piece]]) -> dict[str, Any]:
+    def response(self, choices: list[Choice], pieces: list[list[Piece]]) -> dict[str, object]:
         """The response of a request that is not streamed."""
         result = []
         for choice, own in zip(choices, pieces, strict=True):
             text = "".join(piece.text for piece in own)
             entries = [entry for piece in own for entry in piece.entries]
-            held: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish}
+            held: dict[str, object] = {"index": choice.index, "finish_reason": choice.finish}
             held |= {"logprobs": self._logprobs(entries)}
             held |= (
                 {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
@@ -104,15 +107,15 @@ class Replies:
             result.append(held)
         return self._object("chat.completion", choices=result, usage=self.usage(choices))
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def opening(self, index: int) -> dict[str, object]:
         """The first chunk of a choice of a chat, with its role."""
         return self._chunk(index, {"role": "assistant", "content": ""}, [], None)
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Piece) -> dict[str, object]:
         """A chunk of a stream."""
         return self._chunk(index, {"content": piece.text} if piece.text else {}, piece.entries, piece.finish)
 
-    def last(self, choices: list[Choice]) -> dict[str, Any]:
+    def last(self, choices: list[Choice]) -> dict[str, object]:
         """The chunk that holds the usage."""
         return self._object("chat.completion.chunk", choices=[], usage=self.usage(choices))
 
@@ -121,17 +124,19 @@ class Replies:
         total = self.prompt_tokens + generated
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": generated, "total_tokens": total}
 
-    def _object(self, kind: str, **rest: Any) -> dict[str, Any]:
+    def _object(self, kind: str, **rest: object) -> dict[str, object]:
         kind = kind if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.wants.model} | rest
 
-    def _chunk(self, index: int, delta: dict[str, Any], entries: list[Entry], finish: str | None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": self._logprobs(entries)}
+    def _chunk(
+        self, index: int, delta: dict[str, object], entries: list[Entry], finish: str | None
+    ) -> dict[str, object]:
+        choice: dict[str, object] = {"index": index, "finish_reason": finish, "logprobs": self._logprobs(entries)}
         choice |= {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         usage = {"usage": None} if self.wants.include_usage else {}
         return self._object("chat.completion.chunk", choices=[choice], **usage)
 
-    def _logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
+    def _logprobs(self, entries: list[Entry]) -> dict[str, object] | None:
         if not self.wants.logprobs:
             return None
         if self.chat:
@@ -149,14 +154,15 @@ class Replies:
             "text_offset": [entry.start for entry in entries],
         }
 
-    def _token(self, token: int | None, logprob: float) -> dict[str, Any]:
+    def _token(self, token: int | None, logprob: float) -> dict[str, object]:
         text = self.token_text(token)
         return {"token": text, "logprob": logprob, "bytes": None if BROKEN in text else list(text.encode())}
 
     def token_text(self, token: int | None) -> str:
         """The text of one token; a part of a character is U+FFFD."""
-        text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        piece = self.tokenizer.convert_ids_to_tokens(token)
+        tokenizer: Any = self.tokenizer
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        piece = tokenizer.convert_ids_to_tokens(token)
         return f" {text}" if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
 
 

@@ -56,13 +56,13 @@ class ApiError(Exception):
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def parse_body(data: bytes) -> dict[str, Any]:
+def parse_body(data: bytes) -> dict[str, object]:
     """The JSON object of a body. Raises ApiError for anything else, also for text that is no Unicode."""
     try:
         body = parse_json(data.decode("utf-8"))
@@ -74,7 +74,7 @@ def parse_body(data: bytes) -> dict[str, Any]:
     return body
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as a message shows it."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"
@@ -83,10 +83,10 @@ def shown(value: Any) -> str:
 class Fields:
     """Takes the parameters of a body one by one; null counts as not given."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self.left = {name: value for name, value in body.items() if value is not None}
+    def __init__(self, body: Mapping[str, object]) -> None:
+        self.left: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
 
-    def bad(self, name: str, value: Any, must: str) -> ApiError:
+    def bad(self, name: str, value: object, must: str) -> ApiError:
         return ApiError(f"{name}={shown(value)} must be {must}", name)
 
     def number(self, name: str, default: float, low: float, high: float = math.inf) -> float:
@@ -220,7 +220,7 @@ def read_generation(fields: Fields, chat: bool) -> Generation:
     return result
 
 
-def read_content(content: Any, where: str) -> str:
+def read_content(content: object, where: str) -> str:
     """The text of a message: a text, or a list of parts of text."""
     if isinstance(content, str):
         return content
@@ -232,7 +232,7 @@ def read_content(content: Any, where: str) -> str:
     return "\n".join(part["text"] for part in content)
 
 
-def read_messages(value: Any, where: str = "messages") -> list[dict[str, str]]:
+def read_messages(value: object, where: str = "messages") -> list[dict[str, str]]:
     """A conversation as roles and texts."""
     if not isinstance(value, list) or not value:
         raise ApiError(f"{where} must be a list with at least one message", "messages")
@@ -251,18 +251,18 @@ def read_messages(value: Any, where: str = "messages") -> list[dict[str, str]]:
     return result
 
 
-def read_chat(body: Mapping[str, Any]) -> tuple[list[dict[str, str]], Generation]:
+def read_chat(body: Mapping[str, object]) -> tuple[list[dict[str, str]], Generation]:
     """The conversation of a chat request, and what it wants."""
     fields = Fields(body)
     return read_messages(fields.left.pop("messages", None)), read_generation(fields, chat=True)
 
 
-def read_completion(body: Mapping[str, Any]) -> tuple[list[str] | list[list[int]], Generation]:
+def read_completion(body: Mapping[str, object]) -> tuple[list[str] | list[list[int]], Generation]:
     """The prompts of a completion request, texts or token ids, and what it wants."""
     fields = Fields(body)
     prompt = fields.left.pop("prompt", None)
 
-    def ids(value: Any) -> bool:
+    def ids(value: object) -> bool:
         return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
     if isinstance(prompt, str) or ids(prompt):
@@ -273,7 +273,7 @@ def read_completion(body: Mapping[str, Any]) -> tuple[list[str] | list[list[int]
     return prompt, read_generation(fields, chat=False)
 
 
-def read_score(body: Mapping[str, Any]) -> tuple[str, list[str] | None, list[list[dict[str, str]]]]:
+def read_score(body: Mapping[str, object]) -> tuple[str, list[str] | None, list[list[dict[str, str]]]]:
     """The model of a score request, and its texts or its conversations."""
     fields = Fields(body)
     model = fields.text("model")
@@ -300,7 +300,7 @@ def read_score(body: Mapping[str, Any]) -> tuple[str, list[str] | None, list[lis
     return model, None, conversations
 
 
-def read_vote(body: Mapping[str, Any]) -> dict[str, Any]:
+def read_vote(body: Mapping[str, object]) -> dict[str, object]:
     """A vote of the chat page as a row that `jaxrlhf reward` reads, with the models that wrote the responses."""
     fields = Fields(body)
     messages = read_messages(fields.left.pop("messages", None))

@@ -68,7 +68,7 @@ class Background:
         if self._thread.is_alive():
             self._say(f"{self.name}: not everything is sent after {seconds:.0f} s; the run ends without it")
 
-    def _put(self, call: Callable[..., Any] | None, *arguments: Any) -> None:
+    def _put(self, call: Callable[..., object] | None, *arguments: object) -> None:
         if self._broken and call is not None:
             return
         try:

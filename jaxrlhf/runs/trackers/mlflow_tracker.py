@@ -41,7 +41,7 @@ class MLflow:
         self._log_params(run.config)
         return {"id": self._id}
 
-    def _log_params(self, config: Mapping[str, Any]) -> None:
+    def _log_params(self, config: Mapping[str, object]) -> None:
         param = import_module("mlflow.entities").Param
 
         values = flatten_dict(dict(config), sep=".").items()

@@ -10,7 +10,6 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxrlhf.runs.records import Records
 from jaxrlhf.runs.trackers.base import Cell, TrackedRun, slug
@@ -65,7 +64,7 @@ class TensorBoard:
 
         self._write(step, summary=summary.text(tag, text))
 
-    def _write(self, step: int, **content: Any) -> None:
+    def _write(self, step: int, **content: object) -> None:
         """Adds an event to the file, as a TFRecord."""
         from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined] - made by protobuf
         from tensorboardX.record_writer import masked_crc32c

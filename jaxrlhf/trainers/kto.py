@@ -193,5 +193,6 @@ def train_kto(config: KTOConfig) -> TrainState:
         summarise=kto_metrics,
         best=("loss", -1),
         extend=partial(add_kl, config),
+        packable=False,
     )
     return train_supervised(config, recipe)

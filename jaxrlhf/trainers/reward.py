@@ -173,5 +173,6 @@ def train_reward(config: RewardConfig) -> TrainState:
         measure=measure(config.loss),
         summarise=reward_metrics,
         best=("accuracy", 1),
+        packable=config.reward_loss == "pairwise",
     )
     return train_supervised(config, recipe)

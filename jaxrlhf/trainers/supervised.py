@@ -17,6 +17,7 @@ from jaxrlhf import keys
 from jaxrlhf.config import lasting
 from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data
 from jaxrlhf.data.batches import Batches
+from jaxrlhf.data.settings import packed_length
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
@@ -58,6 +59,9 @@ PyTree = Any
 Batch = dict[str, Any]
 MASKS = ("attention_mask", "chosen_mask", "rejected_mask")
 """Arrays `[B, T]` of a batch that mark its tokens, where it has them."""
+JUDGED_STEPS = 5
+MUCH_PADDING = 0.3
+"""A run advises packing where the mean padding of its first JUDGED_STEPS is above this share."""
 
 
 Extend = Callable[[PyTree, Batch], Batch]
@@ -236,6 +240,8 @@ class Recipe:
     """Called once with run, start model, mesh, and the training and evaluation data."""
     rows: str = ""
     """Step whose rows `load_data` gives, if not `name`."""
+    packable: bool = True
+    """True if rows may be packed."""
 
 
 @dataclass(frozen=True)
@@ -306,6 +312,7 @@ class SupervisedTask:
         self._measure = Announce(run, f"{recipe.name} evaluation", eval_step)
         self._extend = recipe.extend(run, model, mesh, data)
         self._newest: Batch = {}
+        self._padding: list[float] = []
         start = config.model.start.model_type
         self.base_model = config.model.model_name_or_path or f"{start} with random weights"
         described = describe_model(model)
@@ -345,14 +352,28 @@ class SupervisedTask:
         metrics = to_host(metrics)
         tokens = metrics.pop("tokens")
         positions = sum(batch[name].size for name in MASKS if name in batch)
-        seconds = time.monotonic() - begin
+        seconds, padding = time.monotonic() - begin, 1 - tokens / positions
+        self._advise_packing(padding)
         return state, metrics | {
             "learning_rate": self.schedule(made),
             **self.train.progress(plan.batch + 1, self.rows),
             "perf/tokens_per_second": np.float64(tokens / seconds),
-            "perf/padding": np.float64(1 - tokens / positions),
+            "perf/padding": np.float64(padding),
             "timing/step": np.float64(seconds),
         }
+
+    def _advise_packing(self, padding: float) -> None:
+        """Says once that packing would save time, where the first steps are mostly padding and nobody has chosen."""
+        if not self.recipe.packable or self.config.data.packing is not None or self.train.bins is not None:
+            return
+        self._padding.append(padding)
+        mean = np.mean(self._padding)
+        if len(self._padding) == JUDGED_STEPS and mean > MUCH_PADDING:
+            length = packed_length(self.config.data.replace(packing=True), self.recipe.rows or self.recipe.name)
+            self.run.print(
+                f"perf/padding: {mean:.0%} of the positions of a batch hold no token. --packing true puts several rows "
+                f"into one of {length:,} tokens; per_device_train_batch_size then counts those"
+            )
 
     def limits(self, history: History) -> dict[str, float]:
         threshold = self.config.run.guard.spike_threshold

@@ -1,15 +1,16 @@
 """Metrics of a supervised run: of each source, of all sources together, and the share of padding."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxrlhf.config.files import read_jsonl
-from jaxrlhf.data import load_data
+from jaxrlhf.data import DataConfig, load_data
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
-from jaxrlhf.trainers.supervised import metrics_by_source
+from jaxrlhf.trainers.supervised import SupervisedTask, metrics_by_source
 
 
 def mean(totals):
@@ -61,3 +62,19 @@ def test_padding_is_the_share_of_positions_without_a_token(train, kind, demo, tm
     (record,) = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "perf/padding" in r]
     assert record["perf/padding"] == pytest.approx(1 - np.mean(masks), rel=1e-6)
     assert "tokens" not in record
+
+
+@pytest.mark.parametrize(("padding", "packing", "told"), [(0.45, None, 1), (0.2, None, 0), (0.45, False, 0)])
+def test_packing_is_advised_once_where_much_is_padding_and_nobody_chose(padding, packing, told):
+    said = []
+    task = SimpleNamespace(
+        recipe=SimpleNamespace(packable=True, rows="", name="reward"),
+        config=SimpleNamespace(data=DataConfig(max_length=32, packing=packing)),
+        train=SimpleNamespace(bins=None),
+        run=SimpleNamespace(print=said.append),
+        _padding=[],
+    )
+    for _ in range(12):
+        SupervisedTask._advise_packing(task, padding)
+    assert len(said) == told
+    assert all("--packing true" in text and "45%" in text and "64 tokens" in text for text in said)

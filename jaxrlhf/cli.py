@@ -49,7 +49,9 @@ STEPS = {
     "dpo": Command(
         "jaxrlhf.trainers.dpo", "DPOConfig", "train_dpo", "steps 2 and 3 in one: DPO on preference pairs", fits=True
     ),
-    "kto": Command("jaxrlhf.trainers.kto", "KTOConfig", "train_kto", "steps 2 and 3 in one: KTO on labelled responses"),
+    "kto": Command(
+        "jaxrlhf.trainers.kto", "KTOConfig", "train_kto", "steps 2 and 3 in one: KTO on labelled responses", fits=True
+    ),
     "distill": Command(
         "jaxrlhf.trainers.distill", "DistillConfig", "train_distill", "a student learns a teacher's distributions"
     ),

@@ -146,7 +146,7 @@ def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
     """Cost on one device of each phase of an iteration that the trainer has: reshard, prefill, decode, score, train."""
     links, config = Links(device), system.config
     rows = system.rows * system.sequences / system.batch_devices / system.context
-    score = [_passes(system, name, rows, 1, 0, links) for name in system.scoring if name in system.modules]
+    score = [_passes(system, name, rows * times, 1, 0, links) for name, times in system.score_passes.items()]
     score += [Cost(host=tree_bytes(system.trees[name])) for name in system.scoring if name in system.on_host]
     forwards = 2 if config.run.remat == "full" else 1
     updates = config.algorithm.num_mini_batches * config.algorithm.ppo_epochs

@@ -16,7 +16,7 @@ from jaxrlhf.plan.settings import PROGRAMS
 from jaxrlhf.plan.system import System, tree_bytes
 from jaxrlhf.rl import Experience, PPOState, ppo_step, score_rollout
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, Rules, batch_sharding, replicated
-from jaxrlhf.trainers import dpo, reward, sft
+from jaxrlhf.trainers import dpo, kto, reward, sft
 from jaxrlhf.trainers.references import score_batch
 from jaxrlhf.trainers.supervised import Objective, TrainState, train_step
 
@@ -64,8 +64,10 @@ def experience(system: System) -> Experience:
 
 
 def labelled_batch(system: System) -> Batch:
-    """Rows of SFT, or pairs, as the step before the reference gets them."""
+    """Rows of SFT or KTO, or pairs, as the step before the reference gets them."""
     kinds: dict[str, Any] = {"row_mask": (jnp.int32,)}
+    if system.trainer == "kto":
+        kinds |= {"label": (jnp.int32,)} | dict.fromkeys(kto.COLUMNS["kl"], jnp.int32)
     if system.sequences == 2:
         names = [f"{side}_{kind}" for side in ("chosen", "rejected") for kind in ("ids", "mask", "loss_mask")]
     else:
@@ -76,16 +78,22 @@ def labelled_batch(system: System) -> Batch:
     return _batch(system, system.length, kinds, TRAIN_RULES, system.rows) | (pairs if paired else {})
 
 
+NUMBERS = {
+    "reward": ("margin",),
+    "dpo": ("ref_chosen_logps", "ref_rejected_logps"),
+    "kto": ("ref_completion_logps", "kl"),
+}
+"""Arrays of a train batch with a number for each row or pair."""
+
+
 def train_batch(system: System) -> Experience | Batch:
     """The batch of the train program."""
     if not system.supervised:
         return experience(system)
-    batch = labelled_batch(system)
-    if system.trainer == "dpo":
-        like = batch["pair_mask" if system.packed else "row_mask"]
-        shape = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
-        batch |= {"ref_chosen_logps": shape, "ref_rejected_logps": shape}
-    return batch
+    batch = {name: x for name, x in labelled_batch(system).items() if name not in kto.COLUMNS["kl"]}
+    like = batch["pair_mask" if "pair_mask" in batch else "row_mask"]
+    number = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
+    return batch | dict.fromkeys(NUMBERS.get(system.trainer, ()), number)
 
 
 def ppo_state(system: System) -> PPOState:
@@ -123,7 +131,7 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
 def _lower_reference(system: System) -> jax.stages.Lowered:
     steps = system.config.run.gradient_accumulation_steps
     static = {"module": system.modules["reference"], "mesh": system.mesh, "micro_batches": steps}
-    static["logprobs"] = dpo.response_logprobs
+    static["logprobs"] = kto.BOTH if system.trainer == "kto" else dpo.response_logprobs
     return cast(Any, score_batch).lower(system.read_params("reference"), labelled_batch(system), **static)
 
 
@@ -142,6 +150,8 @@ def _objective(trainer: str) -> Objective:
     """A supervised trainer's default loss."""
     if trainer == "dpo":
         return dpo.objective(dpo.Losses())[0]
+    if trainer == "kto":
+        return kto.objective(kto.Loss(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0))[0]
     return sft.OBJECTIVE if trainer == "sft" else reward.objective()
 
 

@@ -21,10 +21,13 @@ from jaxrlhf.plan.devices import OVERRIDES, Device, find_device, topology_of
 from jaxrlhf.rl.algorithms import ALGORITHMS
 from jaxrlhf.rl.config import CONFIGS, PPOConfig
 from jaxrlhf.trainers.dpo import DPOConfig
+from jaxrlhf.trainers.kto import KTOConfig
 from jaxrlhf.trainers.reward import RewardConfig
 from jaxrlhf.trainers.sft import SFTConfig
 
-SUPERVISED = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
+Labelled = Literal["sft", "reward", "dpo", "kto"]
+OnRollouts = Literal["ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "online_dpo", "reinforce++"]
+SUPERVISED = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
 PROGRAMS = ("generate", "score", "train")
 
 SHOWN = {
@@ -103,9 +106,7 @@ class PlanConfig(ClusterConfig):
 
     HIDDEN = frozenset(settings(PPOConfig)) - SHOWN
 
-    trainer: Literal[
-        "sft", "reward", "dpo", "ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "online_dpo", "reinforce++"
-    ] = "ppo"
+    trainer: Labelled | OnRollouts = "ppo"
     """Training to plan."""
     actor: Annotated[str, alias("actor_model_name_or_path", "model_name_or_path", "model")] = dataclasses.field(
         kw_only=True
@@ -113,7 +114,7 @@ class PlanConfig(ClusterConfig):
     """Model to train: a known name such as opt-13b, or a folder."""
     reward: Annotated[str | None, alias("critic_model_name_or_path", "reward_model_name_or_path")] = "opt-350m"
     """Reward model, also ppo's start of the critic: a known name, or a folder; none: reward functions alone score.
-    sft, reward and dpo have none."""
+    sft, reward, dpo and kto have none."""
     shapes: Derived[Any] = None
     """The models' configs by `actor` and `reward`, where they are known already."""
     train_rows: PositiveInt = 131_900
@@ -147,7 +148,9 @@ class PlanConfig(ClusterConfig):
     @property
     def programs(self) -> tuple[str, ...]:
         """Programs of a step, those of PROGRAMS that the trainer runs."""
-        return {"sft": PROGRAMS[2:], "reward": PROGRAMS[2:], "dpo": PROGRAMS[1:]}.get(self.trainer, PROGRAMS)
+        if self.trainer in SUPERVISED:
+            return PROGRAMS[1:] if self.trainer in ("dpo", "kto") else PROGRAMS[2:]
+        return PROGRAMS
 
     @property
     def planned(self) -> PPOConfig:

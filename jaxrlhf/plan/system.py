@@ -1,7 +1,8 @@
 """The planned run without an array: the models and state that `jaxrlhf.rl.build` makes abstractly.
 
-SFT, reward models and DPO are built as a run with an actor alone, or with an actor and a reference: the parts are the
-same (`init_state`, `frozen_copy`). Trees hold `jax.ShapeDtypeStruct`s with shardings, so sizes per device are exact.
+SFT, reward models, DPO and KTO are built as a run with an actor alone, or with an actor and a reference: the parts are
+the same (`init_state`, `frozen_copy`). Trees hold `jax.ShapeDtypeStruct`s with shardings, so sizes per device are
+exact.
 """
 
 import math
@@ -107,7 +108,7 @@ class System:
 
     @property
     def supervised(self) -> bool:
-        """True for SFT, reward models and DPO."""
+        """True for SFT, reward models, DPO and KTO."""
         return self.trainer in SUPERVISED
 
     @property
@@ -119,6 +120,13 @@ class System:
     def scoring(self) -> tuple[str, ...]:
         """Names of the models that the score program reads."""
         return ("reference",) if self.supervised else tuple(self.modules)
+
+    @property
+    def score_passes(self) -> dict[str, int]:
+        """Forward passes of a batch before it is trained on, by model. KTO has one of mismatched rows by each model."""
+        if self.trainer == "kto":
+            return {"reference": 2, "actor": 1}
+        return dict.fromkeys((name for name in self.scoring if name in self.modules), 1)
 
     @cached_property
     def trees(self) -> dict[str, PyTree]:

@@ -75,7 +75,7 @@ class KTOOptions(StepOptions):
 class KTOConfig(KTOOptions, ReferencedConfig):
     """Kahneman-Tversky optimisation alone."""
 
-    HIDDEN = frozenset({"train_on", "group_by_length", "pair_rule", "pair_margin", "packing", "streaming", "fit"})
+    HIDDEN = frozenset({"train_on", "group_by_length", "pair_rule", "pair_margin", "packing", "streaming"})
     TRL_KEYS = trl.KTO
 
 

@@ -23,6 +23,7 @@ CONFIGS = {
     "sft": jaxrlhf.SFTConfig,
     "reward": jaxrlhf.RewardConfig,
     "dpo": jaxrlhf.DPOConfig,
+    "kto": jaxrlhf.KTOConfig,
     "ppo": jaxrlhf.PPOConfig,
     "grpo": jaxrlhf.GRPOConfig,
     "rloo": jaxrlhf.RLOOConfig,
@@ -51,7 +52,7 @@ def device(monkeypatch):
 
 def config_of(trainer, model, tmp_path, **settings):
     settings = {"fit": "auto", "output_dir": str(tmp_path / "run"), "dtype": "float32"} | settings
-    if trainer in ("sft", "reward", "dpo"):
+    if trainer in ("sft", "reward", "dpo", "kto"):
         return CONFIGS[trainer].create(model_name_or_path=model, max_length=256, **settings)
     settings |= {"reward_functions": ("length:target=5",), "max_prompt_seq_len": 128, "max_new_tokens": 128}
     return CONFIGS[trainer].create(actor_model_name_or_path=model, **settings)

@@ -209,6 +209,7 @@ LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 128, "max_position_embe
         {"trainer": "sft", "max_length": 64, "gradient_accumulation_steps": 2},
         {"trainer": "reward", "max_length": 64},
         {"trainer": "dpo", "max_length": 64, "lora_r": 4},
+        {"trainer": "kto", "max_length": 64},
         {"trainer": "grpo", "reward": None, "max_prompt_seq_len": 32, "max_new_tokens": 32},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),

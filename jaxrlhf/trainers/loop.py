@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import jax
 
+from jaxrlhf.config.allocator import give_back
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import Watchdog, check_shared, from_primary, gather, is_primary, to_host
 from jaxrlhf.distributed.activity import activity
@@ -446,7 +447,10 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
 
 
 class Announce(Generic[P, Result]):
-    """Calls a jitted function, and says that it compiles when its positional arguments have new shapes."""
+    """Calls a jitted function, and says that it compiles when its positional arguments have new shapes.
+
+    Memory that the allocator keeps goes back to the system first: what other programs left rarely fits the new one.
+    """
 
     def __init__(self, run: Run | Console | None, name: str, function: Callable[P, Result]) -> None:
         self.run, self.name, self.function = run, name, function
@@ -458,6 +462,7 @@ class Announce(Generic[P, Result]):
         if self.run is None or shapes in self.seen:
             return self.function(*args, **kwargs)
         self.seen.add(shapes)
+        give_back()
         before = activity.compile_seconds
         with self.run.status(f"{self.name}: compiling, then the first run…") as notes:
             result = jax.block_until_ready(self.function(*args, **kwargs))

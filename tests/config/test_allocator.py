@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxrlhf.config import allocator
 from jaxrlhf.config.allocator import OPTIONS, give_back, keep_memory
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs import system
+from jaxrlhf.runs.console import Console
+from jaxrlhf.trainers import loop
 
 on_glibc = pytest.mark.skipif(allocator.glibc() is None, reason="the C library is not glibc")
 
@@ -129,3 +132,12 @@ def test_limits_of_control_groups_bound_the_available_memory(tmp_path):
     groups = system._control_groups(tmp_path, own)
     assert groups == [group.parent]
     assert system._left_in(group.parent) == 400
+
+
+def test_memory_is_given_back_before_a_program_runs_on_new_shapes(monkeypatch):
+    events = []
+    monkeypatch.setattr(loop, "give_back", lambda: events.append("given back"))
+    program = loop.Announce(Console(quiet=True), "double", lambda x: events.append(x.shape) or 2 * x)
+    for shape in ((2,), (2,), (3,), (2,)):
+        program(np.zeros(shape))
+    assert events == ["given back", (2,), (2,), "given back", (3,), (2,)]

@@ -62,9 +62,9 @@ def full_matrix() -> list[Layout]:
 
 def pytest_generate_tests(metafunc):
     if "expert_layout" in metafunc.fixturenames:
-        metafunc.parametrize("expert_layout", wide(EXPERT_LAYOUTS, EXPERT_LAYOUTS[1:3]), ids=str)
+        metafunc.parametrize("expert_layout", wide(EXPERT_LAYOUTS, EXPERT_LAYOUTS[1:4], pytest.mark.long), ids=str)
     if "layout" in metafunc.fixturenames:
-        layouts = full_matrix() if metafunc.config.getoption("full_matrix") else wide(LAYOUTS, LAYOUTS[:4])
+        layouts = full_matrix() if metafunc.config.getoption("full_matrix") else wide(LAYOUTS, LAYOUTS[:6], pytest.mark.long)
         metafunc.parametrize("layout", layouts, ids=str)
 
 

@@ -64,7 +64,9 @@ def pytest_generate_tests(metafunc):
     if "expert_layout" in metafunc.fixturenames:
         metafunc.parametrize("expert_layout", wide(EXPERT_LAYOUTS, EXPERT_LAYOUTS[1:4], pytest.mark.long), ids=str)
     if "layout" in metafunc.fixturenames:
-        layouts = full_matrix() if metafunc.config.getoption("full_matrix") else wide(LAYOUTS, LAYOUTS[:6], pytest.mark.long)
+        layouts = (
+            full_matrix() if metafunc.config.getoption("full_matrix") else wide(LAYOUTS, LAYOUTS[:6], pytest.mark.long)
+        )
         metafunc.parametrize("layout", layouts, ids=str)
 
 

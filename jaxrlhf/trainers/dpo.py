@@ -10,27 +10,27 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Ge, Lt, NonNegative, Positive, deepspeed_chat, default_of, trl
+from jaxrlhf.config import NonNegative, Positive, deepspeed_chat, default_of, trl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.pairs import SIDES, Sides, pair_count, pair_mask, read_pairs
 from jaxrlhf.trainers.references import ReferencedConfig, ReferenceOptions, add_reference, check_reference
-from jaxrlhf.trainers.settings import StepOptions
+from jaxrlhf.trainers.settings import PairOptions
 from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, TrainState, train_supervised
 
 PyTree = Any
 
 
 @dataclass(frozen=True)
-class DPOOptions(StepOptions):
+class DPOOptions(PairOptions):
     """Direct preference optimisation and its relatives."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6)
@@ -43,8 +43,6 @@ class DPOOptions(StepOptions):
     beta: Positive | None = None
     """Weight of the KL constraint to the reference; ipo: its regularisation τ; orpo: weight of the odds ratio. Default:
     0.1, simpo 2."""
-    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
-    """Share of pairs whose label is taken to be wrong; with sigmoid, robust, simpo and cpo."""
     simpo_gamma: NonNegative = 1.0
     """Margin by which simpo wants the chosen response to win."""
     cpo_alpha: NonNegative | None = None

@@ -3,32 +3,30 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Ge, Lt, NonNegative, deepspeed_chat, trl
+from jaxrlhf.config import NonNegative, deepspeed_chat, trl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.pairs import Sides, pair_count, pair_mask, read_pairs
-from jaxrlhf.trainers.settings import StepOptions
+from jaxrlhf.trainers.settings import PairOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, PyTree, Recipe, SupervisedConfig, TrainState, train_supervised
 
 SIMILAR = 0.1  # share of the longer response: smaller differences in length say little
 
 
 @dataclass(frozen=True)
-class RewardOptions(StepOptions):
+class RewardOptions(PairOptions):
     """Reward modelling."""
 
     reward_loss: Literal["pairwise", "tokenwise"] = "pairwise"
     """pairwise: Bradley-Terry on the score at the last real token; tokenwise: DeepSpeed-Chat's, on every token from the
     first that differs."""
-    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
-    """Share of pairs whose label is assumed to be wrong, for reward_loss pairwise."""
     center_rewards_coefficient: NonNegative = 0.0
     """Weight of the squared sum of a pair's scores, which centres scores at 0; for reward_loss pairwise. 0.01 is
     usual."""

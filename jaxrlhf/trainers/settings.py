@@ -13,7 +13,9 @@ from jaxrlhf import keys
 from jaxrlhf.config import (
     CountOrAuto,
     Derived,
+    Ge,
     Lasting,
+    Lt,
     MayChange,
     NonNegative,
     NonNegativeInt,
@@ -329,6 +331,15 @@ class StepOptions(Settings):
 
     def check(self) -> None:
         check_needs(self, dict.fromkeys(("lora_alpha", "lora_dropout", "lora_export"), "lora_r"))
+
+
+@dataclass(frozen=True)
+class PairOptions(StepOptions):
+    """Losses of pairs."""
+
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    """Share of pairs whose label is taken to be wrong; for reward_loss pairwise, and for loss_type sigmoid, robust,
+    simpo and cpo."""
 
 
 def batch_devices(mesh: Mesh) -> int:

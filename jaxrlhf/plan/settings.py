@@ -106,7 +106,7 @@ class PlanConfig(ClusterConfig):
 
     HIDDEN = frozenset(settings(PPOConfig)) - SHOWN
 
-    trainer: Labelled | OnRollouts = "ppo"
+    trainer: Literal[Labelled, OnRollouts] = "ppo"
     """Training to plan."""
     actor: Annotated[str, alias("actor_model_name_or_path", "model_name_or_path", "model")] = dataclasses.field(
         kw_only=True

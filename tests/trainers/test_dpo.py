@@ -25,7 +25,7 @@ from jaxrlhf.trainers.dpo import DPOConfig, response_logprobs, train_dpo, withou
 from jaxrlhf.trainers.lora import with_adapters
 from jaxrlhf.trainers.pairs import read_pairs
 from jaxrlhf.trainers.references import add_reference
-from jaxrlhf.trainers.reward import RewardConfig, reward_metrics, reward_sums
+from jaxrlhf.trainers.reward import RewardConfig, RewardLoss, reward_metrics, reward_sums
 
 pytestmark = pytest.mark.long
 
@@ -244,7 +244,7 @@ def test_reward_metrics_tell_accuracy_from_what_lengths_alone_give(config, demo,
     assert list(zip(chosen[:40], rejected[:40], strict=True)) == tokens
     assert chosen[-1] == rejected[-1] == 0
 
-    sums = jax.jit(partial(reward_sums, "pairwise", model.module))(model.params, batch)
+    sums = jax.jit(partial(reward_sums, RewardLoss(), model.module))(model.params, batch)
     figures = reward_metrics(jax.device_get(sums))
     forward = jax.jit(lambda params, *batch: model.module.apply({"params": params}, *batch))
     scores = [

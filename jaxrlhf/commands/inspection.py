@@ -22,11 +22,11 @@ from jaxrlhf.commands.data_report import (
     SourceReport,
 )
 from jaxrlhf.data import Data, DataConfig, Tokenizer, epoch_permutation, length_bucket, load_data
-from jaxrlhf.data.batches import LENGTH_WINDOW
 from jaxrlhf.data.encoding import SpecialTokens
 from jaxrlhf.data.formats import FORMATS
 from jaxrlhf.data.packing import pack
 from jaxrlhf.data.reading import Reading
+from jaxrlhf.data.steps import LENGTH_WINDOW
 from jaxrlhf.data.tokenized import COUNTS, Part
 from jaxrlhf.errors import InputError
 

@@ -1,6 +1,6 @@
 """Data: rows from files or data sets, rendered and tokenised once, in batches of static shape."""
 
-from jaxrlhf.data.batches import Data, PairData, PromptData, SFTData, eval_batches, length_bucket
+from jaxrlhf.data.batches import Data, eval_batches, length_bucket
 from jaxrlhf.data.demo import demo_quality, materialize_demo, write_demo
 from jaxrlhf.data.encoding import encode_stops
 from jaxrlhf.data.ends import end_ids, knows_model, with_end_ids, without_end
@@ -16,6 +16,7 @@ from jaxrlhf.data.rendering import (
     plain_response,
 )
 from jaxrlhf.data.settings import DataConfig
+from jaxrlhf.data.steps import PairData, PromptData, SFTData
 from jaxrlhf.data.text import TextBlocks, load_text
 from jaxrlhf.data.tokenizer import (
     DEFAULT_TEMPLATE,

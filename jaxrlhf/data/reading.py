@@ -56,7 +56,7 @@ class Opened(NamedTuple):
 
 
 class Note(TypedDict):
-    """What a cache keeps of the tables of a source, an item for each."""
+    """Formats and sizes of a source's tables, one item per table, kept in the cache."""
 
     formats: list[str]
     words: list[str]

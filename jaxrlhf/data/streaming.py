@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
-from jaxrlhf.data.batches import Data, Indices, PairData, PromptData, RewardData, SFTData
+from jaxrlhf.data.batches import Data, Indices
 from jaxrlhf.data.messages import BadRow
 from jaxrlhf.data.order import Schedule, epoch_permutation
 from jaxrlhf.data.packing import Bins, pack
 from jaxrlhf.data.reading import Opened
 from jaxrlhf.data.selection import SHARES, parse_split
+from jaxrlhf.data.steps import PairData, PromptData, RewardData, SFTData
 from jaxrlhf.data.tokenized import Encoding, Part, TokenRow, features_of, group_of, make_part, tokenise
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import InputError

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxrlhf import objectives
 from jaxrlhf.config import NonNegative, Positive, trl
 from jaxrlhf.data import Data
-from jaxrlhf.data.batches import UnpairedData
+from jaxrlhf.data.steps import UnpairedData
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, Model
 from jaxrlhf.runs import Run

@@ -17,9 +17,9 @@ from jaxrlhf.data import (
     length_bucket,
     load_data,
 )
-from jaxrlhf.data.batches import RewardData, UnpairedData
 from jaxrlhf.data.order import epoch_units, stream_positions
 from jaxrlhf.data.packing import pack
+from jaxrlhf.data.steps import RewardData, UnpairedData
 from jaxrlhf.data.tokenized import Part, features_of, make_part
 
 EOS = 1

@@ -16,7 +16,7 @@ from rows import write_lines
 from jaxrlhf import objectives
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import load_data
-from jaxrlhf.data.batches import UnpairedData
+from jaxrlhf.data.steps import UnpairedData
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.sharding import place_batch

@@ -43,7 +43,7 @@ LENGTH, ROWS = 320, 4
 TRACED = (
     *("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
     *("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy", "policy/clipfrac_avg"),
-    *("loss/policy_avg", "loss/value_avg", "lengths/response", "eos_rate"),
+    *("loss/policy_avg", "loss/value_avg", "val/response_length", "val/eos_rate"),
 )
 """Metrics of training steps that `runs` keeps, where a run has them."""
 

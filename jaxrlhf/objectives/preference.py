@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrlhf.objectives.masked import divide, keep_where, masked_mean
+from jaxrlhf.objectives.supervised import bradley_terry
 
 
 class PreferenceLoss(NamedTuple):
@@ -25,8 +26,7 @@ class PreferenceLoss(NamedTuple):
 
 
 def _sigmoid(chosen: Array, rejected: Array, beta: float, smoothing: float, margin: float) -> Array:
-    logits = beta * (chosen - rejected) - margin
-    return (1 - smoothing) * jax.nn.softplus(-logits) + smoothing * jax.nn.softplus(logits)
+    return bradley_terry(beta * (chosen - rejected) - margin, smoothing)
 
 
 def _without_margin(chosen: Array, rejected: Array, beta: float, smoothing: float, _margin: float) -> Array:

@@ -19,6 +19,11 @@ def sft_loss(logprobs: ArrayLike, loss_mask: ArrayLike, denominator: ArrayLike |
     return -masked_mean(logprobs, loss_mask, denominator)
 
 
+def bradley_terry(difference: Array, label_smoothing: float = 0.0) -> Array:
+    """Computes `-(1 - ε)·log σ(d) - ε·log σ(-d)` of each difference d, with ε = `label_smoothing`; shaped as d."""
+    return (1 - label_smoothing) * jax.nn.softplus(-difference) + label_smoothing * jax.nn.softplus(difference)
+
+
 def pairwise_loss(
     chosen_scores: ArrayLike,
     rejected_scores: ArrayLike,
@@ -45,8 +50,7 @@ def pairwise_loss(
     """
     keep = jnp.asarray(row_mask) != 0
     chosen, rejected = keep_where(chosen_scores, keep), keep_where(rejected_scores, keep)
-    difference = chosen - rejected - margin
-    loss = (1 - label_smoothing) * jax.nn.softplus(-difference) + label_smoothing * jax.nn.softplus(difference)
+    loss = bradley_terry(chosen - rejected - margin, label_smoothing)
     return masked_mean(loss + center * jnp.square(chosen + rejected), keep, denominator)
 
 

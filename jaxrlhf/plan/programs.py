@@ -152,7 +152,7 @@ def _objective(trainer: str) -> Objective:
         return dpo.objective(dpo.Losses())[0]
     if trainer == "kto":
         return kto.objective(kto.Loss(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0))[0]
-    return sft.OBJECTIVE if trainer == "sft" else reward.objective()
+    return sft.OBJECTIVE if trainer == "sft" else reward.objective(reward.RewardLoss())[0]
 
 
 def _lower_supervised(system: System) -> jax.stages.Lowered:

@@ -21,7 +21,7 @@ TRANSCRIPT = "transcript"
 
 
 class Reading(TypedDict, total=False):
-    """What reward functions and environments read of the prompts; see `Prompts`."""
+    """Prompts and columns for reward functions and environments; see `Prompts`."""
 
     columns: Mapping[str, Sequence[object]]
     texts: Sequence[str]

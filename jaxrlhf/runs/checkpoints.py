@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from orbax.checkpoint import PyTreeCheckpointHandler
 
 Metadata = dict[str, Any]
-"""What a checkpoint says of itself, as JSON values: `step`, `identity`, `exports` and more."""
+"""Metadata of a checkpoint as JSON values: `step`, `identity`, `exports` and more."""
 FINAL = re.compile(r"checkpoint-(\d+)")
 REPLACED = ".replaced"  # an older checkpoint of the same step, while the new one takes its name
 UNFINISHED = (".unfinished", ".removing")

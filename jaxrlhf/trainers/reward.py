@@ -148,27 +148,22 @@ def reward_metrics(totals: dict[str, float]) -> dict[str, float]:
 
 
 @cache
-def objective(settings: RewardLoss = RewardLoss()) -> Objective:  # noqa: B008 - immutable
-    """The loss for a step, made once: a jitted step sees the same static argument in every run of a process."""
-    return Objective(pair_count, partial(reward_loss, settings))
-
-
-@cache
-def measure(settings: RewardLoss = RewardLoss()) -> Callable[..., dict[str, jax.Array]]:  # noqa: B008 - immutable
-    """The sums for an evaluation, made once like `objective`."""
-    return partial(reward_sums, settings)
+def objective(settings: RewardLoss) -> tuple[Objective, Callable]:
+    """The objective and its evaluation sums; made once per setting, so that a jitted step compiles once."""
+    return Objective(pair_count, partial(reward_loss, settings)), partial(reward_sums, settings)
 
 
 @works_locally
 def train_reward(config: RewardConfig) -> TrainState:
     """Run step 2; the reward model lies in `config.output_dir` afterwards."""
+    loss, measure = objective(config.loss)
     recipe = Recipe(
         name="reward",
         title="Reward model",
         head="scalar",
         headline=("loss", "accuracy", "grad_norm", "learning_rate"),
-        objective=objective(config.loss),
-        measure=measure(config.loss),
+        objective=loss,
+        measure=measure,
         summarise=reward_metrics,
         best=("accuracy", 1),
         packable=config.reward_loss == "pairwise",

@@ -364,7 +364,8 @@ class SupervisedTask:
 
     def _advise_packing(self, padding: float) -> None:
         """Says once that packing would save time, where the first steps are mostly padding and nobody has chosen."""
-        if not self.recipe.packable or self.config.data.packing is not None or self.train.bins is not None:
+        chosen = self.config.data.packing is not None or self.train.bins is not None
+        if chosen or not self.recipe.packable or len(self._padding) == JUDGED_STEPS:
             return
         self._padding.append(padding)
         mean = np.mean(self._padding)

@@ -304,14 +304,14 @@ def test_measures_of_pairs_follow_from_the_scores(measured, demo, pairs):
 
 def test_accuracy_and_length_baseline_equal_those_of_training(measured, demo, pairs):
     from jaxrlhf.data import eval_batches, load_data
-    from jaxrlhf.trainers.reward import measure, reward_metrics
+    from jaxrlhf.trainers.reward import RewardLoss, reward_metrics, reward_sums
 
     config = DataConfig(data_path=(demo.train,), eval_data_path=(pairs,), data_cache_dir=demo.cache, max_length=64)
     _, evaluation = load_data(config, demo.tokenizer, "reward")
     model = load_pretrained(demo.reward, head="scalar", new_head=False)
     totals = {}
     for batch in eval_batches(evaluation, 11):
-        totals = measure()(model.module, model.params, batch)
+        totals = reward_sums(RewardLoss(), model.module, model.params, batch)
     metrics = reward_metrics({name: float(value) for name, value in totals.items()})
     every = measured[0]["measures"]["all"]
     assert every["accuracy"]["value"] == pytest.approx(metrics["accuracy"], rel=1e-6)

@@ -29,7 +29,7 @@ from jaxrlhf.sharding import make_mesh
 
 CASES = ("mixtral", "mixtral-options", "qwen3_moe", "qwen3_moe-options", "qwen3_moe-mixed")
 SIZES = ((1, 1, 1, 2), (1, 2, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2), (1, 1, 1, 1))
-"""Of meshes: data, fsdp, tensor, expert."""
+"""Mesh shapes: data, fsdp, tensor, expert."""
 
 
 def random_experts(tokens=13, k=2, experts=5, width=6, inner=4, first=0):

@@ -126,7 +126,7 @@ def test_only_adapters_change_and_have_optimizer_state(trained):
 def test_a_reward_models_head_is_trained_with_the_adapters(single):
     model = tiny("scalar", targets=("query", "mlp/up"))
     expected = {f"layers/{m}/lora_{x}" for m in ("attn/query", "mlp/up") for x in "ab"} | {"score/kernel"}
-    check_training(model, *steps(model, pair_batch(), reward.objective(), single), expected)
+    check_training(model, *steps(model, pair_batch(), reward.objective(reward.RewardLoss())[0], single), expected)
 
 
 def test_the_gradient_is_that_of_the_merged_weights_seen_through_the_factors(single):

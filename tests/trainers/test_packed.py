@@ -24,10 +24,8 @@ BLOOM = {"model_type": "bloom", "vocab_size": VOCABULARY, "hidden_size": 32, "n_
 CENTRED = RewardLoss(label_smoothing=0.1, center=0.01)
 TRAINERS = {
     "sft": (OBJECTIVE, sft_sums),
-    "reward": (reward.objective(), reward.measure()),
-    "reward centred and smoothed": tuple(
-        f(RewardLoss("pairwise", 0.1, 0.01)) for f in (reward.objective, reward.measure)
-    ),
+    "reward": reward.objective(RewardLoss()),
+    "reward centred and smoothed": reward.objective(CENTRED),
     "dpo sigmoid": objective(Losses(beta=0.3)),
     "dpo ipo and sft": objective(Losses(("ipo",), sft_weight=0.7, beta=0.3)),
 }

@@ -105,7 +105,7 @@ def test_gradients_with_the_loss_equal_transformers(family, lab, tmp_path):
 def cases(lab):
     return {
         "sft": (OBJECTIVE, "lm", batch_of()),
-        "reward": (reward.objective(), "scalar", pairs_of()),
+        "reward": (reward.objective(reward.RewardLoss())[0], "scalar", pairs_of()),
         "dpo": (objective(Losses())[0], "lm", pairs_of()),
     }
 

@@ -54,9 +54,9 @@ DPO = {
     "several": Losses(("sigmoid", "simpo", "orpo"), (0.5, 2.0, 0.3), sft_weight=0.7, beta=BETA, margin=0.4),
 }
 REWARD = {
-    "pairwise": reward.objective(),
-    "centred and smoothed": reward.objective(reward.RewardLoss("pairwise", 0.1, 0.01)),
-    "tokenwise": reward.objective(reward.RewardLoss("tokenwise")),
+    "pairwise": reward.objective(reward.RewardLoss())[0],
+    "centred and smoothed": reward.objective(reward.RewardLoss("pairwise", 0.1, 0.01))[0],
+    "tokenwise": reward.objective(reward.RewardLoss("tokenwise"))[0],
 }
 OBJECTIVE = {"sft": Objective(token_count, sft_loss), **REWARD}
 OBJECTIVE |= {kind: objective(losses)[0] for kind, losses in DPO.items()}

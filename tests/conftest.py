@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import tempfile
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,29 @@ gc.set_threshold(50_000, 50, 100)  # tracing makes many objects that live on: lo
 
 def pytest_addoption(parser):
     parser.addoption("--full-matrix", action="store_true", help="every mesh × decode group × ZeRO stage of 8 devices")
+    parser.addoption(
+        "--cases", type=int, metavar="N", help="at most N cases of each test: the first, the last, some between"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    limit = config.getoption("cases")
+    if limit is None:
+        return
+    tests = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.partition("[")[0]].append(item)
+    kept = {cases[i] for cases in tests.values() for i in evenly(len(cases), limit)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def evenly(count, limit):
+    """At most `limit` of the numbers below `count`, from the first to the last at even distances."""
+    if count <= limit:
+        return range(count)
+    return [round(i * (count - 1) / max(limit - 1, 1)) for i in range(limit)]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -162,6 +162,7 @@ def test_a_second_run_of_the_same_shapes_with_another_seed_and_schedule_compiles
 # ---- traces
 
 
+@pytest.mark.long
 def test_the_profiled_steps_leave_a_trace_and_others_none(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jaxrlhf.runs.report.write_report", lambda folder: None)
     traced = []

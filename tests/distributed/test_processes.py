@@ -83,6 +83,7 @@ def assert_same_run(folder, reference):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.long
 def test_ppo_on_two_processes_gives_the_tokens_metrics_and_weights_of_one(one, two):
     assert_same_run(two.folder / "ppo", one / "ppo")
     texts = [
@@ -94,6 +95,7 @@ def test_ppo_on_two_processes_gives_the_tokens_metrics_and_weights_of_one(one, t
     assert (two.folder / "ppo" / "report.html").exists() and (two.folder / "ppo" / "critic").is_dir()
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_goes_on_from_there(one, two, places):
     from jaxrlhf.trainers.sft import train_sft
 
@@ -102,6 +104,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_
     assert_same_run(two.folder / "sft", one / "sft")
 
 
+@pytest.mark.long
 def test_settings_models_and_data_that_differ_are_named_with_who_has_which_on_every_process(two):
     for name in ("settings", "model", "data", "stopped"):
         assert two.facts[0][name] == two.facts[1][name]
@@ -110,6 +113,7 @@ def test_settings_models_and_data_that_differ_are_named_with_who_has_which_on_ev
     assert "rows.jsonl (train)" in two.facts[0]["data"] and "the tokenizer" not in two.facts[0]["data"]
 
 
+@pytest.mark.long
 def test_reward_functions_are_called_by_process_0_and_both_have_their_scores_failures_and_errors(two):
     for facts in two.facts:
         assert facts["rewards"]["scores"] == [None, float(np.float32(8.2)), 16.5]
@@ -119,6 +123,7 @@ def test_reward_functions_are_called_by_process_0_and_both_have_their_scores_fai
     assert done == [["called with 3", "reward function size gave sample 0 no score: returned nan"], []]
 
 
+@pytest.mark.long
 def test_a_save_in_the_background_fails_or_completes_on_both_processes_together(two):
     first, second = (facts["saves"] for facts in two.facts)
     for facts in (first, second):
@@ -129,6 +134,7 @@ def test_a_save_in_the_background_fails_or_completes_on_both_processes_together(
     assert first["damage"] == second["damage"]
 
 
+@pytest.mark.long
 def test_when_the_coordinator_is_killed_the_other_process_says_so_and_ends(two):
     assert two.statuses == [-9, lifeline.LOST]
     assert "process 0 of 2" in two.outputs[1] and "the coordinator, is gone" in two.outputs[1]
@@ -136,6 +142,7 @@ def test_when_the_coordinator_is_killed_the_other_process_says_so_and_ends(two):
     assert "Fatal Python error" not in two.outputs[1]
 
 
+@pytest.mark.long
 def test_four_processes_go_on_from_the_checkpoint_of_one_and_end_together_when_one_fails(one, places, tmp_path):
     shutil.copytree(one / "sft", tmp_path / "sft", ignore=shutil.ignore_patterns("checkpoint-2", "*.safetensors"))
     statuses, outputs = launch("four", 4, places, tmp_path)

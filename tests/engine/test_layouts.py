@@ -7,7 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from lab import wide
+from lab import few
 
 from jaxrlhf.rl import ppo_step
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
@@ -62,11 +62,9 @@ def full_matrix() -> list[Layout]:
 
 def pytest_generate_tests(metafunc):
     if "expert_layout" in metafunc.fixturenames:
-        metafunc.parametrize("expert_layout", wide(EXPERT_LAYOUTS, EXPERT_LAYOUTS[1:4], pytest.mark.long), ids=str)
+        metafunc.parametrize("expert_layout", few(EXPERT_LAYOUTS, EXPERT_LAYOUTS[1:3]), ids=str)
     if "layout" in metafunc.fixturenames:
-        layouts = (
-            full_matrix() if metafunc.config.getoption("full_matrix") else wide(LAYOUTS, LAYOUTS[:6], pytest.mark.long)
-        )
+        layouts = full_matrix() if metafunc.config.getoption("full_matrix") else few(LAYOUTS, LAYOUTS[:4])
         metafunc.parametrize("layout", layouts, ids=str)
 
 

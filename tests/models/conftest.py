@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lab import wide
+from lab import few
 
 from jaxrlhf.models import Decoder, Model, config_from_dict, load_pretrained, param_shapes
 
@@ -302,12 +302,18 @@ class Reference:
 
 
 # Each kind of positions, norms, attention and experts once.
-NARROW = ("bloom", "gemma2", "gpt2", "gpt_neo", "gptj", "llama", "mixtral", "opt-350m", "phi3-options")
+KINDS = ("bloom", "gemma2", "gpt2", "gpt_neo", "gptj", "llama", "mixtral", "opt-350m", "phi3-options")
 
 
-@pytest.fixture(scope="session", params=wide(sorted(CASES), NARROW))
+@pytest.fixture(scope="session", params=sorted(CASES))
 def case(request) -> str:
     """Every model of the matrix in turn."""
+    return request.param
+
+
+@pytest.fixture(params=few(sorted(CASES), KINDS))
+def kind(request) -> str:
+    """A model of each kind in turn; the others of the matrix in `make test-long`."""
     return request.param
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab import few
 
 from jaxrlhf import cli
 from jaxrlhf.config import Settings
@@ -43,7 +44,7 @@ def greedy(model, ids, mask):
     return (np.asarray(x) for x in run(model.params, ids[:, :PROMPT], mask[:, :PROMPT]))
 
 
-@pytest.mark.parametrize("case", DECODED)
+@pytest.mark.parametrize("case", few(DECODED, ("bloom", "gemma3")))
 def test_greedy_answers_of_the_decode_kernel_are_those_of_xla(case, make_model, make_batch):
     model = make_model(case)
     batch = make_batch("left", model.config.vocab_size)
@@ -54,7 +55,7 @@ def test_greedy_answers_of_the_decode_kernel_are_those_of_xla(case, make_model, 
     assert np.abs(our_logits - logits)[real].max() < 1e-5 * np.abs(logits[real]).max()
 
 
-@pytest.mark.parametrize("case", ["llama-tied-mqa", "bloom", "olmo2", "gemma2"])
+@pytest.mark.parametrize("case", few(["llama-tied-mqa", "bloom", "olmo2", "gemma2"], ["llama-tied-mqa"]))
 def test_generation_on_a_mesh_is_that_of_one_device(case, make_model, make_batch):
     four_heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6} if case == "bloom" else {}
     kernel = "auto" if case == "gemma2" else "pallas"  # which has no soft-capping
@@ -141,7 +142,7 @@ def test_rematerialised_training_on_a_mesh_is_that_of_xla_on_one_device(make_mod
     assert_same(loss_and_gradients(again, ids, mask, make_mesh(2, 2, 2)), expected)
 
 
-@pytest.mark.parametrize("case", ["gpt_neo", "bloom", "llama-tied-mqa", "olmo3", "gemma2"])
+@pytest.mark.parametrize("case", few(["gpt_neo", "bloom", "llama-tied-mqa", "olmo3", "gemma2"], ["bloom", "gemma2"]))
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=["one device", "mesh"])
 def test_on_a_cpu_auto_goes_head_by_head_with_the_results_of_xla(case, shape, make_model, make_batch):
     heads = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6} if case == "bloom" else {}

@@ -31,8 +31,8 @@ def full_and_decoded(model, ids, mask):
     return (np.asarray(x) for x in run(model.params, ids, mask))
 
 
-def test_prefill_and_decode_equal_the_full_forward(case, make_model, make_batch):
-    model = make_model(case)
+def test_prefill_and_decode_equal_the_full_forward(kind, make_model, make_batch):
+    model = make_model(kind)
     vocab = model.config.vocab_size
     ids, mask = make_batch("left", vocab)
     full, decoded = full_and_decoded(model, ids, mask)

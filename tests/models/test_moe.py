@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from comparisons import fused_experts, relative_error, routed_outputs, tensors_of
 from jax.sharding import PartitionSpec as P
-from lab import wide
+from lab import few
 from safetensors.numpy import save_file
 
 from jaxrlhf.errors import InputError
@@ -111,7 +111,7 @@ def on_one_device(make_model):
 
 
 @pytest.mark.parametrize("implementation", ["dense", "ragged"])
-@pytest.mark.parametrize("sizes", wide(SIZES, SIZES[1:3]))
+@pytest.mark.parametrize("sizes", few(SIZES, SIZES[1:3]))
 @pytest.mark.parametrize("rows", [8, 3])
 def test_meshes_change_nothing(on_one_device, sizes, implementation, rows):
     """Rows that the batch axes do not divide are on every device, whose experts then sum up."""

@@ -77,8 +77,8 @@ def both(model, packed_model=None, mesh=None):
     return ours, loss_and_gradients(model, ids, mask, loss_mask)
 
 
-def test_packed_loss_and_gradients_are_those_of_the_sequences_alone(case, make_model):
-    assert_same(*both(make_model(case)))
+def test_packed_loss_and_gradients_are_those_of_the_sequences_alone(kind, make_model):
+    assert_same(*both(make_model(kind)))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])

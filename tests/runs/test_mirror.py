@@ -311,6 +311,7 @@ def test_models_and_tokenizers_are_read_from_urls(store, url, demo):
         read_config(f"{url}-nothing")
 
 
+@pytest.mark.long
 def test_a_run_continues_on_another_machine_with_the_same_bits(store, url, demo, cache, no_report):
     def train(folder, **options):
         settings = {"model_name_or_path": demo.lm, "data_path": demo.train, "eval_data_path": demo.eval}

@@ -26,9 +26,9 @@ SAMPLING = SamplingConfig(ANSWER, eos_token_id=EOS, pad_token_id=0)
 DEFAULTS = PPOHyperparameters()
 
 
-def wide(cases, narrow, mark=pytest.mark.wide):
-    """Parameters of a test, marked `wide`, or as `mark` says, but for those of `narrow`."""
-    return [case if case in narrow else pytest.param(case, marks=mark) for case in cases]
+def few(cases, kept):
+    """Parameters of a test: those of `kept`, and the other cases for `make test-long`."""
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.long) for case in cases]
 
 
 def tiny_model(options=LLAMA, head="lm", seed=0, mesh=None, scale=0.3, dtype=jnp.float32, **layout) -> Model:

@@ -79,6 +79,7 @@ def test_rollouts_end_at_each_of_the_ids_and_are_counted_as_ended(engine):
     assert [record["ended"] for record in records] == ended.astype(bool).tolist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("given", "ends"), [((), [END, EOM, EOT]), (("<|eot_id|>", END), [EOT, END])])
 def test_sft_and_ppo_exports_keep_all_ids_and_the_generation_options(paths, tmp_path, no_report, given, ends):
     sft = settings(paths, model_name_or_path=str(paths / "lm"), max_length=64, eos_token_ids=given)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lab import few
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.sharding import place_batch
@@ -97,7 +98,7 @@ def pair_batches():
     return plain, packed, numbers
 
 
-@pytest.fixture(scope="module", params=["llama", "bloom"])
+@pytest.fixture(scope="module", params=few(["llama", "bloom"], ["llama"]))
 def tiny(request, lab):
     """`tiny("scalar", mesh)`: a model of the family."""
     options = {"llama": lab.LLAMA, "bloom": BLOOM}[request.param]

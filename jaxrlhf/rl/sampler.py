@@ -233,9 +233,11 @@ class Sampler:
         """
         begin = time.monotonic()
         h = state.hyperparameters if hyperparameters is None else hyperparameters
-        experience = jax.block_until_ready(self.score(state, jax.block_until_ready(started.rollout), h))
+        rollout = jax.block_until_ready(started.rollout)  # `start` has only dispatched it, where nothing read it
+        generated = time.monotonic()
+        experience = jax.block_until_ready(self.score(state, rollout, h))
         end = time.monotonic()
-        metrics = {"timing/generate": started.seconds, "timing/score": end - begin}
+        metrics = {"timing/generate": started.seconds + generated - begin, "timing/score": end - generated}
         sampled = Sampled(experience, {}, {}, {})
         if self.rewards or started.episodes is not None:
             sampled = self._with_functions(experience, started.handles, started.episodes)

@@ -1,5 +1,7 @@
 """Rollout batches in pieces and through slots: other shapes and another order of work, the same rollout."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ from comparisons import assert_same_rollout
 
 from jaxrlhf.data import encode_stops
 from jaxrlhf.errors import InputError
+from jaxrlhf.rl import sampler
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.rollouts import generate_in_pieces, pieces_by_length
-from jaxrlhf.rl.samples import Prompts, RolloutPlan
+from jaxrlhf.rl.samples import Prompts, RolloutPlan, Started
 from jaxrlhf.rl.trainer import PPOTrainer
 
 SIZES = {"max_prompt_seq_len": 64, "max_answer_seq_len": 8, "seed": 3}
@@ -99,3 +102,18 @@ def test_a_stop_string_is_its_own_tokens_and_one_without_any_is_refused(demo):
     assert tokenizer.decode(list(ids)) == " Human:" and tokenizer.eos_token_id not in ids
     with pytest.raises(InputError, match="stop_strings: ''"):
         encode_stops(tokenizer, ["x", ""])
+
+
+def test_waiting_for_a_rollout_that_was_only_dispatched_is_time_of_generation(monkeypatch):
+    clock = SimpleNamespace(now=10.0)
+
+    def wait(value):
+        clock.now += {"rollout": 5.0, "experience": 2.0}[value]
+        return value
+
+    monkeypatch.setattr(sampler, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(sampler, "jax", SimpleNamespace(block_until_ready=wait))
+    models = SimpleNamespace(score=lambda state, rollout, h: "experience", rewards=())
+    started = Started("rollout", [], None, seconds=1.0)
+    sampled = sampler.Sampler.finish(models, SimpleNamespace(hyperparameters=None), started)
+    assert sampled.metrics == {"timing/generate": 6.0, "timing/score": 2.0}

@@ -57,9 +57,11 @@ def experience(system: System) -> Experience:
     """Result of the score program."""
     kinds = {"tokens": jnp.int32, "mask": bool, "response_mask": bool, "scores": (jnp.float32,), "ended": (bool,)}
     kinds |= dict.fromkeys(("logprobs", "ref_logprobs", "values", "sampler_logprobs", "entropy"), jnp.float32)
-    if "critic" not in system.modules:
-        del kinds["values"]
-    arrays: dict[str, Any] = {"values": None} | _batch(system, system.length, kinds, TRAIN_RULES, system.rows)
+    absent = ["values"] if "critic" not in system.modules else []
+    absent += ["logprobs", "entropy"] if not system.config.scores_policy else []
+    for name in absent:
+        del kinds[name]
+    arrays: dict[str, Any] = dict.fromkeys(absent) | _batch(system, system.length, kinds, TRAIN_RULES, system.rows)
     return Experience(**arrays, longest=system.config.sampling.max_new_tokens)
 
 
@@ -142,6 +144,8 @@ def _lower_score(system: System) -> jax.stages.Lowered:
     frozen = {name: getattr(models, name) for name in ("reference", "reward") if name in system.on_host}
     waiting = {name: replace(model, params=system.waiting(name)) for name, model in frozen.items()}
     models = replace(models, **waiting)
+    if not system.config.scores_policy:
+        models = replace(models, actor=None)
     static = {"hyperparameters": system.state.hyperparameters, "mesh": system.mesh, "sampling": sampling(system)}
     return cast(Any, score_rollout).lower(rollout(system, system.rows), models, **static)
 

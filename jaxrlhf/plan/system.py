@@ -119,7 +119,9 @@ class System:
     @property
     def scoring(self) -> tuple[str, ...]:
         """Names of the models that the score program reads."""
-        return ("reference",) if self.supervised else tuple(self.modules)
+        if self.supervised:
+            return ("reference",)
+        return tuple(name for name in self.modules if name != "actor" or self.config.scores_policy)
 
     @property
     def score_passes(self) -> dict[str, int]:

@@ -57,6 +57,8 @@ class Algorithm:
     needs_critic: bool = False
     grouped: bool = False
     """Compares the responses to one prompt, so it needs at least two of them."""
+    reads_logprobs: bool = False
+    """Its estimator reads the policy's log-probs of the experience."""
     unused: tuple[str, ...] = ()
     """Settings that it does not use."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +87,8 @@ def online_dpo(rewards: jax.Array, e: Experience, h: PPOHyperparameters) -> tupl
     """DPO's gradient on the best and the worst response to each prompt, with `kl_coef` as β."""
     if not h.kl_coef:
         raise InputError("kl_coef=0 with advantage_estimator=online_dpo: it is DPO's β, and must be positive")
+    if e.logprobs is None:
+        raise InputError("advantage_estimator=online_dpo needs the policy's log-probs, and this experience has none")
     log_ratios = objectives.sequence_logprobs(e.logprobs - e.ref_logprobs, e.response_mask)
     advantages = objectives.pair_advantages(e.scores, log_ratios, h.samples_per_prompt, h.kl_coef, e.row_mask)
     return _of_rows(advantages, e)
@@ -214,6 +218,7 @@ ALGORITHMS = {
             # A response is one action, as for RLOO. β and learning rate as TRL.
             source="Guo et al. 2024 (arXiv 2402.04792)",
             grouped=True,
+            reads_logprobs=True,
             unused=(
                 *OF_CRITIC,
                 *("gamma", "scale_by_std", "clip_reward", "whiten_rewards"),
@@ -268,6 +273,7 @@ def find_algorithm(estimator: str) -> Algorithm:
         estimator=estimator,
         advantages=cast(Estimator, function),
         needs_critic=needs_critic,
+        reads_logprobs=True,
         unused=() if needs_critic else OF_CRITIC,
     )
 

@@ -293,6 +293,14 @@ class PPOOptions(StepOptions):
         """Rows per device that are scored at once."""
         return self.rollout.per_device_score_batch_size or self.run.per_device_train_batch_size
 
+    @property
+    def scores_policy(self) -> bool:
+        """True if scoring computes the policy's log-probs, False if the update does.
+
+        A rollout that has waited is scored, because another policy has sampled it.
+        """
+        return self.algorithm.needs_old_logprobs or self.rollout.async_steps > 0
+
     def hyperparameters(self) -> PPOHyperparameters:
         """The algorithm with the values that it takes from sampling and run: the program's static argument."""
         own = self.rollout.per_device_score_batch_size

@@ -33,8 +33,8 @@ class Experience(flax.struct.PyTreeNode):
     """bool: real tokens, of prompt, response and environment."""
     response_mask: jax.Array
     """bool: tokens that the actor sampled. Only these count in losses, KL, advantages and metrics."""
-    logprobs: jax.Array
-    """The actor's log-probs at the time of the rollout, from the train program."""
+    logprobs: jax.Array | None
+    """The actor's log-probs at the time of the rollout, from the train program; None: the update computes them."""
     ref_logprobs: jax.Array
     values: jax.Array | None
     """The critic's values; None without a critic."""
@@ -42,7 +42,8 @@ class Experience(flax.struct.PyTreeNode):
     """`[B]`: score of each sequence by the reward model or reward functions, not clipped."""
     sampler_logprobs: jax.Array
     """The generate program's own log-probs, to watch the gap."""
-    entropy: jax.Array
+    entropy: jax.Array | None
+    """Entropies of the actor's distributions; None without `logprobs`."""
     ended: jax.Array | None = None
     """bool `[B]`: whether the response ended by itself; None: unknown, and not penalised."""
     turn_rewards: jax.Array | None = None
@@ -55,6 +56,11 @@ class Experience(flax.struct.PyTreeNode):
     def row_mask(self) -> jax.Array:
         """bool `[B]`: rows with a score; the other rows count nowhere."""
         return jnp.any(self.response_mask, axis=1)
+
+    @property
+    def known_logprobs(self) -> jax.Array:
+        """The actor's log-probs: those of the train program, or where they are not known yet the sampler's."""
+        return self.sampler_logprobs if self.logprobs is None else self.logprobs
 
     def with_scores(self, scores: jax.Array) -> "Experience":
         """The experience with other scores `[B]`. A row whose score is not finite keeps its place, under a mask."""
@@ -97,7 +103,7 @@ def critic_values(module: Decoder, params: PyTree, tokens: jax.Array, mask: jax.
 class RLModels(flax.struct.PyTreeNode):
     """The models of a run, each with the parameters to read."""
 
-    actor: Model
+    actor: Model | None
     reference: Model | None
     critic: Model | None = None
     reward: Model | None = None
@@ -116,8 +122,8 @@ def score_rollout(
 
     Args:
         rollout: prompts and responses, `[B, P+N]`.
-        models: without a critic there are no values; without a reference its log-probs are 0; without a reward model
-            scores are 0 until `Experience.with_scores`.
+        models: without an actor there are no log-probs and entropies, and without a critic no values; without a
+            reference its log-probs are 0; without a reward model scores are 0 until `Experience.with_scores`.
         hyperparameters: temperature and chunks.
         mesh: where the models lie.
         sampling: says which responses ended by themselves; None: not known.
@@ -142,9 +148,11 @@ def score_rollout(
 
     with use(mesh, TRAIN_RULES):
         rows = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
-        logprobs, entropy = passes(models.actor, logprobs_of, rows)
+        logprobs, entropy = None, None
+        if models.actor is not None:
+            logprobs, entropy = passes(models.actor, logprobs_of, rows)
         # One model after the other: what is offloaded is on the devices during its own passes only.
-        ref_logprobs = jnp.zeros_like(logprobs)
+        ref_logprobs = jnp.zeros(rows.tokens.shape, jnp.float32)
         if models.reference is not None:
             ref_logprobs, _ = passes(models.reference, logprobs_of, rows)
         scores = jnp.zeros(rows.tokens.shape[0], jnp.float32)
@@ -204,9 +212,9 @@ def advantages_and_returns(
     Advantages are whitened over the whole batch, returns are not; without a critic returns are not used.
     """
     e, mask = experience, experience.response_mask
-    coef = 0.0 if h.kl_in_loss else kl_coef
+    coef = 0.0 if h.kl_in_loss or e.logprobs is None else kl_coef
     rewards = objectives.kl_penalty_rewards(
-        e.logprobs, e.ref_logprobs, e.scores, mask, coef, h.clip_reward, h.kl_estimator, e.turn_rewards
+        e.known_logprobs, e.ref_logprobs, e.scores, mask, coef, h.clip_reward, h.kl_estimator, e.turn_rewards
     )
     if h.whiten_rewards:
         rewards = objectives.masked_whiten(rewards, mask, shift_mean=False)
@@ -220,20 +228,19 @@ def experience_metrics(
     e: Experience, rewards: jax.Array, returns: jax.Array, kl_coef: jax.Array, weights: jax.Array
 ) -> dict[str, jax.Array]:
     """Metrics of an iteration's experience, under TRL's names; sums per row are averaged over scored rows."""
-    mask, row_mask = e.response_mask, e.row_mask
+    mask, row_mask, logprobs = e.response_mask, e.row_mask, e.known_logprobs
     rows = jnp.sum(row_mask)
-    kl = objectives.masked_sum(e.logprobs - e.ref_logprobs, mask) / rows
-    gap = jnp.where(mask, jnp.abs(e.logprobs - e.sampler_logprobs), 0.0)
+    kl = objectives.masked_sum(logprobs - e.ref_logprobs, mask) / rows
+    gap = jnp.where(mask, jnp.abs(logprobs - e.sampler_logprobs), 0.0)
     scores = objectives.masked_mean(e.scores, row_mask)
     metrics = {
         "objective/kl": kl,
-        "objective/entropy": -objectives.masked_sum(e.logprobs, mask) / rows,
+        "objective/entropy": -objectives.masked_sum(logprobs, mask) / rows,
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": objectives.masked_sum(rewards, mask) / rows,
         "objective/scores": scores,
         "objective/scores_std": jnp.sqrt(objectives.masked_mean(jnp.square(e.scores - scores), row_mask)),
         "objective/kl_coef": kl_coef,
-        "policy/entropy_avg": objectives.masked_mean(e.entropy, mask),
         "val/response_length": jnp.sum(mask) / rows,
         "sampling/logp_difference/mean": objectives.masked_mean(gap, mask),
         "sampling/logp_difference/max": jnp.max(gap),
@@ -241,6 +248,8 @@ def experience_metrics(
         "sampling/importance_sampling_ratio/mean": objectives.masked_mean(weights, mask),
         "sampling/importance_sampling_ratio/max": jnp.max(jnp.where(mask, weights, 0.0)),
     }
+    if e.entropy is not None:
+        metrics["policy/entropy_avg"] = objectives.masked_mean(e.entropy, mask)
     if e.values is not None:
         spread = objectives.masked_variance(returns, mask)
         unexplained = objectives.masked_variance(returns - e.values, mask)

@@ -126,6 +126,21 @@ class PPOHyperparameters(Settings):
         return self.algorithm.needs_critic
 
     @property
+    def updates(self) -> int:
+        """Optimizer steps on each rollout batch."""
+        return self.ppo_epochs * self.num_mini_batches
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """True if the policy's log-probs must be known before its update.
+
+        A single update starts from the policy that has sampled, so its own forward pass computes them. They are needed
+        before only for a KL penalty in the reward, and for estimators that read them.
+        """
+        in_reward = self.kl_coef > 0 and not self.kl_in_loss
+        return self.updates > 1 or in_reward or self.algorithm.reads_logprobs
+
+    @property
     def importance_cap(self) -> float | None:
         """Bound on importance weights; None: no weights."""
         return self.importance_sampling_cap if self.importance_sampling_correction else None

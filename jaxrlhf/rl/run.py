@@ -198,7 +198,8 @@ class PPOTask:
 
         def sample(number: int) -> Sampled:
             prompts = self._prompts(plan.batch + number * self.total_steps, step, plan.batch)
-            return trainer.sample(state, prompts, trainer.rollout_plan(step, number))
+            plan_of_rollout = trainer.rollout_plan(step, number)
+            return trainer.sample(state, prompts, plan_of_rollout, policy=self.config.scores_policy)
 
         first = sample(0) if self.ahead is None else trainer.finish(state, self.ahead.take(state, plan))
         if not limit:

@@ -146,18 +146,29 @@ class Sampler:
             slots=self.config.generation.generation_slots,
         )
 
-    def score(self, state: PPOState, rollout: Rollout, hyperparameters: PPOHyperparameters) -> Experience:
-        """The four models' part: log-probs, values, and the reward model's scores (0 without one)."""
+    def score(
+        self, state: PPOState, rollout: Rollout, hyperparameters: PPOHyperparameters, policy: bool = True
+    ) -> Experience:
+        """The four models' part: log-probs, values, and the reward model's scores (0 without one).
+
+        Without `policy`, the update computes the policy's log-probs (`PPOConfig.scores_policy`).
+        """
+        models = self.engine.models(state)
         return self._score(
             rollout,
-            self.engine.models(state),
+            models if policy else models.replace(actor=None),
             hyperparameters=hyperparameters,
             mesh=self.engine.mesh,
             sampling=self.sampling,
         )
 
     def sample(
-        self, state: PPOState, prompts: Prompts, plan: RolloutPlan, hyperparameters: PPOHyperparameters | None = None
+        self,
+        state: PPOState,
+        prompts: Prompts,
+        plan: RolloutPlan,
+        hyperparameters: PPOHyperparameters | None = None,
+        policy: bool = True,
     ) -> Sampled:
         """Samples responses and scores them.
 
@@ -166,11 +177,12 @@ class Sampler:
             prompts: B prompts.
             plan: key, sampling and pieces.
             hyperparameters: of the scoring programs; default: the state's.
+            policy: as in `score`. False only if the next update of `state`, and no other, is on these samples.
 
         Returns:
             The experience of B · samples_per_prompt rows, its metrics and its rewards.
         """
-        return self.finish(state, self.start(self.engine.generating(state), prompts, plan), hyperparameters)
+        return self.finish(state, self.start(self.engine.generating(state), prompts, plan), hyperparameters, policy)
 
     def start(self, params: PyTree, prompts: Prompts, plan: RolloutPlan) -> Started:
         """Generates responses and hands them to the reward functions, which work on one piece while the next is made.
@@ -223,19 +235,26 @@ class Sampler:
             progress=prompts.progress,
         )
 
-    def finish(self, state: PPOState, started: Started, hyperparameters: PPOHyperparameters | None = None) -> Sampled:
+    def finish(
+        self,
+        state: PPOState,
+        started: Started,
+        hyperparameters: PPOHyperparameters | None = None,
+        policy: bool = True,
+    ) -> Sampled:
         """Scores responses with the models of `state`, and waits for the reward functions.
 
         Args:
             state: the parameters of actor and critic, which may be newer than those that have generated.
             started: of `start`.
             hyperparameters: as in `sample`.
+            policy: as in `sample`.
         """
         begin = time.monotonic()
         h = state.hyperparameters if hyperparameters is None else hyperparameters
         rollout = jax.block_until_ready(started.rollout)  # `start` has only dispatched it, where nothing read it
         generated = time.monotonic()
-        experience = jax.block_until_ready(self.score(state, rollout, h))
+        experience = jax.block_until_ready(self.score(state, rollout, h, policy))
         end = time.monotonic()
         metrics = {"timing/generate": started.seconds + generated - begin, "timing/score": end - generated}
         sampled = Sampled(experience, {}, {}, {})
@@ -327,19 +346,19 @@ class Sampler:
             rewards: as `Sampled` has them; at least B values each.
         """
         e = to_host(experience)
+        gaps = np.where(e.response_mask, e.known_logprobs - e.ref_logprobs, 0.0)
         prompts, responses = self.texts(e.tokens, e.mask, e.response_mask)
         records: list[Record] = []
         for b in range(len(e.scores)):
             if not e.response_mask[b].any() or (row_mask is not None and not row_mask[b]):
                 continue
             response = e.tokens[b][e.response_mask[b]]
-            gap = np.where(e.response_mask[b], e.logprobs[b] - e.ref_logprobs[b], 0.0)
             record = Record(
                 index=b if index is None else int(index[b]),
                 prompt=prompts[b],
                 response=responses[b],
                 score=float(e.scores[b]),
-                kl=float(gap.sum()),
+                kl=float(gaps[b].sum()),
                 length=len(response),
                 ended=self.sampling.ended(response),
                 rewards={name: float(values[b]) for name, values in (rewards or {}).items()},

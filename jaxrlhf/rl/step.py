@@ -14,21 +14,14 @@ from jaxrlhf import keys, objectives
 from jaxrlhf.engine import Rollout
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, join, split_trainable
-from jaxrlhf.rl.experience import (
-    Experience,
-    actor_logprobs,
-    advantages_and_returns,
-    critic_values,
-    experience_metrics,
-    shaped_experience,
-)
+from jaxrlhf.rl.experience import Experience, advantages_and_returns, experience_metrics, shaped_experience
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
+from jaxrlhf.rl.losses import critic_gradients, policy_gradients, ptx_gradients, weights_of_gap
 from jaxrlhf.sharding import TRAIN_RULES, use
-from jaxrlhf.trainers.gradients import apply_gradients, exceeds, frozen_working_copy, model_gradients, take_rows
+from jaxrlhf.trainers.gradients import apply_gradients, exceeds, frozen_working_copy, take_rows
 from jaxrlhf.trainers.guards import Limits
 from jaxrlhf.trainers.optimizer import Rates, with_rates
 from jaxrlhf.trainers.routers import RouterOptions
-from jaxrlhf.trainers.sft import sft_loss, token_count
 
 PyTree = Any
 
@@ -85,6 +78,19 @@ class _Frozen(NamedTuple):
     critic: PyTree
 
 
+class _Batch(NamedTuple):
+    """A minibatch."""
+
+    rows: dict[str, jax.Array]
+    """Arrays `[B, …]` of `_training_arrays`."""
+    ptx: dict[str, jax.Array] | None
+    """Its share of the pretraining text."""
+    longest: int | None
+    """As `Experience.longest`."""
+    measure: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None
+    """As `_Judged.measure`."""
+
+
 class PPORates(NamedTuple):
     """Numbers of the learning-rate schedules; those of the critic are unused without one."""
 
@@ -126,6 +132,9 @@ def ppo_step(
     nothing; the KL weight and the moments of scores keep their last finite values. Nor does one with a loss or gradient
     norm above its limit, and none of the updates if `objective/kl` is above its own.
 
+    An experience without log-probs is that of the very policy in `state`, which is updated once: the update takes them
+    from its own forward pass, so that its ratio is exactly 1, and computes the metrics that need them.
+
     Args:
         state: donated.
         experience: a scored rollout of B rows.
@@ -139,27 +148,35 @@ def ppo_step(
         With limits also `guard/spike`, the number of updates above them.
 
     Raises:
-        InputError: when minibatches, micro-batches or groups do not divide the rows.
+        InputError: when minibatches, micro-batches or groups do not divide the rows, or the experience has no log-probs
+            and the algorithm needs them before its update.
     """
     h, mesh = state.hyperparameters, state.mesh
     rows = experience.scores.shape[0]
     h.check_rows(rows)
+    if experience.logprobs is None and h.needs_old_logprobs:
+        raise InputError(
+            f"the experience has no log-probs of the policy. {h.updates} updates on it, a KL penalty in the reward, or "
+            f"advantage_estimator={h.advantage_estimator} may need them: score it with the actor"
+        )
     with use(mesh, TRAIN_RULES):
-        data, metrics, moments = _judged(state, experience)
+        data, metrics, moments, measure = _judged(state, experience)
         actor_params, actor_frozen, actor_read = _parts(state.actor_params, state.actor, mesh)
         critic_params, critic_frozen, critic_read = _parts(state.critic_params, state.critic, mesh)
         frozen = _Frozen(actor_read, critic_read)
         limited = _Limited(limits, exceeds(metrics, limits))
         scheduled = state if rates is None else _scheduled(state, rates)
 
-        def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, jax.Array]]:
+        def run(trained: _Trained, index: tuple) -> tuple[_Trained, dict[str, Any]]:
             of_ptx = None if ptx is None else take_rows(ptx, index[1])
-            return _update(scheduled, frozen, trained, take_rows(data, index[0]), of_ptx, experience.longest, limited)
+            batch = _Batch(take_rows(data, index[0]), of_ptx, experience.longest, measure)
+            return _update(scheduled, frozen, trained, batch, limited)
 
         trained = _Trained(actor_params, critic_params, state.actor_opt_state, state.critic_opt_state, state.ema_params)
         index = minibatch_rows(h, state.seed, state.step, rows), _ptx_rows(state, ptx)
         trained, updates = _run_updates(run, trained, index, early_stop=h.early_stop_kl is not None)
-    spikes = updates.pop("spike")
+    spikes, of_rollout = updates.pop("spike"), updates.pop("rollout")
+    metrics |= {name: x[0] for name, x in of_rollout.items()}
     metrics |= _averaged(updates) | ({} if limits is None else {"guard/spike": jnp.sum(spikes)})
     new = state.replace(
         step=state.step + 1,
@@ -182,6 +199,8 @@ class _Judged(NamedTuple):
     metrics: dict[str, jax.Array]
     moments: PyTree
     """Moments of the scores so far, with this rollout's; None where scores are not scaled by them."""
+    measure: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None
+    """Computes the metrics from log-probs and entropies `[B, T]`, where only the update knows them."""
 
 
 def _judged(state: PPOState, experience: Experience) -> _Judged:
@@ -189,16 +208,16 @@ def _judged(state: PPOState, experience: Experience) -> _Judged:
     h = state.hyperparameters
     shaped, moments = shaped_experience(experience, h, state.score_moments)
     rewards, advantages, returns = advantages_and_returns(shaped, state.kl_coef, h)
-    weights = objectives.importance_weights(
-        experience.logprobs,
-        experience.sampler_logprobs,
-        experience.response_mask,
-        h.importance_sampling_mode,
-        h.importance_sampling_floor,
-        h.importance_cap or jnp.inf,
-    )
-    data = _training_arrays(state, experience, advantages, returns, weights)
-    return _Judged(data, experience_metrics(experience, rewards, returns, state.kl_coef, weights), moments)
+    data = _training_arrays(state, experience, advantages, returns)
+
+    def measure(logprobs: jax.Array, entropy: jax.Array | None) -> dict[str, jax.Array]:
+        known = experience.replace(logprobs=logprobs, entropy=entropy)
+        weights = weights_of_gap(h, logprobs, experience.sampler_logprobs, experience.response_mask)
+        return experience_metrics(known, rewards, returns, state.kl_coef, weights)
+
+    if experience.logprobs is None:
+        return _Judged(data, {}, moments, measure)
+    return _Judged(data, measure(experience.logprobs, experience.entropy), moments, None)
 
 
 def _scheduled(state: PPOState, rates: PPORates) -> PPOState:
@@ -218,33 +237,31 @@ def _parts(params: PyTree, module: Decoder | None, mesh: Mesh | None) -> tuple[P
     return trainable, frozen, frozen_working_copy(frozen, module, mesh)
 
 
-def _training_arrays(
-    state: PPOState, e: Experience, advantages: jax.Array, returns: jax.Array, weights: jax.Array
-) -> dict[str, jax.Array]:
-    """The arrays `[B, T]` that minibatches are taken from."""
+def _training_arrays(state: PPOState, e: Experience, advantages: jax.Array, returns: jax.Array) -> dict[str, jax.Array]:
+    """The arrays `[B, …]` that minibatches are taken from."""
     h = state.hyperparameters
     data: dict[str, Any] = {
         "tokens": e.tokens,
         "mask": e.mask,
         "response_mask": e.response_mask,
-        "logprobs": e.logprobs,
         "advantages": advantages,
     }
+    data |= {"row": jnp.arange(e.scores.shape[0])} if e.logprobs is None else {"logprobs": e.logprobs}
     if state.critic is not None:
         data |= {"values": e.values, "returns": returns}
     if h.kl_in_loss:
         data["ref_logprobs"] = e.ref_logprobs
     if h.importance_cap is not None:
-        data["weights"] = weights
+        data["sampler_logprobs"] = e.sampler_logprobs
     return data
 
 
 def _run_updates(
-    run: Callable[[_Trained, tuple], tuple[_Trained, dict[str, jax.Array]]],
+    run: Callable[[_Trained, tuple], tuple[_Trained, dict[str, Any]]],
     trained: _Trained,
     index: tuple,
     early_stop: bool,
-) -> tuple[_Trained, dict[str, jax.Array]]:
+) -> tuple[_Trained, dict[str, Any]]:
     """All updates of a step, one after the other; their metrics `[updates]`."""
 
     def update(carry: tuple, index: tuple) -> tuple[tuple, dict[str, jax.Array]]:
@@ -304,33 +321,32 @@ def _averaged(updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _update(
-    state: PPOState,
-    frozen: _Frozen,
-    trained: _Trained,
-    batch: dict[str, jax.Array],
-    ptx: dict[str, jax.Array] | None,
-    longest: int | None,
-    limited: _Limited,
-) -> tuple[_Trained, dict[str, jax.Array]]:
-    """One optimizer step of actor and critic on one minibatch. The metrics say whether it counts and was made."""
+    state: PPOState, frozen: _Frozen, trained: _Trained, minibatch: _Batch, limited: _Limited
+) -> tuple[_Trained, dict[str, Any]]:
+    """One optimizer step of actor and critic on one minibatch. The metrics say whether it counts and was made.
+
+    `rollout` among them are those of the experience that only the update knows.
+    """
     h, mesh = state.hyperparameters, state.mesh
+    batch, ptx = minibatch.rows, minibatch.ptx
     if h.loss_aggregation != "token-mean":
         weights = objectives.loss_weights(batch["response_mask"], h.loss_aggregation, h.response_length)
         batch = batch | {"token_weights": weights}
-    metrics, actor_grads = _actor_gradients(state, frozen.actor, trained.actor_params, batch, longest)
+    metrics, actor_grads, known = policy_gradients(state, frozen.actor, trained.actor_params, batch, minibatch.longest)
+    of_rollout = {} if minibatch.measure is None else minibatch.measure(*known)
     if ptx is not None:
-        metrics["loss/ptx_avg"], ptx_grads = _ptx_gradients(state, frozen.actor, trained.actor_params, ptx)
+        metrics["loss/ptx_avg"], ptx_grads = ptx_gradients(state, frozen.actor, trained.actor_params, ptx)
         metrics["policy/ptx_grad_norm"] = optax.tree.norm(ptx_grads)
         actor_grads = jax.tree.map(jnp.add, actor_grads, ptx_grads)
     metrics["policy/grad_norm"] = optax.tree.norm(actor_grads)
     critic_grads = None
     if state.critic is not None:
-        of_critic, critic_grads = _critic_gradients(state, state.critic, frozen.critic, trained.critic_params, batch)
+        of_critic, critic_grads = critic_gradients(state, state.critic, frozen.critic, trained.critic_params, batch)
         metrics |= of_critic
 
     finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
     within = jnp.ones((), bool) if h.early_stop_kl is None else metrics["policy/approxkl_avg"] <= h.early_stop_kl
-    spike = finite & (limited.exploded | exceeds(metrics, limited.limits))
+    spike = finite & (limited.exploded | exceeds(metrics | of_rollout, limited.limits))
     made = finite & within & ~spike
     actor_made = made & (state.step >= h.critic_only_steps)
     actor_params, actor_opt = apply_gradients(
@@ -353,100 +369,6 @@ def _update(
         decay = jnp.where(actor_made, decay, 1.0)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, actor_params)
     metrics |= {"counted": finite, "skipped": ~finite, "over_kl": finite & ~within, "spike": spike}
+    metrics |= {"rollout": of_rollout}
     metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
     return _Trained(actor_params, critic_params, actor_opt, critic_opt, ema), metrics
-
-
-def _actor_gradients(
-    state: PPOState, frozen: PyTree, params: PyTree, batch: dict[str, jax.Array], longest: int | None
-) -> tuple[dict[str, jax.Array], PyTree]:
-    """Metrics and gradients of the policy loss on a minibatch."""
-    h = state.hyperparameters
-    tokens_in_batch = jnp.sum(batch["response_mask"])
-
-    def loss_of(
-        module: Decoder, params: PyTree, b: dict[str, jax.Array], _: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        params = join(params, frozen)
-        sequences = b["tokens"], b["mask"], h.temperature, b["response_mask"], longest
-        logprobs, entropy = actor_logprobs(module, params, *sequences)
-        loss, stats = objectives.policy_loss(
-            logprobs,
-            b["logprobs"],
-            b["advantages"],
-            b["response_mask"],
-            h.cliprange,
-            tokens_in_batch,
-            b.get("weights"),
-            clip_range_high=h.cliprange_high,
-            dual_clip=h.dual_clip,
-            token_weights=b.get("token_weights"),
-            kind=h.policy_loss,
-            sequence_ratio=h.ratio_level == "sequence",
-        )
-
-        def mean(x: jax.Array) -> jax.Array:
-            if "token_weights" in b:
-                return objectives.masked_sum(x * b["token_weights"], b["response_mask"])
-            return objectives.masked_mean(x, b["response_mask"], tokens_in_batch)
-
-        if h.kl_in_loss:
-            kl = objectives.kl_estimate(logprobs, b["ref_logprobs"], h.kl_estimator, b["response_mask"])
-            stats["loss/kl_avg"] = mean(kl)
-            loss += state.kl_coef * stats["loss/kl_avg"]
-        if h.entropy_coef:
-            stats["loss/entropy_avg"] = mean(entropy)
-            loss -= h.entropy_coef * stats["loss/entropy_avg"]
-        return loss, stats
-
-    policy, stats, grads, routed = model_gradients(
-        loss_of, state.actor, params, batch, h.micro_batches, state.mesh, routers=state.routers, mask=batch["mask"]
-    )
-    metrics = {
-        "loss/policy_avg": policy,
-        "policy/approxkl_avg": stats.pop("approx_kl"),
-        "policy/clipfrac_avg": stats.pop("clipfrac"),
-        "val/ratio": 1 + stats["ratio_shift"],
-        "val/ratio_var": objectives.ratio_variance(stats),
-    }
-    metrics |= {name: value for name, value in stats.items() if name.startswith("loss/")}
-    return metrics | routed, grads
-
-
-def _ptx_gradients(
-    state: PPOState, frozen: PyTree, params: PyTree, ptx: dict[str, jax.Array]
-) -> tuple[jax.Array, PyTree]:
-    """Loss on pretraining text in nats per token, and gradients of `ptx_coef` times it; no losses of routers."""
-    h = state.hyperparameters
-
-    def loss_of(
-        module: Decoder, params: PyTree, b: dict[str, jax.Array], _key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        loss, _ = sft_loss(module, join(params, frozen), b, token_count(ptx), None)
-        return h.ptx_coef * loss, loss
-
-    routers = RouterOptions(router_aux_loss_coef=0.0)
-    result = model_gradients(loss_of, state.actor, params, ptx, h.micro_batches, state.mesh, routers=routers)
-    return result.stats, result.grads
-
-
-def _critic_gradients(
-    state: PPOState, critic: Decoder, frozen: PyTree, params: PyTree, batch: dict[str, jax.Array]
-) -> tuple[dict[str, jax.Array], PyTree]:
-    """Metrics and gradients of the value loss on a minibatch."""
-    h = state.hyperparameters
-    tokens_in_batch = jnp.sum(batch["response_mask"])
-
-    def loss_of(
-        module: Decoder, params: PyTree, b: dict[str, jax.Array], _: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        values = critic_values(module, join(params, frozen), b["tokens"], b["mask"])
-        return objectives.value_loss(
-            values, b["values"], b["returns"], b["response_mask"], h.cliprange_value, tokens_in_batch
-        )
-
-    value, clipfrac, grads, routed = model_gradients(
-        loss_of, critic, params, batch, h.micro_batches, state.mesh, routers=state.routers, mask=batch["mask"]
-    )
-    metrics = {"loss/value_avg": value, "val/clipfrac_avg": clipfrac, "val/grad_norm": optax.tree.norm(grads)}
-    return metrics | {f"val/{name}": x for name, x in routed.items()}, grads

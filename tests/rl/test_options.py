@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lab import few, without_critic
+from lab import DEFAULTS, few, without_critic
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.objectives import Moments
-from jaxrlhf.rl import PPOHyperparameters, advantages_and_returns, ppo_step, shaped_scores
+from jaxrlhf.rl import PPOHyperparameters, advantages_and_returns, ppo_step, score_rollout, shaped_scores
+from jaxrlhf.rl.config import CONFIGS
+from jaxrlhf.rl.experience import RLModels
 
 BETA, RATE = 0.1, 0.1
 CRITIC_FREE = {
@@ -20,9 +22,15 @@ CRITIC_FREE = {
 
 
 @pytest.fixture(scope="module")
-def experience(setup, lab):
-    """Sixteen sampled answers, eight of them ended by EOS, with one old policy and another one that is trained."""
-    e = jax.device_get(setup.experience(setup.rollout(lab.sampling)))
+def sampled(setup, lab):
+    """Sixteen sampled answers, eight of them ended by EOS."""
+    return jax.device_get(setup.experience(setup.rollout(lab.sampling)))
+
+
+@pytest.fixture(scope="module")
+def experience(sampled, lab):
+    """The answers with one old policy and another one that is trained."""
+    e = sampled
     rng = np.random.default_rng(3)
     moved = np.where(e.response_mask, e.logprobs + rng.normal(scale=0.3, size=e.logprobs.shape), 0).astype(np.float32)
     return e.replace(logprobs=moved, scores=rng.normal(size=lab.ROWS).astype(np.float32))
@@ -90,6 +98,68 @@ def test_a_step_without_a_critic_equals_a_plain_reimplementation(name, experienc
     chex.assert_trees_all_close(state.actor_params, after, rtol=0, atol=1e-5)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-2
     assert state.critic_params is None and not any("value" in name or "val/grad" in name for name in metrics)
+
+
+SKIPPED = {
+    "grpo": CRITIC_FREE["grpo"] | {"kl_target": 6.0},
+    "entropy": {"entropy_coef": 0.03, "loss_aggregation": "fixed-length", "response_length": 11},
+    "corrected": {"importance_sampling_correction": True, "importance_sampling_cap": 1.2},
+    "gspo": {"ratio_level": "sequence", "importance_sampling_correction": True, "policy_loss": "cispo"}
+    | {"importance_sampling_mode": "sequence_mask"},
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_an_update_with_its_own_logprobs_equals_one_with_scored_ones(name, sampled, setup, lab):
+    """Losses, gradients, limits and metrics; the ratio is exactly 1. Micro-batches take rows out of order."""
+    options = {"advantage_estimator": "grpo", "samples_per_prompt": 4, "clip_reward": None, "micro_batches": 2}
+    h = PPOHyperparameters(**options | SKIPPED[name])
+    beta = BETA if h.kl_in_loss else 0.0
+    scored = sampled.replace(values=None)
+    bare = scored.replace(logprobs=None, entropy=None)
+    limits = {"objective/kl": 1e3, "policy/grad_norm": 1e3}
+    h = h.replace(kl_coef=beta)
+    expected, before = ppo_step(without_critic(setup.state(lab.sgd, h, beta)), scored, limits=limits)
+    state, metrics = ppo_step(without_critic(setup.state(lab.sgd, h, beta)), bare, limits=limits)
+    assert set(metrics) == set(before)
+    for metric, value in before.items():
+        assert float(metrics[metric]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), metric
+    chex.assert_trees_all_close(state.actor_params, expected.actor_params, rtol=0, atol=1e-6)
+    assert float(state.kl_coef) == pytest.approx(float(expected.kl_coef), rel=1e-6)
+    assert float(metrics["val/ratio"]) == 1 and float(metrics["val/ratio_var"]) == 0
+    assert float(metrics["policy/grad_norm"]) > 1e-2
+    if name == "grpo":  # a limit of the KL, which only the update knows, holds for that update
+        limits["objective/kl"] = float(before["objective/kl"]) - 1
+        still, metrics = ppo_step(without_critic(setup.state(lab.sgd, h, beta)), bare, limits=limits)
+        assert float(metrics["guard/spike"]) == 1
+        chex.assert_trees_all_equal(still.actor_params, setup.actor.params)
+
+
+def test_an_experience_without_logprobs_is_refused_where_they_are_needed(sampled, setup, lab):
+    bare = sampled.replace(logprobs=None, entropy=None)
+    for options in ({"num_mini_batches": 2}, {"ppo_epochs": 2}, {"kl_coef": 0.1, "kl_in_loss": False}):
+        h = PPOHyperparameters(**{"kl_coef": 0.0, **options})
+        assert h.needs_old_logprobs
+        with pytest.raises(InputError, match="log-probs"):
+            ppo_step(setup.state(lab.sgd, h, 0.0), bare)
+
+
+def test_the_policy_is_scored_where_its_logprobs_are_read_before_the_update():
+    grpo = CONFIGS["grpo"]
+    assert not grpo().scores_policy and not CONFIGS["dapo"]().scores_policy
+    assert CONFIGS["ppo"]().scores_policy and not CONFIGS["ppo"].create(kl_coef=0.0).scores_policy
+    assert CONFIGS["rloo"]().scores_policy and CONFIGS["online_dpo"]().scores_policy
+    assert grpo.create(kl_in_loss=False, kl_estimator="k1").scores_policy
+    assert grpo.create(num_mini_batches=2).scores_policy and grpo.create(ppo_epochs=2).scores_policy
+    assert grpo.create(async_steps=1, importance_sampling_correction=True).scores_policy
+
+
+def test_scoring_without_the_actor_leaves_its_logprobs_out(sampled, setup, lab):
+    models = RLModels(None, setup.reference, setup.critic, setup.reward)
+    rollout = setup.rollout(lab.sampling)
+    bare = score_rollout(rollout, models, hyperparameters=DEFAULTS, mesh=setup.mesh, sampling=lab.sampling)
+    assert bare.logprobs is None and bare.entropy is None
+    chex.assert_trees_all_close(bare, sampled.replace(logprobs=None, entropy=None), rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

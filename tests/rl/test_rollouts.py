@@ -113,7 +113,7 @@ def test_waiting_for_a_rollout_that_was_only_dispatched_is_time_of_generation(mo
 
     monkeypatch.setattr(sampler, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(sampler, "jax", SimpleNamespace(block_until_ready=wait))
-    models = SimpleNamespace(score=lambda state, rollout, h: "experience", rewards=())
+    models = SimpleNamespace(score=lambda *_: "experience", rewards=())
     started = Started("rollout", [], None, seconds=1.0)
     sampled = sampler.Sampler.finish(models, SimpleNamespace(hyperparameters=None), started)
     assert sampled.metrics == {"timing/generate": 6.0, "timing/score": 2.0}

@@ -69,10 +69,13 @@ class StreamedText:
         tokenizer: A Hugging Face tokenizer.
         stops: Texts that end the text.
         strip: Drop white space before the first word.
+        special: Keep special tokens, among which may be those of tool calls.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), strip: bool = True) -> None:
-        self.tokenizer, self.stops, self.strip = tokenizer, stops, strip
+    def __init__(
+        self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), strip: bool = True, special: bool = False
+    ) -> None:
+        self.tokenizer, self.stops, self.strip, self.special = tokenizer, stops, strip, special
         self.ids: list[int] = []
         self.text = ""
         """Text returned so far."""
@@ -96,7 +99,7 @@ class StreamedText:
         return self._new(hold=False)
 
     def _decode(self, final: bool) -> None:
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        options = {"skip_special_tokens": not self.special, "clean_up_tokenization_spaces": False}
         decode: Any = self.tokenizer.decode  # one text, though its type says perhaps several
         before, now = (decode(ids, **options) for ids in (self.ids[self._begin : self._end], self.ids[self._begin :]))
         # Some tokenizers decode a run of byte tokens as a whole and spoil it while its last character is incomplete.

@@ -35,21 +35,7 @@ class Continuer:
         self._renderer = Renderer(tokenizer, None if special_tokens_in_data else self._special)
         self._end, self._closing = turn_end(tokenizer), closing_ids(tokenizer)
         if self.tools:
-            self._check_tools(self.tools)
-
-    def _check_tools(self, tools: Tools) -> None:
-        question: list[Message] = [{"role": "user", "content": "a"}]
-        try:
-            shown, _ = self._renderer.render_anew(question, tools, True, False)
-        except RowProblem as error:
-            raise InputError(f"tools: {error}") from error
-        names = [tool.get("function", tool).get("name") for tool in tools]
-        hidden = [name for name in names if name not in shown]
-        if hidden:
-            raise InputError(
-                f"tools: the chat template does not show the tool {hidden[0]} to the model; set chat_template to one "
-                "with tools, such as hermes"
-            )
+            check_tools(self._renderer, self.tools)
 
     def prompts(self, prompts: Sequence[Prompt]) -> list[list[int] | str]:
         """Token ids of prompts, up to where the model's first turn begins; a text says why one cannot be rendered."""
@@ -88,3 +74,19 @@ class Continuer:
             place = next((i for i, token in enumerate(ids) if token == self._end or token in self._closing), -1)
             ids = ids[place + 1 :]
         return ids
+
+
+def check_tools(renderer: Renderer, tools: Tools) -> None:
+    """Raises InputError when the chat template does not show every tool to the model."""
+    question: list[Message] = [{"role": "user", "content": "a"}]
+    try:
+        shown, _ = renderer.render_anew(question, tools, True, False)
+    except RowProblem as error:
+        raise InputError(f"tools: {error}") from error
+    names = [tool.get("function", tool).get("name") for tool in tools]
+    hidden = [name for name in names if name not in shown]
+    if hidden:
+        raise InputError(
+            f"tools: the chat template does not show the tool {hidden[0]} to the model; set chat_template to one with "
+            "tools, such as hermes"
+        )

@@ -67,11 +67,11 @@ def encode_prompts(
     return [row.prompt for row in rows if isinstance(row, EncodedRow)]
 
 
-def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation, up to where the assistant's next message begins."""
+def encode_conversation(tokenizer: Tokenizer, messages: list[Message], tools: Tools | None = None) -> list[int]:
+    """Token ids of a conversation, up to where the assistant's next message begins; `tools` go to the template."""
     if not messages or messages[-1]["role"] == "assistant":
         raise InputError("a conversation must end with a message for the assistant, such as one of the role user")
-    return encode_prompts(tokenizer, [messages])[0]
+    return encode_prompts(tokenizer, [messages], [tools])[0]
 
 
 def encode_rows(

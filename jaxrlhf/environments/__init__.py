@@ -2,12 +2,13 @@
 
 from jaxrlhf.environments.episode import Episode, Reply
 from jaxrlhf.environments.options import EnvironmentConfig, Environments
-from jaxrlhf.environments.parsing import ToolCall, parse_hermes, parse_llama3
+from jaxrlhf.environments.parsing import PARSERS, ToolCall, certain_content, format_of, parse_hermes, parse_llama3
 from jaxrlhf.environments.protocol import Environment, Observation
 from jaxrlhf.environments.running import Calls
 from jaxrlhf.environments.tools import Tool, load_tool
 
 __all__ = [
+    "PARSERS",
     "Calls",
     "Environment",
     "EnvironmentConfig",
@@ -17,6 +18,8 @@ __all__ = [
     "Reply",
     "Tool",
     "ToolCall",
+    "certain_content",
+    "format_of",
     "load_tool",
     "parse_hermes",
     "parse_llama3",

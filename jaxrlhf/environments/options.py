@@ -45,6 +45,14 @@ class EnvironmentConfig(Settings):
                 if isinstance(spec, str) and ":" not in spec:
                     raise InputError(f"{name} {spec!r}: must be package.module:name or path/to/file.py:name")
 
+    def check_slots(self, slots: int, instead: str) -> None:
+        """Refuses slots of continuous batching beside episodes. `instead` says what takes less memory otherwise."""
+        if self.used and slots:
+            raise InputError(
+                f"generation_slots={slots} with an environment or tools: a row keeps its cache from turn to turn; "
+                f"remove generation_slots, and {instead} for less memory"
+            )
+
     @property
     def used(self) -> bool:
         """True if rollouts have several turns."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 ToolFormat = Literal["auto", "hermes", "llama3"]
 
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+CALL_TAG = "<tool_call>"
 _DECODER = json.JSONDecoder()
 PYTHON_TAG = "<|python_tag|>"
 MOST_CALLS = 16
@@ -72,9 +73,28 @@ def parse_llama3(text: str) -> Parsed:
 PARSERS: dict[str, Callable[[str], Parsed]] = {"hermes": parse_hermes, "llama3": parse_llama3}
 
 
+def certain_content(text: str, form: str) -> str:
+    """The beginning of a growing text that stays beside its tool calls, whatever follows; for streams.
+
+    It ends before white space and before the possible beginning of a call. The parsers' `content` begins with it.
+
+    Args:
+        text: The text so far, without white space at its start.
+        form: One of PARSERS.
+    """
+    if form == "llama3":
+        begun = not text or text[0] == "{" or PYTHON_TAG.startswith(text[: len(PYTHON_TAG)])
+        return "" if begun else text.rstrip()
+    before, tag, _ = text.partition(CALL_TAG)
+    if not tag:
+        begun = max((n for n in range(1, len(CALL_TAG)) if text.endswith(CALL_TAG[:n])), default=0)
+        before = text[: len(text) - begun]
+    return before.rstrip()
+
+
 def format_of(template: str) -> str | None:
     """The form of tool calls that a chat template asks for; None where it shows none that is known."""
-    if "<tool_call>" in template:
+    if CALL_TAG in template:
         return "hermes"
     return "llama3" if "python_tag" in template or '"parameters": ' in template else None
 

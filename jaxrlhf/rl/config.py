@@ -201,11 +201,7 @@ class PPOOptions(StepOptions):
                 f"per_device_score_batch_size={self.score_rows} must divide the {self.rows_per_device} rows per device "
                 "of a rollout batch"
             )
-        if self.environments.used and self.generation.generation_slots:
-            raise InputError(
-                f"generation_slots={self.generation.generation_slots} with an environment or tools: a row keeps its "
-                "cache from turn to turn; remove generation_slots, and use generation_batches for less memory"
-            )
+        self.environments.check_slots(self.generation.generation_slots, "use generation_batches")
         self._check_async()
         self.hyperparameters().check_groups()
         if self.rollout.dynamic_sampling and self.sampling.samples_per_prompt == 1:

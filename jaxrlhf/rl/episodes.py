@@ -6,9 +6,7 @@ Process 0 has the environments. All processes of a run learn from it which rows 
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,46 +21,11 @@ from jaxrlhf.environments import Calls, EnvironmentConfig, Environments, Episode
 from jaxrlhf.environments.running import Call
 from jaxrlhf.errors import SharedError
 from jaxrlhf.models.model import PyTree
+from jaxrlhf.rl.outcomes import Outcome
 
 SHOWN = 3  # failed episodes that are shown of each rollout
 GIVE_UP = 64  # episodes in a row without a score that end the run
 Say = Callable[[str], object]
-
-
-@dataclass
-class Outcome:
-    """The outcome of one row's episode; the same on every process."""
-
-    status: str = "running"
-    """done, truncated, failed, or absent for a filler row."""
-    reason: str = ""
-    """Why the episode failed or was cut."""
-    rewards: dict[int, float] = field(default_factory=dict)
-    """Rewards by the length of the response up to and with the turn."""
-    reply: str = ""
-    """The model's last turn as text."""
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    """The conversation."""
-    turns: int = 0
-    calls: int = 0
-    """Tool calls."""
-    errors: int = 0
-    """Tool calls that could not be read, or failed."""
-    given: int = 0
-    """Tokens of environment and tools."""
-    info: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Outcome":
-        """Restores an outcome from its `vars` as JSON."""
-        restored: dict[str, Any] = dict(value)
-        restored["rewards"] = {int(at): reward for at, reward in value["rewards"].items()}
-        return cls(**restored)
-
-    @property
-    def score(self) -> float:
-        """The sum of the rewards; NaN for a failed episode."""
-        return float("nan") if self.status == "failed" else sum(self.rewards.values())
 
 
 class EpisodeRunner:
@@ -96,6 +59,8 @@ class EpisodeRunner:
     ) -> None:
         self.config, self.environments, self.tokenizer, self.say = config, environments, tokenizer, say
         self.sampling, self.longest_prompt = sampling, longest_prompt
+        self.prompt_limit = f"raise max_prompt_seq_len={longest_prompt}"
+        """The remedy for longer ones."""
         self.must_reward = environments.rewards and not scored_otherwise
         schemas = [tool.schema for tool in environments.tools]
         self.continuer = Continuer(tokenizer, schemas, special_tokens_in_data)
@@ -201,8 +166,7 @@ class Episodes:
             if isinstance(ids, str):
                 self._fail(row, ids)
             elif len(ids) > runner.longest_prompt:
-                limit = f"raise max_prompt_seq_len={runner.longest_prompt}"
-                self._fail(row, f"its prompt has {len(ids)} tokens, tools included; {limit}")
+                self._fail(row, f"its prompt has {len(ids)} tokens, tools included; {runner.prompt_limit}")
             else:
                 begun[row] = ids
         return begun
@@ -255,7 +219,9 @@ class Episodes:
             self.outcomes[row] = Outcome.from_json(values)
 
     def _fail(self, row: int, reason: str) -> None:
-        self.outcomes[row].status, self.outcomes[row].reason = "failed", reason
+        outcome = self.outcomes[row]
+        outcome.status, outcome.reason = "failed", reason
+        outcome.messages = list(self._episodes[row].messages)  # a call that was given up may still add to them
 
     @property
     def scores(self) -> np.ndarray:

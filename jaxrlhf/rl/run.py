@@ -26,8 +26,9 @@ from jaxrlhf.rl.build import updates_of
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine, meshes
+from jaxrlhf.rl.outcomes import data_columns
 from jaxrlhf.rl.refills import refilled
-from jaxrlhf.rl.samples import TRANSCRIPT, Metrics, Prompts, Record, Sampled
+from jaxrlhf.rl.samples import Metrics, Prompts, Record, Sampled
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs import Run
@@ -340,8 +341,8 @@ def read_data(
     """Reads prompts and, with ptx_coef, pretraining text."""
     columns = rewards.columns
     if environments is not None:
-        columns = tuple(name for name in columns if name != TRANSCRIPT) + environments.columns
-    train, held_out = load_data(config.data, tokenizer, "ppo", tuple(dict.fromkeys(columns)), rewards.wanted)
+        columns = data_columns(columns, environments.columns)
+    train, held_out = load_data(config.data, tokenizer, "ppo", columns, rewards.wanted)
     if not config.algorithm.ptx_coef:
         return RLData(train, held_out)
     text = load_text(

@@ -21,8 +21,9 @@ from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.outcomes import Graded
 from jaxrlhf.rl.rollouts import generate_in_pieces
-from jaxrlhf.rl.samples import TRANSCRIPT, Each, Prompts, Reading, Record, RolloutPlan, Sampled, Started
+from jaxrlhf.rl.samples import Each, Prompts, Reading, Record, RolloutPlan, Sampled, Started
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
@@ -221,10 +222,9 @@ class Sampler:
         asked, answers, ids = self.read(rollout, texts)
         columns = {name: [values[i] for i in own] for name, values in prompts.columns.items()}
         if episodes is not None:
-            outcomes = [episodes.outcomes[row] for row in rows]
-            answers = [outcome.reply for outcome in outcomes]
-            columns[TRANSCRIPT] = [outcome.messages for outcome in outcomes]
-            real = real & np.array([outcome.status != "failed" for outcome in outcomes])
+            graded = Graded.of([episodes.outcomes[row] for row in rows])
+            answers, real = graded.replies, real & graded.scored
+            columns |= graded.columns
         return self.rewards.submit(
             asked,
             answers,

@@ -16,8 +16,6 @@ from jaxrlhf.rl.experience import Experience
 Metrics = dict[str, float]
 Each = Callable[[np.ndarray, Rollout], None]
 """Called with the row numbers and the rollout of every generated piece."""
-TRANSCRIPT = "transcript"
-"""Column in which reward functions find the messages of an episode."""
 
 
 class Reading(TypedDict, total=False):

@@ -1,6 +1,7 @@
 """Tools: what the model is shown, the calls that it writes, and what it gets back."""
 
 import asyncio
+import itertools
 import threading
 import time
 
@@ -10,7 +11,17 @@ from chat_tokenizers import chat_tokenizer
 from jaxrlhf.data import TemplateConfig, encode_prompts, with_template
 from jaxrlhf.data.continuations import Continuer
 from jaxrlhf.data.renderer import RowProblem
-from jaxrlhf.environments import Calls, Environments, Observation, ToolCall, load_tool, parse_hermes, parse_llama3
+from jaxrlhf.environments import (
+    PARSERS,
+    Calls,
+    Environments,
+    Observation,
+    ToolCall,
+    certain_content,
+    load_tool,
+    parse_hermes,
+    parse_llama3,
+)
 from jaxrlhf.errors import InputError
 
 
@@ -76,6 +87,28 @@ def test_calls_in_the_form_of_hermes_and_qwen(text, content, calls):
 )
 def test_calls_in_the_form_of_llama3(text, content, calls):
     check(parse_llama3(text), content, calls)
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Well, < a <tool.\n\n<tool_call>{"name": "f"}</tool_call> and <tool_call>{"name": "g"}</tool_call> so',
+        '{"name": "f", "parameters": {}}; {"name": "g"}',
+        '<|python_tag|>{"name": "f"}',
+        "It is {4} <| 5 ",
+        "<|pyt",
+    ],
+)
+def test_the_certain_content_of_a_growing_text_is_a_beginning_of_the_content(form, text):
+    parsed = PARSERS[form](text)
+    certain = [certain_content(text[:n], form) for n in range(len(text) + 1)]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(certain))
+    assert parsed.content.startswith(certain[-1])
+    if form == "hermes" and text.startswith("Well"):
+        assert certain[-1] == "Well, < a <tool." and certain[len("Well, < a <tool")] == "Well, < a"
+    if text.startswith("It is"):
+        assert certain[-1] == text.rstrip()
 
 
 def check(parsed, content, calls):

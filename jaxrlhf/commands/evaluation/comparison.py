@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.commands.evaluation.episodes import ENVIRONMENT, EpisodeModel, environment_scores, summarise
 from jaxrlhf.commands.evaluation.following import Following, check_instructions
 from jaxrlhf.commands.evaluation.generators import FolderModel, Responses
 from jaxrlhf.commands.evaluation.prompts import prompts_of
@@ -19,9 +20,12 @@ from jaxrlhf.commands.evaluation.scoring import RewardModel
 from jaxrlhf.commands.evaluation.servers import ServerModel
 from jaxrlhf.commands.evaluation.settings import EvalConfig, is_server
 from jaxrlhf.commands.evaluation.statistics import Estimate, mean_and_error, pass_at_k, plain, wins
+from jaxrlhf.commands.transcripts import record_of
+from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import Rewards
 from jaxrlhf.rewards.functions import split_spec
+from jaxrlhf.rl.outcomes import Graded, data_columns
 from jaxrlhf.runs.console import Console
 
 MODEL_PART = "reward_model"
@@ -35,8 +39,10 @@ class Comparison:
         prompts: the prompts that fit the context of every model.
         left_out: rows that were left out, by reason.
         responses: of each model.
-        scores: by scorer (each reward function and `reward_model`), float64 `[M, P, n]`; NaN where a call failed.
+        scores: by scorer (each reward function, `reward_model` and `environment`), float64 `[M, P, n]`; NaN where a
+            call or an episode failed.
         pass_scores: the score from which on a response passes, of each scorer with pass@k.
+        tools: True if the model may call tools in its episodes.
         following: the verdicts on each model's instructions; empty without the reward function `instructions`.
     """
 
@@ -46,6 +52,7 @@ class Comparison:
     scores: dict[str, np.ndarray]
     pass_scores: dict[str, float]
     following: list[Following]
+    tools: bool = False
 
     @property
     def models(self) -> list[str]:
@@ -80,7 +87,9 @@ class Comparison:
             "scores": {name: mean_and_error(scores[m], groups) for name, scores in self.scores.items()},
             "pass_at_k": {name: self.passes(name, m) for name in self.pass_scores},
             "seconds": responses.seconds,
-        } | ({"instructions": self.following[m].summary()} if self.following else {})
+            **({"instructions": self.following[m].summary()} if self.following else {}),
+            **({} if responses.episodes is None else {"episodes": summarise(responses.episodes, self.tools)}),
+        }
 
     def passes(self, name: str, m: int) -> dict[int, Estimate]:
         """pass@k of a model for k = 1, 2, 4, … and n, over the prompts none of whose samples failed."""
@@ -101,7 +110,7 @@ class Comparison:
         }
 
     def lines(self) -> Iterator[str]:
-        """A JSON line for each prompt: its responses and their scores by model."""
+        """A JSON line for each prompt: its responses, their scores and their episodes by model."""
         for i, prompt in enumerate(self.prompts.prompts):
             row: dict[str, Any] = {"prompt": prompt, **{k: v[i] for k, v in self.prompts.values.items()}}
             row["responses"] = {responses.model: responses.texts[i] for responses in self.responses}
@@ -109,6 +118,8 @@ class Comparison:
                 name: {model: scores[m, i] for m, model in enumerate(self.models)}
                 for name, scores in self.scores.items()
             }
+            played = {r.model: list(map(record_of, r.episodes[i])) for r in self.responses if r.episodes is not None}
+            row |= {"episodes": played} if played else {}
             yield json.dumps(plain(row), ensure_ascii=False) + "\n"
 
 
@@ -118,10 +129,11 @@ def compare(config: EvalConfig, console: Console) -> Comparison:
     Raises:
         InputError: a model, the data or a reward function cannot be used.
     """
-    rewards = config.rewards.rewards(say=console.print)
-    prompts = prompts_of(config, rewards.columns, console, rewards.wanted)
+    rewards, environments = config.rewards.rewards(say=console.print), config.environments.load()
+    columns = rewards.columns if environments is None else data_columns(rewards.columns, environments.columns)
+    prompts = prompts_of(config, columns, console, rewards.wanted)
     rewards.check_references(prompts)
-    models = [ServerModel(name, config) if is_server(name) else FolderModel(name, config) for name in config.models]
+    models = models_of(config, environments, bool(rewards), console)
     judge = RewardModel(config) if config.reward_model_name_or_path else None
     fits = np.logical_and.reduce([model.fits(prompts) for model in models])
     if not fits.any():
@@ -137,14 +149,42 @@ def compare(config: EvalConfig, console: Console) -> Comparison:
         for name, part in function_scores(rewards, prompts, one).items():
             scores[name].append(part)
     if judge is not None:
-        texts = [list(itertools.chain(*rows)) for rows in zip(*(one.texts for one in responses), strict=True)]
-        found = judge.score_responses(prompts, texts, console)
-        scores[MODEL_PART] = np.split(found, len(models), axis=1)
+        scores[MODEL_PART] = judged(judge, prompts, responses, environments, console)
+    if environments is not None and environments.rewards:
+        scores[ENVIRONMENT] = [environment_scores(one.episodes) for one in responses if one.episodes is not None]
     joined = {name: np.stack(parts) for name, parts in scores.items()}
     checked = [n for n, spec in zip(rewards.functions, config.rewards.reward_functions, strict=True) if is_ours(spec)]
     scored = [~np.isnan(part) for part in joined[checked[0]]] if checked else []
     following = [check_instructions(prompts, one, rows) for one, rows in zip(responses, scored, strict=False)]
-    return Comparison(prompts, left_out, responses, joined, pass_scores(config, joined), following)
+    tools = environments is not None and bool(environments.tools)
+    return Comparison(prompts, left_out, responses, joined, pass_scores(config, joined), following, tools)
+
+
+def models_of(
+    config: EvalConfig, environments: Environments | None, functions: bool, console: Console
+) -> list[FolderModel | ServerModel]:
+    """The models that the settings name. `functions` is true if there are reward functions."""
+    scored = functions or config.reward_model_name_or_path is not None
+    if environments is not None:
+        return [EpisodeModel(name, config, environments, scored, console) for name in config.models]
+    return [ServerModel(name, config) if is_server(name) else FolderModel(name, config) for name in config.models]
+
+
+def judged(
+    judge: RewardModel,
+    prompts: Prompts,
+    responses: list[Responses],
+    environments: Environments | None,
+    console: Console,
+) -> list[np.ndarray]:
+    """The reward model's scores of each model's responses, or of its whole episodes: float64 `[P, n]`."""
+    if environments is None:
+        texts = [list(itertools.chain(*rows)) for rows in zip(*(one.texts for one in responses), strict=True)]
+        found = judge.score_responses(prompts, texts, console)
+    else:
+        every = zip(*(one.episodes or [] for one in responses), strict=True)
+        found = judge.score_episodes([list(itertools.chain(*rows)) for rows in every], environments.tools, console)
+    return np.split(found, len(responses), axis=1)
 
 
 def is_ours(spec: str | Callable[..., object]) -> bool:
@@ -159,17 +199,23 @@ def function_scores(rewards: Rewards, prompts: Prompts, responses: Responses) ->
     n = responses.lengths.shape[1]
     repeated = np.repeat(np.arange(len(prompts)), n).tolist()
     texts = list(itertools.chain(*responses.texts))
+    columns, scored = prompts.columns(repeated), np.ones(len(texts), bool)
+    if responses.episodes is not None:
+        graded = Graded.of(list(itertools.chain(*responses.episodes)))
+        columns, scored = columns | graded.columns, graded.scored
     result = rewards.submit(
         [responses.prompts[i] for i in repeated],
         texts,
-        prompts.columns(repeated),
+        columns,
+        scored,
         conversations=[prompts.prompts[i] for i in repeated],
     ).result()
-    return {name: part.astype(np.float64).reshape(-1, n) for name, part in result.parts.items()}
+    parts = {name: np.where(scored, part.astype(np.float64), np.nan) for name, part in result.parts.items()}
+    return {name: part.reshape(-1, n) for name, part in parts.items()}
 
 
 def pass_scores(config: EvalConfig, scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """The passing score of each reward function that has one: `pass_score`, or 1 where all scores are 0 or 1."""
+    """The passing score of each scorer but the reward model: `pass_score`, or 1 where all scores are 0 or 1."""
     found = {}
     for name, values in scores.items():
         finite = values[~np.isnan(values)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.commands.evaluation.rows import Prompts
@@ -28,7 +27,8 @@ from jaxrlhf.data import (
 from jaxrlhf.data.batches import padded
 from jaxrlhf.data.messages import Prompt
 from jaxrlhf.engine import HybridEngine, SamplingConfig
-from jaxrlhf.models import Model, check_tokenizer_fits, load_pretrained, merged, read_config, with_kernels
+from jaxrlhf.models import check_tokenizer_fits, load_pretrained, merged, read_config, with_kernels
+from jaxrlhf.rl.outcomes import Outcome
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import batch_devices
 
@@ -42,8 +42,9 @@ class Responses:
         prompts: text of each prompt as reward functions get it: as the data has it, or rendered for the model.
         texts: `[P][n]`.
         lengths: int `[P, n]`: tokens.
-        ended: bool `[P, n]`: ended by EOS or a stop string, before the longest length.
+        ended: bool `[P, n]`: ended by EOS or a stop string, before the longest length; of an episode: by no limit.
         seconds: duration with compilation, without loading the model.
+        episodes: `[P][n]` with an environment or tools, whose last turns are `texts`.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Responses:
     lengths: np.ndarray
     ended: np.ndarray
     seconds: float
+    episodes: list[list[Outcome]] | None = None
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -157,21 +159,27 @@ class FolderModel:
         room = self.shape.max_positions - self.config.sampling.max_new_tokens
         return np.array([len(ids) <= room for ids in self.encode(prompts)])
 
-    def respond(self, prompts: Prompts, console: Console) -> Responses:
-        """Loads the weights and generates. The weights are released afterwards."""
+    def open(self, console: Console) -> HybridEngine:
+        """Loads the weights."""
         config, mesh = self.config, self.config.mesh.make_mesh()
         if config.tokenizer.lacks_template(self.name, config.data.template):
             console.print(
                 f"WARNING: {self.name} has no chat template, so the default prompt_template renders its prompts; "
                 "--chat_template names another"
             )
-        engine = HybridEngine(self._load(mesh), mesh)
+        dtype = config.mesh.compute_dtype
+        model = merged(load_pretrained(self.name, mesh=mesh, dtype=dtype, param_dtype=dtype))
+        return HybridEngine(with_kernels(model, kv_cache_dtype=config.generation.kv_cache_dtype), mesh)
+
+    def respond(self, prompts: Prompts, console: Console) -> Responses:
+        """Loads the weights and generates. The weights are released afterwards."""
+        config, engine = self.config, self.open(console)
         sampling = dataclasses.replace(
             config.sampling, eos_token_id=end_ids(self.tokenizer), pad_token_id=pad_token_id(self.tokenizer)
         )
         ending = with_stops(sampling, self.tokenizer, sampling.stop_strings)
         ids, key = self.encode(prompts), keys.stream(config.data.seed, keys.Stream.EVALUATION)
-        rows = config.per_device_batch_size * batch_devices(mesh)
+        rows = config.per_device_batch_size * batch_devices(engine.mesh)
         slots = engine.check_slots(config.generation.generation_slots, rows * sampling.samples_per_prompt)
         begin = time.monotonic()
         with console.progress(len(ids), description=self.name, unit="prompt") as bar:
@@ -190,11 +198,6 @@ class FolderModel:
             ended=stopped | np.array([[ending.ended(r.tolist()) for r in responses] for responses in found]),
             seconds=seconds,
         )
-
-    def _load(self, mesh: Mesh) -> Model:
-        dtype = self.config.mesh.compute_dtype
-        model = merged(load_pretrained(self.name, mesh=mesh, dtype=dtype, param_dtype=dtype))
-        return with_kernels(model, kv_cache_dtype=self.config.generation.kv_cache_dtype)
 
     def _prompt_text(self, prompt: Prompt, ids: list[int]) -> str:
         decode: Any = self.tokenizer.decode

@@ -19,6 +19,7 @@ from jaxrlhf.commands.evaluation.report import (
     text_tables,
 )
 from jaxrlhf.commands.evaluation.reward_models import PairReport, TextReport
+from jaxrlhf.commands.transcripts import conversation_text, facts_of
 from jaxrlhf.runs.console import format_number
 from jaxrlhf.runs.plots import draw_histogram
 from jaxrlhf.runs.report import page_template
@@ -64,11 +65,14 @@ def comparison_page(found: Comparison) -> dict[str, object]:
 def comparison_cards(found: Comparison, names: list[str]) -> Iterator[Card]:
     """Each prompt with all responses."""
     for i in range(min(CARDS, len(found.prompts))):
-        sides = [
-            (name, ", ".join(f"{scorer} {s[m, i, j]:.4g}" for scorer, s in found.scores.items()), text)
-            for m, name in enumerate(names)
-            for j, text in enumerate(found.responses[m].texts[i])
-        ]
+        sides = []
+        for m, name in enumerate(names):
+            for j, text in enumerate(found.responses[m].texts[i]):
+                facts = [f"{scorer} {s[m, i, j]:.4g}" for scorer, s in found.scores.items()]
+                episodes = found.responses[m].episodes
+                if episodes is not None:
+                    facts, text = [facts_of(episodes[i][j]), *facts], conversation_text(episodes[i][j].messages)
+                sides.append((name, ", ".join(facts), text))
         yield Card(found.prompts.places[i], prompt_text(found.prompts.prompts[i]), sides)
 
 

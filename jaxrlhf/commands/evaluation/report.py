@@ -7,8 +7,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from jaxrlhf.commands.evaluation.comparison import Comparison
+from jaxrlhf.commands.evaluation.episodes import ENVIRONMENT
 from jaxrlhf.commands.evaluation.reward_models import Distribution, PairReport, TextReport
 from jaxrlhf.commands.evaluation.settings import is_server
+from jaxrlhf.commands.transcripts import conversation_text, transcript_text
 from jaxrlhf.data.messages import Prompt
 from jaxrlhf.runs.console import Console
 
@@ -59,7 +61,17 @@ def comparison_tables(found: Comparison) -> list[Table]:
             who = [by_name[p["model"]], by_name[p["other"]], p["scorer"].replace("_", " ")]
             pairs.append([*who, str(p["win_rate"]), str(p["score_difference"])])
         tables.append(("paired by prompt", ["model", "against", "by", "win rate", "score difference"], pairs))
+    if "episodes" in summary["models"][0]:
+        tables.append(episode_table([model["episodes"] for model in summary["models"]], names))
     return tables + (following_tables(found, names) if found.following else [])
+
+
+def episode_table(measured: list[dict[str, Any]], names: list[str]) -> Table:
+    """Turns, tool calls, ends and info of each model's episodes."""
+    flat = [{k: v for k, v in one.items() if k != "info"} | one["info"] for one in measured]
+    columns = list(dict.fromkeys(name for one in flat for name in one))
+    rows = [[name, *(str(one.get(column, "–")) for column in columns)] for name, one in zip(names, flat, strict=True)]
+    return "episodes", ["model", *(column.replace("_", " ") for column in columns)], rows
 
 
 def following_tables(found: Comparison, names: list[str]) -> list[Table]:
@@ -85,9 +97,20 @@ def cell(found: Comparison, m: int, i: int) -> str:
     return "\n".join(texts)
 
 
+def print_episodes(console: Console, found: Comparison, show: int) -> None:
+    """Prints the transcripts of the first prompts, of every model and sample."""
+    for i in range(min(show, len(found.prompts))):
+        for m, name in enumerate(short_names(found.models)):
+            for j, outcome in enumerate((found.responses[m].episodes or [])[i]):
+                sample = f", sample {j + 1}" if found.samples > 1 else ""
+                title = f"{found.prompts.places[i]}, {name}{sample}"
+                parts = {scorer: scores[m, i, j] for scorer, scores in found.scores.items() if scorer != ENVIRONMENT}
+                console.print(transcript_text(title, outcome, parts))
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt for people: a conversation as a line for each message."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return prompt if isinstance(prompt, str) else conversation_text(prompt)
 
 
 def pair_tables(found: PairReport) -> list[Table]:
@@ -147,7 +170,9 @@ def print_comparison(console: Console, found: Comparison, show: int) -> None:
         [prompt_text(found.prompts.prompts[i]), *(cell(found, m, i) for m in range(len(names)))]
         for i in range(min(show, len(found.prompts)))
     ]
-    if rows:
+    if found.responses[0].episodes is not None:
+        print_episodes(console, found, show)
+    elif rows:
         console.table("responses", ["prompt", *names], rows)
     for table in comparison_tables(found):
         console.table(*table)

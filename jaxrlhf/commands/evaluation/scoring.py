@@ -13,8 +13,10 @@ from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.data import EncodedRow, Tokenizer, encode_rows, length_bucket, pad_token_id, vocabulary_size
 from jaxrlhf.data.batches import padded
+from jaxrlhf.data.messages import Message
 from jaxrlhf.data.tokenized import Encoding, fit
 from jaxrlhf.distributed import to_host
+from jaxrlhf.environments import Tool
 from jaxrlhf.models import (
     Decoder,
     Model,
@@ -26,6 +28,7 @@ from jaxrlhf.models import (
     working_copy,
 )
 from jaxrlhf.models.model import PyTree
+from jaxrlhf.rl.outcomes import Outcome
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
 from jaxrlhf.trainers.settings import batch_devices
@@ -104,6 +107,26 @@ class RewardModel:
         template cannot render a response.
         """
         encoded = encode_rows(self.tokenizer, prompts.prompts, texts, prompts.tools)
+        return self._score_encoded(encoded, max(map(len, texts), default=0), console)
+
+    def score_episodes(
+        self, episodes: Sequence[Sequence[Outcome]], tools: Sequence[Tool], console: Console
+    ) -> np.ndarray:
+        """Scores episodes `[P][n]`, from the prompt to the model's last turn, as `score_responses`: float64 `[P, n]`.
+
+        NaN for failed episodes.
+        """
+        outcomes = [outcome for row in episodes for outcome in row]
+        kept = [k for k, outcome in enumerate(outcomes) if outcome.status != "failed"]
+        played = [to_last_turn(outcomes[k].messages) for k in kept]
+        schemas = [[tool.schema for tool in tools] or None] * len(played)
+        prompts, turns = [messages[:-1] for messages in played], [[messages[-1:]] for messages in played]
+        scores = np.full(len(outcomes), np.nan)
+        scores[kept] = self._score_encoded(encode_rows(self.tokenizer, prompts, turns, schemas), 1, console)[:, 0]
+        return scores.reshape(len(episodes), -1)
+
+    def _score_encoded(self, encoded: Sequence[EncodedRow | str], size: int, console: Console) -> np.ndarray:
+        """Scores of rows with up to `size` responses each, float64 `[P, size]`; NaN where there is none."""
         longest = self.shape.max_positions
         encoding = Encoding("reward", max_length=longest, max_prompt_length=longest, long_prompts="truncate")
         sequences, places = [], []
@@ -117,8 +140,14 @@ class RewardModel:
                 _, ((ids, _),) = fitted
                 sequences.append(np.asarray(ids, np.int32))
                 places.append((i, j))
-        scores = np.full((len(texts), max(map(len, texts), default=0)), np.nan)
+        scores = np.full((len(encoded), size), np.nan)
         if sequences:
             rows, columns = np.array(places).T
             scores[rows, columns] = self.score(sequences, console)
         return scores
+
+
+def to_last_turn(messages: Sequence[Message]) -> list[Message]:
+    """The conversation up to the model's last turn, where a reward model scores an episode."""
+    last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
+    return list(messages[: last + 1])

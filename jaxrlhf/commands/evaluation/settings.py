@@ -16,6 +16,7 @@ from jaxrlhf.config import (
 from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import DataConfig
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
+from jaxrlhf.environments import EnvironmentConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import RewardsConfig
 from jaxrlhf.trainers.settings import MeshConfig
@@ -80,8 +81,8 @@ class EvalConfig(Settings):
     limit: NonNegativeInt = 0
     """Use at most this many rows, chosen at random (with tasks: the first documents of each); 0: all."""
     pass_score: float | None = None
-    """A response passes with at least this score of a reward function, for pass@k; default: 1, for functions that give
-    only 0 and 1."""
+    """A response passes with at least this score of a reward function or the environment, for pass@k; default: 1, where
+    all scores are 0 or 1."""
     subset_field: str = ""
     """Column that names the subset of each pair, as in RewardBench; each subset is measured by itself too."""
     per_device_batch_size: PositiveInt = 8
@@ -91,6 +92,7 @@ class EvalConfig(Settings):
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     rewards: RewardsConfig = RewardsConfig()
+    environments: EnvironmentConfig = EnvironmentConfig()
     tasks: TasksConfig = TasksConfig()
     output: OutputConfig = OutputConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -121,8 +123,13 @@ class EvalConfig(Settings):
                 "(to measure it on preference data)"
             )
         of_tasks = [f.name for f in fields(TasksConfig) if f.name != "tasks"]
-        check_needs(self, dict.fromkeys(of_tasks, "tasks") | {"pass_score": "reward_functions"})
-        check_needs(self, dict.fromkeys(("prompts", "reward_functions", "samples_per_prompt"), "models"))
+        check_needs(self, dict.fromkeys(of_tasks, "tasks"))
+        if not self.environments.environment:
+            check_needs(self, {"pass_score": "reward_functions"})
+        of_models = ("prompts", "reward_functions", "samples_per_prompt", "environment", "tools")
+        check_needs(self, dict.fromkeys(of_models, "models"))
+        if self.environments.used:
+            self.check_episodes()
         if self.mode == "tasks":
             self.check_tasks()
         elif self.subset_field and self.models:
@@ -138,6 +145,17 @@ class EvalConfig(Settings):
             )
         if len(set(self.models)) < len(self.models):
             raise InputError(f"models={' '.join(self.models)}: one is named twice; name each once")
+
+    def check_episodes(self) -> None:
+        """Raises InputError for settings that episodes do not take."""
+        if self.mode == "tasks":
+            raise InputError("tasks bring their own prompts, and take no environment or tools; leave one of them out")
+        servers = [name for name in self.models if is_server(name)]
+        if servers:
+            raise InputError(
+                f"environment and tools need a model that is loaded here, and {servers[0]} is a server; name its folder"
+            )
+        self.environments.check_slots(self.generation.generation_slots, "lower per_device_batch_size")
 
     def check_tasks(self) -> None:
         """Raises InputError for settings that tasks do not take."""

@@ -21,22 +21,22 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from jaxrlhf.commands.serve.fields import MAX_BODY, ApiError, parse_body
 from jaxrlhf.commands.serve.metrics import Page
 from jaxrlhf.commands.serve.models import LanguageModel, RewardModel, Served
-from jaxrlhf.commands.serve.replies import Choice, Piece, Replies, total_tokens
+from jaxrlhf.commands.serve.replies import CallReader, Choice, Piece, Replies, total_tokens
 from jaxrlhf.commands.serve.requests import (
-    MAX_BODY,
-    ApiError,
+    Chat,
     Generation,
-    parse_body,
     read_chat,
     read_completion,
     read_score,
     read_vote,
+    sampling,
+    token_limit,
 )
 from jaxrlhf.commands.serve.scheduler import Event, Job, QueueFull, Stopped
 from jaxrlhf.data import encode_conversation, encode_texts_as_documents
-from jaxrlhf.engine import SlotSampling
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")
@@ -149,13 +149,17 @@ class _Server:
     # ---- generation
 
     async def chat(self, request: Request) -> Response:
-        messages, wants = read_chat(await read_body(request))
-        model: LanguageModel = self._model(wants.model, LanguageModel)
+        chat = read_chat(await read_body(request))
+        model: LanguageModel = self._model(chat.wants.model, LanguageModel)
         try:
-            prompt = encode_conversation(model.tokenizer, messages)
+            form = model.tool_format(chat.tools) if chat.tools else None
+        except InputError as error:
+            raise ApiError(str(error), "tools") from error
+        try:
+            prompt = encode_conversation(model.tokenizer, chat.messages, chat.tools or None)
         except InputError as error:
             raise ApiError(str(error), "messages") from error
-        return await self._generate(request, model, [prompt], wants, chat=True)
+        return await self._generate(request, model, [prompt], chat.wants, chat, form)
 
     async def complete(self, request: Request) -> Response:
         given, wants = read_completion(await read_body(request))
@@ -170,14 +174,25 @@ class _Server:
             if not ids:
                 raise ApiError("the prompt is empty; give at least one token", "prompt")
             prompts.append(ids)
-        return await self._generate(request, model, prompts, wants, chat=False)
+        return await self._generate(request, model, prompts, wants)
 
     async def _generate(
-        self, request: Request, model: LanguageModel, prompts: list[list[int]], wants: Generation, chat: bool
+        self,
+        request: Request,
+        model: LanguageModel,
+        prompts: list[list[int]],
+        wants: Generation,
+        chat: Chat | None = None,
+        form: str | None = None,
     ) -> Response:
-        name = "messages" if chat else "prompt"
+        """Generates and responds. `chat` is None for a completion; `form` is that of the tool calls, if there are any.
+
+        Raises:
+            ApiError: The prompts do not fit, or the queue does not take the samples.
+        """
+        name = "prompt" if chat is None else "messages"
         limits = [token_limit(model.length, len(prompt), wants.max_tokens, name) for prompt in prompts]
-        if wants.max_tokens is None and not chat:
+        if wants.max_tokens is None and chat is None:
             limits = [min(limit, DEFAULT_TOKENS) for limit in limits]
         samples = len(prompts) * wants.n
         if samples > model.max_queue:
@@ -195,15 +210,14 @@ class _Server:
             for prompt, limit in zip(prompts, limits, strict=True)
             for number in range(wants.n)
         ]
-        ends = model.scheduler.ends
-        choices = {job: Choice(i, model.tokenizer, wants.stops, strip=chat, ends=ends) for i, job in enumerate(jobs)}
+        choices = {job: self._choice(i, model, wants, chat, form) for i, job in enumerate(jobs)}
         try:
             model.scheduler.submit(jobs)
         except QueueFull as error:
             raise ApiError("the queue is full; try again later", code="queue_full", status=429) from error
         except Stopped as error:
             raise ApiError("the server is stopping", status=503) from error
-        replies = Replies.of(chat, wants, model.tokenizer, total_tokens(prompts))
+        replies = Replies.of(chat is not None, wants, model.tokenizer, total_tokens(prompts))
         pieces = self._pieces(request, model, choices, events)
         if wants.stream:
             return StreamingResponse(
@@ -216,6 +230,10 @@ class _Server:
             async for choice, piece in pieces:
                 collected[choice.index].append(piece)
         return json_response(replies.response(list(choices.values()), collected))
+
+    def _choice(self, i: int, model: LanguageModel, wants: Generation, chat: Chat | None, form: str | None) -> Choice:
+        calls = CallReader(form, chat.parallel) if chat is not None and form is not None else None
+        return Choice(i, model.tokenizer, wants.stops, chat is not None, model.scheduler.ends, calls)
 
     async def _pieces(
         self, request: Request, model: LanguageModel, choices: dict[Job, Choice], events: "asyncio.Queue[Event | None]"
@@ -314,32 +332,6 @@ class _Server:
     async def page(self, _: Request) -> Response:
         headers = {"Content-Security-Policy": self._policy, "X-Content-Type-Options": "nosniff"}
         return Response(self._page, media_type="text/html", headers=headers | {"Referrer-Policy": "no-referrer"})
-
-
-def sampling(wants: Generation, number: int) -> SlotSampling:
-    """The sampling settings of sample `number` of a prompt."""
-    return SlotSampling(
-        seed=wants.seed,
-        number=number,
-        temperature=wants.temperature,
-        top_k=wants.top_k,
-        top_p=wants.top_p,
-        top_logprobs=wants.top_logprobs > 0,
-    )
-
-
-def token_limit(length: int, prompt: int, wanted: int | None, name: str) -> int:
-    """Most tokens of a response. Raises ApiError when prompt and response do not fit the context."""
-    most = length - prompt
-    if most < 1 or (wanted or 0) > most:
-        asked = f" and max_tokens is {wanted}" if wanted else ""
-        raise ApiError(
-            f"this model's context is {length} tokens; the {name} has {prompt} tokens{asked}. Shorten the {name}"
-            f"{' or lower max_tokens' if wanted else ''}",
-            name,
-            "context_length_exceeded",
-        )
-    return wanted or most
 
 
 async def leaving(request: Request, events: "asyncio.Queue[Event | None]") -> None:

@@ -7,11 +7,15 @@ from functools import cached_property
 from jaxrlhf.commands.chat import ChatConfig, open_session
 from jaxrlhf.commands.evaluation.scoring import score_batch
 from jaxrlhf.commands.serve import ServeConfig
+from jaxrlhf.commands.serve.conversations import Message
 from jaxrlhf.commands.serve.metrics import ModelMetrics
 from jaxrlhf.commands.serve.scheduler import Event, Scheduler
 from jaxrlhf.data import Tokenizer, encode_rows, encode_texts_as_documents, pad_token_id, vocabulary_size
+from jaxrlhf.data.continuations import check_tools
+from jaxrlhf.data.renderer import Renderer, Tools
 from jaxrlhf.engine import SlotBatch
 from jaxrlhf.engine.slots import doubling_widths
+from jaxrlhf.environments import PARSERS, format_of
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import DecoderConfig, check_tokenizer_fits, load_pretrained, merged, stored_head
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
@@ -63,6 +67,17 @@ class LanguageModel(Served):
             self._observe,
         )
 
+    def tool_format(self, tools: Tools) -> str:
+        """The form of tool calls. Raises InputError when the chat template shows no tools, or calls of another form."""
+        check_tools(Renderer(self.tokenizer, None), tools)
+        form = format_of(str(self.tokenizer.chat_template))
+        if form is None:
+            raise InputError(
+                f"tools: the chat template shows no form of tool calls that is known ({', '.join(PARSERS)}); set "
+                "chat_template to one with tools, such as hermes"
+            )
+        return form
+
     def _observe(self, event: Event, seconds: float) -> None:
         if event.token is not None:
             self.metrics.token(event.job.received == 1, seconds, len(event.job.prompt))
@@ -108,7 +123,7 @@ class RewardModel(Served):
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         return encode_texts_as_documents(self.tokenizer, texts)
 
-    def encode_conversations(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
+    def encode_conversations(self, conversations: list[list[Message]]) -> list[list[int]]:
         """Token ids of conversations that end with the assistant's message, as the model was trained on."""
         prompts, last = [c[:-1] for c in conversations], [[c[-1:]] for c in conversations]
         rows = encode_rows(self.tokenizer, prompts, last)

@@ -1,5 +1,6 @@
 """Turns the tokens of samples into OpenAI's responses: text, finish reasons, log-probs, usage, chunks of a stream."""
 
+import json
 import time
 import uuid
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from jaxrlhf.commands.chat import BROKEN, StreamedText
 from jaxrlhf.commands.serve.requests import Generation
 from jaxrlhf.commands.serve.scheduler import Event
 from jaxrlhf.data import Tokenizer
+from jaxrlhf.environments import PARSERS, ToolCall, certain_content
 
 
 class Entry(NamedTuple):
@@ -26,6 +28,43 @@ class Piece(NamedTuple):
     text: str
     entries: list[Entry]
     finish: str | None
+    calls: tuple[dict[str, object], ...] = ()
+    """Tool calls in OpenAI's form, with the last piece."""
+
+
+class CallReader:
+    """Divides a growing text into the content of a message and its tool calls.
+
+    Text that may belong to a call is held back until the end. When a call cannot be read, all of the text is content,
+    so that the client sees it.
+
+    Args:
+        form: The form of the calls, one of PARSERS.
+        parallel: False keeps the first call only.
+    """
+
+    def __init__(self, form: str, parallel: bool) -> None:
+        self.form, self.parallel = form, parallel
+        self._text = self._sent = ""
+
+    def add(self, text: str, ended: bool) -> tuple[str, tuple[dict[str, object], ...]]:
+        """Takes further text; returns the content that it makes certain, and at the end the calls."""
+        self._text += text
+        content, calls = self._divided() if ended else (certain_content(self._text, self.form), [])
+        new, self._sent = content[len(self._sent) :], content
+        return new, tuple(as_call(call) for call in (calls if self.parallel else calls[:1]))
+
+    def _divided(self) -> tuple[str, list[ToolCall]]:
+        """The content and the calls of the whole text."""
+        parsed = PARSERS[self.form](self._text)
+        calls = [call for call in parsed.calls if isinstance(call, ToolCall)]
+        return (parsed.content, calls) if calls and len(calls) == len(parsed.calls) else (self._text, [])
+
+
+def as_call(call: ToolCall) -> dict[str, object]:
+    """A tool call as OpenAI's protocol has it: with an id, and the arguments as a text."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 class Choice:
@@ -37,13 +76,20 @@ class Choice:
         stops: Texts that end it; they are not shown.
         strip: Drop white space at the start, as in a chat.
         ends: Token ids that end a response; they are not shown.
+        calls: Finds its tool calls; None without tools.
     """
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, stops: tuple[str, ...], strip: bool, ends: frozenset[int]
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stops: tuple[str, ...],
+        strip: bool,
+        ends: frozenset[int],
+        calls: CallReader | None = None,
     ) -> None:
-        self.index, self.ends = index, ends
-        self.stream = StreamedText(tokenizer, stops, strip)
+        self.index, self.ends, self.calls = index, ends, calls
+        self.stream = StreamedText(tokenizer, stops, strip, special=calls is not None)
         self.tokens = 0
         """Tokens sampled, the end token included."""
         self.finish: str | None = None
@@ -65,7 +111,12 @@ class Choice:
         everything = self.finish is not None and not self.stream.stopped
         released = [entry for entry in self._held if everything or entry.start < shown]
         self._held = self._held[len(released) :]
-        return Piece(text, released, self.finish)
+        if self.calls is None:
+            return Piece(text, released, self.finish)
+        content, calls = self.calls.add(text, ended=self.finish is not None)
+        if calls and self.finish == "stop":
+            self.finish = "tool_calls"
+        return Piece(content, released, self.finish, calls)
 
 
 @dataclass(frozen=True)
@@ -101,9 +152,14 @@ class Replies:
             entries = [entry for piece in own for entry in piece.entries]
             held: dict[str, object] = {"index": choice.index, "finish_reason": choice.finish}
             held |= {"logprobs": self._logprobs(entries)}
-            held |= (
-                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            )
+            if self.chat:
+                calls = [call for piece in own for call in piece.calls]
+                message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
+                if calls:
+                    message |= {"content": text or None, "tool_calls": calls}
+                held["message"] = message
+            else:
+                held["text"] = text
             result.append(held)
         return self._object("chat.completion", choices=result, usage=self.usage(choices))
 
@@ -113,7 +169,10 @@ class Replies:
 
     def chunk(self, index: int, piece: Piece) -> dict[str, object]:
         """A chunk of a stream."""
-        return self._chunk(index, {"content": piece.text} if piece.text else {}, piece.entries, piece.finish)
+        delta: dict[str, object] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            delta["tool_calls"] = [{"index": k} | call for k, call in enumerate(piece.calls)]
+        return self._chunk(index, delta, piece.entries, piece.finish)
 
     def last(self, choices: list[Choice]) -> dict[str, object]:
         """The chunk that holds the usage."""

@@ -1,133 +1,18 @@
 """Reads the bodies of requests: types and ranges checked, what is not supported refused by name, in OpenAI's errors."""
 
-import json
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxrlhf.config.files import parse_json
+from jaxrlhf.commands.serve.conversations import Message, read_messages, read_parallel, read_tools
+from jaxrlhf.commands.serve.fields import ApiError, Fields
+from jaxrlhf.engine import SlotSampling
 from jaxrlhf.engine.slots import TOP
 
-MAX_BODY = 4 * 1024 * 1024
 MAX_N = 128
 MAX_STOPS = 16
 MAX_TEXTS = 256
-
-# Parameters of OpenAI's API that change nothing here, whatever their value.
-INERT = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
-# Parameters that are not supported, with the values that ask for nothing.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "modalities": (["text"],),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
-
-
-class ApiError(Exception):
-    """An error in the shape that OpenAI's clients read.
-
-    Args:
-        message: What is wrong, with the value found, and the remedy.
-        param: The parameter.
-        code: Such as model_not_found.
-        status: The HTTP status.
-    """
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
-        super().__init__(message)
-        self.message, self.param, self.code, self.status = message, param, code, status
-
-    def body(self) -> dict[str, object]:
-        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def parse_body(data: bytes) -> dict[str, object]:
-    """The JSON object of a body. Raises ApiError for anything else, also for text that is no Unicode."""
-    try:
-        body = parse_json(data.decode("utf-8"))
-        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:
-        raise ApiError(f"the body is not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise ApiError(f"the body must be a JSON object, not {shown(body)}")
-    return body
-
-
-def shown(value: object) -> str:
-    """A value as a message shows it."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-class Fields:
-    """Takes the parameters of a body one by one; null counts as not given."""
-
-    def __init__(self, body: Mapping[str, object]) -> None:
-        self.left: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
-
-    def bad(self, name: str, value: object, must: str) -> ApiError:
-        return ApiError(f"{name}={shown(value)} must be {must}", name)
-
-    def number(self, name: str, default: float, low: float, high: float = math.inf) -> float:
-        value = self.left.pop(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self.bad(name, value, f"a number from {low:g} to {high:g}")
-        return float(value)
-
-    def integer(self, name: str, default: int | None, low: int, high: int) -> Any:
-        value = self.left.pop(name, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.bad(name, value, f"a whole number from {low} to {high}")
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self.left.pop(name, False)
-        if not isinstance(value, bool):
-            raise self.bad(name, value, "true or false")
-        return value
-
-    def text(self, name: str) -> str:
-        if name not in self.left:
-            raise ApiError(f"{name} is missing; give a text", name)
-        value = self.left.pop(name)
-        if not isinstance(value, str):
-            raise self.bad(name, value, "a text")
-        return value
-
-    def end(self) -> None:
-        """Refuses what is left."""
-        for name in INERT:
-            self.left.pop(name, None)
-        for name, value in self.left.items():
-            if name not in NEUTRAL:
-                raise ApiError(f"{name} is no parameter of this request; remove it", name, "unknown_parameter")
-            if not any(
-                value == other and isinstance(value, bool) == isinstance(other, bool) for other in NEUTRAL[name]
-            ):
-                raise ApiError(f"{name} is not supported; remove it", name, "unsupported_parameter")
 
 
 @dataclass(frozen=True)
@@ -220,41 +105,48 @@ def read_generation(fields: Fields, chat: bool) -> Generation:
     return result
 
 
-def read_content(content: object, where: str) -> str:
-    """The text of a message: a text, or a list of parts of text."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ApiError(f"{where}.content={shown(content)} must be a text", "messages")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(f"{where}.content: a part must be of the type text, not {shown(part)}", "messages")
-    return "\n".join(part["text"] for part in content)
+def sampling(wants: Generation, number: int) -> SlotSampling:
+    """The sampling settings of sample `number` of a prompt."""
+    return SlotSampling(
+        seed=wants.seed,
+        number=number,
+        temperature=wants.temperature,
+        top_k=wants.top_k,
+        top_p=wants.top_p,
+        top_logprobs=wants.top_logprobs > 0,
+    )
 
 
-def read_messages(value: object, where: str = "messages") -> list[dict[str, str]]:
-    """A conversation as roles and texts."""
-    if not isinstance(value, list) or not value:
-        raise ApiError(f"{where} must be a list with at least one message", "messages")
-    result = []
-    for i, message in enumerate(value):
-        place = f"{where}[{i}]"
-        if not isinstance(message, dict):
-            raise ApiError(f"{place}={shown(message)} must be an object with role and content", "messages")
-        role = {"developer": "system"}.get(str(message.get("role")), message.get("role"))
-        if role not in ("system", "user", "assistant"):
-            raise ApiError(f"{place}.role={shown(role)} must be system, developer, user or assistant", "messages")
-        others = [key for key, held in message.items() if key not in ("role", "content") and held not in (None, [], {})]
-        if others:
-            raise ApiError(f"{place}.{others[0]} is not supported; remove it", "messages")
-        result.append({"role": role, "content": read_content(message.get("content"), place)})
-    return result
+def token_limit(length: int, prompt: int, wanted: int | None, name: str) -> int:
+    """Most tokens of a response. Raises ApiError when prompt and response do not fit the context."""
+    most = length - prompt
+    if most < 1 or (wanted or 0) > most:
+        asked = f" and max_tokens is {wanted}" if wanted else ""
+        raise ApiError(
+            f"this model's context is {length} tokens; the {name} has {prompt} tokens{asked}. Shorten the {name}"
+            f"{' or lower max_tokens' if wanted else ''}",
+            name,
+            "context_length_exceeded",
+        )
+    return wanted or most
 
 
-def read_chat(body: Mapping[str, object]) -> tuple[list[dict[str, str]], Generation]:
-    """The conversation of a chat request, and what it wants."""
+class Chat(NamedTuple):
+    """A chat request."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    """Those that the model may call; empty with tool_choice none."""
+    parallel: bool
+    """False: at most one call in a response."""
+    wants: Generation
+
+
+def read_chat(body: Mapping[str, object]) -> Chat:
+    """A chat request: its conversation, its tools, and what it wants."""
     fields = Fields(body)
-    return read_messages(fields.left.pop("messages", None)), read_generation(fields, chat=True)
+    messages = read_messages(fields.left.pop("messages", None))
+    return Chat(messages, read_tools(fields), read_parallel(fields), read_generation(fields, chat=True))
 
 
 def read_completion(body: Mapping[str, object]) -> tuple[list[str] | list[list[int]], Generation]:
@@ -273,7 +165,7 @@ def read_completion(body: Mapping[str, object]) -> tuple[list[str] | list[list[i
     return prompt, read_generation(fields, chat=False)
 
 
-def read_score(body: Mapping[str, object]) -> tuple[str, list[str] | None, list[list[dict[str, str]]]]:
+def read_score(body: Mapping[str, object]) -> tuple[str, list[str] | None, list[list[Message]]]:
     """The model of a score request, and its texts or its conversations."""
     fields = Fields(body)
     model = fields.text("model")

@@ -1,0 +1,71 @@
+"""The outcomes of episodes, and the part of them that reward functions read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TRANSCRIPT = "transcript"
+"""Column in which reward functions find the messages of an episode."""
+
+
+@dataclass
+class Outcome:
+    """The outcome of one row's episode; the same on every process."""
+
+    status: str = "running"
+    """done, truncated, failed, or absent for a filler row."""
+    reason: str = ""
+    """Why the episode failed or was cut."""
+    rewards: dict[int, float] = field(default_factory=dict)
+    """Rewards by the length of the response up to and with the turn."""
+    reply: str = ""
+    """The model's last turn as text."""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """The conversation."""
+    turns: int = 0
+    calls: int = 0
+    """Tool calls."""
+    errors: int = 0
+    """Tool calls that could not be read, or failed."""
+    given: int = 0
+    """Tokens of environment and tools."""
+    info: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Outcome":
+        """Restores an outcome from its `vars` as JSON."""
+        restored: dict[str, Any] = dict(value)
+        restored["rewards"] = {int(at): reward for at, reward in value["rewards"].items()}
+        return cls(**restored)
+
+    @property
+    def score(self) -> float:
+        """The sum of the rewards; NaN for a failed episode."""
+        return float("nan") if self.status == "failed" else sum(self.rewards.values())
+
+
+class Graded(NamedTuple):
+    """The part of B episodes that reward functions read."""
+
+    replies: list[str]
+    """The model's last turn of each, in the place of the response."""
+    columns: dict[str, list[Any]]
+    """Columns beside those of the data."""
+    scored: np.ndarray
+    """bool `[B]`: False for failed episodes, which have no score."""
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome]) -> "Graded":
+        """Reads the outcomes of finished episodes."""
+        return cls(
+            [outcome.reply for outcome in outcomes],
+            {TRANSCRIPT: [outcome.messages for outcome in outcomes]},
+            np.array([outcome.status != "failed" for outcome in outcomes]),
+        )
+
+
+def data_columns(read: Sequence[str], of_environment: Sequence[str]) -> tuple[str, ...]:
+    """The columns that the data must have, where reward functions read `read` of episodes."""
+    return tuple(dict.fromkeys((*(name for name in read if name != TRANSCRIPT), *of_environment)))

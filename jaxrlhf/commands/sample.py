@@ -1,8 +1,6 @@
 """`jaxrlhf sample`: several scored responses per prompt, and the best of them as rows for the SFT step."""
 
-import json
-import math
-import os
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf import keys, objectives
+from jaxrlhf.commands.evaluation.episodes import ENVIRONMENT, summarise
+from jaxrlhf.commands.evaluation.statistics import plain
+from jaxrlhf.commands.sample_output import check_output, lines, nothing_kept, show, show_episodes
 from jaxrlhf.commands.selection import Samples, select_samples, summarise_samples
-from jaxrlhf.config import Gt, Le, PathName, PositiveInt, Settings, alias, to_dict
+from jaxrlhf.config import Gt, Le, NonNegativeInt, PathName, PositiveInt, Settings, alias, default_of, to_dict
 from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.config.files import write_json_atomic, write_text_atomic
 from jaxrlhf.data import DataConfig, PromptData, answer_text, load_data, vocabulary_size
 from jaxrlhf.distributed import ProcessConfig, is_primary, joined, to_host
 from jaxrlhf.engine import GenerationConfig, HybridEngine, Rollout, SamplingConfig
+from jaxrlhf.environments import EnvironmentConfig, Environments
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import (
     Decoder,
@@ -37,6 +39,8 @@ from jaxrlhf.models import (
 from jaxrlhf.models.model import PyTree
 from jaxrlhf.rewards import Rewards, RewardsConfig, finite_mean
 from jaxrlhf.rl.config import sampling_for
+from jaxrlhf.rl.episodes import EpisodeRunner, Episodes, check_scored
+from jaxrlhf.rl.outcomes import Graded, Outcome, data_columns
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import map_rows
@@ -44,7 +48,7 @@ from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens
 
-OWN_FIELDS = ("prompt", "chosen", "score", "scores")
+OWN_FIELDS = ("prompt", "chosen", "tools", "score", "scores")
 MODEL_PART = "reward_model"
 
 
@@ -79,6 +83,8 @@ class SampleConfig(Settings):
     """Reward model that scores the responses, by itself or beside reward functions."""
     overwrite: bool = False
     """Replace output_file where it exists."""
+    show: NonNegativeInt = 4
+    """Episodes that the terminal shows, the first ones of the file; only with an environment or tools."""
     part: Literal["train", "eval"] = "train"
     """Rows of the data that give the prompts."""
     per_device_batch_size: PositiveInt = 8
@@ -87,6 +93,7 @@ class SampleConfig(Settings):
     sampling: SamplingConfig = SamplingConfig(samples_per_prompt=8)
     selection: SelectionConfig = SelectionConfig()
     rewards: RewardsConfig = RewardsConfig()
+    environments: EnvironmentConfig = EnvironmentConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()
     mesh: MeshConfig = MeshConfig()
@@ -99,9 +106,15 @@ class SampleConfig(Settings):
                 f"temperature=0 with samples_per_prompt={self.sampling.samples_per_prompt}: greedy responses to a "
                 "prompt are all the same; raise the temperature, or take one sample"
             )
-        model, rewards = self.reward_model_name_or_path, self.rewards
-        if model is None and not rewards.reward_functions:
-            raise InputError("nothing scores the responses: give reward_model_name_or_path, reward_functions, or both")
+        model, rewards, environments = self.reward_model_name_or_path, self.rewards, self.environments
+        if model is None and not rewards.reward_functions and not environments.environment:
+            raise InputError(
+                "nothing scores the responses: give reward_model_name_or_path, reward_functions, or an environment "
+                "that rewards"
+            )
+        if self.show != default_of(SampleConfig, "show") and not environments.used:
+            raise InputError(f"show={self.show} requires environment or tools; set one of them, or remove show")
+        environments.check_slots(self.generation.generation_slots, "lower per_device_batch_size")
         if model is not None and not rewards.reward_model_weight:
             raise InputError("reward_model_weight=0 leaves reward_model_name_or_path without use; leave one out")
 
@@ -130,8 +143,10 @@ class Sampler:
         if config.reward_model_name_or_path is not None:
             shape, names = read_config(config.model_name_or_path), ("the model", "the reward model")
             check_reads_tokens(self.tokenizer, shape, config.reward_model_name_or_path, names)
+        self.environments = config.environments.load()
         self.data = self._prompts()
         self.sampling = sampling_for(self.tokenizer, config.sampling)
+        self.runner = None if self.environments is None else self._runner(self.environments, console)
         self.copies = self.sampling.samples_per_prompt
         self.rows = config.per_device_batch_size * batch_devices(self.mesh)
         model = self._load(config.model_name_or_path, "lm")
@@ -143,6 +158,7 @@ class Sampler:
         if config.reward_model_name_or_path is not None:
             self.reward_model = self._load(config.reward_model_name_or_path, "scalar", new_head=False)
         self._generate = Announce(console, "generate program", self.engine.generate)
+        self._begin = Announce(console, "generate program", self.engine.episodes)
         self._score = Announce(console, "scoring program", reward_model_scores)
 
     def _load(self, name: str, head: str, **options: Any) -> Model:
@@ -152,10 +168,26 @@ class Sampler:
         check_context(model.config, longest, f"max_prompt_seq_len + max_new_tokens for {name}")
         return model
 
+    def _runner(self, environments: Environments, console: Console) -> EpisodeRunner:
+        scored_otherwise = bool(self.rewards) or self.config.reward_model_name_or_path is not None
+        check_scored(environments, scored_otherwise)
+        return EpisodeRunner(
+            self.config.environments,
+            environments,
+            self.tokenizer,
+            self.sampling,
+            longest_prompt=self.config.data.max_prompt_seq_len,
+            special_tokens_in_data=self.config.data.template.special_tokens_in_data,
+            scored_otherwise=scored_otherwise,
+            say=console.print,
+        )
+
     def _prompts(self) -> PromptData:
-        data = self.config.data
-        check_names((*self.rewards.columns, *data.reward_columns))
-        parts = load_data(data, self.tokenizer, "ppo", self.rewards.columns, self.rewards.wanted)
+        data, columns = self.config.data, self.rewards.columns
+        if self.environments is not None:
+            columns = data_columns(columns, self.environments.columns)
+        check_names((*columns, *data.reward_columns))
+        parts = load_data(data, self.tokenizer, "ppo", columns, self.rewards.wanted)
         prompts = dict(zip(("train", "eval"), parts, strict=True))[self.config.part]
         check_names(prompts.column_names)
         self.rewards.check_references(prompts)
@@ -170,11 +202,9 @@ class Sampler:
     def start(self, indices: np.ndarray) -> dict[str, Any]:
         """Samples a batch and scores it on the devices; reward functions go on in the background."""
         n = self.copies
-        batch = self.data.batch(indices)
-        numbers = (np.maximum(indices, 0)[:, None] * n + np.arange(n)).reshape(-1)
-        key = keys.stream(self.config.data.seed, keys.Stream.SAMPLES)
-        options = {"sample_index": numbers, "slots": self.config.generation.generation_slots}
-        rollout = self._generate(batch["prompt_ids"], batch["prompt_mask"], key, self.sampling, **options)
+        repeated = np.repeat(indices, n)
+        columns, rows = self.data.columns(repeated), repeated >= 0
+        episodes, rollout = self._generated(indices)
         scores = None
         if self.reward_model is not None:
             static = {"module": self.reward_model.module, "mesh": self.mesh, "parts": n}
@@ -182,24 +212,44 @@ class Sampler:
         tokens, mask = to_host((rollout.tokens, rollout.response_mask))
         responses = [row[real] for row, real in zip(tokens, mask, strict=True)]
         texts = [self.text(response) for response in responses]
-        repeated = np.repeat(indices, n)
-        columns = self.data.columns(repeated)
+        ended = [self.sampling.ended(response) for response in responses]
+        if episodes is not None:
+            graded = Graded.of(episodes.outcomes)
+            texts, rows, columns = graded.replies, rows & graded.scored, columns | graded.columns
+            ended = [outcome.status == "done" for outcome in episodes.outcomes]
         handle = self.rewards.submit(
             self.data.prompt_texts(repeated),
             texts,
             columns,
-            rows=repeated >= 0,
+            rows=rows,
             conversations=self.data.prompts(repeated),
             completion_ids=responses,
         )
         return {
             "indices": indices,
             "texts": texts,
-            "ended": np.array([self.sampling.ended(response) for response in responses]),
+            "ended": np.array(ended),
             "lengths": np.array([len(response) for response in responses]),
             "model_scores": scores,
             "handle": handle,
+            "episodes": episodes,
         }
+
+    def _generated(self, indices: np.ndarray) -> tuple[Episodes | None, Rollout]:
+        """A rollout of a batch, and its episodes with an environment or tools."""
+        n, key = self.copies, keys.stream(self.config.data.seed, keys.Stream.SAMPLES)
+        numbers = (np.maximum(indices, 0)[:, None] * n + np.arange(n)).reshape(-1)
+        if self.runner is None:
+            batch, slots = self.data.batch(indices), self.config.generation.generation_slots
+            given = (batch["prompt_ids"], batch["prompt_mask"], key, self.sampling)
+            return None, self._generate(*given, sample_index=numbers, slots=slots)
+        prompts: list[Any] = self.data.prompts(indices)  # None in filler rows, which have no episode
+        episodes = self.runner.begin(prompts, self.data.columns(indices), indices >= 0, n)
+        sampling = dataclasses.replace(self.sampling, samples_per_prompt=episodes.copies)
+        given = (self._begin, episodes.ids, episodes.mask, key, sampling)
+        rollout = episodes.generate(*given, numbers=numbers)
+        self.runner.report(episodes.outcomes)
+        return episodes, rollout
 
     def text(self, response: np.ndarray) -> str:
         return answer_text(self.tokenizer, response, self.sampling.stop_strings)
@@ -211,7 +261,12 @@ class Sampler:
         if started["model_scores"] is not None:
             parts[MODEL_PART] = started["model_scores"]
             model = self.config.rewards.reward_model_weight * parts[MODEL_PART].astype(np.float64)
-        return started | {"scores": result.beside(model), "parts": parts, "failed": len(result.failures)}
+        scores, episodes = result.beside(model), started["episodes"]
+        if episodes is not None:
+            scores = scores + episodes.scores.astype(np.float32)
+            if self.environments is not None and self.environments.rewards:
+                parts[ENVIRONMENT] = episodes.scores.astype(np.float32)
+        return started | {"scores": scores, "parts": parts, "failed": len(result.failures)}
 
     def run(self, console: Console) -> Iterator[dict[str, Any]]:
         """Yields every batch, scored. Reward functions work on one batch while the devices work on the next."""
@@ -249,10 +304,12 @@ def collect(finished: list[dict[str, Any]], rows: int, n: int) -> tuple[Samples,
         return np.concatenate(pieces).reshape(-1, n)[place]
 
     texts = [text for batch in finished for text in batch["texts"]]
+    played: list[Outcome] = [o for batch in finished if batch["episodes"] for o in batch["episodes"].outcomes]
     samples = Samples(
         scores=joined_up([batch["scores"] for batch in finished]),
         texts=[texts[p * n : (p + 1) * n] for p in place],
         ended=joined_up([batch["ended"] for batch in finished]),
+        episodes=[played[p * n : (p + 1) * n] for p in place] if played else None,
     )
     parts = {name: joined_up([batch["parts"][name] for batch in finished]) for name in finished[0]["parts"]}
     return samples, joined_up([batch["lengths"] for batch in finished]), parts
@@ -291,60 +348,15 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "tokens_per_second": int(lengths.sum()) / seconds,
         "settings": to_dict(config),
     }
+    tools = () if sampler.environments is None else sampler.environments.tools
+    if samples.episodes is not None:
+        summary["episodes"] = summarise(samples.episodes, bool(tools))
     if not kept:
         raise InputError(nothing_kept(left_out, summary["score_max"], config))
     if is_primary():
-        write_text_atomic(path, "".join(lines(sampler.data, samples, parts, kept)))
-        write_json_atomic(summary_path, summary)
+        write_text_atomic(path, "".join(lines(sampler.data, samples, parts, kept, tools)))
+        write_json_atomic(summary_path, plain(summary))
+    if samples.episodes is not None:
+        show_episodes(console, samples, parts, kept[: config.show])
     show(console, summary, path)
     return summary
-
-
-def check_output(path: Path, summary_path: Path, overwrite: bool) -> None:
-    """Refuses a file that exists, that cannot be written, or that sft could not read."""
-    if path.suffix != ".jsonl":
-        raise InputError(f"output_file {path}: must end in .jsonl, as the data that sft reads")
-    there = next((p for p in (path, summary_path) if p.exists()), None)
-    if there is not None and (not overwrite or there.is_dir()):
-        raise InputError(f"output_file: {there} exists; name another file, or replace it with --overwrite")
-    folder = next(p for p in path.absolute().parents if p.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"output_file {path}: {folder} is no folder that can be written to; name another place")
-
-
-def nothing_kept(left_out: dict[str, int], highest: float | None, config: SampleConfig) -> str:
-    reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in left_out.items() if count)
-    hints = ["raise max_new_tokens, or --keep_unfinished"] if left_out["unfinished"] else []
-    if left_out["below_min_score"]:
-        hints.append(f"lower min_score={config.selection.min_score} (the highest score was {highest:.4g})")
-    return f"no sample is left to write ({reasons}): {'; '.join(hints) or 'change the model or the rewards'}"
-
-
-def lines(
-    data: PromptData, samples: Samples, parts: dict[str, np.ndarray], kept: list[tuple[int, int]]
-) -> Iterator[str]:
-    """Yields the rows of the file: prompt as in the data, chosen, score, its parts if there are several, columns."""
-    for p, j in kept:
-        row = {"prompt": data.prompts([p])[0], "chosen": samples.texts[p][j], "score": _short(samples.scores[p, j])}
-        if len(parts) > 1:
-            row["scores"] = {name: _short(part[p, j]) for name, part in parts.items()}
-        row |= {name: values[0] for name, values in data.columns([p]).items()}
-        yield json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _short(value: np.float32) -> float | None:
-    return float(f"{value:.7g}") if math.isfinite(value) else None
-
-
-def show(console: Console, summary: dict[str, Any], path: Path) -> None:
-    curve = summary["expected_best_of_k"]
-    shown = [point for point in curve if point["k"] & (point["k"] - 1) == 0 or point["k"] == len(curve)]
-    table = [[point["k"], point["score"], point["kl_bound"]] for point in shown]
-    if summary["expected_best_prompts"]:
-        console.table("expected best of k", ("k", "mean score", "KL at most"), table)
-    left = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in summary["left_out"].items() if v)
-    console.print(
-        f"sample: {summary['prompts']:,} prompts × {summary['samples_per_prompt']}, mean score "
-        f"{summary['score_mean']:.4g}; kept {summary['kept']:,} of mean score {summary['kept_score_mean']:.4g}"
-        f"{f' (left out: {left})' if left else ''} in {summary['seconds']}s → {path}"
-    )

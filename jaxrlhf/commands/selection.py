@@ -1,5 +1,6 @@
 """Best-of-n and rejection sampling: selects samples, and computes the expected best of k."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 
 from jaxrlhf import objectives
 from jaxrlhf.rewards import finite_mean
+from jaxrlhf.rl.outcomes import Outcome
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,13 @@ class Samples:
     texts: Sequence[Sequence[str]]
     """`[P][n]`: the responses, as SFT data has them."""
     ended: np.ndarray
-    """bool `[P, n]`: whether a response ended by itself, before the longest length."""
+    """bool `[P, n]`: whether a response ended by itself, before the longest length; an episode: at no limit."""
+    episodes: list[list[Outcome]] | None = None
+    """`[P][n]` with an environment or tools, whose last turns are `texts`."""
+
+    def identity(self, p: int, j: int) -> object:
+        """What equal samples have in common: the text, or all turns of an episode."""
+        return self.texts[p][j] if self.episodes is None else json.dumps(self.episodes[p][j].messages, default=str)
 
 
 def select_samples(
@@ -55,14 +63,14 @@ def select_samples(
                 reason = "empty"
             elif not (samples.ended[p, j] or keep_unfinished):
                 reason = "unfinished"
-            elif text in seen:
+            elif samples.identity(p, j) in seen:
                 reason = "repeated"
             elif min_score is not None and score < min_score:
                 reason = "below_min_score"
             if reason is not None:
                 left_out[reason] += 1
                 continue
-            seen.add(text)
+            seen.add(samples.identity(p, j))
             usable.append((p, j))
         if best and usable:
             left_out["not_best"] += len(usable) - 1

@@ -19,7 +19,7 @@ from jaxrlhf.distributed import from_primary, is_primary
 from jaxrlhf.engine import EpisodeBatch, Rollout, SamplingConfig
 from jaxrlhf.environments import Calls, EnvironmentConfig, Environments, Episode
 from jaxrlhf.environments.running import Call
-from jaxrlhf.errors import SharedError
+from jaxrlhf.errors import InputError, SharedError
 from jaxrlhf.models.model import PyTree
 from jaxrlhf.rl.outcomes import Outcome
 
@@ -97,6 +97,15 @@ class EpisodeRunner:
             )
 
 
+def check_scored(environments: Environments, scored_otherwise: bool) -> None:
+    """Raises InputError when nothing scores the responses: no environment, and no reward model or function."""
+    if not (environments.rewards or scored_otherwise):
+        raise InputError(
+            "environment: it has no get_reward, and nothing else scores responses; name a reward model or "
+            "reward_functions"
+        )
+
+
 class Episodes:
     """The episodes of a rollout batch, B·n rows; made by `EpisodeRunner.begin`.
 
@@ -160,6 +169,8 @@ class Episodes:
                 if call.error is not None:
                     self._fail(row, f"reset: {call.error}")
         running = [row for row in calls.values() if self.outcomes[row].status == "running"]
+        for row in running:
+            self.outcomes[row].begun = len(self._episodes[row].messages)
         encoded = runner.continuer.prompts([self._episodes[row].messages for row in running])
         begun: list[list[int]] = [[] for _ in self.outcomes]
         for row, ids in zip(running, encoded, strict=True):

@@ -24,6 +24,8 @@ class Outcome:
     """The model's last turn as text."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     """The conversation."""
+    begun: int = 0
+    """Messages that it began with, before the model's first turn."""
     turns: int = 0
     calls: int = 0
     """Tool calls."""
@@ -69,3 +71,9 @@ class Graded(NamedTuple):
 def data_columns(read: Sequence[str], of_environment: Sequence[str]) -> tuple[str, ...]:
     """The columns that the data must have, where reward functions read `read` of episodes."""
     return tuple(dict.fromkeys((*(name for name in read if name != TRANSCRIPT), *of_environment)))
+
+
+def to_last_turn(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation up to the model's last turn, without what an environment said after it."""
+    last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
+    return [dict(message) for message in messages[: last + 1]]

@@ -17,7 +17,7 @@ from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import Handle, Rewards, finite_mean
 from jaxrlhf.rl.config import PPOConfig, sampling_for
-from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
+from jaxrlhf.rl.episodes import EpisodeRunner, Episodes, check_scored
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
@@ -65,12 +65,8 @@ class Sampler:
 
     def _runner(self, environments: Environments, run: Run | None) -> EpisodeRunner:
         """The maker of rollouts of several turns. Raises InputError when nothing scores them."""
-        config, has_model = self.config, self.engine.frozen.reward is not None
-        if not (environments.rewards or self.rewards or has_model):
-            raise InputError(
-                "environment: it has no get_reward, and nothing else scores responses; name a reward model or "
-                "reward_functions"
-            )
+        config, scored_otherwise = self.config, bool(self.rewards) or self.engine.frozen.reward is not None
+        check_scored(environments, scored_otherwise)
         return EpisodeRunner(
             config.environments,
             environments,
@@ -78,7 +74,7 @@ class Sampler:
             self.sampling,
             longest_prompt=config.data.max_prompt_seq_len,
             special_tokens_in_data=config.data.template.special_tokens_in_data,
-            scored_otherwise=bool(self.rewards) or has_model,
+            scored_otherwise=scored_otherwise,
             say=print if run is None else run.print,
         )
 

@@ -12,7 +12,7 @@ from jaxrlhf.commands.serve.scheduler import Event
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
-TEMPLATE = """{% for tool in tools or [] %}{{ tool.function.name + ' ' }}{% endfor %}
+TEMPLATE = """{% for tool in tools or [] %}{{ tool.function.name + ' ' + (tool.function.return or '') }}{% endfor %}
 {%- for message in messages %}{{ message.role + ': ' + message.content }}
 {%- for call in message.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": {{
 call.function.arguments | tojson }}}</tool_call>{% endfor %}{{ eos_token + '\n' }}{% endfor %}
@@ -25,7 +25,10 @@ LLAMA3 = (
 
 ASK = [{"role": "user", "content": "2 + 3?"}]
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
-ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": PARAMETERS}}
+ADD = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": PARAMETERS, "return": "int "},
+}
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
 OTHER = '<tool_call>{"name": "add", "arguments": {"a": "é"}}</tool_call>'
 
@@ -87,7 +90,7 @@ def test_a_call_in_the_text_is_a_tool_call_of_the_message(chat, server):
     assert calls_of(choice.message) == [("add", {"a": 2, "b": 3}), ("add", {"a": "é"})]
     first, second = choice.message.tool_calls
     assert first.type == "function" and first.id != second.id and first.id.startswith("call_")
-    assert server.prompts[-1].startswith("add user: 2 + 3?") and server.prompts[-1].endswith("assistant: ")
+    assert server.prompts[-1].startswith("add int user: 2 + 3?") and server.prompts[-1].endswith("assistant: ")
     alone = chat(CALL).choices[0].message
     assert alone.content is None and len(alone.tool_calls) == 1
     one = chat(CALL + OTHER, parallel_tool_calls=False).choices[0].message

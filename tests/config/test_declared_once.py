@@ -34,6 +34,7 @@ OTHERWISE = {
     "reward_zero_stage": {"RLHFConfig", "FrozenConfig"},
     "reference_free": {"DPOOptions", "FrozenConfig"},  # of the loss of pairs; of the penalty on rollouts
     "json": {"PlanConfig", "BenchConfig", "DataViewConfig"},  # the file of the plan; of the measurements; of the data
+    "show": {"DataViewConfig", "SampleConfig"},  # rows of each source; episodes
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
     "save_dtype": {"RunConfig", "ConvertConfig"},  # of the export of a run; of a conversion, where dtype says the same
     # The model to train; the model to sample from, which is required.

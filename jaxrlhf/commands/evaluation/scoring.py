@@ -13,7 +13,6 @@ from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.data import EncodedRow, Tokenizer, encode_rows, length_bucket, pad_token_id, vocabulary_size
 from jaxrlhf.data.batches import padded
-from jaxrlhf.data.messages import Message
 from jaxrlhf.data.tokenized import Encoding, fit
 from jaxrlhf.distributed import to_host
 from jaxrlhf.environments import Tool
@@ -28,7 +27,7 @@ from jaxrlhf.models import (
     working_copy,
 )
 from jaxrlhf.models.model import PyTree
-from jaxrlhf.rl.outcomes import Outcome
+from jaxrlhf.rl.outcomes import Outcome, to_last_turn
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
 from jaxrlhf.trainers.settings import batch_devices
@@ -145,9 +144,3 @@ class RewardModel:
             rows, columns = np.array(places).T
             scores[rows, columns] = self.score(sequences, console)
         return scores
-
-
-def to_last_turn(messages: Sequence[Message]) -> list[Message]:
-    """The conversation up to the model's last turn, where a reward model scores an episode."""
-    last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
-    return list(messages[: last + 1])

@@ -103,7 +103,7 @@ def read_tools(fields: Fields) -> list[dict[str, Any]]:
 
 
 def _tool(tool: object, place: str) -> dict[str, Any]:
-    """A tool with the keys that chat templates read."""
+    """A checked tool."""
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(function, dict):
         raise ApiError(f'{place}={shown(tool)} must be {{"type": "function", "function": {{…}}}}', "tools")
@@ -116,9 +116,9 @@ def _tool(tool: object, place: str) -> dict[str, Any]:
         raise ApiError(
             f"{place}.function.strict is not supported: nothing binds a call to its schema; remove it", "tools"
         )
-    # Templates of several models read both keys without asking.
-    held = {"name": name, "description": str(function.get("description") or "")}
-    return {"type": "function", "function": held | {"parameters": parameters or {"type": "object", "properties": {}}}}
+    # The other keys stay as they are, so that the prompt is the one of training with the same schema.
+    kept = {key: value for key, value in function.items() if key != "strict" and value is not None}
+    return {"type": "function", "function": kept}
 
 
 def read_parallel(fields: Fields) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxrlhf.data.batches import Batch, Data, Indices, fill, filled_mask, length_bucket
 from jaxrlhf.data.messages import Prompt
 from jaxrlhf.data.tokenized import TokenRow
+from jaxrlhf.errors import SharedError
 
 LENGTH_WINDOW = 16  # batches whose rows are sorted by length together
 
@@ -37,6 +38,29 @@ class SFTData(Data):
             "loss_mask": fill(marks, width, 0),
             "row_mask": row_mask,
         }
+
+    def prompt_batch(self, indices: Indices) -> Batch:
+        """Builds the prompts of rows that are not packed as `PromptData.batch` does, without `index`.
+
+        Raises SharedError for a row without a prompt.
+        """
+        rows = [unit[0] for unit in self.values(indices, ["ids_0", "prompt_length"])]
+        lengths = [int(row["prompt_length"]) for row in rows]
+        if not all(lengths):
+            raise SharedError(f"a row of the data {NO_PROMPT}")
+        width = length_bucket(max(lengths), self.maximum)
+        return prompts_left_padded([row["ids_0"][:n] for row, n in zip(rows, lengths, strict=True)], width, self.pad_id)
+
+
+NO_PROMPT = "has no prompt that a response could be sampled to; give rows of prompt and response"
+
+
+def prompts_left_padded(prompts: list[np.ndarray], width: int, pad_id: int) -> Batch:
+    """`prompt_ids, prompt_mask` int32 [B, width]."""
+    return {
+        "prompt_ids": fill(prompts, width, pad_id, left=True),
+        "prompt_mask": filled_mask([len(row) for row in prompts], width, left=True),
+    }
 
 
 class PairData(Data):
@@ -201,9 +225,5 @@ class PromptData(Data):
         """Builds `prompt_ids, prompt_mask` int32 [B, P], left-padded; `index, row_mask` int32 [B] (filler: -1, 0)."""
         units, width = self.sequences(self.read(indices, held)), self.width(indices)
         prompts = [unit[0][0] if unit else np.zeros(0, np.int32) for unit in units]
-        return {
-            "prompt_ids": fill(prompts, width, self.pad_id, left=True),
-            "prompt_mask": filled_mask([len(row) for row in prompts], width, left=True),
-            "index": np.asarray(indices, np.int32),
-            "row_mask": self.row_mask(indices),
-        }
+        own = {"index": np.asarray(indices, np.int32), "row_mask": self.row_mask(indices)}
+        return prompts_left_padded(prompts, width, self.pad_id) | own

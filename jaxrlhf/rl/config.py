@@ -20,7 +20,6 @@ from jaxrlhf.config import (
     default_of,
     trl,
 )
-from jaxrlhf.data import Tokenizer, encode_stops, end_ids, pad_token_id
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.environments import EnvironmentConfig
 from jaxrlhf.errors import InputError
@@ -350,16 +349,6 @@ class PPOConfig(PPOOptions, SharedConfig):
                 "prompts from behind the run's own, which a stream would read up to each time; give dynamic_sampling=0 "
                 "or leave streaming out"
             )
-
-
-def sampling_for(tokenizer: Tokenizer, sampling: SamplingConfig) -> SamplingConfig:
-    """The sampling with the tokenizer's end ids, padding, and the tokens of its stop strings."""
-    return dataclasses.replace(
-        sampling,
-        eos_token_id=end_ids(tokenizer),
-        pad_token_id=pad_token_id(tokenizer),
-        stop_sequences=encode_stops(tokenizer, sampling.stop_strings),
-    )
 
 
 def config_class(algorithm: Algorithm) -> type[PPOConfig]:

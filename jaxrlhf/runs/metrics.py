@@ -202,6 +202,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "equal groups become more as prompts become too easy; take harder prompts when refills reach the limit",
         ),
         Metric(
+            "sampling/on_policy",
+            "`distill` with `lmbda`: 1 for a batch whose responses the student has sampled, else 0",
+            "its mean over the steps is near `lmbda`",
+        ),
+        Metric(
             "sampling/staleness",
             "with `async_steps`: steps between the policy that made the rollout and the one that trains on it",
             "`async_steps`, less in the first steps",

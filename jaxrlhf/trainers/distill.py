@@ -1,9 +1,10 @@
-"""Distillation: a student learns a teacher's next-token distributions on the responses of the data.
+"""Distillation: a student learns a teacher's next-token distributions on responses of the data, or on its own.
 
 The teacher's most likely tokens and their log-probs come from a program of its own before each step, so its logits are
 never in memory beside the student's, and it needs no gradient.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from jaxrlhf import objectives
 from jaxrlhf.config import Fraction, NonNegativeInt, PathName, Positive
 from jaxrlhf.data import Data
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, Model, frozen_copy, frozen_stage, param_shardings, read_config
+from jaxrlhf.models import Decoder, DecoderConfig, Model, frozen_copy, frozen_stage, param_shardings, read_config
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.on_policy import OnPolicyOptions
 from jaxrlhf.trainers.references import chunks, load_frozen, score_batch
-from jaxrlhf.trainers.settings import StepOptions
+from jaxrlhf.trainers.settings import StepOptions, check_context
 from jaxrlhf.trainers.sft import token_count
 from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
 from jaxrlhf.trainers.tokenizers import check_reads_tokens
@@ -40,23 +42,41 @@ class DistillOptions(StepOptions):
     beta: Fraction = 0.5
     """0: forward KL, from the teacher to the student; 1: reverse KL; between: generalised Jensen-Shannon divergence
     with the teacher's weight beta."""
-    temperature: Positive = 1.0
-    """Divides the logits of both models."""
+    kd_temperature: Positive = 1.0
+    """Divides the logits of both models in the loss."""
     teacher_top_k: NonNegativeInt = 64
     """Number of the teacher's most likely tokens that the loss distinguishes; all others count as one outcome. 0: the
     whole vocabulary."""
+    on_policy: OnPolicyOptions = OnPolicyOptions()
 
     @property
     def divergence(self) -> "Divergence":
         """The settings of the loss: the train program's static argument."""
-        return Divergence(self.beta, self.temperature)
+        return Divergence(self.beta, self.kd_temperature)
 
 
 @dataclass(frozen=True)
 class DistillConfig(DistillOptions, SupervisedConfig):
     """Distillation alone."""
 
-    HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin", "fit"})
+    HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin", "fit", "samples_per_prompt"})
+
+    def check(self) -> None:
+        super().check()
+        lmbda, packing = self.on_policy.lmbda, self.data.packing
+        if lmbda and packing:
+            raise InputError(
+                f"lmbda={lmbda} with packing: a sampled response needs a row of its own; leave packing out"
+            )
+        if lmbda and packing is None:
+            object.__setattr__(self, "data", dataclasses.replace(self.data, packing=False))
+
+    def check_contexts(self, student: DecoderConfig, teacher: DecoderConfig) -> None:
+        """Refuses prompts with sampled responses that a model has no positions for."""
+        if self.on_policy.lmbda:
+            longest = self.data.max_length + self.on_policy.sampling.max_new_tokens
+            for config, name in ((student, "the student"), (teacher, "the teacher")):
+                check_context(config, longest, f"max_length + max_new_tokens for {name}")
 
 
 @dataclass(frozen=True)
@@ -130,9 +150,10 @@ def distill_metrics(totals: dict[str, float]) -> dict[str, float]:
 def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data: tuple[Data, Data]) -> Extend:
     """Returns the function that adds the teacher's most likely tokens to a placed batch."""
     teacher = load_frozen(config, str(config.teacher_model_name_or_path), mesh, "the teacher")
+    config.check_contexts(model.config, teacher.config)
     module = teacher.module.clone(zero_stage=frozen_stage(teacher.module, config.compute.zero_stage))
     frozen = frozen_copy(teacher.params, param_shardings(module, mesh), config.mesh.compute_dtype)
-    logprobs = _logprobs(config.temperature, config.teacher_top_k, model.config.vocab_size)
+    logprobs = _logprobs(config.kd_temperature, config.teacher_top_k, model.config.vocab_size)
     score = Announce(run, "teacher program", partial(score_batch, logprobs=logprobs, module=module, mesh=mesh))
 
     def extend(params: PyTree, batch: Batch) -> Batch:
@@ -180,5 +201,6 @@ def train_distill(config: DistillConfig) -> TrainState:
         best=("loss", -1),
         extend=partial(add_teacher, config),
         rows="sft",
+        on_policy=config.on_policy,
     )
     return train_supervised(config, recipe)

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Fraction, NonNegativeInt, PathName, Positive
+from jaxrlhf.config import Fraction, NonNegativeInt, PathName, Positive, Settings, check_needs, settings
 from jaxrlhf.data import Data
+from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, DecoderConfig, Model, frozen_copy, frozen_stage, param_shardings, read_config
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.loop import Announce
-from jaxrlhf.trainers.on_policy import OnPolicyOptions
+from jaxrlhf.trainers.on_policy import OwnResponses
 from jaxrlhf.trainers.references import chunks, load_frozen, score_batch
 from jaxrlhf.trainers.settings import StepOptions, check_context
 from jaxrlhf.trainers.sft import token_count
@@ -31,6 +32,17 @@ from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, Superv
 from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 PyTree = Any
+
+
+@dataclass(frozen=True)
+class TeachingOptions(Settings):
+    """The responses on which the student learns from its teacher, and how closely."""
+
+    lmbda: Fraction = 0.0
+    """Share of the batches whose responses the student samples itself; the others have the data's."""
+    teacher_top_k: NonNegativeInt = 64
+    """Number of the teacher's most likely tokens that the loss distinguishes; all others count as one outcome. 0: the
+    whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +56,13 @@ class DistillOptions(StepOptions):
     with the teacher's weight beta."""
     kd_temperature: Positive = 1.0
     """Divides the logits of both models in the loss."""
-    teacher_top_k: NonNegativeInt = 64
-    """Number of the teacher's most likely tokens that the loss distinguishes; all others count as one outcome. 0: the
-    whole vocabulary."""
-    on_policy: OnPolicyOptions = OnPolicyOptions()
+    teaching: TeachingOptions = TeachingOptions()
+    sampling: SamplingConfig = SamplingConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+    def check(self) -> None:
+        super().check()
+        check_needs(self, dict.fromkeys(settings(SamplingConfig) | settings(GenerationConfig), "lmbda"))
 
     @property
     def divergence(self) -> "Divergence":
@@ -59,11 +74,11 @@ class DistillOptions(StepOptions):
 class DistillConfig(DistillOptions, SupervisedConfig):
     """Distillation alone."""
 
-    HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin", "fit", "samples_per_prompt"})
+    HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin", "samples_per_prompt"})
 
     def check(self) -> None:
         super().check()
-        lmbda, packing = self.on_policy.lmbda, self.data.packing
+        lmbda, packing = self.teaching.lmbda, self.data.packing
         if lmbda and packing:
             raise InputError(
                 f"lmbda={lmbda} with packing: a sampled response needs a row of its own; leave packing out"
@@ -73,8 +88,8 @@ class DistillConfig(DistillOptions, SupervisedConfig):
 
     def check_contexts(self, student: DecoderConfig, teacher: DecoderConfig) -> None:
         """Refuses prompts with sampled responses that a model has no positions for."""
-        if self.on_policy.lmbda:
-            longest = self.data.max_length + self.on_policy.sampling.max_new_tokens
+        if self.teaching.lmbda:
+            longest = self.data.max_length + self.sampling.max_new_tokens
             for config, name in ((student, "the student"), (teacher, "the teacher")):
                 check_context(config, longest, f"max_length + max_new_tokens for {name}")
 
@@ -149,11 +164,11 @@ def distill_metrics(totals: dict[str, float]) -> dict[str, float]:
 
 def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data: tuple[Data, Data]) -> Extend:
     """Returns the function that adds the teacher's most likely tokens to a placed batch."""
-    teacher = load_frozen(config, str(config.teacher_model_name_or_path), mesh, "the teacher")
+    teacher = load_frozen(config, teacher_of(config), mesh, "the teacher")
     config.check_contexts(model.config, teacher.config)
     module = teacher.module.clone(zero_stage=frozen_stage(teacher.module, config.compute.zero_stage))
     frozen = frozen_copy(teacher.params, param_shardings(module, mesh), config.mesh.compute_dtype)
-    logprobs = _logprobs(config.kd_temperature, config.teacher_top_k, model.config.vocab_size)
+    logprobs = reader(config.kd_temperature, config.teaching.teacher_top_k, model.config.vocab_size)
     score = Announce(run, "teacher program", partial(score_batch, logprobs=logprobs, module=module, mesh=mesh))
 
     def extend(params: PyTree, batch: Batch) -> Batch:
@@ -164,7 +179,7 @@ def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data:
 
 
 @functools.cache
-def _logprobs(temperature: float, top_k: int, vocab_size: int) -> Callable:
+def reader(temperature: float, top_k: int, vocab_size: int) -> Callable:
     """The teacher's function; made once per setting, so that its program compiles once."""
     return partial(teacher_logprobs, temperature, top_k, vocab_size)
 
@@ -175,11 +190,16 @@ def objective(settings: Divergence) -> tuple[Objective, Callable]:
     return Objective(token_count, partial(distill_loss, settings)), partial(distill_sums, settings)
 
 
+def teacher_of(config: DistillConfig) -> str:
+    """Returns the teacher's name. Raises InputError when there is none."""
+    if config.teacher_model_name_or_path is None:
+        raise InputError("teacher_model_name_or_path: name the teacher, a model folder or hub name")
+    return config.teacher_model_name_or_path
+
+
 def check_teacher(config: DistillConfig) -> None:
     """Raises InputError without a teacher, and for one that reads other tokens than the student."""
-    teacher, model = config.teacher_model_name_or_path, config.model.model_name_or_path
-    if teacher is None:
-        raise InputError("teacher_model_name_or_path: name the teacher, a model folder or hub name")
+    teacher, model = teacher_of(config), config.model.model_name_or_path
     tokenizer = config.model.load_tokenizer(config.data.template)
     shape = read_config(teacher if model is None else model)
     check_reads_tokens(tokenizer, shape, teacher, ("the student", f"teacher_model_name_or_path={teacher}"))
@@ -201,6 +221,6 @@ def train_distill(config: DistillConfig) -> TrainState:
         best=("loss", -1),
         extend=partial(add_teacher, config),
         rows="sft",
-        on_policy=config.on_policy,
+        on_policy=OwnResponses(config.teaching.lmbda, config.sampling, config.generation),
     )
     return train_supervised(config, recipe)

@@ -1,9 +1,8 @@
 """Responses that the model in training samples to the prompts of its rows, in place of the data's responses."""
 
 import time
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf import keys
-from jaxrlhf.config import Fraction, Settings, check_needs, settings
 from jaxrlhf.data import Data, Tokenizer
 from jaxrlhf.data.steps import NO_PROMPT, SFTData
 from jaxrlhf.engine import GenerationConfig, HybridEngine, Rollout, SamplingConfig
@@ -26,18 +24,13 @@ PyTree = Any
 Batch = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class OnPolicyOptions(Settings):
-    """The model's own responses."""
+class OwnResponses(NamedTuple):
+    """Batches whose responses the model samples itself."""
 
-    lmbda: Fraction = 0.0
-    """Share of the batches whose responses the model samples itself; the others have the data's."""
-    sampling: SamplingConfig = SamplingConfig()
-    generation: GenerationConfig = GenerationConfig()
-
-    def check(self) -> None:
-        names = (settings(SamplingConfig) | settings(GenerationConfig)).keys()
-        check_needs(self, dict.fromkeys(names, "lmbda"))
+    share: float
+    """Their share of all batches."""
+    sampling: SamplingConfig
+    generation: GenerationConfig
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -61,7 +54,7 @@ class OnPolicy:
     """
 
     def __init__(
-        self, run: Run, options: OnPolicyOptions, model: Model, mesh: Mesh, tokenizer: Tokenizer, data: Data, seed: int
+        self, run: Run, options: OwnResponses, model: Model, mesh: Mesh, tokenizer: Tokenizer, data: Data, seed: int
     ) -> None:
         """Args:
         run: gets messages on what is compiled.
@@ -75,7 +68,7 @@ class OnPolicy:
         Raises:
             InputError: a row has no prompt.
         """
-        check_prompts(data, options.lmbda)
+        check_prompts(data, options.share)
         self.options, self.mesh, self.data, self.seed = options, mesh, data, seed
         self.sampling = sampling_for(tokenizer, options.sampling)
         sampled = with_kernels(model, kv_cache_dtype=options.generation.kv_cache_dtype)
@@ -86,7 +79,7 @@ class OnPolicy:
     def samples(self, batch: int) -> bool:
         """True for a batch whose responses the model samples."""
         key = keys.stream(self.seed, keys.Stream.ON_POLICY, batch)
-        return bool(jax.random.uniform(key) < self.options.lmbda)
+        return bool(jax.random.uniform(key) < self.options.share)
 
     def rows(self, params: PyTree, indices: np.ndarray, batch: int) -> tuple[Batch, dict[str, float]]:
         """Samples a response to the prompt of each of these units.
@@ -109,10 +102,10 @@ class OnPolicy:
         return placed, {"timing/generate": time.monotonic() - begin}
 
 
-def check_prompts(data: Data, lmbda: float) -> None:
+def check_prompts(data: Data, share: float) -> None:
     """Raises InputError for a row without a prompt, where all rows are known."""
     for part in data.parts:
         lengths = np.asarray(part.fetch(np.arange(len(part)), ["prompt_length"])["prompt_length"])
         if len(missing := np.flatnonzero(lengths == 0)):
             row = int(part.fetch(missing[:1], ["row"])["row"][0])
-            raise InputError(f"lmbda={lmbda}: row {row + 1} of {part.name} {NO_PROMPT}, or leave lmbda at 0")
+            raise InputError(f"lmbda={share}: row {row + 1} of {part.name} {NO_PROMPT}, or leave lmbda at 0")

@@ -33,7 +33,7 @@ from jaxrlhf.trainers.gradients import (
 from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Announce, Metrics, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
-from jaxrlhf.trainers.on_policy import OnPolicy, OnPolicyOptions
+from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
 from jaxrlhf.trainers.optimizer import (
     Rates,
     make_optimizer,
@@ -243,7 +243,7 @@ class Recipe:
     """Step whose rows `load_data` gives, if not `name`."""
     packable: bool = True
     """True if rows may be packed."""
-    on_policy: OnPolicyOptions | None = None
+    on_policy: OwnResponses | None = None
     """Batches whose responses the model samples itself; None: none of them."""
 
 
@@ -315,7 +315,7 @@ class SupervisedTask:
         self._measure = Announce(run, f"{recipe.name} evaluation", eval_step)
         self._extend = recipe.extend(run, model, mesh, data)
         self._on_policy = None
-        if recipe.on_policy is not None and recipe.on_policy.lmbda:
+        if recipe.on_policy is not None and recipe.on_policy.share:
             self._on_policy = OnPolicy(run, recipe.on_policy, model, mesh, tokenizer, self.train, config.data.seed)
         self._newest: Batch = {}
         self._padding: list[float] = []

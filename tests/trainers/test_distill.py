@@ -12,13 +12,13 @@ import pytest
 from jaxrlhf import keys, objectives
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import DataConfig, load_data
-from jaxrlhf.engine import HybridEngine, SamplingConfig
+from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import decoder as decoders
 from jaxrlhf.models import load_pretrained
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.distill import DistillConfig, Divergence, distill_loss, teacher_logprobs, train_distill
-from jaxrlhf.trainers.on_policy import OnPolicy, OnPolicyOptions
+from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
 
 torch = pytest.importorskip("torch")
 BETAS = (0.0, 0.3, 0.5, 1.0)
@@ -184,7 +184,7 @@ def on_policy(demo):
     prompts, _ = load_data(config, demo.tokenizer, "ppo")
     mesh = make_mesh()
     model = load_pretrained(demo.lm, mesh=mesh)
-    options = OnPolicyOptions(lmbda=0.25, sampling=SamplingConfig(max_new_tokens=6))
+    options = OwnResponses(0.25, SamplingConfig(max_new_tokens=6), GenerationConfig())
     run = SimpleNamespace(print=print, status=lambda _: contextlib.nullcontext([]))
     return SimpleNamespace(
         steps=OnPolicy(run, options, model, mesh, demo.tokenizer, rows, seed=3), model=model, data=rows, prompts=prompts
@@ -252,6 +252,6 @@ def test_rows_without_a_prompt_and_models_without_room_are_refused(train, tmp_pa
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "no prompt here"}\n' * 8)
     with pytest.raises(InputError, match=r"lmbda=0.5: row 1 of text.jsonl has no prompt"):
-        train(lmbda=0.5, data_path=str(text), eval_data_path=str(text), max_new_tokens=8)
+        train(lmbda=0.5, data_path=str(text), eval_data_path=(), max_new_tokens=8)
     with pytest.raises(InputError, match=r"max_length \+ max_new_tokens for the student of 132 tokens exceeds"):
         train(lmbda=0.5, max_new_tokens=100, overwrite_output_dir=True)

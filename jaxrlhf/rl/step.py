@@ -23,6 +23,7 @@ from jaxrlhf.rl.experience import (
     shaped_experience,
 )
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
+from jaxrlhf.rl.replay import Replayed
 from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import apply_gradients, exceeds, frozen_working_copy, model_gradients, take_rows
 from jaxrlhf.trainers.guards import Limits
@@ -62,6 +63,9 @@ class PPOState(flax.struct.PyTreeNode):
     """Parameters of a reference that moves (`refreshed`), in the compute dtype; None for one that stays."""
     pending: tuple[Rollout, ...] = ()
     """With async_steps: the rollouts that wait for their update, the oldest first. `ppo_step` does not read them."""
+    replay: tuple[Replayed, ...] = ()
+    """With replay_steps: the rollouts that later steps train on again, the newest first. `ppo_step` does not read
+    them."""
     score_moments: objectives.Moments | None = None
     """Moments of all scores so far, for score_normalization="running"."""
     routers: RouterOptions = flax.struct.field(pytree_node=False, default=RouterOptions())

@@ -208,8 +208,15 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "sampling/staleness",
-            "with `async_steps`: steps between the policy that made the rollout and the one that trains on it",
-            "`async_steps`, less in the first steps",
+            "with `async_steps` or `replay_steps`: steps between the policy that made a rollout and the one that "
+            "trains on it, the mean over the rollouts of the step",
+            "`async_steps`, less in the first steps; with replay the mean of 0 to `replay_steps`",
+        ),
+        Metric("sampling/replays", "with `replay_steps`: earlier rollouts that the step trained on again"),
+        Metric(
+            "replay/*",
+            "the metric of that name in the updates on earlier rollouts",
+            "importance ratios near 1, and clip fractions as in the step's own updates; else lower `replay_steps`",
         ),
         Metric(
             "val/eos_rate val/num_eos_tokens eos_rate",

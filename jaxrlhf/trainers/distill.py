@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Fraction, NonNegativeInt, PathName, Positive, Settings, check_needs, settings
+from jaxrlhf.config import Fraction, NonNegativeInt, PathName, Positive, Settings, check_needs, settings, trl
 from jaxrlhf.data import Data
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
@@ -75,6 +75,7 @@ class DistillConfig(DistillOptions, SupervisedConfig):
     """Distillation alone."""
 
     HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin", "samples_per_prompt"})
+    TRL_KEYS = trl.GKD
 
     def check(self) -> None:
         super().check()

@@ -300,6 +300,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "timing/generate timing/score", "seconds of sampling and of scoring", "sampling is the largest part of PPO"
         ),
+        Metric("timing/replay", "seconds of training on earlier rollouts", "`sampling/replays` times `timing/train`"),
         Metric("timing/deterministic_check", "seconds of a `deterministic_check`", "about those of a training step"),
         Metric(
             "timing/reward_functions",

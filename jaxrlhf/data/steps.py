@@ -24,20 +24,22 @@ class SFTData(Data):
         """Builds `input_ids, attention_mask, loss_mask` int32 [B, T], right-padded; `row_mask` int32 [B].
 
         `loss_mask` is 1 at the targets of the loss: the tokens that `train_on` selects. With packing, also
-        `segment_ids`.
+        `segment_ids`. Also the `token_values`.
         """
-        row_mask = self.row_mask(indices)
+        width = self.width(indices)
+        own = np.asarray(indices) if held is None else np.where(held, indices, -1)
+        extra = {name: values.batch(own, width) for name, values in self.token_values.items()}
+        extra["row_mask"] = self.row_mask(indices)
         if self.bins is not None:
-            return self.packed(self.read(indices, held), self.width(indices)) | {"row_mask": row_mask}
-        units, width = self.sequences(self.read(indices, held)), self.width(indices)
+            return self.packed(self.read(indices, held), width) | extra
+        units = self.sequences(self.read(indices, held))
         ids = [unit[0][0] if unit else np.zeros(0, np.int32) for unit in units]
         marks = [unit[0][1] if unit else np.zeros(0, np.int32) for unit in units]
         return {
             "input_ids": fill(ids, width, self.pad_id),
             "attention_mask": filled_mask([len(row) for row in ids], width),
             "loss_mask": fill(marks, width, 0),
-            "row_mask": row_mask,
-        }
+        } | extra
 
     def prompt_batch(self, indices: Indices) -> Batch:
         """Builds the prompts of rows that are not packed as `PromptData.batch` does, without `index`.

@@ -183,8 +183,9 @@ def plan_of(config: Any, device: Device) -> PlanConfig:
         actor, reward, shapes = config.model.model_name_or_path or "", None, {"actor": _shape(config)}
         parts = {name: getattr(config, name) for name in ("run", "optimizer", "routers", "data", "mesh", "compute")}
         if isinstance(config, DistillConfig):
-            teacher = teacher_of(config)
-            shapes["teacher"] = read_config(teacher)
+            teacher = None if config.teaching.teacher_log_probs else teacher_of(config)
+            if teacher is not None:
+                shapes["teacher"] = read_config(teacher)
             parts |= {"generation": config.generation, "sampling": config.sampling.replace(temperature=1.0)}
             own = {"teacher": teacher, "teaching": config.teaching}
         ppo = dataclasses.replace(PPOConfig(), lora=dataclasses.replace(config.lora, lora_dropout=0.0), **parts)

@@ -80,7 +80,7 @@ def labelled_batch(system: System) -> Batch:
 
 def teacher_logprobs(system: System) -> Batch:
     """The teacher's most likely tokens of a batch."""
-    count, vocab = system.teaching.teacher_top_k, [system.modules[m].config.vocab_size for m in ("actor", "reference")]
+    count, vocab = system.teaching.teacher_top_k, [module.config.vocab_size for module in system.modules.values()]
     shape = (system.rows, system.length, min(count or vocab[0], *vocab))
     kinds = {"teacher_ids": jnp.int32, "teacher_logps": jnp.float32}
     sharding = batch_sharding(system.mesh, shape, TRAIN_RULES)

@@ -152,7 +152,7 @@ class PlanConfig(ClusterConfig):
         for name in ("teacher", *settings(TeachingOptions)):
             if self.trainer != "distill" and self.value(name) != default_of(type(self), name):
                 raise InputError(f"{name}={self.value(name)} is no setting of {self.trainer}; leave it out")
-        if self.trainer == "distill" and self.teacher is None:
+        if self.trainer == "distill" and self.teacher is None and not self.teaching.teacher_log_probs:
             raise InputError("teacher: name the teacher of distill, a known name or a folder")
 
     @property
@@ -160,7 +160,8 @@ class PlanConfig(ClusterConfig):
         """Programs of a step, those of PROGRAMS that the trainer runs."""
         if self.trainer not in SUPERVISED or self.teaching.lmbda:
             return PROGRAMS
-        return PROGRAMS[1:] if self.trainer in ("dpo", "kto", "distill") else PROGRAMS[2:]
+        scores = self.trainer in ("dpo", "kto") or (self.trainer == "distill" and not self.teaching.teacher_log_probs)
+        return PROGRAMS[1:] if scores else PROGRAMS[2:]
 
     @property
     def planned(self) -> PPOConfig:

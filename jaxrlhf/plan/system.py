@@ -331,7 +331,8 @@ def _teacher(model: Model, mesh: Mesh) -> FrozenModel:
 
 def model_configs(config: PlanConfig, longest: int, lengths: str) -> dict[str, DecoderConfig]:
     """Configurations of `actor` and, where there is one, `reward` or `teacher`; arguments are as in `model_config`."""
-    named = {"actor": config.actor} | ({"teacher": str(config.teacher)} if config.trainer == "distill" else {})
+    reads_teacher = config.trainer == "distill" and "score" in config.programs
+    named = {"actor": config.actor} | ({"teacher": str(config.teacher)} if reads_teacher else {})
     if config.trainer not in SUPERVISED and config.reward is not None:
         named["reward"] = config.reward
     known = config.shapes or {}

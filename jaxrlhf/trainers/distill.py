@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Fraction, NonNegativeInt, PathName, Positive, Settings, check_needs, settings, trl
+from jaxrlhf.config import Fraction, MayChange, NonNegativeInt, PathName, Positive, Settings, check_needs, settings, trl
 from jaxrlhf.data import Data
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
@@ -26,9 +27,10 @@ from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.on_policy import OwnResponses
 from jaxrlhf.trainers.references import chunks, load_frozen, score_batch
-from jaxrlhf.trainers.settings import StepOptions, check_context
+from jaxrlhf.trainers.settings import StepOptions, batch_devices, check_context
 from jaxrlhf.trainers.sft import token_count
 from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
+from jaxrlhf.trainers.teachers import attach_teacher
 from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 PyTree = Any
@@ -43,6 +45,21 @@ class TeachingOptions(Settings):
     teacher_top_k: NonNegativeInt = 64
     """Number of the teacher's most likely tokens that the loss distinguishes; all others count as one outcome. 0: the
     whole vocabulary."""
+    teacher_log_probs: MayChange[PathName[str]] = ""
+    """Folder with the teacher's most likely tokens of all rows. The run that finds none writes it with its teacher
+    before training; others then need no teacher."""
+
+    def check(self) -> None:
+        if self.teacher_log_probs and self.lmbda:
+            raise InputError(
+                f"lmbda={self.lmbda} with teacher_log_probs={self.teacher_log_probs}: the folder knows the data's "
+                "responses only; leave one of them out"
+            )
+        if self.teacher_log_probs and not self.teacher_top_k:
+            raise InputError(
+                f"teacher_top_k=0 with teacher_log_probs={self.teacher_log_probs} would store the whole vocabulary for "
+                "every token; give the number of tokens to keep"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,11 @@ class DistillConfig(DistillOptions, SupervisedConfig):
             )
         if lmbda and packing is None:
             object.__setattr__(self, "data", dataclasses.replace(self.data, packing=False))
+        if self.data.streaming and self.teaching.teacher_log_probs:
+            raise InputError(
+                "teacher_log_probs and streaming exclude each other: the rows of a stream are not known before "
+                "training; leave one of them out"
+            )
 
     def check_contexts(self, student: DecoderConfig, teacher: DecoderConfig) -> None:
         """Refuses prompts with sampled responses that a model has no positions for."""
@@ -164,19 +186,39 @@ def distill_metrics(totals: dict[str, float]) -> dict[str, float]:
 
 
 def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data: tuple[Data, Data]) -> Extend:
-    """Returns the function that adds the teacher's most likely tokens to a placed batch."""
+    """Returns the function that adds the teacher's most likely tokens to a placed batch.
+
+    With `teacher_log_probs` the data has them already, and no teacher stays.
+    """
+    if config.teaching.teacher_log_probs:
+        load = functools.cache(partial(load_teacher, config, run, model, mesh))
+        about = {"kd_temperature": config.kd_temperature, "teacher_top_k": config.teaching.teacher_top_k}
+        about |= {"vocab_size": model.config.vocab_size}
+        rows = config.run.per_device_eval_batch_size * batch_devices(mesh)
+        for part, name in zip(data, ("train", "eval"), strict=True):
+            folder = Path(config.teaching.teacher_log_probs) / name
+            attach_teacher(part, folder, about, lambda batch: load()(batch, 1), rows, mesh)
+        return lambda params, batch: batch
+    score = load_teacher(config, run, model, mesh)
+
+    def extend(params: PyTree, batch: Batch) -> Batch:
+        found = score(batch, chunks(config, batch))
+        return batch | {f"teacher_{name}": values for name, values in found.items()}
+
+    return extend
+
+
+def load_teacher(
+    config: DistillConfig, run: Run, model: Model, mesh: Mesh
+) -> Callable[[Batch, int], dict[str, jax.Array]]:
+    """Loads the teacher; returns the function that finds `ids` and `logps` of a batch in so many chunks."""
     teacher = load_frozen(config, teacher_of(config), mesh, "the teacher")
     config.check_contexts(model.config, teacher.config)
     module = teacher.module.clone(zero_stage=frozen_stage(teacher.module, config.compute.zero_stage))
     frozen = frozen_copy(teacher.params, param_shardings(module, mesh), config.mesh.compute_dtype)
     logprobs = reader(config.kd_temperature, config.teaching.teacher_top_k, model.config.vocab_size)
     score = Announce(run, "teacher program", partial(score_batch, logprobs=logprobs, module=module, mesh=mesh))
-
-    def extend(params: PyTree, batch: Batch) -> Batch:
-        found = score(frozen, batch, micro_batches=chunks(config, batch))
-        return batch | {f"teacher_{name}": values for name, values in found.items()}
-
-    return extend
+    return lambda batch, parts: score(frozen, batch, micro_batches=parts)
 
 
 @functools.cache
@@ -194,12 +236,16 @@ def objective(settings: Divergence) -> tuple[Objective, Callable]:
 def teacher_of(config: DistillConfig) -> str:
     """Returns the teacher's name. Raises InputError when there is none."""
     if config.teacher_model_name_or_path is None:
-        raise InputError("teacher_model_name_or_path: name the teacher, a model folder or hub name")
+        folder = config.teaching.teacher_log_probs
+        why = f", because teacher_log_probs={folder} does not hold its log-probs" if folder else ""
+        raise InputError(f"teacher_model_name_or_path: name the teacher, a model folder or hub name{why}")
     return config.teacher_model_name_or_path
 
 
 def check_teacher(config: DistillConfig) -> None:
     """Raises InputError without a teacher, and for one that reads other tokens than the student."""
+    if config.teacher_model_name_or_path is None and config.teaching.teacher_log_probs:
+        return  # its log-probs may suffice
     teacher, model = teacher_of(config), config.model.model_name_or_path
     tokenizer = config.model.load_tokenizer(config.data.template)
     shape = read_config(teacher if model is None else model)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +21,7 @@ from jaxrlhf.models import load_pretrained
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.distill import DistillConfig, Divergence, distill_loss, teacher_logprobs, train_distill
 from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
+from jaxrlhf.trainers.teachers import attach_teacher
 
 torch = pytest.importorskip("torch")
 BETAS = (0.0, 0.3, 0.5, 1.0)
@@ -132,7 +135,7 @@ def train(demo, tmp_path, monkeypatch):
         if "model_name_or_path" not in options:
             common |= {"model_type": "gpt2", "tokenizer_name_or_path": demo.lm, "config_overrides": demo.options}
         train_distill(DistillConfig.create(**(common | options)))
-        return read_jsonl(tmp_path / "metrics.jsonl")
+        return read_jsonl(Path(options.get("output_dir", tmp_path)) / "metrics.jsonl")
 
     return start
 
@@ -252,6 +255,59 @@ def test_rows_without_a_prompt_and_models_without_room_are_refused(train, tmp_pa
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "no prompt here"}\n' * 8)
     with pytest.raises(InputError, match=r"lmbda=0.5: row 1 of text.jsonl has no prompt"):
-        train(lmbda=0.5, data_path=str(text), eval_data_path=(), max_new_tokens=8)
+        train(lmbda=0.5, data_path=str(text), max_new_tokens=8)
     with pytest.raises(InputError, match=r"max_length \+ max_new_tokens for the student of 132 tokens exceeds"):
         train(lmbda=0.5, max_new_tokens=100, overwrite_output_dir=True)
+
+
+# ---- the teacher's log-probs in a folder
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_teachers_tokens_come_back_from_a_folder(demo, models, lab, tmp_path, packing):
+    teacher, _ = models
+    options = {"data_cache_dir": demo.cache, "packing": packing, "max_length": 32, "max_train_samples": 14}
+    data, other = (load_data(DataConfig(data_path=demo.train, **options), demo.tokenizer, "sft")[0] for _ in range(2))
+    score = jax.jit(partial(teacher_logprobs, 1.0, 5, teacher.config.vocab_size, teacher.module, teacher.params))
+    attach = partial(attach_teacher, folder=tmp_path / "train", rows=4, mesh=lab.mesh_of())
+    attach(data, settings={"kd_temperature": 1.0}, score=score)
+    attach(other, settings={"kd_temperature": 1.0}, score=lambda batch: pytest.fail("the folder has them"))
+    batch = other.batch(np.array([2, 0, -1, 1]))
+    expected = score({name: x for name, x in batch.items() if not name.startswith("teacher")})
+    real = (batch["attention_mask"] * batch["row_mask"][:, None]) == 1
+    assert batch["teacher_ids"].dtype == np.int32 and not batch["teacher_ids"][~real].any()
+    np.testing.assert_allclose(batch["teacher_logps"][real], expected["logps"][real], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(batch["teacher_ids"][real], expected["ids"][real])
+    with pytest.raises(InputError, match=r"other settings: kd_temperature \(1.0 then, 2.0 now\)"):
+        attach(other, settings={"kd_temperature": 2.0}, score=score)
+    path = tmp_path / "train" / "logps.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match=r"logps.npy is missing or damaged; delete the folder"):
+        attach(other, settings={"kd_temperature": 1.0}, score=score)
+
+
+@pytest.mark.long
+def test_a_run_with_a_folder_needs_no_teacher_and_is_that_of_one_with_it(train, tmp_path):
+    kept, losses = str(tmp_path / "teacher"), []
+    for i, options in enumerate(
+        [{}, {"teacher_log_probs": kept}, {"teacher_log_probs": kept, "teacher_model_name_or_path": None}]
+    ):
+        records = train(max_steps=3, output_dir=str(tmp_path / f"run-{i}"), packing=False, **options)
+        losses.append([record["loss"] for record in records if "loss" in record])
+    assert losses[1] == losses[2] and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    with pytest.raises(InputError, match="teacher_log_probs=nothing does not hold its log-probs"):
+        options = {"teacher_log_probs": "nothing", "teacher_model_name_or_path": None}
+        train(max_steps=1, output_dir=str(tmp_path / "run-4"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lmbda": 0.5}, "lmbda=0.5 with teacher_log_probs=kept"),
+        ({"teacher_top_k": 0}, "teacher_top_k=0 with teacher_log_probs=kept"),
+        ({"streaming": True}, "teacher_log_probs and streaming exclude each other"),
+    ],
+)
+def test_a_folder_holds_the_likeliest_tokens_of_known_rows(options, message):
+    with pytest.raises(InputError, match=message):
+        DistillConfig.create(teacher_log_probs="kept", **options)

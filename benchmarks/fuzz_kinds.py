@@ -17,6 +17,7 @@ from fuzz_damage import UNDAMAGED, Damage, byte_damages, json_damages, place_dam
 LLAMA = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+TEACHER = {"kd_temperature": 1.0, "teacher_top_k": 2}
 ROW = {"prompt": "one two", "response": "three four", "chosen": "yes yes", "rejected": "no no"}
 CSV = "prompt,response,chosen,rejected\n" + "".join(f"one {i},two,three,four\n" for i in range(8))
 
@@ -154,6 +155,17 @@ def resumed(inputs: Path, outputs: Path) -> Command:
     return read
 
 
+def teacher(inputs: Path, outputs: Path) -> Command:
+    """Opens the folder of `teacher_log_probs`."""
+
+    def read() -> None:
+        from jaxrlhf.trainers.teachers import read_teacher
+
+        read_teacher(inputs / "teacher", TEACHER, 3)
+
+    return read
+
+
 def rows(file: str, *more: str) -> Words:
     return data("--data_path", f"{{}}/{file}", *more)
 
@@ -203,6 +215,9 @@ KINDS: dict[str, Kind] = {
     "samples.jsonl": Kind("records/samples.jsonl", resumed, lenient=True),
     "summary.json": Kind("records/summary.json", resumed, "json"),
     "trackers.json": Kind("records/trackers.json", resumed, "json"),
+    "record of teacher_log_probs": Kind("teacher/about.json", teacher, "json", names=("teacher_log_probs",)),
+    "ids of teacher_log_probs": Kind("teacher/ids.npy", teacher),
+    "logps of teacher_log_probs": Kind("teacher/logps.npy", teacher),
     "results of bench": Kind("results/r.json", rendered, "json"),
 }
 
@@ -212,6 +227,7 @@ def make_inputs(folder: Path) -> None:
     folder.mkdir(parents=True)
     _make_models(folder)
     _make_rows(folder)
+    _make_teacher(folder / "teacher")
     for name, text in {
         "own.jinja": TEMPLATE,
         "config.yaml": f"step: sft\nshow: 1\ndata_path:\n  - {folder}/rows.jsonl\n",
@@ -263,6 +279,18 @@ def _make_models(folder: Path) -> None:
     _make_gguf(folder / "model.gguf", weights)
     words = ["convert", "--input", str(folder / "bin"), "--output", str(folder / "run"), "--to", "orbax"]
     assert main(words) == 0
+
+
+def _make_teacher(folder: Path) -> None:
+    import numpy as np
+
+    from jaxrlhf.trainers.teachers import KINDS as ARRAYS
+    from jaxrlhf.trainers.teachers import seal
+
+    folder.mkdir()
+    for name, kind in ARRAYS.items():
+        np.save(folder / f"{name}.npy", np.arange(6).reshape(3, 2).astype(kind))
+    seal(folder, TEACHER)
 
 
 def _make_gguf(path: Path, weights: dict[str, Any]) -> None:

@@ -53,7 +53,11 @@ STEPS = {
         "jaxrlhf.trainers.kto", "KTOConfig", "train_kto", "steps 2 and 3 in one: KTO on labelled responses", fits=True
     ),
     "distill": Command(
-        "jaxrlhf.trainers.distill", "DistillConfig", "train_distill", "a student learns a teacher's distributions"
+        "jaxrlhf.trainers.distill",
+        "DistillConfig",
+        "train_distill",
+        "a student learns a teacher's distributions",
+        fits=True,
     ),
 }
 OTHERS = {

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     CHAT = 9
     SERVING = 10
     REFILLS = 11
+    ON_POLICY = 12
 
 
 def stream(seed: int | jax.Array, purpose: Stream, *numbers: int | jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from jaxrlhf.data import (
 from jaxrlhf.data.settings import cache_folder
 from jaxrlhf.engine import HybridEngine, SamplingConfig
 from jaxrlhf.models import load_pretrained
-from jaxrlhf.rl.config import CriticConfig, PPOOptions, sampling_for
+from jaxrlhf.rl.config import CriticConfig, PPOOptions
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.runs import TrackingConfig
 from jaxrlhf.runs.console import Console
@@ -31,7 +31,7 @@ from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.reward import RewardOptions
 from jaxrlhf.trainers.settings import FolderConfig, RunConfig, StartConfig
 from jaxrlhf.trainers.sft import SFTOptions
-from jaxrlhf.trainers.tokenizers import TokenizerConfig
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, sampling_for
 
 SHAPE = {
     "hidden_size": 128,

@@ -38,7 +38,6 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.models.model import PyTree
 from jaxrlhf.rewards import Rewards, RewardsConfig, finite_mean
-from jaxrlhf.rl.config import sampling_for
 from jaxrlhf.rl.episodes import EpisodeRunner, Episodes, check_scored
 from jaxrlhf.rl.outcomes import Graded, Outcome, data_columns
 from jaxrlhf.runs.console import Console
@@ -46,7 +45,7 @@ from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
-from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens
+from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens, sampling_for
 
 OWN_FIELDS = ("prompt", "chosen", "tools", "score", "scores")
 MODEL_PART = "reward_model"

@@ -332,3 +332,37 @@ def rewards_of_groups(line: Line, say: Say) -> None:
         if low != -high:
             raise InputError(f"reward_clip_range={' '.join(bounds)}: must be [-x, x], which is clip_reward: x")
         line["clip_reward"] = f"{high:g}"
+
+
+def above_one(word: str) -> str | None:
+    """TRL's upper bound of a ratio as what it is above 1."""
+    value = float(word)
+    return f"{value - 1:g}" if value > 1 else None
+
+
+def rollouts_of_pairs(line: Line, say: Say) -> None:
+    """TRL's online DPO counts prompts, each with two responses, and bounds a prompt with its response."""
+    if len(words_of(line.get("beta", "0.1"))) > 1:
+        raise InputError(f"beta={' '.join(words_of(line['beta']))}: one β for all epochs; write a single number")
+    rows, copies = count(line, "per_device_train_batch_size", default=8), 2
+    line["per_device_train_batch_size"] = str(copies * rows)
+    say(f"per_device_train_batch_size={rows} prompts are {copies * rows} rows here: each has {copies} responses")
+    longest, response = count(line, "max_length"), count(line, "max_new_tokens")
+    if "max_prompt_seq_len" in line:
+        line.pop("max_length", None)
+    elif longest <= response:
+        raise InputError(f"max_length={longest} must be above max_new_tokens={response}: it bounds both together")
+    else:
+        line["max_length"] = str(longest - response)
+
+
+def teaching(line: Line, say: Say) -> None:
+    """GKD's sampling, and the options of its teacher."""
+    options = line.pop("teacher_model_init_kwargs", None) or {}
+    if not isinstance(options, Mapping) or set(options) - {"dtype", "torch_dtype", "attn_implementation", "use_cache"}:
+        raise InputError(f"teacher_model_init_kwargs={options}: the teacher is read in the run's dtype; leave it out")
+    if not _number(line, "lmbda"):
+        unused = [name for name in ("max_new_tokens", "temperature") if line.pop(name, None) is not None]
+        say(f"{', '.join(unused)}: ignored with lmbda: 0, which samples nothing")
+    if "teacher_top_k" not in line:
+        say("teacher_top_k: the loss distinguishes the teacher's 64 likeliest tokens; 0 takes all, as TRL")

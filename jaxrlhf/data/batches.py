@@ -8,7 +8,7 @@ row: one pad token, 0 in `row_mask` and in `loss_mask`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -63,6 +63,24 @@ def padded(
     return fill(arrays, width, pad, left=left), fill(ones, width, 0, left=left)
 
 
+class TokenValues(NamedTuple):
+    """Values of each token of each unit."""
+
+    values: np.ndarray
+    """`[tokens, …]`, one unit after the other."""
+    starts: np.ndarray
+    """int64 `[units + 1]`: where the tokens of each unit begin."""
+
+    def batch(self, units: Indices, width: int) -> np.ndarray:
+        """`[B, width, …]`; 0 behind a unit's tokens and in filler rows."""
+        found = np.zeros((len(units), width, *self.values.shape[1:]), self.values.dtype)
+        for i, unit in enumerate(np.asarray(units).tolist()):
+            if unit >= 0:
+                begin, end = self.starts[unit], self.starts[unit + 1]
+                found[i, : end - begin] = self.values[begin:end]
+        return found
+
+
 class Data:
     """Tokenised rows of one step, made by `load_data` and read at random by unit number.
 
@@ -77,12 +95,14 @@ class Data:
         bins: with packing, the rows of each unit of each source.
         unusable: the parts of sources without a usable row.
         attached: further float32 arrays `[units, …]` by name, whose entries go into the batches.
+        token_values: further values of tokens by name, which go into the batches of SFT.
     """
 
     sequence_names: tuple[str, ...]
     numbers: tuple[str, ...] = ()
     unusable: Sequence[Part] = ()
     attached: Mapping[str, np.ndarray] = {}
+    token_values: Mapping[str, TokenValues] = {}
 
     def __init__(
         self,

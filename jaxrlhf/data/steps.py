@@ -10,6 +10,7 @@ import numpy as np
 from jaxrlhf.data.batches import Batch, Data, Indices, fill, filled_mask, length_bucket
 from jaxrlhf.data.messages import Prompt
 from jaxrlhf.data.tokenized import TokenRow
+from jaxrlhf.errors import SharedError
 
 LENGTH_WINDOW = 16  # batches whose rows are sorted by length together
 
@@ -23,20 +24,45 @@ class SFTData(Data):
         """Builds `input_ids, attention_mask, loss_mask` int32 [B, T], right-padded; `row_mask` int32 [B].
 
         `loss_mask` is 1 at the targets of the loss: the tokens that `train_on` selects. With packing, also
-        `segment_ids`.
+        `segment_ids`. Also the `token_values`.
         """
-        row_mask = self.row_mask(indices)
+        width = self.width(indices)
+        own = np.asarray(indices) if held is None else np.where(held, indices, -1)
+        extra = {name: values.batch(own, width) for name, values in self.token_values.items()}
+        extra["row_mask"] = self.row_mask(indices)
         if self.bins is not None:
-            return self.packed(self.read(indices, held), self.width(indices)) | {"row_mask": row_mask}
-        units, width = self.sequences(self.read(indices, held)), self.width(indices)
+            return self.packed(self.read(indices, held), width) | extra
+        units = self.sequences(self.read(indices, held))
         ids = [unit[0][0] if unit else np.zeros(0, np.int32) for unit in units]
         marks = [unit[0][1] if unit else np.zeros(0, np.int32) for unit in units]
         return {
             "input_ids": fill(ids, width, self.pad_id),
             "attention_mask": filled_mask([len(row) for row in ids], width),
             "loss_mask": fill(marks, width, 0),
-            "row_mask": row_mask,
-        }
+        } | extra
+
+    def prompt_batch(self, indices: Indices) -> Batch:
+        """Builds the prompts of rows that are not packed as `PromptData.batch` does, without `index`.
+
+        Raises SharedError for a row without a prompt.
+        """
+        rows = [unit[0] for unit in self.values(indices, ["ids_0", "prompt_length"])]
+        lengths = [int(row["prompt_length"]) for row in rows]
+        if not all(lengths):
+            raise SharedError(f"a row of the data {NO_PROMPT}")
+        width = length_bucket(max(lengths), self.maximum)
+        return prompts_left_padded([row["ids_0"][:n] for row, n in zip(rows, lengths, strict=True)], width, self.pad_id)
+
+
+NO_PROMPT = "has no prompt that a response could be sampled to; give rows of prompt and response"
+
+
+def prompts_left_padded(prompts: list[np.ndarray], width: int, pad_id: int) -> Batch:
+    """`prompt_ids, prompt_mask` int32 [B, width]."""
+    return {
+        "prompt_ids": fill(prompts, width, pad_id, left=True),
+        "prompt_mask": filled_mask([len(row) for row in prompts], width, left=True),
+    }
 
 
 class PairData(Data):
@@ -201,9 +227,5 @@ class PromptData(Data):
         """Builds `prompt_ids, prompt_mask` int32 [B, P], left-padded; `index, row_mask` int32 [B] (filler: -1, 0)."""
         units, width = self.sequences(self.read(indices, held)), self.width(indices)
         prompts = [unit[0][0] if unit else np.zeros(0, np.int32) for unit in units]
-        return {
-            "prompt_ids": fill(prompts, width, self.pad_id, left=True),
-            "prompt_mask": filled_mask([len(row) for row in prompts], width, left=True),
-            "index": np.asarray(indices, np.int32),
-            "row_mask": self.row_mask(indices),
-        }
+        own = {"index": np.asarray(indices, np.int32), "row_mask": self.row_mask(indices)}
+        return prompts_left_padded(prompts, width, self.pad_id) | own

@@ -17,6 +17,7 @@ from jaxrlhf.kernels import gathered_blocks, logprob_blocks
 from jaxrlhf.kernels.choice import LIBRARIES, decide
 from jaxrlhf.models import Decoder, cast_matrices, join, param_shapes, split_trainable
 from jaxrlhf.models.config import MLP_STACKS, SPARSE_STACK
+from jaxrlhf.models.decoder import READ_ELEMENTS
 from jaxrlhf.models.mixed import read_shapes
 from jaxrlhf.plan.roofline import expert_elements, flat_shapes, itemsize
 from jaxrlhf.plan.system import System
@@ -25,11 +26,15 @@ from jaxrlhf.rl import actor_logprobs, critic_values
 PyTree = Any
 
 
+DROPPING = ("sft", "reward", "distill")
+"""Trainers with dropout."""
+
+
 def attends_in_blocks(system: System, name: str, kernel: str = "flash_attention") -> bool:
     """True for a model whose attention keeps scores on the chip, as all kernels but XLA's do."""
     module = system.modules[name]
     c, asked = module.config, module.attention_implementation
-    if system.trainer in ("sft", "reward") and c.attention_dropout:
+    if system.trainer in DROPPING and c.attention_dropout:
         return False
     if asked != "auto":
         return asked != "xla" and (asked not in LIBRARIES or kernel == "flash_attention")
@@ -192,6 +197,9 @@ def _head_scratch(system: System, name: str, rows: int, backward: bool, platform
     """Blocks of token log-probs: of the logits and what is made of them, and of the head where it is gathered."""
     module = system.modules[name]
     c, tokens = module.config, rows * min(system.length, system.headed) // system.context
+    if system.trainer == "distill":  # whole distributions, a few columns at a time
+        elements = min(READ_ELEMENTS, tokens * c.vocab_size)
+        return {"logits": (5 if backward else 3) * 4 * elements}
     vocab, gathered = c.padded_vocab_size // system.tensor, system.gathers(name)
     blocks = gathered_blocks(tokens, vocab) if gathered else logprob_blocks(tokens, vocab, platform)
     held = itemsize(module) + (4 if backward else 0)

@@ -153,6 +153,7 @@ def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
     train = [_passes(system, name, rows, forwards, 1, links) * config.algorithm.ppo_epochs for name in system.trained]
     train += [_update(system, name, links) * updates for name in system.trained]
     phases = _generate(system, links) if "generate" in system.programs else {}
+    phases = {name: cost * system.generated for name, cost in phases.items()}
     return phases | ({"score": total(score)} if "score" in system.programs else {}) | {"train": total(train)}
 
 

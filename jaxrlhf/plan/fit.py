@@ -34,6 +34,7 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.run import check_models
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.system import available_memory
+from jaxrlhf.trainers.distill import DistillConfig, teacher_of
 from jaxrlhf.trainers.settings import FitConfig, SharedConfig
 from jaxrlhf.trainers.supervised import SupervisedConfig
 
@@ -172,6 +173,7 @@ def device_at_hand() -> Device:
 
 def plan_of(config: Any, device: Device) -> PlanConfig:
     """The plan of a trainer's run on all its devices."""
+    own: dict[str, Any] = {}
     trainer: Any = next((name for name, kind in SUPERVISED.items() if isinstance(config, kind)), None)
     if trainer is None:
         actor, reward = check_models(config), config.models.reward_model_name_or_path
@@ -180,6 +182,12 @@ def plan_of(config: Any, device: Device) -> PlanConfig:
     else:
         actor, reward, shapes = config.model.model_name_or_path or "", None, {"actor": _shape(config)}
         parts = {name: getattr(config, name) for name in ("run", "optimizer", "routers", "data", "mesh", "compute")}
+        if isinstance(config, DistillConfig):
+            teacher = None if config.teaching.teacher_log_probs else teacher_of(config)
+            if teacher is not None:
+                shapes["teacher"] = read_config(teacher)
+            parts |= {"generation": config.generation, "sampling": config.sampling.replace(temperature=1.0)}
+            own = {"teacher": teacher, "teaching": config.teaching}
         ppo = dataclasses.replace(PPOConfig(), lora=dataclasses.replace(config.lora, lora_dropout=0.0), **parts)
     if not device.pinned_host:  # the host's memory is the devices'
         ppo = ppo.replace(**dict.fromkeys(OFFLOADS, False))
@@ -192,6 +200,7 @@ def plan_of(config: Any, device: Device) -> PlanConfig:
         device=device.name,
         devices=jax.device_count(),
         hardware=device,
+        **own,
     )
 
 

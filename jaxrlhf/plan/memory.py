@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxrlhf.plan.activations import (
+    DROPPING,
     Pass,
     attends_in_blocks,
     largest,
@@ -32,7 +33,7 @@ from jaxrlhf.plan.copies import (
     merged_adapter_bytes,
     working_copy_bytes,
 )
-from jaxrlhf.plan.programs import experience, labelled_batch, prompt_batch, rollout, train_batch
+from jaxrlhf.plan.programs import experience, labelled_batch, prompt_batch, rollout, teacher_logprobs, train_batch
 from jaxrlhf.plan.roofline import cached_vector_bytes, itemsize
 from jaxrlhf.plan.system import System, tree_bytes
 from jaxrlhf.sharding import GENERATE_RULES, named_sharding
@@ -121,7 +122,7 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
     kept = []
     for name in trained:
         module = system.modules[name]
-        drops = system.trainer in ("sft", "reward") and has_dropout(module)
+        drops = system.trainer in DROPPING and has_dropout(module)
         own = dataclasses.replace(over, drops=drops, blocks=attends_in_blocks(system, name))
         kept.append(residual_bytes(module, own) // system.context)
     loops = config.run.gradient_accumulation_steps > 1
@@ -144,7 +145,7 @@ def train_memory(system: System, platform: str) -> ProgramMemory:
 
 
 def score_memory(system: System, platform: str) -> ProgramMemory:
-    """Memory of `score_rollout`: the models' forward passes, one after the other; of DPO the reference's."""
+    """Memory of `score_rollout`: the models' forward passes, one after the other; of labelled rows the frozen one's."""
     if system.supervised:
         return _reference_memory(system, platform)
     rows = system.config.score_rows
@@ -181,6 +182,8 @@ def _reference_memory(system: System, platform: str) -> ProgramMemory:
     arguments = _on_device(system, platform, (held,)) | {"batch": tree_bytes(batch, platform)}
     unread = tree_bytes(system.trees[held], platform) - tree_bytes(params, platform)  # the adapters
     outputs = 8 * system.rows // system.batch_devices
+    if system.trainer == "distill":
+        outputs = tree_bytes(teacher_logprobs(system), platform)
     return _program(system, platform, ProgramMemory("score", arguments, scratch, outputs, {}, -unread))
 
 

@@ -16,7 +16,7 @@ from jaxrlhf.plan.settings import PROGRAMS
 from jaxrlhf.plan.system import System, tree_bytes
 from jaxrlhf.rl import Experience, PPOState, ppo_step, score_rollout
 from jaxrlhf.sharding import GENERATE_RULES, TRAIN_RULES, Rules, batch_sharding, replicated
-from jaxrlhf.trainers import dpo, kto, reward, sft
+from jaxrlhf.trainers import distill, dpo, kto, reward, sft
 from jaxrlhf.trainers.references import score_batch
 from jaxrlhf.trainers.supervised import Objective, TrainState, train_step
 
@@ -76,8 +76,17 @@ def labelled_batch(system: System) -> Batch:
         names = ["input_ids", "attention_mask", "loss_mask", *(["segment_ids"] if system.packed else [])]
     kinds |= dict.fromkeys(names, jnp.int32)
     pairs = _batch(system, 1, {"pair_mask": jnp.int32}, TRAIN_RULES, system.rows)
-    paired = system.packed and SEQUENCES[system.trainer] == 2
+    paired = system.packed and SEQUENCES[system.row_kind] == 2
     return _batch(system, system.length, kinds, TRAIN_RULES, system.rows) | (pairs if paired else {})
+
+
+def teacher_logprobs(system: System) -> Batch:
+    """The teacher's most likely tokens of a batch."""
+    count, vocab = system.teaching.teacher_top_k, [module.config.vocab_size for module in system.modules.values()]
+    shape = (system.rows, system.length, min(count or vocab[0], *vocab))
+    kinds = {"teacher_ids": jnp.int32, "teacher_logps": jnp.float32}
+    sharding = batch_sharding(system.mesh, shape, TRAIN_RULES)
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
 
 
 NUMBERS = {
@@ -93,6 +102,8 @@ def train_batch(system: System) -> Experience | Batch:
     if not system.supervised:
         return experience(system)
     batch = {name: x for name, x in labelled_batch(system).items() if name not in kto.COLUMNS["kl"]}
+    if system.trainer == "distill":
+        return batch | teacher_logprobs(system)
     like = batch["pair_mask" if "pair_mask" in batch else "row_mask"]
     number = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
     return batch | dict.fromkeys(NUMBERS.get(system.trainer, ()), number)
@@ -133,8 +144,15 @@ def _lower_generate(system: System) -> jax.stages.Lowered:
 def _lower_reference(system: System) -> jax.stages.Lowered:
     steps = system.config.run.gradient_accumulation_steps
     static = {"module": system.modules["reference"], "mesh": system.mesh, "micro_batches": steps}
-    static["logprobs"] = kto.BOTH if system.trainer == "kto" else dpo.response_logprobs
+    static["logprobs"] = _scored(system)
     return cast(Any, score_batch).lower(system.read_params("reference"), labelled_batch(system), **static)
+
+
+def _scored(system: System) -> Callable:
+    """What a supervised trainer reads of its frozen model."""
+    if system.trainer == "distill":
+        return distill.reader(1.0, system.teaching.teacher_top_k, system.modules["actor"].config.vocab_size)
+    return kto.BOTH if system.trainer == "kto" else dpo.response_logprobs
 
 
 def _lower_score(system: System) -> jax.stages.Lowered:
@@ -156,6 +174,8 @@ def _objective(trainer: str) -> Objective:
         return dpo.objective(dpo.Losses())[0]
     if trainer == "kto":
         return kto.objective(kto.Loss(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0))[0]
+    if trainer == "distill":
+        return distill.objective(distill.Divergence(beta=0.5, temperature=1.0))[0]
     return sft.OBJECTIVE if trainer == "sft" else reward.objective(reward.RewardLoss())[0]
 
 

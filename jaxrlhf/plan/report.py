@@ -61,9 +61,10 @@ class Plan:
             return None
         return sum(self.calls(name) * x.traffic.seconds for name, x in found.items() if x.traffic is not None)
 
-    def calls(self, program: str) -> int:
-        """Calls of a program in an iteration."""
-        return self.system.config.rollout.generation_batches if program == "generate" else 1
+    def calls(self, program: str) -> float:
+        """Mean calls of a program in an iteration."""
+        system = self.system
+        return system.generated * system.config.rollout.generation_batches if program == "generate" else 1
 
     @property
     def problems(self) -> list[str]:
@@ -94,8 +95,8 @@ def gib(size: float) -> str:
 def _models(plan: Plan) -> str:
     """The models by name."""
     config = plan.config
-    scores = "" if plan.system.supervised or config.reward is None else f" + {config.reward}"
-    return f"{config.trainer}: {config.actor}{scores}"
+    other = config.teacher if plan.system.supervised else config.reward
+    return f"{config.trainer}: {config.actor}{'' if other is None else f' + {other}'}"
 
 
 def _items(program: ProgramMemory) -> dict[str, int]:

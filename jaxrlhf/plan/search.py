@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.memory import ProgramMemory, estimate
-from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.settings import SUPERVISED, PlanConfig
 from jaxrlhf.plan.system import build_system
 
 MOST_DEVICES = 65_536
@@ -84,7 +84,7 @@ def _smaller_micro_batches(c: PlanConfig) -> Mapping[str, object]:
 
 def _pieces(c: PlanConfig) -> Mapping[str, object]:
     """The rollout batch generated in pieces, as many as eight."""
-    if "generate" not in c.programs:
+    if c.trainer in SUPERVISED:
         return {}
     system = build_system(c)
     prompts = system.rows // system.config.sampling.samples_per_prompt
@@ -93,7 +93,7 @@ def _pieces(c: PlanConfig) -> Mapping[str, object]:
 
 def _wider_generation(c: PlanConfig) -> Mapping[str, object]:
     """Generation split over the largest group that divides the heads."""
-    if "generate" not in c.programs:
+    if c.trainer in SUPERVISED:
         return {}
     system = build_system(c)
     tensor, fsdp = system.tensor, system.mesh.shape["fsdp"]
@@ -146,7 +146,7 @@ def _tensor_parallel(c: PlanConfig) -> Mapping[str, object]:
 
 def _offload_frozen(c: PlanConfig) -> Mapping[str, object]:
     """Frozen copies in host memory; with adapters there is no copy."""
-    if "generate" not in c.programs:
+    if c.trainer in SUPERVISED:
         return {}
     flags = {"offload_reference_model": not c.value("lora_r"), "offload_reward_model": not c.value("critic_lora_r")}
     if c.reward is None:
@@ -266,7 +266,7 @@ def largest_micro_batches(config: PlanConfig) -> PlanConfig:
     sizes = [n for n in reversed(_divisors(total)) if n > config.value(rows)]
     larger = (config.replace(**{rows: n, steps: total // n}) for n in sizes)
     found = next((c for c in larger if _fits(c)), config)
-    if "generate" not in config.programs:
+    if config.trainer in SUPERVISED:
         return found
     batch = found.ppo.rows_per_device
     sizes = [n for n in reversed(_divisors(batch)) if n > found.ppo.score_rows]

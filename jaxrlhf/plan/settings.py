@@ -20,14 +20,16 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import OVERRIDES, Device, find_device, topology_of
 from jaxrlhf.rl.algorithms import ALGORITHMS
 from jaxrlhf.rl.config import CONFIGS, PPOConfig
+from jaxrlhf.trainers.distill import DistillConfig, TeachingOptions
 from jaxrlhf.trainers.dpo import DPOConfig
 from jaxrlhf.trainers.kto import KTOConfig
 from jaxrlhf.trainers.reward import RewardConfig
 from jaxrlhf.trainers.sft import SFTConfig
 
-Labelled = Literal["sft", "reward", "dpo", "kto"]
+Labelled = Literal["sft", "reward", "dpo", "kto", "distill"]
 OnRollouts = Literal["ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "online_dpo", "reinforce++"]
 SUPERVISED = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
+SUPERVISED |= {"distill": DistillConfig}
 PROGRAMS = ("generate", "score", "train")
 
 SHOWN = {
@@ -114,9 +116,12 @@ class PlanConfig(ClusterConfig):
     """Model to train: a known name such as opt-13b, or a folder."""
     reward: Annotated[str | None, alias("critic_model_name_or_path", "reward_model_name_or_path")] = "opt-350m"
     """Reward model, also ppo's start of the critic: a known name, or a folder; none: reward functions alone score.
-    sft, reward, dpo and kto have none."""
+    sft, reward, dpo, kto and distill have none."""
+    teacher: Annotated[str | None, alias("teacher_model_name_or_path")] = None
+    """Teacher of distill: a known name, or a folder."""
+    teaching: TeachingOptions = TeachingOptions()
     shapes: Derived[Any] = None
-    """The models' configs by `actor` and `reward`, where they are known already."""
+    """The models' configs by `actor`, `reward` and `teacher`, where they are known already."""
     train_rows: PositiveInt = 131_900
     """Rows of the data set (prompts, pairs); default: those of DeepSpeed-Chat's published run."""
     ppo: PPOConfig = PPOConfig()
@@ -144,13 +149,19 @@ class PlanConfig(ClusterConfig):
         for name in sorted(SHOWN - known.keys()):
             if self.ppo.value(name) != default_of(type(self), name):
                 raise InputError(f"{name}={self.ppo.value(name)} is no setting of {self.trainer}; leave it out")
+        for name in ("teacher", *settings(TeachingOptions)):
+            if self.trainer != "distill" and self.value(name) != default_of(type(self), name):
+                raise InputError(f"{name}={self.value(name)} is no setting of {self.trainer}; leave it out")
+        if self.trainer == "distill" and self.teacher is None and not self.teaching.teacher_log_probs:
+            raise InputError("teacher: name the teacher of distill, a known name or a folder")
 
     @property
     def programs(self) -> tuple[str, ...]:
         """Programs of a step, those of PROGRAMS that the trainer runs."""
-        if self.trainer in SUPERVISED:
-            return PROGRAMS[1:] if self.trainer in ("dpo", "kto") else PROGRAMS[2:]
-        return PROGRAMS
+        if self.trainer not in SUPERVISED or self.teaching.lmbda:
+            return PROGRAMS
+        scores = self.trainer in ("dpo", "kto") or (self.trainer == "distill" and not self.teaching.teacher_log_probs)
+        return PROGRAMS[1:] if scores else PROGRAMS[2:]
 
     @property
     def planned(self) -> PPOConfig:
@@ -158,6 +169,8 @@ class PlanConfig(ClusterConfig):
         values: dict[str, Any] = {}
         if self.ppo.mesh.dtype == "auto":
             values["dtype"] = "float32" if self.accelerator.platform == "cpu" else "bfloat16"
+        if self.trainer == "distill":  # a prompt is as long as a row may be
+            values["max_prompt_seq_len"] = self.ppo.data.max_length
         algorithm = ALGORITHMS.get(self.trainer)
         if algorithm is not None and algorithm.name != "ppo" and type(self.ppo) is PPOConfig:
             values |= {"advantage_estimator": algorithm.estimator}

@@ -1,10 +1,11 @@
 """The planned run without an array: the models and state that `jaxrlhf.rl.build` makes abstractly.
 
 SFT, reward models, DPO and KTO are built as a run with an actor alone, or with an actor and a reference: the parts are
-the same (`init_state`, `frozen_copy`). Trees hold `jax.ShapeDtypeStruct`s with shardings, so sizes per device are
-exact.
+the same (`init_state`, `frozen_copy`). The teacher of distillation is a reference of another shape. Trees
+hold `jax.ShapeDtypeStruct`s with shardings, so sizes per device are exact.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,18 +24,21 @@ from jaxrlhf.models import (
     DecoderConfig,
     Model,
     check_same_rows,
+    frozen_stage,
     known_config,
     param_shapes,
+    param_shardings,
     read_config,
     split_trainable,
 )
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.settings import SUPERVISED, PlanConfig
 from jaxrlhf.rl import PPOState
-from jaxrlhf.rl.build import ABSTRACT, FrozenModels, build_models
+from jaxrlhf.rl.build import ABSTRACT, FrozenModel, FrozenModels, build_models
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.sharding import generate_mesh
 from jaxrlhf.sharding.placement import HOST
+from jaxrlhf.trainers.distill import TeachingOptions
 from jaxrlhf.trainers.settings import batch_devices, check_context
 
 PyTree = Any
@@ -94,6 +98,7 @@ class System:
     frozen: FrozenModels
     device: Device
     """The planned one."""
+    teaching: TeachingOptions = TeachingOptions()
 
     @cached_property
     def modules(self) -> dict[str, Decoder]:
@@ -108,8 +113,13 @@ class System:
 
     @property
     def supervised(self) -> bool:
-        """True for SFT, reward models, DPO and KTO."""
+        """True for trainers of labelled rows."""
         return self.trainer in SUPERVISED
+
+    @property
+    def generated(self) -> float:
+        """Share of the iterations that sample responses."""
+        return self.teaching.lmbda if self.supervised else 1.0
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -177,19 +187,24 @@ class System:
     @property
     def packed(self) -> bool:
         """True for rows of several sequences."""
-        return self.supervised and packs(self.config.data, self.trainer)
+        return self.supervised and "generate" not in self.programs and packs(self.config.data, self.row_kind)
+
+    @property
+    def row_kind(self) -> str:
+        """The step that has rows of the same kind."""
+        return "sft" if self.trainer == "distill" else self.trainer
 
     @property
     def length(self) -> int:
         """Columns of a row: a prompt and its response, a sequence, or what is packed into a row."""
-        if self.supervised:
-            return self.config.data.max_length * (SEQUENCES[self.trainer] if self.packed else 1)
+        if self.supervised and "generate" not in self.programs:
+            return self.config.data.max_length * (SEQUENCES[self.row_kind] if self.packed else 1)
         return self.config.data.max_prompt_seq_len + self.config.sampling.max_new_tokens
 
     @property
     def sequences(self) -> int:
         """Sequences that a row has side by side: those of a pair that is not packed."""
-        return SEQUENCES[self.trainer] if self.supervised and not self.packed else 1
+        return SEQUENCES[self.row_kind] if self.supervised and not self.packed else 1
 
     @property
     def headed(self) -> int:
@@ -258,8 +273,10 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
     ppo, supervised = config.planned, config.trainer in SUPERVISED
     devices = absent_devices(config.accelerator, config.devices) if devices is None else devices
     mesh = ppo.mesh.make_mesh(devices)
-    if supervised:
+    if "generate" not in config.programs:
         lengths = ppo.data.max_length, "max_length"
+    elif supervised:
+        lengths = ppo.data.max_length + ppo.sampling.max_new_tokens, "max_length + max_new_tokens"
     else:
         lengths = ppo.data.max_prompt_seq_len + ppo.sampling.max_new_tokens, "max_prompt_seq_len + max_new_tokens"
     shapes = model_configs(config, *lengths)
@@ -292,26 +309,37 @@ def build_system(config: PlanConfig, devices: Sequence[object] | None = None) ->
         critic = value if ppo.algorithm.algorithm.needs_critic else None
         score = value if "reward" in shapes else None
     state, frozen = build_models(ppo, mesh, policy, critic, score, 1, ABSTRACT)
+    if "teacher" in shapes:
+        frozen = dataclasses.replace(frozen, reference=_teacher(model(shapes["teacher"], "lm", stage), mesh))
     generating = mesh
     if ppo.rollout.generation_devices:
         raise InputError(
             f"generation_devices={ppo.rollout.generation_devices}: the planner knows runs whose devices all train and "
             "generate; leave it out, and plan for the devices that train"
         )
-    if not supervised:
+    if "generate" in config.programs:
         generating = generate_mesh(mesh, shapes["actor"].num_heads, ppo.rollout.generate_tensor_parallel)
         ppo.rollout_rows(batch_devices(mesh))  # refuses groups and pieces that do not divide the rows
-    return System(config.trainer, config.programs, ppo, mesh, generating, state, frozen, config.accelerator)
+    run = config.trainer, config.programs, ppo, mesh, generating, state, frozen, config.accelerator
+    return System(*run, config.teaching)
+
+
+def _teacher(model: Model, mesh: Mesh) -> FrozenModel:
+    """The teacher as a run keeps it, in the compute dtype."""
+    module = model.module.clone(zero_stage=frozen_stage(model.module))
+    own = ABSTRACT.frozen_copy(model.params, param_shardings(module, mesh), module.dtype, offload=False)
+    return FrozenModel(module, own, module)
 
 
 def model_configs(config: PlanConfig, longest: int, lengths: str) -> dict[str, DecoderConfig]:
-    """Configurations of `actor` and, where one scores, `reward`; the arguments are those of `model_config`."""
-    named = {"actor": config.actor}
+    """Configurations of `actor` and, where there is one, `reward` or `teacher`; arguments are as in `model_config`."""
+    reads_teacher = config.trainer == "distill" and "score" in config.programs
+    named = {"actor": config.actor} | ({"teacher": str(config.teacher)} if reads_teacher else {})
     if config.trainer not in SUPERVISED and config.reward is not None:
         named["reward"] = config.reward
     known = config.shapes or {}
     shapes = {name: known.get(name) or model_config(name, value, longest, lengths) for name, value in named.items()}
-    if len(shapes) == 2:
+    if "reward" in shapes:
         names = f"actor={config.actor}", f"reward={config.reward}"
         check_same_rows(shapes["actor"], shapes["reward"], names)
     return shapes

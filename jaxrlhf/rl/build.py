@@ -33,6 +33,7 @@ from jaxrlhf.models import (
 from jaxrlhf.models.lora import lora_module
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import RLModels
+from jaxrlhf.rl.replay import EMPTY, Replayed, replays
 from jaxrlhf.rl.step import PPORates, PPOState
 from jaxrlhf.sharding import batch_sharding, offloaded, optimizer_shardings, place, replicated
 from jaxrlhf.trainers.gradients import init_optimizer
@@ -160,7 +161,7 @@ def model_of(module: Decoder, params: PyTree) -> Model:
 def updates_of(config: PPOConfig, iterations: int) -> tuple[int, int]:
     """Optimizer steps of (actor, critic) in a run of `iterations`; at least 1."""
     per_iteration = config.algorithm.ppo_epochs * config.algorithm.num_mini_batches
-    updates = max(1, iterations * per_iteration)
+    updates = max(1, (iterations + replays(iterations, config.rollout.reuses)) * per_iteration)
     return max(1, updates - config.algorithm.critic_only_steps * per_iteration), updates
 
 
@@ -266,7 +267,8 @@ def _first_state(
         ema_params=arrays.copy(trainable) if hyperparameters.enable_ema else None,
         kl_coef=on_all(jnp.float32(hyperparameters.kl_coef)),
         seed=on_all(jnp.uint32(config.data.seed & 0xFFFFFFFF)),
-        pending=_pending(config, mesh, arrays),
+        pending=tuple(_rollout(config, mesh, arrays) for _ in range(config.rollout.async_steps)),
+        replay=_replay(config, mesh, arrays),
         score_moments=on_all(objectives.Moments.empty()) if running else None,
         actor=actor.module,
         critic=None if critic is None else critic.module,
@@ -278,15 +280,27 @@ def _first_state(
     )
 
 
-def _pending(config: PPOConfig, mesh: Mesh, arrays: Arrays) -> tuple[Rollout, ...]:
-    """Places of the rollouts that wait for their update, `async_steps` of them."""
+def _rollout(config: PPOConfig, mesh: Mesh, arrays: Arrays) -> Rollout:
+    """Place of a rollout that waits for its update, or that is kept for later ones."""
     rows = config.rows_per_device * batch_devices(mesh)
     shape = (rows, config.data.max_prompt_seq_len + config.sampling.max_new_tokens)
 
     def place(dtype: DTypeLike) -> jax.Array:
         return arrays.place(jnp.zeros(shape, dtype), batch_sharding(mesh, shape))
 
-    return tuple(
-        Rollout(place(jnp.int32), place(bool), place(bool), place(jnp.float32), config.data.max_prompt_seq_len)
-        for _ in range(config.rollout.async_steps)
-    )
+    rewards = place(jnp.float32) if config.environments.used else None
+    arrays_of = (place(jnp.int32), place(bool), place(bool), place(jnp.float32))
+    return Rollout(*arrays_of, config.data.max_prompt_seq_len, rewards)
+
+
+def _replay(config: PPOConfig, mesh: Mesh, arrays: Arrays) -> tuple[Replayed, ...]:
+    """Places of the rollouts that are kept for later steps."""
+
+    def place() -> Replayed:
+        rollout = _rollout(config, mesh, arrays)
+        scores = jnp.zeros(rollout.tokens.shape[0], jnp.float32)
+        placed = arrays.place(scores, batch_sharding(mesh, scores.shape))
+        numbers = (arrays.place(jnp.int32(n), replicated(mesh)) for n in (EMPTY, 0))
+        return Replayed(rollout, placed, *numbers)
+
+    return tuple(place() for _ in range(config.rollout.reuses))

@@ -18,9 +18,8 @@ from jaxrlhf.config import (
     check_needs,
     deepspeed_chat,
     default_of,
-    trl,
+    trl_rollouts,
 )
-from jaxrlhf.data import Tokenizer, encode_stops, end_ids, pad_token_id
 from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.environments import EnvironmentConfig
 from jaxrlhf.errors import InputError
@@ -108,6 +107,9 @@ class RolloutConfig(Settings, may_change=True):
     async_steps: Lasting[NonNegativeInt] = 0
     """Steps that a rollout is made before its update, so that reward functions work while the models train on earlier
     ones; 0: none."""
+    replay_steps: Lasting[NonNegativeInt] = 0
+    """Steps after its sampling up to which each later step trains on a rollout again; 0: a rollout is used in one step
+    only."""
     generation_batches: PositiveInt = 1
     """Pieces that a rollout batch is generated in, each of prompts of similar length: less memory for the key/value
     cache and less padding, same responses."""
@@ -123,6 +125,11 @@ class RolloutConfig(Settings, may_change=True):
     """Steps between printed tables of prompts, responses and scores; 0: none."""
     num_sample_rows: NonNegativeInt = 4
     """Rows of those tables."""
+
+    @property
+    def reuses(self) -> int:
+        """Later steps that train on a rollout again."""
+        return max(0, self.replay_steps - self.async_steps)
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,7 @@ NEEDS = {
     "importance_sampling_floor": "importance_sampling_correction",
     "importance_sampling_cap": "importance_sampling_correction",
     "async_steps": "importance_sampling_correction",
+    "replay_steps": "importance_sampling_correction",
     "generation_devices": "async_steps",
     "ema_decay": "enable_ema",
     "ema_start_step": "enable_ema",
@@ -203,6 +211,7 @@ class PPOOptions(StepOptions):
             )
         self.environments.check_slots(self.generation.generation_slots, "use generation_batches")
         self._check_async()
+        self._check_replay()
         self.hyperparameters().check_groups()
         if self.rollout.dynamic_sampling and self.sampling.samples_per_prompt == 1:
             raise InputError(
@@ -232,6 +241,20 @@ class PPOOptions(StepOptions):
             raise InputError(
                 f"async_steps={steps} with on_spike=rollback: rollouts that wait belong to the policy before the "
                 "rollback; take on_spike=skip, or leave async_steps out"
+            )
+
+    def _check_replay(self) -> None:
+        """Refuses what a replay of rollouts cannot be combined with."""
+        steps, ahead = self.rollout.replay_steps, self.rollout.async_steps
+        if steps and self.algorithm.has_critic:
+            raise InputError(
+                f"replay_steps={steps} with advantage_estimator={self.algorithm.advantage_estimator}: nothing corrects "
+                "a critic's returns for another policy's samples; take an algorithm without a critic, such as grpo"
+            )
+        if steps and ahead >= steps:
+            raise InputError(
+                f"async_steps={ahead} must be below replay_steps={steps}: a rollout is already {ahead} steps old when "
+                "it is first trained on, so no later step may use it again; raise replay_steps, or leave it out"
             )
 
     def _check_shared_bases(self) -> None:
@@ -342,7 +365,7 @@ class PPOConfig(PPOOptions, SharedConfig):
 
     HIDDEN = frozenset({"train_on", "pair_rule", "pair_margin"})
     OTHER_FLAGS = deepspeed_chat.PPO
-    TRL_KEYS = trl.PPO
+    TRL_KEYS = trl_rollouts.PPO
 
     models: PPOModels = PPOModels()
 
@@ -356,22 +379,12 @@ class PPOConfig(PPOOptions, SharedConfig):
             )
 
 
-def sampling_for(tokenizer: Tokenizer, sampling: SamplingConfig) -> SamplingConfig:
-    """The sampling with the tokenizer's end ids, padding, and the tokens of its stop strings."""
-    return dataclasses.replace(
-        sampling,
-        eos_token_id=end_ids(tokenizer),
-        pad_token_id=pad_token_id(tokenizer),
-        stop_sequences=encode_stops(tokenizer, sampling.stop_strings),
-    )
-
-
 def config_class(algorithm: Algorithm) -> type[PPOConfig]:
     """The settings of an algorithm: PPO's with its own defaults, and without what it does not use."""
     start = PPOConfig.create(advantage_estimator=algorithm.estimator, **algorithm.defaults)
     parts = [(f.name, f.type, dataclasses.field(default=getattr(start, f.name))) for f in dataclasses.fields(start)]
     hidden = PPOConfig.HIDDEN | {*algorithm.unused, "advantage_estimator"}
-    keys = {"grpo": trl.GRPO, "rloo": trl.RLOO}.get(algorithm.name)
+    keys = trl_rollouts.OF_ALGORITHMS.get(algorithm.name)
     names = {"HIDDEN": hidden, "TRL_KEYS": keys, "__doc__": f"{algorithm.title}.", "__module__": __name__}
     name = {"reinforce++": "Reinforce"}.get(algorithm.name, algorithm.title.replace(". ", ""))
     return dataclasses.make_dataclass(f"{name}Config", parts, bases=(PPOConfig,), namespace=names, frozen=True)

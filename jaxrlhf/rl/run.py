@@ -28,6 +28,7 @@ from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine, meshes
 from jaxrlhf.rl.outcomes import data_columns
 from jaxrlhf.rl.refills import refilled
+from jaxrlhf.rl.replay import with_replays
 from jaxrlhf.rl.samples import Metrics, Prompts, Record, Sampled
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.rl.trainer import PPOTrainer
@@ -168,14 +169,18 @@ class PPOTask:
         text = self._text_batch(plan.batch)
         self._keep(experience, text)
         made = int(to_host(updates_made(state.actor_opt_state)))
-        pending = state.pending
-        state, metrics = trainer.update(state.replace(pending=()), experience, text, plan.limits, plan.twice)
+        pending, earlier = state.pending, state.replay
+        state, metrics = trainer.update(state.replace(pending=(), replay=()), experience, text, plan.limits, plan.twice)
+        if earlier:
+            state, replays = trainer.replay(state, earlier, index, plan.limits)
+            metrics = with_replays(metrics, replays, self._staleness(index))
+            state = state.replace(replay=trainer.remembered(earlier, experience, index - self._staleness(index)))
         if self.ahead is not None:
             begin = time.monotonic()
             state = state.replace(pending=self.ahead.pending(pending))
             scored["timing/generate"] += time.monotonic() - begin
         metrics |= scored
-        if self.ahead is not None:
+        if self.ahead is not None and not earlier:
             metrics["sampling/staleness"] = self.ahead.staleness(index)
         if not metrics.get("guard/unscored"):
             self._check_consistency(metrics, index + 1)
@@ -191,6 +196,10 @@ class PPOTask:
             "perf/tokens_per_second": counts["tokens"] / seconds,
             "perf/padding": 1 - counts["tokens"] / experience.mask.size,
         }
+
+    def _staleness(self, index: int) -> int:
+        """Steps between the policy that has made the rollout of a step and the one that trains on it."""
+        return 0 if self.ahead is None else self.ahead.staleness(index)
 
     def _sample(self, state: PPOState, plan: StepPlan) -> Sampled:
         """The samples of a step: its prompts, and with dynamic sampling those that replace groups of equal scores."""
@@ -251,7 +260,7 @@ class PPOTask:
     def _check_consistency(self, metrics: Metrics, step: int) -> None:
         """Warns once when the sampler's log-probs differ from the train program's by more than rounding explains."""
         gap = metrics["sampling/logp_difference/mean"]
-        if metrics.get("sampling/staleness"):
+        if self._staleness(step - 1):
             return  # another policy than this one has sampled
         if gap > self.tolerance and not self.warned:
             self.warned = True

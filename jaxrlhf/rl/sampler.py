@@ -16,7 +16,7 @@ from jaxrlhf.engine import Rollout
 from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import Handle, Rewards, finite_mean
-from jaxrlhf.rl.config import PPOConfig, sampling_for
+from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.episodes import EpisodeRunner, Episodes, check_scored
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
@@ -28,6 +28,7 @@ from jaxrlhf.rl.step import PPOState
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.tokenizers import sampling_for
 
 PyTree = Any
 

@@ -17,6 +17,7 @@ from jaxrlhf.models import Decoder, join, split_trainable
 from jaxrlhf.rl.experience import Experience, advantages_and_returns, experience_metrics, shaped_experience
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.losses import critic_gradients, policy_gradients, ptx_gradients, weights_of_gap
+from jaxrlhf.rl.replay import Replayed
 from jaxrlhf.sharding import TRAIN_RULES, use
 from jaxrlhf.trainers.gradients import apply_gradients, exceeds, frozen_working_copy, take_rows
 from jaxrlhf.trainers.guards import Limits
@@ -55,6 +56,9 @@ class PPOState(flax.struct.PyTreeNode):
     """Parameters of a reference that moves (`refreshed`), in the compute dtype; None for one that stays."""
     pending: tuple[Rollout, ...] = ()
     """With async_steps: the rollouts that wait for their update, the oldest first. `ppo_step` does not read them."""
+    replay: tuple[Replayed, ...] = ()
+    """With replay_steps: the rollouts that later steps train on again, the newest first. `ppo_step` does not read
+    them."""
     score_moments: objectives.Moments | None = None
     """Moments of all scores so far, for score_normalization="running"."""
     routers: RouterOptions = flax.struct.field(pytree_node=False, default=RouterOptions())

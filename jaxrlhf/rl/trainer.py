@@ -21,6 +21,7 @@ from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.refresh import refreshed
+from jaxrlhf.rl.replay import EMPTY, Replayed, kept, narrowed
 from jaxrlhf.rl.sampler import Sampler
 from jaxrlhf.rl.samples import Metrics, Prompts, Record, RolloutPlan
 from jaxrlhf.rl.step import PPOState, ppo_step
@@ -113,6 +114,52 @@ class PPOTrainer(Sampler):
         state, metrics = train(state, experience, ptx, limits, self.engine.rates)
         metrics = {name: float(value) for name, value in to_host(metrics).items()}
         return state, metrics | ({"guard/unscored": 0.0} if scored else {})
+
+    def replay(
+        self, state: PPOState, earlier: Sequence[Replayed], step: int, limits: Limits | None = None
+    ) -> tuple[PPOState, list[Metrics]]:
+        """Trains on earlier rollouts again; the state is donated.
+
+        They count as no step of their own: the step, the weight of the KL and the moments of the scores stay.
+
+        Args:
+            state: the models.
+            earlier: rollouts with their scores, and places that are still empty.
+            step: finished steps before this one.
+            limits: as in `ppo_step`.
+
+        Returns:
+            The new state, and for each rollout metrics under TRL's names with `sampling/staleness` and `timing/replay`.
+        """
+        found: list[Metrics] = []
+        for old in earlier:
+            begin, sampled = time.monotonic(), int(to_host(old.step))
+            if sampled == EMPTY:
+                continue
+            own = {name: jax.tree.map(jnp.copy, getattr(state, name)) for name in ("step", "kl_coef", "score_moments")}
+            experience = self._score(
+                narrowed(old),
+                self.engine.models(state).replace(reward=None),  # the scores are known
+                hyperparameters=state.hyperparameters,
+                mesh=self.engine.mesh,
+                sampling=self.sampling,
+            ).with_scores(old.scores)
+            state, metrics = self._updated(state, experience, None, limits, twice=False)
+            state = state.replace(**own)
+            found.append(metrics | {"sampling/staleness": step - sampled, "timing/replay": time.monotonic() - begin})
+        return state, found
+
+    def remembered(self, earlier: tuple[Replayed, ...], experience: Experience, sampled: int) -> tuple[Replayed, ...]:
+        """The rollouts to replay after a step, the newest first; the oldest makes room.
+
+        Args:
+            earlier: those of the step before.
+            experience: scored rows of this step.
+            sampled: finished steps of the policy that sampled them.
+        """
+        width = self.config.data.max_prompt_seq_len + self.sampling.max_new_tokens
+        newest = kept(experience, sampled, width=width, mesh=self.engine.mesh)
+        return (newest, *earlier)[: len(earlier)]
 
     def generate_experience(
         self,

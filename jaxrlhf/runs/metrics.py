@@ -202,9 +202,21 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "equal groups become more as prompts become too easy; take harder prompts when refills reach the limit",
         ),
         Metric(
+            "sampling/on_policy",
+            "`distill` with `lmbda`: 1 for a batch whose responses the student has sampled, else 0",
+            "its mean over the steps is near `lmbda`",
+        ),
+        Metric(
             "sampling/staleness",
-            "with `async_steps`: steps between the policy that made the rollout and the one that trains on it",
-            "`async_steps`, less in the first steps",
+            "with `async_steps` or `replay_steps`: steps between the policy that made a rollout and the one that "
+            "trains on it, the mean over the rollouts of the step",
+            "`async_steps`, less in the first steps; with replay the mean of 0 to `replay_steps`",
+        ),
+        Metric("sampling/replays", "with `replay_steps`: earlier rollouts that the step trained on again"),
+        Metric(
+            "replay/*",
+            "the metric of that name in the updates on earlier rollouts",
+            "importance ratios near 1, and clip fractions as in the step's own updates; else lower `replay_steps`",
         ),
         Metric(
             "val/eos_rate val/num_eos_tokens eos_rate",
@@ -288,6 +300,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "timing/generate timing/score", "seconds of sampling and of scoring", "sampling is the largest part of PPO"
         ),
+        Metric("timing/replay", "seconds of training on earlier rollouts", "`sampling/replays` times `timing/train`"),
         Metric("timing/deterministic_check", "seconds of a `deterministic_check`", "about those of a training step"),
         Metric(
             "timing/reward_functions",

@@ -1,13 +1,15 @@
-"""Distillation: a student learns a teacher's next-token distributions on the responses of the data.
+"""Distillation: a student learns a teacher's next-token distributions on responses of the data, or on its own.
 
 The teacher's most likely tokens and their log-probs come from a program of its own before each step, so its logits are
 never in memory beside the student's, and it needs no gradient.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,20 +17,49 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf import objectives
-from jaxrlhf.config import Fraction, NonNegativeInt, PathName, Positive
+from jaxrlhf.config import Fraction, MayChange, NonNegativeInt, PathName, Positive, Settings, check_needs, settings, trl
 from jaxrlhf.data import Data
+from jaxrlhf.engine import GenerationConfig, SamplingConfig
 from jaxrlhf.errors import InputError
-from jaxrlhf.models import Decoder, Model, frozen_copy, frozen_stage, param_shardings, read_config
+from jaxrlhf.models import Decoder, DecoderConfig, Model, frozen_copy, frozen_stage, param_shardings, read_config
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.on_policy import OwnResponses
 from jaxrlhf.trainers.references import chunks, load_frozen, score_batch
-from jaxrlhf.trainers.settings import StepOptions
+from jaxrlhf.trainers.settings import StepOptions, batch_devices, check_context
 from jaxrlhf.trainers.sft import token_count
 from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
+from jaxrlhf.trainers.teachers import attach_teacher
 from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 PyTree = Any
+
+
+@dataclass(frozen=True)
+class TeachingOptions(Settings):
+    """The responses on which the student learns from its teacher, and how closely."""
+
+    lmbda: Fraction = 0.0
+    """Share of the batches whose responses the student samples itself; the others have the data's."""
+    teacher_top_k: NonNegativeInt = 64
+    """Number of the teacher's most likely tokens that the loss distinguishes; all others count as one outcome. 0: the
+    whole vocabulary."""
+    teacher_log_probs: MayChange[PathName[str]] = ""
+    """Folder with the teacher's most likely tokens of all rows. The run that finds none writes it with its teacher
+    before training; others then need no teacher."""
+
+    def check(self) -> None:
+        if self.teacher_log_probs and self.lmbda:
+            raise InputError(
+                f"lmbda={self.lmbda} with teacher_log_probs={self.teacher_log_probs}: the folder knows the data's "
+                "responses only; leave one of them out"
+            )
+        if self.teacher_log_probs and not self.teacher_top_k:
+            raise InputError(
+                f"teacher_top_k=0 with teacher_log_probs={self.teacher_log_probs} would store the whole vocabulary for "
+                "every token; give the number of tokens to keep"
+            )
 
 
 @dataclass(frozen=True)
@@ -40,23 +71,50 @@ class DistillOptions(StepOptions):
     beta: Fraction = 0.5
     """0: forward KL, from the teacher to the student; 1: reverse KL; between: generalised Jensen-Shannon divergence
     with the teacher's weight beta."""
-    temperature: Positive = 1.0
-    """Divides the logits of both models."""
-    teacher_top_k: NonNegativeInt = 64
-    """Number of the teacher's most likely tokens that the loss distinguishes; all others count as one outcome. 0: the
-    whole vocabulary."""
+    kd_temperature: Positive = 1.0
+    """Divides the logits of both models in the loss."""
+    teaching: TeachingOptions = TeachingOptions()
+    sampling: SamplingConfig = SamplingConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+    def check(self) -> None:
+        super().check()
+        check_needs(self, dict.fromkeys(settings(SamplingConfig) | settings(GenerationConfig), "lmbda"))
 
     @property
     def divergence(self) -> "Divergence":
         """The settings of the loss: the train program's static argument."""
-        return Divergence(self.beta, self.temperature)
+        return Divergence(self.beta, self.kd_temperature)
 
 
 @dataclass(frozen=True)
 class DistillConfig(DistillOptions, SupervisedConfig):
     """Distillation alone."""
 
-    HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin", "fit"})
+    HIDDEN = frozenset({"group_by_length", "pair_rule", "pair_margin", "samples_per_prompt"})
+    TRL_KEYS = trl.GKD
+
+    def check(self) -> None:
+        super().check()
+        lmbda, packing = self.teaching.lmbda, self.data.packing
+        if lmbda and packing:
+            raise InputError(
+                f"lmbda={lmbda} with packing: a sampled response needs a row of its own; leave packing out"
+            )
+        if lmbda and packing is None:
+            object.__setattr__(self, "data", dataclasses.replace(self.data, packing=False))
+        if self.data.streaming and self.teaching.teacher_log_probs:
+            raise InputError(
+                "teacher_log_probs and streaming exclude each other: the rows of a stream are not known before "
+                "training; leave one of them out"
+            )
+
+    def check_contexts(self, student: DecoderConfig, teacher: DecoderConfig) -> None:
+        """Refuses prompts with sampled responses that a model has no positions for."""
+        if self.teaching.lmbda:
+            longest = self.data.max_length + self.sampling.max_new_tokens
+            for config, name in ((student, "the student"), (teacher, "the teacher")):
+                check_context(config, longest, f"max_length + max_new_tokens for {name}")
 
 
 @dataclass(frozen=True)
@@ -128,22 +186,43 @@ def distill_metrics(totals: dict[str, float]) -> dict[str, float]:
 
 
 def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data: tuple[Data, Data]) -> Extend:
-    """Returns the function that adds the teacher's most likely tokens to a placed batch."""
-    teacher = load_frozen(config, str(config.teacher_model_name_or_path), mesh, "the teacher")
-    module = teacher.module.clone(zero_stage=frozen_stage(teacher.module, config.compute.zero_stage))
-    frozen = frozen_copy(teacher.params, param_shardings(module, mesh), config.mesh.compute_dtype)
-    logprobs = _logprobs(config.temperature, config.teacher_top_k, model.config.vocab_size)
-    score = Announce(run, "teacher program", partial(score_batch, logprobs=logprobs, module=module, mesh=mesh))
+    """Returns the function that adds the teacher's most likely tokens to a placed batch.
+
+    With `teacher_log_probs` the data has them already, and no teacher stays.
+    """
+    if config.teaching.teacher_log_probs:
+        load = functools.cache(partial(load_teacher, config, run, model, mesh))
+        about = {"kd_temperature": config.kd_temperature, "teacher_top_k": config.teaching.teacher_top_k}
+        about |= {"vocab_size": model.config.vocab_size}
+        rows = config.run.per_device_eval_batch_size * batch_devices(mesh)
+        for part, name in zip(data, ("train", "eval"), strict=True):
+            folder = Path(config.teaching.teacher_log_probs) / name
+            attach_teacher(part, folder, about, lambda batch: load()(batch, 1), rows, mesh)
+        return lambda params, batch: batch
+    score = load_teacher(config, run, model, mesh)
 
     def extend(params: PyTree, batch: Batch) -> Batch:
-        found = score(frozen, batch, micro_batches=chunks(config, batch))
+        found = score(batch, chunks(config, batch))
         return batch | {f"teacher_{name}": values for name, values in found.items()}
 
     return extend
 
 
+def load_teacher(
+    config: DistillConfig, run: Run, model: Model, mesh: Mesh
+) -> Callable[[Batch, int], dict[str, jax.Array]]:
+    """Loads the teacher; returns the function that finds `ids` and `logps` of a batch in so many chunks."""
+    teacher = load_frozen(config, teacher_of(config), mesh, "the teacher")
+    config.check_contexts(model.config, teacher.config)
+    module = teacher.module.clone(zero_stage=frozen_stage(teacher.module, config.compute.zero_stage))
+    frozen = frozen_copy(teacher.params, param_shardings(module, mesh), config.mesh.compute_dtype)
+    logprobs = reader(config.kd_temperature, config.teaching.teacher_top_k, model.config.vocab_size)
+    score = Announce(run, "teacher program", partial(score_batch, logprobs=logprobs, module=module, mesh=mesh))
+    return lambda batch, parts: score(frozen, batch, micro_batches=parts)
+
+
 @functools.cache
-def _logprobs(temperature: float, top_k: int, vocab_size: int) -> Callable:
+def reader(temperature: float, top_k: int, vocab_size: int) -> Callable:
     """The teacher's function; made once per setting, so that its program compiles once."""
     return partial(teacher_logprobs, temperature, top_k, vocab_size)
 
@@ -154,11 +233,20 @@ def objective(settings: Divergence) -> tuple[Objective, Callable]:
     return Objective(token_count, partial(distill_loss, settings)), partial(distill_sums, settings)
 
 
+def teacher_of(config: DistillConfig) -> str:
+    """Returns the teacher's name. Raises InputError when there is none."""
+    if config.teacher_model_name_or_path is None:
+        folder = config.teaching.teacher_log_probs
+        why = f", because teacher_log_probs={folder} does not hold its log-probs" if folder else ""
+        raise InputError(f"teacher_model_name_or_path: name the teacher, a model folder or hub name{why}")
+    return config.teacher_model_name_or_path
+
+
 def check_teacher(config: DistillConfig) -> None:
     """Raises InputError without a teacher, and for one that reads other tokens than the student."""
-    teacher, model = config.teacher_model_name_or_path, config.model.model_name_or_path
-    if teacher is None:
-        raise InputError("teacher_model_name_or_path: name the teacher, a model folder or hub name")
+    if config.teacher_model_name_or_path is None and config.teaching.teacher_log_probs:
+        return  # its log-probs may suffice
+    teacher, model = teacher_of(config), config.model.model_name_or_path
     tokenizer = config.model.load_tokenizer(config.data.template)
     shape = read_config(teacher if model is None else model)
     check_reads_tokens(tokenizer, shape, teacher, ("the student", f"teacher_model_name_or_path={teacher}"))
@@ -180,5 +268,6 @@ def train_distill(config: DistillConfig) -> TrainState:
         best=("loss", -1),
         extend=partial(add_teacher, config),
         rows="sft",
+        on_policy=OwnResponses(config.teaching.lmbda, config.sampling, config.generation),
     )
     return train_supervised(config, recipe)

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,17 +155,24 @@ def read_logprobs(path: Path) -> dict[str, np.ndarray]:
 def score_all(
     data: Data, score: Callable[[Batch], dict[str, jax.Array]], rows: int, mesh: Mesh
 ) -> dict[str, np.ndarray]:
-    """Scores every unit of the data, `rows` at a time and units of similar length together; float32 `[units, …]`."""
-    order = np.argsort(data.lengths(np.arange(len(data))).sum(axis=0), kind="stable")
+    """Scores every unit of the data; float32 `[units, …]`."""
     found: dict[str, np.ndarray] = {}
+    for units, scores in scored(data, score, rows, mesh):
+        for name, values in scores.items():
+            found.setdefault(name, np.zeros((len(data), *values.shape[1:]), np.float32))[units] = values
+    return found
+
+
+def scored(
+    data: Data, score: Callable[[Batch], dict[str, jax.Array]], rows: int, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yields unit numbers, and what `score` gives for them: `rows` at a time, units of similar length together."""
+    order = np.argsort(data.lengths(np.arange(len(data))).sum(axis=0), kind="stable")
     for start in range(0, len(order), rows):
         units = order[start : start + rows]
         indices = np.pad(units, (0, rows - len(units)), constant_values=-1)
         batch = place_batch(data.batch(indices, held=held_rows(mesh, rows)), mesh)
-        for name, values in to_host(score(batch)).items():
-            kept = found.setdefault(name, np.zeros((len(data), *values.shape[1:]), np.float32))
-            kept[units] = values[: len(units)]
-    return found
+        yield units, {name: values[: len(units)] for name, values in to_host(score(batch)).items()}
 
 
 def load_frozen(config: SupervisedConfig, path: str, mesh: Mesh, name: str) -> Model:

@@ -33,6 +33,7 @@ from jaxrlhf.trainers.gradients import (
 from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Announce, Metrics, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
+from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
 from jaxrlhf.trainers.optimizer import (
     Rates,
     make_optimizer,
@@ -242,6 +243,8 @@ class Recipe:
     """Step whose rows `load_data` gives, if not `name`."""
     packable: bool = True
     """True if rows may be packed."""
+    on_policy: OwnResponses | None = None
+    """Batches whose responses the model samples itself; None: none of them."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,9 @@ class SupervisedTask:
         self._update = Announce(run, f"{recipe.name} train step", train_step)
         self._measure = Announce(run, f"{recipe.name} evaluation", eval_step)
         self._extend = recipe.extend(run, model, mesh, data)
+        self._on_policy = None
+        if recipe.on_policy is not None and recipe.on_policy.share:
+            self._on_policy = OnPolicy(run, recipe.on_policy, model, mesh, tokenizer, self.train, config.data.seed)
         self._newest: Batch = {}
         self._padding: list[float] = []
         start = config.model.start.model_type
@@ -335,9 +341,8 @@ class SupervisedTask:
     def step(self, state: TrainState, plan: StepPlan) -> tuple[TrainState, Metrics]:
         begin = time.monotonic()
         made = int(to_host(updates_made(state.opt_state)))
-        indices = self.train.indices(plan.batch, self.rows)
-        batch = self.train.batch(indices, held=held_rows(self.mesh, self.rows))
-        self._newest = self._extend(state.params, place_batch(batch, self.mesh))
+        batch, sampled = self._batch(state.params, plan.batch)
+        self._newest = self._extend(state.params, batch)
         update = partial(run_twice, self._update) if plan.twice else self._update
         state, metrics = update(
             state,
@@ -354,13 +359,22 @@ class SupervisedTask:
         positions = sum(batch[name].size for name in MASKS if name in batch)
         seconds, padding = time.monotonic() - begin, 1 - tokens / positions
         self._advise_packing(padding)
-        return state, metrics | {
+        return state, metrics | sampled | {
             "learning_rate": self.schedule(made),
             **self.train.progress(plan.batch + 1, self.rows),
             "perf/tokens_per_second": np.float64(tokens / seconds),
             "perf/padding": np.float64(padding),
             "timing/step": np.float64(seconds),
         }
+
+    def _batch(self, params: PyTree, number: int) -> tuple[Batch, Metrics]:
+        """The placed rows of a batch, with the data's responses or the model's own; and metrics of the sampling."""
+        indices = self.train.indices(number, self.rows)
+        if self._on_policy is not None and self._on_policy.samples(number):
+            batch, metrics = self._on_policy.rows(params, indices, number)
+            return batch, metrics | {"sampling/on_policy": 1.0}
+        batch = place_batch(self.train.batch(indices, held=held_rows(self.mesh, self.rows)), self.mesh)
+        return batch, {} if self._on_policy is None else {"sampling/on_policy": 0.0}
 
     def _advise_packing(self, padding: float) -> None:
         """Says once that packing would save time, where the first steps are mostly padding and nobody has chosen."""

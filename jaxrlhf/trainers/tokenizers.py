@@ -9,13 +9,16 @@ from jaxrlhf.data import (
     TemplateConfig,
     Tokenizer,
     check_same_tokens,
+    encode_stops,
     end_ids,
     load_tokenizer,
     own_tokenizer,
+    pad_token_id,
     read_tokenizer,
     vocabulary_size,
     with_end_ids,
 )
+from jaxrlhf.engine import SamplingConfig
 from jaxrlhf.models import (
     DecoderConfig,
     Model,
@@ -111,3 +114,13 @@ def with_special_tokens(model: Model, tokenizer: Tokenizer) -> Model:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     config = with_token_ids(model.config, end_ids(tokenizer), ids)
     return dataclasses.replace(model, module=model.module.clone(config=config), config=config)
+
+
+def sampling_for(tokenizer: Tokenizer, sampling: SamplingConfig) -> SamplingConfig:
+    """The sampling with the tokenizer's end ids, padding, and the tokens of its stop strings."""
+    return dataclasses.replace(
+        sampling,
+        eos_token_id=end_ids(tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+        stop_sequences=encode_stops(tokenizer, sampling.stop_strings),
+    )

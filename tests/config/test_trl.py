@@ -13,6 +13,7 @@ from jaxrlhf.config.settings import names_of
 from jaxrlhf.errors import InputError
 
 TRAINERS = ("sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo")
+VARIANTS = ("dapo", "dr_grpo", "gspo", "cispo")
 SFT_FULL = """
 model_name_or_path: Qwen/Qwen2.5-1.5B
 model_revision: main
@@ -268,6 +269,70 @@ def test_ratios_of_whole_responses_have_trls_name(read):
     assert config.value("ratio_level") == "sequence"
 
 
+@pytest.mark.parametrize(
+    ("command", "text", "expected"),
+    [
+        ("dapo", "loss_type: dapo\nepsilon_high: 0.25\n", {"cliprange_high": 0.25, "loss_aggregation": "token-mean"}),
+        ("dapo", "num_generations: 4\n", {"cliprange_high": 0.28, "dynamic_sampling": 4, "samples_per_prompt": 4}),
+        ("dr_grpo", "loss_type: dr_grpo\n", {"loss_aggregation": "fixed-length", "scale_by_std": False}),
+        (
+            "gspo",
+            "loss_type: grpo\nimportance_sampling_level: sequence\nepsilon: 3e-4\nepsilon_high: 5e-4\n",
+            {"ratio_level": "sequence", "cliprange_high": 5e-4, "loss_aggregation": "sequence-mean"},
+        ),
+        ("gspo", "steps_per_generation: 4\n", {"ratio_level": "sequence", "cliprange": 3e-4, "num_mini_batches": 4}),
+        ("cispo", "loss_type: cispo\nepsilon: 0.2\nepsilon_high: 5.0\n", {"cliprange_high": 4.0}),
+    ],
+)
+def test_variants_read_grpo_files_and_keep_what_makes_them_variants(read, command, text, expected):
+    config, _ = read(command, f"dataset_name: x\n{text}")
+    shared = {"kl_coef": 0.0, "max_new_tokens": 512, "learning_rate": 1e-6, "samples_per_prompt": 8}
+    assert not differences(config, **shared | expected)
+    assert config.value("policy_loss") == ("cispo" if command == "cispo" else "clip")
+
+
+def test_an_online_dpo_file_counts_prompts(read):
+    text = "dataset_name: x\nreward_model_path: reward\nbeta: [0.2]\nmax_new_tokens: 53\nmissing_eos_penalty: 1.0\n"
+    config, advice = read("online_dpo", text + "per_device_train_batch_size: 4\njudge: null\ntop_k: 0\n")
+    assert not differences(
+        config,
+        reward_model_name_or_path="reward",
+        kl_coef=0.2,
+        samples_per_prompt=2,
+        per_device_train_batch_size=8,
+        max_new_tokens=53,
+        max_prompt_seq_len=512 - 53,
+        temperature=0.9,
+        learning_rate=5e-7,
+        missing_eos_penalty=1.0,
+    )
+    assert any("4 prompts are 8 rows here" in line for line in advice)
+
+
+def test_a_gkd_file_is_honoured(read):
+    text = "dataset_name: x\nmodel_name_or_path: student\nteacher_model_name_or_path: teacher\nbf16: true\n"
+    config, advice = read("distill", text + "teacher_model_init_kwargs: {dtype: bfloat16}\nseq_kd: false\n")
+    assert not differences(
+        config,
+        teacher_model_name_or_path="teacher",
+        lmbda=0.5,
+        beta=0.5,
+        temperature=0.9,
+        kd_temperature=1.0,
+        max_new_tokens=128,
+        max_length=1024,
+        train_on="last",
+        disable_dropout=True,
+        packing=False,
+        learning_rate=2e-5,
+        dtype="bfloat16",
+    )
+    assert any("teacher_top_k" in line for line in advice)
+    config, advice = read("distill", text + "lmbda: 0.0\nbeta: 1.0\ntemperature: 0.7\nteacher_top_k: 0\n")
+    assert not differences(config, lmbda=0.0, beta=1.0, temperature=1.0, teacher_top_k=0)
+    assert any("max_new_tokens, temperature: ignored with lmbda: 0" in line for line in advice)
+
+
 def test_our_own_files_and_flags_are_left_alone(read):
     config, advice = read("sft", "data_path: demo\nlora_r: 8\neval_steps: 10\n", "--num_train_epochs", "2")
     assert not differences(config, lora_r=8, eval_steps=10, num_train_epochs=2.0, adam_beta2=0.95) and not advice
@@ -327,6 +392,17 @@ def test_data_path_replaces_the_data_of_a_file(read):
         ("grpo", "generation_batch_size: 64", "steps_per_generation"),
         ("grpo", "reward_funcs: my_reward", "write reward_functions"),
         ("rloo", "reward_clip_range: [0, 3]", "must be [-x, x]"),
+        ("dapo", "loss_type: grpo", "loss_type=grpo: write dapo, or run `jaxrlhf grpo`"),
+        ("dr_grpo", "loss_type: dapo", "loss_type=dapo: write dr_grpo"),
+        ("gspo", "importance_sampling_level: token", "importance_sampling_level=token: write sequence"),
+        ("cispo", "loss_type: dapo", "loss_type=dapo: write cispo"),
+        ("cispo", "epsilon_high: 0.2", "epsilon_high=0.2: must be above 1"),
+        ("online_dpo", "loss_type: ipo", "loss_type=ipo: the loss is DPO's"),
+        ("online_dpo", "beta: [0.1, 0.2]", "beta=0.1 0.2: one β for all epochs"),
+        ("online_dpo", "max_new_tokens: 512", "max_length=512 must be above max_new_tokens=512"),
+        ("distill", "seq_kd: true", "seq_kd=true: sample the teacher's responses"),
+        ("distill", "teacher_model_init_kwargs: {revision: x}", "teacher_model_init_kwargs"),
+        ("distill", "packing: true", "lmbda=0.5 with packing"),
     ],
 )
 def test_what_would_change_results_is_refused_by_name(read, command, line, part):
@@ -349,15 +425,20 @@ def fields_of(package, path, *classes):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl")
-@pytest.mark.parametrize("command", TRAINERS)
+@pytest.mark.parametrize("command", (*TRAINERS, *VARIANTS, "online_dpo", "distill"))
 def test_every_key_of_trl_is_known(command):
     configs = {name: (f"trainer/{name}_config.py", f"{name.upper()}Config") for name in TRAINERS}
+    configs |= dict.fromkeys(VARIANTS, configs["grpo"]) | {"distill": configs["sft"]}
+    configs |= {"online_dpo": ("experimental/online_dpo/online_dpo_config.py", "OnlineDPOConfig")}
     configs |= {"reward": ("trainer/reward_config.py", "RewardConfig")}
     configs |= {"ppo": ("experimental/ppo/ppo_config.py", "PPOConfig")}
     keys = fields_of("transformers", "training_args.py", "TrainingArguments")
     keys |= fields_of("trl", "scripts/utils.py", "ScriptArguments", "DatasetMixtureConfig")
     keys |= fields_of("trl", "trainer/model_config.py", "ModelConfig") | fields_of("trl", *configs[command])
-    if command in ("grpo", "rloo"):
-        keys |= fields_of("trl", f"scripts/{command}.py", f"{command.upper()}ScriptArguments")
+    if command in ("grpo", "rloo", *VARIANTS):
+        script = "rloo" if command == "rloo" else "grpo"
+        keys |= fields_of("trl", f"scripts/{script}.py", f"{script.upper()}ScriptArguments")
+    if command == "distill":
+        keys |= fields_of("trl", "experimental/gkd/gkd_config.py", "GKDConfig")
     cls = commands()[command].config_class()
     assert len(keys) > 120 and not sorted(keys - set(names_of(cls)) - set(cls.TRL_KEYS.flags))

@@ -16,14 +16,17 @@ from jaxrlhf.errors import InputError, OutOfMemory
 from jaxrlhf.models import save_pretrained
 from jaxrlhf.plan import fit
 from jaxrlhf.plan.devices import DEVICES
+from jaxrlhf.plan.memory import estimate
 from jaxrlhf.plan.search import capacity
 from jaxrlhf.plan.settings import PlanConfig
+from jaxrlhf.plan.system import build_system
 
 CONFIGS = {
     "sft": jaxrlhf.SFTConfig,
     "reward": jaxrlhf.RewardConfig,
     "dpo": jaxrlhf.DPOConfig,
     "kto": jaxrlhf.KTOConfig,
+    "distill": jaxrlhf.DistillConfig,
     "ppo": jaxrlhf.PPOConfig,
     "grpo": jaxrlhf.GRPOConfig,
     "rloo": jaxrlhf.RLOOConfig,
@@ -52,7 +55,9 @@ def device(monkeypatch):
 
 def config_of(trainer, model, tmp_path, **settings):
     settings = {"fit": "auto", "output_dir": str(tmp_path / "run"), "dtype": "float32"} | settings
-    if trainer in ("sft", "reward", "dpo", "kto"):
+    if trainer == "distill":
+        settings |= {"teacher_model_name_or_path": model}
+    if trainer in ("sft", "reward", "dpo", "kto", "distill"):
         return CONFIGS[trainer].create(model_name_or_path=model, max_length=256, **settings)
     settings |= {"reward_functions": ("length:target=5",), "max_prompt_seq_len": 128, "max_new_tokens": 128}
     return CONFIGS[trainer].create(actor_model_name_or_path=model, **settings)
@@ -80,6 +85,21 @@ def test_the_chosen_flags_fit_and_keep_the_global_batch(trainer, model, tmp_path
     assert changed and changed <= set(fit.FITTED)
     said = capsys.readouterr().err
     assert all(f"--{name} " in said for name in changed)
+
+
+def test_the_plan_of_distillation_counts_the_teacher_and_the_students_samples(model, tmp_path, device):
+    device(2**20)
+    plans = {
+        lmbda: fit.plan_of(config_of("distill", model, tmp_path, lmbda=lmbda, packing=False), device(2**20))
+        for lmbda in (0.0, 0.5)
+    }
+    programs = {lmbda: estimate(build_system(plan), "cuda") for lmbda, plan in plans.items()}
+    assert [*programs[0.0]] == ["score", "train"] and [*programs[0.5]] == ["generate", "score", "train"]
+    for found in programs.values():
+        held = [found["score"].arguments["reference"], found["train"].resident["reference"]]
+        assert held[0] == held[1] > 0.9 * found["train"].arguments["actor"], "both models are of one size, in float32"
+    rows = [found["train"].arguments["batch"] for found in programs.values()]
+    assert rows[1] / rows[0] == pytest.approx(2, rel=0.01), "256 further tokens, each with 64 of the teacher's"
 
 
 def test_given_flags_are_kept_also_at_their_defaults_and_from_yaml(model, tmp_path, device):

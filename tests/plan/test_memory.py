@@ -210,6 +210,7 @@ LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 128, "max_position_embe
         {"trainer": "reward", "max_length": 64},
         {"trainer": "dpo", "max_length": 64, "lora_r": 4},
         {"trainer": "kto", "max_length": 64},
+        {"trainer": "distill", "teacher": "x", "max_length": 64, "lmbda": 0.5, "max_new_tokens": 32},
         {"trainer": "grpo", "reward": None, "max_prompt_seq_len": 32, "max_new_tokens": 32},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
@@ -218,7 +219,13 @@ def test_estimates_of_other_trainers_against_the_compiler_of_this_cpu(settings):
     shape = config_from_dict(LLAMA)
     figures = {"device_memory_gib": 8.0, "device_tflops": 1.0, "device_bandwidth_gbs": 50.0}
     config = PlanConfig.create(
-        **{"actor": "x", "reward": "x", "shapes": {"actor": shape, "reward": shape}, "device": "cpu", **figures}
+        **{
+            "actor": "x",
+            "reward": "x",
+            "shapes": dict.fromkeys(("actor", "reward", "teacher"), shape),
+            "device": "cpu",
+            **figures,
+        }
         | settings
     )
     system = build_system(config, jax.devices()[:1])

@@ -1,18 +1,27 @@
 """Distillation: the divergence and its gradient against torch, packed and cut-up rows, runs, and what it refuses."""
 
+import contextlib
 import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import objectives
+from jaxrlhf import keys, objectives
 from jaxrlhf.config.files import read_jsonl
+from jaxrlhf.data import DataConfig, load_data
+from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import decoder as decoders
 from jaxrlhf.models import load_pretrained
+from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.distill import DistillConfig, Divergence, distill_loss, teacher_logprobs, train_distill
+from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
+from jaxrlhf.trainers.teachers import attach_teacher
 
 torch = pytest.importorskip("torch")
 BETAS = (0.0, 0.3, 0.5, 1.0)
@@ -126,7 +135,7 @@ def train(demo, tmp_path, monkeypatch):
         if "model_name_or_path" not in options:
             common |= {"model_type": "gpt2", "tokenizer_name_or_path": demo.lm, "config_overrides": demo.options}
         train_distill(DistillConfig.create(**(common | options)))
-        return read_jsonl(tmp_path / "metrics.jsonl")
+        return read_jsonl(Path(options.get("output_dir", tmp_path)) / "metrics.jsonl")
 
     return start
 
@@ -152,7 +161,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(train, demo):
 def test_what_is_refused(demo):
     with pytest.raises(InputError, match="teacher_model_name_or_path: name the teacher"):
         train_distill(DistillConfig.create(data_path=demo.train, output_dir="out", model_name_or_path=demo.lm))
-    for options in ({"beta": 1.5}, {"temperature": 0.0}, {"teacher_top_k": -1}):
+    for options in ({"beta": 1.5}, {"kd_temperature": 0.0}, {"teacher_top_k": -1}):
         with pytest.raises(InputError, match=next(iter(options))):
             DistillConfig.create(teacher_model_name_or_path=demo.lm, **options)
     with pytest.raises(InputError, match="head"):
@@ -165,3 +174,140 @@ def test_what_is_refused(demo):
                 teacher_model_name_or_path=demo.reward,
             )
         )
+
+
+# ---- the student's own responses
+
+
+@pytest.fixture(scope="module")
+def on_policy(demo):
+    """The steps of a run whose responses the student samples, its start model, and its rows beside plain prompts."""
+    config = DataConfig(data_path=demo.train, data_cache_dir=demo.cache, packing=False, max_length=64, seed=3)
+    rows, _ = load_data(config, demo.tokenizer, "sft")
+    prompts, _ = load_data(config, demo.tokenizer, "ppo")
+    mesh = make_mesh()
+    model = load_pretrained(demo.lm, mesh=mesh)
+    options = OwnResponses(0.25, SamplingConfig(max_new_tokens=6), GenerationConfig())
+    run = SimpleNamespace(print=print, status=lambda _: contextlib.nullcontext([]))
+    return SimpleNamespace(
+        steps=OnPolicy(run, options, model, mesh, demo.tokenizer, rows, seed=3), model=model, data=rows, prompts=prompts
+    )
+
+
+def test_a_rows_prompt_is_the_one_that_ppo_answers(on_policy):
+    units = np.arange(8)
+    found, expected = on_policy.data.prompt_batch(units), on_policy.prompts.batch(units)
+    for name in ("prompt_ids", "prompt_mask"):
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_sampled_rows_hold_the_prompts_and_what_the_engine_generates(on_policy):
+    steps, units = on_policy.steps, np.arange(8)
+    rows, metrics = steps.rows(on_policy.model.params, units, batch=5)
+    prompts = on_policy.data.prompt_batch(units)
+    key = keys.stream(3, keys.Stream.ROLLOUTS, 5)
+    engine = HybridEngine(on_policy.model, steps.mesh)
+    rollout = engine.generate(prompts["prompt_ids"], prompts["prompt_mask"], key, steps.sampling)
+    tokens, response = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
+    for i in units:
+        n = prompts["prompt_mask"][i].sum()
+        expected = [*prompts["prompt_ids"][i][-n:], *tokens[i][response[i]]]
+        length = rows["attention_mask"][i].sum()
+        assert rows["input_ids"][i][:length].tolist() == expected
+        assert np.flatnonzero(rows["loss_mask"][i]).tolist() == list(range(n, length))
+    assert (rows["row_mask"] == 1).all() and metrics["timing/generate"] > 0
+    again, _ = steps.rows(on_policy.model.params, units, batch=5)
+    jax.tree.map(np.testing.assert_array_equal, again, rows)
+    other, _ = steps.rows(on_policy.model.params, units, batch=6)
+    assert (np.asarray(other["input_ids"]) != np.asarray(rows["input_ids"])).any()
+
+
+def test_lmbda_is_the_share_of_batches_that_the_student_answers(on_policy):
+    chosen = [on_policy.steps.samples(batch) for batch in range(400)]
+    assert 0.19 < np.mean(chosen) < 0.31 and chosen[:20] == [on_policy.steps.samples(batch) for batch in range(20)]
+
+
+@pytest.mark.long
+def test_a_student_comes_near_its_teacher_on_its_own_responses(train):
+    records = train(max_steps=30, learning_rate=3e-3, lmbda=1.0, max_new_tokens=8, beta=1.0)
+    before, after = (record["eval/loss"] for record in records if "eval/loss" in record)
+    assert after < 0.8 * before
+    assert [r["sampling/on_policy"] for r in records if "loss" in r] == [1] * 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lmbda": 1.5}, "lmbda=1.5 must be at least 0 and at most 1"),
+        ({"lmbda": 0.5, "packing": True}, "lmbda=0.5 with packing"),
+        ({"max_new_tokens": 8}, "max_new_tokens=8 requires lmbda"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype=int8 requires lmbda"),
+        ({"lmbda": 0.5, "samples_per_prompt": 2}, "setting samples_per_prompt has no use here"),
+    ],
+)
+def test_settings_of_sampling_that_nothing_would_use_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        DistillConfig.create(teacher_model_name_or_path="teacher", **options)
+
+
+@pytest.mark.long
+def test_rows_without_a_prompt_and_models_without_room_are_refused(train, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "no prompt here"}\n' * 8)
+    with pytest.raises(InputError, match=r"lmbda=0.5: row 1 of text.jsonl has no prompt"):
+        train(lmbda=0.5, data_path=str(text), max_new_tokens=8)
+    with pytest.raises(InputError, match=r"max_length \+ max_new_tokens for the student of 132 tokens exceeds"):
+        train(lmbda=0.5, max_new_tokens=100, overwrite_output_dir=True)
+
+
+# ---- the teacher's log-probs in a folder
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_teachers_tokens_come_back_from_a_folder(demo, models, lab, tmp_path, packing):
+    teacher, _ = models
+    options = {"data_cache_dir": demo.cache, "packing": packing, "max_length": 32, "max_train_samples": 14}
+    data, other = (load_data(DataConfig(data_path=demo.train, **options), demo.tokenizer, "sft")[0] for _ in range(2))
+    score = jax.jit(partial(teacher_logprobs, 1.0, 5, teacher.config.vocab_size, teacher.module, teacher.params))
+    attach = partial(attach_teacher, folder=tmp_path / "train", rows=4, mesh=lab.mesh_of())
+    attach(data, settings={"kd_temperature": 1.0}, score=score)
+    attach(other, settings={"kd_temperature": 1.0}, score=lambda batch: pytest.fail("the folder has them"))
+    batch = other.batch(np.array([2, 0, -1, 1]))
+    expected = score({name: x for name, x in batch.items() if not name.startswith("teacher")})
+    real = (batch["attention_mask"] * batch["row_mask"][:, None]) == 1
+    assert batch["teacher_ids"].dtype == np.int32 and not batch["teacher_ids"][~real].any()
+    np.testing.assert_allclose(batch["teacher_logps"][real], expected["logps"][real], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(batch["teacher_ids"][real], expected["ids"][real])
+    with pytest.raises(InputError, match=r"other settings: kd_temperature \(1.0 then, 2.0 now\)"):
+        attach(other, settings={"kd_temperature": 2.0}, score=score)
+    path = tmp_path / "train" / "logps.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match=r"logps.npy is missing or damaged; delete the folder"):
+        attach(other, settings={"kd_temperature": 1.0}, score=score)
+
+
+@pytest.mark.long
+def test_a_run_with_a_folder_needs_no_teacher_and_is_that_of_one_with_it(train, tmp_path):
+    kept, losses = str(tmp_path / "teacher"), []
+    for i, options in enumerate(
+        [{}, {"teacher_log_probs": kept}, {"teacher_log_probs": kept, "teacher_model_name_or_path": None}]
+    ):
+        records = train(max_steps=3, output_dir=str(tmp_path / f"run-{i}"), packing=False, **options)
+        losses.append([record["loss"] for record in records if "loss" in record])
+    assert losses[1] == losses[2] and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    with pytest.raises(InputError, match="teacher_log_probs=nothing does not hold its log-probs"):
+        options = {"teacher_log_probs": "nothing", "teacher_model_name_or_path": None}
+        train(max_steps=1, output_dir=str(tmp_path / "run-4"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lmbda": 0.5}, "lmbda=0.5 with teacher_log_probs=kept"),
+        ({"teacher_top_k": 0}, "teacher_top_k=0 with teacher_log_probs=kept"),
+        ({"streaming": True}, "teacher_log_probs and streaming exclude each other"),
+    ],
+)
+def test_a_folder_holds_the_likeliest_tokens_of_known_rows(options, message):
+    with pytest.raises(InputError, match=message):
+        DistillConfig.create(teacher_log_probs="kept", **options)

@@ -37,7 +37,8 @@ MODEL = {
     "reward": {"model_name_or_path": "lm"},
     "dpo": {"model_name_or_path": "lm", "gradient_accumulation_steps": 2},
     "kto": {"model_name_or_path": "lm", "gradient_accumulation_steps": 2, "precompute_ref_log_probs": True},
-    "distill": {"model_name_or_path": "lm", "teacher_model_name_or_path": "lm", "gradient_accumulation_steps": 2},
+    "distill": {"model_name_or_path": "lm", "teacher_model_name_or_path": "lm", "gradient_accumulation_steps": 2}
+    | {"lmbda": 0.5, "max_new_tokens": 8},
     "ppo": {"actor_model_name_or_path": "lm", "critic_model_name_or_path": "reward"}
     | {"max_answer_seq_len": 8, "ppo_epochs": 2, "num_mini_batches": 2, "enable_ema": True, "sample_steps": 4},
 }
@@ -176,7 +177,7 @@ CHANGED = {
     },
     "dpo": {"beta": 0.2, "loss_type": "ipo", "reference_free": True, "label_smoothing": 0.1},
     "kto": {"beta": 0.2, "loss_type": "apo_zero_unpaired", "desirable_weight": 1.3},
-    "distill": {"beta": 0.2, "temperature": 2.0, "teacher_top_k": 8},
+    "distill": {"beta": 0.2, "kd_temperature": 2.0, "teacher_top_k": 8, "lmbda": 0.7},
     "ppo": {"critic_learning_rate": 1.0, "max_answer_seq_len": 7, "ppo_epochs": 1, "kl_coef": 0.5, "temperature": 0.5},
 }
 NAMED = {

@@ -15,11 +15,11 @@ from jaxrlhf.commands.evaluation.statistics import Estimate, mean_and_error
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.environments import Environments
-from jaxrlhf.rl.config import sampling_for
 from jaxrlhf.rl.episodes import EpisodeRunner
 from jaxrlhf.rl.outcomes import Outcome
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import batch_devices, check_context
+from jaxrlhf.trainers.tokenizers import sampling_for
 
 ENVIRONMENT = "environment"
 """The scorer that the environment's own rewards are."""

@@ -22,13 +22,15 @@ def arithmetic(rng):
     return {"prompt": question, "answer": str(kinds[question])}
 
 
+def secret(rng):
+    """A number to guess. Prompts differ, because rows of one prompt are not split into training and evaluation."""
+    return {"prompt": f"Let us play game {rng.randrange(10**6)}.", "secret": rng.randint(1, 100)}
+
+
 def main(folder: Path, rows: int = 2000) -> None:
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, make in (
-        ("arithmetic", arithmetic),
-        ("secrets", lambda rng: {"prompt": "Let us play.", "secret": rng.randint(1, 100)}),
-    ):
+    for name, make in (("arithmetic", arithmetic), ("secrets", secret)):
         lines = [json.dumps(make(rng)) for _ in range(rows)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,6 +1,5 @@
 """`jaxrlhf sample`: several scored responses per prompt, and the best of them as rows for the SFT step."""
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from jaxrlhf.models import (
 )
 from jaxrlhf.models.model import PyTree
 from jaxrlhf.rewards import Rewards, RewardsConfig, finite_mean
-from jaxrlhf.rl.episodes import EpisodeRunner, Episodes, check_scored
+from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
 from jaxrlhf.rl.outcomes import Graded, Outcome, data_columns
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
@@ -169,7 +168,7 @@ class Sampler:
 
     def _runner(self, environments: Environments, console: Console) -> EpisodeRunner:
         scored_otherwise = bool(self.rewards) or self.config.reward_model_name_or_path is not None
-        check_scored(environments, scored_otherwise)
+        environments.check_scored(scored_otherwise)
         return EpisodeRunner(
             self.config.environments,
             environments,
@@ -243,12 +242,8 @@ class Sampler:
             given = (batch["prompt_ids"], batch["prompt_mask"], key, self.sampling)
             return None, self._generate(*given, sample_index=numbers, slots=slots)
         prompts: list[Any] = self.data.prompts(indices)  # None in filler rows, which have no episode
-        episodes = self.runner.begin(prompts, self.data.columns(indices), indices >= 0, n)
-        sampling = dataclasses.replace(self.sampling, samples_per_prompt=episodes.copies)
-        given = (self._begin, episodes.ids, episodes.mask, key, sampling)
-        rollout = episodes.generate(*given, numbers=numbers)
-        self.runner.report(episodes.outcomes)
-        return episodes, rollout
+        columns = self.data.columns(indices)
+        return self.runner.play(self._begin, prompts, columns, indices >= 0, key, numbers)
 
     def text(self, response: np.ndarray) -> str:
         return answer_text(self.tokenizer, response, self.sampling.stop_strings)

@@ -121,8 +121,8 @@ def read_columns(row: object, names: Sequence[str], where: str, optional: Sequen
         if problem:
             has = ", ".join(map(str, row)) if isinstance(row, Mapping) else ""
             raise InputError(
-                f"{where}: '{name}' {problem}, and a reward function or reward_columns asks for it; correct or delete "
-                f"the row, or name another column (it has {has or 'none'})"[:1000]
+                f"{where}: '{name}' {problem}, and a reward function, the environment or reward_columns asks for it; "
+                f"correct or delete the row, or name another column (it has {has or 'none'})"[:1000]
             )
     return values
 

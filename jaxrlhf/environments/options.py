@@ -112,6 +112,14 @@ class Environments:
         if episode.environment is not None:
             self._free.append(episode.environment)
 
+    def check_scored(self, otherwise: bool) -> None:
+        """Raises InputError when nothing scores the responses; `otherwise`: a reward model or a function does."""
+        if not (self.rewards or otherwise):
+            raise InputError(
+                "environment: it has no get_reward, and nothing else scores responses; name a reward model or "
+                "reward_functions"
+            )
+
     def format(self, chosen: str, template: str) -> str:
         """The form of tool calls. Raises InputError when the chat template shows none that is known."""
         if chosen != "auto" or not self.tools:

@@ -4,6 +4,7 @@ Process 0 has the environments. All processes of a run learn from it which rows 
 """
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from jaxrlhf.distributed import from_primary, is_primary
 from jaxrlhf.engine import EpisodeBatch, Rollout, SamplingConfig
 from jaxrlhf.environments import Calls, EnvironmentConfig, Environments, Episode
 from jaxrlhf.environments.running import Call
-from jaxrlhf.errors import InputError, SharedError
+from jaxrlhf.errors import SharedError
 from jaxrlhf.models.model import PyTree
 from jaxrlhf.rl.outcomes import Outcome
 
@@ -80,6 +81,31 @@ class EpisodeRunner:
         """
         return Episodes(self, prompts, columns, real, copies)
 
+    def play(
+        self,
+        begin: Callable[..., EpisodeBatch],
+        prompts: Sequence[Prompt],
+        columns: Mapping[str, Sequence[object]],
+        real: np.ndarray,
+        key: jax.Array,
+        numbers: np.ndarray,
+    ) -> tuple["Episodes", Rollout]:
+        """Plays the episodes of B rows to their ends, and shows failures; for commands that train nothing.
+
+        Args:
+            begin: `HybridEngine.episodes`.
+            prompts: As in `begin`, with columns and real.
+            columns: B values each.
+            real: bool `[B]`.
+            key: Random key.
+            numbers: Number of each of the B·n samples, which keys its randomness.
+        """
+        episodes = self.begin(prompts, columns, real, self.sampling.samples_per_prompt)
+        sampling = dataclasses.replace(self.sampling, samples_per_prompt=episodes.copies)
+        rollout = episodes.generate(begin, episodes.ids, episodes.mask, key, sampling, numbers=numbers)
+        self.report(episodes.outcomes)
+        return episodes, rollout
+
     def report(self, outcomes: Sequence[Outcome]) -> None:
         """Shows failures. Raises SharedError, on every process, when no episode has had a score for long."""
         failed = [row for row, outcome in enumerate(outcomes) if outcome.status == "failed"]
@@ -95,15 +121,6 @@ class EpisodeRunner:
                 f"environment: the last {self.failed_in_a_row} episodes failed; the first one of this batch: "
                 f"{outcomes[failed[0]].reason}. Correct the environment, or the settings that the message names"
             )
-
-
-def check_scored(environments: Environments, scored_otherwise: bool) -> None:
-    """Raises InputError when nothing scores the responses: no environment, and no reward model or function."""
-    if not (environments.rewards or scored_otherwise):
-        raise InputError(
-            "environment: it has no get_reward, and nothing else scores responses; name a reward model or "
-            "reward_functions"
-        )
 
 
 class Episodes:

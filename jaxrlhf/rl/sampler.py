@@ -17,7 +17,7 @@ from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import Handle, Rewards, finite_mean
 from jaxrlhf.rl.config import PPOConfig
-from jaxrlhf.rl.episodes import EpisodeRunner, Episodes, check_scored
+from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
@@ -67,7 +67,7 @@ class Sampler:
     def _runner(self, environments: Environments, run: Run | None) -> EpisodeRunner:
         """The maker of rollouts of several turns. Raises InputError when nothing scores them."""
         config, scored_otherwise = self.config, bool(self.rewards) or self.engine.frozen.reward is not None
-        check_scored(environments, scored_otherwise)
+        environments.check_scored(scored_otherwise)
         return EpisodeRunner(
             config.environments,
             environments,

@@ -1,5 +1,6 @@
 """`jaxrlhf sample` with an environment: what is kept, that the SFT step reads it back, and what is refused."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_an_episode_becomes_a_row_that_sft_trains_on_with_its_tools(demo, tmp_pa
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"data_path": (str(tmp_path / "rows.jsonl"),), "data_cache_dir": str(tmp_path / "cache")}
     config = DataConfig.create(**options, chat_template="hermes", max_length=4000)
-    tokenizer = with_template(demo.tokenizer, config.template)
+    tokenizer = with_template(copy.deepcopy(demo.tokenizer), config.template)
     train, _ = load_data(config, tokenizer, "sft")
     batch = train.batch(np.arange(1))
     ids, mask = np.asarray(batch["input_ids"][0]), np.asarray(batch["loss_mask"][0]) > 0

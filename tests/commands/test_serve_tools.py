@@ -120,7 +120,7 @@ def test_a_stream_has_the_content_and_the_calls_of_a_plain_response(chat, script
             pieces.append(choice.delta.content or "")
             streamed += choice.delta.tool_calls or []
             ends.append(choice.finish_reason)
-    assert "".join(pieces) == (content or "") and ends[-1] == finish and not any(ends[:-1])
+    assert all(pieces[1:-1]) and "".join(pieces) == (content or "") and ends[-1] == finish and not any(ends[:-1])
     assert [call.index for call in streamed] == list(range(calls))
     expected = [call.function for call in plain.message.tool_calls or []]
     assert [(call.function.name, call.function.arguments) for call in streamed] == [

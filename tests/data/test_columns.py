@@ -113,8 +113,8 @@ def test_columns_that_functions_take_where_there_are_any_are_null_elsewhere_and_
     [
         (
             {"answer": ...},
-            r"rows\.jsonl line 8: 'answer' is missing, and a reward function or reward_columns asks for it; correct or "
-            r"delete the row, or name another column \(it has question, tags\)",
+            r"rows\.jsonl line 8: 'answer' is missing, and a reward function, the environment or reward_columns asks "
+            r"for it; correct or delete the row, or name another column \(it has question, tags\)",
         ),
         ({"answer": None}, r"rows\.jsonl line 8: 'answer' is null"),
     ],

@@ -291,3 +291,10 @@ def test_calls_run_side_by_side_and_late_ones_are_given_up():
 def _forever():
     while True:
         time.monotonic()
+
+
+def test_tools_alone_need_something_else_that_scores():
+    environments = Environments(None, (add,))
+    environments.check_scored(True)
+    with pytest.raises(InputError, match="nothing else scores responses"):
+        environments.check_scored(False)

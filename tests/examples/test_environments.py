@@ -40,5 +40,7 @@ def test_the_rows_have_right_answers(tmp_path, monkeypatch):
     main(tmp_path, 50)
     rows = [json.loads(line) for line in (tmp_path / "arithmetic.jsonl").read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) > 40 and all(int(row["answer"]) >= 0 for row in rows)
-    secrets = [json.loads(line)["secret"] for line in (tmp_path / "secrets.jsonl").read_text().splitlines()]
+    games = [json.loads(line) for line in (tmp_path / "secrets.jsonl").read_text().splitlines()]
+    secrets = [row["secret"] for row in games]
+    assert len({row["prompt"] for row in games}) > 40  # rows of one prompt cannot be held out for evaluation
     assert len(secrets) == 50 and min(secrets) >= 1 and max(secrets) <= 100

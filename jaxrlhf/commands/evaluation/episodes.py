@@ -1,6 +1,5 @@
 """Episodes of a model in a folder, with an environment or tools: the rollouts that training makes."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -95,17 +94,14 @@ class EpisodeModel(FolderModel):
         n = self.sampling.samples_per_prompt
         filled = np.zeros(rows, int)
         filled[: len(chosen)] = chosen
-        own = [prompts.prompts[i] for i in filled]
-        episodes = self.runner.begin(own, prompts.columns(filled.tolist()), np.arange(rows) < len(chosen), n)
-        rollout = episodes.generate(
+        episodes, rollout = self.runner.play(
             engine.episodes,
-            episodes.ids,
-            episodes.mask,
+            [prompts.prompts[i] for i in filled],
+            prompts.columns(filled.tolist()),
+            np.arange(rows) < len(chosen),
             keys.stream(self.config.data.seed, keys.Stream.EVALUATION),
-            dataclasses.replace(self.sampling, samples_per_prompt=episodes.copies),
-            numbers=(filled[:, None] * n + np.arange(n)).reshape(-1),
+            (filled[:, None] * n + np.arange(n)).reshape(-1),
         )
-        self.runner.report(episodes.outcomes)
         return episodes.outcomes, to_host(rollout.response_mask).sum(axis=1)
 
 

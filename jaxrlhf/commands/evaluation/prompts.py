@@ -31,7 +31,7 @@ def prompts_of(config: EvalConfig, columns: Sequence[str], console: Console, wan
 
     Args:
         config: the settings.
-        columns: columns that reward functions read.
+        columns: columns that reward functions or the environment read.
         console: says that the built-in prompts are used.
         wanted: columns that reward functions read where the data has them.
 
@@ -44,8 +44,8 @@ def prompts_of(config: EvalConfig, columns: Sequence[str], console: Console, wan
     names = [*columns, *config.data.reward_columns]
     if names:
         raise InputError(
-            f"data_path: no data given, and a reward function or reward_columns asks for the column '{names[0]}'; name "
-            "data that has it"
+            "data_path: no data given, and a reward function, the environment or reward_columns asks for the column "
+            f"'{names[0]}'; name data that has it"
         )
     if not config.prompts:
         console.print(f"no data given: the {len(BUILT_IN)} built-in prompts; --data_path or --prompts names others")

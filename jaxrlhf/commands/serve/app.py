@@ -354,7 +354,7 @@ async def stream(
             for choice in choices:
                 yield event(replies.opening(choice.index))
         async for choice, piece in pieces:
-            if piece.text or piece.entries or piece.finish:
+            if piece.text or piece.finish or (piece.entries and replies.wants.logprobs):
                 yield event(replies.chunk(choice.index, piece))
         if replies.wants.include_usage:
             yield event(replies.last(choices))

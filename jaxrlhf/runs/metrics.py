@@ -300,7 +300,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "timing/generate timing/score", "seconds of sampling and of scoring", "sampling is the largest part of PPO"
         ),
-        Metric("timing/replay", "seconds of training on earlier rollouts", "`sampling/replays` times `timing/train`"),
+        Metric(
+            "timing/replay",
+            "seconds of scoring and training on earlier rollouts",
+            "`sampling/replays` times `timing/score` + `timing/train`",
+        ),
         Metric("timing/deterministic_check", "seconds of a `deterministic_check`", "about those of a training step"),
         Metric(
             "timing/reward_functions",

@@ -104,8 +104,8 @@ class OnPolicy:
 
 def check_prompts(data: Data, share: float) -> None:
     """Raises InputError for a row without a prompt, where all rows are known."""
-    for part in data.parts:
+    for part, start in zip(data.parts, data.starts, strict=False):
         lengths = np.asarray(part.fetch(np.arange(len(part)), ["prompt_length"])["prompt_length"])
         if len(missing := np.flatnonzero(lengths == 0)):
-            row = int(part.fetch(missing[:1], ["row"])["row"][0])
-            raise InputError(f"lmbda={share}: row {row + 1} of {part.name} {NO_PROMPT}, or leave lmbda at 0")
+            place = data.where(int(start + missing[0]))
+            raise InputError(f"lmbda={share}: {place} {NO_PROMPT}, or leave lmbda at 0")

@@ -17,7 +17,6 @@ from jaxrlhf import keys
 from jaxrlhf.config import lasting
 from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data
 from jaxrlhf.data.batches import Batches
-from jaxrlhf.data.settings import packed_length
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
@@ -43,6 +42,7 @@ from jaxrlhf.trainers.optimizer import (
     updates_made,
     with_rates,
 )
+from jaxrlhf.trainers.packing_advice import packing_advice
 from jaxrlhf.trainers.resuming import same_rows, start_from
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.settings import (
@@ -60,9 +60,6 @@ PyTree = Any
 Batch = dict[str, Any]
 MASKS = ("attention_mask", "chosen_mask", "rejected_mask")
 """Arrays `[B, T]` of a batch that mark its tokens, where it has them."""
-JUDGED_STEPS = 5
-MUCH_PADDING = 0.3
-"""A run advises packing where the mean padding of its first JUDGED_STEPS is above this share."""
 
 
 Extend = Callable[[PyTree, Batch], Batch]
@@ -318,7 +315,9 @@ class SupervisedTask:
         if recipe.on_policy is not None and recipe.on_policy.share:
             self._on_policy = OnPolicy(run, recipe.on_policy, model, mesh, tokenizer, self.train, config.data.seed)
         self._newest: Batch = {}
-        self._padding: list[float] = []
+        self._advice = None
+        if recipe.packable:
+            self._advice = packing_advice(config.data, self.train, recipe.rows or recipe.name)
         start = config.model.start.model_type
         self.base_model = config.model.model_name_or_path or f"{start} with random weights"
         described = describe_model(model)
@@ -358,7 +357,8 @@ class SupervisedTask:
         tokens = metrics.pop("tokens")
         positions = sum(batch[name].size for name in MASKS if name in batch)
         seconds, padding = time.monotonic() - begin, 1 - tokens / positions
-        self._advise_packing(padding)
+        if self._advice is not None and (advice := self._advice.after(padding)):
+            self.run.print(advice)
         return state, metrics | sampled | {
             "learning_rate": self.schedule(made),
             **self.train.progress(plan.batch + 1, self.rows),
@@ -375,20 +375,6 @@ class SupervisedTask:
             return batch, metrics | {"sampling/on_policy": 1.0}
         batch = place_batch(self.train.batch(indices, held=held_rows(self.mesh, self.rows)), self.mesh)
         return batch, {} if self._on_policy is None else {"sampling/on_policy": 0.0}
-
-    def _advise_packing(self, padding: float) -> None:
-        """Says once that packing would save time, where the first steps are mostly padding and nobody has chosen."""
-        chosen = self.config.data.packing is not None or self.train.bins is not None
-        if chosen or not self.recipe.packable or len(self._padding) == JUDGED_STEPS:
-            return
-        self._padding.append(padding)
-        mean = np.mean(self._padding)
-        if len(self._padding) == JUDGED_STEPS and mean > MUCH_PADDING:
-            length = packed_length(self.config.data.replace(packing=True), self.recipe.rows or self.recipe.name)
-            self.run.print(
-                f"perf/padding: {mean:.0%} of the positions of a batch hold no token. --packing true puts several rows "
-                f"into one of {length:,} tokens; per_device_train_batch_size then counts those"
-            )
 
     def limits(self, history: History) -> dict[str, float]:
         threshold = self.config.run.guard.spike_threshold

@@ -254,7 +254,7 @@ def test_settings_of_sampling_that_nothing_would_use_are_refused(options, messag
 def test_rows_without_a_prompt_and_models_without_room_are_refused(train, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "no prompt here"}\n' * 8)
-    with pytest.raises(InputError, match=r"lmbda=0.5: row 1 of text.jsonl has no prompt"):
+    with pytest.raises(InputError, match=r"lmbda=0.5: \S*text.jsonl line 1 has no prompt"):
         train(lmbda=0.5, data_path=str(text), max_new_tokens=8)
     with pytest.raises(InputError, match=r"max_length \+ max_new_tokens for the student of 132 tokens exceeds"):
         train(lmbda=0.5, max_new_tokens=100, overwrite_output_dir=True)

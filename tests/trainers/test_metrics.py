@@ -8,9 +8,10 @@ import pytest
 
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import DataConfig, load_data
+from jaxrlhf.trainers.packing_advice import packing_advice
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
-from jaxrlhf.trainers.supervised import SupervisedTask, metrics_by_source
+from jaxrlhf.trainers.supervised import metrics_by_source
 
 
 def mean(totals):
@@ -64,17 +65,11 @@ def test_padding_is_the_share_of_positions_without_a_token(train, kind, demo, tm
     assert "tokens" not in record
 
 
-@pytest.mark.parametrize(("padding", "packing", "told"), [(0.45, None, 1), (0.2, None, 0), (0.45, False, 0)])
-def test_packing_is_advised_once_where_much_is_padding_and_nobody_chose(padding, packing, told):
-    said = []
-    task = SimpleNamespace(
-        recipe=SimpleNamespace(packable=True, rows="", name="reward"),
-        config=SimpleNamespace(data=DataConfig(max_length=32, packing=packing)),
-        train=SimpleNamespace(bins=None),
-        run=SimpleNamespace(print=said.append),
-        _padding=[],
-    )
-    for _ in range(12):
-        SupervisedTask._advise_packing(task, padding)
-    assert len(said) == told
-    assert all("--packing true" in text and "45%" in text and "64 tokens" in text for text in said)
+@pytest.mark.parametrize(("padding", "told"), [(0.45, 1), (0.2, 0)])
+def test_packing_is_advised_once_where_much_is_padding_and_nobody_chose(padding, told):
+    config, data = DataConfig(max_length=32), SimpleNamespace(bins=None)
+    assert packing_advice(config.replace(packing=False), data, "reward") is None
+    advice = packing_advice(config, data, "reward")
+    said = [advice.after(padding) for _ in range(12)]
+    assert [i for i, text in enumerate(said) if text] == [4] * told
+    assert all("--packing true" in text and "45%" in text and "64 tokens" in text for text in filter(None, said))

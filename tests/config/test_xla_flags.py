@@ -7,7 +7,15 @@ import sys
 import pytest
 
 from jaxrlhf.cli import main
-from jaxrlhf.config.xla_flags import CPU_FLAGS, CUDA_FLAGS, NVIDIA_FILES, RECOMMENDED, TPU_FILES, find_platform, set_xla_flags
+from jaxrlhf.config.xla_flags import (
+    CPU_FLAGS,
+    CUDA_FLAGS,
+    NVIDIA_FILES,
+    RECOMMENDED,
+    TPU_FILES,
+    find_platform,
+    set_xla_flags,
+)
 
 DRIVER, PLUGIN = {NVIDIA_FILES[0]}, {"jax_cuda12_plugin"}
 

@@ -7,9 +7,15 @@ import time
 
 import jax
 
+from jaxrlhf.config.allocator import give_back
+
 COMPILING = "/jax/core/compile/"
 """Events of JAX with this prefix are tracing, lowering and XLA's compilation: a scalar at the start, a duration at the
 end."""
+BACKEND = COMPILING + "backend_compile_duration"
+"""The event of XLA's own part."""
+LONG_COMPILE = 1.0
+"""Seconds of a compilation after which the compiler's memory is given back."""
 
 
 class Activity:
@@ -43,6 +49,8 @@ class Activity:
     def _end(self, event: str, duration_secs: float, **facts: object) -> None:
         if event.startswith(COMPILING):
             self._nest(-1)
+        if event == BACKEND and duration_secs >= LONG_COMPILE:
+            give_back()  # the compiler leaves small pieces behind, which the program's arrays do not fit
 
     def _nest(self, change: int) -> None:
         with self._lock:

@@ -174,6 +174,7 @@ class PlanConfig(ClusterConfig):
         algorithm = ALGORITHMS.get(self.trainer)
         if algorithm is not None and algorithm.name != "ppo" and type(self.ppo) is PPOConfig:
             values |= {"advantage_estimator": algorithm.estimator}
+            values |= {name: value for name, value in algorithm.defaults.items() if name not in SHOWN}
             if self.ppo.sampling.samples_per_prompt == 1:
                 values |= {"samples_per_prompt": algorithm.defaults.get("samples_per_prompt", 1)}
         return self.ppo.replace(**values)

@@ -54,7 +54,8 @@ class MemoryRelief:
 
     That is due when the system has little left, and when a step took much more than steps before it. Steps need the
     same memory, but where a small array lies in what the last step freed, the next one gets new memory, and the old
-    stays behind. Without this, a run comes to hold several times what it needs.
+    stays behind. Without this, a run comes to hold several times what it needs. It is also due after steps so long that
+    taking the memory again does not count.
     """
 
     GROWTH = 1.15
@@ -62,15 +63,23 @@ class MemoryRelief:
     SCARCE = 1 / 8
     """Memory is scarce when the system has less left than this share of what the process holds."""
 
+    LONG_STEP = 5.0 / 2**30
+    """Seconds of a long step per byte that the process holds; page faults take a tenth of it at most."""
+
     def __init__(self) -> None:
         self._usual: int | None = None
+        self._begin = time.monotonic()
 
     def after_step(self) -> bool:
         """Gives unused memory back where it is due; returns True if it did."""
         held = _resident_bytes() or 0
+        now = time.monotonic()
+        seconds, self._begin = now - self._begin, now
         if self._usual is None:  # the first step, or the first one after memory was given back
             self._usual = held
-        due = held > self.GROWTH * self._usual or available_memory() < self.SCARCE * held
+        scarce = available_memory() < self.SCARCE * held
+        long = held > 0 and seconds > self.LONG_STEP * held
+        due = held > self.GROWTH * self._usual or scarce or long
         if due:
             give_back()
             self._usual = None

@@ -29,7 +29,7 @@ from jaxrlhf.trainers.routers import Recorder, RouterOptions, router_loss, route
 PyTree = Any
 
 
-CPU_TOKENS = 2048
+CPU_TOKENS = 1024
 """Most tokens of a micro-batch on a CPU, unless a single row is longer."""
 
 

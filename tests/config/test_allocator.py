@@ -107,14 +107,26 @@ def test_a_second_array_gets_pages_of_the_first_until_they_are_given_back(kept):
 def test_unused_memory_is_given_back_when_the_machine_has_little(library, monkeypatch, available, scarce):
     monkeypatch.setattr(system, "available_memory", lambda: available)
     monkeypatch.setattr(system, "_resident_bytes", lambda: 64)
+    monkeypatch.setattr(system.time, "monotonic", lambda: 0.0)
     assert system.MemoryRelief().after_step() == scarce
     assert library.told == ["trim"] * scarce
+
+
+def test_unused_memory_is_given_back_after_long_steps(library, monkeypatch):
+    clock = iter([0.0, 19.0, 40.0, 59.0])
+    monkeypatch.setattr(system, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(system, "_resident_bytes", lambda: 4 * 2**30)
+    monkeypatch.setattr(system.time, "monotonic", lambda: next(clock))
+    relief = system.MemoryRelief()
+    assert [relief.after_step() for _ in range(3)] == [False, True, False]
+    assert library.told == ["trim"]
 
 
 def test_memory_that_a_step_left_behind_is_given_back_once(library, monkeypatch):
     held = iter([62, 63, 95, 60, 64, 96, 80, 81])
     monkeypatch.setattr(system, "available_memory", lambda: 1000)
     monkeypatch.setattr(system, "_resident_bytes", lambda: next(held))
+    monkeypatch.setattr(system.time, "monotonic", lambda: 0.0)
     relief = system.MemoryRelief()
     assert [relief.after_step() for _ in range(8)] == [False, False, True, False, False, True, False, False]
     assert library.told == ["trim", "trim"]

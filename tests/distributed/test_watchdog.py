@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrlhf.distributed import watchdog
-from jaxrlhf.distributed.activity import activity
+from jaxrlhf.distributed.activity import BACKEND, activity
 
 HANGING = """
 import sys, time
@@ -146,3 +146,14 @@ def test_compilation_does_not_count_and_0_turns_the_watchdog_off(ended):
 
     assert ended(compile_long) is None
     assert ended(lambda dog, over: over.wait(0.5), factor=0.0) is None
+
+
+def test_the_compilers_memory_is_given_back_after_a_long_compilation(monkeypatch):
+    assert not activity.compiling
+    given = []
+    monkeypatch.setattr("jaxrlhf.distributed.activity.give_back", lambda: given.append(True))
+    jax.monitoring.record_event_duration_secs(BACKEND, 0.1)
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", 9.0)
+    assert not given
+    jax.monitoring.record_event_duration_secs(BACKEND, 9.0)
+    assert given == [True]

@@ -8,6 +8,7 @@ from planning import config_of, fits, programs_of
 from jaxrlhf.config import parse
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.command import make_plan, run_plan
+from jaxrlhf.plan.programs import experience
 from jaxrlhf.plan.search import CHANGES, EXPERTS, capacity, flags_between, largest_micro_batches, nearest_on_mesh, peak
 from jaxrlhf.plan.settings import PlanConfig
 from jaxrlhf.plan.system import build_system
@@ -18,6 +19,14 @@ def test_a_run_without_a_critic_needs_less_than_one_with_it():
     peaks = [make_plan(config_of(actor="opt-1.3b", devices=8, trainer=name)).peak for name in ("grpo", "ppo")]
     assert peaks[0] < peaks[1]
     assert build_system(config_of(actor="opt-1.3b", trainer="grpo")).config.value("samples_per_prompt") == 8
+
+
+def test_scoring_leaves_the_policy_out_where_the_update_computes_its_logprobs():
+    options = {"actor": "opt-1.3b", "trainer": "grpo", "reward": None}
+    once, twice = (make_plan(config_of(**options, ppo_epochs=epochs)) for epochs in (1, 2))
+    assert once.system.scoring == ("reference",) and twice.system.scoring == ("actor", "reference")
+    assert once.cost.seconds["score"] == pytest.approx(twice.cost.seconds["score"] / 2)
+    assert experience(once.system).logprobs is None and experience(twice.system).logprobs is not None
 
 
 @pytest.mark.parametrize("device", ["h200", "b200", "gb200", "mi300x"])

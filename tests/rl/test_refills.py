@@ -86,6 +86,7 @@ def test_the_prompts_and_keys_of_a_step_and_of_its_refills_depend_on_its_number_
 
     def task(step):
         def sample(state, prompts, plan, policy):
+            assert not policy
             return int(prompts.ids[0, 0]), plan
 
         trainer = SimpleNamespace(rewards=(), sample=sample, sampling=SimpleNamespace(pad_token_id=0))
@@ -94,7 +95,7 @@ def test_the_prompts_and_keys_of_a_step_and_of_its_refills_depend_on_its_number_
         rows = SimpleNamespace(indices=lambda number, prompts: np.arange(number * prompts, (number + 1) * prompts))
         rows.progress = lambda number, prompts: {}
         rows.batch = lambda indices: {"prompt_ids": indices[:, None], "prompt_mask": indices[:, None] >= 0}
-        config = SimpleNamespace(rollout=SimpleNamespace(dynamic_sampling=2), scores_policy=True)
+        config = SimpleNamespace(rollout=SimpleNamespace(dynamic_sampling=2), scores_policy=False)
         config.sampling = SimpleNamespace(samples_per_prompt=2)
         parts = {"trainer": trainer, "data": SimpleNamespace(train=rows), "config": config, "total_steps": 5}
         own = SimpleNamespace(**parts, prompts=4, engine=SimpleNamespace(mesh=None), ahead=None)

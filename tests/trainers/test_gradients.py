@@ -90,10 +90,10 @@ def test_accumulated_loss_statistics_and_gradients_are_those_of_the_whole_batch(
 @pytest.mark.parametrize(
     ("rows", "length", "parts", "number"),
     [
-        (16, 352, 1, 4),
+        (16, 352, 1, 8),
         (16, 352, 8, 8),  # small enough as they are
-        (16, 352, 2, 4),
-        (6, 1024, 1, 3),
+        (16, 352, 2, 8),
+        (6, 512, 1, 3),
         (7, 1024, 1, 7),  # 7 rows only divide into single ones
         (2, 5000, 1, 2),  # rows stay whole
         (1, 5000, 1, 1),
@@ -111,7 +111,7 @@ def test_other_devices_work_on_as_many_tokens_as_was_asked_for(monkeypatch):
 
 def test_tokens_of_a_micro_batch_are_counted_per_device(lab):
     with use(lab.mesh_of(2, 4), TRAIN_RULES):
-        assert micro_batches({"tokens": np.zeros((64, 512), np.int32)}, 1) == 2
+        assert micro_batches({"tokens": np.zeros((64, 512), np.int32)}, 1) == 4
 
 
 def test_smaller_micro_batches_on_a_cpu_change_no_gradient(lab, monkeypatch):

@@ -19,7 +19,16 @@ from jaxrlhf.config.annotations import (
     alias,
 )
 from jaxrlhf.config.flags import load_yaml, parse, save_yaml
-from jaxrlhf.config.settings import Settings, check_needs, default_of, lasting, places_of, settings, to_dict
+from jaxrlhf.config.settings import (
+    Settings,
+    check_needs,
+    default_of,
+    lasting,
+    lasting_defaults,
+    places_of,
+    settings,
+    to_dict,
+)
 from jaxrlhf.config.yaml_files import read_yaml
 
 __all__ = [
@@ -45,6 +54,7 @@ __all__ = [
     "check_needs",
     "default_of",
     "lasting",
+    "lasting_defaults",
     "load_yaml",
     "parse",
     "places_of",

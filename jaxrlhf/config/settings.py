@@ -200,6 +200,11 @@ def lasting(config: Settings) -> dict[str, object]:
     return {name: _plain(value) for name, value in config.items() if not known[name].may_change}
 
 
+def lasting_defaults(cls: type[Settings]) -> dict[str, object]:
+    """The defaults of those settings: how a run behaved that was made before there was the setting."""
+    return {name: _plain(default_of(cls, name)) for name, setting in settings(cls).items() if not setting.may_change}
+
+
 def to_dict(config: Settings) -> dict[str, object]:
     """The config as plain values by flat names, as YAML has it; sections are dicts of their own."""
     nested = {name: to_dict(getattr(config, name)) for name in sections(type(config))}

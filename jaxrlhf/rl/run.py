@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.config import lasting
+from jaxrlhf.config import lasting, lasting_defaults
 from jaxrlhf.config.files import read_json
 from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
 from jaxrlhf.data.settings import cache_folder
@@ -129,7 +129,7 @@ class PPOTask:
         self.base_model = str(config.models.actor_model_name_or_path)
         self.data_names = config.data.names
         self.exports = self._exports()
-        self.identity = self._identity()
+        self.identity, self.defaults = self._identity(), lasting_defaults(type(config))
 
     def _exports(self) -> dict[str, dict[str, Any]]:
         state = self.engine.state

@@ -75,6 +75,8 @@ class Task(Protocol[State]):
     """Data sets, for the model card."""
     identity: dict[str, Any]
     """Settings and data, as JSON values, that a run and its resumption must share."""
+    defaults: dict[str, Any]
+    """What stands in `identity` for a checkpoint that is older than a setting."""
     exports: dict[str, Any]
     """For `convert`, per model in the state: {path of its parameters: {"head": …, "config": HF config}}."""
     best: tuple[str, int]

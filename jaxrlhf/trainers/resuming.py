@@ -143,7 +143,7 @@ def changes_since(
     Raises:
         InputError: Something differs that neither keeps the past as it was nor is allowed to.
     """
-    before, step = metadata.get("identity", {}), metadata["step"]
+    before, step = task.defaults | metadata.get("identity", {}), metadata["step"]
     changes: dict[str, tuple[Any, Any]] = {
         name: (before.get(name), value) for name, value in redacted(task.identity).items() if before.get(name) != value
     }

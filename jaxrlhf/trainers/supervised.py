@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxrlhf import keys
-from jaxrlhf.config import lasting
+from jaxrlhf.config import lasting, lasting_defaults
 from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data
 from jaxrlhf.data.batches import Batches
 from jaxrlhf.distributed import joined, to_host
@@ -333,6 +333,7 @@ class SupervisedTask:
             "lora": described.get("lora"),
             **lasting(config),
         }
+        self.defaults = lasting_defaults(type(config))
 
     def initial_state(self) -> TrainState:
         return init_state(self.model, self.optimizer, self.mesh, offload_optimizer=self.config.run.offload_optimizer)

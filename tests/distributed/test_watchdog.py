@@ -22,7 +22,8 @@ from jaxrlhf.trainers.settings import RunConfig
 
 class Hanging:
     name = title = base_model = "hanging"
-    data_names, exports, identity, best, total_steps, devices = (), {}, {}, ("loss", -1), 4, 1
+    data_names, exports, identity, defaults = (), {}, {}, {}
+    best, total_steps, devices = ("loss", -1), 4, 1
     add = Announce(None, "addition", lambda x: x + 1)
 
     def limits(self, history):

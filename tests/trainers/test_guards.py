@@ -34,7 +34,7 @@ class Counting:
     """
 
     name = title = base_model = "counting"
-    data_names, exports, identity, best, devices = (), {}, {}, ("loss", -1), 1
+    data_names, exports, identity, defaults, best, devices = (), {}, {}, {}, ("loss", -1), 1
 
     def __init__(self, steps=12, losses=None, stop_after=None, dies_in_call=None):
         self.total_steps, self.losses, self.stop_after = steps, losses or {}, stop_after

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf.config import lasting_defaults
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError
 from jaxrlhf.rl.config import PPOConfig
@@ -73,8 +74,8 @@ def test_resume_from_checkpoint_takes_truth_values_and_names(given, resume, name
 # ---- what may change
 
 
-def task_with(same=False, devices=4, **identity):
-    return SimpleNamespace(identity=identity, devices=devices, same_past=lambda steps: same)
+def task_with(same=False, devices=4, defaults=None, **identity):
+    return SimpleNamespace(identity=identity, defaults=defaults or {}, devices=devices, same_past=lambda steps: same)
 
 
 RUN = {"trainer": "sft", "learning_rate": 0.1, "micro_batches": 1, "total_steps": 10, "data": "d"}
@@ -96,6 +97,15 @@ def test_allowed_changes_are_listed(tmp_path, now, options, changed):
     metadata = {"identity": RUN, "step": 8, "devices": 4}
     found = changes_since(tmp_path, metadata, task_with(**options, **(RUN | now)), allowed)
     assert found == {name: (RUN[name], now[name]) for name in changed}
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(tmp_path):
+    metadata = {"identity": RUN, "step": 8, "devices": 4}
+    defaults = lasting_defaults(SFTConfig)
+    assert defaults["weight_decay"] == 0 and "logging_steps" not in defaults
+    assert changes_since(tmp_path, metadata, task_with(**RUN, weight_decay=0.0, defaults=defaults), ()) == {}
+    with pytest.raises(InputError, match="weight_decay: 0.0 then, 0.1 now"):
+        changes_since(tmp_path, metadata, task_with(**RUN, weight_decay=0.1, defaults=defaults), ())
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class PPOTrainer(Sampler):
         self.timing: Metrics = {}
         """Seconds of the last `generate_experience` and `train_rlhf`."""
         self._scored: Metrics = {}
-        self._train = Announce(run, f"{self.config.algorithm.name} train step", ppo_step)
+        self._train = Announce(run, f"{self.config.algorithm.algorithm.name} train step", ppo_step)
 
     def update(
         self,

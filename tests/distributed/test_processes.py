@@ -153,6 +153,7 @@ def test_four_processes_go_on_from_the_checkpoint_of_one_and_end_together_when_o
         assert "process 2 of 4" in outputs[i] and "failed: ArithmeticError: bad luck;" in outputs[i]
 
 
+@pytest.mark.long
 def test_a_finished_step_of_a_three_step_run_is_kept_on_another_mesh_but_not_with_other_settings(one, places):
     from jaxrlhf.commands.rlhf import finished
 

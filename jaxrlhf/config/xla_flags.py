@@ -57,15 +57,8 @@ CUDA_FLAGS = (
         "gradients of replicated parameters are reduced in few large collectives",
     ),
 )
-CPU_FLAGS = (
-    Flag(
-        "--xla_backend_optimization_level",
-        "1",
-        "compiles faster; the matrix products, which take the time, come from a library, and steps are as fast",
-    ),
-)
-RECOMMENDED = {"cuda": CUDA_FLAGS, "tpu": (), "rocm": (), "cpu": CPU_FLAGS}
-"""By platform; a TPU's compiler overlaps and combines collectives by itself."""
+RECOMMENDED = {"cuda": CUDA_FLAGS, "tpu": (), "rocm": (), "cpu": ()}
+"""By platform; a TPU's compiler overlaps and combines collectives by itself, and a CPU has nothing to gain."""
 
 
 def find_platform(

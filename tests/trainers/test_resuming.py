@@ -104,7 +104,7 @@ def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(tmp_path)
     defaults = lasting_defaults(SFTConfig)
     assert defaults["weight_decay"] == 0 and "logging_steps" not in defaults
     assert changes_since(tmp_path, metadata, task_with(**RUN, weight_decay=0.0, defaults=defaults), ()) == {}
-    with pytest.raises(InputError, match="weight_decay: 0.0 then, 0.1 now"):
+    with pytest.raises(InputError, match=r"weight_decay: 0\.0 then, 0\.1 now"):
         changes_since(tmp_path, metadata, task_with(**RUN, weight_decay=0.1, defaults=defaults), ())
 
 

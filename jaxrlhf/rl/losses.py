@@ -89,15 +89,19 @@ def policy_gradients(
         loss_of, state.actor, params, batch, h.micro_batches, state.mesh, routers=state.routers, mask=batch["mask"]
     )
     known = stats.pop("known", ())
+    return _policy_metrics(policy, stats) | routed, grads, known
+
+
+def _policy_metrics(loss: jax.Array, stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The metrics of a policy loss, under TRL's names."""
     metrics = {
-        "loss/policy_avg": policy,
-        "policy/approxkl_avg": stats.pop("approx_kl"),
-        "policy/clipfrac_avg": stats.pop("clipfrac"),
+        "loss/policy_avg": loss,
+        "policy/approxkl_avg": stats["approx_kl"],
+        "policy/clipfrac_avg": stats["clipfrac"],
         "val/ratio": 1 + stats["ratio_shift"],
         "val/ratio_var": objectives.ratio_variance(stats),
     }
-    metrics |= {name: value for name, value in stats.items() if name.startswith("loss/")}
-    return metrics | routed, grads, known
+    return metrics | {name: value for name, value in stats.items() if name.startswith("loss/")}
 
 
 def ptx_gradients(

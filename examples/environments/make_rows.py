@@ -1,25 +1,44 @@
-"""Writes rows for the examples: `make_rows.py FOLDER` makes arithmetic.jsonl and secrets.jsonl in it."""
+"""Writes rows for the examples: `make_rows.py FOLDER` makes arithmetic.jsonl, calls.jsonl and secrets.jsonl in it."""
 
 import json
 import random
 import sys
 from pathlib import Path
 
+from jaxrlhf.environments import load_tool
+
+CALCULATOR = Path(__file__).with_name("calculator.py")
 NAMES = ("Ana", "Ben", "Chen", "Dina", "Emil", "Fatou")
 THINGS = ("apples", "stamps", "marbles", "cards", "shells")
 
 
-def arithmetic(rng):
-    """A word problem with two-digit numbers, and its answer."""
+def problem(rng):
+    """A word problem with two-digit numbers: question, expression, value, and the answer in words."""
     name, thing, other = rng.choice(NAMES), rng.choice(THINGS), rng.choice(NAMES)
     a, b, c = rng.randint(11, 99), rng.randint(11, 99), rng.randint(2, 9)
-    start = f"{name} has {c} boxes of {a} {thing}"
-    kinds = {
-        f"{start} and finds {b} more. How many {thing} does {name} have now?": c * a + b,
-        f"{start}, and {other} takes {min(b, c * a)} of them. How many are left?": c * a - min(b, c * a),
-    }
-    question = rng.choice(list(kinds))
-    return {"prompt": question, "answer": str(kinds[question])}
+    start, fewer = f"{name} has {c} boxes of {a} {thing}", min(b, c * a)
+    more = f"{start} and finds {b} more. How many {thing} does {name} have now?", f"{c} * {a} + {b}", c * a + b
+    less = f"{start}, and {other} takes {fewer} of them. How many are left?", f"{c} * {a} - {fewer}", c * a - fewer
+    return rng.choice([(*more, f"{name} has {c * a + b} {thing} now."), (*less, f"{c * a - fewer} {thing} are left.")])
+
+
+def arithmetic(rng):
+    """A problem and its answer."""
+    question, _, value, _ = problem(rng)
+    return {"prompt": question, "answer": str(value)}
+
+
+def call(rng, tools):
+    """A problem that the calculator solves, as a conversation."""
+    question, expression, value, answer = problem(rng)
+    function = {"name": "calculate", "arguments": {"expression": expression}}
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "name": "calculate", "content": str(value)},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": messages, "tools": tools}
 
 
 def secret(rng):
@@ -30,9 +49,12 @@ def secret(rng):
 def main(folder: Path, rows: int = 2000) -> None:
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, make in (("arithmetic", arithmetic), ("secrets", secret)):
-        lines = [json.dumps(make(rng)) for _ in range(rows)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    made = {"arithmetic": [arithmetic(rng) for _ in range(rows)], "secrets": [secret(rng) for _ in range(rows)]}
+    tools, known = [load_tool(f"{CALCULATOR}:calculate").schema], {row["prompt"] for row in made["arithmetic"]}
+    calls = [call(rng, tools) for _ in range(rows)]
+    made["calls"] = [row for row in calls if row["messages"][0]["content"] not in known]
+    for name, lines in made.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

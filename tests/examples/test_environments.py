@@ -44,3 +44,11 @@ def test_the_rows_have_right_answers(tmp_path, monkeypatch):
     secrets = [row["secret"] for row in games]
     assert len({row["prompt"] for row in games}) > 40  # rows of one prompt cannot be held out for evaluation
     assert len(secrets) == 50 and min(secrets) >= 1 and max(secrets) <= 100
+    calculate = load_tool(f"{EXAMPLES / 'calculator.py'}:calculate").function
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    assert len(calls) > 40 and not {row["prompt"] for row in rows} & {row["messages"][0]["content"] for row in calls}
+    for row in calls:
+        _, asked, told, answer = row["messages"]
+        value = calculate(**asked["tool_calls"][0]["function"]["arguments"])
+        assert told["content"] == value and value in answer["content"].split()
+        assert row["tools"][0]["function"]["name"] == "calculate"

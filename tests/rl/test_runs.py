@@ -244,10 +244,10 @@ def test_a_function_that_fails_in_the_last_evaluation_loses_no_training(train, t
 def test_a_function_that_fails_while_training_leaves_a_checkpoint_of_the_steps_before(train, tmp_path, monkeypatch):
     sample = PPOTrainer.sample
 
-    def failing(self, state, prompts, plan, hyperparameters=None):
+    def failing(self, state, *args, **options):
         if int(state.step) == 3:
             raise SharedError("reward function f: must return one number per response")
-        return sample(self, state, prompts, plan, hyperparameters)
+        return sample(self, state, *args, **options)
 
     monkeypatch.setattr(PPOTrainer, "sample", failing)
     with pytest.raises(SharedError, match="must return"):

@@ -28,7 +28,7 @@ class Samples:
     """`[P][n]` with an environment or tools, whose last turns are `texts`."""
 
     def identity(self, p: int, j: int) -> object:
-        """What equal samples have in common: the text, or all turns of an episode."""
+        """Returns the text of a sample, or all turns of its episode. Equal samples have equal values."""
         return self.texts[p][j] if self.episodes is None else json.dumps(self.episodes[p][j].messages, default=str)
 
 

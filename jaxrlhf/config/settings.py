@@ -201,7 +201,7 @@ def lasting(config: Settings) -> dict[str, object]:
 
 
 def lasting_defaults(cls: type[Settings]) -> dict[str, object]:
-    """The defaults of those settings: how a run behaved that was made before there was the setting."""
+    """The defaults of those settings. A run behaved like this before the setting existed."""
     return {name: _plain(default_of(cls, name)) for name, setting in settings(cls).items() if not setting.may_change}
 
 

@@ -30,9 +30,10 @@ class SFTData(Data):
         own = np.asarray(indices) if held is None else np.where(held, indices, -1)
         extra = {name: values.batch(own, width) for name, values in self.token_values.items()}
         extra["row_mask"] = self.row_mask(indices)
+        rows = self.read(indices, held)
         if self.bins is not None:
-            return self.packed(self.read(indices, held), width) | extra
-        units = self.sequences(self.read(indices, held))
+            return self.packed(rows, width) | extra
+        units = self.sequences(rows)
         ids = [unit[0][0] if unit else np.zeros(0, np.int32) for unit in units]
         marks = [unit[0][1] if unit else np.zeros(0, np.int32) for unit in units]
         return {

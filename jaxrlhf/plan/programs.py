@@ -149,7 +149,7 @@ def _lower_reference(system: System) -> jax.stages.Lowered:
 
 
 def _scored(system: System) -> Callable:
-    """What a supervised trainer reads of its frozen model."""
+    """Returns the function that a supervised trainer calls on its frozen model."""
     if system.trainer == "distill":
         return distill.reader(1.0, system.teaching.teacher_top_k, system.modules["actor"].config.vocab_size)
     return kto.BOTH if system.trainer == "kto" else dpo.response_logprobs

@@ -160,9 +160,9 @@ def model_of(module: Decoder, params: PyTree) -> Model:
 
 def updates_of(config: PPOConfig, iterations: int) -> tuple[int, int]:
     """Optimizer steps of (actor, critic) in a run of `iterations`; at least 1."""
-    per_iteration = config.algorithm.ppo_epochs * config.algorithm.num_mini_batches
-    updates = max(1, (iterations + replays(iterations, config.rollout.reuses)) * per_iteration)
-    return max(1, updates - config.algorithm.critic_only_steps * per_iteration), updates
+    h = config.algorithm
+    updates = max(1, (iterations + replays(iterations, config.rollout.reuses)) * h.updates)
+    return max(1, updates - h.critic_only_steps * h.updates), updates
 
 
 def rates_of(config: PPOConfig, iterations: int) -> PPORates:

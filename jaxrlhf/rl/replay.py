@@ -1,4 +1,4 @@
-"""Rollouts that later steps train on again (`replay_steps`): what is kept of them, and their experience anew.
+"""Rollouts that later steps train on again (`replay_steps`): the parts that are kept, and their metrics.
 
 A step first trains on its own rollout, then on those of the steps before it, the newest first. Their log-probs are
 computed again with the newest parameters, and tokens are weighed by the ratio of these to the sampler's
@@ -52,7 +52,7 @@ def _kept(e: Experience, *, width: int, mesh: Mesh) -> tuple[Rollout, jax.Array]
 
 
 def kept(experience: Experience, step: int, *, width: int, mesh: Mesh) -> Replayed:
-    """What later steps need of a scored experience, padded to `width` columns.
+    """Keeps the parts of a scored experience that later steps need, padded to `width` columns.
 
     Args:
         experience: rows with their final scores; those without one are masked out, and stay so.

@@ -171,17 +171,18 @@ class PPOTask:
         made = int(to_host(updates_made(state.actor_opt_state)))
         pending, earlier = state.pending, state.replay
         state, metrics = trainer.update(state.replace(pending=(), replay=()), experience, text, plan.limits, plan.twice)
+        age = self._staleness(index)
         if earlier:
             state, replays = trainer.replay(state, earlier, index, plan.limits)
-            metrics = with_replays(metrics, replays, self._staleness(index))
-            state = state.replace(replay=trainer.remembered(earlier, experience, index - self._staleness(index)))
+            metrics = with_replays(metrics, replays, age)
+            state = state.replace(replay=trainer.remembered(earlier, experience, index - age))
+        elif self.ahead is not None:
+            metrics["sampling/staleness"] = age
         if self.ahead is not None:
             begin = time.monotonic()
             state = state.replace(pending=self.ahead.pending(pending))
             scored["timing/generate"] += time.monotonic() - begin
         metrics |= scored
-        if self.ahead is not None and not earlier:
-            metrics["sampling/staleness"] = self.ahead.staleness(index)
         if not metrics.get("guard/unscored"):
             self._check_consistency(metrics, index + 1)
             self.alarms.check(metrics, index + 1)
@@ -231,8 +232,7 @@ class PPOTask:
         names = ["policy/grad_norm"]
         if self.engine.state.critic is not None:
             names += ["loss/value_avg", "val/grad_norm"]
-        updates = h.ppo_epochs * h.num_mini_batches
-        limits = {name: robust_limit(history.get(name, ()), threshold, updates) for name in names}
+        limits = {name: robust_limit(history.get(name, ()), threshold, h.updates) for name in names}
         if self.config.frozen.reference_free:
             return limits
         return limits | {"objective/kl": kl_limit(history, h.kl_target)}

@@ -118,7 +118,7 @@ def minibatch_rows(h: PPOHyperparameters, seed: int | jax.Array, step: jax.Array
         key = keys.stream(seed, keys.Stream.MINIBATCHES, step)
         of_epochs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(h.ppo_epochs))
         order = jax.vmap(lambda k: jax.random.permutation(k, rows))(of_epochs)
-    return order.reshape(h.ppo_epochs * h.num_mini_batches, rows // h.num_mini_batches)
+    return order.reshape(h.updates, rows // h.num_mini_batches)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -25,7 +25,7 @@ LIMIT = 1200  # seconds after which a save counts as failed
 FAILURES = (OSError, ValueError)  # tensorstore reports a full disk as a ValueError
 
 Report = dict[str, Any]
-"""What a process knows of the pending save: `gates` that it has reached, `files` it has written, or its `error`."""
+"""The state of the pending save on a process: `gates` that it has reached, `files` it has written, or its `error`."""
 
 
 class _Gates:

@@ -76,7 +76,7 @@ class Task(Protocol[State]):
     identity: dict[str, Any]
     """Settings and data, as JSON values, that a run and its resumption must share."""
     defaults: dict[str, Any]
-    """What stands in `identity` for a checkpoint that is older than a setting."""
+    """Defaults of the settings in `identity`. They stand for settings that an older checkpoint does not have."""
     exports: dict[str, Any]
     """For `convert`, per model in the state: {path of its parameters: {"head": …, "config": HF config}}."""
     best: tuple[str, int]

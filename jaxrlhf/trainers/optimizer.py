@@ -177,7 +177,7 @@ def with_rates(
 
 
 def updates_made(state: optax.OptState) -> jax.Array:
-    """How many updates an optimizer state of `make_optimizer` has seen: what its schedule goes by."""
+    """The number of updates that an optimizer state of `make_optimizer` has seen. Its schedule reads it."""
     return optax.tree.get_all_with_path(state, "count")[0][1]
 
 

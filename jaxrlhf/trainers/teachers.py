@@ -1,6 +1,5 @@
 """A teacher's most likely tokens of all rows in a folder: one run writes them, others then need no teacher."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from jaxrlhf.config.files import read_json, write_json_atomic
 from jaxrlhf.data import Data
 from jaxrlhf.data.batches import TokenValues
 from jaxrlhf.data.cache import created
+from jaxrlhf.data.files import hash_file
 from jaxrlhf.distributed import gather
 from jaxrlhf.errors import InputError
 from jaxrlhf.trainers.references import scored
@@ -78,7 +78,7 @@ def _write(
 
 def seal(folder: Path, about: Mapping[str, object]) -> None:
     """Writes the settings and the hashes of the arrays beside them."""
-    hashes = {name: _hash(folder / f"{name}.npy") for name in KINDS}
+    hashes = {name: hash_file(folder / f"{name}.npy") for name in KINDS}
     write_json_atomic(folder / ABOUT, {"about": about, "hashes": hashes})
 
 
@@ -98,14 +98,9 @@ def read_teacher(folder: Path, about: Mapping[str, object], tokens: int) -> dict
     found = {}
     for name, kind in KINDS.items():
         path = folder / f"{name}.npy"
-        if not path.is_file() or _hash(path) != hashes.get(name):
+        if not path.is_file() or hash_file(path) != hashes.get(name):
             raise InputError(f"teacher_log_probs: {path} is missing or damaged; {remedy}")
         found[name] = np.load(path, mmap_mode="r", allow_pickle=False)
         if found[name].dtype != kind or found[name].shape[:1] != (tokens,):
             raise InputError(f"teacher_log_probs: {path} does not hold {tokens} tokens; {remedy}")
     return found
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

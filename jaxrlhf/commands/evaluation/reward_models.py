@@ -31,7 +31,7 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Measures(TypedDict):
-    """How well a reward model ranks pairs."""
+    """Measures of a reward model's ranking of pairs."""
 
     pairs: int
     accuracy: Estimate

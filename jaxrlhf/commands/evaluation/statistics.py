@@ -149,7 +149,7 @@ def bootstrap_error(statistic: Callable[[np.ndarray], float], groups: np.ndarray
 
 
 class Calibration(TypedDict):
-    """How well the confidence of pairs fits their accuracy; see `calibration`."""
+    """The fit of the confidence of pairs to their accuracy; see `calibration`."""
 
     ece: Estimate
     brier: Estimate

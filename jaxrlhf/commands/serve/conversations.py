@@ -119,11 +119,3 @@ def _tool(tool: object, place: str) -> dict[str, Any]:
     # The other keys stay as they are, so that the prompt is the one of training with the same schema.
     kept = {key: value for key, value in function.items() if key != "strict" and value is not None}
     return {"type": "function", "function": kept}
-
-
-def read_parallel(fields: Fields) -> bool:
-    """Takes `parallel_tool_calls`, which is true by default."""
-    value = fields.left.pop("parallel_tool_calls", True)
-    if not isinstance(value, bool):
-        raise fields.bad("parallel_tool_calls", value, "true or false")
-    return value

@@ -97,8 +97,8 @@ class Fields:
             raise self.bad(name, value, f"a whole number from {low} to {high}")
         return value
 
-    def flag(self, name: str) -> bool:
-        value = self.left.pop(name, False)
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.left.pop(name, default)
         if not isinstance(value, bool):
             raise self.bad(name, value, "true or false")
         return value

@@ -33,7 +33,7 @@ class Served:
     length: int
     """Most tokens of a prompt and its response, or of a text to score."""
     notices: tuple[str, ...] = ()
-    """What the user should know about it."""
+    """Messages for the user."""
 
     def warm_up(self) -> None:
         """Compiles every program that requests run."""

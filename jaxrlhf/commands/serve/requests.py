@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxrlhf.commands.serve.conversations import Message, read_messages, read_parallel, read_tools
+from jaxrlhf.commands.serve.conversations import Message, read_messages, read_tools
 from jaxrlhf.commands.serve.fields import ApiError, Fields
 from jaxrlhf.engine import SlotSampling
 from jaxrlhf.engine.slots import TOP
@@ -146,7 +146,8 @@ def read_chat(body: Mapping[str, object]) -> Chat:
     """A chat request: its conversation, its tools, and what it wants."""
     fields = Fields(body)
     messages = read_messages(fields.left.pop("messages", None))
-    return Chat(messages, read_tools(fields), read_parallel(fields), read_generation(fields, chat=True))
+    tools, parallel = read_tools(fields), fields.flag("parallel_tool_calls", default=True)
+    return Chat(messages, tools, parallel, read_generation(fields, chat=True))
 
 
 def read_completion(body: Mapping[str, object]) -> tuple[list[str] | list[list[int]], Generation]:

@@ -1,4 +1,4 @@
-"""What a tracker is, and what it is told of a run."""
+"""The protocol of a tracker, and the facts of a run that it gets."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ class TrackedRun:
     config: Mapping[str, Any] = field(default_factory=dict)
     """The settings as plain values, without secrets."""
     known: Mapping[str, str] = field(default_factory=dict)
-    """What `start` returned when the run began; empty for a new run."""
+    """The values that `start` returned when the run began; empty for a new run."""
     rewound_to: int | None = None
     """Step of the checkpoint that a resumed run goes on from."""
 

@@ -137,9 +137,12 @@ class PPOTrainer(Sampler):
             if sampled == EMPTY:
                 continue
             own = {name: jax.tree.map(jnp.copy, getattr(state, name)) for name in ("step", "kl_coef", "score_moments")}
+            models = self.engine.models(state).replace(reward=None)  # the scores are known
+            if not state.hyperparameters.needs_old_logprobs:
+                models = models.replace(actor=None)  # the update computes its log-probs, as for its own rollout
             experience = self._score(
                 narrowed(old),
-                self.engine.models(state).replace(reward=None),  # the scores are known
+                models,
                 hyperparameters=state.hyperparameters,
                 mesh=self.engine.mesh,
                 sampling=self.sampling,

@@ -1,4 +1,4 @@
-"""Parts that both sides of the comparison with TRL share: the reward, the turns they take, and the form of a job.
+"""Parts that both sides of the comparisons with TRL share: rewards, the turns they take, and the form of a job.
 
 Imports nothing of the package, whose dependencies the peer's environment lacks: only the file of the demo data.
 """
@@ -21,6 +21,12 @@ def quality(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """`demo_quality` of each response, -2 to 5; prompts as rendered. Raises KeyError for what is no demo question."""
     questions = [prompt.strip().removeprefix(BEFORE).removesuffix(AFTER) for prompt in prompts]
     return [_demo().demo_quality(q, r) for q, r in zip(questions, responses, strict=True)]
+
+
+def brief(completions: Sequence[Any], **_: Any) -> list[float]:
+    """1 for a response of at most 20 words, less as it grows to 80 words, 0 from there on; texts or messages."""
+    texts = [response if isinstance(response, str) else response[-1]["content"] for response in completions]
+    return [1 - min(max(len(text.split()) - 20, 0) / 60, 1.0) for text in texts]
 
 
 def _demo() -> ModuleType:

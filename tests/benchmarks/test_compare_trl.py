@@ -18,8 +18,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import compare_trl  # noqa: E402
+import compare_trl_chat  # noqa: E402
 import compare_trl_ours  # noqa: E402
-from compare_trl_side import Turns, quality  # noqa: E402
+from compare_trl_side import Turns, brief, quality  # noqa: E402
 
 from jaxrlhf.config import parse  # noqa: E402
 from jaxrlhf.data import encode_prompts, load_tokenizer  # noqa: E402
@@ -251,3 +252,32 @@ def test_committed_results_keep_their_bounds():
     assert compare_trl.verdicts(result["runs"])["ratio"] == pytest.approx(result["ratio"], abs=1e-3)
     text = (FOLDER.parent / "docs" / "learning.md").read_text()
     assert all(line in text for line in compare_trl.table(result).splitlines()[2:])
+
+
+def chat_run(seconds: float, reward: float) -> dict:
+    curve = {"reward": [0.0] * 5 + [reward] * 5, "completions/mean_length": [64.0] * 10}
+    return {"seconds": [9.0] + [seconds] * 9, "peak_gib": 4.0, "curves": curve, "held_out": {}}
+
+
+def test_the_chat_trainers_are_compared_by_their_last_steps_and_later_seconds():
+    runs = {str(seed): {"ours": chat_run(2.0, 0.5 + seed), "trl": chat_run(3.0, 0.5 - seed)} for seed in (0, 1)}
+    found = compare_trl_chat.table(runs)
+    assert found["reward, last 5 steps"]["ours"]["mean"] == 1.0 and found["reward, last 5 steps"]["trl"]["mean"] == 0.0
+    lines = list(compare_trl_chat.markdown(found))
+    assert "| seconds of a later step, median | 2.000 ± 0.000 | 3.000 ± 0.000 | × 1.50 |" in lines
+    single = compare_trl_chat.table({"0": runs["0"]})  # one seed has no standard error
+    assert "| seconds of the first step | 9.000 | 9.000 | × 1.00 |" in compare_trl_chat.markdown(single)
+
+
+def test_rows_of_preferences_become_conversations_of_each_trainer():
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    sft, dpo, grpo = (compare_trl_chat.conversation(trainer, row) for trainer in ("sft", "dpo", "grpo"))
+    assert sft["completion"] == dpo["chosen"] == [{"role": "assistant", "content": "So."}]
+    assert dpo["rejected"] == [{"role": "assistant", "content": "No."}]
+    assert set(grpo) == {"prompt"} and grpo["prompt"] == [{"role": "user", "content": "Why?"}]
+
+
+def test_a_brief_response_has_the_whole_reward():
+    answers = ["word " * n for n in (20, 50, 200)]
+    assert brief(answers) == [1, 0.5, 0]
+    assert brief([[{"role": "assistant", "content": answers[1]}]]) == [0.5]

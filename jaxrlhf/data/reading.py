@@ -26,6 +26,7 @@ from jaxrlhf.data.registry import find
 from jaxrlhf.data.settings import DataConfig
 from jaxrlhf.data.sources import Source, resolve_source
 from jaxrlhf.data.tokenized import (
+    FEW,
     FORMAT,
     OWN_COLUMNS,
     Encoding,
@@ -195,7 +196,7 @@ class Reading:
                     path,
                     label=f"reading {opened.table.name}",
                     features=Features({"group": Value("int64")}),
-                    num_proc=self.config.dataset_num_proc,
+                    num_proc=self.config.dataset_num_proc if len(opened.table.dataset) > FEW else 1,
                     table=dataclasses.replace(opened.table, dataset=None),
                     reader=opened.reader,
                 )

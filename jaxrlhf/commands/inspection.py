@@ -25,9 +25,9 @@ from jaxrlhf.data import Data, DataConfig, Tokenizer, epoch_permutation, length_
 from jaxrlhf.data.encoding import SpecialTokens
 from jaxrlhf.data.formats import FORMATS
 from jaxrlhf.data.packing import pack
+from jaxrlhf.data.parts import COUNTS, Part
 from jaxrlhf.data.reading import Reading
 from jaxrlhf.data.steps import LENGTH_WINDOW
-from jaxrlhf.data.tokenized import COUNTS, Part
 from jaxrlhf.errors import InputError
 
 EXAMPLES = 3  # places that are named as examples

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxrlhf.data.order import Schedule, epoch_units, stream_positions
 from jaxrlhf.data.packing import Bins, pack
-from jaxrlhf.data.tokenized import Part, TokenRow
+from jaxrlhf.data.parts import Part
+from jaxrlhf.data.tokenized import TokenRow
 from jaxrlhf.data.tokenizer import pad_token_id
 
 SMALLEST_BUCKET = 32

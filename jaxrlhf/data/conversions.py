@@ -11,8 +11,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from jaxrlhf.data.columns import look_up
 from jaxrlhf.data.files import Row
-from jaxrlhf.data.formats import look_up
 
 CITATION = re.compile(r" ?\[\d+(?:, ?\d+)*\]")
 HELPSTEER_TURN = re.compile(r"\n*<extra_id_1>(User|Assistant)\n+")

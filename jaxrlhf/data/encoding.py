@@ -69,7 +69,7 @@ class SpecialTokens:
     def among(self, value: object) -> bool:
         """True when a text in a JSON value holds a special token."""
         if isinstance(value, str):
-            return any(c in value for c in self._first) and self._to_hide.search(value) is not None
+            return any(map(value.__contains__, self._first)) and self._to_hide.search(value) is not None
         if isinstance(value, dict):
             return any(map(self.among, value.values()))
         return isinstance(value, list | tuple) and any(map(self.among, value))
@@ -141,7 +141,7 @@ def encode_continuations(
 def _last_special(text: Text, head: Text, encoded: Encoded, special: SpecialTokens) -> tuple[int, int]:
     """The character where the last special token of a head begins, and the number of tokens before it; 0 and 0 when
     it has none, or the text does not begin with it."""
-    if text.text.startswith(head.text):
+    if text.text.startswith(head.text) and not special.names.keys().isdisjoint(encoded.ids):
         for count in range(len(encoded.ids) - 1, 0, -1):
             if name := special.names.get(encoded.ids[count]):
                 return max(head.text.rfind(name), 0), count if name in head.text else 0

@@ -1,4 +1,4 @@
-"""Formats of rows: recognised by their columns, and read as a prompt with scored completions.
+"""Formats of rows: the columns that each has, and its reader, which gives a prompt with scored completions.
 
 Whatever its format, a row becomes a `Scored`: a prompt and completions with a score each. A step takes from it what it
 needs: ppo the prompt, sft the best completion, reward and dpo pairs of a better and a worse one, kto each completion
@@ -7,14 +7,13 @@ with its label.
 
 from __future__ import annotations
 
-import collections
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxrlhf.data.files import Row
+from jaxrlhf.data.columns import Columns, look_up
 from jaxrlhf.data.messages import (
     BadRow,
     Completion,
@@ -28,14 +27,10 @@ from jaxrlhf.data.messages import (
     parse_turns,
     read_content,
 )
-from jaxrlhf.errors import InputError
 
 PairRule = Literal["best_worst", "adjacent", "all"]
 
 STEPS = ("sft", "reward", "ppo", "dpo", "kto")
-FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "responses", "scores")
-"""Columns whose names a flag sets."""
-SAMPLE = 1000  # rows that the recognition looks at
 
 
 @dataclass(frozen=True)
@@ -55,49 +50,6 @@ class Scored:
     tools: list[Any] | None = None
     document: bool = False
     margin: float | None = None
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The name or dotted path of each canonical column in a row (`question.full_text`)."""
-
-    names: Mapping[str, str]
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """The names, for hashes. Without the default of a column that version 0.1.0 did not know: hashes of runs that
-        began with that version stay."""
-        return {column: name for column, name in self.names.items() if (column, name) != ("margin", "margin")}
-
-    def path(self, column: str) -> str:
-        return self.names.get(column, column)
-
-    def has(self, row: Row, column: str) -> bool:
-        return look_up(row, self.path(column)) is not MISSING
-
-    def get(self, row: Row, column: str) -> Any:
-        """The value, or None. Raises BadRow when the row lacks the column."""
-        value = look_up(row, self.path(column))
-        if value is MISSING:
-            raise BadRow(self.path(column), "is missing")
-        return value
-
-
-MISSING = object()
-
-
-def look_up(row: object, path: str, default: object = MISSING) -> Any:
-    """The value at a dotted path (`answers.0.text`), or `default`. A column whose name has dots goes first."""
-    if isinstance(row, Mapping) and path in row:
-        return row[path]
-    for part in path.split("."):
-        if isinstance(row, Mapping) and part in row:
-            row = row[part]
-        elif isinstance(row, Sequence) and not isinstance(row, str) and part.isdigit() and int(part) < len(row):
-            row = row[int(part)]
-        else:
-            return default
-    return row
 
 
 def split_conversation(messages: list[Message], field: str) -> tuple[list[Message], Completion]:
@@ -381,80 +333,3 @@ class Reader:
 
 def _replace(scored: Scored, **changes: Any) -> Scored:
     return Scored(**(vars(scored) | changes))
-
-
-def recognise(rows: Iterable[object], columns: Columns, name: str, wanted: str = "") -> str:
-    """The format of a source, by the columns of its first rows.
-
-    Args:
-        rows: the first rows.
-        columns: names of the columns.
-        name: the source, for messages.
-        wanted: the format that the user names; it must fit the rows.
-
-    Raises:
-        InputError: no format fits, or rows of two formats stand in one source.
-    """
-    found: dict[str, list[int]] = collections.defaultdict(list)
-    first: Mapping = {}
-    for number, row in enumerate(itertools.islice(rows, SAMPLE), start=1):
-        if isinstance(row, Mapping) and row:
-            first = first or row
-            fit = [key for key in ([wanted] if wanted else FORMATS) if not FORMATS[key].missing(row, columns)]
-            if fit:
-                found[fit[0]].append(number)
-    if not found:
-        raise InputError(_no_format(first, columns, name, wanted))
-    best = max(found, key=lambda key: len(found[key]))
-    for key, numbers in found.items():
-        if not FORMATS[key].names <= FORMATS[best].names:
-            raise InputError(
-                f"{name}: holds rows of two formats: row {found[best][0]} is {FORMATS[best].title} "
-                f"({', '.join(FORMATS[best].columns)}), row {numbers[0]} is {FORMATS[key].title} "
-                f"({', '.join(FORMATS[key].columns)}); put them into two files, or choose one with --data_format"
-            )
-    return best
-
-
-def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
-    """The message for rows that fit no format: their columns, and the nearest format."""
-    listed = ", ".join(f"{key} ({kind_of(value)})" for key, value in row.items()) or "none"
-    lacks = {key: FORMATS[key].missing(row, columns) for key in ([wanted] if wanted else FORMATS)}
-    near = {key: missing for key, missing in lacks.items() if wanted or len(missing) < len(FORMATS[key].columns)}
-    found = f"{name}: its columns fit no format. Found: {listed}."
-    if not near:
-        known = "; ".join(", ".join(c.partition("|")[0] for c in form.columns) for form in FORMATS.values())
-        return (
-            f"{found} Formats have the columns: {known}. Name yours, such as --prompt_field question "
-            "--completion_field answer; dotted paths such as answers.0.text work too"
-        )
-    best = min(near, key=lambda key: len(near[key]))
-    missing = [c.partition("|")[0] for c in near[best]]
-    flags = " ".join(f"--{column}_field" for column in missing if column in FIELDS)
-    return (
-        f"{found} The nearest is {FORMATS[best].title} (data_format {best}), which lacks "
-        f"{', '.join(columns.path(column) for column in missing)}; {f'name it with {flags}, or ' if flags else ''}"
-        "add it to the rows"
-    )
-
-
-def check_serves(format: str, step: str, name: str) -> None:
-    """Raises InputError when a step cannot use rows of a format."""
-    if step in FORMATS[format].steps:
-        return
-    need = {
-        "sft": "a response (--completion_field, --chosen_field), messages (--messages_field) or text (--text_field)",
-        "ppo": "prompts (--prompt_field)",
-        "kto": "a completion and its label (--completion_field, --label_field), or chosen and rejected",
-    }.get(step, "a preference: chosen and rejected (--chosen_field, --rejected_field)")
-    raise InputError(
-        f"{name}: holds {FORMATS[format].title} rows ({', '.join(FORMATS[format].columns)}), which {step} cannot use; "
-        f"it needs rows with {need}"
-    )
-
-
-def describe(format: str, row: Mapping, columns: Columns) -> str:
-    """The format of a source in words: `preference, implicit prompt, conversational`."""
-    values = [look_up(row, columns.path(c)) for part in FORMATS[format].columns for c in part.split("|")]
-    conversational = any(isinstance(value, list | Mapping) and format != "ranked" for value in values)
-    return f"{FORMATS[format].title}, {'conversational' if conversational else 'text'}"

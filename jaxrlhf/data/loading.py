@@ -10,15 +10,16 @@ import numpy as np
 
 from jaxrlhf.data.batches import Data
 from jaxrlhf.data.cache import check_writable, hash_json
-from jaxrlhf.data.formats import MISSING, look_up
+from jaxrlhf.data.columns import MISSING, look_up
 from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig
+from jaxrlhf.data.parts import Part
 from jaxrlhf.data.reading import HEAD, Reading
 from jaxrlhf.data.selection import SHARES, limit_rows, split_among, split_groups
 from jaxrlhf.data.settings import DataConfig, cache_folder, named_apart, packed_length, packs
 from jaxrlhf.data.sources import named_as
 from jaxrlhf.data.steps import PairData, PromptData, RewardData, SFTData, UnpairedData
 from jaxrlhf.data.streaming import STREAMS, StreamOrder, StreamSource, stream_shares
-from jaxrlhf.data.tokenized import Encoding, Part
+from jaxrlhf.data.tokenized import Encoding
 from jaxrlhf.data.tokenizer import check_tokenizer, tokenizer_fingerprint, with_template
 from jaxrlhf.distributed import by_turns, check_same
 from jaxrlhf.errors import InputError

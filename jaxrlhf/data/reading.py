@@ -14,27 +14,27 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
-from jaxrlhf.data import formats
 from jaxrlhf.data.cache import hash_json
+from jaxrlhf.data.columns import Columns
 from jaxrlhf.data.files import Table, table_of_rows
-from jaxrlhf.data.formats import Columns, Reader
+from jaxrlhf.data.formats import Reader
 from jaxrlhf.data.messages import BadRow, Completion, Message, as_messages
 from jaxrlhf.data.mixture import SourceConfig
+from jaxrlhf.data.parts import Part, make_part, problems_of
+from jaxrlhf.data.recognition import check_serves, describe, recognise
 from jaxrlhf.data.registry import find
 from jaxrlhf.data.settings import DataConfig
 from jaxrlhf.data.sources import Source, resolve_source
 from jaxrlhf.data.tokenized import (
+    FEW,
     FORMAT,
     OWN_COLUMNS,
     Encoding,
-    Part,
     encode_batch,
     features_of,
     group_of,
     index_batch,
-    make_part,
     open_cached,
-    problems_of,
     run_pass,
 )
 from jaxrlhf.data.tokenizer import Tokenizer, with_template
@@ -143,9 +143,9 @@ class Reading:
         convert = self.named.convert_row if self.named and self.named.convert else None
         head = table.head(HEAD)
         rows = [made for row in head for made in convert(row)] if convert else head
-        format = formats.recognise(rows, self.columns, table.name, self.format)
-        formats.check_serves(format, self.step, table.name)
-        words = formats.describe(format, next(row for row in rows if isinstance(row, dict)), self.columns)
+        format = recognise(rows, self.columns, table.name, self.format)
+        check_serves(format, self.step, table.name)
+        words = describe(format, next(row for row in rows if isinstance(row, dict)), self.columns)
         reader = Reader(format, self.columns, self.config.pair_rule, self.config.pair_margin, convert)
         return Opened(table, reader, words)
 
@@ -169,7 +169,7 @@ class Reading:
         if path.exists():
             note: Note = json.loads(path.read_text(encoding="utf-8"))
             for format in note["formats"]:
-                formats.check_serves(format, self.step, self.source.path)
+                check_serves(format, self.step, self.source.path)
             return note
         note = {
             "formats": [opened.reader.format for opened in self.opened],
@@ -196,7 +196,7 @@ class Reading:
                     path,
                     label=f"reading {opened.table.name}",
                     features=Features({"group": Value("int64")}),
-                    num_proc=self.config.dataset_num_proc,
+                    num_proc=self.config.dataset_num_proc if len(opened.table.dataset) > FEW else 1,
                     table=dataclasses.replace(opened.table, dataset=None),
                     reader=opened.reader,
                 )

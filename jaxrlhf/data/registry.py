@@ -12,8 +12,9 @@ from typing import Any
 
 from jaxrlhf.config.imports import exception_line, import_object
 from jaxrlhf.config.yaml_files import load_yaml_file
+from jaxrlhf.data.columns import look_up
 from jaxrlhf.data.files import Row
-from jaxrlhf.data.formats import FORMATS, STEPS, look_up
+from jaxrlhf.data.formats import FORMATS, STEPS
 from jaxrlhf.errors import InputError
 
 

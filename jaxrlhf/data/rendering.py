@@ -179,7 +179,7 @@ class Finisher:
             if not self.everything:
                 self.mark(mask, encoded, spans, last)
         ids = encoded.ids
-        end = next((i for i in range(last, len(ids)) if ids[i] in self.ends), len(ids))
+        end = min((ids.index(token, last) for token in self.ends.intersection(ids[last:])), default=len(ids))
         closing = ids[end] if end < len(ids) else self.closing
         return [*ids[first:end], closing], [*mask[first:end], 1]
 

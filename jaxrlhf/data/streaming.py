@@ -2,7 +2,8 @@
 
 A source is read in windows of `shuffle_buffer` rows, which are shuffled (and packed) by themselves. The order is a pure
 function of the seed and the position in the stream. To find a position, as a resumed run does, the rows before it are
-read but not tokenised.
+read but not tokenised. Which rows share a packed row depends on the lengths of all rows of a window: each process
+tokenises a share of these, and they exchange the lengths.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
@@ -22,15 +24,18 @@ from jaxrlhf.data.batches import Data, Indices
 from jaxrlhf.data.messages import BadRow
 from jaxrlhf.data.order import Schedule, epoch_permutation
 from jaxrlhf.data.packing import Bins, pack
+from jaxrlhf.data.parts import Part, make_part
 from jaxrlhf.data.reading import Opened
 from jaxrlhf.data.selection import SHARES, parse_split
 from jaxrlhf.data.steps import PairData, PromptData, RewardData, SFTData
-from jaxrlhf.data.tokenized import Encoding, Part, TokenRow, features_of, group_of, make_part, tokenise
+from jaxrlhf.data.tokenized import SEQUENCES, Encoding, TokenRow, features_of, group_of, tokenise
 from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.distributed import gather
 from jaxrlhf.errors import InputError
 
 SOURCE_BITS = 44  # a unit's number holds the source above these bits
 GROUP_RANGE = 2**63
+RECENT = 2  # windows that a source keeps, because a batch may span two
 StreamRow = tuple[int, object, int]
 """The number of a row, the row, and the number of its table."""
 
@@ -47,6 +52,19 @@ class StreamOrder:
     """Tokens of a packed row; 0: rows are not packed."""
     seed: tuple[int, ...]
     """Key of the order."""
+
+
+class PackedWindow(NamedTuple):
+    """The packed rows of a window."""
+
+    rows: list[StreamRow]
+    """All rows of the window."""
+    places: list[tuple[int, int]]
+    """Of each usable example: its row, and its number among the examples of that row."""
+    bins: Bins
+    """The examples of each packed row."""
+    tokens: dict[int, list[TokenRow]]
+    """The examples of the rows that this process has tokenised."""
 
 
 class StreamSource:
@@ -79,12 +97,13 @@ class StreamSource:
         if order.packing and record.exists():
             kept = json.loads(record.read_text(encoding="utf-8"))
             self.units, self.complete = kept["units"], kept["complete"]
+        self._agreed = False
+        self._recent: dict[int, list[StreamRow]] = {}
+        self._packed: dict[int, PackedWindow] = {}
         self._restart()
 
     def _restart(self) -> None:
         self._rows, self._next = self.rows(), 0
-        self._window, self._raw = -1, []
-        self._packed: tuple[list[TokenRow], Bins] | None = None
 
     def rows(self, shares: tuple[float, float] | None = None) -> Iterator[StreamRow]:
         """Yields the rows whose prompts lie in `shares` (the step's): number, row and table; counts the unusable."""
@@ -135,7 +154,7 @@ class StreamSource:
         """Counts the units of the next window, or finds that there is none."""
         rows = self._read(window)
         if rows:
-            self.units.append(len(self._pack(window)[1]) if self.packing else len(rows))
+            self.units.append(len(self._pack(window).bins) if self.packing else len(rows))
         if len(rows) < self.window:
             self.complete = True
             if not sum(self.units):
@@ -145,60 +164,99 @@ class StreamSource:
             write_json_atomic(self.record, {"units": self.units, "complete": self.complete})
 
     def _read(self, window: int) -> list[StreamRow]:
-        """The rows of a window. Reads on from the newest one, or from the beginning."""
-        if window != self._window:
+        """The rows of a window: a recent one, or read on, or from the beginning."""
+        if window not in self._recent:
             if window < self._next:
                 self._restart()
             while self._next <= window:
-                self._raw = list(itertools.islice(self._rows, self.window))
-                self._window, self._packed, self._next = self._next, None, self._next + 1
-        return self._raw
+                keep(self._recent, self._next, list(itertools.islice(self._rows, self.window)))
+                self._next += 1
+        return self._recent[window]
 
-    def _pack(self, window: int) -> tuple[list[TokenRow], Bins]:
-        """All usable rows of a window, tokenised, and their bins."""
-        rows = self._read(window)
-        if self._packed is None:
-            tokens = self.tokenised(rows)
-            names = [name for name in (tokens[0] if tokens else {}) if name.startswith("length_")]
-            lengths = np.array([sum(row[name] for name in names) for row in tokens], np.int64)
-            self._packed = tokens, pack(lengths, self.packing, self.seed[0])
-        return self._packed
+    def _pack(self, window: int) -> PackedWindow:
+        """The packed rows of a window. All processes call it at the same place."""
+        if window not in self._packed:
+            rows, count = self._read(window), jax.process_count()
+            first, last = (len(rows) * k // count for k in (jax.process_index(), jax.process_index() + 1))
+            own = self.tokenised(rows[first:last])
+            names = [f"length_{j}" for j in range(SEQUENCES[self.encoding.step])]
+            lengths = [[sum(row[name] for name in names) for row in each] for each in own]
+            every = [each for share in gather(f"packing {self.name}", lengths) for each in share]
+            places = [(i, j) for i, each in enumerate(every) for j in range(len(each))]
+            bins = pack(np.array([n for each in every for n in each], np.int64), self.packing, self.seed[0])
+            keep(self._packed, window, PackedWindow(rows, places, bins, dict(enumerate(own, first))))
+        return self._packed[window]
 
-    def tokenised(self, rows: Sequence[StreamRow]) -> list[TokenRow]:
-        """The usable ones of these rows as columns by name."""
-        result = []
+    def tokenised(self, rows: Sequence[StreamRow]) -> list[list[TokenRow]]:
+        """The usable examples of each of these rows, as columns by name."""
+        result: list[list[TokenRow]] = []
         for k, group in itertools.groupby(rows, key=lambda row: row[2]):
+            numbered = [(i, row) for i, row, _ in group]
+            found: dict[int, list[TokenRow]] = {i: [] for i, _ in numbered}
             table, reader = self.opened[k].table, self.opened[k].reader
-            columns = tokenise([(i, row) for i, row, _ in group], table, reader, self.tokenizer, self.encoding)
+            columns = tokenise(numbered, table, reader, self.tokenizer, self.encoding)
             for values in zip(*columns.values(), strict=True):
                 row = dict(zip(columns, values, strict=True))
                 if row["problem"] is None and row["ids_0"]:
                     arrays = {key: np.asarray(value, np.int32) for key, value in row.items() if isinstance(value, list)}
-                    result.append(row | arrays)
+                    found[row["row"]].append(row | arrays)
+            result += found.values()
         return result
 
-    def _usable(self, window: int, unit: int) -> list[TokenRow]:
-        """The tokenised row of a window, or the next usable one, so that a batch has no holes."""
-        rows = self._read(window)
-        for row in rows[unit:] + rows[:unit]:
-            if tokens := self.tokenised([row]):
-                return tokens[:1]
-        raise InputError(f"data_path '{self.name}': none of {len(rows):,} rows in a row of the stream is usable")
+    def _usable(self, window: int, units: Mapping[int, int]) -> dict[int, list[TokenRow]]:
+        """The tokenised row of each unit of a window, or the next usable one, so that a batch has no holes."""
+        rows, found = self._read(window), {}
+        made = self.tokenised([rows[unit] for unit in units.values()])
+        for (number, unit), tokens in zip(units.items(), made, strict=True):
+            others = (other for row in rows[unit:] + rows[:unit] for other in self.tokenised([row]))
+            usable = tokens or next((other for other in others if other), [])
+            if not usable:
+                problem = f"none of {len(rows):,} rows in a row of the stream is usable"
+                raise InputError(f"data_path '{self.name}': {problem}")
+            found[number] = usable[:1]
+        return found
+
+    def prepare(self, numbers: Sequence[int]) -> list[tuple[int, int, int, int]]:
+        """Packs the windows of these units of the source; returns pass, window, place and number of each, in order.
+
+        All processes call it with the same units.
+        """
+        if self.packing and not self._agreed:  # a process may lack the record of an earlier run
+            records = gather(f"windows of {self.name}", [self.units, self.complete])
+            self.units, self.complete = max(records, key=lambda record: (len(record[0]), record[1]))
+            self._agreed = True
+        places = sorted((*self.locate(number), number) for number in numbers)
+        if self.packing:
+            windows = dict.fromkeys(window for _, window, _, _ in places)
+            if not windows.keys() <= self._packed.keys():
+                self._packed = {window: self._pack(window) for window in windows}
+        return places
 
     def fetch(self, numbers: Sequence[int]) -> list[list[TokenRow]]:
         """The tokenised rows of these units of the source."""
         found: dict[int, list[TokenRow]] = {}
-        places = sorted(((*self.locate(number), number) for number in numbers), key=lambda item: item[:2])
-        for (passed, window), group in itertools.groupby(places, key=lambda item: item[:2]):
+        for (passed, window), group in itertools.groupby(self.prepare(numbers), key=lambda item: item[:2]):
             order = epoch_permutation(self.units[window], (*self.seed, window), passed)
-            for _, _, place, number in group:
-                unit = int(order[place])
-                if self.packing:
-                    tokens, bins = self._pack(window)
-                    found[number] = [tokens[row] for row in bins[unit]]
-                else:
-                    found[number] = self._usable(window, unit)
+            units = {number: int(order[place]) for _, _, place, number in group}
+            find = self._packed_rows if self.packing else self._usable
+            found |= find(window, units)
         return [found[number] for number in numbers]
+
+    def _packed_rows(self, window: int, units: Mapping[int, int]) -> dict[int, list[TokenRow]]:
+        """The examples of packed rows of a window. Tokenises those that other processes have tokenised."""
+        packed = self._pack(window)
+        members = {number: [packed.places[i] for i in packed.bins[unit]] for number, unit in units.items()}
+        missing = sorted({row for places in members.values() for row, _ in places} - packed.tokens.keys())
+        made = self.tokenised([packed.rows[row] for row in missing])
+        tokens = packed.tokens | dict(zip(missing, made, strict=True))
+        return {number: [tokens[row][j] for row, j in places] for number, places in members.items()}
+
+
+def keep(recent: dict[int, Any], window: int, value: object) -> None:
+    """Adds a window to the recent ones; the oldest make room."""
+    recent[window] = value
+    while len(recent) > RECENT:
+        del recent[next(iter(recent))]
 
 
 class StreamData(Data):
@@ -233,14 +291,24 @@ class StreamData(Data):
         source, number = self.schedule.take(positions)
         return (source.astype(np.int64) << SOURCE_BITS) + number
 
+    def of_source(self, k: int, units: Indices) -> dict[int, int]:
+        """The number in source `k` of each unit that comes from it, by its place among `units`."""
+        found = {i: int(unit) for i, unit in enumerate(units) if unit >= 0}
+        return {i: unit & ((1 << SOURCE_BITS) - 1) for i, unit in found.items() if unit >> SOURCE_BITS == k}
+
     def values(self, units: Indices, columns: Sequence[str]) -> list[list[TokenRow]]:
         result: list[list[TokenRow]] = [[] for _ in range(len(units))]
         for k, stream in enumerate(self.streams):
-            own = [i for i, unit in enumerate(units) if unit >= 0 and int(unit) >> SOURCE_BITS == k]
-            numbers = [int(units[i]) & ((1 << SOURCE_BITS) - 1) for i in own]
-            for i, rows in zip(own, stream.fetch(numbers), strict=True):
+            own = self.of_source(k, units)
+            for i, rows in zip(own, stream.fetch(list(own.values())), strict=True):
                 result[i] = rows
         return result
+
+    def read(self, indices: Indices, held: np.ndarray | None) -> list[list[TokenRow]]:
+        for k, stream in enumerate(self.streams):
+            if stream.packing:  # each process packs the windows of the whole batch
+                stream.prepare(list(self.of_source(k, indices).values()))
+        return super().read(indices, held)
 
     def width(self, indices: Indices) -> int:
         return self.maximum

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrlhf.data.batches import Batch, Indices
 from jaxrlhf.data.cache import created, hash_json
-from jaxrlhf.data.formats import MISSING, look_up
+from jaxrlhf.data.columns import MISSING, look_up
 from jaxrlhf.data.messages import kind_of
 from jaxrlhf.data.order import epoch_units, stream_positions
 from jaxrlhf.data.rendering import encode_texts_as_documents

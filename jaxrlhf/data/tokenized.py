@@ -7,8 +7,8 @@ file is a hash of everything that it depends on, so it is never out of date.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxrlhf.data.columns import read_columns
 from jaxrlhf.data.files import Table, first_line
-from jaxrlhf.data.formats import Reader, Scored, look_up
-from jaxrlhf.data.messages import BadRow, as_messages, kind_of
+from jaxrlhf.data.formats import Reader, Scored
+from jaxrlhf.data.messages import BadRow, as_messages
 from jaxrlhf.data.rendering import EncodedRow, encode_rows, encode_texts_as_documents
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import InputError
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 4  # raise it when the meaning of the cached files changes
 CHUNK = 2000  # rows in one call of the tokenizer
-SHOWN = 3  # places of bad rows that a report names
+FEW = 50_000  # rows that one process reads sooner than several start
 SEQUENCES = {"sft": 1, "reward": 2, "ppo": 1, "dpo": 2, "kto": 1}
 """Sequences that a row has in each step."""
 OWN_COLUMNS = {"ppo": {"kept": "string"}, "kto": {"label": "bool"}, "reward": {"margin": "float32"}}
@@ -47,7 +48,6 @@ TokenRow = dict[str, Any]
 Fitted = tuple[int, list[tuple[list[int], list[int]]]]
 """The length of a row's prompt, and its sequences as (ids, mask)."""
 CUT_PROMPT, CUT_RESPONSE, DROPPED = 1, 2, 4
-COUNTS = {"truncated_prompts": CUT_PROMPT, "truncated_responses": CUT_RESPONSE, "dropped_too_long": DROPPED}
 
 
 @dataclass(frozen=True)
@@ -101,32 +101,6 @@ def index_batch(batch: Mapping[str, Any], indices: Sequence[int], table: Table, 
     return {"group": groups}
 
 
-def read_columns(row: object, names: Sequence[str], where: str, optional: Sequence[str] = ()) -> list[object]:
-    """The values of further columns, None for one of `optional` that is missing.
-
-    Raises InputError for another one that is missing or null, and for a value that is no JSON value.
-    """
-    values = [look_up(row, name) for name in names] + [look_up(row, name, None) for name in optional]
-    for name, value in zip((*names, *optional), values, strict=True):
-        problem = ""
-        if value is None and name in optional:
-            continue
-        if value is None or (kind_of(value) == "an object" and not isinstance(value, Mapping | bytes)):
-            problem = "is null" if value is None else "is missing"
-        else:
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError):
-                problem = f"is not a JSON value but a {type(value).__name__}"
-        if problem:
-            has = ", ".join(map(str, row)) if isinstance(row, Mapping) else ""
-            raise InputError(
-                f"{where}: '{name}' {problem}, and a reward function, the environment or reward_columns asks for it; "
-                f"correct or delete the row, or name another column (it has {has or 'none'})"[:1000]
-            )
-    return values
-
-
 @dataclass
 class _Output:
     """Columns of tokenised rows as lists, in the making."""
@@ -177,7 +151,13 @@ def encode_batch(
 
     rows = [int(numbers[i]) for i in indices]
     parsed = dataclasses.replace(table, numbers=[table_number(table, i) for i in rows]).parse(batch)
-    columns = tokenise(list(zip(rows, parsed, strict=True)), table, reader, tokenizer, encoding)
+    collects = gc.isenabled()
+    gc.disable()  # it would look through every object of the process for each few hundred made here: a fifth of the time
+    try:
+        columns = tokenise(list(zip(rows, parsed, strict=True)), table, reader, tokenizer, encoding)
+    finally:
+        if collects:
+            gc.enable()
     return pyarrow.table(columns, schema=features_of(encoding.step).arrow_schema)
 
 
@@ -337,73 +317,3 @@ def open_cached(path: Path) -> Dataset | None:
         logger.warning("the cached file %s is damaged (%s); it is made again", path, first_line(error))
         path.unlink()
         return None
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tokenised rows of one source, in a step's training or evaluation data.
-
-    Attributes:
-        name: the source's short name, in metrics.
-        table: a `datasets.Dataset` with `ids_j`, `mask_j`, `row`, `prompt_length`, and in ppo `kept`.
-        rows: int64 [n]: the entries of the table that are kept.
-        lengths: int32 [sequences, n]: tokens of each sequence of each kept row.
-        counts: rows given, kept, skipped, truncated and dropped.
-        problems: reasons and places of skipped rows.
-        described: the format in words.
-        tables: int [entries]: the number of the source's table that each entry of `table` came from.
-        reading: the `Reading` of the source; None for rows of a stream.
-    """
-
-    name: str
-    table: Any
-    rows: np.ndarray
-    lengths: np.ndarray
-    counts: dict[str, int]
-    problems: tuple[str, ...]
-    described: str = ""
-    tables: np.ndarray | None = None
-    reading: Any = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def margins(self) -> int:
-        """Number of kept rows that have a margin."""
-        if "margin" not in self.table.column_names:
-            return 0
-        return int(self.table.with_format("arrow")["margin"][:].is_valid().to_numpy()[self.rows].sum())
-
-    def fetch(self, numbers: Sequence[int] | np.ndarray, columns: Sequence[str]) -> dict[str, Any]:
-        """The values of these columns in kept rows, each column a list of numpy arrays or values."""
-        return self.table.with_format("numpy", columns=list(columns))[self.rows[np.asarray(numbers)]]
-
-
-def problems_of(tables: Sequence[Dataset], origins: Sequence[Table]) -> tuple[str, ...]:
-    """Reasons and first places of the rows that could not be used. `origins`: where the rows of each table stood."""
-    reasons: collections.Counter[str] = collections.Counter()
-    places: list[str] = []
-    for table, origin in zip(tables, origins, strict=False):
-        problems = table["problem"][:]
-        bad = [i for i, problem in enumerate(problems) if problem is not None]
-        reasons.update(problems[i] for i in bad)
-        rows = table[bad[:SHOWN]]["row"] if bad else []
-        places += [f"{origin.where(row)}: {problems[i]}" for row, i in zip(rows, bad, strict=False)]
-    return (*(f"{what} ({n} rows)" for what, n in reasons.most_common(SHOWN)), *places[:SHOWN])
-
-
-def make_part(name: str, tables: Sequence[Dataset], given: int, problems: tuple[str, ...], described: str) -> Part:
-    """The usable rows of the tokenised tables of a source, and the count of the others."""
-    import datasets
-
-    table = datasets.concatenate_datasets(list(tables))
-    plain = table.select_columns(["cut", "problem", *(c for c in table.column_names if c.startswith("length_"))])
-    columns: Any = plain.with_format("arrow")[:]
-    cut = columns.column("cut").to_numpy()
-    dropped = (cut & DROPPED) != 0
-    bad = columns.column("problem").is_valid().to_numpy()
-    kept = np.flatnonzero(~bad & ~dropped)
-    lengths = [columns.column(name).to_numpy()[kept] for name in plain.column_names if name.startswith("length_")]
-    counts = {"rows": given, "kept": len(kept), "skipped": int(bad.sum())}
-    counts |= {count: int(((cut & bit) != 0).sum()) for count, bit in COUNTS.items()}
-    return Part(name, table, kept, np.stack(lengths).astype(np.int32), counts, problems, described)

@@ -19,8 +19,9 @@ from jaxrlhf.data import (
 )
 from jaxrlhf.data.order import epoch_units, stream_positions
 from jaxrlhf.data.packing import pack
+from jaxrlhf.data.parts import Part, make_part
 from jaxrlhf.data.steps import RewardData, UnpairedData
-from jaxrlhf.data.tokenized import Part, features_of, make_part
+from jaxrlhf.data.tokenized import features_of
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [8], [EOS, 9, 10, 11]]

@@ -6,8 +6,10 @@ import pytest
 from rows import assistant, pairs, prompts, system, user
 
 from jaxrlhf.data import load_data
-from jaxrlhf.data.formats import FORMATS, STEPS, Columns, Reader, describe, recognise
+from jaxrlhf.data.columns import Columns
+from jaxrlhf.data.formats import FORMATS, STEPS, Reader
 from jaxrlhf.data.messages import BadRow
+from jaxrlhf.data.recognition import describe, recognise
 from jaxrlhf.data.settings import DataConfig, FieldsConfig
 from jaxrlhf.errors import InputError
 

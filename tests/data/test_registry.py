@@ -5,7 +5,8 @@ from chat_tokenizers import chat_tokenizer
 from datasets import Dataset, DatasetDict
 
 from jaxrlhf.data import DataConfig, load_data
-from jaxrlhf.data.formats import FORMATS, STEPS, Columns, look_up
+from jaxrlhf.data.columns import Columns, look_up
+from jaxrlhf.data.formats import FORMATS, STEPS
 from jaxrlhf.data.known_datasets import DEEPSPEED_CHAT, KNOWN
 from jaxrlhf.data.registry import NamedDataset, find, load_registry
 from jaxrlhf.errors import InputError

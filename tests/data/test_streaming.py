@@ -1,14 +1,18 @@
 """Streaming: an order that depends on the seed and the step alone, however the run came to that step."""
 
+import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import jax
 import numpy as np
 import pytest
 from rows import pairs, prompts, write_lines
 
-from jaxrlhf.data import load_data
+from jaxrlhf.data import load_data, streaming
 from jaxrlhf.data.reading import HEAD
 from jaxrlhf.errors import InputError
 
@@ -118,6 +122,66 @@ def test_processes_read_their_share_of_a_batch(stream, tokenizer):
     parts = [data.batch(indices, held=np.arange(BATCH) == k) for k in range(BATCH)]
     for name, array in whole.items():
         np.testing.assert_array_equal(np.stack([parts[k][name][k] for k in range(BATCH)]), array)
+
+
+@pytest.fixture
+def four_processes(monkeypatch):
+    """`four_processes(work)`: the results of `work(process)` on four processes, played by threads."""
+    own, met, given = threading.local(), threading.Barrier(4, timeout=60), [None] * 4
+
+    def gather(what, value):
+        given[own.process] = what, value
+        met.wait()
+        found = list(given)
+        met.wait()
+        assert len({name for name, _ in found}) == 1
+        return [each for _, each in found]
+
+    def run(work):
+        def play(process):
+            own.process = process
+            return work(process)
+
+        with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+            patch.setattr(streaming, "gather", gather)
+            patch.setattr(jax, "process_index", lambda: own.process)
+            patch.setattr(jax, "process_count", lambda: 4)
+            return list(pool.map(play, range(4)))
+
+    return run
+
+
+@pytest.mark.parametrize("step", ["sft", "reward"])
+def test_four_processes_share_the_tokenising_of_packed_rows(stream, tokenizer, monkeypatch, four_processes, step):
+    rows, steps = pairs(150), [0, 1, 15, 29, 3]  # another pass, and back
+    rows[3]["chosen"] = None
+    rows[8]["prompt"] = "question " * 60  # too long
+    counts, real = [0] * 4, streaming.tokenise
+
+    def counted(rows, *args):
+        counts[jax.process_index()] += len(rows)
+        return real(rows, *args)
+
+    def load():  # a tokenizer serves one thread at a time
+        options = {"packing": True, "long_prompts": "drop", "shuffle_buffer": 64, "tokenizer": copy.deepcopy(tokenizer)}
+        return stream(step, rows, **options)[0]
+
+    whole, streams = load(), [load() for _ in range(4)]
+    monkeypatch.setattr(streaming, "tokenise", counted)
+    expected = [whole.batch(whole.indices(k, BATCH)) for k in steps]
+    alone, counts[0] = counts[0], 0
+    streams[2] = load()  # one process has the record of an earlier run
+    assert streams[2].streams[0].units and not streams[1].streams[0].units
+
+    def work(process):
+        data, held = streams[process], np.arange(BATCH) == process
+        return [data.batch(data.indices(k, BATCH), held=held) for k in steps]
+
+    parts = four_processes(work)
+    for k, batch in enumerate(expected):
+        for name, array in batch.items():
+            np.testing.assert_array_equal(np.stack([parts[i][k][name][i] for i in range(4)]), array)
+    assert max(counts) < 0.6 * alone
 
 
 @pytest.mark.parametrize(("most", "count"), [(6, 6), (0, 400)])

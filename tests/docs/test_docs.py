@@ -15,8 +15,10 @@ import jaxrlhf
 from jaxrlhf import cli, errors
 from jaxrlhf.config import parse, settings
 from jaxrlhf.config.settings import sections
-from jaxrlhf.data.formats import FORMATS, Columns, Reader, recognise
+from jaxrlhf.data.columns import Columns
+from jaxrlhf.data.formats import FORMATS, Reader
 from jaxrlhf.data.mixture import parse_mixture
+from jaxrlhf.data.recognition import recognise
 from jaxrlhf.runs.metrics import describe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,15 +10,16 @@ import numpy as np
 
 from jaxrlhf.data import Data, DataConfig, Tokenizer
 from jaxrlhf.data.cache import check_writable, hash_json
-from jaxrlhf.data.formats import FORMATS, MISSING, look_up
+from jaxrlhf.data.columns import MISSING, look_up, read_columns
+from jaxrlhf.data.formats import FORMATS
 from jaxrlhf.data.loading import Loader, every_row, present
 from jaxrlhf.data.messages import BadRow, Prompt
 from jaxrlhf.data.mixture import SourceConfig
+from jaxrlhf.data.parts import Part
 from jaxrlhf.data.reading import Reading
 from jaxrlhf.data.registry import find
 from jaxrlhf.data.selection import limit_rows
 from jaxrlhf.data.settings import cache_folder
-from jaxrlhf.data.tokenized import Part, read_columns
 from jaxrlhf.errors import InputError
 
 

@@ -1,11 +1,13 @@
 """One save of a checkpoint that is under way: orbax's threads write the files, another one their checksums."""
 
+import contextlib
 import functools
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Container, Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +132,8 @@ class PendingSave:
     def _finish(self, checkpointer: "AsyncCheckpointer") -> None:
         result: Report = {}
         try:
-            checkpointer.close()  # waits for the files
+            with contextlib.suppress(CancelledError):
+                checkpointer.close()  # waits for the files
             if self._sent is None:
                 names = sizes(self.work / "state")
                 result["files"] = file_facts(self.work / "state", filter(is_own, names))
@@ -151,6 +154,8 @@ class PendingSave:
     def _all_written(self) -> None:
         if self.exchange and is_primary():
             self.exchange.collect(self._folder(), self._parts)
+        elif self.exchange and self.exchange.is_apart:
+            raise CancelledError("process 0 completes the checkpoint")
 
     def _folder(self) -> Path:
         """Orbax's folder, which it renames to `state` at the end."""

@@ -170,7 +170,7 @@ class Saver:
             self._fail(save, errors[0])
         elif all("files" in report for report in reports):
             self._complete(save, {name: facts for report in reports for name, facts in report["files"].items()})
-        elif all(report.get("gates") == save.gates.opened + 1 for report in reports):
+        elif all("files" in report or report.get("gates") == save.gates.opened + 1 for report in reports):
             save.gates.open()
 
     def wait(self) -> None:

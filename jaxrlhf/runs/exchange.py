@@ -35,7 +35,7 @@ def leaders_of(folder: Path) -> tuple[int, ...]:
     if jax.process_count() == 1:
         return (0,)
     token, own = from_primary("naming a file", lambda: uuid.uuid4().hex), jax.process_index()
-    probes = [folder / f".seen-{token}-{process}" for process in range(jax.process_count())]
+    probes = [folder / f".{token}-{process}.tmp" for process in range(jax.process_count())]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probes[own].touch()

@@ -20,35 +20,6 @@ from jaxrlhf.runs.exchange import Exchange, leaders_of
 from jaxrlhf.runs.pending_save import PendingSave
 
 
-@pytest.mark.long
-@pytest.mark.skipif(
-    not (importlib.util.find_spec("moto") and importlib.util.find_spec("s3fs")), reason="needs moto and s3fs"
-)
-def test_machines_without_a_common_folder_go_on_from_the_url_with_the_same_bits(store, url, demo, tmp_path):
-    places = {name: getattr(demo, name) for name in ("train", "eval", "cache", "lm", "reward")}
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-
-    def launch(role, folders):
-        for process in range(2):
-            (tmp_path / f"{folders}-{process}").mkdir()
-        common = [sys.executable, str(Path(processes.__file__)), role, f"127.0.0.1:{free_port()}", "2"]
-        commands = [[*common, str(i), json.dumps(places), str(tmp_path)] for i in range(2)]
-        return run_all(commands, {"XLA_FLAGS": flags, "RUN_URL": url})
-
-    statuses, outputs = launch("apart", "machine")
-    assert statuses == [75, -9], "\n".join(outputs)
-    assert "checkpoint-1: 503 Slow Down; training goes on" in outputs[0]
-    left = [json.loads((tmp_path / f"process-{i}.json").read_text()) for i in range(2)]
-    assert left == [["work"], []]
-    statuses, outputs = launch("again", "new")
-    assert statuses == [0, 0], "\n".join(outputs)
-    assert "fetching the run from" in outputs[0] and "checkpoint-2" in outputs[0]
-    for name in ("model.safetensors", "tokenizer.json"):
-        assert store.cat_file(f"{url}/killed/{name}") == store.cat_file(f"{url}/whole/{name}")
-    found = [{path.split("/", 3)[3] for path in store.find(f"{url}/{run}")} for run in ("whole", "killed")]
-    assert not any(".parts" in name or ".unfinished" in name for name in found[0] | found[1])
-
-
 class Processes:
     """Threads in the place of the processes of a run, for `jaxrlhf.runs.exchange`."""
 
@@ -193,3 +164,32 @@ def test_a_checkpoint_without_a_part_that_was_sent_is_not_completed(tmp_path):
     files = {"ocdbt.process_1/d/1": {"bytes": 1, "xxh3": "0"}}
     assert "ocdbt.process_1/d/1 is not in" in save.publish(files)
     assert not list_checkpoints(tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("moto") and importlib.util.find_spec("s3fs")), reason="needs moto and s3fs"
+)
+def test_machines_without_a_common_folder_go_on_from_the_url_with_the_same_bits(store, url, demo, tmp_path):
+    places = {name: getattr(demo, name) for name in ("train", "eval", "cache", "lm", "reward")}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+
+    def launch(role, folders):
+        for process in range(2):
+            (tmp_path / f"{folders}-{process}").mkdir()
+        common = [sys.executable, str(Path(processes.__file__)), role, f"127.0.0.1:{free_port()}", "2"]
+        commands = [[*common, str(i), json.dumps(places), str(tmp_path)] for i in range(2)]
+        return run_all(commands, {"XLA_FLAGS": flags, "RUN_URL": url})
+
+    statuses, outputs = launch("apart", "machine")
+    assert statuses == [75, -9], "\n".join(outputs)
+    assert "checkpoint-1: 503 Slow Down; training goes on" in outputs[0]
+    left = [json.loads((tmp_path / f"process-{i}.json").read_text()) for i in range(2)]
+    assert left == [["work"], []]
+    statuses, outputs = launch("again", "new")
+    assert statuses == [0, 0], "\n".join(outputs)
+    assert "fetching the run from" in outputs[0] and "checkpoint-2" in outputs[0]
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert store.cat_file(f"{url}/killed/{name}") == store.cat_file(f"{url}/whole/{name}")
+    found = [{path.split("/", 3)[3] for path in store.find(f"{url}/{run}")} for run in ("whole", "killed")]
+    assert not any(".parts" in name or ".unfinished" in name for name in found[0] | found[1])

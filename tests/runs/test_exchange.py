@@ -96,12 +96,8 @@ def test_processes_that_see_one_folder_have_the_lowest_of_them_as_leader(togethe
 
 def test_a_process_sends_its_own_files_and_process_0_gets_them(together_at):
     def save(index, found, folder):
-        for name in (
-            f"ocdbt.process_{index}/d/1",
-            f"array_metadatas/process_{index}",
-            "_METADATA",
-            "ocdbt.process_7/d",
-        ):
+        written = f"ocdbt.process_{index}/d/1", f"array_metadatas/process_{index}", "_METADATA", "ocdbt.process_7/d"
+        for name in written:
             (folder / "new" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "new" / name).write_text(f"{name} of {index}")
         name = found.new_name()
@@ -113,7 +109,7 @@ def test_a_process_sends_its_own_files_and_process_0_gets_them(together_at):
 
     own = ["array_metadatas/process_1", "ocdbt.process_1/d/1"]
     assert together_at.start(save) == [[], own, []]
-    assert set(own) < set(files(together_at.folders[0]))
+    assert set(own) < set(files(together_at.folders[0] / "new"))
     assert (together_at.folders[0] / "new" / "_METADATA").read_text().endswith(("of 0", "of 2"))
     assert not RemoteFolder(together_at.url).files()
 
@@ -166,10 +162,10 @@ def test_a_checkpoint_without_a_part_that_was_sent_is_not_completed(tmp_path):
     assert not list_checkpoints(tmp_path)
 
 
-@pytest.mark.long
 @pytest.mark.skipif(
     not (importlib.util.find_spec("moto") and importlib.util.find_spec("s3fs")), reason="needs moto and s3fs"
 )
+@pytest.mark.long
 def test_machines_without_a_common_folder_go_on_from_the_url_with_the_same_bits(store, url, demo, tmp_path):
     places = {name: getattr(demo, name) for name in ("train", "eval", "cache", "lm", "reward")}
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 SMALL = {"max_length": 64, "max_prompt_seq_len": 32, "seed": 3, "max_eval_samples": 11, "mesh_fsdp": 4}
@@ -168,16 +169,17 @@ def two(demo, folder, process):
 
 
 def apart(demo, folder, process):
-    """Run SFT at a URL with a local folder of this process alone; the second run loses process 1 in step 3.
+    """Run SFT at a URL with a local folder of this process alone; the second run loses process 1 in step 4.
 
     The store does not take the first part of process 1.
     """
+    from jaxrlhf.config.remote import RemoteFolder
     from jaxrlhf.errors import StorageError
-    from jaxrlhf.runs import saving
+    from jaxrlhf.runs import mirror, saving
     from jaxrlhf.runs.exchange import Exchange
     from jaxrlhf.trainers.sft import train_sft
 
-    saving.RETRY, send = 0.0, Exchange.send
+    saving.RETRY, mirror.INTERVAL, send = 0.0, 0.2, Exchange.send
 
     def fail(self, *args):
         Exchange.send = send
@@ -188,9 +190,16 @@ def apart(demo, folder, process):
     os.chdir(folder / f"machine-{process}")
     train_sft(sft_config(demo, os.environ["RUN_URL"] + "/whole", **options))
     (folder / f"process-{process}.json").write_text(json.dumps(os.listdir(".")))
+    url = os.environ["RUN_URL"] + "/killed"
+
+    def lose():
+        while RemoteFolder(url).read("checkpoint-2/metadata.json") is None:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     if process == 1:
-        in_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    train_sft(sft_config(demo, os.environ["RUN_URL"] + "/killed", **options))
+        in_step(4, lose)
+    train_sft(sft_config(demo, url, **options))
 
 
 def again(demo, folder, process):

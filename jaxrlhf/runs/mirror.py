@@ -33,6 +33,7 @@ LAST_SECONDS, LAST_PAUSE = 300.0, 10.0
 ID = "remote.json"
 """File by which a working folder and a URL show that they hold the same run."""
 LINKS = ".copying"
+PATTERN = frozenset("*?[")
 RANKS = (0, 1, 2)
 COMPLETE = "metadata.json"
 BEST = "best_step"
@@ -104,6 +105,8 @@ class Mirror:
     """
 
     def __init__(self, url: str, folder: Path, period: int, say: Callable[[str], None]) -> None:
+        if not PATTERN.isdisjoint(url):
+            raise InputError(f"output_dir {redacted(url)}: fsspec takes *, ? and [ for patterns; choose another name")
         self.remote, self.folder, self.period, self.say = RemoteFolder(url), folder, period, say
         self._there: set[str] = set()
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of change of plain files

@@ -271,6 +271,7 @@ def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(url, t
         ("s3://no-such-bucket/run", "no such place|NoSuchBucket"),
         ("nonsense://bucket/run", "nonsense"),
         ("s3:///", "names no place"),
+        ("s3://bucket/run[1]", "patterns"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_before_anything_is_done(store, url, message, tmp_path):

@@ -17,7 +17,8 @@ def store():
             patch.setenv(name, "a-secret-of-tests")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        fs.mkdir("bucket")
+        if not fs.exists("bucket"):  # moto keeps the files of the servers before, if there were some
+            fs.mkdir("bucket")
         yield fs
         server.stop()
 

@@ -64,12 +64,12 @@ class Processes:
 
 
 @pytest.fixture
-def together_at(tmp_path, request, monkeypatch):
+def together_at(tmp_path, monkeypatch):
     """Runs a body with the exchange and the folder of each of three processes; the second has a machine for itself."""
     monkeypatch.setattr(exchange, "SEEN", 0.0)
     monkeypatch.setattr("jaxrlhf.config.remote.WAITS", ())
     run = Processes(3, monkeypatch)
-    url = f"memory://{request.node.name}/run"
+    url = f"memory://{tmp_path.name}/run"
     folders = [tmp_path / name / "run" for name in ("a", "b", "a")]
 
     def start(body):

@@ -77,11 +77,14 @@ class Case:
     flags: tuple[str, ...] = ()
     processes: int = 1
     remote: bool = False
+    apart: bool = False
+    """Each process has a working folder of its own."""
 
     @property
     def name(self) -> str:
         parts = [self.trainer, *(flag.removeprefix("--") for flag in self.flags)]
-        parts += [f"{self.processes} processes"] * (self.processes > 1) + ["S3"] * self.remote
+        parts += [f"{self.processes} processes"] * (self.processes > 1)
+        parts += ["S3"] * self.remote + ["own folders"] * self.apart
         return " ".join(parts)
 
 
@@ -94,6 +97,7 @@ def cases() -> list[Case]:
     found += [Case("sft", ("--no_async_save",)), Case("ppo", ("--no_async_save",))]
     found += [Case("sft", processes=2), Case("ppo", processes=2)]
     found += [Case("sft", remote=True), Case("ppo", remote=True), Case("sft", processes=2, remote=True)]
+    found += [Case("sft", processes=2, remote=True, apart=True)]
     return found
 
 
@@ -125,16 +129,20 @@ class Ended(NamedTuple):
     """Seconds from the kill until the last process ended."""
 
 
-def work(argv: Sequence[str], log: Path, kill_at: int, counter: Any, environment: dict[str, str]) -> None:
-    """Body of a process: runs the command, and kills itself before the change `kill_at`."""
+def work(argv: Sequence[str], place: Path, log: Path, kill_at: int, counter: Any, environment: dict[str, str]) -> None:
+    """Body of a process: runs the command in the folder `place`, and kills itself before the change `kill_at`."""
     os.environ.update(environment)
+    place.mkdir(parents=True, exist_ok=True)
+    os.chdir(place)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
     watched = str(log.parent)
 
     def hook(event: str, arguments: tuple) -> None:
-        if event not in CHANGES or not isinstance(arguments[0], str) or not arguments[0].startswith(watched):
+        if event not in CHANGES or not isinstance(arguments[0], str):
+            return
+        if not os.path.abspath(arguments[0]).startswith(watched):
             return
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             return
@@ -156,7 +164,7 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
     folder.mkdir(parents=True, exist_ok=True)
     output = f"s3://bucket/{folder.name}" if case.remote else str(folder / "run")
     argv = [case.trainer, *COMMON, *models(case, place), *case.flags, "--output_dir", output]
-    argv += ["--working_dir", str(folder / "run")] * case.remote + ["--resume"] * resume
+    argv += ["--working_dir", "run"] * case.remote + ["--resume"] * resume
     argv += ["--compilation_cache", str(place.root / "xla")]
     environment = {"JAXRLHF_CACHE": str(place.root / "cache")}
     environment |= {"AWS_ENDPOINT_URL": place.endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
@@ -169,7 +177,8 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
         own = argv + (["--process_id", str(i), "--heartbeat_timeout", "20"] if case.processes > 1 else [])
         counters.append(FORK.Value("i", 0))
         change = kill.change if kill and kill.process == i else 0
-        arguments = (own, folder / f"log-{i}.txt", change, counters[-1], environment)
+        own_folder = folder / f"machine-{i}" if case.apart and i else folder
+        arguments = (own, own_folder, folder / f"log-{i}.txt", change, counters[-1], environment)
         children.append(FORK.Process(target=work, args=arguments))
         children[-1].start()
     killed = None
@@ -341,7 +350,7 @@ def prepare(root: Path, endpoint: str) -> Place:
         own = [*start.flags] if trainer == "sft" else ["--model_name_or_path", str(place.models["sft"])]
         argv = [trainer, *COMMON, "--max_length", "48", *own, "--output_dir", str(place.models[trainer])]
         log = root / f"{trainer}.txt"
-        child = FORK.Process(target=work, args=(argv, log, 0, FORK.Value("i", 0), environment))
+        child = FORK.Process(target=work, args=(argv, root, log, 0, FORK.Value("i", 0), environment))
         child.start()
         child.join()
         if child.exitcode:

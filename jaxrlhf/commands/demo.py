@@ -26,7 +26,7 @@ from jaxrlhf.rl.config import CriticConfig, PPOOptions
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.runs import TrackingConfig
 from jaxrlhf.runs.console import Console
-from jaxrlhf.runs.mirror import works_locally
+from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.reward import RewardOptions
 from jaxrlhf.trainers.settings import FolderConfig, RunConfig, StartConfig

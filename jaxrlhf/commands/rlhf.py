@@ -27,11 +27,11 @@ from jaxrlhf.plan.fit import fitted, run_fitted
 from jaxrlhf.rl.config import PPOConfig, PPOModels, PPOOptions, ZeroStage
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.runs import what_is_there
-from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.runs.report import write_report
+from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.trainers.dpo import DPOConfig, DPOOptions, train_dpo
 from jaxrlhf.trainers.reward import RewardConfig, RewardOptions, train_reward
-from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, SharedConfig, StartConfig, as_given
+from jaxrlhf.trainers.settings import FolderConfig, ModelConfig, SharedConfig, StartConfig, as_given, exchange_of
 from jaxrlhf.trainers.sft import SFTConfig, SFTOptions, train_sft
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens
 
@@ -168,6 +168,7 @@ def train_rlhf(config: RLHFConfig) -> Summary:
         save_yaml(as_given(config), root / "config.yaml")
     train: dict[str, Callable[[Any], Any]] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
     train["dpo"] = train_dpo
+    exchange = exchange_of(config.folder)
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), start=1):
         if name not in chosen:
@@ -175,6 +176,9 @@ def train_rlhf(config: RLHFConfig) -> Summary:
                 summaries[name] = from_primary(f"reading the summary of {name}", partial(summary_of, stage))
             continue
         say(f"── step {number} of {len(stages)}: {name} → {stage.folder.output_dir}")
+        if exchange:
+            for path in starts_from(stage, root):
+                exchange.bring(path)
         stage, done = fitted(stage, name), None
         if config.folder.resume:
             done = from_primary(f"looking for a finished {name} step", partial(finished, stage))
@@ -220,14 +224,20 @@ def check_root(root: Path, folder: FolderConfig, chosen: list[str]) -> None:
 def check_earlier(root: Path, stages: dict[str, Step], chosen: list[str]) -> None:
     """Refuses to run a step without the results of the steps before it that it starts from."""
     for name in chosen:
-        starts_from = [path for part, path in stages[name].items() if part in MODELS]
+        needed = starts_from(stages[name], root)
         for number, earlier in enumerate(stages, start=1):
             folder = root / earlier
-            if str(folder) in starts_from and earlier not in chosen and not is_finished(stages[earlier]):
+            if folder in needed and earlier not in chosen and not is_finished(stages[earlier]):
                 raise InputError(
                     f"{name} starts from {folder}, which holds no finished run; run step {number} first, by --step "
                     f"{number} with the same output_dir"
                 )
+
+
+def starts_from(stage: Step, root: Path) -> list[Path]:
+    """The folders of earlier steps, below `root`, whose models a step starts from."""
+    named = {Path(value) for part, value in stage.items() if part in MODELS and value}
+    return sorted(path for path in named if path.parent == root)
 
 
 def is_finished(stage: SharedConfig) -> bool:

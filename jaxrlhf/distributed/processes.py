@@ -279,7 +279,8 @@ def check_shared(folder: Path, name: str) -> None:
     if not all(seen):
         raise InputError(
             f"output_dir {folder}: process {', '.join(str(i) for i, sees in enumerate(seen) if not sees)} does not see "
-            "what process 0 writes there; all write checkpoints, so it must be on a file system that all share"
+            "what process 0 writes there; all write checkpoints, so it must be on a file system that all share, or at "
+            "a URL, such as s3://bucket/run"
         )
 
 

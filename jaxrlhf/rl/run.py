@@ -33,8 +33,8 @@ from jaxrlhf.rl.samples import Metrics, Prompts, Record, Sampled
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs import Run
-from jaxrlhf.runs.mirror import works_locally
 from jaxrlhf.runs.report import HELD_OUT
+from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.guards import History, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Watch, fit, unwatched

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ SEAL = "xxh3"  # the checksum of a JSON object, in itself
 SCALARS = {"NoneType": type(None), "bool": bool, "int": int, "float": str, "str": str}  # types of "value" by kind
 ARRAYS = ("array", "key", "numpy scalar")
 SHOWN_DIFFERENCES = 20
+_PROCESS = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")  # in the names of orbax's files
 CHUNK = 16 << 20  # bytes read at a time
 THREADS = 4
 
@@ -209,6 +211,12 @@ def differing(folder: Path, expected: Files, share: int = 0, shares: int = 1) ->
     names = [name for name in sorted(expected) if name not in wrong and expected[name]["xxh3"] is not None]
     facts = file_facts(folder, names[share::shares])
     return wrong + [name for name, fact in facts.items() if fact["xxh3"] != expected[name]["xxh3"]]
+
+
+def is_own(name: str) -> bool:
+    """True for the files below `state/` that this process has written; what belongs to no process is process 0's."""
+    process = _PROCESS.search(name)
+    return int(process[1] if process else 0) == jax.process_index()
 
 
 def _size(files: Files, name: str) -> int | None:

@@ -95,7 +95,9 @@ def read_metadata(path: str | Path) -> Metadata:
     return metadata
 
 
-def restore_checkpoint(path: str | Path, like: PyTree, subtree: str = "") -> tuple[PyTree, Metadata]:
+def restore_checkpoint(
+    path: str | Path, like: PyTree, subtree: str = "", share: tuple[int, int] | None = None
+) -> tuple[PyTree, Metadata]:
     """Restores a state bit for bit, each leaf straight to its sharding. The mesh may differ from that of the save.
 
     All processes of a run call it, and each checks the checksums of its share of the files.
@@ -105,6 +107,7 @@ def restore_checkpoint(path: str | Path, like: PyTree, subtree: str = "") -> tup
         like: Pytree of arrays or `jax.ShapeDtypeStruct`s that gives structure, shapes, dtypes and shardings. A struct
             without a sharding stands for the default device.
         subtree: Path of the only part of the state to read, such as "params".
+        share: Number of this process among those that read the same files, and their number; default: among all.
 
     Returns:
         The state and the metadata.
@@ -120,7 +123,7 @@ def restore_checkpoint(path: str | Path, like: PyTree, subtree: str = "") -> tup
     saved = {entry["path"]: entry for entry in index["leaves"] if entry["path"].startswith(prefix)}
     leaves, treedef = flatten(like, prefix)
     check_match(path, saved, {name: describe(leaf) for name, leaf in leaves})
-    _check_files(path, index)
+    _check_files(path, index, *(share or (jax.process_index(), jax.process_count())))
     wanted = {name: leaf for name, leaf in leaves if saved[name]["kind"] in ("array", "key")}
     try:
         arrays = _read_arrays(path / "state", wanted)
@@ -140,10 +143,10 @@ def damaged(path: Path, why: str) -> StorageError:
     return StorageError(f"the checkpoint {path} is damaged: {why}; {remedy}")
 
 
-def _check_files(path: Path, index: Mapping[str, Any]) -> None:
+def _check_files(path: Path, index: Mapping[str, Any], share: int, shares: int) -> None:
     """Raises StorageError, on every process, naming the files that are not as they were written."""
     try:
-        wrong = differing(path / "state", index["files"], jax.process_index(), jax.process_count())
+        wrong = differing(path / "state", index["files"], share, shares)
     except OSError as error:
         wrong = [f"{error.filename} ({error.strerror})"]
     names = sorted({name for found in gather(f"checking the files of {path}", wrong) for name in found})
@@ -178,7 +181,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def array_handler(
-    arrays: Mapping[str, jax.Array | np.ndarray | jax.ShapeDtypeStruct], *, whole: bool = False
+    arrays: Mapping[str, jax.Array | np.ndarray | jax.ShapeDtypeStruct], *, whole: bool = False, leader: int = 0
 ) -> "PyTreeCheckpointHandler":
     """Orbax's handler for {path: array}.
 
@@ -186,6 +189,7 @@ def array_handler(
         arrays: The arrays, or structs of them.
         whole: Copy all arrays to host memory at once when saving, as a save in the background must; otherwise one
             after another, within CONCURRENT_GB.
+        leader: The process that makes folders.
     """
     import orbax.checkpoint as ocp
 
@@ -196,6 +200,7 @@ def array_handler(
         save_device_host_concurrent_gb=None if whole else limit,
         restore_concurrent_gb=limit,
         use_compression=False,  # it shrinks trained weights by a few per cent only, for several times the time
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=leader),
         enable_pinned_host_transfer=False,  # pinned memory is limited, and a whole state need not fit
     )
 

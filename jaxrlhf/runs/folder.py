@@ -20,6 +20,7 @@ from jaxrlhf.config.secrets import redacted
 from jaxrlhf.errors import InputError, Interrupted
 from jaxrlhf.runs.checkpoints import FINAL, clean_folder, list_checkpoints
 from jaxrlhf.runs.console import Console, Progress, format_number
+from jaxrlhf.runs.exchange import Exchange
 from jaxrlhf.runs.lock import FolderLock
 from jaxrlhf.runs.records import JSONL, REMEDY, Record, Records
 from jaxrlhf.runs.storage import storage_errors
@@ -72,6 +73,8 @@ class Run:
     ):
         self.output_dir = Path(output_dir)
         self.is_primary = jax.process_index() == 0
+        self.exchange: Exchange | None = None
+        """Passes checkpoints between machines that share no folder; set by who opens such a run."""
         self.logging_steps = max(1, logging_steps)
         self.headline = tuple(headline)
         self.latest: dict[str, float | int | None] = {}

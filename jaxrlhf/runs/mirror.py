@@ -1,4 +1,4 @@
-"""A run whose output_dir is a URL: it works in a local folder, and a thread keeps the URL's files like the folder's.
+"""The copy of a run's folder at a URL: a thread keeps the URL's files like those of the local folder.
 
 Checkpoints are copied from hard links, so that the run may remove them meanwhile. Their metadata.json is copied last
 and deleted first: a checkpoint without it is incomplete. Records are copied before the checkpoints they belong to.
@@ -7,24 +7,21 @@ and deleted first: a checkpoint without it is incomplete. Records are copied bef
 import json
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import wraps
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from jaxrlhf.config.files import read_json, write_json_atomic
-from jaxrlhf.config.remote import RemoteFolder, cached, fetch, is_url
+from jaxrlhf.config.remote import RemoteFolder, fetch
 from jaxrlhf.config.secrets import redacted
-from jaxrlhf.distributed import barrier, is_primary, joined
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs.checkpoints import FINAL
+from jaxrlhf.runs.exchange import PARTS
 from jaxrlhf.runs.folder import EXPORT_FILES, RECORDS, check_unused
 from jaxrlhf.runs.lock import LOCK
 from jaxrlhf.runs.remote_lock import RemoteLock
@@ -36,43 +33,11 @@ LAST_SECONDS, LAST_PAUSE = 300.0, 10.0
 ID = "remote.json"
 """File by which a working folder and a URL show that they hold the same run."""
 LINKS = ".copying"
+PATTERN = frozenset("*?[")
 RANKS = (0, 1, 2)
 COMPLETE = "metadata.json"
 BEST = "best_step"
 """Entry of a checkpoint's metadata: the step of the best checkpoint at that time."""
-
-
-Config = TypeVar("Config")
-Result = TypeVar("Result")
-
-
-def works_locally(train: Callable[[Config], Result]) -> Callable[[Config], Result]:
-    """Lets a function that trains take a config whose output_dir is a URL: it gets one with the working folder."""
-
-    @wraps(train)
-    def run(config: Any) -> Result:
-        folder = config.folder
-        if not is_url(folder.output_dir):
-            return train(config)
-        config = joined(config)
-        working = Path(folder.working_dir) if folder.working_dir else cached(folder.output_dir, "runs")
-        config = replace(config, folder=replace(folder, output_dir=str(working), url=folder.output_dir))
-        if not is_primary():
-            barrier("preparing the working folder")
-            return train(config)
-        mirror = Mirror(folder.output_dir, working, folder.remote_save_steps, _say)
-        try:
-            mirror.begin(folder.resume, folder.overwrite_output_dir)
-        except BaseException:
-            mirror.release()
-            raise
-        barrier("preparing the working folder")
-        with mirror:
-            result = train(config)
-        _say(f"{mirror.remote.shown} has all files of the run")
-        return result
-
-    return run
 
 
 @contextmanager
@@ -114,10 +79,6 @@ def fetch_checkpoint(url: str) -> Path:
     return folder / found[0].name
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 class Point(NamedTuple):
     """A checkpoint's place below the output_dir: the folder of its run, "" for the output_dir itself, and its step."""
 
@@ -144,6 +105,8 @@ class Mirror:
     """
 
     def __init__(self, url: str, folder: Path, period: int, say: Callable[[str], None]) -> None:
+        if not PATTERN.isdisjoint(url):
+            raise InputError(f"output_dir {redacted(url)}: fsspec takes *, ? and [ for patterns; choose another name")
         self.remote, self.folder, self.period, self.say = RemoteFolder(url), folder, period, say
         self._there: set[str] = set()
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of change of plain files
@@ -159,11 +122,14 @@ class Mirror:
             InputError: The URL holds a run, and it is neither continued nor overwritten.
         """
         self._lock = RemoteLock(self.remote, self.say)
-        self._there = set(self.remote.files()) - {LOCK}
+        names = set(self.remote.files()) - {LOCK}
+        parts = _parts(names)
+        self._there = names - parts
         marks = (*RECORDS, *EXPORT_FILES)
         found = {name for name in self._there if PurePosixPath(name).name in marks} | {p.name for p in self._points()}
         if not (resume or overwrite):
             check_unused(self.remote.shown, sorted(found))
+        self.remote.delete(parts)
         for point in {point for name in self._there if (point := _point_of(name))} - self._points():
             self._delete_checkpoint(point)  # its copy was interrupted
         self._replaces = overwrite
@@ -232,7 +198,8 @@ class Mirror:
         deadline = time.monotonic() + LAST_SECONDS
         while True:
             try:
-                return self.copy(last=True)
+                self.copy(last=True)
+                return self.remote.delete(_parts(self.remote.files()))
             except StorageError as error:
                 if time.monotonic() + LAST_PAUSE > deadline:
                     raise
@@ -355,6 +322,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") or (name.startswith("checkpoint-") and not FINAL.fullmatch(name))
+
+
+def _parts(names: Iterable[str]) -> set[str]:
+    """Files that machines pass to each other; after a run, those of a save that failed or was interrupted."""
+    return {name for name in names if PARTS in PurePosixPath(name).parts}
 
 
 def _point_of(name: str) -> Point | None:

@@ -1,11 +1,13 @@
 """One save of a checkpoint that is under way: orbax's threads write the files, another one their checksums."""
 
+import contextlib
 import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,9 @@ import numpy as np
 
 from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.distributed import is_primary
-from jaxrlhf.runs.checkpoint_index import FORMAT, Entry, Files, file_facts, sealed, sizes
+from jaxrlhf.runs.checkpoint_index import FORMAT, Entry, Files, file_facts, is_own, sealed, sizes
 from jaxrlhf.runs.checkpoints import REPLACED, UNFINISHED, array_handler
+from jaxrlhf.runs.exchange import Exchange
 from jaxrlhf.runs.storage import reason_of
 
 if TYPE_CHECKING:
@@ -32,12 +35,23 @@ class _Gates:
     """The barriers of orbax's background thread, which the main threads of all processes open together.
 
     Orbax's own barriers would wait for minutes for a process whose write has failed.
+
+    Args:
+        changed: Notified of every change.
+        written: Called when this process has written its part.
+        all_written: Called when all processes have.
     """
 
-    def __init__(self, changed: threading.Condition) -> None:
+    def __init__(
+        self, changed: threading.Condition, written: Callable[[], None], all_written: Callable[[], None]
+    ) -> None:
         self.changed, self.reached, self.opened, self.shut = changed, 0, 0, False
+        self._written, self._all_written = written, all_written
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
+        is_first = self.reached == 0
+        if is_first:
+            self._written()
         with self.changed:
             self.reached += 1
             number = self.reached
@@ -45,6 +59,8 @@ class _Gates:
             self.changed.wait_for(lambda: self.opened >= number or self.shut, timeout_ms / 1000)
             if self.opened < number:
                 raise TimeoutError(f"{key}: the other processes have not written their part")
+        if is_first:
+            self._all_written()
 
     def open(self) -> None:
         with self.changed:
@@ -58,7 +74,16 @@ class _Gates:
 
 
 class PendingSave:
-    """One attempt of this process to write its part of a checkpoint into a work folder."""
+    """One attempt of this process to write its part of a checkpoint into a work folder.
+
+    Args:
+        target: Final path.
+        step: Number of finished steps.
+        entries: Index entries of all leaves.
+        metadata: JSON values to store with it.
+        keep: Steps whose checkpoints are kept in any case.
+        exchange: Passes parts between machines that share no folder.
+    """
 
     def __init__(
         self,
@@ -67,12 +92,16 @@ class PendingSave:
         entries: list[Entry],
         metadata: Mapping[str, object],
         keep: Container[int | None],
+        exchange: Exchange | None = None,
     ) -> None:
         self.target, self.step, self.entries, self.metadata, self.keep = target, step, entries, metadata, keep
         self.work = target.with_name(target.name + UNFINISHED[0])
         self.begin, self.in_background = time.monotonic(), False
         self.changed = threading.Condition()
-        self.gates = _Gates(self.changed)
+        self.exchange = exchange
+        self.gates = _Gates(self.changed, self._written, self._all_written)
+        self._parts = exchange.new_name() if exchange else ""
+        self._sent: Files | None = None
         self.result: Report = {}
         self.defect: Exception | None = None
         self.thread: threading.Thread | None = None
@@ -86,7 +115,12 @@ class PendingSave:
         options = ocp.options.AsyncOptions(
             timeout_secs=LIMIT, barrier_sync_fn=self.gates, create_directories_asynchronously=False
         )
-        checkpointer = ocp.AsyncCheckpointer(array_handler(arrays, whole=background), async_options=options)
+        leader = self.exchange.leader if self.exchange else 0
+        checkpointer = ocp.AsyncCheckpointer(
+            array_handler(arrays, whole=background, leader=leader),
+            async_options=options,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=leader),
+        )
         try:
             checkpointer.save((self.work / "state").absolute(), args=ocp.args.PyTreeSave(arrays))
         except FAILURES as error:
@@ -98,9 +132,13 @@ class PendingSave:
     def _finish(self, checkpointer: "AsyncCheckpointer") -> None:
         result: Report = {}
         try:
-            checkpointer.close()  # waits for the files
-            names = sizes(self.work / "state")
-            result["files"] = file_facts(self.work / "state", filter(_is_own, names))
+            with contextlib.suppress(CancelledError):
+                checkpointer.close()  # waits for the files
+            if self._sent is None:
+                names = sizes(self.work / "state")
+                result["files"] = file_facts(self.work / "state", filter(is_own, names))
+            else:
+                result["files"] = self._sent
         except FAILURES as error:
             result = {"error": reason_of(error)}
         except Exception as error:  # for the main thread to raise
@@ -108,6 +146,20 @@ class PendingSave:
         with self.changed:
             self.result = result
             self.changed.notify_all()
+
+    def _written(self) -> None:
+        if self.exchange and self.exchange.is_apart:
+            self._sent = self.exchange.send(self._folder(), self._parts)
+
+    def _all_written(self) -> None:
+        if self.exchange and is_primary():
+            self.exchange.collect(self._folder(), self._parts)
+        elif self.exchange and self.exchange.is_apart:
+            raise CancelledError("process 0 completes the checkpoint")
+
+    def _folder(self) -> Path:
+        """Orbax's folder, which it renames to `state` at the end."""
+        return next(path for path in self.work.iterdir() if path.is_dir())
 
     @property
     def alive(self) -> bool:
@@ -125,6 +177,8 @@ class PendingSave:
             found = sizes(self.work / "state")
             # A network file system may not have shown a process its files in time.
             files = files | file_facts(self.work / "state", found.keys() - files.keys())
+            if lost := files.keys() - found.keys():
+                return f"{min(lost)} is not in {self.work / 'state'}"
             index = {"format": FORMAT, "leaves": self.entries, "files": files}
             write_json_atomic(self.work / "index.json", sealed(index))
             write_json_atomic(self.work / "metadata.json", sealed({**self.metadata, "step": self.step}))
@@ -154,13 +208,6 @@ def _hide_late_writes() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
-
-
-def _is_own(name: str) -> bool:
-    """True for the files that this process has written; what belongs to no process is process 0's."""
-    first = name.split("/")[0]
-    others = {f"ocdbt.process_{i}" for i in range(jax.process_count()) if i != jax.process_index()}
-    return first not in others if is_primary() else first == f"ocdbt.process_{jax.process_index()}"
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from jaxrlhf.distributed import from_primary, gather, is_primary
 from jaxrlhf.errors import StorageError
 from jaxrlhf.runs.checkpoint_index import Files, PyTree, encode
 from jaxrlhf.runs.checkpoints import REPLACED, checkpoint_step, clean_folder, list_checkpoints, remove_checkpoint
+from jaxrlhf.runs.exchange import Exchange, first
 from jaxrlhf.runs.pending_save import PendingSave, Report
 from jaxrlhf.runs.storage import reason_of
 
@@ -68,13 +69,14 @@ class Saver:
     """Saves the checkpoints of one run. All processes call its methods at the same places, `report` aside.
 
     Args:
-        folder: Folder of the run, on a file system that all processes share.
+        folder: Folder of the run, on a file system that all processes share, except with an `exchange`.
         retention: Which checkpoints to keep.
         max_failures: Failed saves in a row after which a StorageError is raised.
         say: Prints a line.
         on_complete: Called on every process with the path of each checkpoint right after it has its final name, and
             before older ones are removed: a place to copy it elsewhere. It runs in the main thread between two steps,
             so it should start long work in the background; its exceptions end the run.
+        exchange: Passes parts between machines that share no folder.
     """
 
     def __init__(
@@ -85,9 +87,12 @@ class Saver:
         max_failures: int = 1,
         say: Callable[[str], None] = lambda text: None,
         on_complete: Callable[[Path], None] = lambda path: None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.folder, self.retention = Path(folder), retention
         self.max_failures, self.say, self.on_complete = max_failures, say, on_complete
+        self.exchange = exchange
+        self._leads = exchange.leads if exchange else is_primary()
         self.failed: set[int] = set()
         """Steps whose checkpoints could not be written."""
         self.holds_off = self.retry_is_due = False
@@ -121,9 +126,11 @@ class Saver:
         json.dumps(metadata, allow_nan=False)  # fail before the slow part
         entries, arrays = encode(state)
         before, name = self._newest, f"checkpoint-{step}"
-        save = PendingSave(self.folder / name, step, entries, metadata, keep)
-        busy = any(gather(f"starting {name}", before is not None and before.alive))
-        error = "the storage does not answer" if busy else from_primary(f"folder of {name}", lambda: self._make(save))
+        save = PendingSave(self.folder / name, step, entries, metadata, keep, self.exchange)
+        if any(gather(f"starting {name}", before is not None and before.alive)):
+            error = "the storage does not answer"
+        else:
+            error = first(gather(f"folder of {name}", self._make(save) if self._leads else None))
         if error:
             self._fail(save, error)
             return
@@ -163,7 +170,7 @@ class Saver:
             self._fail(save, errors[0])
         elif all("files" in report for report in reports):
             self._complete(save, {name: facts for report in reports for name, facts in report["files"].items()})
-        elif all(report.get("gates") == save.gates.opened + 1 for report in reports):
+        elif all("files" in report or report.get("gates") == save.gates.opened + 1 for report in reports):
             save.gates.open()
 
     def wait(self) -> None:
@@ -192,7 +199,7 @@ class Saver:
     def _fail(self, save: PendingSave, reason: str) -> None:
         self._pending, self.holds_off = None, True
         save.gates.close()
-        if is_primary():  # other processes may still write; `_make` removes the rest
+        if self._leads:  # other processes may still write; `_make` removes the rest
             shutil.rmtree(save.work, ignore_errors=True)
         self.failed.add(save.step)
         self._failures += 1
@@ -216,6 +223,8 @@ class Saver:
             return
         self._pending, self._failures = None, 0
         self.failed.discard(save.step)
+        if self.exchange:
+            self.exchange.discard(save.work)
         if save.in_background:
             self.say(f"{name}: saved in the background in {time.monotonic() - save.begin:.1f}s")
         self.on_complete(save.target)

@@ -19,7 +19,7 @@ from jaxrlhf import objectives
 from jaxrlhf.config import NonNegative, Positive, deepspeed_chat, default_of, trl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
-from jaxrlhf.runs.mirror import works_locally
+from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.pairs import SIDES, Sides, pair_count, pair_mask, read_pairs
 from jaxrlhf.trainers.references import ReferencedConfig, ReferenceOptions, add_reference, check_reference

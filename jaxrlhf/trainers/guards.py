@@ -220,8 +220,12 @@ class Guard:
         )
 
     def _advice(self) -> str:
-        kept = latest_checkpoint(self.run.output_dir)
-        go_on = f"--resume continues from {kept.name}" if kept else "no checkpoint was saved yet"
+        def newest() -> str:
+            kept = latest_checkpoint(self.run.output_dir)
+            return kept.name if kept else ""
+
+        name = from_primary("looking for a checkpoint", newest)
+        go_on = f"--resume continues from {name}" if name else "no checkpoint was saved yet"
         if self.unscored:
             return f"See the messages of the reward functions above; {go_on}"
         remedy, names = "Lower the learning rate, lengthen the warm-up, or use --dtype float32", "warmup_steps dtype"

@@ -22,7 +22,7 @@ from jaxrlhf.data.steps import UnpairedData
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, Model
 from jaxrlhf.runs import Run
-from jaxrlhf.runs.mirror import works_locally
+from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.optimizer import OptimizerConfig
 from jaxrlhf.trainers.references import (

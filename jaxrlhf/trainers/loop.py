@@ -18,14 +18,13 @@ from jaxrlhf.runs.checkpoints import (
     checkpoint_step,
     list_checkpoints,
     remove_checkpoints_after,
-    restore_checkpoint,
 )
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.records import Record
 from jaxrlhf.runs.saving import Retention, Saver
 from jaxrlhf.runs.system import MemoryRelief
 from jaxrlhf.trainers.guards import Guard, History, StepPlan
-from jaxrlhf.trainers.resuming import Change, resume_or_start
+from jaxrlhf.trainers.resuming import Change, restored, resume_or_start
 from jaxrlhf.trainers.settings import RunConfig
 from jaxrlhf.trainers.stopping import Reason, stop_requested
 
@@ -143,7 +142,8 @@ def fit(
     """
     state, start = resume_or_start(run, task, state, resume, named, allowed)
     run.begin()
-    check_shared(run.output_dir, "config.yaml")
+    if run.exchange is None:
+        check_shared(run.output_dir, "config.yaml")
     begin, relief = time.monotonic(), MemoryRelief()
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         loop = _Loop(run, config, task, start, stopped)
@@ -185,6 +185,7 @@ class _Loop(Generic[State]):
             Retention(config.save_total_limit, config.keep_period),
             max_failures=config.max_failed_saves,
             say=run.print,
+            exchange=run.exchange,
         )
         self.watchdog = Watchdog(config.watchdog, config.watchdog_floor, self.rescue)
         self.newest: tuple[State | None, int] = (None, start)
@@ -207,7 +208,7 @@ class _Loop(Generic[State]):
         """Returns the state of the checkpoint of step `to`; what came after it, up to `step`, is deleted."""
         path = self.run.output_dir / f"checkpoint-{to}"
         with self.run.status(f"restoring {path}…"):
-            state, _ = restore_checkpoint(path, state)
+            state, _ = restored(self.run, path, state)
         if is_primary():
             remove_checkpoints_after(self.run.output_dir, to)
         self.run.rewind(to, repeats=False)
@@ -274,7 +275,7 @@ class _Loop(Generic[State]):
         if best in (None, self.task.total_steps):
             return state
         with self.run.status(f"restoring checkpoint-{best}, the best of the evaluated ones…"):
-            return restore_checkpoint(self.run.output_dir / f"checkpoint-{best}", state)[0]
+            return restored(self.run, self.run.output_dir / f"checkpoint-{best}", state)[0]
 
     def export(self, state: State) -> dict[str, Any]:
         """Exports the model into the run folder; returns the evaluations of the run. Raises StorageError."""
@@ -346,7 +347,12 @@ class _Loop(Generic[State]):
         usable = state is not None and not any(
             x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array)
         )
-        return usable and done > self.start and done not in map(checkpoint_step, list_checkpoints(self.run.output_dir))
+        if not usable or done <= self.start:
+            return False
+        saved = from_primary(
+            "listing checkpoints", lambda: [*map(checkpoint_step, list_checkpoints(self.run.output_dir))]
+        )
+        return done not in saved
 
     def rescue(self, kind: str) -> str:
         """Saves a checkpoint while the main thread is stuck in work of a kind, if that can be; returns what it did."""

@@ -11,10 +11,11 @@ from jaxrlhf.config import PathName, Settings
 from jaxrlhf.config.remote import is_url
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import by_turns, from_primary
-from jaxrlhf.errors import InputError
+from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.checkpoints import (
     FINAL,
+    Metadata,
     latest_checkpoint,
     list_checkpoints,
     read_metadata,
@@ -97,6 +98,29 @@ def chosen(folder: Path, named: str) -> Path | None:
     return folder / name if name else None
 
 
+def metadata_of(run: Run, path: Path) -> Metadata:
+    """The metadata of a checkpoint of this run, on every process. Raises as `restore_checkpoint` does."""
+
+    def read() -> tuple[str, Any]:
+        try:
+            return "", read_metadata(path)
+        except (InputError, StorageError) as error:
+            return type(error).__name__, str(error)
+
+    error, found = from_primary(f"reading {path.name}", read)
+    if error:
+        raise (StorageError if error == StorageError.__name__ else InputError)(found)
+    return found
+
+
+def restored(run: Run, path: Path, like: State) -> tuple[State, Metadata]:
+    """A checkpoint of this run, as `restore_checkpoint` gives it."""
+    if run.exchange is None:
+        return restore_checkpoint(path, like)
+    with run.exchange.at_hand(path):
+        return restore_checkpoint(path, like, share=run.exchange.share)
+
+
 def resume_or_start(
     run: Run, task: "Task[State]", state: State, resume: bool, named: str = "", allowed: tuple[Change, ...] = ()
 ) -> tuple[State, int]:
@@ -120,9 +144,9 @@ def resume_or_start(
             run.print(f"resume: no checkpoint in {run.output_dir}, starting from the beginning")
             run.rewind(-1)
         return state, 0
-    changes = changes_since(path, read_metadata(path), task, allowed)
+    changes = changes_since(path, metadata_of(run, path), task, allowed)
     with run.status(f"restoring {path}…"):
-        state, metadata = restore_checkpoint(path, state)
+        state, metadata = restored(run, path, state)
     step = metadata["step"]
     run.rewind(step)
     later = from_primary("setting later checkpoints aside", lambda: set_aside(run.output_dir, step))
@@ -185,7 +209,7 @@ def same_rows(config: Config, run: Run, rows: int, devices: int) -> Config:
     """
     folder: Any = config.folder  # type: ignore[attr-defined]
     path = chosen(run.output_dir, folder.resume_from_checkpoint) if folder.resume else None
-    metadata = read_metadata(path) if path else {}
+    metadata = metadata_of(run, path) if path else {}
     before = next((n for name in ROWS if isinstance(n := metadata.get("identity", {}).get(name), int)), rows)
     if path is None or before == rows or metadata.get("devices") in (None, devices):
         return config

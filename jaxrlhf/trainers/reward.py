@@ -12,7 +12,7 @@ from jaxrlhf import objectives
 from jaxrlhf.config import NonNegative, deepspeed_chat, trl
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder
-from jaxrlhf.runs.mirror import works_locally
+from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.trainers.pairs import Sides, pair_count, pair_mask, read_pairs
 from jaxrlhf.trainers.settings import PairOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, PyTree, Recipe, SupervisedConfig, TrainState, train_supervised

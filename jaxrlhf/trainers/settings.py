@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ from jaxrlhf.models import (
     without_score_offset,
 )
 from jaxrlhf.runs import Run, TrackingConfig
+from jaxrlhf.runs.exchange import Exchange
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.sharding.mesh import Device
 from jaxrlhf.trainers.guards import GuardConfig
@@ -159,12 +161,15 @@ class FolderConfig(Settings, may_change=True):
     """Folder of the run: records, checkpoints, report and, at the end, the exported model. It may be a URL, such as
     s3://bucket/run; the run then works in working_dir, and its files are copied to the URL all the time."""
     working_dir: PathName[str] = ""
-    """With a URL as output_dir: the local folder; default: one in $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
+    """With a URL as output_dir: the local folder, which machines need not share; default: one in $JAXRLHF_CACHE, else
+    ~/.cache/jaxrlhf."""
     remote_save_steps: NonNegativeInt = 0
     """With a URL as output_dir: steps between the checkpoints that are copied to it, beside the newest at the end; 0:
     all of them."""
     url: Derived[str] = ""
     """The output_dir that was given, when it is a URL."""
+    leaders: Derived[tuple[int, ...]] = ()
+    """For each process, the lowest number of those that see the same local folder; empty: all see one."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir; start where there is none."""
     resume_from_checkpoint: str = ""
@@ -407,7 +412,9 @@ def check_context(config: DecoderConfig, length: int, what: str) -> None:
 
 def as_given(config: Shared) -> Shared:
     """The config as the user gave it, for `config.yaml`: with the URL instead of the working folder."""
-    folder = dataclasses.replace(config.folder, output_dir=config.folder.url or config.folder.output_dir, url="")
+    folder = dataclasses.replace(
+        config.folder, output_dir=config.folder.url or config.folder.output_dir, url="", leaders=()
+    )
     return dataclasses.replace(config, folder=folder)
 
 
@@ -418,7 +425,7 @@ def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]
         raise InputError(f"fit={config.fitting.fit}: pass the config through jaxrlhf.fitted first, as the commands do")
     if not folder.output_dir:
         raise InputError("output_dir: name the folder that the run should write to")
-    return Run(
+    run = Run(
         folder.output_dir,
         as_given(config),
         resume=folder.resume,
@@ -427,3 +434,10 @@ def open_run(config: SharedConfig, logging_steps: int, headline: tuple[str, ...]
         headline=headline,
         tracking=config.tracking,
     )
+    run.exchange = exchange_of(folder)
+    return run
+
+
+def exchange_of(folder: FolderConfig) -> Exchange | None:
+    """Passes the files of a run between machines that share no folder; None where they share one. All call it."""
+    return Exchange(folder.url, Path(folder.output_dir), folder.leaders) if folder.leaders else None

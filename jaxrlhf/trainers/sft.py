@@ -8,7 +8,7 @@ import jax
 from jaxrlhf import objectives
 from jaxrlhf.config import deepspeed_chat, trl
 from jaxrlhf.models import Decoder
-from jaxrlhf.runs.mirror import works_locally
+from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.trainers.settings import StepOptions
 from jaxrlhf.trainers.supervised import Batch, Objective, PyTree, Recipe, SupervisedConfig, TrainState, train_supervised
 

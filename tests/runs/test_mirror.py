@@ -25,36 +25,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def store():
-    """The file system of a fresh S3 server with one bucket."""
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    with pytest.MonkeyPatch.context() as patch:
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "a-secret-of-tests")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        fs.mkdir("bucket")
-        yield fs
-        server.stop()
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXRLHF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("jaxrlhf.config.remote.WAITS", ())
     monkeypatch.setattr("jaxrlhf.runs.mirror.LAST_SECONDS", 0.0)
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def url(store, request):
-    return f"s3://bucket/{request.node.name}"
 
 
 def names(url):
@@ -295,6 +271,7 @@ def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(url, t
         ("s3://no-such-bucket/run", "no such place|NoSuchBucket"),
         ("nonsense://bucket/run", "nonsense"),
         ("s3:///", "names no place"),
+        ("s3://bucket/run[1]", "patterns"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_before_anything_is_done(store, url, message, tmp_path):

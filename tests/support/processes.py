@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 SMALL = {"max_length": 64, "max_prompt_seq_len": 32, "seed": 3, "max_eval_samples": 11, "mesh_fsdp": 4}
@@ -167,6 +168,49 @@ def two(demo, folder, process):
     train_sft(sft_config(demo, folder / "killed"))
 
 
+def apart(demo, folder, process):
+    """Run SFT at a URL with a local folder of this process alone; the second run loses process 1 in step 4.
+
+    The store does not take the first part of process 1.
+    """
+    from jaxrlhf.config.remote import RemoteFolder
+    from jaxrlhf.errors import StorageError
+    from jaxrlhf.runs import mirror, saving
+    from jaxrlhf.runs.exchange import Exchange
+    from jaxrlhf.trainers.sft import train_sft
+
+    saving.RETRY, mirror.INTERVAL, send = 0.0, 0.2, Exchange.send
+
+    def fail(self, *args):
+        Exchange.send = send
+        raise StorageError("503 Slow Down")
+
+    Exchange.send = fail
+    options = {"working_dir": "work", "max_steps": 4, "export_best": True, "eval_steps": 2}
+    os.chdir(folder / f"machine-{process}")
+    train_sft(sft_config(demo, os.environ["RUN_URL"] + "/whole", **options))
+    (folder / f"process-{process}.json").write_text(json.dumps(os.listdir(".")))
+    url = os.environ["RUN_URL"] + "/killed"
+
+    def lose():
+        while RemoteFolder(url).read("checkpoint-2/metadata.json") is None:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if process == 1:
+        in_step(4, lose)
+    train_sft(sft_config(demo, url, **options))
+
+
+def again(demo, folder, process):
+    """Go on with the run that `apart` has lost, on new machines."""
+    from jaxrlhf.trainers.sft import train_sft
+
+    os.chdir(folder / f"new-{process}")
+    options = {"working_dir": "work", "max_steps": 4, "export_best": True, "eval_steps": 2, "resume": True}
+    train_sft(sft_config(demo, os.environ["RUN_URL"] + "/killed", **options))
+
+
 def four(demo, folder, process):
     """Run SFT from the checkpoint of one process; then process 2 fails while the others are in a collective."""
     from jax.experimental import multihost_utils
@@ -184,7 +228,7 @@ def main():
     from jaxrlhf import distributed
 
     distributed.initialize(coordinator_address=address, num_processes=int(number), process_id=int(process))
-    {"two": two, "four": four}[role](json.loads(demo), Path(folder), int(process))
+    {"two": two, "four": four, "apart": apart, "again": again}[role](json.loads(demo), Path(folder), int(process))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def read_messages(value: Sequence[object], field: str) -> list[Message]:
 def _message_text(content: object, calls: bool, field: str, number: int, role: str) -> str:
     """The text of a message, which may be given in parts."""
     if isinstance(content, list):
-        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        parts: list[Any] = [{"text": part} if isinstance(part, str) else part for part in content]
         kinds = {str(part.get("type", "text")) if isinstance(part, Mapping) else kind_of(part) for part in parts}
         if kinds - {"text"}:
             raise BadRow(field, f"message {number} ({role}) holds parts of the type {', '.join(sorted(kinds))}")

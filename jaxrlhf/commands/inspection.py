@@ -270,8 +270,9 @@ def reasons_of(part: Part) -> tuple[Reason, ...]:
     for i in np.flatnonzero(columns.column("problem").is_valid().to_numpy()):
         entries[f"skipped: {columns.column('problem')[int(i)].as_py()}"].append(int(i))
     ordered = sorted(entries.items(), key=lambda item: -len(item[1]))
-    others = sorted(i for _, found in ordered[REASONS:] for i in found)
-    ordered = [*ordered[:REASONS], (f"skipped: {len(ordered) - REASONS} other reasons", others)]
+    if len(ordered) > REASONS + 1:
+        others = sorted(i for _, found in ordered[REASONS:] for i in found)
+        ordered = [*ordered[:REASONS], (f"skipped: {len(ordered) - REASONS} other reasons", others)]
     titles = {"dropped_too_long": "dropped: too long", "truncated_prompts": "cut: the beginning of the prompt"}
     titles |= {"truncated_responses": "cut: the end of the response"}
     for name, title in titles.items():

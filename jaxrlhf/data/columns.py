@@ -51,7 +51,7 @@ def look_up(row: object, path: str, default: object = MISSING) -> Any:
     for part in path.split("."):
         if isinstance(row, Mapping) and part in row:
             row = row[part]
-        elif isinstance(row, Sequence) and not isinstance(row, str) and part.isdigit() and int(part) < len(row):
+        elif isinstance(row, Sequence) and not isinstance(row, str) and part.isdecimal() and int(part) < len(row):
             row = row[int(part)]
         else:
             return default

@@ -118,8 +118,11 @@ def read_prompt_completion(row: Mapping, columns: Columns) -> Scored:
 
 def read_unpaired(row: Mapping, columns: Columns) -> Scored:
     scored, label = read_prompt_completion(row, columns), columns.get(row, "label")
+    if isinstance(label, str):  # a cell of a CSV file
+        label = {"true": 1, "1": 1, "false": 0, "0": 0}.get(label.strip().lower(), label)
     if label not in (0, 1, True, False):
-        raise BadRow(columns.path("label"), f"is {label!r}; it must be true or false")
+        found = "null" if label is None else repr(label)
+        raise BadRow(columns.path("label"), f"is {found}; it must be true or false")
     return Scored(scored.prompt, ((scored.completions[0][0], float(label)),))
 
 
@@ -240,6 +243,11 @@ class Format:
     columns: tuple[str, ...]
     steps: tuple[str, ...]
     read: Callable[[Mapping, Columns], Scored]
+
+    @property
+    def listed(self) -> str:
+        """The columns that a row must have, in words."""
+        return ", ".join(self.columns).replace("|", " or ")
 
     @property
     def names(self) -> set[str]:

@@ -42,7 +42,10 @@ def read_content(value: object, field: str) -> Prompt:
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ "):  # a cell of a CSV file that holds messages
         parsed = json_list(value)
         value = parsed if parsed and _is_conversation(parsed) else value
-    if isinstance(value, Mapping) and "role" in value and isinstance(value["role"], list):  # messages as columns
+    if isinstance(value, Mapping) and isinstance(value.get("role"), list):  # messages as columns
+        sizes = {len(items) if isinstance(items, list) else kind_of(items) for items in value.values()}
+        if len(sizes) > 1:
+            raise BadRow(field, f"holds messages as columns of unlike lengths ({', '.join(map(str, value))})")
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if value is None or not isinstance(value, str | list):
         raise BadRow(field, "is null" if value is None else f"is not text but {kind_of(value)}")
@@ -74,8 +77,10 @@ def read_messages(value: Sequence[object], field: str) -> list[Message]:
         role = str(raw.get("role", raw.get("from")))
         message = {key: raw[key] for key in KEPT if raw.get(key) is not None}
         message["role"] = ROLES.get(role.lower(), role)
+        if not isinstance(calls := message.get("tool_calls", []), list):
+            raise BadRow(field, f"message {number} ({role}) has {kind_of(calls)} as tool_calls, not a list")
         content = raw.get("content", raw.get("value"))
-        message["content"] = _message_text(content, bool(message.get("tool_calls")), field, number, role)
+        message["content"] = _message_text(content, bool(calls), field, number, role)
         messages.append(message)
     return messages
 
@@ -83,10 +88,14 @@ def read_messages(value: Sequence[object], field: str) -> list[Message]:
 def _message_text(content: object, calls: bool, field: str, number: int, role: str) -> str:
     """The text of a message, which may be given in parts."""
     if isinstance(content, list):
-        kinds = {part.get("type", "text") if isinstance(part, Mapping) else kind_of(part) for part in content}
+        parts: list[Any] = [{"text": part} if isinstance(part, str) else part for part in content]
+        kinds = {str(part.get("type", "text")) if isinstance(part, Mapping) else kind_of(part) for part in parts}
         if kinds - {"text"}:
             raise BadRow(field, f"message {number} ({role}) holds parts of the type {', '.join(sorted(kinds))}")
-        content = "".join(str(part["text"]) for part in content)
+        texts = [part.get("text") for part in parts]
+        if not all(isinstance(text, str) for text in texts):
+            raise BadRow(field, f"message {number} ({role}) holds a part without text")
+        content = "".join(texts)
     if content is None and calls:
         return ""
     if not isinstance(content, str):

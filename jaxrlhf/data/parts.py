@@ -64,11 +64,10 @@ def problems_of(tables: Sequence[Dataset], origins: Sequence[Table]) -> tuple[st
     reasons: collections.Counter[str] = collections.Counter()
     places: list[str] = []
     for table, origin in zip(tables, origins, strict=False):
-        problems = table["problem"][:]
-        bad = [i for i, problem in enumerate(problems) if problem is not None]
-        reasons.update(problems[i] for i in bad)
-        rows = table[bad[:SHOWN]]["row"] if bad else []
-        places += [f"{origin.where(row)}: {problems[i]}" for row, i in zip(rows, bad, strict=False)]
+        numbered = zip(table["row"][:], table["problem"][:], strict=True)
+        bad = sorted((row, problem) for row, problem in numbered if problem is not None)
+        reasons.update(problem for _, problem in bad)
+        places += [f"{origin.where(row)}: {problem}" for row, problem in bad[:SHOWN]]
     return (*(f"{what} ({n} rows)" for what, n in reasons.most_common(SHOWN)), *places[:SHOWN])
 
 

@@ -144,8 +144,9 @@ class Reading:
         head = table.head(HEAD)
         rows = [made for row in head for made in convert(row)] if convert else head
         format = recognise(rows, self.columns, table.name, self.format)
-        check_serves(format, self.step, table.name)
-        words = describe(format, next(row for row in rows if isinstance(row, dict)), self.columns)
+        first = next(row for row in rows if isinstance(row, dict))
+        check_serves(format, self.step, table.name, first)
+        words = describe(format, first, self.columns)
         reader = Reader(format, self.columns, self.config.pair_rule, self.config.pair_margin, convert)
         return Opened(table, reader, words)
 

@@ -41,18 +41,22 @@ def recognise(rows: Iterable[object], columns: Columns, name: str, wanted: str =
         if not FORMATS[key].names <= FORMATS[best].names:
             raise InputError(
                 f"{name}: holds rows of two formats: row {found[best][0]} is {FORMATS[best].title} "
-                f"({', '.join(FORMATS[best].columns)}), row {numbers[0]} is {FORMATS[key].title} "
-                f"({', '.join(FORMATS[key].columns)}); put them into two files, or choose one with --data_format"
+                f"({FORMATS[best].listed}), row {numbers[0]} is {FORMATS[key].title} "
+                f"({FORMATS[key].listed}); put them into two files, or choose one with --data_format"
             )
     return best
 
 
+def listed(row: Mapping) -> str:
+    """The columns of a row, with the kind of each value."""
+    return ", ".join(f"{key} ({kind_of(value)})" for key, value in row.items()) or "none"
+
+
 def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
     """The message for rows that fit no format: their columns, and the nearest format."""
-    listed = ", ".join(f"{key} ({kind_of(value)})" for key, value in row.items()) or "none"
     lacks = {key: FORMATS[key].missing(row, columns) for key in ([wanted] if wanted else FORMATS)}
     near = {key: missing for key, missing in lacks.items() if wanted or len(missing) < len(FORMATS[key].columns)}
-    found = f"{name}: its columns fit no format. Found: {listed}."
+    found = f"{name}: its columns fit no format. Found: {listed(row)}."
     if not near:
         known = "; ".join(", ".join(c.partition("|")[0] for c in form.columns) for form in FORMATS.values())
         return (
@@ -69,8 +73,8 @@ def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
     )
 
 
-def check_serves(format: str, step: str, name: str) -> None:
-    """Raises InputError when a step cannot use rows of a format."""
+def check_serves(format: str, step: str, name: str, row: Mapping | None = None) -> None:
+    """Raises InputError when a step cannot use rows of a format, with the columns of one where it is given."""
     if step in FORMATS[format].steps:
         return
     need = {
@@ -78,9 +82,10 @@ def check_serves(format: str, step: str, name: str) -> None:
         "ppo": "prompts (--prompt_field)",
         "kto": "a completion and its label (--completion_field, --label_field), or chosen and rejected",
     }.get(step, "a preference: chosen and rejected (--chosen_field, --rejected_field)")
+    found = f". Found: {listed(row)}" if row else ""
     raise InputError(
-        f"{name}: holds {FORMATS[format].title} rows ({', '.join(FORMATS[format].columns)}), which {step} cannot use; "
-        f"it needs rows with {need}"
+        f"{name}: holds {FORMATS[format].title} rows ({FORMATS[format].listed}), which {step} cannot use; it needs "
+        f"rows with {need}{found}"
     )
 
 

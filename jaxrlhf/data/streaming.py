@@ -222,7 +222,8 @@ class StreamSource:
         All processes call it with the same units.
         """
         if self.packing and not self._agreed:  # a process may lack the record of an earlier run
-            records = gather(f"windows of {self.name}", [self.units, self.complete])
+            own: list[Any] = [self.units, self.complete]
+            records = gather(f"windows of {self.name}", own)
             self.units, self.complete = max(records, key=lambda record: (len(record[0]), record[1]))
             self._agreed = True
         places = sorted((*self.locate(number), number) for number in numbers)

@@ -152,7 +152,7 @@ def encode_batch(
     rows = [int(numbers[i]) for i in indices]
     parsed = dataclasses.replace(table, numbers=[table_number(table, i) for i in rows]).parse(batch)
     collects = gc.isenabled()
-    gc.disable()  # it would look through every object of the process for each few hundred made here: a fifth of the time
+    gc.disable()  # it would go through all objects of the process again and again: a fifth of the time
     try:
         columns = tokenise(list(zip(rows, parsed, strict=True)), table, reader, tokenizer, encoding)
     finally:

@@ -234,8 +234,14 @@ def test_names_of_roles_are_those_of_templates():
 def test_content_may_be_text_parts():
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     assert read({"messages": [user(parts), assistant(parts)]}).completions == (("one two", 1.0),)
+    assert read({"messages": [user(["one ", "two"]), assistant(["a"])]}).prompt == [user("one two")]
     with pytest.raises(BadRow, match=r"'messages' message 1 \(user\) holds parts of the type image"):
         read({"messages": [user([{"type": "image", "url": "x"}]), A]})
+
+
+def test_labels_may_be_cells_of_a_csv_file():
+    for label, score in (("True", 1.0), ("1", 1.0), ("false", 0.0), ("0", 0.0)):
+        assert read({"prompt": "q", "completion": "a", "label": label}).completions == (("a", score),)
 
 
 def test_messages_may_be_stored_as_columns():
@@ -299,6 +305,12 @@ def test_special_tokens_that_a_user_types_stay_text(config, tokenizer):
         ({"messages": [Q, assistant(None)]}, r"'messages' message 2 \(assistant\) has null as content, not text"),
         ({"messages": [Q, assistant(3)]}, r"message 2 \(assistant\) has a number as content"),
         ({"messages": [user(" "), A]}, r"'messages' message 1 \(user\) is empty"),
+        ({"messages": [user([{"type": "text", "text": None}]), A]}, r"message 1 \(user\) holds a part without text"),
+        ({"messages": [Q, A | {"tool_calls": 5}]}, r"message 2 \(assistant\) has a number as tool_calls, not a list"),
+        (
+            {"messages": {"role": ["user", "assistant"], "content": ["q"]}},
+            r"'messages' holds messages as columns of unlike lengths \(role, content\)",
+        ),
         ({"text": "  "}, "'text' is empty"),
         ({"text": None}, "'text' is null"),
         ({"text": [Q, A]}, "'text' is not text but messages"),
@@ -309,6 +321,7 @@ def test_special_tokens_that_a_user_types_stay_text(config, tokenizer):
         ({"prompt": "q", "completion": ""}, "'completion' is empty"),
         ({"prompt": "q", "chosen": {"a": 1}, "rejected": "b"}, "'chosen' is not text but an object"),
         ({"prompt": "q", "completion": "a", "label": "good"}, "'label' is 'good'; it must be true or false"),
+        ({"prompt": "q", "completion": "a", "label": None}, "'label' is null; it must be true or false"),
         ({"prompt": "q", "responses": "a", "scores": [1]}, "'responses' is not a list of responses"),
         ({"prompt": "q", "responses": ["a"], "scores": [1, 2]}, "'scores' has 2 values for 1 responses"),
         ({"prompt": "q", "responses": ["a"], "scores": ["x"]}, "'scores' holds text where a number must be"),

@@ -150,7 +150,8 @@ def test_what_is_wrong_with_a_field_is_said_when_no_row_is_left(config, tokenize
 
 def test_an_absent_field_stops_with_the_flag_that_names_it(config, tokenizer):
     with pytest.raises(
-        InputError, match=r"prompt only rows \(prompt\), which sft cannot use; it needs.*--chosen_field"
+        InputError,
+        match=r"prompt only rows \(prompt\), which sft cannot use; it needs.*--chosen_field.*Found: prompt",
     ):
         load_data(config(pairs(20), chosen_field="answer"), tokenizer, "sft")
 

@@ -152,7 +152,9 @@ def four_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["sft", "reward"])
-def test_four_processes_share_the_tokenising_of_packed_rows(stream, tokenizer, monkeypatch, four_processes, step):
+def test_four_processes_share_the_tokenising_of_packed_rows(
+    config, tokenizer, monkeypatch, four_processes, tmp_path, step
+):
     rows, steps = pairs(150), [0, 1, 15, 29, 3]  # another pass, and back
     rows[3]["chosen"] = None
     rows[8]["prompt"] = "question " * 60  # too long
@@ -162,9 +164,13 @@ def test_four_processes_share_the_tokenising_of_packed_rows(stream, tokenizer, m
         counts[jax.process_index()] += len(rows)
         return real(rows, *args)
 
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    settings = config(
+        data_path=path, streaming=True, packing=True, long_prompts="drop", shuffle_buffer=64, max_length=48
+    )
+
     def load():  # a tokenizer serves one thread at a time
-        options = {"packing": True, "long_prompts": "drop", "shuffle_buffer": 64, "tokenizer": copy.deepcopy(tokenizer)}
-        return stream(step, rows, **options)[0]
+        return load_data(settings, copy.deepcopy(tokenizer), step)[0]
 
     whole, streams = load(), [load() for _ in range(4)]
     monkeypatch.setattr(streaming, "tokenise", counted)

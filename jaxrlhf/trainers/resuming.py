@@ -257,7 +257,11 @@ def start_from(run: Run, options: CheckpointOptions, state: Start, resume: bool)
     pairs = dict(_pair(text) for text in options.init_params) or {
         name: name for name in TREES if name in names & there.keys()
     }
-    wrong = [f"{name}={other}" for name, other in pairs.items() if name not in names or other not in there]
+    wrong = [
+        name if name == other else f"{name}={other}"
+        for name, other in pairs.items()
+        if name not in names or other not in there
+    ]
     if wrong or not pairs:
         raise InputError(
             f"init_params={' '.join(wrong or options.init_params) or 'none'}: this run has {', '.join(sorted(names))}, "

@@ -1,5 +1,7 @@
 """Old PyTorch checkpoints (`pytorch_model.bin`), read through torch's safe unpickler. They are never written."""
 
+import re
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,15 @@ def open_bin(path: Path) -> TensorSource:
             f"{path} is an old PyTorch checkpoint; reading it needs torch (pip install torch), or convert it first"
         ) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no archives, and only archives can be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many kinds for damaged or unsafe pickles
-        raise InputError(f"{path} cannot be read safely as a state dict: {type(error).__name__}: {error}") from error
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would run {refused[1].rstrip('.')}" if refused else type(error).__name__
+        raise InputError(
+            f"{path} cannot be read safely as a state dict ({reason}): it is damaged, or holds more than tensors; use "
+            "another file, or save the weights as safetensors where you trust this one"
+        ) from error
     tensors = _tensors(path, state)
 
     def read(name: str) -> np.ndarray:

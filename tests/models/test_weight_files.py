@@ -253,6 +253,14 @@ def test_a_bin_file_that_holds_something_else_is_refused(folder_of, kind):
         load_pretrained(folder)
 
 
+def test_a_bin_file_from_before_torch_1_6_is_read(folder_of, make_model):
+    torch, folder = pytest.importorskip("torch"), folder_of("llama")
+    tensors = {k: torch.tensor(v) for k, v in load_file(folder / "model.safetensors").items()}
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "model.safetensors").unlink()
+    assert_same(load_pretrained(folder), make_model("llama"))
+
+
 def test_values_beyond_the_range_of_the_stored_dtype_are_refused(folder_of):
     folder = folder_of("llama")
 

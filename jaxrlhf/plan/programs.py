@@ -110,9 +110,9 @@ def train_batch(system: System) -> Experience | Batch:
 
 
 def ppo_state(system: System) -> PPOState:
-    """The state, its optimizer moments where they wait."""
+    """The state as the update gets it: its optimizer moments where they wait, and without rollouts of other steps."""
     moments = {f"{name}_opt_state": system.waiting(f"{name}_optimizer") for name in ("actor", "critic")}
-    return system.state.replace(**moments)
+    return system.state.replace(**moments, pending=(), pending_episodes=(), replay=())
 
 
 READ_FROM_HOST = {"generate": (), "score": ("reference", "reward"), "train": ("actor_optimizer", "critic_optimizer")}

@@ -25,6 +25,7 @@ KINDS = {
     "weight copies": COPIES,
     "gradients": ("gradients", "gradient layout copies"),
     "KV cache": ("KV cache", "KV cache of the prompt"),
+    "rollouts of other steps": ("waiting rollouts", "replayed rollouts"),
 }
 REST = "activations and scratch"
 

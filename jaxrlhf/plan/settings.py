@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from jaxrlhf.config import (
     Derived,
@@ -16,9 +16,9 @@ from jaxrlhf.config import (
     default_of,
     settings,
 )
+from jaxrlhf.config.settings import canonical
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import OVERRIDES, Device, find_device, topology_of
-from jaxrlhf.rl.algorithms import ALGORITHMS
 from jaxrlhf.rl.config import CONFIGS, PPOConfig
 from jaxrlhf.trainers.distill import DistillConfig, TeachingOptions
 from jaxrlhf.trainers.dpo import DPOConfig
@@ -35,6 +35,7 @@ PROGRAMS = ("generate", "score", "train")
 SHOWN = {
     *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_context", "mesh_tensor"),
     *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype", "per_device_score_batch_size"),
+    *("async_steps", "replay_steps", "importance_sampling_correction"),
     *("dtype", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs"),
     *(
         "max_prompt_seq_len",
@@ -132,6 +133,15 @@ class PlanConfig(ClusterConfig):
     plot: str | None = None
     """Draw memory per device over one iteration to this .png or .svg file."""
 
+    @classmethod
+    def create(cls, **values: object) -> Self:
+        """As `Settings.create`; a trainer on rollouts starts from its own defaults."""
+        kind: type[PPOConfig] = CONFIGS.get(str(values.get("trainer")), PPOConfig)
+        if kind is PPOConfig or not {"actor", "device"} <= {canonical(cls, name) for name in values}:
+            return super().create(**values)
+        start: Any = {name: values[name] for name in ("trainer", "device")}
+        return cls(actor="", ppo=kind(), **start).replace(**values)
+
     def check(self) -> None:
         if self.plot is not None and not self.plot.endswith((".png", ".svg")):
             raise InputError(f"plot={self.plot!r} must end in .png or .svg")
@@ -165,16 +175,10 @@ class PlanConfig(ClusterConfig):
 
     @property
     def planned(self) -> PPOConfig:
-        """The settings of the planned run, with the algorithm's own and the precision that the device chooses."""
+        """The settings of the planned run, with the precision that the device chooses."""
         values: dict[str, Any] = {}
         if self.ppo.mesh.dtype == "auto":
             values["dtype"] = "float32" if self.accelerator.platform == "cpu" else "bfloat16"
         if self.trainer == "distill":  # a prompt is as long as a row may be
             values["max_prompt_seq_len"] = self.ppo.data.max_length
-        algorithm = ALGORITHMS.get(self.trainer)
-        if algorithm is not None and algorithm.name != "ppo" and type(self.ppo) is PPOConfig:
-            values |= {"advantage_estimator": algorithm.estimator}
-            values |= {name: value for name, value in algorithm.defaults.items() if name not in SHOWN}
-            if self.ppo.sampling.samples_per_prompt == 1:
-                values |= {"samples_per_prompt": algorithm.defaults.get("samples_per_prompt", 1)}
         return self.ppo.replace(**values)

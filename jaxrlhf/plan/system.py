@@ -152,6 +152,8 @@ class System:
             "reference": self._of_reference() if "reference" in self.modules else None,
             "reward": frozen.reward and frozen.reward.own,
             "ema": state.ema_params,
+            "waiting rollouts": state.pending,
+            "replayed rollouts": state.replay,
         }
         return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 

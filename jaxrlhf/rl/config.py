@@ -232,11 +232,6 @@ class PPOOptions(StepOptions):
     def _check_async(self) -> None:
         """Refuses what rollouts that wait for their update cannot be combined with."""
         steps = self.rollout.async_steps
-        if steps and self.environments.used:
-            raise InputError(
-                f"async_steps={steps} with an environment or tools: a checkpoint cannot hold episodes that wait for "
-                "their update; leave one of them out"
-            )
         if steps and self.run.guard.on_spike == "rollback":
             raise InputError(
                 f"async_steps={steps} with on_spike=rollback: rollouts that wait belong to the policy before the "

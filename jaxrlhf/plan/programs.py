@@ -136,6 +136,7 @@ def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def _lower_generate(system: System) -> jax.stages.Lowered:
+    system = system.sampled_by(system.sampler)
     key = _key(system.generate_mesh)
     static = {"module": system.modules["actor"], "sampling": sampling(system), "mesh": system.generate_mesh}
     return cast(Any, generate).lower(system.trees["actor"], prompt_batch(system), key, **static)

@@ -65,7 +65,7 @@ class Plan:
     def calls(self, program: str) -> float:
         """Mean calls of a program in an iteration."""
         system = self.system
-        return system.generated * system.config.rollout.generation_batches if program == "generate" else 1
+        return sum(system.samplers.values()) * system.config.rollout.generation_batches if program == "generate" else 1
 
     @property
     def problems(self) -> list[str]:

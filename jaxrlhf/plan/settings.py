@@ -1,6 +1,7 @@
 """Settings of `jaxrlhf plan`: trainer, models, cluster, prices, and the trainers' flags that decide memory and time."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +17,7 @@ from jaxrlhf.config import (
     default_of,
     settings,
 )
-from jaxrlhf.config.settings import canonical
+from jaxrlhf.config.settings import names_of
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import OVERRIDES, Device, find_device, topology_of
 from jaxrlhf.rl.config import CONFIGS, PPOConfig
@@ -137,15 +138,19 @@ class PlanConfig(ClusterConfig):
     def create(cls, **values: object) -> Self:
         """As `Settings.create`; a trainer on rollouts starts from its own defaults."""
         kind: type[PPOConfig] = CONFIGS.get(str(values.get("trainer")), PPOConfig)
-        if kind is PPOConfig or not {"actor", "device"} <= {canonical(cls, name) for name in values}:
+        given = {names_of(cls).get(name, name): value for name, value in values.items()}
+        if kind is PPOConfig or not {"actor", "device"} <= given.keys():
             return super().create(**values)
+        check_used(str(values["trainer"]), lambda name: given.get(name, default_of(cls, name)))
         start: Any = {name: values[name] for name in ("trainer", "device")}
         return cls(actor="", ppo=kind(), **start).replace(**values)
 
     def check(self) -> None:
         if self.plot is not None and not self.plot.endswith((".png", ".svg")):
             raise InputError(f"plot={self.plot!r} must end in .png or .svg")
-        self._check_used()
+        check_used(self.trainer, self.value)
+        if self.trainer == "distill" and self.teacher is None and not self.teaching.teacher_log_probs:
+            raise InputError("teacher: name the teacher of distill, a known name or a folder")
         accelerator, _ = self.accelerator, self.shape  # both refuse bad values by name
         offloads = [name for name in SHOWN if name.startswith("offload_") and self.ppo.value(name)]
         if offloads and not accelerator.pinned_host:
@@ -153,22 +158,10 @@ class PlanConfig(ClusterConfig):
                 f"{offloads[0]}: {accelerator.name} devices have no pinned host memory to offload to; leave it out"
             )
 
-    def _check_used(self) -> None:
-        """Refuses a setting that the trainer does not have."""
-        known = settings(SUPERVISED.get(self.trainer) or CONFIGS[self.trainer])
-        for name in sorted(SHOWN - known.keys()):
-            if self.ppo.value(name) != default_of(type(self), name):
-                raise InputError(f"{name}={self.ppo.value(name)} is no setting of {self.trainer}; leave it out")
-        for name in ("teacher", *settings(TeachingOptions)):
-            if self.trainer != "distill" and self.value(name) != default_of(type(self), name):
-                raise InputError(f"{name}={self.value(name)} is no setting of {self.trainer}; leave it out")
-        if self.trainer == "distill" and self.teacher is None and not self.teaching.teacher_log_probs:
-            raise InputError("teacher: name the teacher of distill, a known name or a folder")
-
     @property
     def programs(self) -> tuple[str, ...]:
         """Programs of a step, those of PROGRAMS that the trainer runs."""
-        if self.trainer not in SUPERVISED or self.teaching.lmbda:
+        if self.trainer not in SUPERVISED or self.teaching.sampled:
             return PROGRAMS
         scores = self.trainer in ("dpo", "kto") or (self.trainer == "distill" and not self.teaching.teacher_log_probs)
         return PROGRAMS[1:] if scores else PROGRAMS[2:]
@@ -182,3 +175,13 @@ class PlanConfig(ClusterConfig):
         if self.trainer == "distill":  # a prompt is as long as a row may be
             values["max_prompt_seq_len"] = self.ppo.data.max_length
         return self.ppo.replace(**values)
+
+
+def check_used(trainer: str, value: Callable[[str], object]) -> None:
+    """Refuses a setting that a trainer does not have; `value` has the settings of a plan by name."""
+    names = sorted(SHOWN - settings(SUPERVISED.get(trainer) or CONFIGS[trainer]).keys())
+    if trainer != "distill":
+        names += ["teacher", *settings(TeachingOptions)]
+    for name in names:
+        if value(name) != default_of(PlanConfig, name):
+            raise InputError(f"{name}={value(name)} is no setting of {trainer}; leave it out")

@@ -22,12 +22,12 @@ from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import Rollout
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.outcomes import Played
-from jaxrlhf.rl.rollouts import join
 from jaxrlhf.rl.sampler import Sampler
 from jaxrlhf.rl.samples import Prompts, RolloutPlan, Started
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.sharding import batch_sharding
 from jaxrlhf.trainers.guards import StepPlan
+from jaxrlhf.trainers.rollouts import join
 
 PyTree = Any
 

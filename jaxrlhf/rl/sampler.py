@@ -22,12 +22,12 @@ from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.outcomes import Graded, Played
-from jaxrlhf.rl.rollouts import generate_in_pieces
 from jaxrlhf.rl.samples import Each, Prompts, Reading, Record, RolloutPlan, Sampled, Started
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.rollouts import generate_in_pieces
 from jaxrlhf.trainers.tokenizers import sampling_for
 
 PyTree = Any

@@ -142,8 +142,8 @@ class PlanConfig(ClusterConfig):
         if kind is PPOConfig or not {"actor", "device"} <= given.keys():
             return super().create(**values)
         check_used(str(values["trainer"]), lambda name: given.get(name, default_of(cls, name)))
-        start: Any = {name: values[name] for name in ("trainer", "device")}
-        return cls(actor="", ppo=kind(), **start).replace(**values)
+        own: Any = {f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}
+        return cls(ppo=kind(), **own).replace(**values)
 
     def check(self) -> None:
         if self.plot is not None and not self.plot.endswith((".png", ".svg")):

@@ -40,6 +40,8 @@ def nothing_kept(left_out: dict[str, int], highest: float | None, config: "Sampl
     reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in left_out.items() if count)
     limits = "max_new_tokens or max_turns" if config.environments.used else "max_new_tokens"
     hints = [f"raise {limits}, or --keep_unfinished"] if left_out["unfinished"] else []
+    if left_out["failed"] and config.environments.used:
+        hints.append("correct the environment, as the messages above say")
     if left_out["below_min_score"]:
         hints.append(f"lower min_score={config.selection.min_score} (the highest score was {highest:.4g})")
     return f"no sample is left to write ({reasons}): {'; '.join(hints) or 'change the model or the rewards'}"

@@ -264,8 +264,7 @@ GKD = script(
         *("completion_only_loss", "assistant_only_loss"),
         quiet=("true", "false"),
     )
-    | advised("the loss is the divergence", "loss_type", quiet=("nll", "chunked_nll"))
-    | refused("sample the teacher's responses with `jaxrlhf sample`, and train on them; write false", "seq_kd"),
+    | advised("the loss is the divergence", "loss_type", quiet=("nll", "chunked_nll")),
     OF_ROWS
     | {"learning_rate": "2e-5", "disable_dropout": "true", "train_on": "last"}
     | {"lmbda": "0.5", "beta": "0.5", "max_new_tokens": "128", "temperature": "0.9"},

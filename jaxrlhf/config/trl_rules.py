@@ -361,7 +361,7 @@ def teaching(line: Line, say: Say) -> None:
     options = line.pop("teacher_model_init_kwargs", None) or {}
     if not isinstance(options, Mapping) or set(options) - {"dtype", "torch_dtype", "attn_implementation", "use_cache"}:
         raise InputError(f"teacher_model_init_kwargs={options}: the teacher is read in the run's dtype; leave it out")
-    if not _number(line, "lmbda"):
+    if not _number(line, "lmbda") and not _is_on(line, "seq_kd"):
         unused = [name for name in ("max_new_tokens", "temperature") if line.pop(name, None) is not None]
         say(f"{', '.join(unused)}: ignored with lmbda: 0, which samples nothing")
     if "teacher_top_k" not in line:

@@ -1,8 +1,8 @@
 """Environments and tools between the turns of the model (docs/environments.md)."""
 
 from jaxrlhf.environments.episode import Episode, Reply
-from jaxrlhf.environments.options import EnvironmentConfig, Environments
-from jaxrlhf.environments.parsing import PARSERS, ToolCall, certain_content, format_of, parse_hermes, parse_llama3
+from jaxrlhf.environments.options import EnvironmentConfig, Environments, ToolCallConfig
+from jaxrlhf.environments.parsing import PARSERS, ToolCall, as_hermes, certain_content, parse_hermes, parse_llama3
 from jaxrlhf.environments.protocol import Environment, Observation
 from jaxrlhf.environments.running import Calls
 from jaxrlhf.environments.tools import Tool, load_tool
@@ -18,8 +18,9 @@ __all__ = [
     "Reply",
     "Tool",
     "ToolCall",
+    "ToolCallConfig",
+    "as_hermes",
     "certain_content",
-    "format_of",
     "load_tool",
     "parse_hermes",
     "parse_llama3",

@@ -15,7 +15,25 @@ from jaxrlhf.errors import InputError
 
 
 @dataclass(frozen=True)
-class EnvironmentConfig(Settings):
+class ToolCallConfig(Settings):
+    """Tool calls of the model."""
+
+    tool_format: ToolFormat = "auto"
+    """Form of the model's tool calls: hermes (Hermes, Qwen) or llama3; auto: as the chat template shows them."""
+
+    def form(self, template: str) -> str:
+        """The form of tool calls, one of PARSERS. Raises InputError when auto finds none in the chat template."""
+        found = format_of(template) if self.tool_format == "auto" else self.tool_format
+        if found is None:
+            raise InputError(
+                f"tools: the chat template shows no form of tool calls that is known ({', '.join(PARSERS)}); set "
+                "tool_format, or a chat_template with tools such as hermes"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig(ToolCallConfig):
     """Rollouts of several turns, with an environment or tools between them."""
 
     environment: str = ""
@@ -23,8 +41,6 @@ class EnvironmentConfig(Settings):
     has the methods reset and step; or reset, and methods that are tools, as TRL's environment_factory has them."""
     tools: tuple[str, ...] = ()
     """Python functions that the model may call: package.module:function or path/to/file.py:function."""
-    tool_format: ToolFormat = "auto"
-    """Form of the model's tool calls: hermes (Hermes, Qwen) or llama3; auto: as the chat template shows them."""
     max_turns: PositiveInt = 8
     """Most turns of the model in an episode."""
     max_turn_tokens: NonNegativeInt = 0
@@ -103,7 +119,10 @@ class Environments:
         """A new episode. `tool_format` is one of PARSERS, where there are tools."""
         environment = None
         if self._factory is not None:
-            environment = self._free.pop() if self._free else self._made()
+            try:  # rollouts ahead of their updates play in a thread beside those that replace groups
+                environment = self._free.pop()
+            except IndexError:
+                environment = self._made()
         tools = self._tools_of(environment)
         return Episode(environment, tools, PARSERS[tool_format] if tools else None)
 
@@ -119,18 +138,6 @@ class Environments:
                 "environment: it has no get_reward, and nothing else scores responses; name a reward model or "
                 "reward_functions"
             )
-
-    def format(self, chosen: str, template: str) -> str:
-        """The form of tool calls. Raises InputError when the chat template shows none that is known."""
-        if chosen != "auto" or not self.tools:
-            return chosen
-        found = format_of(template)
-        if found is None:
-            raise InputError(
-                "tools: the chat template shows no form of tool calls that is known (hermes, llama3); set tool_format, "
-                "or a chat_template with tools such as hermes"
-            )
-        return found
 
     def _tools_of(self, environment: object) -> tuple[Tool, ...]:
         own = environment.tools if isinstance(environment, MethodEnvironment) else ()

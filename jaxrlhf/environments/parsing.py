@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 ToolFormat = Literal["auto", "hermes", "llama3"]
@@ -68,6 +68,20 @@ def parse_llama3(text: str) -> Parsed:
             break
         body = body.lstrip("; \n")
     return Parsed("", calls)
+
+
+def as_hermes(content: str, calls: Sequence[tuple[str, str]]) -> str:
+    """A turn as Hermes writes it, which `parse_hermes` reads.
+
+    Args:
+        content: The text before the calls.
+        calls: The name of each tool, and its arguments as a JSON text, written as they are.
+    """
+    written = [
+        f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
+        for name, arguments in calls
+    ]
+    return "\n".join([content] * bool(content) + written)
 
 
 PARSERS: dict[str, Callable[[str], Parsed]] = {"hermes": parse_hermes, "llama3": parse_llama3}

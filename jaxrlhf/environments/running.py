@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from jaxrlhf.config.imports import exception_line
+from jaxrlhf.environments.protocol import WrongAnswer
 
 WORKERS = 32
 """Calls at a time; each has a thread."""
@@ -79,6 +80,8 @@ class Calls:
             _own.call = call
             try:
                 call.result = call.function()
+            except WrongAnswer as error:
+                call.error = str(error)
             except BaseException as error:  # whatever the user's code raises
                 call.error = exception_line(error)
             self._finished.put(call)

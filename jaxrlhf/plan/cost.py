@@ -146,14 +146,19 @@ def iteration_cost(system: System, device: Device) -> dict[str, Cost]:
     """Cost on one device of each phase of an iteration that the trainer has: reshard, prefill, decode, score, train."""
     links, config = Links(device), system.config
     rows = system.rows * system.sequences / system.batch_devices / system.context
-    score = [_passes(system, name, rows * times, 1, 0, links) for name, times in system.score_passes.items()]
+    uses = 1 + config.rollout.reuses  # each is an update, with log-probs of its own and the scores of the first one
+    passes = {n: times * (1 if n == "reward" else uses) for n, times in system.score_passes.items()}
+    score = [_passes(system, name, rows * times, 1, 0, links) for name, times in passes.items()]
     score += [Cost(host=tree_bytes(system.trees[name])) for name in system.scoring if name in system.on_host]
     forwards = 2 if config.run.remat == "full" else 1
-    updates = config.algorithm.num_mini_batches * config.algorithm.ppo_epochs
-    train = [_passes(system, name, rows, forwards, 1, links) * config.algorithm.ppo_epochs for name in system.trained]
+    updates = config.algorithm.num_mini_batches * config.algorithm.ppo_epochs * uses
+    epochs = config.algorithm.ppo_epochs * uses
+    train = [_passes(system, name, rows, forwards, 1, links) * epochs for name in system.trained]
     train += [_update(system, name, links) * updates for name in system.trained]
-    phases = _generate(system, links) if "generate" in system.programs else {}
-    phases = {name: cost * system.generated for name, cost in phases.items()}
+    phases: dict[str, Cost] = {}
+    for name, share in system.samplers.items():
+        for phase, cost in _generate(system.sampled_by(name), links).items():
+            phases[phase] = phases.get(phase, Cost()) + cost * share
     return phases | ({"score": total(score)} if "score" in system.programs else {}) | {"train": total(train)}
 
 

@@ -30,7 +30,7 @@ from jaxrlhf.plan.search import (
 )
 from jaxrlhf.plan.settings import SUPERVISED, PlanConfig
 from jaxrlhf.plan.system import build_system
-from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.config import PPOConfig, RolloutConfig
 from jaxrlhf.rl.run import check_models
 from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.system import available_memory
@@ -187,6 +187,7 @@ def plan_of(config: Any, device: Device) -> PlanConfig:
             if teacher is not None:
                 shapes["teacher"] = read_config(teacher)
             parts |= {"generation": config.generation, "sampling": config.sampling.replace(temperature=1.0)}
+            parts["rollout"] = RolloutConfig(generation_batches=config.pieces.generation_batches)
             own = {"teacher": teacher, "teaching": config.teaching}
         ppo = dataclasses.replace(PPOConfig(), lora=dataclasses.replace(config.lora, lora_dropout=0.0), **parts)
     if not device.pinned_host:  # the host's memory is the devices'

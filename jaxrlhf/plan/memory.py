@@ -189,6 +189,7 @@ def _reference_memory(system: System, platform: str) -> ProgramMemory:
 
 def generate_memory(system: System, platform: str) -> ProgramMemory:
     """Memory of `generate`: at the reshard, during the prefill, or at the end of decoding, whichever needs most."""
+    run, system = system, system.sampled_by(system.sampler)
     module = system.modules["actor"]
     c, tensor, size = module.config, system.generate_tensor, itemsize(module)
     rows = max(1, system.generate_rows * tensor // system.generate_mesh.size)
@@ -211,10 +212,10 @@ def generate_memory(system: System, platform: str) -> ProgramMemory:
         decode["KV cache of the prompt"] = prompt_cache
     reshard = {"merged adapters": merged_adapter_bytes(system), "weights on the move": half_way_bytes(system)}
     view = {"generation weights": generation_view_bytes(system, platform)}
-    arguments = _on_device(system, platform, ("actor",)) | {"batch": tree_bytes(prompt_batch(system), platform)}
+    arguments = _on_device(run, platform, (run.sampler,)) | {"batch": tree_bytes(prompt_batch(system), platform)}
     outputs = tree_bytes(rollout(system, system.generate_rows), platform)
     temporaries = view | largest(reshard, prefill, decode)
-    return _program(system, platform, ProgramMemory("generate", arguments, temporaries, outputs, {}))
+    return _program(run, platform, ProgramMemory("generate", arguments, temporaries, outputs, {}))
 
 
 def _program(system: System, platform: str, program: ProgramMemory) -> ProgramMemory:

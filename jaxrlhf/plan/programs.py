@@ -110,9 +110,9 @@ def train_batch(system: System) -> Experience | Batch:
 
 
 def ppo_state(system: System) -> PPOState:
-    """The state, its optimizer moments where they wait."""
+    """The state as the update gets it: its optimizer moments where they wait, and without rollouts of other steps."""
     moments = {f"{name}_opt_state": system.waiting(f"{name}_optimizer") for name in ("actor", "critic")}
-    return system.state.replace(**moments)
+    return system.state.replace(**moments, pending=(), pending_episodes=(), replay=())
 
 
 READ_FROM_HOST = {"generate": (), "score": ("reference", "reward"), "train": ("actor_optimizer", "critic_optimizer")}
@@ -136,6 +136,7 @@ def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def _lower_generate(system: System) -> jax.stages.Lowered:
+    system = system.sampled_by(system.sampler)
     key = _key(system.generate_mesh)
     static = {"module": system.modules["actor"], "sampling": sampling(system), "mesh": system.generate_mesh}
     return cast(Any, generate).lower(system.trees["actor"], prompt_batch(system), key, **static)

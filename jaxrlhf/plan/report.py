@@ -25,6 +25,7 @@ KINDS = {
     "weight copies": COPIES,
     "gradients": ("gradients", "gradient layout copies"),
     "KV cache": ("KV cache", "KV cache of the prompt"),
+    "rollouts of other steps": ("waiting rollouts", "replayed rollouts"),
 }
 REST = "activations and scratch"
 
@@ -64,7 +65,7 @@ class Plan:
     def calls(self, program: str) -> float:
         """Mean calls of a program in an iteration."""
         system = self.system
-        return system.generated * system.config.rollout.generation_batches if program == "generate" else 1
+        return sum(system.samplers.values()) * system.config.rollout.generation_batches if program == "generate" else 1
 
     @property
     def problems(self) -> list[str]:

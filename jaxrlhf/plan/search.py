@@ -84,7 +84,7 @@ def _smaller_micro_batches(c: PlanConfig) -> Mapping[str, object]:
 
 def _pieces(c: PlanConfig) -> Mapping[str, object]:
     """The rollout batch generated in pieces, as many as eight."""
-    if c.trainer in SUPERVISED:
+    if "generate" not in c.programs:
         return {}
     system = build_system(c)
     prompts = system.rows // system.config.sampling.samples_per_prompt

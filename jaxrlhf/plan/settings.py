@@ -1,8 +1,9 @@
 """Settings of `jaxrlhf plan`: trainer, models, cluster, prices, and the trainers' flags that decide memory and time."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from jaxrlhf.config import (
     Derived,
@@ -16,9 +17,9 @@ from jaxrlhf.config import (
     default_of,
     settings,
 )
+from jaxrlhf.config.settings import names_of
 from jaxrlhf.errors import InputError
 from jaxrlhf.plan.devices import OVERRIDES, Device, find_device, topology_of
-from jaxrlhf.rl.algorithms import ALGORITHMS
 from jaxrlhf.rl.config import CONFIGS, PPOConfig
 from jaxrlhf.trainers.distill import DistillConfig, TeachingOptions
 from jaxrlhf.trainers.dpo import DPOConfig
@@ -35,6 +36,7 @@ PROGRAMS = ("generate", "score", "train")
 SHOWN = {
     *("mesh_data", "mesh_fsdp", "mesh_expert", "mesh_context", "mesh_tensor"),
     *("generate_tensor_parallel", "generation_batches", "kv_cache_dtype", "per_device_score_batch_size"),
+    *("async_steps", "replay_steps", "importance_sampling_correction"),
     *("dtype", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "ppo_epochs"),
     *(
         "max_prompt_seq_len",
@@ -132,10 +134,23 @@ class PlanConfig(ClusterConfig):
     plot: str | None = None
     """Draw memory per device over one iteration to this .png or .svg file."""
 
+    @classmethod
+    def create(cls, **values: object) -> Self:
+        """As `Settings.create`; a trainer on rollouts starts from its own defaults."""
+        kind: type[PPOConfig] = CONFIGS.get(str(values.get("trainer")), PPOConfig)
+        given = {names_of(cls).get(name, name): value for name, value in values.items()}
+        if kind is PPOConfig or not {"actor", "device"} <= given.keys():
+            return super().create(**values)
+        check_used(str(values["trainer"]), lambda name: given.get(name, default_of(cls, name)))
+        own: Any = {f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}
+        return cls(ppo=kind(), **own).replace(**values)
+
     def check(self) -> None:
         if self.plot is not None and not self.plot.endswith((".png", ".svg")):
             raise InputError(f"plot={self.plot!r} must end in .png or .svg")
-        self._check_used()
+        check_used(self.trainer, self.value)
+        if self.trainer == "distill" and self.teacher is None and not self.teaching.teacher_log_probs:
+            raise InputError("teacher: name the teacher of distill, a known name or a folder")
         accelerator, _ = self.accelerator, self.shape  # both refuse bad values by name
         offloads = [name for name in SHOWN if name.startswith("offload_") and self.ppo.value(name)]
         if offloads and not accelerator.pinned_host:
@@ -143,38 +158,30 @@ class PlanConfig(ClusterConfig):
                 f"{offloads[0]}: {accelerator.name} devices have no pinned host memory to offload to; leave it out"
             )
 
-    def _check_used(self) -> None:
-        """Refuses a setting that the trainer does not have."""
-        known = settings(SUPERVISED.get(self.trainer) or CONFIGS[self.trainer])
-        for name in sorted(SHOWN - known.keys()):
-            if self.ppo.value(name) != default_of(type(self), name):
-                raise InputError(f"{name}={self.ppo.value(name)} is no setting of {self.trainer}; leave it out")
-        for name in ("teacher", *settings(TeachingOptions)):
-            if self.trainer != "distill" and self.value(name) != default_of(type(self), name):
-                raise InputError(f"{name}={self.value(name)} is no setting of {self.trainer}; leave it out")
-        if self.trainer == "distill" and self.teacher is None and not self.teaching.teacher_log_probs:
-            raise InputError("teacher: name the teacher of distill, a known name or a folder")
-
     @property
     def programs(self) -> tuple[str, ...]:
         """Programs of a step, those of PROGRAMS that the trainer runs."""
-        if self.trainer not in SUPERVISED or self.teaching.lmbda:
+        if self.trainer not in SUPERVISED or self.teaching.sampled:
             return PROGRAMS
         scores = self.trainer in ("dpo", "kto") or (self.trainer == "distill" and not self.teaching.teacher_log_probs)
         return PROGRAMS[1:] if scores else PROGRAMS[2:]
 
     @property
     def planned(self) -> PPOConfig:
-        """The settings of the planned run, with the algorithm's own and the precision that the device chooses."""
+        """The settings of the planned run, with the precision that the device chooses."""
         values: dict[str, Any] = {}
         if self.ppo.mesh.dtype == "auto":
             values["dtype"] = "float32" if self.accelerator.platform == "cpu" else "bfloat16"
         if self.trainer == "distill":  # a prompt is as long as a row may be
             values["max_prompt_seq_len"] = self.ppo.data.max_length
-        algorithm = ALGORITHMS.get(self.trainer)
-        if algorithm is not None and algorithm.name != "ppo" and type(self.ppo) is PPOConfig:
-            values |= {"advantage_estimator": algorithm.estimator}
-            values |= {name: value for name, value in algorithm.defaults.items() if name not in SHOWN}
-            if self.ppo.sampling.samples_per_prompt == 1:
-                values |= {"samples_per_prompt": algorithm.defaults.get("samples_per_prompt", 1)}
         return self.ppo.replace(**values)
+
+
+def check_used(trainer: str, value: Callable[[str], object]) -> None:
+    """Refuses a setting that a trainer does not have; `value` has the settings of a plan by name."""
+    names = sorted(SHOWN - settings(SUPERVISED.get(trainer) or CONFIGS[trainer]).keys())
+    if trainer != "distill":
+        names += ["teacher", *settings(TeachingOptions)]
+    for name in names:
+        if value(name) != default_of(PlanConfig, name):
+            raise InputError(f"{name}={value(name)} is no setting of {trainer}; leave it out")

@@ -117,9 +117,25 @@ class System:
         return self.trainer in SUPERVISED
 
     @property
-    def generated(self) -> float:
-        """Share of the iterations that sample responses."""
-        return self.teaching.lmbda if self.supervised else 1.0
+    def samplers(self) -> dict[str, float]:
+        """Models that sample responses, each with its share of the iterations."""
+        own = self.teaching.lmbda if self.supervised else 1.0
+        shares = {"actor": own, "reference": 1 - own if self.teaching.seq_kd else 0.0}
+        return {name: share for name, share in shares.items() if share}
+
+    @property
+    def sampler(self) -> str:
+        """The larger one of `samplers`, whose generate program needs the most memory."""
+        return max(self.samplers, key=lambda name: tree_bytes(self.trees[name]))
+
+    def sampled_by(self, name: str) -> "System":
+        """The run as the generate program of a model sees it: a teacher stands in the place of the trained model."""
+        if name == "actor":
+            return self
+        state = self.state.replace(actor=self.modules[name], actor_params=self.trees[name])
+        together = self.config.rollout.generate_tensor_parallel
+        generating = generate_mesh(self.mesh, self.modules[name].config.num_heads, together)
+        return dataclasses.replace(self, state=state, generate_mesh=generating)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -152,6 +168,8 @@ class System:
             "reference": self._of_reference() if "reference" in self.modules else None,
             "reward": frozen.reward and frozen.reward.own,
             "ema": state.ema_params,
+            "waiting rollouts": state.pending,
+            "replayed rollouts": state.replay,
         }
         return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 

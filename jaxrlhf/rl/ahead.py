@@ -1,7 +1,8 @@
 """Rollouts made some steps before their update (`async_steps`): functions score them while the models train on others.
 
 A rollout then comes from a policy that is a few steps old. The update weighs its tokens by the ratio of the policy's
-probabilities at the update and at the rollout (`importance_sampling_correction`).
+probabilities at the update and at the rollout (`importance_sampling_correction`). Episodes of an environment have ended
+before they wait, and only their outcomes are kept.
 Source: the decoupled objective of Hilton et al. 2021 (arXiv 2110.00641), as Fu et al. 2025 use it (AReaL, arXiv
 2505.24298).
 """
@@ -16,15 +17,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf.data import length_bucket
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import Rollout
 from jaxrlhf.rl.config import PPOConfig
-from jaxrlhf.rl.rollouts import join
+from jaxrlhf.rl.outcomes import Played
 from jaxrlhf.rl.sampler import Sampler
 from jaxrlhf.rl.samples import Prompts, RolloutPlan, Started
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.sharding import batch_sharding
 from jaxrlhf.trainers.guards import StepPlan
+from jaxrlhf.trainers.rollouts import join
 
 PyTree = Any
 
@@ -48,33 +51,41 @@ class Ahead:
         self.sampler, self.steps, self.prompts, self.total = sampler, config.rollout.async_steps, prompts, total_steps
         self.width = config.data.max_prompt_seq_len
         self._thread = ThreadPoolExecutor(1, "rollouts") if config.rollout.generation_devices else None
-        self._waiting: deque[tuple[Future[Started], int]] = deque()
-        """Each with the width of its prompts. The rollouts have the widest ones, as checkpoints need it."""
+        self._waiting: deque[Future[Started]] = deque()
+        """Their rollouts have the widest prompts, as checkpoints need it."""
 
     def take(self, state: PPOState, plan: StepPlan) -> Started:
         """Starts the rollout of the step `async_steps` ahead, and returns that of this step."""
         step, left = int(to_host(state.step)), self.total - plan.index
         if step and not self._waiting:  # the run goes on from a checkpoint
             for ahead, rollout in enumerate(state.pending[:left]):
-                self._restart(rollout, plan.batch + ahead, step + ahead)
+                played = Played.from_json(state.pending_episodes[ahead]) if state.pending_episodes else None
+                self._restart(rollout, played, plan.batch + ahead, step + ahead)
         begin, missing = time.monotonic(), range(len(self._waiting), min(self.steps + 1, left))
         params = self.sampler.engine.generating(state) if missing else None
         for ahead in missing:
             prompts = self.prompts(plan.batch + ahead, step)
             started = self._begin(partial(self._started, params, prompts, self.sampler.rollout_plan(step + ahead)))
-            self._waiting.append((started, prompts.ids.shape[1]))
-        oldest, width = self._waiting.popleft()
-        started = oldest.result()
-        rollout = narrow(started.rollout, width)
-        return started._replace(rollout=rollout, seconds=time.monotonic() - begin)
+            self._waiting.append(started)
+        started = self._waiting.popleft().result()
+        return started._replace(rollout=narrowest(started.rollout), seconds=time.monotonic() - begin)
 
-    def pending(self, old: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
-        """The rollouts that wait after a step; `old`: those before it, which fill up at the end of the run.
+    def keep(self, state: PPOState, rollouts: tuple[Rollout, ...], episodes: tuple[str, ...]) -> PPOState:
+        """The state after a step with what waits. At the end of the run, what waited before the step fills up.
 
         Devices that only generate have done so when it returns: saving and evaluating disturb nobody.
+
+        Args:
+            state: the models after the step.
+            rollouts: `pending` before it.
+            episodes: `pending_episodes` before it.
         """
-        waiting = tuple(started.result().rollout for started, _ in self._waiting)
-        return waiting + old[len(waiting) :]
+        waiting = [started.result() for started in self._waiting]
+        texts = tuple(started.episodes.as_json() for started in waiting if started.episodes is not None)
+        return state.replace(
+            pending=tuple(started.rollout for started in waiting) + rollouts[len(waiting) :],
+            pending_episodes=texts + episodes[len(texts) :],
+        )
 
     def _begin(self, work: Callable[[], Started]) -> Future[Started]:
         """Does the work beside the caller's, where there are devices for it, else before."""
@@ -92,15 +103,14 @@ class Ahead:
         """Steps between the policy that has made the rollout of a step and the one that trains on it."""
         return min(step, self.steps)
 
-    def _restart(self, rollout: Rollout, batch: int, step: int) -> None:
+    def _restart(self, rollout: Rollout, played: Played | None, batch: int, step: int) -> None:
         """Hands a rollout of a checkpoint to the reward functions again."""
         prompts, handles = self.prompts(batch, step - self.staleness(step)), []
-        width = prompts.ids.shape[1]
         if self.sampler.rewards:
             rows = np.arange(rollout.tokens.shape[0])
-            own = self.sampler.submit(prompts, narrow(rollout, width), rows, len(rows) // len(prompts.ids))
+            own = self.sampler.submit(prompts, narrowest(rollout), rows, len(rows) // len(prompts.ids), played)
             handles.append((rows, own))
-        self._waiting.append((self._begin(lambda: Started(rollout, handles)), width))
+        self._waiting.append(self._begin(lambda: Started(rollout, handles, played)))
 
     def _wide(self, rollout: Rollout) -> Rollout:
         """The rollout with the widest prompts, as checkpoints have it."""
@@ -111,7 +121,9 @@ class Ahead:
         return join([rollout], np.arange(rows), prompt_length=self.width, pad_id=pad_id, sharding=sharding)
 
 
-def narrow(rollout: Rollout, width: int) -> Rollout:
-    """The rollout without columns on the left of the prompts, which are padding, so that `width` are left."""
+def narrowest(rollout: Rollout) -> Rollout:
+    """The rollout without columns on the left that pad all of its prompts, in the bucket that it was sampled in."""
+    longest = int(to_host(rollout.mask[:, : rollout.prompt_length]).sum(axis=1).max())
+    width = length_bucket(longest, rollout.prompt_length)
     cut = rollout.prompt_length - width
     return jax.tree.map(lambda x: x[:, cut:], rollout).replace(prompt_length=width)

@@ -268,6 +268,7 @@ def _first_state(
         kl_coef=on_all(jnp.float32(hyperparameters.kl_coef)),
         seed=on_all(jnp.uint32(config.data.seed & 0xFFFFFFFF)),
         pending=tuple(_rollout(config, mesh, arrays) for _ in range(config.rollout.async_steps)),
+        pending_episodes=("",) * config.rollout.async_steps if config.environments.used else (),
         replay=_replay(config, mesh, arrays),
         score_moments=on_all(objectives.Moments.empty()) if running else None,
         actor=actor.module,

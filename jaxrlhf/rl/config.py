@@ -12,7 +12,6 @@ from jaxrlhf.config import (
     NonNegative,
     NonNegativeInt,
     PathName,
-    PositiveInt,
     Settings,
     alias,
     check_needs,
@@ -27,6 +26,7 @@ from jaxrlhf.rewards import RewardsConfig
 from jaxrlhf.rl.algorithms import ALGORITHMS, OF_CRITIC, Algorithm
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.trainers.optimizer import OptimizerConfig, Schedule
+from jaxrlhf.trainers.rollouts import PiecesConfig
 from jaxrlhf.trainers.settings import SharedConfig, StepOptions
 from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
@@ -95,7 +95,7 @@ class FrozenConfig(Settings, may_change=True):
 
 
 @dataclass(frozen=True)
-class RolloutConfig(Settings, may_change=True):
+class RolloutConfig(PiecesConfig, may_change=True):
     """Settings of rollouts, and of the samples that are shown."""
 
     total_episodes: NonNegativeInt = 0
@@ -110,9 +110,6 @@ class RolloutConfig(Settings, may_change=True):
     replay_steps: Lasting[NonNegativeInt] = 0
     """Steps after its sampling up to which each later step trains on a rollout again; 0: a rollout is used in one step
     only."""
-    generation_batches: PositiveInt = 1
-    """Pieces that a rollout batch is generated in, each of prompts of similar length: less memory for the key/value
-    cache and less padding, same responses."""
     per_device_score_batch_size: NonNegativeInt = 0
     """Rows per device that are scored at once: scoring keeps no activations, so more fit than in training. 0:
     per_device_train_batch_size, with which the first update's ratio is exactly 1; with another, 1 within rounding."""
@@ -232,11 +229,6 @@ class PPOOptions(StepOptions):
     def _check_async(self) -> None:
         """Refuses what rollouts that wait for their update cannot be combined with."""
         steps = self.rollout.async_steps
-        if steps and self.environments.used:
-            raise InputError(
-                f"async_steps={steps} with an environment or tools: a checkpoint cannot hold episodes that wait for "
-                "their update; leave one of them out"
-            )
         if steps and self.run.guard.on_spike == "rollback":
             raise InputError(
                 f"async_steps={steps} with on_spike=rollback: rollouts that wait belong to the policy before the "
@@ -336,7 +328,7 @@ class PPOOptions(StepOptions):
         """Rows of a rollout batch, all samples counted. Raises InputError where groups or pieces do not divide them."""
         rows = self.rows_per_device * devices
         self.hyperparameters().check_rows(rows)
-        self.check_pieces(rows // self.sampling.samples_per_prompt)
+        self.rollout.check_pieces(rows // self.sampling.samples_per_prompt)
         return rows
 
     def total_steps(self, prompts: Callable[[], int], rows: int) -> int:
@@ -349,14 +341,6 @@ class PPOOptions(StepOptions):
         """Blocks of pretraining text of a step."""
         rows = self.ptx.per_device_ptx_batch_size or self.run.per_device_train_batch_size
         return rows * self.run.gradient_accumulation_steps * self.algorithm.num_mini_batches * devices
-
-    def check_pieces(self, prompts: int) -> None:
-        """Refuses a rollout batch of `prompts` prompts that generation_batches does not divide."""
-        if prompts % self.rollout.generation_batches:
-            raise InputError(
-                f"generation_batches={self.rollout.generation_batches} must divide the {prompts} prompts of a rollout "
-                "batch"
-            )
 
 
 @dataclass(frozen=True)

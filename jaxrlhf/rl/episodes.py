@@ -22,7 +22,7 @@ from jaxrlhf.environments import Calls, EnvironmentConfig, Environments, Episode
 from jaxrlhf.environments.running import Call
 from jaxrlhf.errors import SharedError
 from jaxrlhf.models.model import PyTree
-from jaxrlhf.rl.outcomes import Outcome
+from jaxrlhf.rl.outcomes import Outcome, Played
 
 SHOWN = 3  # failed episodes that are shown of each rollout
 GIVE_UP = 64  # episodes in a row without a score that end the run
@@ -65,7 +65,7 @@ class EpisodeRunner:
         self.must_reward = environments.rewards and not scored_otherwise
         schemas = [tool.schema for tool in environments.tools]
         self.continuer = Continuer(tokenizer, schemas, special_tokens_in_data)
-        self.tool_format = environments.format(config.tool_format, str(tokenizer.chat_template))
+        self.tool_format = config.form(str(tokenizer.chat_template)) if schemas else ""
         self.failed_in_a_row = 0
 
     def begin(
@@ -123,14 +123,13 @@ class EpisodeRunner:
             )
 
 
-class Episodes:
+class Episodes(Played):
     """The episodes of a rollout batch, B·n rows; made by `EpisodeRunner.begin`.
 
     Attributes:
         ids: int32 `[R, P]`, left-padded: the prompts; R is B where the samples of a prompt begin alike, else B·n.
         mask: bool `[R, P]`.
         copies: Samples per row of `ids`: n or 1.
-        outcomes: Of each of the B·n rows.
     """
 
     def __init__(
@@ -141,12 +140,11 @@ class Episodes:
         real: np.ndarray,
         copies: int,
     ) -> None:
+        outcomes = [Outcome("running" if real[row // copies] else "absent") for row in range(len(real) * copies)]
+        super().__init__(outcomes, has_tools=bool(runner.environments.tools))
         self.runner = runner
         self._calls = Calls(runner.config.environment_timeout)
         self._episodes: dict[int, Episode] = {}
-        self.waited = 0.0
-        """Seconds in which the devices waited for environments."""
-        self.outcomes = [Outcome("running" if real[row // copies] else "absent") for row in range(len(real) * copies)]
 
         def starts() -> list[list[int]]:
             return self._reset(prompts, columns, copies)
@@ -250,33 +248,6 @@ class Episodes:
         outcome = self.outcomes[row]
         outcome.status, outcome.reason = "failed", reason
         outcome.messages = list(self._episodes[row].messages)  # a call that was given up may still add to them
-
-    @property
-    def scores(self) -> np.ndarray:
-        """float64 `[B·n]`: sums of the rewards; NaN for failed episodes, 0 for filler rows."""
-        return np.array([outcome.score for outcome in self.outcomes])
-
-    def metrics(self) -> dict[str, float]:
-        """Metrics of all episodes but those of filler rows."""
-        present = [outcome for outcome in self.outcomes if outcome.status != "absent"]
-        played = [outcome for outcome in present if outcome.turns]
-
-        def mean(values: Sequence[float]) -> float:
-            return float(np.mean(values)) if len(values) else 0.0
-
-        metrics = {
-            "environment/failures": float(sum(outcome.status == "failed" for outcome in present)),
-            "environment/truncated": mean([outcome.status == "truncated" for outcome in present]),
-            "environment/turns": mean([outcome.turns for outcome in played]),
-            "environment/tokens": mean([outcome.given for outcome in played]),
-            "environment/seconds": self.waited,
-        }
-        if self.runner.environments.tools:
-            metrics["environment/tool_calls"] = mean([outcome.calls for outcome in played])
-            metrics["environment/tool_errors"] = float(sum(outcome.errors for outcome in played))
-        for name in sorted({name for outcome in present for name in outcome.info}):
-            metrics[f"environment/info/{name}"] = mean([o.info[name] for o in present if name in o.info])
-        return metrics
 
 
 class _Play:

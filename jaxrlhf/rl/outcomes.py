@@ -1,5 +1,6 @@
-"""The outcomes of episodes, and the part of them that reward functions read."""
+"""The outcomes of episodes, their metrics, and the part of them that reward functions read."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -46,6 +47,54 @@ class Outcome:
     def score(self) -> float:
         """The sum of the rewards; NaN for a failed episode."""
         return float("nan") if self.status == "failed" else sum(self.rewards.values())
+
+
+@dataclass
+class Played:
+    """The outcomes of a rollout's episodes, B·n rows."""
+
+    outcomes: list[Outcome]
+    waited: float = 0.0
+    """Seconds in which the devices waited for environments."""
+    has_tools: bool = False
+
+    def as_json(self) -> str:
+        """All of it as a text, for a checkpoint; what JSON lacks in an environment's messages becomes text too."""
+        rows = [vars(outcome) for outcome in self.outcomes]
+        return json.dumps({"outcomes": rows, "waited": self.waited, "has_tools": self.has_tools}, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Played":
+        """Restores what `as_json` has written."""
+        value = json.loads(text)
+        return cls([Outcome.from_json(row) for row in value["outcomes"]], value["waited"], value["has_tools"])
+
+    @property
+    def scores(self) -> np.ndarray:
+        """float64 `[B·n]`: sums of the rewards; NaN for failed episodes, 0 for filler rows."""
+        return np.array([outcome.score for outcome in self.outcomes])
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of all episodes but those of filler rows."""
+        present = [outcome for outcome in self.outcomes if outcome.status != "absent"]
+        played = [outcome for outcome in present if outcome.turns]
+
+        def mean(values: Sequence[float]) -> float:
+            return float(np.mean(values)) if len(values) else 0.0
+
+        metrics = {
+            "environment/failures": float(sum(outcome.status == "failed" for outcome in present)),
+            "environment/truncated": mean([outcome.status == "truncated" for outcome in present]),
+            "environment/turns": mean([outcome.turns for outcome in played]),
+            "environment/tokens": mean([outcome.given for outcome in played]),
+            "environment/seconds": self.waited,
+        }
+        if self.has_tools:
+            metrics["environment/tool_calls"] = mean([outcome.calls for outcome in played])
+            metrics["environment/tool_errors"] = float(sum(outcome.errors for outcome in played))
+        for name in sorted({name for outcome in present for name in outcome.info}):
+            metrics[f"environment/info/{name}"] = mean([o.info[name] for o in present if name in o.info])
+        return metrics
 
 
 class Graded(NamedTuple):

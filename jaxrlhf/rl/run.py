@@ -13,8 +13,6 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config import lasting, lasting_defaults
 from jaxrlhf.config.files import read_json
-from jaxrlhf.data import PromptData, TextBlocks, Tokenizer, load_data, load_text
-from jaxrlhf.data.settings import cache_folder
 from jaxrlhf.distributed import from_primary, joined, to_host
 from jaxrlhf.environments import Environments
 from jaxrlhf.errors import InputError
@@ -24,9 +22,9 @@ from jaxrlhf.rl.ahead import Ahead
 from jaxrlhf.rl.alarms import Alarms, kl_limit
 from jaxrlhf.rl.build import updates_of
 from jaxrlhf.rl.config import PPOConfig
+from jaxrlhf.rl.data import RLData, read_data
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine, meshes
-from jaxrlhf.rl.outcomes import data_columns
 from jaxrlhf.rl.refills import refilled
 from jaxrlhf.rl.replay import with_replays
 from jaxrlhf.rl.samples import Metrics, Prompts, Record, Sampled
@@ -36,6 +34,7 @@ from jaxrlhf.runs import Run
 from jaxrlhf.runs.report import HELD_OUT
 from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.sharding import held_rows, place_batch
+from jaxrlhf.trainers.evaluation import eval_step, evaluation_totals
 from jaxrlhf.trainers.guards import History, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model
@@ -43,7 +42,6 @@ from jaxrlhf.trainers.optimizer import same_past, updates_made
 from jaxrlhf.trainers.resuming import same_rows, start_from
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, open_run
 from jaxrlhf.trainers.sft import sft_metrics, sft_sums
-from jaxrlhf.trainers.supervised import eval_step, evaluation_totals
 from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 # Mean |sampler − train log-prob| per token that rounding explains. Float32 on accelerators multiplies in fewer bits.
@@ -82,16 +80,6 @@ class Baseline:
         if kept.get("prompts") != self.key:
             return None
         return {int(number): score for number, score in kept["scores"].items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class RLData:
-    """Data of a run: prompts to train on and held-out prompts, and blocks of pretraining text."""
-
-    train: PromptData
-    held_out: PromptData
-    text: TextBlocks | None = None
-    held_out_text: TextBlocks | None = None
 
 
 class PPOTask:
@@ -169,8 +157,9 @@ class PPOTask:
         text = self._text_batch(plan.batch)
         self._keep(experience, text)
         made = int(to_host(updates_made(state.actor_opt_state)))
-        pending, earlier = state.pending, state.replay
-        state, metrics = trainer.update(state.replace(pending=(), replay=()), experience, text, plan.limits, plan.twice)
+        waiting, earlier = (state.pending, state.pending_episodes), state.replay
+        alone = state.replace(pending=(), pending_episodes=(), replay=())
+        state, metrics = trainer.update(alone, experience, text, plan.limits, plan.twice)
         age = self._staleness(index)
         if earlier:
             state, replays = trainer.replay(state, earlier, index, plan.limits)
@@ -180,7 +169,7 @@ class PPOTask:
             metrics["sampling/staleness"] = age
         if self.ahead is not None:
             begin = time.monotonic()
-            state = state.replace(pending=self.ahead.pending(pending))
+            state = self.ahead.keep(state, *waiting)
             scored["timing/generate"] += time.monotonic() - begin
         metrics |= scored
         if not metrics.get("guard/unscored"):
@@ -342,29 +331,6 @@ def check_models(config: PPOConfig) -> str:
             "environment that rewards"
         )
     return actor
-
-
-def read_data(
-    config: PPOConfig, tokenizer: Tokenizer, rewards: Rewards, environments: Environments | None = None
-) -> RLData:
-    """Reads prompts and, with ptx_coef, pretraining text."""
-    columns = rewards.columns
-    if environments is not None:
-        columns = data_columns(columns, environments.columns)
-    train, held_out = load_data(config.data, tokenizer, "ppo", columns, rewards.wanted)
-    if not config.algorithm.ptx_coef:
-        return RLData(train, held_out)
-    text = load_text(
-        config.ptx.ptx_data_path,
-        tokenizer,
-        field=config.ptx.ptx_field,
-        block=config.ptx.ptx_block_size or config.data.max_prompt_seq_len + config.sampling.max_new_tokens,
-        held_out=config.data.eval_fraction,
-        cache=cache_folder(config.data),
-        segments=config.data.packing is not False,
-        seed=config.data.seed,
-    )
-    return RLData(train, held_out, *text)
 
 
 @works_locally

@@ -21,13 +21,13 @@ from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
-from jaxrlhf.rl.outcomes import Graded
-from jaxrlhf.rl.rollouts import generate_in_pieces
+from jaxrlhf.rl.outcomes import Graded, Played
 from jaxrlhf.rl.samples import Each, Prompts, Reading, Record, RolloutPlan, Sampled, Started
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.rollouts import generate_in_pieces
 from jaxrlhf.trainers.tokenizers import sampling_for
 
 PyTree = Any
@@ -199,7 +199,7 @@ class Sampler:
         return Started(self.engine.gathered(rollout), handles, episodes, time.monotonic() - begin)
 
     def submit(
-        self, prompts: Prompts, rollout: Rollout, rows: np.ndarray, per_prompt: int, episodes: Episodes | None = None
+        self, prompts: Prompts, rollout: Rollout, rows: np.ndarray, per_prompt: int, episodes: Played | None = None
     ) -> Handle:
         """Hands responses to the reward functions.
 
@@ -275,7 +275,7 @@ class Sampler:
         return asked, [read(ids) for ids in responses], responses
 
     def _with_functions(
-        self, experience: Experience, handles: Sequence[tuple[np.ndarray, Handle]], episodes: Episodes | None = None
+        self, experience: Experience, handles: Sequence[tuple[np.ndarray, Handle]], episodes: Played | None = None
     ) -> Sampled:
         """The experience with the weighted sum of all scores, rows without one masked out; and the parts."""
         model = to_host(experience.scores)

@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 
 from jaxrlhf.engine import Rollout, SamplingConfig
 from jaxrlhf.rewards import Handle
-from jaxrlhf.rl.episodes import Episodes
 from jaxrlhf.rl.experience import Experience
+from jaxrlhf.rl.outcomes import Played
 
 Metrics = dict[str, float]
 Each = Callable[[np.ndarray, Rollout], None]
@@ -91,8 +91,8 @@ class Started(NamedTuple):
     rollout: Rollout
     handles: list[tuple[np.ndarray, Handle]]
     """For each generated piece: its row numbers, and the handle that waits for the reward functions."""
-    episodes: Episodes | None = None
-    """Those that the responses belong to."""
+    episodes: Played | None = None
+    """The episodes that the responses belong to."""
     seconds: float = 0.0
     """Time of the generation."""
 

@@ -56,6 +56,8 @@ class PPOState(flax.struct.PyTreeNode):
     """Parameters of a reference that moves (`refreshed`), in the compute dtype; None for one that stays."""
     pending: tuple[Rollout, ...] = ()
     """With async_steps: the rollouts that wait for their update, the oldest first. `ppo_step` does not read them."""
+    pending_episodes: tuple[str, ...] = ()
+    """With an environment or tools: the outcomes of their episodes (`Played.as_json`)."""
     replay: tuple[Replayed, ...] = ()
     """With replay_steps: the rollouts that later steps train on again, the newest first. `ppo_step` does not read
     them."""

@@ -182,7 +182,7 @@ class PPOTrainer(Sampler):
         state = self.engine.state
         batch = Prompts.of(prompt_batch, columns=columns or {}, texts=prompts)
         state.hyperparameters.check_rows(len(batch.ids) * self.sampling.samples_per_prompt)
-        self.config.check_pieces(len(batch.ids))
+        self.config.rollout.check_pieces(len(batch.ids))
         batch = dataclasses.replace(batch, progress=self.progress(int(to_host(state.step))))
         experience, metrics, *_ = self.sample(state, batch, self.rollout_plan(int(state.step)))
         self.timing = {name: value for name, value in metrics.items() if name.startswith("timing/")}

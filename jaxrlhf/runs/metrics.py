@@ -203,7 +203,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "sampling/on_policy",
-            "`distill` with `lmbda`: 1 for a batch whose responses the student has sampled, else 0",
+            "`distill` with `lmbda` or `seq_kd`: 1 for a batch whose responses the student has sampled, else 0",
             "its mean over the steps is near `lmbda`",
         ),
         Metric(

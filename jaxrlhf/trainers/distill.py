@@ -1,4 +1,4 @@
-"""Distillation: a student learns a teacher's next-token distributions on responses of the data, or on its own.
+"""Distillation: a student learns a teacher's next-token distributions on responses of the data or on sampled ones.
 
 The teacher's most likely tokens and their log-probs come from a program of its own before each step, so its logits are
 never in memory beside the student's, and it needs no gradient.
@@ -27,6 +27,7 @@ from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.on_policy import OwnResponses
 from jaxrlhf.trainers.references import chunks, load_frozen, score_batch
+from jaxrlhf.trainers.rollouts import PiecesConfig
 from jaxrlhf.trainers.settings import StepOptions, batch_devices, check_context
 from jaxrlhf.trainers.sft import token_count
 from jaxrlhf.trainers.supervised import Batch, Extend, Objective, Recipe, SupervisedConfig, TrainState, train_supervised
@@ -41,7 +42,10 @@ class TeachingOptions(Settings):
     """The responses on which the student learns from its teacher, and how closely."""
 
     lmbda: Fraction = 0.0
-    """Share of the batches whose responses the student samples itself; the others have the data's."""
+    """Share of the batches whose responses the student samples itself; the others have the data's, or with seq_kd the
+    teacher's."""
+    seq_kd: bool = False
+    """Let the teacher sample the responses of the batches that the student does not sample, in place of the data's."""
     teacher_top_k: NonNegativeInt = 64
     """Number of the teacher's most likely tokens that the loss distinguishes; all others count as one outcome. 0: the
     whole vocabulary."""
@@ -50,9 +54,9 @@ class TeachingOptions(Settings):
     before training; others then need no teacher."""
 
     def check(self) -> None:
-        if self.teacher_log_probs and self.lmbda:
+        if self.teacher_log_probs and self.sampled:
             raise InputError(
-                f"lmbda={self.lmbda} with teacher_log_probs={self.teacher_log_probs}: the folder knows the data's "
+                f"{self.sampled} with teacher_log_probs={self.teacher_log_probs}: the folder knows the data's "
                 "responses only; leave one of them out"
             )
         if self.teacher_log_probs and not self.teacher_top_k:
@@ -60,6 +64,11 @@ class TeachingOptions(Settings):
                 f"teacher_top_k=0 with teacher_log_probs={self.teacher_log_probs} would store the whole vocabulary for "
                 "every token; give the number of tokens to keep"
             )
+
+    @property
+    def sampled(self) -> str:
+        """The setting by which responses are sampled; empty where all are the data's."""
+        return f"lmbda={self.lmbda}" if self.lmbda else "seq_kd=true" if self.seq_kd else ""
 
 
 @dataclass(frozen=True)
@@ -76,10 +85,13 @@ class DistillOptions(StepOptions):
     teaching: TeachingOptions = TeachingOptions()
     sampling: SamplingConfig = SamplingConfig()
     generation: GenerationConfig = GenerationConfig()
+    pieces: PiecesConfig = PiecesConfig()
 
     def check(self) -> None:
         super().check()
-        check_needs(self, dict.fromkeys(settings(SamplingConfig) | settings(GenerationConfig), "lmbda"))
+        if not self.teaching.seq_kd:
+            of_samples = settings(SamplingConfig) | settings(GenerationConfig) | settings(PiecesConfig)
+            check_needs(self, dict.fromkeys(of_samples, "lmbda"))
 
     @property
     def divergence(self) -> "Divergence":
@@ -96,12 +108,10 @@ class DistillConfig(DistillOptions, SupervisedConfig):
 
     def check(self) -> None:
         super().check()
-        lmbda, packing = self.teaching.lmbda, self.data.packing
-        if lmbda and packing:
-            raise InputError(
-                f"lmbda={lmbda} with packing: a sampled response needs a row of its own; leave packing out"
-            )
-        if lmbda and packing is None:
+        sampled, packing = self.teaching.sampled, self.data.packing
+        if sampled and packing:
+            raise InputError(f"{sampled} with packing: a sampled response needs a row of its own; leave packing out")
+        if sampled and packing is None:
             object.__setattr__(self, "data", dataclasses.replace(self.data, packing=False))
         if self.data.streaming and self.teaching.teacher_log_probs:
             raise InputError(
@@ -111,7 +121,7 @@ class DistillConfig(DistillOptions, SupervisedConfig):
 
     def check_contexts(self, student: DecoderConfig, teacher: DecoderConfig) -> None:
         """Refuses prompts with sampled responses that a model has no positions for."""
-        if self.teaching.lmbda:
+        if self.teaching.sampled:
             longest = self.data.max_length + self.sampling.max_new_tokens
             for config, name in ((student, "the student"), (teacher, "the teacher")):
                 check_context(config, longest, f"max_length + max_new_tokens for {name}")
@@ -185,13 +195,20 @@ def distill_metrics(totals: dict[str, float]) -> dict[str, float]:
     return {"loss": totals["divergence"] / max(totals["tokens"], 1)}
 
 
-def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data: tuple[Data, Data]) -> Extend:
-    """Returns the function that adds the teacher's most likely tokens to a placed batch.
+def add_teacher(
+    config: DistillConfig,
+    teacher: Callable[[Mesh], Model],
+    run: Run,
+    model: Model,
+    mesh: Mesh,
+    data: tuple[Data, Data],
+) -> Extend:
+    """Returns the function that adds the teacher's most likely tokens to a placed batch; `teacher` loads it.
 
     With `teacher_log_probs` the data has them already, and no teacher stays.
     """
     if config.teaching.teacher_log_probs:
-        load = functools.cache(partial(load_teacher, config, run, model, mesh))
+        load = functools.cache(lambda: scorer(config, teacher(mesh), run, model, mesh))
         about = {"kd_temperature": config.kd_temperature, "teacher_top_k": config.teaching.teacher_top_k}
         about |= {"vocab_size": model.config.vocab_size}
         rows = config.run.per_device_eval_batch_size * batch_devices(mesh)
@@ -199,7 +216,7 @@ def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data:
             folder = Path(config.teaching.teacher_log_probs) / name
             attach_teacher(part, folder, about, lambda batch: load()(batch, 1), rows, mesh)
         return lambda params, batch: batch
-    score = load_teacher(config, run, model, mesh)
+    score = scorer(config, teacher(mesh), run, model, mesh)
 
     def extend(params: PyTree, batch: Batch) -> Batch:
         found = score(batch, chunks(config, batch))
@@ -208,17 +225,23 @@ def add_teacher(config: DistillConfig, run: Run, model: Model, mesh: Mesh, data:
     return extend
 
 
-def load_teacher(
-    config: DistillConfig, run: Run, model: Model, mesh: Mesh
-) -> Callable[[Batch, int], dict[str, jax.Array]]:
-    """Loads the teacher; returns the function that finds `ids` and `logps` of a batch in so many chunks."""
+def load_teacher(config: DistillConfig, mesh: Mesh) -> Model:
+    """Loads the teacher, to be read only."""
     teacher = load_frozen(config, teacher_of(config), mesh, "the teacher")
-    config.check_contexts(model.config, teacher.config)
     module = teacher.module.clone(zero_stage=frozen_stage(teacher.module, config.compute.zero_stage))
     frozen = frozen_copy(teacher.params, param_shardings(module, mesh), config.mesh.compute_dtype)
+    return teacher.replace(module=module, params=frozen)
+
+
+def scorer(
+    config: DistillConfig, teacher: Model, run: Run, model: Model, mesh: Mesh
+) -> Callable[[Batch, int], dict[str, jax.Array]]:
+    """Returns the function that finds `ids` and `logps` of a batch in so many chunks."""
+    config.check_contexts(model.config, teacher.config)
     logprobs = reader(config.kd_temperature, config.teaching.teacher_top_k, model.config.vocab_size)
-    score = Announce(run, "teacher program", partial(score_batch, logprobs=logprobs, module=module, mesh=mesh))
-    return lambda batch, parts: score(frozen, batch, micro_batches=parts)
+    program = partial(score_batch, logprobs=logprobs, module=teacher.module, mesh=mesh)
+    score = Announce(run, "teacher program", program)
+    return lambda batch, parts: score(teacher.params, batch, micro_batches=parts)
 
 
 @functools.cache
@@ -257,6 +280,10 @@ def train_distill(config: DistillConfig) -> TrainState:
     """Runs distillation; the student lies in the run's folder afterwards."""
     check_teacher(config)  # fails early when the model cannot be used
     loss, measure = objective(config.divergence)
+    teaching, teacher, own = config.teaching, functools.cache(partial(load_teacher, config)), None
+    if teaching.sampled:
+        samplers = config.sampling, config.generation, config.pieces
+        own = OwnResponses(teaching.lmbda, *samplers, teacher if teaching.seq_kd else None, teaching.sampled)
     recipe = Recipe(
         name="distill",
         title="Distillation",
@@ -266,8 +293,8 @@ def train_distill(config: DistillConfig) -> TrainState:
         measure=measure,
         summarise=distill_metrics,
         best=("loss", -1),
-        extend=partial(add_teacher, config),
+        extend=partial(add_teacher, config, teacher),
         rows="sft",
-        on_policy=OwnResponses(config.teaching.lmbda, config.sampling, config.generation),
+        on_policy=own,
     )
     return train_supervised(config, recipe)

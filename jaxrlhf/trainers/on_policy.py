@@ -1,6 +1,7 @@
-"""Responses that the model in training samples to the prompts of its rows, in place of the data's responses."""
+"""Responses that the model in training or its teacher samples to the prompts of rows, in place of the data's."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from jaxrlhf.models import Model, with_kernels
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.rollouts import PiecesConfig, generate_in_pieces
 from jaxrlhf.trainers.tokenizers import sampling_for
 
 PyTree = Any
@@ -25,12 +27,17 @@ Batch = dict[str, Any]
 
 
 class OwnResponses(NamedTuple):
-    """Batches whose responses the model samples itself."""
+    """Batches whose responses are sampled."""
 
     share: float
-    """Their share of all batches."""
+    """Share of the batches whose responses the model samples itself."""
     sampling: SamplingConfig
     generation: GenerationConfig
+    pieces: PiecesConfig = PiecesConfig()
+    teacher: Callable[[Mesh], Model] | None = None
+    """Loads the model that samples the responses of the other batches; None: they are the data's."""
+    setting: str = ""
+    """The setting that asks for it, for messages."""
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -47,10 +54,9 @@ def rows_of(rollout: Rollout, *, mesh: Mesh) -> Batch:
 
 
 class OnPolicy:
-    """The steps of a run that train on the model's own responses.
+    """The batches of a run whose responses the model samples itself, or its teacher.
 
-    The choice of these steps and their samples are keyed by the number of the batch, so that a resumed run repeats
-    them.
+    Who samples a batch, and the samples, are keyed by the number of the batch, so that a resumed run repeats them.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class OnPolicy:
     ) -> None:
         """Args:
         run: gets messages on what is compiled.
-        options: the share of these steps, and their sampling.
+        options: who samples which batches, and how.
         model: the model in training; its parameters are not kept.
         mesh: where it lies.
         tokenizer: says where responses end.
@@ -68,20 +74,27 @@ class OnPolicy:
         Raises:
             InputError: a row has no prompt.
         """
-        check_prompts(data, options.share)
+        check_prompts(data, options.setting)
         self.options, self.mesh, self.data, self.seed = options, mesh, data, seed
         self.sampling = sampling_for(tokenizer, options.sampling)
-        sampled = with_kernels(model, kv_cache_dtype=options.generation.kv_cache_dtype)
-        self.engine = HybridEngine(sampled, mesh)
-        self.engine.params = None  # the state has them
-        self._generate = Announce(run, "generate program", self.engine.generate)
+        self._own = self._generator(run, model) if options.share else None
+        self._teacher, self._teacher_params = None, None
+        if options.teacher is not None:
+            teacher = options.teacher(mesh)
+            self._teacher, self._teacher_params = self._generator(run, teacher), teacher.params
+
+    def _generator(self, run: Run, model: Model) -> Callable[..., Rollout]:
+        """The generate program of a model, whose parameters are an argument."""
+        engine = HybridEngine(with_kernels(model, kv_cache_dtype=self.options.generation.kv_cache_dtype), self.mesh)
+        engine.params = None
+        return Announce(run, "generate program", engine.generate)
 
     def samples(self, batch: int) -> bool:
         """True for a batch whose responses the model samples."""
         key = keys.stream(self.seed, keys.Stream.ON_POLICY, batch)
         return bool(jax.random.uniform(key) < self.options.share)
 
-    def rows(self, params: PyTree, indices: np.ndarray, batch: int) -> tuple[Batch, dict[str, float]]:
+    def rows(self, params: PyTree, indices: np.ndarray, batch: int) -> tuple[Batch | None, dict[str, float]]:
         """Samples a response to the prompt of each of these units.
 
         Args:
@@ -90,22 +103,31 @@ class OnPolicy:
             batch: number of the batch.
 
         Returns:
-            Placed rows, and metrics.
+            Placed rows, or None for a batch with the data's responses; and metrics.
         """
+        own = self.samples(batch)
+        metrics, generate = {"sampling/on_policy": float(own)}, self._own if own else self._teacher
+        if generate is None:
+            return None, metrics
         begin, prompts = time.monotonic(), cast(SFTData, self.data).prompt_batch(indices)
-        key = keys.stream(self.seed, keys.Stream.ROLLOUTS, batch)
-        slots = self.options.generation.generation_slots
-        rollout = self._generate(
-            prompts["prompt_ids"], prompts["prompt_mask"], key, self.sampling, params=params, slots=slots
+        rollout = generate_in_pieces(
+            generate,
+            prompts["prompt_ids"],
+            prompts["prompt_mask"],
+            keys.stream(self.seed, keys.Stream.ROLLOUTS, batch),
+            self.sampling,
+            pieces=self.options.pieces.generation_batches,
+            params=params if own else self._teacher_params,
+            slots=self.options.generation.generation_slots,
         )
         placed = jax.block_until_ready(rows_of(rollout, mesh=self.mesh))
-        return placed, {"timing/generate": time.monotonic() - begin}
+        return placed, metrics | {"timing/generate": time.monotonic() - begin}
 
 
-def check_prompts(data: Data, share: float) -> None:
+def check_prompts(data: Data, setting: str) -> None:
     """Raises InputError for a row without a prompt, where all rows are known."""
     for part, start in zip(data.parts, data.starts, strict=False):
         lengths = np.asarray(part.fetch(np.arange(len(part)), ["prompt_length"])["prompt_length"])
         if len(missing := np.flatnonzero(lengths == 0)):
             place = data.where(int(start + missing[0]))
-            raise InputError(f"lmbda={share}: {place} {NO_PROMPT}, or leave lmbda at 0")
+            raise InputError(f"{setting}: {place} {NO_PROMPT}, or leave {setting.partition('=')[0]} out")

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 
 from jaxrlhf import keys
 from jaxrlhf.config import lasting, lasting_defaults
-from jaxrlhf.data import Data, Tokenizer, eval_batches, load_data
-from jaxrlhf.data.batches import Batches
+from jaxrlhf.data import Data, Tokenizer, load_data
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.corruption import run_twice
+from jaxrlhf.trainers.evaluation import eval_step, evaluation_totals, metrics_by_source
 from jaxrlhf.trainers.gradients import (
     apply_gradients,
     exceeds,
@@ -167,56 +167,6 @@ def train_step(
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
 
-@partial(jax.jit, static_argnames=("module", "mesh", "measure"))
-def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, measure: Callable) -> dict[str, jax.Array]:
-    """Returns the sums of `measure(module, params, batch)` over one evaluation batch."""
-    with use(mesh, TRAIN_RULES):
-        return measure(module, params, batch)
-
-
-def evaluation_totals(
-    sums: Callable[[Batch], dict[str, jax.Array]],
-    data: Batches,
-    batch_size: int,
-    mesh: Mesh,
-    rows: np.ndarray | None = None,
-    watch: Watch = unwatched,
-) -> dict[str, float]:
-    """Adds up `sums` over the rows of `data`.
-
-    Args:
-        sums: of one batch, placed on the mesh.
-        data: as `eval_batches` takes it.
-        batch_size: rows of a batch.
-        mesh: where batches are placed.
-        rows: row numbers; None: all rows.
-        watch: gets the batches.
-    """
-    totals: dict[str, float] = {}
-    count = -(-len(data if rows is None else rows) // batch_size)
-    for batch in watch(eval_batches(data, batch_size, rows, held=held_rows(mesh, batch_size)), count):
-        for name, value in to_host(sums(place_batch(batch, mesh))).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    return totals
-
-
-def metrics_by_source(
-    totals: dict[str, dict[str, float]], summarise: Callable[[dict[str, float]], dict[str, float]]
-) -> dict[str, float]:
-    """Metrics of all sources together; with more than one source, also `<source>/<metric>` of each.
-
-    Args:
-        totals: sums of an evaluation, by source.
-        summarise: from sums to metrics.
-    """
-    joint = {name: sum(sums[name] for sums in totals.values()) for name in next(iter(totals.values()))}
-    metrics = summarise(joint)
-    if len(totals) > 1:
-        for source, sums in totals.items():
-            metrics |= {f"{source}/{name}": value for name, value in summarise(sums).items()}
-    return metrics
-
-
 @dataclass(frozen=True)
 class Recipe:
     """One kind of supervised training: its loss, its metrics, its data."""
@@ -241,7 +191,7 @@ class Recipe:
     packable: bool = True
     """True if rows may be packed."""
     on_policy: OwnResponses | None = None
-    """Batches whose responses the model samples itself; None: none of them."""
+    """Batches whose responses the model or its teacher samples; None: none of them."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +262,8 @@ class SupervisedTask:
         self._measure = Announce(run, f"{recipe.name} evaluation", eval_step)
         self._extend = recipe.extend(run, model, mesh, data)
         self._on_policy = None
-        if recipe.on_policy is not None and recipe.on_policy.share:
+        if recipe.on_policy is not None:
+            recipe.on_policy.pieces.check_pieces(self.rows)
             self._on_policy = OnPolicy(run, recipe.on_policy, model, mesh, tokenizer, self.train, config.data.seed)
         self._newest: Batch = {}
         self._advice = None
@@ -369,13 +320,13 @@ class SupervisedTask:
         }
 
     def _batch(self, params: PyTree, number: int) -> tuple[Batch, Metrics]:
-        """The placed rows of a batch, with the data's responses or the model's own; and metrics of the sampling."""
-        indices = self.train.indices(number, self.rows)
-        if self._on_policy is not None and self._on_policy.samples(number):
-            batch, metrics = self._on_policy.rows(params, indices, number)
-            return batch, metrics | {"sampling/on_policy": 1.0}
-        batch = place_batch(self.train.batch(indices, held=held_rows(self.mesh, self.rows)), self.mesh)
-        return batch, {} if self._on_policy is None else {"sampling/on_policy": 0.0}
+        """The placed rows of a batch, with responses of the data or sampled ones; and metrics of the sampling."""
+        indices, sampled = self.train.indices(number, self.rows), {}
+        if self._on_policy is not None:
+            batch, sampled = self._on_policy.rows(params, indices, number)
+            if batch is not None:
+                return batch, sampled
+        return place_batch(self.train.batch(indices, held=held_rows(self.mesh, self.rows)), self.mesh), sampled
 
     def limits(self, history: History) -> dict[str, float]:
         threshold = self.config.run.guard.spike_threshold

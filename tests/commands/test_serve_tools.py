@@ -5,9 +5,14 @@ import json
 import pytest
 from serving import one_device, serving  # noqa: F401 - a fixture
 
+from jaxrlhf.commands.evaluation.rows import Prompts
+from jaxrlhf.commands.evaluation.servers import ServerModel
+from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.commands.serve import ServeConfig
 from jaxrlhf.commands.serve.models import LanguageModel
 from jaxrlhf.commands.serve.scheduler import Event
+from jaxrlhf.environments import ToolCall, ToolCallConfig, parse_hermes
+from jaxrlhf.runs.console import Console
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
@@ -170,6 +175,29 @@ def test_calls_in_the_form_of_llama3_are_read_where_the_template_shows_them(chat
     reply = chat('{"name": "add", "parameters": {"a": 2}}').choices[0]
     assert calls_of(reply.message) == [("add", {"a": 2})] and reply.message.content is None
     assert chat('{"sum": 5}').choices[0].message.content == '{"sum": 5}'
+
+
+def test_a_form_that_is_named_goes_before_that_of_the_template(chat, server, monkeypatch):
+    monkeypatch.setattr(server.model, "tool_calls", ToolCallConfig(tool_format="llama3"))
+    reply = chat('{"name": "add", "parameters": {"a": 2}}').choices[0]
+    assert calls_of(reply.message) == [("add", {"a": 2})] and reply.message.content is None
+    assert chat(CALL).choices[0].message.content == CALL
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3"])
+def test_eval_scores_the_calls_in_a_servers_reply_as_hermes_writes_them(server, demo, monkeypatch, form):
+    monkeypatch.setattr(server.model, "tool_calls", ToolCallConfig(tool_format=form))
+    server.script = f"Let me see. {CALL}{OTHER}"
+    if form == "llama3":
+        server.script = '{"name": "add", "parameters": {"a": 2, "b": 3}}; {"name": "add", "parameters": {"a": "é"}}'
+    config = EvalConfig.create(models=(f"{server.url}/v1",), max_new_tokens=200)
+    prompts = Prompts([ASK], [[ADD]], {}, ["rows.jsonl line 1"], {})
+    ((text,),) = ServerModel(config.models[0], config).respond(prompts, Console(quiet=True)).texts
+    parsed = parse_hermes(text)
+    assert parsed.calls == [ToolCall("add", {"a": 2, "b": 3}), ToolCall("add", {"a": "é"})]
+    assert parsed.content == ("Let me see." if form == "hermes" else "")
+    server.script = "It is 5."
+    assert ServerModel(config.models[0], config).respond(prompts, Console(quiet=True)).texts == [["It is 5."]]
 
 
 def assistant(**call):

@@ -331,6 +331,9 @@ def test_a_gkd_file_is_honoured(read):
     config, advice = read("distill", text + "lmbda: 0.0\nbeta: 1.0\ntemperature: 0.7\nteacher_top_k: 0\n")
     assert not differences(config, lmbda=0.0, beta=1.0, temperature=1.0, teacher_top_k=0)
     assert any("max_new_tokens, temperature: ignored with lmbda: 0" in line for line in advice)
+    config, advice = read("distill", text + "lmbda: 0.0\nseq_kd: true\ntemperature: 0.7\n")
+    assert not differences(config, lmbda=0.0, seq_kd=True, temperature=0.7, max_new_tokens=128, packing=False)
+    assert not any("ignored" in line for line in advice)
 
 
 def test_our_own_files_and_flags_are_left_alone(read):
@@ -400,7 +403,6 @@ def test_data_path_replaces_the_data_of_a_file(read):
         ("online_dpo", "loss_type: ipo", "loss_type=ipo: the loss is DPO's"),
         ("online_dpo", "beta: [0.1, 0.2]", "beta=0.1 0.2: one β for all epochs"),
         ("online_dpo", "max_new_tokens: 512", "max_length=512 must be above max_new_tokens=512"),
-        ("distill", "seq_kd: true", "seq_kd=true: sample the teacher's responses"),
         ("distill", "teacher_model_init_kwargs: {revision: x}", "teacher_model_init_kwargs"),
         ("distill", "packing: true", "lmbda=0.5 with packing"),
     ],

@@ -17,6 +17,7 @@ from jaxrlhf.environments import (
     Environments,
     Observation,
     ToolCall,
+    ToolCallConfig,
     certain_content,
     load_tool,
     parse_hermes,
@@ -218,8 +219,9 @@ def test_a_template_without_tools_or_with_another_form_is_refused(hermes):
     with pytest.raises(InputError, match=r"does not show the tool add.*chat_template"):
         Continuer(plain, [schema])
     with pytest.raises(InputError, match="set tool_format"):
-        Environments(None, (add,)).format("auto", chat_tokenizer("llama3").chat_template)
-    assert Environments(None, (add,)).format("auto", hermes.chat_template) == "hermes"
+        ToolCallConfig().form(chat_tokenizer("llama3").chat_template)
+    assert ToolCallConfig().form(hermes.chat_template) == "hermes"
+    assert ToolCallConfig(tool_format="llama3").form(hermes.chat_template) == "llama3"
     dropping = with_template(chat_tokenizer("chatml"), TemplateConfig(prompt_template="{prompt}{response}"))
     dropping.chat_template = (
         "{% for m in messages %}{% if m['role'] != 'tool' %}{{ m['content'] }}{% endif %}{% endfor %}"

@@ -98,8 +98,25 @@ def test_the_plan_of_distillation_counts_the_teacher_and_the_students_samples(mo
     for found in programs.values():
         held = [found["score"].arguments["reference"], found["train"].resident["reference"]]
         assert held[0] == held[1] > 0.9 * found["train"].arguments["actor"], "both models are of one size, in float32"
+    teacher = fit.plan_of(config_of("distill", model, tmp_path, seq_kd=True, packing=False), device(2**20))
+    generate = estimate(build_system(teacher), "cuda")["generate"]
+    assert "reference" in generate.arguments and "actor" in generate.resident
     rows = [found["train"].arguments["batch"] for found in programs.values()]
     assert rows[1] / rows[0] == pytest.approx(2, rel=0.01), "256 further tokens, each with 64 of the teacher's"
+
+
+def test_samples_of_distillation_are_cut_into_pieces_where_that_makes_them_fit(model, tmp_path, device):
+    options = {"lmbda": 1.0, "packing": False, "max_new_tokens": 256, "gradient_accumulation_steps": 16}
+    options |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    asked = config_of("distill", model, tmp_path, **options)
+    plan = fit.plan_of(asked, device(2**20))
+    parts = (estimate(build_system(p), "cuda") for p in (plan, plan.replace(generation_batches=8)))
+    whole, split = ({name: program.bytes_per_device for name, program in found.items()} for found in parts)
+    assert split["generate"] < whole["generate"] and split["train"] == whole["train"] < whole["generate"]
+    device((max(split.values()) + 1) / 2**20)
+    found = jaxrlhf.fitted(asked)
+    assert found.value("generation_batches") > 1
+    assert found == asked.replace(generation_batches=found.value("generation_batches"), fit="none")
 
 
 def test_given_flags_are_kept_also_at_their_defaults_and_from_yaml(model, tmp_path, device):

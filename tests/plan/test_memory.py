@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import pytest
 from planning import config_of, programs_of
 
+from jaxrlhf.errors import InputError
 from jaxrlhf.models import config_from_dict, count_params, known_config, save_pretrained
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.model import param_shapes
 from jaxrlhf.plan.activations import Pass, residual_bytes
+from jaxrlhf.plan.cost import iteration_cost
 from jaxrlhf.plan.memory import cache_bytes, estimate, train_memory
 from jaxrlhf.plan.programs import lower
 from jaxrlhf.plan.settings import PlanConfig
@@ -58,11 +60,11 @@ def test_resident_arrays_of_sparse_models_are_those_of_a_real_engine(sparse, dem
 @pytest.mark.parametrize(
     "layout",
     [
-        {"enable_ema": True},
+        {"enable_ema": True, "async_steps": 2, "importance_sampling_correction": True},
         {"mesh_fsdp": 4, "mesh_tensor": 2, "lora_r": 3, "critic_lora_r": 2},
         {"zero_stage": 1, "reference_zero_stage": 3, "critic_zero_stage": 0},
     ],
-    ids=["whole", "adapters", "stages"],
+    ids=["whole and rollouts that wait", "adapters", "stages"],
 )
 def test_resident_arrays_are_those_of_a_real_engine(odd, demo, layout):
     assert_resident_arrays(odd, demo, layout)
@@ -91,6 +93,7 @@ def assert_resident_arrays(folder, demo, layout):
         "reference": engine.frozen.reference.own,
         "reward": engine.frozen.reward.own,
         "ema": state.ema_params,
+        "waiting rollouts": state.pending,
     }
     for name, tree in held.items():
         real = {
@@ -199,6 +202,26 @@ def test_items_move_with_what_they_depend_on():
     assert averaged["score"].resident["ema"] == programs["train"].arguments["actor"]
 
 
+def test_rollouts_that_wait_or_are_replayed_lie_on_the_devices_in_rows_of_their_own():
+    base = config_of(trainer="grpo", actor="opt-1.3b", devices=8, importance_sampling_correction=True)
+    steps = programs_of(base)
+    waiting, replayed = (programs_of(base.replace(**{name: 2})) for name in ("async_steps", "replay_steps"))
+    system = build_system(base)
+    one = system.rows * system.length * 10 // 8  # int32, float32 and two masks
+    for name in steps:
+        assert waiting[name].resident["waiting rollouts"] == 2 * one
+        assert replayed[name].resident["replayed rollouts"] == pytest.approx(2 * one, rel=0.01)
+        assert replayed[name].bytes_per_device - steps[name].bytes_per_device == pytest.approx(2 * one, rel=0.01)
+    both = programs_of(base.replace(async_steps=1, replay_steps=3))["train"].resident
+    assert both["replayed rollouts"] == replayed["train"].resident["replayed rollouts"]
+    assert both["waiting rollouts"] == one
+    phases = {n: iteration_cost(build_system(base.replace(replay_steps=n)), base.accelerator) for n in (0, 2)}
+    assert phases[2]["train"].flops == pytest.approx(3 * phases[0]["train"].flops)
+    assert phases[2]["decode"] == phases[0]["decode"]
+    with pytest.raises(InputError, match="async_steps=2 must be below replay_steps=2"):
+        base.replace(async_steps=2, replay_steps=2)
+
+
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 128, "max_position_embeddings": 128}
 
@@ -211,6 +234,7 @@ LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 128, "max_position_embe
         {"trainer": "dpo", "max_length": 64, "lora_r": 4},
         {"trainer": "kto", "max_length": 64},
         {"trainer": "distill", "teacher": "x", "max_length": 64, "lmbda": 0.5, "max_new_tokens": 32},
+        {"trainer": "distill", "teacher": "x", "max_length": 64, "seq_kd": True, "max_new_tokens": 32},
         {"trainer": "grpo", "reward": None, "max_prompt_seq_len": 32, "max_new_tokens": 32},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),

@@ -6,11 +6,13 @@ import chex
 import jax
 import numpy as np
 import pytest
+import scripted_environments
 
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError, Interrupted
 from jaxrlhf.rl.config import CONFIGS, PPOConfig
 from jaxrlhf.rl.models import meshes
+from jaxrlhf.rl.outcomes import Outcome, Played
 from jaxrlhf.rl.run import train_grpo, train_ppo
 from jaxrlhf.rl.sampler import Sampler
 from jaxrlhf.rl.trainer import PPOTrainer
@@ -18,6 +20,9 @@ from jaxrlhf.rl.trainer import PPOTrainer
 REWARD = """
 def vowels(prompts, responses):
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in responses]
+
+def said(prompts, responses, transcript):
+    return [sum("again" in message["content"] for message in messages) / 4 for messages in transcript]
 """
 OPTIONS = {"importance_sampling_correction": True, "async_steps": 2}
 
@@ -27,7 +32,6 @@ OPTIONS = {"importance_sampling_correction": True, "async_steps": 2}
     [
         ({"importance_sampling_correction": False}, "async_steps=2 requires importance_sampling_correction"),
         ({"async_steps": -1}, "async_steps=-1"),
-        ({"tools": ("jaxrlhf.environments.examples:calculator",)}, "async_steps=2 with an environment"),
         ({"on_spike": "rollback"}, "async_steps=2 with on_spike=rollback"),
     ],
 )
@@ -90,6 +94,51 @@ def test_rollouts_come_from_the_policy_of_that_many_steps_ago_and_a_resumed_run_
     names = ("objective/scores", "objective/kl", "rewards/vowels", "sampling/importance_sampling_ratio/mean")
     again = steps_of(tmp_path / "parts")
     assert [[r[name] for name in names] for r in again] == [[r[name] for name in names] for r in records]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("apart", [{}, {"generation_devices": 4, "per_device_train_batch_size": 4}])
+def test_episodes_wait_for_their_update_and_a_resumed_run_plays_none_of_them_again(
+    train, tmp_path, monkeypatch, sigint_after, apart
+):
+    """Rewards of the environment and of functions that read transcripts come back from the checkpoint."""
+    played, start = [], Sampler.start
+
+    def watched(self, params, prompts, plan):
+        if plan.sampling.samples_per_prompt > 1:
+            played.append(prompts.progress["global_step"])
+        return start(self, params, prompts, plan)
+
+    monkeypatch.setattr(Sampler, "start", watched)
+    options = {"environment": f"{scripted_environments.__file__}:Varied", "max_turn_tokens": 4, "kl_coef": 0.1}
+    options |= {"reward_functions": (f"{tmp_path}/rewards.py:said",), "max_prompt_seq_len": 40, "max_steps": 4}
+    options |= {"importance_sampling_correction": True, "async_steps": 1, "max_answer_seq_len": 48} | apart
+    whole = train("whole", **options)
+    assert played == [0, 0, 1, 2]
+    records = steps_of(tmp_path / "whole")
+    assert [r["sampling/staleness"] for r in records] == [0, 1, 1, 1]
+    assert all(r["val/ratio"] == pytest.approx(1, abs=1e-5) for r in records)
+    gaps = [r["sampling/logp_difference/mean"] for r in records]
+    assert gaps[0] < 1e-5 < 1e-3 < min(gaps[1:])
+    assert [(r["environment/turns"], r["rewards/said"]) for r in records] == [(3, 0.75)] * 4
+    played.clear()
+    with sigint_after(2, "objective/kl"), pytest.raises(Interrupted):
+        train("parts", **options)
+    resumed = train("parts", resume=True, **options)
+    assert played == [0, 0, 1, 2]
+    states = (jax.device_get(state.replace(pending=(), pending_episodes=())) for state in (resumed, whole))
+    chex.assert_trees_all_equal(*map(jax.tree.leaves, states))
+    names = ("objective/scores", "rewards/environment", "rewards/said", "environment/tokens", "environment/info/turn")
+    again = steps_of(tmp_path / "parts")
+    assert [[r[name] for name in names] for r in again] == [[r[name] for name in names] for r in records]
+
+
+def test_the_outcomes_of_episodes_come_back_from_their_text():
+    messages = [{"role": "user", "content": "Again\ud800"}, {"role": "assistant", "content": "Yes"}]
+    first = Outcome("truncated", "turns", {3: 0.1, 12: -2.0}, "Yes", messages, 1, 2, 1, 1, 7, {"turn": 2.0})
+    played = Played([first, Outcome("failed", "reset: no")], waited=0.25, has_tools=True)
+    found = Played.from_json(played.as_json())
+    assert found == played and found.metrics() == played.metrics()
 
 
 @pytest.mark.long

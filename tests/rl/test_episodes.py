@@ -170,6 +170,7 @@ def test_a_bad_environment_costs_its_episodes_their_scores_and_no_more(demo, cap
     for row, (name, (status, reason)) in enumerate(BEHAVIOURS.items()):
         outcome = outcomes[0].outcomes[row]
         assert (outcome.status, reason in outcome.reason) == (status, True), (name, outcome)
+        assert "WrongAnswer" not in outcome.reason
         assert e.response_mask[row].any() == (status != "failed")
         assert e.scores[row] == SCORES.get(name, 0.0)
     metrics = trainer._scored

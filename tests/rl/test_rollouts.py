@@ -12,9 +12,9 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.rl import sampler
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
-from jaxrlhf.rl.rollouts import generate_in_pieces, pieces_by_length
 from jaxrlhf.rl.samples import Prompts, RolloutPlan, Started
 from jaxrlhf.rl.trainer import PPOTrainer
+from jaxrlhf.trainers.rollouts import generate_in_pieces, pieces_by_length
 
 SIZES = {"max_prompt_seq_len": 64, "max_answer_seq_len": 8, "seed": 3}
 

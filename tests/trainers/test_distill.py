@@ -21,6 +21,8 @@ from jaxrlhf.models import load_pretrained
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.trainers.distill import DistillConfig, Divergence, distill_loss, teacher_logprobs, train_distill
 from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
+from jaxrlhf.trainers.on_policy import rows_of as sampled_rows
+from jaxrlhf.trainers.rollouts import PiecesConfig
 from jaxrlhf.trainers.teachers import attach_teacher
 
 torch = pytest.importorskip("torch")
@@ -187,11 +189,18 @@ def on_policy(demo):
     prompts, _ = load_data(config, demo.tokenizer, "ppo")
     mesh = make_mesh()
     model = load_pretrained(demo.lm, mesh=mesh)
+    teacher = model.replace(params=jax.tree.map(lambda x: 1.2 * x, model.params))
     options = OwnResponses(0.25, SamplingConfig(max_new_tokens=6), GenerationConfig())
     run = SimpleNamespace(print=print, status=lambda _: contextlib.nullcontext([]))
-    return SimpleNamespace(
-        steps=OnPolicy(run, options, model, mesh, demo.tokenizer, rows, seed=3), model=model, data=rows, prompts=prompts
-    )
+    made = {
+        name: OnPolicy(run, own, model, mesh, demo.tokenizer, rows, seed=3)
+        for name, own in (
+            ("steps", options),
+            ("pieces", options._replace(pieces=PiecesConfig(generation_batches=2))),
+            ("taught", options._replace(teacher=lambda _: teacher)),
+        )
+    }
+    return SimpleNamespace(model=model, teacher=teacher, data=rows, prompts=prompts, **made)
 
 
 def test_a_rows_prompt_is_the_one_that_ppo_answers(on_policy):
@@ -203,9 +212,11 @@ def test_a_rows_prompt_is_the_one_that_ppo_answers(on_policy):
 
 def test_sampled_rows_hold_the_prompts_and_what_the_engine_generates(on_policy):
     steps, units = on_policy.steps, np.arange(8)
-    rows, metrics = steps.rows(on_policy.model.params, units, batch=5)
+    sampled = [batch for batch in range(40) if steps.samples(batch)]
+    batch, another = sampled[:2]
+    rows, metrics = steps.rows(on_policy.model.params, units, batch)
     prompts = on_policy.data.prompt_batch(units)
-    key = keys.stream(3, keys.Stream.ROLLOUTS, 5)
+    key = keys.stream(3, keys.Stream.ROLLOUTS, batch)
     engine = HybridEngine(on_policy.model, steps.mesh)
     rollout = engine.generate(prompts["prompt_ids"], prompts["prompt_mask"], key, steps.sampling)
     tokens, response = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
@@ -215,11 +226,25 @@ def test_sampled_rows_hold_the_prompts_and_what_the_engine_generates(on_policy):
         length = rows["attention_mask"][i].sum()
         assert rows["input_ids"][i][:length].tolist() == expected
         assert np.flatnonzero(rows["loss_mask"][i]).tolist() == list(range(n, length))
-    assert (rows["row_mask"] == 1).all() and metrics["timing/generate"] > 0
-    again, _ = steps.rows(on_policy.model.params, units, batch=5)
-    jax.tree.map(np.testing.assert_array_equal, again, rows)
-    other, _ = steps.rows(on_policy.model.params, units, batch=6)
+    assert (rows["row_mask"] == 1).all() and metrics["timing/generate"] > 0 and metrics["sampling/on_policy"] == 1
+    for same in (steps, on_policy.pieces, on_policy.taught):
+        again, _ = same.rows(on_policy.model.params, units, batch)
+        jax.tree.map(np.testing.assert_array_equal, again, rows)
+    other, _ = steps.rows(on_policy.model.params, units, another)
     assert (np.asarray(other["input_ids"]) != np.asarray(rows["input_ids"])).any()
+
+
+def test_the_teacher_samples_the_batches_that_the_student_does_not(on_policy):
+    steps, units = on_policy.taught, np.arange(8)
+    batch = next(batch for batch in range(40) if not steps.samples(batch))
+    assert on_policy.steps.rows(on_policy.model.params, units, batch) == (None, {"sampling/on_policy": 0.0})
+    rows, metrics = steps.rows(on_policy.model.params, units, batch)
+    prompts = on_policy.data.prompt_batch(units)
+    key = keys.stream(3, keys.Stream.ROLLOUTS, batch)
+    given = (prompts["prompt_ids"], prompts["prompt_mask"], key, steps.sampling)
+    own, taught = (HybridEngine(m, steps.mesh).generate(*given) for m in (on_policy.model, on_policy.teacher))
+    assert metrics["sampling/on_policy"] == 0 and (own.tokens != taught.tokens).any()
+    jax.tree.map(np.testing.assert_array_equal, rows, sampled_rows(taught, mesh=steps.mesh))
 
 
 def test_lmbda_is_the_share_of_batches_that_the_student_answers(on_policy):
@@ -235,11 +260,24 @@ def test_a_student_comes_near_its_teacher_on_its_own_responses(train):
     assert [r["sampling/on_policy"] for r in records if "loss" in r] == [1] * 30
 
 
+@pytest.mark.long
+def test_a_student_comes_near_its_teacher_on_what_the_teacher_says(train):
+    records = train(max_steps=30, learning_rate=3e-3, seq_kd=True, max_new_tokens=8, generation_batches=2)
+    before, after = (record["eval/loss"] for record in records if "eval/loss" in record)
+    assert after < 0.8 * before
+    assert [r["sampling/on_policy"] for r in records if "loss" in r] == [0] * 30
+    assert all(r["timing/generate"] > 0 for r in records if "loss" in r)
+    with pytest.raises(InputError, match="generation_batches=3 must divide the 16 prompts of a rollout batch"):
+        train(seq_kd=True, max_new_tokens=8, generation_batches=3, overwrite_output_dir=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"lmbda": 1.5}, "lmbda=1.5 must be at least 0 and at most 1"),
         ({"lmbda": 0.5, "packing": True}, "lmbda=0.5 with packing"),
+        ({"seq_kd": True, "packing": True}, "seq_kd=true with packing"),
+        ({"generation_batches": 2}, "generation_batches=2 requires lmbda"),
         ({"max_new_tokens": 8}, "max_new_tokens=8 requires lmbda"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype=int8 requires lmbda"),
         ({"lmbda": 0.5, "samples_per_prompt": 2}, "setting samples_per_prompt has no use here"),
@@ -304,6 +342,7 @@ def test_a_run_with_a_folder_needs_no_teacher_and_is_that_of_one_with_it(train, 
     ("options", "message"),
     [
         ({"lmbda": 0.5}, "lmbda=0.5 with teacher_log_probs=kept"),
+        ({"seq_kd": True}, "seq_kd=true with teacher_log_probs=kept"),
         ({"teacher_top_k": 0}, "teacher_top_k=0 with teacher_log_probs=kept"),
         ({"streaming": True}, "teacher_log_probs and streaming exclude each other"),
     ],

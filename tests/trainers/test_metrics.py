@@ -8,10 +8,10 @@ import pytest
 
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import DataConfig, load_data
+from jaxrlhf.trainers.evaluation import metrics_by_source
 from jaxrlhf.trainers.packing_advice import packing_advice
 from jaxrlhf.trainers.reward import RewardConfig, train_reward
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
-from jaxrlhf.trainers.supervised import metrics_by_source
 
 
 def mean(totals):

@@ -14,11 +14,12 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.sharding import place_batch
 from jaxrlhf.trainers import reward
 from jaxrlhf.trainers.dpo import Losses, objective, response_logprobs
+from jaxrlhf.trainers.evaluation import eval_step
 from jaxrlhf.trainers.pairs import SIDES, read_pairs
 from jaxrlhf.trainers.references import score_batch
 from jaxrlhf.trainers.reward import RewardConfig, RewardLoss
 from jaxrlhf.trainers.sft import OBJECTIVE, sft_sums
-from jaxrlhf.trainers.supervised import eval_step, init_state, token_sum, train_step
+from jaxrlhf.trainers.supervised import init_state, token_sum, train_step
 
 VOCABULARY, LONGEST, WIDTH, COUNT = 101, 10, 32, 16
 BLOOM = {"model_type": "bloom", "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}

@@ -1,6 +1,7 @@
 """Responses of a model behind an OpenAI-compatible server, by the standard library's HTTP client."""
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxrlhf.commands.evaluation.rows import Prompts
 from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.data.messages import as_messages
 from jaxrlhf.engine import SamplingConfig
+from jaxrlhf.environments import as_hermes
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.http import Client, ClientOptions, RequestFailed
 from jaxrlhf.runs.console import Console
@@ -67,7 +69,7 @@ class ServerModel:
         reply = self.call("chat/completions", body)
         try:
             choice = reply["choices"][0]
-            text = choice["message"].get("content") or ""
+            text = text_of(choice["message"])
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise InputError(f"{self.name}: the server's answer holds no message: {str(reply)[:200]}") from error
         tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
@@ -83,6 +85,12 @@ class ServerModel:
         if not isinstance(answer, dict):
             raise InputError(f"{self.name}: the server's answer to {path} is no JSON object: {str(answer)[:200]}")
         return answer
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A reply as text. The server has taken the tool calls out of it: they are written as Hermes writes them."""
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    return as_hermes(message.get("content") or "", [(call["name"], call["arguments"]) for call in calls])
 
 
 def request_options(sampling: SamplingConfig, seed: int) -> dict[str, object]:

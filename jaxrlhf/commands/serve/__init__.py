@@ -11,6 +11,7 @@ from jaxrlhf.config import Le, NonNegativeInt, PathName, Positive, PositiveInt, 
 from jaxrlhf.config.compilation import CompilationConfig
 from jaxrlhf.data import TemplateConfig
 from jaxrlhf.engine import GenerationConfig
+from jaxrlhf.environments import ToolCallConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import MeshConfig
@@ -50,6 +51,7 @@ class ServeConfig(Settings):
     """JSON-lines file that the votes of the chat page are appended to, as rows for `jaxrlhf reward --data_path`."""
     template: TemplateConfig = TemplateConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    tool_calls: ToolCallConfig = ToolCallConfig()
     generation: GenerationConfig = GenerationConfig()
     mesh: MeshConfig = MeshConfig()
     compilation: CompilationConfig = CompilationConfig()

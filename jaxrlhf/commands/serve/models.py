@@ -15,7 +15,6 @@ from jaxrlhf.data.continuations import check_tools
 from jaxrlhf.data.renderer import Renderer, Tools
 from jaxrlhf.engine import SlotBatch
 from jaxrlhf.engine.slots import doubling_widths
-from jaxrlhf.environments import PARSERS, format_of
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import DecoderConfig, check_tokenizer_fits, load_pretrained, merged, stored_head
 from jaxrlhf.models.hf.checkpoint_files import find_model_folder
@@ -54,6 +53,7 @@ class LanguageModel(Served):
         chat = ChatConfig(name, *parts, generation=config.generation, mesh=config.mesh)
         session = open_session(chat)
         self.name, self.tokenizer, self.max_queue = name, session.tokenizer, config.max_queue
+        self.tool_calls = config.tool_calls
         self.length = min(session.context, LONGEST) if config.max_model_len is None else config.max_model_len
         self.vocabulary = session.engine.config.vocab_size
         check_length(self.length, session.engine.config)
@@ -70,13 +70,7 @@ class LanguageModel(Served):
     def tool_format(self, tools: Tools) -> str:
         """The form of tool calls. Raises InputError when the chat template shows no tools, or calls of another form."""
         check_tools(Renderer(self.tokenizer, None), tools)
-        form = format_of(str(self.tokenizer.chat_template))
-        if form is None:
-            raise InputError(
-                f"tools: the chat template shows no form of tool calls that is known ({', '.join(PARSERS)}); set "
-                "chat_template to one with tools, such as hermes"
-            )
-        return form
+        return self.tool_calls.form(str(self.tokenizer.chat_template))
 
     def _observe(self, event: Event, seconds: float) -> None:
         if event.token is not None:

@@ -1,6 +1,7 @@
 """A rollout batch generated in pieces of prompts of similar length, one after the other, and put together again."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,26 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import ArrayLike
 
+from jaxrlhf.config import PositiveInt, Settings
 from jaxrlhf.data import length_bucket
 from jaxrlhf.engine import Rollout, SamplingConfig
+from jaxrlhf.errors import InputError
+
+
+@dataclass(frozen=True)
+class PiecesConfig(Settings, may_change=True):
+    """Rollout batches in pieces."""
+
+    generation_batches: PositiveInt = 1
+    """Pieces that a rollout batch is generated in, each of prompts of similar length: less memory for the key/value
+    cache and less padding, same responses."""
+
+    def check_pieces(self, prompts: int) -> None:
+        """Refuses a rollout batch of `prompts` prompts that generation_batches does not divide."""
+        if prompts % self.generation_batches:
+            raise InputError(
+                f"generation_batches={self.generation_batches} must divide the {prompts} prompts of a rollout batch"
+            )
 
 
 def pieces_by_length(prompt_mask: np.ndarray, pieces: int) -> list[tuple[np.ndarray, int]]:

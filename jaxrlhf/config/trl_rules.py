@@ -286,6 +286,7 @@ def rollouts_of_groups(line: Line, say: Say) -> None:
     line["num_mini_batches"] = str(steps // pieces)
     updates = steps // pieces * passes
     moving_reference(line, updates)
+    no_reference(line, say)
     for name in ("max_steps", "eval_steps", "save_steps", "logging_steps", "warmup_steps"):
         if updates > 1 and (number := _number(line, name, -1)) > 0:
             line[name] = str(math.ceil(number / updates))
@@ -311,6 +312,20 @@ def moving_reference(line: Line, updates: int) -> None:
         line.pop(name, None)
     if on:
         line |= {"reference_sync_steps": str(max(1, round(steps / updates))), "reference_mixup": f"{mixup:g}"}
+
+
+OF_A_REFERENCE = (
+    *("reference_free", "reference_sync_steps", "reference_zero_stage", "offload_reference_model"),
+    "kl_target",
+)
+
+
+def no_reference(line: Line, say: Say) -> None:
+    """TRL loads no reference where β is 0."""
+    beta = [name for name in line if name in ("beta", "kl_coef")][-1:]  # a flag of ours comes after the file's key
+    if beta and _number(line, beta[0]) == 0 and not any(name in line for name in OF_A_REFERENCE):
+        line["reference_free"] = "true"
+        say(f"{beta[0]} is 0: no reference is kept, as in TRL; reference_free: false keeps one, to report the KL")
 
 
 def rewards_of_groups(line: Line, say: Say) -> None:

@@ -269,7 +269,8 @@ class PPOTask:
             scores = [[round(value, 3) for value in (r["score"], *r["rewards"].values())] for r in records]
             rows = [[r["prompt"], r["response"], *s, round(r["kl"], 2)] for r, s in zip(records, scores, strict=True)]
             rows = [[*row, *(v[r["index"]] for v in extras.values())] for row, r in zip(rows, records, strict=True)]
-            self.run.table(title, ("prompt", "response", "score", *names, "KL", *extras), rows, step)
+            kl = "log-prob" if self.config.frozen.reference_free else "KL"
+            self.run.table(title, ("prompt", "response", "score", *names, kl, *extras), rows, step)
 
     def evaluate(self, state: PPOState, done: int, watch: Watch = unwatched) -> Metrics:
         """Scores responses to held-out prompts and compares them with those before training; loss of held-out text."""
@@ -341,7 +342,10 @@ def train_ppo(config: PPOConfig) -> PPOState:
     """
     actor, reward = check_models(config), config.models.reward_model_name_or_path
     config = joined(config)
-    with open_run(config, config.run.logging_steps, HEADLINE) as run:
+    headline = HEADLINE
+    if config.frozen.reference_free:
+        headline = tuple(name for name in HEADLINE if name != "objective/kl")  # there is nothing to differ from
+    with open_run(config, config.run.logging_steps, headline) as run:
         devices = batch_devices(meshes(config)[0])
         config = same_rows(config, run, config.rows_per_device * devices, devices)
         for model in (actor, reward):

@@ -224,8 +224,12 @@ def test_a_grpo_file_counts_rollouts_where_trl_counts_updates(read):
         max_prompt_seq_len=512,
     )
     assert any("max_steps=100 updates are 50 steps" in line for line in advice)
+    assert config.value("reference_free") and any("beta is 0: no reference is kept" in line for line in advice)
+    for kept in (("--kl_coef", "0.1"), ("--reference_free", "false"), ("--offload_reference_model",)):
+        assert not read("grpo", GRPO + "beta: 0.0\n", *kept)[0].value("reference_free")
     moving, _ = read("grpo", GRPO + "sync_ref_model: true\n")
-    assert moving.value("reference_sync_steps") == 256 and moving.value("reference_mixup") == 0.6
+    assert not moving.value("reference_free") and moving.value("reference_sync_steps") == 256
+    assert moving.value("reference_mixup") == 0.6
     still, _ = read("grpo", GRPO + "sync_ref_model: false\nref_model_sync_steps: 64\n")
     assert still.value("reference_sync_steps") == 0
     scored = "dataset_name: x\ncenter_rewards_coefficient: 0.01\n"

@@ -20,7 +20,7 @@ from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.checkpoints import list_checkpoints
-from jaxrlhf.trainers import supervised
+from jaxrlhf.trainers import evaluation
 from jaxrlhf.trainers.distill import DistillConfig, train_distill
 from jaxrlhf.trainers.dpo import DPOConfig, train_dpo
 from jaxrlhf.trainers.kto import KTOConfig, train_kto
@@ -124,7 +124,7 @@ def test_a_stop_in_an_evaluation_ends_it_within_a_batch_and_a_resume_makes_up_fo
             measured.append(len(begun))
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised, "eval_batches", batches)
+        patch.setattr(evaluation, "eval_batches", batches)
         with pytest.raises(Preempted, match=f"stopped during the evaluation {when}; continue with --resume"):
             train("sft", tmp_path / "parts", **options)
     assert measured.count(number // 2 + 1) == 1, "the batch at work is finished, the next not begun"

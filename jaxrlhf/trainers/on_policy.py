@@ -40,15 +40,19 @@ class OwnResponses(NamedTuple):
     """The setting that asks for it, for messages."""
 
 
-@partial(jax.jit, static_argnames="mesh")
-def rows_of(rollout: Rollout, *, mesh: Mesh) -> Batch:
-    """The rows of a rollout as `SFTData.batch` has them, on the training mesh: each sampled token is a target."""
+@partial(jax.jit, static_argnames=("vocab_size", "mesh"))
+def rows_of(rollout: Rollout, *, vocab_size: int, mesh: Mesh) -> Batch:
+    """The rows of a rollout as `SFTData.batch` has them, on the training mesh: each sampled token is a target.
+
+    A response ends before a token beyond the student's `vocab_size`. A teacher with more rows may sample one.
+    """
     with use(mesh, TRAIN_RULES):
         rows = jax.tree.map(lambda x: constrain(x, "batch", None), rollout.compact())
+        known = jnp.cumsum(rows.tokens >= vocab_size, axis=1) == 0
         return {
-            "input_ids": rows.tokens,
-            "attention_mask": rows.mask.astype(jnp.int32),
-            "loss_mask": rows.response_mask.astype(jnp.int32),
+            "input_ids": jnp.where(known, rows.tokens, 0),
+            "attention_mask": (rows.mask & known).astype(jnp.int32),
+            "loss_mask": (rows.response_mask & known).astype(jnp.int32),
             "row_mask": constrain(jnp.ones(rows.tokens.shape[0], jnp.int32), "batch"),
         }
 
@@ -76,7 +80,7 @@ class OnPolicy:
         """
         check_prompts(data, options.setting)
         self.options, self.mesh, self.data, self.seed = options, mesh, data, seed
-        self.sampling = sampling_for(tokenizer, options.sampling)
+        self.sampling, self.vocab_size = sampling_for(tokenizer, options.sampling), model.config.vocab_size
         self._own = self._generator(run, model) if options.share else None
         self._teacher, self._teacher_params = None, None
         if options.teacher is not None:
@@ -120,7 +124,7 @@ class OnPolicy:
             params=params if own else self._teacher_params,
             slots=self.options.generation.generation_slots,
         )
-        placed = jax.block_until_ready(rows_of(rollout, mesh=self.mesh))
+        placed = jax.block_until_ready(rows_of(rollout, vocab_size=self.vocab_size, mesh=self.mesh))
         return placed, metrics | {"timing/generate": time.monotonic() - begin}
 
 

@@ -14,7 +14,7 @@ import pytest
 from jaxrlhf import keys, objectives
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.data import DataConfig, load_data
-from jaxrlhf.engine import GenerationConfig, HybridEngine, SamplingConfig
+from jaxrlhf.engine import GenerationConfig, HybridEngine, Rollout, SamplingConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models import decoder as decoders
 from jaxrlhf.models import load_pretrained
@@ -244,7 +244,20 @@ def test_the_teacher_samples_the_batches_that_the_student_does_not(on_policy):
     given = (prompts["prompt_ids"], prompts["prompt_mask"], key, steps.sampling)
     own, taught = (HybridEngine(m, steps.mesh).generate(*given) for m in (on_policy.model, on_policy.teacher))
     assert metrics["sampling/on_policy"] == 0 and (own.tokens != taught.tokens).any()
-    jax.tree.map(np.testing.assert_array_equal, rows, sampled_rows(taught, mesh=steps.mesh))
+    vocab_size = on_policy.model.config.vocab_size
+    jax.tree.map(np.testing.assert_array_equal, rows, sampled_rows(taught, vocab_size=vocab_size, mesh=steps.mesh))
+
+
+def test_a_response_ends_before_a_token_that_the_student_lacks():
+    """The first row has token 12 of a teacher with more rows; the second has none."""
+    tokens = jnp.array([[0, 3, 4, 12, 5], [1, 2, 3, 9, 6]], jnp.int32)
+    mask = jnp.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
+    response = jnp.array([[0, 0, 1, 1, 1], [0, 0, 1, 1, 1]], bool)
+    rollout = Rollout(tokens, mask, response, jnp.zeros((2, 5)), prompt_length=2)
+    rows = sampled_rows(rollout, vocab_size=10, mesh=make_mesh(devices=jax.devices()[:1]))
+    np.testing.assert_array_equal(rows["input_ids"], [[3, 4, 0, 0, 0], [1, 2, 3, 9, 6]])
+    np.testing.assert_array_equal(rows["attention_mask"], [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(rows["loss_mask"], [[0, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
 
 
 def test_lmbda_is_the_share_of_batches_that_the_student_answers(on_policy):

@@ -3,7 +3,7 @@
     python benchmarks/compare_trl_chat.py --peer_python peer/bin/python --model HuggingFaceTB/SmolLM2-135M-Instruct \\
       --data_path data/preferences/train.jsonl --eval_data_path data/preferences/eval.jsonl --json FILE
 
-`benchmarks/trl/*.yaml` are TRL's files. Ours is the plain command, `jaxrlhf sft --config benchmarks/trl/sft.yaml`;
+`benchmarks/trl_settings/*.yaml` are TRL's files. Ours is the plain command, such as `jaxrlhf sft --config FILE.yaml`;
 theirs does what `trl sft --config` does. The rows are prompts, chosen and rejected responses: SFT takes the chosen,
 DPO both, GRPO the prompts, with `compare_trl_side.brief` as the reward. Each run has the machine for itself. The
 results of a trainer and seed join those that the file has.
@@ -29,6 +29,7 @@ from jaxrlhf.data import read_tokenizer
 from jaxrlhf.data.order import epoch_units
 from jaxrlhf.errors import InputError
 
+SETTINGS = FOLDER / "trl_settings"
 CURVES = {
     "sft": {"loss": "loss"},
     "dpo": {"loss": "loss", "rewards/accuracies": "rewards/accuracies", "rewards/margins": "rewards/margins"},
@@ -116,7 +117,7 @@ def start(command: list[str], log: Path, own: dict[str, str]) -> None:
 def run_both(trainer: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Both sides' results; ours runs first where the seed is even."""
     work = given.work_dir.resolve()
-    file = FOLDER / "trl" / f"{trainer}.yaml"
+    file = SETTINGS / f"{trainer}.yaml"
     config = load_yaml_file(file)
     data = work / trainer
     count = prepare(trainer, config, given, data)
@@ -195,7 +196,7 @@ def main() -> None:
         for seed in given.seeds:
             results.setdefault(trainer, {})[str(seed)] = rounded(run_both(trainer, seed, given))
             tables = rounded({name: table(runs) for name, runs in results.items()})
-            settings = {name: load_yaml_file(FOLDER / "trl" / f"{name}.yaml") for name in results}
+            settings = {name: load_yaml_file(SETTINGS / f"{name}.yaml") for name in results}
             write(given.json, {"settings": settings, "peer": versions, "tables": tables, "runs": results})
         print(f"\n{trainer}\n" + "\n".join(markdown(tables[trainer])) + "\n", flush=True)
 

@@ -57,9 +57,12 @@ def prepare(trainer: str, config: dict[str, Any], given: argparse.Namespace, fol
     limit = config.get("max_length", PROMPT_TOKENS)
 
     def fits(row: dict[str, Any]) -> bool:
-        prompt = row["prompt"]
-        wholes = [prompt + row[name] for name in ("completion", "chosen", "rejected") if name in row] or [prompt]
-        return all(len(tokenizer.apply_chat_template(w, return_dict=True)["input_ids"]) <= limit for w in wholes)
+        responses = [row[name] for name in ("completion", "chosen", "rejected") if name in row] or [[]]
+        rendered = (
+            tokenizer.apply_chat_template(row["prompt"] + r, add_generation_prompt=not r, return_dict=True)
+            for r in responses
+        )
+        return all(len(whole["input_ids"]) <= limit for whole in rendered)
 
     folder.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, int] = {}

@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 import jax
 
 from jaxrlhf.config.remote import cached, is_url
-from jaxrlhf.distributed import barrier, is_primary, joined
-from jaxrlhf.runs.exchange import leaders_of
-from jaxrlhf.runs.mirror import Mirror
+from jaxrlhf.distributed import barrier, gather, is_primary, joined
+from jaxrlhf.errors import InputError
+from jaxrlhf.runs.exchange import first, leaders_of
+from jaxrlhf.runs.mirror import ID, Mirror
 
+MARK = ".working-folder"
+"""File in a working folder, whose files a run may remove."""
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 
@@ -29,6 +32,9 @@ def works_locally(train: Callable[[Config], Result]) -> Callable[[Config], Resul
             return train(config)
         config = joined(config)
         working = Path(folder.working_dir) if folder.working_dir else cached(folder.output_dir, "runs")
+        found = files_of_others(working) if folder.working_dir else None
+        if problem := first(gather(f"looking at {working}", found)):
+            raise InputError(problem)
         config = replace(config, folder=replace(folder, output_dir=str(working), url=folder.output_dir))
         if not is_primary():
             barrier("preparing the working folder")
@@ -36,6 +42,7 @@ def works_locally(train: Callable[[Config], Result]) -> Callable[[Config], Resul
         mirror = Mirror(folder.output_dir, working, folder.remote_save_steps, _say)
         try:
             mirror.begin(folder.resume, folder.overwrite_output_dir)
+            mark(working)
         except BaseException:
             mirror.release()
             raise
@@ -63,7 +70,31 @@ def _with_leaders(config: Any, working: Path) -> Any:
     leaders, own = leaders_of(working), jax.process_index()
     if leaders[own] == own != 0:  # an earlier run may have left something
         shutil.rmtree(working)
+        mark(working)
     return replace(config, folder=replace(config.folder, leaders=leaders if any(leaders) else ()))
+
+
+def mark(working: Path) -> None:
+    """Shows later runs that they may remove what the folder holds. Raises InputError where it cannot be written."""
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+        (working / MARK).touch()
+    except OSError as error:
+        raise InputError(f"working_dir {working} cannot be written ({error.strerror}); choose another") from error
+
+
+def files_of_others(working: Path) -> str | None:
+    """The problem with a folder that a user names and that holds files of no run; None for any other.
+
+    A run removes what it finds in its working folder, so it must not begin there.
+    """
+    names = {path.name for path in working.iterdir()} if working.is_dir() else set()
+    if not names or names & {MARK, ID}:
+        return None
+    return (
+        f"working_dir {working} (process {jax.process_index()}) holds {min(names)}, which is of no earlier run, and a "
+        "run removes what it finds there; name a folder that is empty or does not exist"
+    )
 
 
 def _say(text: str) -> None:

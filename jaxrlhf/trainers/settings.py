@@ -161,8 +161,8 @@ class FolderConfig(Settings, may_change=True):
     """Folder of the run: records, checkpoints, report and, at the end, the exported model. It may be a URL, such as
     s3://bucket/run; the run then works in working_dir, and its files are copied to the URL all the time."""
     working_dir: PathName[str] = ""
-    """With a URL as output_dir: the local folder, which machines need not share; default: one in $JAXRLHF_CACHE, else
-    ~/.cache/jaxrlhf."""
+    """With a URL as output_dir: the local folder, empty or of an earlier run, which machines need not share; default:
+    one in $JAXRLHF_CACHE, else ~/.cache/jaxrlhf."""
     remote_save_steps: NonNegativeInt = 0
     """With a URL as output_dir: steps between the checkpoints that are copied to it, beside the newest at the end; 0:
     all of them."""

@@ -18,6 +18,7 @@ from jaxrlhf.models import read_config
 from jaxrlhf.runs import mirror
 from jaxrlhf.runs.lock import LOCK
 from jaxrlhf.runs.mirror import Mirror
+from jaxrlhf.runs.working_folder import files_of_others, mark, works_locally
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
 pytestmark = pytest.mark.skipif(
@@ -278,6 +279,18 @@ def test_a_url_that_cannot_be_used_is_refused_before_anything_is_done(store, url
     with pytest.raises((InputError, StorageError), match=message):
         run_of(url, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_working_folder_with_files_of_no_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("chapter 1")
+    config = SFTConfig.create(
+        model_name_or_path="m", data_path="d", output_dir="s3://bucket/run", working_dir=str(tmp_path), resume=True
+    )
+    with pytest.raises(InputError, match=r"working_dir .* holds thesis.txt, which is of no earlier run"):
+        works_locally(lambda config: pytest.fail("it began"))(config)
+    assert (tmp_path / "thesis.txt").read_text() == "chapter 1"
+    mark(tmp_path / "new")
+    assert files_of_others(tmp_path / "new") is None and files_of_others(tmp_path / "none") is None
 
 
 def test_models_and_tokenizers_are_read_from_urls(store, url, demo):

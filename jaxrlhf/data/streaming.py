@@ -60,7 +60,7 @@ class PackedWindow(NamedTuple):
     rows: list[StreamRow]
     """All rows of the window."""
     places: list[tuple[int, int]]
-    """Of each usable example: its row, and its number among the examples of that row."""
+    """The row of each usable example, and its number among the examples of that row."""
     bins: Bins
     """The examples of each packed row."""
     tokens: dict[int, list[TokenRow]]
@@ -208,7 +208,7 @@ class StreamSource:
         rows, found = self._read(window), {}
         made = self.tokenised([rows[unit] for unit in units.values()])
         for (number, unit), tokens in zip(units.items(), made, strict=True):
-            others = (other for row in rows[unit:] + rows[:unit] for other in self.tokenised([row]))
+            others = (other for row in rows[unit + 1 :] + rows[:unit] for other in self.tokenised([row]))
             usable = tokens or next((other for other in others if other), [])
             if not usable:
                 problem = f"none of {len(rows):,} rows in a row of the stream is usable"

@@ -269,16 +269,21 @@ def check_same(what: str, values: Mapping[str, object]) -> None:
             raise InputError(problem)
 
 
+def seen(paths: Sequence[Path]) -> list[bool]:
+    """Return which files this process sees. A network file system gets SEEN seconds to show all of them."""
+    deadline = time.monotonic() + SEEN
+    while not all(found := [path.exists() for path in paths]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
 def check_shared(folder: Path, name: str) -> None:
     """Raise InputError when a process does not see the file `name`, which process 0 has written to `folder`."""
     barrier(f"writing {folder / name}")
-    deadline = time.monotonic() + SEEN
-    while not (sees := (folder / name).exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    seen = gather(f"looking for {folder / name}", sees)
-    if not all(seen):
+    sees = gather(f"looking for {folder / name}", seen([folder / name])[0])
+    if not all(sees):
         raise InputError(
-            f"output_dir {folder}: process {', '.join(str(i) for i, sees in enumerate(seen) if not sees)} does not see "
+            f"output_dir {folder}: process {', '.join(str(i) for i, saw in enumerate(sees) if not saw)} does not see "
             "what process 0 writes there; all write checkpoints, so it must be on a file system that all share, or at "
             "a URL, such as s3://bucket/run"
         )

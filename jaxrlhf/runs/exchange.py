@@ -9,7 +9,6 @@ one is read, the leaders of the other machines fetch it.
 import contextlib
 import itertools
 import shutil
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import jax
 
 from jaxrlhf.config.remote import RemoteFolder
 from jaxrlhf.distributed import barrier, from_primary, gather, is_primary
-from jaxrlhf.distributed.processes import SEEN
+from jaxrlhf.distributed.processes import seen
 from jaxrlhf.errors import InputError, StorageError
 from jaxrlhf.runs.checkpoint_index import Files, file_facts, is_own, sizes
 from jaxrlhf.runs.storage import reason_of
@@ -42,10 +41,7 @@ def leaders_of(folder: Path) -> tuple[int, ...]:
     except OSError as error:
         raise InputError(f"working_dir {folder} cannot be written ({error.strerror}); choose another") from error
     barrier(f"writing {folder}")
-    deadline = time.monotonic() + SEEN
-    while not all(seen := [probe.exists() for probe in probes]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    leaders = gather(f"looking at {folder}", seen.index(True))
+    leaders = gather(f"looking at {folder}", seen(probes).index(True))
     probes[own].unlink(missing_ok=True)
     barrier(f"having looked at {folder}")
     return tuple(leaders)

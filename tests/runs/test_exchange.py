@@ -45,7 +45,7 @@ class Processes:
         return self.gather(what, make() if self.own.index == 0 else None)[0]
 
     def run(self, body):
-        """What `body(index)` returns or raises, for each process."""
+        """Calls `body(index)` for each process; returns the results, with a StorageError in place of one."""
         results = [None] * self.number
 
         def work(index):
@@ -66,7 +66,7 @@ class Processes:
 @pytest.fixture
 def together_at(tmp_path, monkeypatch):
     """Runs a body with the exchange and the folder of each of three processes; the second has a machine for itself."""
-    monkeypatch.setattr(exchange, "SEEN", 0.0)
+    monkeypatch.setattr("jaxrlhf.distributed.processes.SEEN", 0.0)
     monkeypatch.setattr("jaxrlhf.config.remote.WAITS", ())
     run = Processes(3, monkeypatch)
     url = f"memory://{tmp_path.name}/run"

@@ -9,6 +9,7 @@ from jaxrlhf.kernels.kv_cache import KV_CACHE_DTYPES, Cache, entries, write_colu
 from jaxrlhf.kernels.live_blocks import live_attention
 from jaxrlhf.kernels.logprobs import HeadPlacement, gathered_blocks, logprob_blocks, project_logits, token_logprobs
 from jaxrlhf.kernels.products import cpu_product, outputs_first_product
+from jaxrlhf.kernels.slices import slice_bits_on_cpu
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -36,3 +37,5 @@ __all__ = [
     "varies",
     "write_columns",
 ]
+
+slice_bits_on_cpu()

@@ -13,7 +13,9 @@ from jaxrlhf.data.batches import Batches
 from jaxrlhf.distributed import to_host
 from jaxrlhf.models import Decoder
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, use
+from jaxrlhf.trainers.gradients import micro_batches, sum_parts
 from jaxrlhf.trainers.loop import Watch, unwatched
+from jaxrlhf.trainers.narrowing import mask_to_cut_by, real_columns
 
 PyTree = Any
 Batch = dict[str, Any]
@@ -21,9 +23,11 @@ Batch = dict[str, Any]
 
 @partial(jax.jit, static_argnames=("module", "mesh", "measure"))
 def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, measure: Callable) -> dict[str, jax.Array]:
-    """Returns the sums of `measure(module, params, batch)` over one evaluation batch."""
+    """Returns the sums of `measure(module, params, rows)` over one evaluation batch, in micro-batches on a CPU."""
     with use(mesh, TRAIN_RULES):
-        return measure(module, params, batch)
+        parts = micro_batches(batch, 1)
+        mask = mask_to_cut_by(real_columns(batch), 1, parts)
+        return sum_parts(lambda rows, _: measure(module, params, rows), batch, parts, None, mask)
 
 
 def evaluation_totals(

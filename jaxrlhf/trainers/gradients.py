@@ -82,7 +82,7 @@ def map_rows(function: Callable[[PyTree], PyTree], batch: PyTree, parts: int, ma
         parts: Chunks, at least.
         mask: bool `[B, T]` of right-padded rows. With it, chunks that a CPU makes are cut to their longest row
             (trainers/narrowing.py): what `function` returns for a real column must not depend on later columns, and
-            arrays `[rows, T]` of the result are 0 in the columns that were cut off.
+            arrays `[rows, T, …]` of the result are 0 in the columns that were cut off.
     """
     asked, parts = parts, micro_batches(batch, parts)
     if parts == 1:

@@ -5,7 +5,7 @@ by length before they are split, and a micro-batch runs at the narrowest of a fe
 branch of the program with a compile of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,12 @@ PyTree = Any
 WIDTHS = 4
 MULTIPLE = 16
 """Widths are multiples of it."""
+
+
+def real_columns(batch: Mapping[str, jax.Array]) -> jax.Array | None:
+    """The columns of padded rows that one of the batch's masks `[B, T]` has, as bool `[B, T]`; None for packed rows."""
+    masks = [x for name, x in batch.items() if name.endswith("_mask") and x.ndim == 2]
+    return None if "segment_ids" in batch else jnp.any(jnp.stack(masks), axis=0)
 
 
 def mask_to_cut_by(mask: jax.Array | None, asked: int, parts: int) -> jax.Array | None:
@@ -45,7 +51,7 @@ def narrowed(function: Callable[[PyTree], PyTree], rows: PyTree, mask: jax.Array
         function: What it returns for a row must not depend on columns after the row's last real one.
         rows: Arrays `[m, T, …]` are cut; others stay whole.
         mask: bool `[m, T]`, set for real columns.
-        widen: Arrays `[m, width]` of the result get zeros up to T.
+        widen: Arrays `[m, width, …]` of the result get zeros up to T.
     """
     size, columns = mask.shape
     widths = sorted({min(columns, -(-columns * k // (WIDTHS * MULTIPLE)) * MULTIPLE) for k in range(1, WIDTHS + 1)})
@@ -55,7 +61,9 @@ def narrowed(function: Callable[[PyTree], PyTree], rows: PyTree, mask: jax.Array
             return x[:, :width] if x.ndim > 1 and x.shape[:2] == (size, columns) else x
 
         def whole(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, ((0, 0), (0, columns - width))) if widen and x.shape == (size, width) else x
+            if not widen or x.shape[:2] != (size, width):
+                return x
+            return jnp.pad(x, [(0, 0), (0, columns - width), *[(0, 0)] * (x.ndim - 2)])
 
         return lambda rows: jax.tree.map(whole, function(jax.tree.map(cut, rows)))
 

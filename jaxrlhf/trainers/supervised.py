@@ -32,6 +32,7 @@ from jaxrlhf.trainers.gradients import (
 from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
 from jaxrlhf.trainers.loop import Announce, Metrics, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
+from jaxrlhf.trainers.narrowing import real_columns
 from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
 from jaxrlhf.trainers.optimizer import (
     Rates,
@@ -153,7 +154,7 @@ def train_step(
 
         dropout_key = jax.random.fold_in(key, state.step) if has_dropout(state.module) else None
         value, stats, grads, routed = model_gradients(
-            loss, state.module, trainable, batch, micro_batches, state.mesh, dropout_key, routers
+            loss, state.module, trainable, batch, micro_batches, state.mesh, dropout_key, routers, real_columns(batch)
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)

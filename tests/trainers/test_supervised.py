@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf.trainers import reward
+from jaxrlhf.trainers import gradients, reward
 from jaxrlhf.trainers.dpo import Losses, objective
 from jaxrlhf.trainers.sft import sft_loss, token_count
 from jaxrlhf.trainers.supervised import Objective, init_state, train_step
@@ -105,6 +105,22 @@ def test_filler_rows_and_wider_padding_change_nothing(supervised):
             x[8:, 0] = 1  # as the data gives them: one token, so that attention has something to look at
         wider[name] = x
     assert_same(supervised.step(wider), supervised.whole)
+
+
+def test_micro_batches_that_a_cpu_cuts_to_their_rows_change_nothing(supervised, monkeypatch):
+    monkeypatch.setattr(gradients, "CPU_TOKENS", 128)  # two rows of 64 columns
+    wide = {k: np.pad(x, ((0, 0), (0, 64 - WIDTH))) if x.ndim > 1 else x for k, x in supervised.batch.items()}
+    for name in [name for name in wide if name.endswith("ids")]:
+        wide[name][:, WIDTH:] = 3
+    widths, whole = set(), OBJECTIVE[supervised.kind]
+
+    def recorded(module, params, rows, count, key):
+        widths.update(x.shape[1] for name, x in rows.items() if name.endswith("ids"))
+        return whole.loss(module, params, rows, count, key)
+
+    monkeypatch.setitem(OBJECTIVE, supervised.kind, Objective(whole.count, recorded))
+    assert_same(supervised.step(wide), supervised.whole)
+    assert widths == {16, 32, 48, 64}
 
 
 def test_the_loss_and_its_gradient_equal_a_plain_forward(supervised):

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +47,10 @@ from jaxrlhf.rl.run import train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.report import read_curves
 from jaxrlhf.sharding import make_mesh
-from jaxrlhf.trainers.dpo import DPOOptions, train_dpo
+from jaxrlhf.trainers.dpo import train_dpo
+from jaxrlhf.trainers.kto import KTOConfig, train_kto
 from jaxrlhf.trainers.optimizer import OptimizerConfig, make_optimizer
+from jaxrlhf.trainers.references import ReferencedConfig
 from jaxrlhf.trainers.reward import train_reward
 from jaxrlhf.trainers.sft import OBJECTIVE, train_sft
 from jaxrlhf.trainers.supervised import init_state, train_step
@@ -59,7 +62,7 @@ RUNS = Path("runs/learning")
 ANSWERS = 4  # sampled per held-out question
 BLOCK = 64  # tokens of a block of pretraining text
 PRETRAINING_STEPS = 400
-SLOW = f"{ROOT}/slow_quality.py:slow_quality"
+QUALITY, SLOW = (f"{ROOT}/slow_quality.py:{name}" for name in ("quality", "slow_quality"))
 
 
 class Outcome(NamedTuple):
@@ -128,39 +131,38 @@ def true_qualities(model: Path, seed: int) -> np.ndarray:
 # ---- the experiments
 
 
-def dpo(seed: int, folder: Path) -> Outcome:
-    """DPO from the SFT model, against which it is judged by the demo's true quality rule."""
-    start = sft_model(seed)
-    options = DPOOptions.create(
-        beta=0.5,
-        max_steps=200,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=100,
-        learning_rate=1e-4,
-        warmup_ratio=0.05,
-        eval_steps=25,
-        logging_steps=25,
-    )
-    config = demo_settings(seed, folder).replace(alignment="dpo", dpo=options)
-    config = step_configs(config)["dpo"].replace(model_name_or_path=str(start))
-    begin = time.monotonic()
-    train_dpo(config)
-    seconds = time.monotonic() - begin
-    before, after = (true_qualities(Path(model), seed) for model in (start, config.folder.output_dir))
-    names = ("eval/rewards/accuracies", "eval/rewards/margins", "rewards/accuracies", "rewards/margins", "loss")
-    curves = curves_of(Path(config.folder.output_dir), names)
-    return Outcome(
-        {
+def preferences(name: str, **options: Any) -> Callable[[int, Path], Outcome]:
+    """A trainer on preferences from the SFT model, against which it is judged by the demo's true quality rule."""
+
+    def run(seed: int, folder: Path) -> Outcome:
+        start = sft_model(seed)
+        given = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 100, "warmup_ratio": 0.05}
+        given |= {"max_steps": 200, "learning_rate": 1e-4, "eval_steps": 25, "logging_steps": 25} | options
+        config = step_configs(demo_settings(seed, folder).replace(alignment="dpo"))["dpo"]
+        if name == "kto":
+            shared = {field.name: getattr(config, field.name) for field in fields(ReferencedConfig)}
+            config = KTOConfig(**shared)
+        config = config.replace(model_name_or_path=str(start), **given)
+        begin = time.monotonic()
+        (train_kto if name == "kto" else train_dpo)(config)
+        seconds = time.monotonic() - begin
+        before, after = (true_qualities(Path(model), seed) for model in (start, config.folder.output_dir))
+        names = ("eval/rewards/margins", "rewards/margins", "logps/chosen", "logps/rejected", "loss")
+        if name != "kto":
+            names = ("eval/rewards/accuracies", "eval/rewards/margins", "rewards/accuracies", "rewards/margins", "loss")
+        curves = curves_of(Path(config.folder.output_dir), names)
+        figures = {
             "win_rate": float(win_rate(after, before)),
             "better": float(np.mean(after > before)),
             "equal": float(np.mean(after == before)),
             "quality_sft": float(before.mean()),
-            "quality_dpo": float(after.mean()),
-            "eval_accuracy": curves["eval/rewards/accuracies"][-1][1],
-            "seconds": round(seconds, 1),
-        },
-        curves,
-    )
+            f"quality_{name}": float(after.mean()),
+        }
+        if name != "kto":
+            figures["eval_accuracy"] = curves["eval/rewards/accuracies"][-1][1]
+        return Outcome(figures | {"seconds": round(seconds, 1)}, curves)
+
+    return run
 
 
 def reward_model(seed: int) -> Path:
@@ -234,6 +236,8 @@ def policy_run(seed: int, folder: Path, start: Path | None = None, **options: An
         steps = read_curves(Path(config.folder.output_dir) / "metrics.jsonl")
         for name in ("perf/sequences_per_second", "timing/train", "timing/reward_functions"):
             figures[name] = statistics.median(steps[name].values)
+        for name in {"objective/equal_groups", "sampling/equal_groups", "sampling/refills"} & set(steps):
+            figures[name] = statistics.mean(steps[name].values)
     names = ["eval/scores", "eval/kl", "objective/scores", "objective/kl", "policy/entropy_avg", "policy/clipfrac_avg"]
     if config.algorithm.ptx_coef:
         figures |= {"text_loss_before": before["ptx_loss"], "text_loss_after": after["ptx_loss"]}
@@ -294,6 +298,18 @@ def waiting(steps: int) -> Callable[[int, Path], Outcome]:
     return critic_free("grpo", loss_aggregation="sequence-mean", kl_in_loss=True, kl_estimator="k3", **options)
 
 
+def groups_that_differ(refills: int) -> Callable[[int, Path], Outcome]:
+    """DAPO with up to `refills` further batches in place of groups whose responses all have one score."""
+    own = find_algorithm("dapo").defaults
+    options = {"cliprange_high": own["cliprange_high"], "loss_aggregation": own["loss_aggregation"]}
+    options |= {"dynamic_sampling": refills, "reward_functions": (QUALITY,), "logging_steps": 1}
+    return critic_free("dapo", kl_in_loss=True, kl_estimator="k3", **options)
+
+
+def wastes_nothing(figures: dict[str, float]) -> bool:
+    return improves(figures) and figures["objective/equal_groups"] == 0 < figures["sampling/equal_groups"]
+
+
 def improves(figures: dict[str, float]) -> bool:
     """At least half a standard deviation of reward gained, no collapse from the best, KL within twice its target.
 
@@ -318,12 +334,25 @@ RISES = (
     "reward up by half its spread at least, within a quarter of its best at the end, KL at most twice the target of 6"
 )
 AVERAGES = f"{RISES}, the average's reward within two standard errors of the last policy's or above"
+BETTER = "win rate against the SFT model of at least {} %, by the demo's true quality rule, a tie counting half"
 EXPERIMENTS = {
     "dpo": Experiment(
-        dpo,
+        preferences("dpo", beta=0.5),
         "DPO from the SFT model",
-        "win rate against the SFT model of at least 70 %, by the demo's true quality rule, a tie counting half",
+        BETTER.format(70),
         lambda figures: figures["win_rate"] >= 0.7,
+    ),
+    "kto": Experiment(
+        preferences("kto", beta=0.5),
+        "KTO from the SFT model",
+        BETTER.format(60),
+        lambda figures: figures["win_rate"] >= 0.6,
+    ),
+    "simpo": Experiment(
+        preferences("simpo", loss_type=("simpo",), beta=2.0, simpo_gamma=1.0),
+        "SimPO from the SFT model",
+        BETTER.format(60),
+        lambda figures: figures["win_rate"] >= 0.6,
     ),
     "ppo-1": Experiment(ppo(1), "PPO, one epoch", AVERAGES, improves),
     "ppo-2": Experiment(ppo(2), "PPO, two epochs", AVERAGES, improves),
@@ -347,6 +376,13 @@ EXPERIMENTS = {
         )
         for steps in (0, 1)
     },
+    "dapo": Experiment(
+        groups_that_differ(4),
+        "DAPO with dynamic sampling",
+        f"{RISES}; no group of any update has equal scores, though sampled ones have",
+        wastes_nothing,
+    ),
+    "no-refills": Experiment(groups_that_differ(0), "The same without dynamic sampling", RISES, improves),
     "ptx": Experiment(
         ptx(27.8),
         "PPO with pretraining text at 27.8",

@@ -43,6 +43,7 @@ from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.narrowing import worth_cutting
 from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens, sampling_for
 
@@ -128,7 +129,7 @@ def reward_model_scores(params: PyTree, rollout: Rollout, *, module: Decoder, me
             values: Any = module.apply({"params": read}, chunk.tokens, chunk.mask, contiguous=True)
             return objectives.score_at_last_token(values, chunk.mask)
 
-        return map_rows(score, rows, parts, rows.mask)
+        return map_rows(score, rows, parts, worth_cutting(rows.mask, module.config))
 
 
 class Sampler:

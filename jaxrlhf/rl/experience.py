@@ -17,6 +17,7 @@ from jaxrlhf.rl.algorithms import estimate
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.sharding import TRAIN_RULES, constrain, on_device, use
 from jaxrlhf.trainers.gradients import map_rows
+from jaxrlhf.trainers.narrowing import worth_cutting
 
 PyTree = Any
 
@@ -134,7 +135,8 @@ def score_rollout(
 
     def passes(model: Model, function: Callable[[Decoder, PyTree, Rollout], PyTree], rows: Rollout) -> PyTree:
         params = working_copy(on_device(model.params), logical_axes(model.module), model.module, mesh)
-        return map_rows(partial(function, model.module, params), rows, chunks, rows.mask)
+        mask = worth_cutting(rows.mask, model.config)
+        return map_rows(partial(function, model.module, params), rows, chunks, mask)
 
     def logprobs_of(module: Decoder, params: PyTree, rows: Rollout) -> tuple[jax.Array, jax.Array]:
         return actor_logprobs(module, params, rows.tokens, rows.mask, h.temperature, rows.response_mask, longest)

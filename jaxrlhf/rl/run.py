@@ -25,7 +25,7 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.data import RLData, read_data
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.models import RLHFEngine, meshes
-from jaxrlhf.rl.refills import refilled
+from jaxrlhf.rl.refills import differing, refilled
 from jaxrlhf.rl.replay import with_replays
 from jaxrlhf.rl.samples import Metrics, Prompts, Record, Sampled
 from jaxrlhf.rl.step import PPOState
@@ -149,6 +149,9 @@ class PPOTask:
     def step(self, state: PPOState, plan: StepPlan) -> tuple[PPOState, Metrics]:
         trainer, train, index = self.trainer, self.data.train, plan.index
         experience, scored, rewards, extras = self._sample(state, plan)
+        if self.config.algorithm.algorithm.grouped:
+            teaching = differing(experience, self.config.sampling.samples_per_prompt)
+            scored["objective/equal_groups"] = float(1 - teaching.mean())
         rollout = self.config.rollout
         if rollout.sample_steps and (index + 1) % rollout.sample_steps == 0:
             first = jax.tree.map(lambda x: x[: rollout.num_sample_rows], experience)

@@ -31,6 +31,12 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "rises over tens of steps, then flattens; a fall by more than its initial deviation raises an alarm",
         ),
         Metric(
+            "objective/equal_groups",
+            "GRPO and its relatives: share of the groups in the update whose responses all have one score (TRL's "
+            "`frac_reward_zero_std`)",
+            "nothing is learned from them; near 1, take other prompts, more samples per prompt or `dynamic_sampling`",
+        ),
+        Metric(
             "objective/rlhf_reward",
             "sum of the token rewards of a response: score and KL penalty",
             "rises with the score; if only the score rises, the KL takes the gain back",
@@ -198,7 +204,8 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "sampling/refills sampling/equal_groups",
-            "with `dynamic_sampling`: further batches that were sampled; share of groups with one score for all",
+            "with `dynamic_sampling`: further batches that were sampled; share of the sampled groups with one score "
+            "for all",
             "equal groups become more as prompts become too easy; take harder prompts when refills reach the limit",
         ),
         Metric(

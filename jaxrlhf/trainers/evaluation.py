@@ -15,7 +15,7 @@ from jaxrlhf.models import Decoder
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, use
 from jaxrlhf.trainers.gradients import micro_batches, sum_parts
 from jaxrlhf.trainers.loop import Watch, unwatched
-from jaxrlhf.trainers.narrowing import mask_to_cut_by, real_columns
+from jaxrlhf.trainers.narrowing import mask_to_cut_by, real_columns, worth_cutting
 
 PyTree = Any
 Batch = dict[str, Any]
@@ -26,7 +26,7 @@ def eval_step(params: PyTree, batch: Batch, *, module: Decoder, mesh: Mesh, meas
     """Returns the sums of `measure(module, params, rows)` over one evaluation batch, in micro-batches on a CPU."""
     with use(mesh, TRAIN_RULES):
         parts = micro_batches(batch, 1)
-        mask = mask_to_cut_by(real_columns(batch), 1, parts)
+        mask = mask_to_cut_by(worth_cutting(real_columns(batch), module.config), 1, parts)
         return sum_parts(lambda rows, _: measure(module, params, rows), batch, parts, None, mask)
 
 

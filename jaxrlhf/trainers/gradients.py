@@ -23,7 +23,7 @@ from jaxrlhf.sharding import (
     split,
     tree_shardings,
 )
-from jaxrlhf.trainers.narrowing import mask_to_cut_by, narrowed, order_by_length
+from jaxrlhf.trainers.narrowing import mask_to_cut_by, narrowed, order_by_length, worth_cutting
 from jaxrlhf.trainers.routers import Recorder, RouterOptions, router_loss, router_metrics
 
 PyTree = Any
@@ -200,7 +200,7 @@ def model_gradients(
     params = working_copy(trainable, axes, module, mesh, trained=True)
     if not module.config.num_experts:  # losses of routers would need a pass of their own
         asked, parts = parts, micro_batches(batch, parts)
-        mask = mask_to_cut_by(mask, asked, parts)
+        mask = mask_to_cut_by(worth_cutting(mask, module.config), asked, parts)
         return Gradients(*accumulate_gradients(partial(loss, module), params, batch, parts, key, pin, mask), {})
     coefficients = routers.coefficients(module.config)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.models import DecoderConfig
 from jaxrlhf.sharding import current_rules, platform
 
 PyTree = Any
@@ -18,12 +19,21 @@ PyTree = Any
 WIDTHS = 4
 MULTIPLE = 16
 """Widths are multiples of it."""
+WORTH = 1e11
+"""Floating-point operations of a forward pass, at least. Below, a run is over before it has won back the compiles."""
 
 
 def real_columns(batch: Mapping[str, jax.Array]) -> jax.Array | None:
     """The columns of padded rows that one of the batch's masks `[B, T]` has, as bool `[B, T]`; None for packed rows."""
     masks = [x for name, x in batch.items() if name.endswith("_mask") and x.ndim == 2]
     return None if "segment_ids" in batch else jnp.any(jnp.stack(masks), axis=0)
+
+
+def worth_cutting(mask: jax.Array | None, config: DecoderConfig) -> jax.Array | None:
+    """The mask `[B, T]`, if a pass of such a model over all its columns takes `WORTH` operations or more; else None."""
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_layers * layer + config.vocab_size * config.embedding_size  # about
+    return None if mask is None or 2 * weights * mask.size < WORTH else mask
 
 
 def mask_to_cut_by(mask: jax.Array | None, asked: int, parts: int) -> jax.Array | None:

@@ -36,7 +36,7 @@ from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, use
 from jaxrlhf.trainers.corruption import checksum
 from jaxrlhf.trainers.gradients import map_rows
 from jaxrlhf.trainers.loop import Announce
-from jaxrlhf.trainers.narrowing import real_columns
+from jaxrlhf.trainers.narrowing import real_columns, worth_cutting
 from jaxrlhf.trainers.settings import batch_devices, check_context
 from jaxrlhf.trainers.supervised import Batch, Extend, SupervisedConfig
 from jaxrlhf.trainers.tokenizers import check_reads_tokens
@@ -71,7 +71,8 @@ def score_batch(
     """Runs `logprobs` of a model without gradients, in `micro_batches` chunks of rows."""
     with use(mesh, TRAIN_RULES):
         params = working_copy(params, logical_axes(module), module, mesh)
-        return map_rows(partial(logprobs, module, params), batch, micro_batches, real_columns(batch))
+        mask = worth_cutting(real_columns(batch), module.config)
+        return map_rows(partial(logprobs, module, params), batch, micro_batches, mask)
 
 
 def add_reference(

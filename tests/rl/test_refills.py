@@ -173,6 +173,7 @@ def test_a_run_with_refills_learns_from_groups_that_differ_and_resumes_as_if_nev
     steps = [r for r in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "sampling/refills" in r]
     assert len(steps) == 3 and sum(r["sampling/refills"] for r in steps) > 0
     assert all(0 <= r["sampling/refills"] <= 2 and 0 <= r["sampling/equal_groups"] <= 1 for r in steps)
+    assert all(r["objective/equal_groups"] == 0 or r["sampling/refills"] == 2 for r in steps)
     assert all(r["val/ratio"] == pytest.approx(1, abs=1e-5) for r in steps)
     with sigint_after(1, "objective/kl"), pytest.raises(Interrupted):
         train("parts")

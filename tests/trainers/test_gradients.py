@@ -1,5 +1,6 @@
 """Micro-batches: rows are dealt out and collected in order, and their gradients add up to the whole batch's."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jaxrlhf.models import logical_axes, working_copy
 from jaxrlhf.models.model import leaves_by_path
 from jaxrlhf.rl.experience import actor_logprobs
 from jaxrlhf.sharding import TRAIN_RULES, place_batch, use
-from jaxrlhf.trainers import gradients
+from jaxrlhf.trainers import gradients, narrowing
 from jaxrlhf.trainers.gradients import (
     accumulate_gradients,
     join_rows,
@@ -20,7 +21,7 @@ from jaxrlhf.trainers.gradients import (
     model_gradients,
     split_rows,
 )
-from jaxrlhf.trainers.narrowing import order_by_length
+from jaxrlhf.trainers.narrowing import order_by_length, worth_cutting
 
 ROWS = 24
 
@@ -219,6 +220,7 @@ def test_micro_batches_that_are_cut_to_their_rows_change_no_result(lab, monkeypa
         return mapped, model_gradients(loss, model.module, params, rows, 1, None, mask=mask)[:3]
 
     whole = both(model.params, None)
+    monkeypatch.setattr(narrowing, "WORTH", 0)
     monkeypatch.setattr(gradients, "CPU_TOKENS", 128)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), both(model.params, rows["mask"]), whole)
     assert set(widths) == {16, 32, 48, 64}
@@ -228,3 +230,11 @@ def test_rows_of_similar_length_share_a_micro_batch():
     mask = np.arange(64) < np.array(LENGTHS)[:, None]
     parts = split_rows(mask.sum(1)[order_by_length(mask, 4)], 4)
     assert parts.tolist() == [[5, 9], [12, 17], [20, 33], [48, 64]]
+
+
+def test_small_models_are_not_cut_as_that_compiles_every_width(lab):
+    mask = np.ones((8, 64), bool)
+    config = lab.tiny_model(lab.LLAMA).config
+    assert worth_cutting(mask, config) is None and worth_cutting(None, config) is None
+    smol = replace(config, num_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152, embed_size=576)
+    assert worth_cutting(mask, smol) is mask, "2 · 135M · 512 operations"

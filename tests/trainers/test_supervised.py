@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf.trainers import gradients, reward
+from jaxrlhf.trainers import gradients, narrowing, reward
 from jaxrlhf.trainers.dpo import Losses, objective
 from jaxrlhf.trainers.sft import sft_loss, token_count
 from jaxrlhf.trainers.supervised import Objective, init_state, train_step
@@ -108,6 +108,7 @@ def test_filler_rows_and_wider_padding_change_nothing(supervised):
 
 
 def test_micro_batches_that_a_cpu_cuts_to_their_rows_change_nothing(supervised, monkeypatch):
+    monkeypatch.setattr(narrowing, "WORTH", 0)
     monkeypatch.setattr(gradients, "CPU_TOKENS", 128)  # two rows of 64 columns
     wide = {k: np.pad(x, ((0, 0), (0, 64 - WIDTH))) if x.ndim > 1 else x for k, x in supervised.batch.items()}
     for name in [name for name in wide if name.endswith("ids")]:

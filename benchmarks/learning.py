@@ -298,12 +298,11 @@ def waiting(steps: int) -> Callable[[int, Path], Outcome]:
     return critic_free("grpo", loss_aggregation="sequence-mean", kl_in_loss=True, kl_estimator="k3", **options)
 
 
-def groups_that_differ(refills: int) -> Callable[[int, Path], Outcome]:
-    """DAPO with up to `refills` further batches in place of groups whose responses all have one score."""
-    own = find_algorithm("dapo").defaults
-    options = {"cliprange_high": own["cliprange_high"], "loss_aggregation": own["loss_aggregation"]}
-    options |= {"dynamic_sampling": refills, "reward_functions": (QUALITY,), "logging_steps": 1}
-    return critic_free("dapo", kl_in_loss=True, kl_estimator="k3", **options)
+def groups_that_differ() -> Callable[[int, Path], Outcome]:
+    """DAPO, which samples further batches in place of groups whose responses all have one score."""
+    own = {name: find_algorithm("dapo").defaults[name] for name in ("cliprange_high", "loss_aggregation")}
+    options = {"dynamic_sampling": 8, "reward_functions": (QUALITY,), "logging_steps": 1}
+    return critic_free("dapo", kl_in_loss=True, kl_estimator="k3", **own, **options)
 
 
 def wastes_nothing(figures: dict[str, float]) -> bool:
@@ -377,12 +376,11 @@ EXPERIMENTS = {
         for steps in (0, 1)
     },
     "dapo": Experiment(
-        groups_that_differ(4),
+        groups_that_differ(),
         "DAPO with dynamic sampling",
         f"{RISES}; no group of any update has equal scores, though sampled ones have",
         wastes_nothing,
     ),
-    "no-refills": Experiment(groups_that_differ(0), "The same without dynamic sampling", RISES, improves),
     "ptx": Experiment(
         ptx(27.8),
         "PPO with pretraining text at 27.8",

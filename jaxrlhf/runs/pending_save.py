@@ -19,6 +19,7 @@ from jaxrlhf.distributed import is_primary
 from jaxrlhf.runs.checkpoint_index import FORMAT, Entry, Files, file_facts, is_own, sealed, sizes
 from jaxrlhf.runs.checkpoints import REPLACED, UNFINISHED, array_handler
 from jaxrlhf.runs.exchange import Exchange
+from jaxrlhf.runs.host_copies import at_low_priority, owned
 from jaxrlhf.runs.storage import reason_of
 
 if TYPE_CHECKING:
@@ -121,13 +122,17 @@ class PendingSave:
             async_options=options,
             multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=leader),
         )
+        arguments = ocp.args.PyTreeSave(owned(arrays) if background else arrays)
+
+        def begin() -> None:
+            checkpointer.save((self.work / "state").absolute(), args=arguments)
+            self.thread = threading.Thread(target=self._finish, args=(checkpointer,), name="checkpoint", daemon=True)
+            self.thread.start()
+
         try:
-            checkpointer.save((self.work / "state").absolute(), args=ocp.args.PyTreeSave(arrays))
+            at_low_priority(begin) if background else begin()
         except FAILURES as error:
             self.result = {"error": reason_of(error)}
-            return
-        self.thread = threading.Thread(target=self._finish, args=(checkpointer,), name="checkpoint", daemon=True)
-        self.thread.start()
 
     def _finish(self, checkpointer: "AsyncCheckpointer") -> None:
         result: Report = {}

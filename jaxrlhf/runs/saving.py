@@ -135,7 +135,11 @@ class Saver:
             self._fail(save, error)
             return
         self._pending = self._newest = save
-        save.write(arrays, background=background)
+        try:
+            save.write(arrays, background=background)
+        except BaseException:  # what the storage is not to blame for: nobody may wait for this save
+            self.abandon()
+            raise
         if not background:
             self.wait()
 

@@ -364,6 +364,16 @@ def test_a_failed_save_is_told_at_the_next_boundary_and_retried_until_too_many_f
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+def test_nobody_waits_for_a_save_that_could_not_begin(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, max_failures=2)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(STAGES[0], failing(MemoryError()))
+        saver.start(1, small(1.0), {})
+    saver.wait()
+    saver.start(2, small(2.0), {}, background=False)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
 def test_retention_keeps_the_newest_the_best_and_every_nth(tmp_path):
     saver = Saver(tmp_path, Retention(last=2, period=4))
     for step in range(1, 10):

@@ -285,7 +285,13 @@ class Mirror:
 
     def _is_same_run(self) -> bool:
         path = self.folder / ID
-        there = json.loads(self.remote.read(ID) or b"{}")
+        try:
+            there = json.loads(self.remote.read(ID) or b"{}")
+        except ValueError as error:
+            raise InputError(
+                f"{self.remote.shown}/{ID} is damaged; copy {path} there if {self.folder} holds this run, or delete "
+                "both, and the run is fetched from the URL"
+            ) from error
         return path.is_file() and read_json(path) == there
 
     def _fetch(self) -> None:

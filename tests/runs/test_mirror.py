@@ -151,6 +151,14 @@ def test_a_working_folder_of_another_run_is_not_continued(url, tmp_path):
     assert {path.name for path in (tmp_path / "b").glob("checkpoint-*")} == {"checkpoint-8"}
 
 
+def test_a_damaged_id_at_the_url_is_named_and_no_folder_is_removed(url, store, tmp_path):
+    first_run(url, tmp_path / "a")
+    store.pipe_file(f"{url}/remote.json", b'{"id": "0')
+    with pytest.raises(InputError, match=r"remote.json is damaged; copy .* there"):
+        run_of(url, tmp_path / "a", resume=True)
+    assert (tmp_path / "a" / "checkpoint-8" / "metadata.json").exists()
+
+
 def test_a_second_run_is_refused_and_an_overwriting_one_removes_the_first(url, tmp_path):
     first_run(url, tmp_path / "a")
     with pytest.raises(InputError, match=r"already holds a run.*checkpoint-4.*--overwrite_output_dir"):
@@ -364,3 +372,13 @@ def test_a_changed_file_is_fetched_again_and_the_others_are_not(store, url, cach
     store.pipe_file(f"{url}/b.json", b"22")
     fetch(url, lambda found: found)
     assert ((folder / "a.json").read_text(), (folder / "b.json").read_text()) == ("mine", "22")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\0"])
+def test_files_whose_record_is_damaged_are_fetched_again(store, url, cache, text):
+    store.pipe_file(f"{url}/a.json", b"1")
+    folder = fetch(url, lambda found: found)
+    (folder / "a.json").write_text("mine")
+    folder.with_name(f"{folder.name}.json").write_text(text)
+    fetch(url, lambda found: found)
+    assert (folder / "a.json").read_text() == "1"

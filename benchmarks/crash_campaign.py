@@ -53,7 +53,7 @@ import jaxrlhf.runs.report  # noqa: F401
 from jaxrlhf.cli import main as jaxrlhf_main
 
 FORK = multiprocessing.get_context("fork")
-RUN_LIMIT = 300  # seconds after which a run counts as hanging
+RUN_LIMIT = 300  # seconds after which a run, or a step of one, counts as hanging
 PEER_LIMIT = 60  # seconds in which the other process of a killed one must end
 KILLED = -signal.SIGKILL
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link")
@@ -195,7 +195,7 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
                 os.kill(victim.pid, signal.SIGKILL)
             if victim.exitcode is not None:
                 killed = now
-        if now - begin > RUN_LIMIT or (killed is not None and now - killed > PEER_LIMIT):
+        if now - begin > RUN_LIMIT * (len(STEPS) if case.trainer == "rlhf" else 1) or (killed is not None and now - killed > PEER_LIMIT):
             hanging = [child.is_alive() for child in children]
             for child in children:
                 child.kill()

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -205,7 +207,11 @@ class PendingSave:
 
 @functools.cache
 def _hide_late_writes() -> None:
-    """Hides a traceback for each array whose write ends after orbax has given up a save: its event loop is closed."""
+    """Hides a traceback for each array whose write fails or ends after orbax has given up a save.
+
+    The save was reported as failed by then; for the interpreter, nobody has asked for the result of the write, or the
+    event loop is closed.
+    """
     before = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -213,6 +219,13 @@ def _hide_late_writes() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_late_write(record))
+
+
+def _is_late_write(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    by_orbax = any("/orbax/" in frame.filename for frame in traceback.extract_tb(trace))
+    return by_orbax and "exception was never retrieved" in record.getMessage()
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints: bit-exact on any mesh, never harmed by an interrupted save, clear about what does not fit."""
 
+import asyncio
+import gc
 import json
 import shutil
 from typing import NamedTuple
@@ -362,6 +364,22 @@ def test_a_failed_save_is_told_at_the_next_boundary_and_retried_until_too_many_f
     with pytest.raises(StorageError, match=r"checkpoint-4: no space left .*\(2 times in a row\); older .* are kept"):
         boundary(saver)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("file", "shown"), [("/packages/orbax/checkpoint/writes.py", False), ("/mine.py", True)])
+def test_a_write_that_fails_after_its_save_was_reported_prints_no_traceback(tmp_path, caplog, file, shown):
+    save_checkpoint(tmp_path, 1, small(1.0), {})
+    program = compile("async def write(): raise ValueError('no such folder')", file, "exec")
+
+    async def forget():
+        names = {}
+        exec(program, names)
+        asyncio.ensure_future(names["write"]())
+        await asyncio.sleep(0)
+
+    asyncio.run(forget())
+    gc.collect()
+    assert ("no such folder" in caplog.text) == shown
 
 
 def test_nobody_waits_for_a_save_that_could_not_begin(tmp_path, monkeypatch):

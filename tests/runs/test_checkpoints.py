@@ -374,8 +374,9 @@ def test_a_write_that_fails_after_its_save_was_reported_prints_no_traceback(tmp_
     async def forget():
         names = {}
         exec(program, names)
-        asyncio.ensure_future(names["write"]())
+        tasks = [asyncio.ensure_future(names["write"]())]
         await asyncio.sleep(0)
+        tasks.clear()
 
     asyncio.run(forget())
     gc.collect()

@@ -1,5 +1,6 @@
 """Copies of a state in host memory for a save in the background, and the priority of the threads that write them."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -57,6 +58,17 @@ def at_low_priority(task: Callable[[], Result]) -> Result:
     """Runs a function in a thread of low priority, which threads inherit that it starts; returns its result."""
     with ThreadPoolExecutor(1, initializer=_lower_priority) as pool:
         return pool.submit(task).result()
+
+
+def hurry() -> None:
+    """Gives the threads of low priority that of this thread, as it waits for them; the system may forbid it."""
+    if sys.platform != "linux":
+        return
+    usual = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(OSError):  # not allowed, or the thread has ended
+            if os.getpriority(os.PRIO_PROCESS, thread) == max(usual, NICENESS):
+                os.setpriority(os.PRIO_PROCESS, thread, usual)
 
 
 def _lower_priority() -> None:

@@ -17,6 +17,7 @@ from jaxrlhf.errors import StorageError
 from jaxrlhf.runs.checkpoint_index import Files, PyTree, encode
 from jaxrlhf.runs.checkpoints import REPLACED, checkpoint_step, clean_folder, list_checkpoints, remove_checkpoint
 from jaxrlhf.runs.exchange import Exchange, first
+from jaxrlhf.runs.host_copies import hurry
 from jaxrlhf.runs.pending_save import PendingSave, Report
 from jaxrlhf.runs.storage import reason_of
 
@@ -183,6 +184,8 @@ class Saver:
         Raises:
             StorageError: `max_failures` saves in a row have failed.
         """
+        if self._pending is not None:
+            hurry()
         while self._pending is not None:
             self._pending.wait_for_news(LOOK)
             self.advance(gather(f"saving checkpoint-{self._pending.step}", self.report()))

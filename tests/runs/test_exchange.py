@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import processes
 import pytest
-from together import free_port, run_all
+from together import DEADLINE, free_port, run_all
 
 from jaxrlhf.config.remote import RemoteFolder
 from jaxrlhf.errors import StorageError
@@ -207,7 +207,7 @@ def test_all_three_steps_go_on_from_the_url_when_a_machine_of_the_second_and_of_
     def launch(run, machine, step="", victim=0):
         environment = {"XLA_FLAGS": FLAGS, "RUN_URL": f"{url}/{run}", "MACHINE": machine}
         environment |= {"STEP": step, "VICTIM": str(victim)}
-        return run_all(commands_of("steps", demo, tmp_path), environment)
+        return run_all(commands_of("steps", demo, tmp_path), environment, 3 * DEADLINE)
 
     def weights(run):
         names = [path for path in store.find(f"{url}/{run}") if path.endswith(".safetensors")]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrlhf.runs.host_copies import NICENESS, at_low_priority, owned
+from jaxrlhf.runs.host_copies import NICENESS, at_low_priority, hurry, owned
 from jaxrlhf.sharding import make_mesh
 
 
@@ -66,6 +66,43 @@ def test_threads_of_a_save_and_those_that_they_start_yield_to_the_step():
     before = priority()
     assert at_low_priority(with_child) == [max(before, NICENESS)] * 2
     assert priority() == before
+
+
+def may_hurry():
+    """True where a thread may raise its priority again."""
+
+    def lower_and_raise():
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) - 1)
+
+    try:
+        at_low_priority(lower_and_raise)
+    except PermissionError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not may_hurry(), reason="only Linux, and not every user, can")
+def test_threads_that_somebody_waits_for_have_his_priority():
+    ready, go, found = threading.Event(), threading.Event(), []
+
+    def work():
+        ready.set()
+        go.wait(60)
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    child = at_low_priority(lambda: started(work))
+    ready.wait(60)
+    hurry()
+    go.set()
+    child.join()
+    assert found == [os.getpriority(os.PRIO_PROCESS, threading.get_native_id())]
+
+
+def started(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
 
 
 def test_an_error_in_a_thread_of_low_priority_is_raised():

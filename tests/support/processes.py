@@ -259,7 +259,8 @@ def main():
     role, address, number, process, demo, folder = sys.argv[1:]
     from jaxrlhf import distributed
 
-    distributed.initialize(coordinator_address=address, num_processes=int(number), process_id=int(process))
+    options = {"heartbeat_timeout": 200} if role == "steps" else {}  # no loss is found by silence there
+    distributed.initialize(coordinator_address=address, num_processes=int(number), process_id=int(process), **options)
     {"two": two, "four": four, "apart": apart, "again": again, "steps": steps}[role](
         json.loads(demo), Path(folder), int(process)
     )

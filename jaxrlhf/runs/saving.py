@@ -147,7 +147,10 @@ class Saver:
     def _make(self, save: PendingSave) -> str | None:
         """Makes the work folder, without left-overs beside it. Returns why it failed."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._newest is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            elif not self.folder.is_dir():  # what is written below the place of a lost file system is lost with it
+                return f"{self.folder} is gone"
             clean_folder(self.folder)
             save.work.mkdir()
         except OSError as error:

@@ -383,6 +383,19 @@ def test_a_write_that_fails_after_its_save_was_reported_prints_no_traceback(tmp_
     assert ("no such folder" in caplog.text) == shown
 
 
+def test_a_folder_that_is_away_is_not_made_again_and_saves_go_on_when_it_is_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "RETRY", 0.0)
+    said = []
+    saver = Saver(tmp_path / "run", max_failures=2, say=said.append)
+    saver.start(1, small(1.0), {}, background=False)
+    (tmp_path / "run").rename(tmp_path / "away")
+    saver.start(2, small(2.0), {})
+    assert not (tmp_path / "run").exists() and "run is gone; training goes on" in said[-1]
+    (tmp_path / "away").rename(tmp_path / "run")
+    saver.start(3, small(3.0), {}, background=False)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-3"]
+
+
 def test_nobody_waits_for_a_save_that_could_not_begin(tmp_path, monkeypatch):
     saver = Saver(tmp_path, max_failures=2)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):

@@ -186,7 +186,7 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
         arguments = (own, own_folder, folder / f"log-{i}.txt", change, counters[-1], environment)
         children.append(FORK.Process(target=work, args=arguments))
         children[-1].start()
-    killed = None
+    killed, limit = None, RUN_LIMIT * (len(STEPS) if case.trainer == "rlhf" else 1)
     while any(child.is_alive() for child in children):
         now = time.monotonic()
         if kill and killed is None:
@@ -195,7 +195,7 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
                 os.kill(victim.pid, signal.SIGKILL)
             if victim.exitcode is not None:
                 killed = now
-        if now - begin > RUN_LIMIT * (len(STEPS) if case.trainer == "rlhf" else 1) or (killed is not None and now - killed > PEER_LIMIT):
+        if now - begin > limit or (killed is not None and now - killed > PEER_LIMIT):
             hanging = [child.is_alive() for child in children]
             for child in children:
                 child.kill()

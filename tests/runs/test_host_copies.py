@@ -29,6 +29,15 @@ def test_a_copy_has_the_values_and_the_placement_and_none_of_the_memory(spec, dt
     assert not set(pointers(copy)) & set(pointers(array))
 
 
+@pytest.mark.parametrize("kind", [memory.kind for memory in jax.devices()[0].addressable_memories()])
+def test_a_copy_of_an_offloaded_array_is_in_the_same_memory(kind):
+    placed = NamedSharding(make_mesh(1, 8), PartitionSpec("fsdp"), memory_kind=kind)
+    array = jax.device_put(jnp.arange(24.0), placed)
+    copy = owned({"x": array})["x"]
+    assert copy.sharding == placed and not set(pointers(copy)) & set(pointers(array))
+    np.testing.assert_array_equal(np.asarray(copy), np.arange(24.0))
+
+
 def test_replicas_share_one_copy():
     array = jax.device_put(jnp.arange(24.0), NamedSharding(make_mesh(2, 4), PartitionSpec("fsdp")))
     assert len(set(pointers(owned({"x": array})["x"]))) == 4

@@ -135,6 +135,20 @@ def test_another_machine_continues_from_the_url(url, tmp_path):
     assert (tmp_path / "b" / "checkpoint-8" / "state" / "array").read_bytes() == b"x" * 8
 
 
+def test_older_checkpoints_at_the_url_stay_until_another_machine_has_saved_newer_ones(url, tmp_path):
+    first_run(url, tmp_path / "a", steps=(4, 6, 8), best=8)
+    run = run_of(url, tmp_path / "b", resume=True)
+    run.copy(last=True)
+    assert {p.step for p in run._points()} == {4, 6, 8}, "the newest may turn out to be damaged"
+    checkpoint(tmp_path / "b", 10)
+    run.copy()
+    assert {p.step for p in run._points()} == {6, 8, 10}
+    shutil.rmtree(tmp_path / "b" / "checkpoint-8")
+    checkpoint(tmp_path / "b", 12)
+    run.copy()
+    assert {p.step for p in run._points()} == {10, 12}
+
+
 def test_the_same_machine_continues_from_its_working_folder(url, tmp_path):
     first_run(url, tmp_path / "a")
     checkpoint(tmp_path / "a", 9)

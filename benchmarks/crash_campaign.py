@@ -53,17 +53,21 @@ import jaxrlhf.runs.report  # noqa: F401
 from jaxrlhf.cli import main as jaxrlhf_main
 
 FORK = multiprocessing.get_context("fork")
-RUN_LIMIT = 300  # seconds after which a run counts as hanging
+RUN_LIMIT = 300  # seconds after which a run, or a step of one, counts as hanging
 PEER_LIMIT = 60  # seconds in which the other process of a killed one must end
 KILLED = -signal.SIGKILL
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link")
 TINY = ["--config_overrides", "n_embd=16,n_layer=2,n_head=2,n_positions=96"]
-COMMON = [
-    *("--data_path", "demo", "--data_split", "2,4,4", "--max_eval_samples", "8", "--max_steps", "6"),
-    *("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4", "--logging_steps", "1"),
-    *("--save_steps", "2", "--eval_steps", "3", "--save_total_limit", "2"),
+DATA = ["--data_path", "demo", "--data_split", "2,4,4", "--max_eval_samples", "8"]
+LENGTH = [
+    *("--max_steps", "6", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4"),
+    *("--logging_steps", "1", "--save_steps", "2", "--eval_steps", "3", "--save_total_limit", "2"),
 ]
-PPO = ["--max_prompt_seq_len", "24", "--max_new_tokens", "6"]
+COMMON = [*DATA, *LENGTH]
+PROMPTS = ["--max_prompt_seq_len", "24"]
+PPO = [*PROMPTS, "--max_new_tokens", "6"]
+STEPS = {"sft": [], "reward": [], "ppo": ["--max_new_tokens", "6"]}
+"""The steps of `rlhf`, with flags of their own."""
 # Files whose names are drawn at random, or hold a time or a process.
 DRAWN = ((r"/d/[0-9a-f]{32}", "/d/…"), (r"events\.out\.tfevents.*", "events"))
 TIMES = re.compile(r"^(time|timing/.*|perf/.*|samples_per_second|seconds)$")
@@ -91,13 +95,14 @@ class Case:
 def cases() -> list[Case]:
     """The kinds of runs: all trainers, ZeRO stages 0 to 3, LoRA, both ways of saving, processes, stores."""
     found = [Case(trainer, ("--zero_stage", stage)) for trainer in ("sft", "ppo") for stage in "0123"]
-    found += [Case("reward"), Case("dpo"), Case("grpo", ("--samples_per_prompt", "2"))]
+    found += [Case("reward"), Case("dpo"), Case("kto"), Case("distill"), Case("grpo", ("--samples_per_prompt", "2"))]
     found += [Case(trainer, ("--lora_r", "2")) for trainer in ("sft", "reward", "dpo")]
     found += [Case("ppo", ("--actor_lora_r", "2", "--enable_ema"))]
     found += [Case("sft", ("--no_async_save",)), Case("ppo", ("--no_async_save",))]
     found += [Case("sft", processes=2), Case("ppo", processes=2)]
     found += [Case("sft", remote=True), Case("ppo", remote=True), Case("sft", processes=2, remote=True)]
     found += [Case("sft", processes=2, remote=True, apart=True)]
+    found += [Case("rlhf"), Case("rlhf", processes=2, remote=True, apart=True)]
     return found
 
 
@@ -163,7 +168,7 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
     """Runs a case in `folder` until it ends or is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     output = f"s3://bucket/{folder.name}" if case.remote else str(folder / "run")
-    argv = [case.trainer, *COMMON, *models(case, place), *case.flags, "--output_dir", output]
+    argv = [case.trainer, *words(case, place), *case.flags, "--output_dir", output]
     argv += ["--working_dir", "run"] * case.remote + ["--resume"] * resume
     argv += ["--compilation_cache", str(place.root / "xla")]
     environment = {"JAXRLHF_CACHE": str(place.root / "cache")}
@@ -181,7 +186,7 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
         arguments = (own, own_folder, folder / f"log-{i}.txt", change, counters[-1], environment)
         children.append(FORK.Process(target=work, args=arguments))
         children[-1].start()
-    killed = None
+    killed, limit = None, RUN_LIMIT * (len(STEPS) if case.trainer == "rlhf" else 1)
     while any(child.is_alive() for child in children):
         now = time.monotonic()
         if kill and killed is None:
@@ -190,7 +195,7 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
                 os.kill(victim.pid, signal.SIGKILL)
             if victim.exitcode is not None:
                 killed = now
-        if now - begin > RUN_LIMIT or (killed is not None and now - killed > PEER_LIMIT):
+        if now - begin > limit or (killed is not None and now - killed > PEER_LIMIT):
             hanging = [child.is_alive() for child in children]
             for child in children:
                 child.kill()
@@ -202,13 +207,18 @@ def run(case: Case, folder: Path, place: Place, kill: Kill | None = None, resume
     return Ended([child.exitcode for child in children], end - begin, counters[0].value, end - (killed or end))
 
 
-def models(case: Case, place: Place) -> list[str]:
+def words(case: Case, place: Place) -> list[str]:
+    """Data, length and models of a case as flags."""
     base, reward = (str(place.models[name]) for name in ("sft", "reward"))
-    if case.trainer == "ppo":
-        return ["--actor_model_name_or_path", base, "--reward_model_name_or_path", reward, *PPO]
-    if case.trainer == "grpo":
-        return ["--actor_model_name_or_path", base, "--reward_model_name_or_path", reward, *PPO]
-    return ["--model_name_or_path", base, "--max_length", "48"]
+    if case.trainer == "rlhf":
+        flags = [*DATA, "--actor_model_name_or_path", base, "--max_length", "48", *PROMPTS]
+        for step, own in STEPS.items():
+            flags += [f"--{step}.{word[2:]}" if word.startswith("--") else word for word in [*LENGTH, *own]]
+        return flags
+    if case.trainer in ("ppo", "grpo"):
+        return [*COMMON, "--actor_model_name_or_path", base, "--reward_model_name_or_path", reward, *PPO]
+    teacher = ["--teacher_model_name_or_path", base] if case.trainer == "distill" else []
+    return [*COMMON, "--model_name_or_path", base, *teacher, "--max_length", "48"]
 
 
 def free_port() -> int:
@@ -252,9 +262,10 @@ def _outcome(folder: Path) -> Outcome:
         for pattern, plain in DRAWN:
             name = re.sub(pattern, plain, name)
         result.files.add(name)
-    for path in sorted(folder.glob("checkpoint-*")):
+    for path in sorted(folder.rglob("checkpoint-*")):
+        point = path.relative_to(folder).as_posix()
         leaves = json.loads((path / "index.json").read_text())["leaves"]
-        result.bits[f"{path.name} index"] = json.dumps(leaves, sort_keys=True)
+        result.bits[f"{point} index"] = json.dumps(leaves, sort_keys=True)
         names = [leaf["path"] for leaf in leaves if leaf["kind"] in ("array", "key")]
         whole = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -262,10 +273,11 @@ def _outcome(folder: Path) -> Outcome:
                 (path / "state").absolute(), args=ocp.args.PyTreeRestore(item=whole, restore_args=whole)
             )
         for name in names:
-            result.bits[f"{path.name} {name}"] = hashlib.blake2b(arrays[name].tobytes()).hexdigest()
+            result.bits[f"{point} {name}"] = hashlib.blake2b(arrays[name].tobytes()).hexdigest()
     result.records = [
         {name: value for name, value in record.items() if not TIMES.match(name) and "peak_memory" not in name}
-        for record in read_jsonl(folder / "metrics.jsonl")
+        for path in sorted(folder.rglob("metrics.jsonl"))
+        for record in read_jsonl(path)
     ]
     return result
 
@@ -280,11 +292,13 @@ def differences(wanted: Outcome, found: Outcome, *, newest_only: bool = False) -
     """
     bits, files = dict(wanted.bits), set(wanted.files)
     if newest_only:
-        held = {name.split()[0] for name in bits if name.startswith("checkpoint-")}
-        newest = max(held, key=lambda name: int(name.removeprefix("checkpoint-")))
-        absent = held - {newest} - {name.split()[0] for name in found.bits}
+        held = {name.split()[0] for name in bits if "checkpoint-" in name}
+        newest: dict[str, str] = {}  # by the folder of the run
+        for point in sorted(held, key=lambda name: int(name.rpartition("-")[2])):
+            newest[point.rpartition("/")[0]] = point
+        absent = held - set(newest.values()) - {name.split()[0] for name in found.bits}
         bits = {name: value for name, value in bits.items() if name.split()[0] not in absent}
-        files = {name for name in files if name.split("/")[0] not in absent}
+        files = {name for name in files if not name.startswith(tuple(f"{point}/" for point in absent))}
     names = sorted(bits.keys() | found.bits.keys())
     text = [f"other bits: {name}" for name in names if bits.get(name) != found.bits.get(name)]
     if wanted.records != found.records:

@@ -260,7 +260,8 @@ def main() -> int:
     defects = [asdict(outcome) for outcome in outcomes if outcome.verdict not in GOOD]
     kinds = dict.fromkeys(outcome.kind for outcome in outcomes)
     counts = {kind: collections.Counter(o.verdict for o in outcomes if o.kind == kind) for kind in kinds}
-    record = {"command": "python benchmarks/fuzz_inputs.py", "seed": options.seed, "cases": len(outcomes)}
+    command = " ".join(["python benchmarks/fuzz_inputs.py", *sys.argv[1:]])
+    record = {"command": command, "seed": options.seed, "cases": len(outcomes)}
     record |= {"seconds": round(time.monotonic() - start), "python": platform.python_version(), "counts": counts}
     options.json.write_text(json.dumps(record | {"defects": defects}, indent=2) + "\n", encoding="utf-8")
     print(f"{len(outcomes)} cases, {len(defects)} defects, {record['seconds']} s → {options.json}")

@@ -135,6 +135,36 @@ def pretraining(inputs: Path, outputs: Path) -> Command:
     return read
 
 
+def cached_text(inputs: Path, outputs: Path) -> Command:
+    """Reads the tokens of such text from the cache."""
+
+    def read() -> None:
+        from jaxrlhf.data import load_text, load_tokenizer
+
+        cache = outputs / "cache"
+        options: dict[str, Any] = {"field": "text", "block": 8, "held_out": 0.1, "cache": cache}
+        load_text([str(inputs / "text.txt")], load_tokenizer("demo"), **options)
+        next(cache.glob("text/*/")).joinpath("tokens.npy").unlink()
+        next(cache.glob("text/*/")).joinpath("tokens.npy").symlink_to(inputs / "tokens.npy")
+        load_text([str(inputs / "text.txt")], load_tokenizer("demo"), **options)
+
+    return read
+
+
+def baseline(inputs: Path, outputs: Path) -> Command:
+    """Reads the scores before training of a resumed run."""
+
+    def read() -> None:
+        from jaxrlhf.commands.data import DataViewConfig
+        from jaxrlhf.rl.run import Baseline
+        from jaxrlhf.runs import Run
+
+        with Run(inputs / "records", DataViewConfig(), resume=True, quiet=True) as run:
+            Baseline(run, "p").read()
+
+    return read
+
+
 def resumed(inputs: Path, outputs: Path) -> Command:
     """Goes on with the records of a run, and writes its report."""
 
@@ -195,6 +225,7 @@ KINDS: dict[str, Kind] = {
     "rows.parquet": Kind("rows.parquet", rows("rows.parquet")),
     "rows.arrow": Kind("rows.arrow", rows("rows.arrow")),
     "rows.txt (ptx)": Kind("rows.txt", pretraining, lenient=True),
+    "cached tokens (ptx)": Kind("tokens.npy", cached_text),
     "rows.jsonl.gz": Kind("rows.jsonl.gz", rows("rows.jsonl.gz"), attacks=(BOMBS[".gz"],)),
     "rows.jsonl.zst": Kind("rows.jsonl.zst", rows("rows.jsonl.zst"), attacks=(BOMBS[".zst"],)),
     "rows.jsonl, streamed": Kind("rows.jsonl", streamed),
@@ -213,6 +244,7 @@ KINDS: dict[str, Kind] = {
     "checkpoint metadata": Kind("run/checkpoint-0/metadata.json", checkpoint, "json"),
     "metrics.jsonl": Kind("records/metrics.jsonl", resumed, lenient=True),
     "samples.jsonl": Kind("records/samples.jsonl", resumed, lenient=True),
+    "scores before training": Kind("records/eval_baseline.json", baseline, "json"),
     "summary.json": Kind("records/summary.json", resumed, "json"),
     "trackers.json": Kind("records/trackers.json", resumed, "json"),
     "record of teacher_log_probs": Kind("teacher/about.json", teacher, "json", names=("teacher_log_probs",)),
@@ -241,6 +273,7 @@ def make_inputs(folder: Path) -> None:
         "metrics.jsonl": '{"step": 1, "time": 1.5, "loss": 2.0}\n{"step": 2, "time": 2.5, "loss": null}\n',
         "samples.jsonl": '{"step": 1, "title": "a", "columns": ["prompt", "score"], "rows": [["x", 1.0]]}\n',
         "summary.json": '{"trainer": "sft", "steps": 2}\n',
+        "eval_baseline.json": '{"prompts": "p", "scores": {"0": 1.0, "1": -0.5}}\n',
         "trackers.json": '{"tensorboard": {"url": "x"}}\n',
     }.items():
         (folder / "records" / name).write_text(text, encoding="utf-8")
@@ -317,6 +350,7 @@ def _make_gguf(path: Path, weights: dict[str, Any]) -> None:
 
 def _make_rows(folder: Path) -> None:
     import datasets
+    import numpy as np
     import pyarrow
     import pyarrow.parquet
     import zstandard
@@ -327,6 +361,8 @@ def _make_rows(folder: Path) -> None:
     (folder / "rows.json").write_text(json.dumps(found))
     (folder / "rows.csv").write_text(CSV)
     (folder / "rows.txt").write_text(lines)
+    (folder / "text.txt").write_text(lines)
+    np.save(folder / "tokens.npy", np.arange(100, dtype=np.int32))
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "rows.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     table = pyarrow.Table.from_pylist(found)

@@ -16,6 +16,7 @@ from jaxrlhf.config.annotations import (
     PositiveInt,
     Section,
     Seed,
+    TrueWord,
     alias,
 )
 from jaxrlhf.config.flags import load_yaml, parse, save_yaml
@@ -50,6 +51,7 @@ __all__ = [
     "Section",
     "Seed",
     "Settings",
+    "TrueWord",
     "alias",
     "check_needs",
     "default_of",

@@ -63,6 +63,13 @@ class FromYaml:
     read: Callable[[Any], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class TrueWord:
+    """A further word for true, as a part of the annotation of a truth value."""
+
+    word: str
+
+
 class Hint(NamedTuple):
     """The annotation of a field: its type without None, its notes, and whether None is allowed."""
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from jaxrlhf.config import trl
-from jaxrlhf.config.annotations import FromYaml, Hint, check_value, hint_of
+from jaxrlhf.config.annotations import FromYaml, Hint, TrueWord, check_value, hint_of
 from jaxrlhf.config.files import write_text_atomic
 from jaxrlhf.config.help import print_help
 from jaxrlhf.config.other_flags import Words
@@ -178,6 +178,8 @@ def _read(name: str, hint: Hint, given: Any) -> Any:
         return True
     if len(words) != 1 or isinstance(given, list):
         raise InputError(f"{name} takes one value, found {shown_setting(name, ' '.join(words)) if words else 'none'}")
+    if TrueWord(words[0].lower()) in hint.notes:
+        return True
     return _typed(hint.kind, words[0])
 
 

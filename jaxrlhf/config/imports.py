@@ -73,7 +73,10 @@ def exception_line(error: BaseException, function: Callable[..., object] | None 
     frames = traceback.extract_tb(error.__traceback__)
     code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename] or frames
-    place = f" (line {own[-1].lineno} of {Path(own[-1].filename).name})" if own else ""
+    lines = [(frame.lineno, frame.filename) for frame in own[-1:]]
+    if isinstance(error, SyntaxError) and error.filename:  # the frames are those of the import
+        lines = [(error.lineno, error.filename)]
+    place = "".join(f" (line {number} of {Path(name).name})" for number, name in lines)
     return f"{text[:300]}{place}"
 
 

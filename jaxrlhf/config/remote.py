@@ -215,9 +215,12 @@ def cached(url: str, kind: str) -> Path:
 
 
 def _record(folder: Path) -> Mapping[str, str]:
-    """Keys of the files that were copied completely."""
-    path = _record_of(folder)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Keys of the files that were copied completely; none where the record is damaged."""
+    try:
+        found = json.loads(_record_of(folder).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _record_of(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxrlhf.config.files import check_regular
 from jaxrlhf.data.batches import Batch, Indices
 from jaxrlhf.data.cache import created, hash_json
 from jaxrlhf.data.columns import MISSING, look_up
@@ -144,8 +145,19 @@ def _joined_documents(
             temporary.mkdir()
             np.save(temporary / "tokens.npy", np.concatenate(parts or [np.zeros(0, np.int32)]))
             np.save(temporary / "starts.npy", np.cumsum([0, *map(len, parts)])[:-1])
-    arrays = [np.load(target / f"{name}.npy", mmap_mode="r") for name in ("tokens", "starts")]
-    return (arrays[0], arrays[1]), key
+    return (_mapped(target / "tokens.npy"), _mapped(target / "starts.npy")), key
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array of whole numbers in a file of the cache."""
+    try:
+        check_regular(path)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read {path} ({error}); delete its folder, and it is made again") from error
+    if array.ndim != 1 or array.dtype.kind != "i":
+        raise InputError(f"{path} holds no tokens; delete its folder, and it is made again")
+    return array
 
 
 def _documents(sources: Sequence, field: str) -> Iterator[list[str]]:

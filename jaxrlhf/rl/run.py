@@ -79,7 +79,10 @@ class Baseline:
         kept = self._saved or from_primary("reading the scores before training", kept_scores)
         if kept.get("prompts") != self.key:
             return None
-        return {int(number): score for number, score in kept["scores"].items()}
+        try:
+            return {int(number): float(score) for number, score in kept["scores"].items()}
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.path} holds no scores by prompt; delete it") from error
 
 
 class PPOTask:

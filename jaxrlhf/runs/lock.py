@@ -38,6 +38,7 @@ class FolderLock:
             self.path, lease_duration=LEASE_SECONDS, thread_local=False, on_compromise=self._note
         )
         self._lost: LeaseCompromise | None = None
+        self._renews = False
         self._acquire()
 
     def check(self) -> None:
@@ -47,11 +48,19 @@ class FolderLock:
         """
         if self._lost is None or not self.path.parent.exists():
             return
-        if self._lost.reason == "refresh-failed" and self.path.exists() and self._lease.is_lock_held_by_us:
-            self._lease.release(force=True)  # a lease that was not renewed once is renewed no more
-            self._lease.acquire(timeout=0)
-            self._lost = None
+        if self.path.exists() and _renewed(self.path) is None:  # it cannot be read
             return
+        is_own = self.path.exists() and self._lease.is_lock_held_by_us
+        if self._lost.reason == "refresh-failed" and (is_own or self._renews):
+            self._renews = True
+            try:
+                self._lease.release(force=True)  # a lease that was not renewed once is renewed no more
+                self._lease.acquire(timeout=0)
+                self._lost, self._renews = None, False
+                return
+            except OSError as error:
+                if not isinstance(error, Timeout) or not self.path.exists():  # else another run holds it
+                    return  # the storage is read-only, say; the next check tries again
         raise StorageError(
             f"output_dir {self.path.parent}: this run has lost its lock {LOCK} to {self._holder() or 'nobody'}: it was "
             "not renewed in time, or the file was deleted; the run ends, so that no two runs write to one folder"

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -110,6 +111,10 @@ class Mirror:
         self.remote, self.folder, self.period, self.say = RemoteFolder(url), folder, period, say
         self._there: set[str] = set()
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of change of plain files
+        self._left: set[Point] = set()
+        """Checkpoints that the URL had and that were not fetched."""
+        self._counts: Counter[str] = Counter()
+        """Checkpoints that the URL had, by run."""
         self._replaces = self._failing = False
         self._lock: RemoteLock | None = None
         self._end = threading.Event()
@@ -262,7 +267,10 @@ class Mirror:
         there = self._points()
         for point in sorted(there - kept):
             newer = [other for other in there if other.run == point.run and other.step > point.step]
-            if newer and len(newer) >= sum(other.run == point.run for other in kept):
+            count = sum(other.run == point.run for other in kept)
+            if point in self._left:  # it was not removed; should the newest be damaged, it is needed
+                count = max(count, self._counts[point.run])
+            if newer and len(newer) >= count:
                 self._delete_checkpoint(point)
 
     def _delete_checkpoint(self, point: Point) -> None:
@@ -285,7 +293,13 @@ class Mirror:
 
     def _is_same_run(self) -> bool:
         path = self.folder / ID
-        there = json.loads(self.remote.read(ID) or b"{}")
+        try:
+            there = json.loads(self.remote.read(ID) or b"{}")
+        except ValueError as error:
+            raise InputError(
+                f"{self.remote.shown}/{ID} is damaged; copy {path} there if {self.folder} holds this run, or delete "
+                "both, and the run is fetched from the URL"
+            ) from error
         return path.is_file() and read_json(path) == there
 
     def _fetch(self) -> None:
@@ -297,12 +311,14 @@ class Mirror:
             status = (self.folder / name).stat()
             self._copied[name] = (status.st_size, status.st_mtime_ns)
         points = self._points()
+        self._left, self._counts = set(points), Counter(point.run for point in points)
         for run in {point.run for point in points}:
             newest = max(point for point in points if point.run == run)
             self._fetch_checkpoint(newest)
             best = newest._replace(step=read_json(self.folder / newest.name / COMPLETE).get(BEST))
             if best in points - {newest}:
                 self._fetch_checkpoint(best)
+            self._left -= {newest, best}
 
     def _fetch_checkpoint(self, point: Point) -> None:
         names = self._names_of(point)

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -19,6 +21,7 @@ from jaxrlhf.distributed import is_primary
 from jaxrlhf.runs.checkpoint_index import FORMAT, Entry, Files, file_facts, is_own, sealed, sizes
 from jaxrlhf.runs.checkpoints import REPLACED, UNFINISHED, array_handler
 from jaxrlhf.runs.exchange import Exchange
+from jaxrlhf.runs.host_copies import at_low_priority, owned
 from jaxrlhf.runs.storage import reason_of
 
 if TYPE_CHECKING:
@@ -121,13 +124,17 @@ class PendingSave:
             async_options=options,
             multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=leader),
         )
+        arguments = ocp.args.PyTreeSave(owned(arrays) if background else arrays)
+
+        def begin() -> None:
+            checkpointer.save((self.work / "state").absolute(), args=arguments)
+            self.thread = threading.Thread(target=self._finish, args=(checkpointer,), name="checkpoint", daemon=True)
+            self.thread.start()
+
         try:
-            checkpointer.save((self.work / "state").absolute(), args=ocp.args.PyTreeSave(arrays))
+            at_low_priority(begin) if background else begin()
         except FAILURES as error:
             self.result = {"error": reason_of(error)}
-            return
-        self.thread = threading.Thread(target=self._finish, args=(checkpointer,), name="checkpoint", daemon=True)
-        self.thread.start()
 
     def _finish(self, checkpointer: "AsyncCheckpointer") -> None:
         result: Report = {}
@@ -200,7 +207,11 @@ class PendingSave:
 
 @functools.cache
 def _hide_late_writes() -> None:
-    """Hides a traceback for each array whose write ends after orbax has given up a save: its event loop is closed."""
+    """Hides a traceback for each array whose write fails or ends after orbax has given up a save.
+
+    The save was reported as failed by then; for the interpreter, nobody has asked for the result of the write, or the
+    event loop is closed.
+    """
     before = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -208,6 +219,13 @@ def _hide_late_writes() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_late_write(record))
+
+
+def _is_late_write(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    by_orbax = any("/orbax/" in frame.filename for frame in traceback.extract_tb(trace))
+    return by_orbax and "exception was never retrieved" in record.getMessage()
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from jaxrlhf.errors import StorageError
 from jaxrlhf.runs.checkpoint_index import Files, PyTree, encode
 from jaxrlhf.runs.checkpoints import REPLACED, checkpoint_step, clean_folder, list_checkpoints, remove_checkpoint
 from jaxrlhf.runs.exchange import Exchange, first
+from jaxrlhf.runs.host_copies import hurry
 from jaxrlhf.runs.pending_save import PendingSave, Report
 from jaxrlhf.runs.storage import reason_of
 
@@ -135,14 +136,21 @@ class Saver:
             self._fail(save, error)
             return
         self._pending = self._newest = save
-        save.write(arrays, background=background)
+        try:
+            save.write(arrays, background=background)
+        except BaseException:  # what the storage is not to blame for: nobody may wait for this save
+            self.abandon()
+            raise
         if not background:
             self.wait()
 
     def _make(self, save: PendingSave) -> str | None:
         """Makes the work folder, without left-overs beside it. Returns why it failed."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._newest is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            elif not self.folder.is_dir():  # what is written below the place of a lost file system is lost with it
+                return f"{self.folder} is gone"
             clean_folder(self.folder)
             save.work.mkdir()
         except OSError as error:
@@ -179,6 +187,8 @@ class Saver:
         Raises:
             StorageError: `max_failures` saves in a row have failed.
         """
+        if self._pending is not None:
+            hurry()
         while self._pending is not None:
             self._pending.wait_for_news(LOOK)
             self.advance(gather(f"saving checkpoint-{self._pending.step}", self.report()))

@@ -24,6 +24,7 @@ from jaxrlhf.config import (
     Positive,
     PositiveInt,
     Settings,
+    TrueWord,
     alias,
     check_needs,
 )
@@ -170,17 +171,18 @@ class FolderConfig(Settings, may_change=True):
     """The output_dir that was given, when it is a URL."""
     leaders: Derived[tuple[int, ...]] = ()
     """For each process, the lowest number of those that see the same local folder; empty: all see one."""
-    resume: bool = False
-    """Continue from the newest checkpoint in output_dir; start where there is none."""
+    resume: Annotated[bool, TrueWord("auto")] = False
+    """Continue from the newest checkpoint in output_dir; start where there is none. auto means true."""
     resume_from_checkpoint: str = ""
-    """Continue from this checkpoint of output_dir, such as checkpoint-8, and set later ones aside; true: as resume."""
+    """Continue from this checkpoint of output_dir, such as checkpoint-8, and set later ones aside; true or auto: as
+    resume."""
     overwrite_output_dir: bool = False
     """Delete an earlier run in output_dir and start over."""
 
     def check(self) -> None:
         named = self.resume_from_checkpoint.lower()
         object.__setattr__(self, "resume", self.resume or named not in ("", "false"))
-        if named in ("true", "false"):
+        if named in ("true", "false", "auto"):
             object.__setattr__(self, "resume_from_checkpoint", "")
         if self.resume and self.overwrite_output_dir:
             raise InputError("resume and overwrite_output_dir exclude each other: keep the old run, or delete it")

@@ -343,12 +343,17 @@ def test_functions_are_found_by_module_and_by_file_with_options_of_their_own_typ
         ("my_rewardz:scaled", "there is no module my_rewardz"),
         ("absent/file.py:scaled", "absent/file.py: no such file in"),
         ("broken.py:scaled", "importing broken.py failed: ZeroDivisionError: division by zero (line 2 of broken.py)"),
+        (
+            "open.py:scaled",
+            "importing open.py failed: SyntaxError: '(' was never closed (line 2 of open.py)",
+        ),
         ("needs.py:scaled", "there is no module of_nobody, which needs.py imports"),
         (":scaled", "must be package.module:name or path/to/file.py:name"),
     ],
 )
 def test_functions_that_cannot_be_found_or_called_are_refused(module, spec, message):
     (module / "broken.py").write_text("x = 1\ny = x / 0\n")
+    (module / "open.py").write_text("x = 1\ny = (x\n")
     (module / "needs.py").write_text("import of_nobody\n")
     with pytest.raises(InputError) as caught:
         load_function(spec)

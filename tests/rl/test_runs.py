@@ -1,6 +1,7 @@
 """Whole PPO runs with what surrounds the step: reward functions, pretraining text, evaluation, guards, no critic."""
 
 import json
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -14,7 +15,7 @@ from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.alarms import WINDOW, Alarms
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
-from jaxrlhf.rl.run import train_ppo
+from jaxrlhf.rl.run import Baseline, train_ppo
 from jaxrlhf.rl.trainer import PPOTrainer
 from jaxrlhf.runs.checkpoints import list_checkpoints
 
@@ -348,6 +349,20 @@ def test_text_is_joined_by_eos_and_cut_into_blocks(demo, tmp_path):
         load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options | {"block": 9000})
     with pytest.raises(InputError, match=r"ptx_data_path 'missing.txt': no such file"):
         load_text(("missing.txt",), demo.tokenizer, **options)
+    (cached,) = (tmp_path / "cache").glob(f"text/{train.key}/tokens.npy")
+    for damage in (cached.read_bytes()[:-1], b"", np.array([{}], object).dumps()):
+        cached.write_bytes(damage)
+        with pytest.raises(InputError, match=r"tokens.npy .*delete its folder, and it is made again"):
+            load_text((str(tmp_path / "rows.jsonl"),), demo.tokenizer, **options)
+
+
+@pytest.mark.parametrize("scores", [None, [1.0], {"a": 1.0}, {"0": "high"}, {"0": None}])
+def test_damaged_scores_before_training_are_named(tmp_path, scores):
+    (tmp_path / "eval_baseline.json").write_text(
+        json.dumps({"prompts": "key"} | ({"scores": scores} if scores else {}))
+    )
+    with pytest.raises(InputError, match=r"eval_baseline.json holds no scores by prompt; delete it"):
+        Baseline(SimpleNamespace(output_dir=tmp_path), "key").read()
 
 
 # ---- alarms

@@ -1,5 +1,7 @@
 """Checkpoints: bit-exact on any mesh, never harmed by an interrupted save, clear about what does not fit."""
 
+import asyncio
+import gc
 import json
 import shutil
 from typing import NamedTuple
@@ -362,6 +364,46 @@ def test_a_failed_save_is_told_at_the_next_boundary_and_retried_until_too_many_f
     with pytest.raises(StorageError, match=r"checkpoint-4: no space left .*\(2 times in a row\); older .* are kept"):
         boundary(saver)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("file", "shown"), [("/packages/orbax/checkpoint/writes.py", False), ("/mine.py", True)])
+def test_a_write_that_fails_after_its_save_was_reported_prints_no_traceback(tmp_path, caplog, file, shown):
+    save_checkpoint(tmp_path, 1, small(1.0), {})
+    program = compile("async def write(): raise ValueError('no such folder')", file, "exec")
+
+    async def forget():
+        names = {}
+        exec(program, names)
+        tasks = [asyncio.ensure_future(names["write"]())]
+        await asyncio.sleep(0)
+        tasks.clear()
+
+    asyncio.run(forget())
+    gc.collect()
+    assert ("no such folder" in caplog.text) == shown
+
+
+def test_a_folder_that_is_away_is_not_made_again_and_saves_go_on_when_it_is_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "RETRY", 0.0)
+    said = []
+    saver = Saver(tmp_path / "run", max_failures=2, say=said.append)
+    saver.start(1, small(1.0), {}, background=False)
+    (tmp_path / "run").rename(tmp_path / "away")
+    saver.start(2, small(2.0), {})
+    assert not (tmp_path / "run").exists() and "run is gone; training goes on" in said[-1]
+    (tmp_path / "away").rename(tmp_path / "run")
+    saver.start(3, small(3.0), {}, background=False)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_nobody_waits_for_a_save_that_could_not_begin(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, max_failures=2)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(STAGES[0], failing(MemoryError()))
+        saver.start(1, small(1.0), {})
+    saver.wait()
+    saver.start(2, small(2.0), {}, background=False)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_retention_keeps_the_newest_the_best_and_every_nth(tmp_path):

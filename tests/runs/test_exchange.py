@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import processes
 import pytest
-from together import free_port, run_all
+from together import DEADLINE, free_port, run_all
 
 from jaxrlhf.config.remote import RemoteFolder
 from jaxrlhf.errors import StorageError
@@ -162,20 +162,28 @@ def test_a_checkpoint_without_a_part_that_was_sent_is_not_completed(tmp_path):
     assert not list_checkpoints(tmp_path)
 
 
-@pytest.mark.skipif(
+NEEDS_S3 = pytest.mark.skipif(
     not (importlib.util.find_spec("moto") and importlib.util.find_spec("s3fs")), reason="needs moto and s3fs"
 )
+FLAGS = os.environ.get("XLA_FLAGS", "").replace("device_count=8", "device_count=4")
+
+
+def places_of(demo):
+    return {name: getattr(demo, name) for name in ("train", "eval", "cache", "lm", "reward")}
+
+
+def commands_of(role, demo, folder):
+    common = [sys.executable, str(Path(processes.__file__)), role, f"127.0.0.1:{free_port()}", "2"]
+    return [[*common, str(i), json.dumps(places_of(demo)), str(folder)] for i in range(2)]
+
+
+@NEEDS_S3
 @pytest.mark.long
 def test_machines_without_a_common_folder_go_on_from_the_url_with_the_same_bits(store, url, demo, tmp_path):
-    places = {name: getattr(demo, name) for name in ("train", "eval", "cache", "lm", "reward")}
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-
     def launch(role, folders):
         for process in range(2):
             (tmp_path / f"{folders}-{process}").mkdir()
-        common = [sys.executable, str(Path(processes.__file__)), role, f"127.0.0.1:{free_port()}", "2"]
-        commands = [[*common, str(i), json.dumps(places), str(tmp_path)] for i in range(2)]
-        return run_all(commands, {"XLA_FLAGS": flags, "RUN_URL": url})
+        return run_all(commands_of(role, demo, tmp_path), {"XLA_FLAGS": FLAGS, "RUN_URL": url})
 
     statuses, outputs = launch("apart", "machine")
     assert statuses == [75, -9], "\n".join(outputs)
@@ -189,3 +197,30 @@ def test_machines_without_a_common_folder_go_on_from_the_url_with_the_same_bits(
         assert store.cat_file(f"{url}/killed/{name}") == store.cat_file(f"{url}/whole/{name}")
     found = [{path.split("/", 3)[3] for path in store.find(f"{url}/{run}")} for run in ("whole", "killed")]
     assert not any(".parts" in name or ".unfinished" in name for name in found[0] | found[1])
+
+
+@NEEDS_S3
+@pytest.mark.long
+def test_all_three_steps_go_on_from_the_url_when_a_machine_of_the_second_and_of_the_third_is_lost(
+    store, url, demo, tmp_path
+):
+    def launch(run, machine, step="", victim=0):
+        environment = {"XLA_FLAGS": FLAGS, "RUN_URL": f"{url}/{run}", "MACHINE": machine}
+        environment |= {"STEP": step, "VICTIM": str(victim)}
+        return run_all(commands_of("steps", demo, tmp_path), environment, 3 * DEADLINE)
+
+    def weights(run):
+        names = [path for path in store.find(f"{url}/{run}") if path.endswith(".safetensors")]
+        return {name.split(f"/{run}/")[1]: store.cat_file(name) for name in names}
+
+    lost = [("first", "reward", 1, [75, -9]), ("second", "ppo", 0, [-9, 75]), ("third", "", 0, [0, 0])]
+    for machine, step, victim, expected in lost:
+        statuses, outputs = launch("killed", machine, step, victim)
+        assert statuses == expected, "\n".join(outputs)
+    assert "finished before" in outputs[0] and "fetching the run from" in outputs[0]
+    statuses, outputs = launch("whole", "alone")
+    assert statuses == [0, 0], "\n".join(outputs)
+    found = weights("killed")
+    assert found == weights("whole") and {name.split("/")[0] for name in found} == {"sft", "reward", "ppo"}
+    names = [{path.split(f"/{run}/")[1] for path in store.find(f"{url}/{run}")} for run in ("killed", "whole")]
+    assert {name for name in names[0] ^ names[1] if "tensorboard" not in name and "/state/" not in name} == set()

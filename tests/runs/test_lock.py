@@ -1,5 +1,6 @@
 """One run at a time in a folder: refused, taken over, lost."""
 
+import errno
 import io
 import os
 import subprocess
@@ -106,3 +107,35 @@ def test_a_run_that_lost_its_lock_ends_and_one_whose_storage_was_away_goes_on(tm
         run.log(3, {"loss": 1.0})
     run.close()
     assert (tmp_path / lock.LOCK).exists(), "the lock of the other run stays"
+
+
+@pytest.mark.parametrize(("task", "place"), [("unlink", os), ("_renewed", lock)])
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_run_whose_disk_is_read_only_renews_its_lock_when_it_can_and_not_one_that_another_took(
+    tmp_path, monkeypatch, task, place, taken
+):
+    run = run_in(tmp_path)
+    run.log(1, {"loss": 1.0})
+    held = run._lock
+
+    def refused(path, *arguments, **options):
+        if task == "_renewed":
+            return None
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, task, refused)
+        held._note(lock.LeaseCompromise(held.path, "token", "refresh-failed"))
+        run.log(2, {"loss": 1.0})
+        run.log(3, {"loss": 1.0})
+        assert held._lost is not None
+    if taken:
+        held.path.unlink(missing_ok=True)
+        write_foreign(tmp_path)
+        with pytest.raises(StorageError, match=r"lost its lock .run.lock to process \d+ on elsewhere"):
+            run.log(4, {"loss": 1.0})
+        assert held.path.exists(), "the lock of the other run stays"
+    else:
+        run.log(4, {"loss": 1.0})
+        assert held._lost is None and held._lease.is_locked and held.path.exists()
+    run.close()

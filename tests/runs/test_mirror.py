@@ -135,6 +135,20 @@ def test_another_machine_continues_from_the_url(url, tmp_path):
     assert (tmp_path / "b" / "checkpoint-8" / "state" / "array").read_bytes() == b"x" * 8
 
 
+def test_older_checkpoints_at_the_url_stay_until_another_machine_has_saved_newer_ones(url, tmp_path):
+    first_run(url, tmp_path / "a", steps=(4, 6, 8), best=8)
+    run = run_of(url, tmp_path / "b", resume=True)
+    run.copy(last=True)
+    assert {p.step for p in run._points()} == {4, 6, 8}, "the newest may turn out to be damaged"
+    checkpoint(tmp_path / "b", 10)
+    run.copy()
+    assert {p.step for p in run._points()} == {6, 8, 10}
+    shutil.rmtree(tmp_path / "b" / "checkpoint-8")
+    checkpoint(tmp_path / "b", 12)
+    run.copy()
+    assert {p.step for p in run._points()} == {10, 12}
+
+
 def test_the_same_machine_continues_from_its_working_folder(url, tmp_path):
     first_run(url, tmp_path / "a")
     checkpoint(tmp_path / "a", 9)
@@ -149,6 +163,14 @@ def test_a_working_folder_of_another_run_is_not_continued(url, tmp_path):
     first_run(f"{url}-other", tmp_path / "b", steps=(100,))
     run_of(url, tmp_path / "b", resume=True)
     assert {path.name for path in (tmp_path / "b").glob("checkpoint-*")} == {"checkpoint-8"}
+
+
+def test_a_damaged_id_at_the_url_is_named_and_no_folder_is_removed(url, store, tmp_path):
+    first_run(url, tmp_path / "a")
+    store.pipe_file(f"{url}/remote.json", b'{"id": "0')
+    with pytest.raises(InputError, match=r"remote.json is damaged; copy .* there"):
+        run_of(url, tmp_path / "a", resume=True)
+    assert (tmp_path / "a" / "checkpoint-8" / "metadata.json").exists()
 
 
 def test_a_second_run_is_refused_and_an_overwriting_one_removes_the_first(url, tmp_path):
@@ -364,3 +386,13 @@ def test_a_changed_file_is_fetched_again_and_the_others_are_not(store, url, cach
     store.pipe_file(f"{url}/b.json", b"22")
     fetch(url, lambda found: found)
     assert ((folder / "a.json").read_text(), (folder / "b.json").read_text()) == ("mine", "22")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\0"])
+def test_files_whose_record_is_damaged_are_fetched_again(store, url, cache, text):
+    store.pipe_file(f"{url}/a.json", b"1")
+    folder = fetch(url, lambda found: found)
+    (folder / "a.json").write_text("mine")
+    folder.with_name(f"{folder.name}.json").write_text(text)
+    fetch(url, lambda found: found)
+    assert (folder / "a.json").read_text() == "1"

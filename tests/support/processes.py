@@ -44,15 +44,26 @@ def ppo_config(demo, output, **changes):
     return PPOConfig.create(**(SMALL | data_of(demo) | options | models | changes))
 
 
-def in_step(number, action):
-    """Call `action()` in this process within step `number` of the next run."""
+def rlhf_config(demo, output, **changes):
+    from jaxrlhf.commands.rlhf import RLHFConfig
+
+    step = {"max_steps": 3, "save_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2}
+    step |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    shared = {name: SMALL[name] for name in ("max_length", "max_prompt_seq_len", "seed", "max_eval_samples")}
+    steps = {"sft": step, "reward": step, "ppo": step | {"max_answer_seq_len": 8}}
+    options = {"actor_model_name_or_path": demo["lm"], "output_dir": str(output)}
+    return RLHFConfig.create(**(shared | data_of(demo) | options | steps | changes))
+
+
+def in_step(number, action, of=""):
+    """Call `action()` in this process within step `number` of the next run, or of the run in a folder named `of`."""
     from jaxrlhf.trainers.guards import Guard
 
     before = Guard.check
 
     def check(guard, metrics, step):
         before(guard, metrics, step)
-        if step == number:
+        if step == number and of in ("", guard.run.output_dir.name):
             Guard.check = before
             action()
 
@@ -211,6 +222,27 @@ def again(demo, folder, process):
     train_sft(sft_config(demo, os.environ["RUN_URL"] + "/killed", **options))
 
 
+def steps(demo, folder, process):
+    """Run all three steps at a URL with a local folder of this process alone; VICTIM dies in step 3 of the run STEP."""
+    from jaxrlhf.commands.rlhf import train_rlhf
+    from jaxrlhf.config.remote import RemoteFolder
+    from jaxrlhf.runs import mirror
+
+    mirror.INTERVAL = 0.2
+    machine, url, step = folder / f"{os.environ['MACHINE']}-{process}", os.environ["RUN_URL"], os.environ["STEP"]
+    machine.mkdir()
+    os.chdir(machine)
+
+    def lose():
+        while RemoteFolder(f"{url}/{step}").read("checkpoint-1/metadata.json") is None:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if step and process == int(os.environ["VICTIM"]):
+        in_step(3, lose, step)  # the save after step 2 has waited for the one after step 1
+    train_rlhf(rlhf_config(demo, url, working_dir="work", resume=True))
+
+
 def four(demo, folder, process):
     """Run SFT from the checkpoint of one process; then process 2 fails while the others are in a collective."""
     from jax.experimental import multihost_utils
@@ -227,8 +259,11 @@ def main():
     role, address, number, process, demo, folder = sys.argv[1:]
     from jaxrlhf import distributed
 
-    distributed.initialize(coordinator_address=address, num_processes=int(number), process_id=int(process))
-    {"two": two, "four": four, "apart": apart, "again": again}[role](json.loads(demo), Path(folder), int(process))
+    options = {"heartbeat_timeout": 200} if role == "steps" else {}  # no loss is found by silence there
+    distributed.initialize(coordinator_address=address, num_processes=int(number), process_id=int(process), **options)
+    {"two": two, "four": four, "apart": apart, "again": again, "steps": steps}[role](
+        json.loads(demo), Path(folder), int(process)
+    )
 
 
 if __name__ == "__main__":

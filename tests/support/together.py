@@ -19,8 +19,8 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run_all(commands, environment=None):
-    """(statuses, outputs) of commands started together; none outlives the call."""
+def run_all(commands, environment=None, seconds=DEADLINE):
+    """(statuses, outputs) of commands started together; none outlives the call, nor `seconds` by much."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     workers = [subprocess.Popen(c, env=os.environ | (environment or {}), **options) for c in commands]
     outputs = [""] * len(workers)
@@ -33,7 +33,7 @@ def run_all(commands, environment=None):
         for reader in readers:
             reader.start()
         for reader in readers:
-            reader.join(DEADLINE)
+            reader.join(seconds)
     finally:
         for worker in workers:
             worker.kill()

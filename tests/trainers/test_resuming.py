@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.config import lasting_defaults
+from jaxrlhf.config import lasting_defaults, parse
 from jaxrlhf.config.files import read_jsonl
 from jaxrlhf.errors import InputError
 from jaxrlhf.rl.config import PPOConfig
@@ -65,10 +65,20 @@ def test_later_checkpoints_are_set_aside_and_not_the_newest_any_more(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-8"]
 
 
-@pytest.mark.parametrize(("given", "resume", "named"), [("true", True, ""), ("False", False, ""), ("8", True, "8")])
+RESUMPTIONS = [("true", True, ""), ("False", False, ""), ("auto", True, ""), ("8", True, "8")]
+
+
+@pytest.mark.parametrize(("given", "resume", "named"), RESUMPTIONS)
 def test_resume_from_checkpoint_takes_truth_values_and_names(given, resume, named):
     folder = SFTConfig.create(model_name_or_path="m", resume_from_checkpoint=given).folder
     assert (folder.resume, folder.resume_from_checkpoint) == (resume, named)
+
+
+def test_resume_auto_is_resume():
+    words = ["--model_name_or_path", "m", "--resume"]
+    assert parse(SFTConfig, [*words, "auto"], "sft", "").folder.resume
+    with pytest.raises(InputError, match="resume='maybe' must be true or false"):
+        parse(SFTConfig, [*words, "maybe"], "sft", "")
 
 
 # ---- what may change

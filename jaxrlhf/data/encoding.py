@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxrlhf.data.tokenizer import Tokenizer
 
 PRIVATE = 0x100000  # the first character of Unicode's last plane, which is of private use
+TEXTS = 1000  # in one call of the tokenizers library, whose result takes some 100 bytes a token
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The ids of a text; `tokens(a, b)` gives the range of the tokens that overlap characters `a` to `b` of it."""
+    """The ids of a text; `tokens(a, b)` gives the range of the tokens that overlap characters `a` to `b` of it, where
+    the text was encoded with places."""
 
     ids: list[int]
     tokens: Callable[[int, int], tuple[int, int]]
@@ -101,29 +103,38 @@ class SpecialTokens:
             yield last, len(text), ""
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[Text], special: SpecialTokens | None = None) -> list[Encoded]:
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[Text], special: SpecialTokens | None = None, places: bool = False
+) -> list[Encoded]:
     """Encodes texts in few batched calls: nothing added, nothing cut, never two BOS at the start.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         texts: the texts.
         special: the tokenizer's special tokens; needed for texts with hidden ones.
+        places: keep the places of the tokens, for `Encoded.tokens`; they take much memory.
     """
-    untyped: Any = tokenizer  # transformers leaves open what its ids are
-    return [_without_second_bos(each, untyped.bos_token_id) for each in _encode_all(tokenizer, texts, special)]
+    bos: Any = tokenizer.bos_token_id  # transformers leaves open what its ids are
+    return [_without_second_bos(each, bos) for each in _encode_all(tokenizer, texts, special, places)]
 
 
-def _encode_all(tokenizer: Tokenizer, texts: Sequence[Text], special: SpecialTokens | None) -> list[Encoded]:
+def _encode_all(
+    tokenizer: Tokenizer, texts: Sequence[Text], special: SpecialTokens | None, places: bool = False
+) -> list[Encoded]:
     # Rows repeat texts: prompts of several pairs, and responses of several comparisons.
     once = list(dict.fromkeys(text.text for text in texts if not text.hidden))
-    plain = dict(zip(once, _encode_plain(tokenizer, once), strict=True))
+    plain = dict(zip(once, _encode_plain(tokenizer, once, places), strict=True))
     pieces = [text for text in texts if text.hidden]
     others = iter(_encode_pieces(tokenizer, pieces, special or SpecialTokens(tokenizer)) if pieces else ())
     return [next(others) if text.hidden else plain[text.text] for text in texts]
 
 
 def encode_continuations(
-    tokenizer: Tokenizer, texts: Sequence[Text], heads: Sequence[tuple[Text, Encoded]], special: SpecialTokens
+    tokenizer: Tokenizer,
+    texts: Sequence[Text],
+    heads: Sequence[tuple[Text, Encoded]],
+    special: SpecialTokens,
+    places: bool = False,
 ) -> list[Encoded]:
     """Encodes texts that begin as others, which are encoded already.
 
@@ -131,7 +142,7 @@ def encode_continuations(
     from the last special token of its head on.
     """
     cuts = [_last_special(text, *head, special) for text, head in zip(texts, heads, strict=True)]
-    tails = encode(tokenizer, [text[place:] for text, (place, _) in zip(texts, cuts, strict=True)], special)
+    tails = encode(tokenizer, [text[place:] for text, (place, _) in zip(texts, cuts, strict=True)], special, places)
     return [
         _joined(head.ids[:count], tail, place)
         for (place, count), (_, head), tail in zip(cuts, heads, tails, strict=True)
@@ -196,7 +207,7 @@ def _overlapping(offsets: Sequence[tuple[int, int]], a: int, b: int) -> tuple[in
     return bisect_right(offsets, a, key=lambda place: place[1]), bisect_left(offsets, b, key=lambda place: place[0])
 
 
-def _encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[Encoded]:
+def _encode_plain(tokenizer: Tokenizer, texts: list[str], places: bool) -> list[Encoded]:
     if not texts:
         return []
     if tokenizer.is_fast:
@@ -205,10 +216,22 @@ def _encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[Encoded]:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = tokenizer.split_special_tokens
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
-        return [Encoded(e.ids, lambda a, b, e=e: _overlapping(e.offsets, a, b)) for e in encodings]
+        batches = (
+            backend.encode_batch(texts[start : start + TEXTS], add_special_tokens=False)
+            for start in range(0, len(texts), TEXTS)
+        )
+        return [Encoded(e.ids, _by_offsets(e) if places else _no_places) for batch in batches for e in batch]
     ids = encode_texts(tokenizer, texts)["input_ids"]
     return [Encoded(row, _by_prefixes(tokenizer, Text(text), None)) for row, text in zip(ids, texts, strict=True)]
+
+
+def _by_offsets(encoding: Any) -> Callable[[int, int], tuple[int, int]]:
+    """The ranges of tokens by the places that the tokenizers library found."""
+    return lambda a, b: _overlapping(encoding.offsets, a, b)
+
+
+def _no_places(a: int, b: int) -> tuple[int, int]:
+    raise ValueError("places: the text was encoded without the places of its tokens")
 
 
 def _by_prefixes(

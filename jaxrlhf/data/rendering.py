@@ -112,9 +112,13 @@ def encode_rows(
         except RowProblem as problem:
             rows.append(str(problem))
     good = [row for row in rows if isinstance(row, RenderedRow)]
-    heads = encode(tokenizer, [row.prompt for row in good], special)
+    ends, closing = closing_ids(tokenizer), end_ids(tokenizer)[0]
+    finish = Finisher(ends, closing, frozenset(special.names), train_on == "everything", renderer.has_marks)
+    marked, plain = any(row.prompt_spans for row in good), all(map(finish.is_plain, good))
+    heads = encode(tokenizer, [row.prompt for row in good], special, places=marked)
     begun = [(row.prompt, head) for row, head in zip(good, heads, strict=True) for _ in row.wholes]
-    each = iter(encode_continuations(tokenizer, [whole for row in good for whole in row.wholes], begun, special))
+    texts = [whole for row in good for whole in row.wholes]
+    each = iter(encode_continuations(tokenizer, texts, begun, special, places=not plain))
     wholes = [[next(each) for _ in row.wholes] for row in good]
     rests = [
         row.rest(k)
@@ -122,9 +126,7 @@ def encode_rows(
         for k, whole in enumerate(given)
         if not continues(head, whole)
     ]
-    alone = iter(encode(tokenizer, rests, special))
-    ends, closing = closing_ids(tokenizer), end_ids(tokenizer)[0]
-    finish = Finisher(ends, closing, frozenset(special.names), train_on == "everything", renderer.has_marks)
+    alone = iter(encode(tokenizer, rests, special, places=not plain))
     parts = zip(heads, wholes, strict=True)
     return [row if isinstance(row, str) else finish.row(row, *next(parts), alone) for row in rows]
 
@@ -182,6 +184,10 @@ class Finisher:
         end = min((ids.index(token, last) for token in self.ends.intersection(ids[last:])), default=len(ids))
         closing = ids[end] if end < len(ids) else self.closing
         return [*ids[first:end], closing], [*mask[first:end], 1]
+
+    def is_plain(self, row: RenderedRow) -> bool:
+        """True when the places of the tokens of a row's completions are not needed."""
+        return all(self.is_whole(row, k) for k in range(len(row.wholes)))
 
     def is_whole(self, row: RenderedRow, k: int) -> bool:
         """True when a completion is one message that is trained on from its first token to its last."""

@@ -31,6 +31,8 @@ PATIENCE = 3.0  # seconds without a word
 class DataViewConfig(Settings):
     """Shows the rows that a step reads and the tokens that it trains on."""
 
+    model_name_or_path: PathName[str | None] = None
+    """Model folder or hub name whose tokenizer and end ids to use; its weights are not read."""
     step: Literal["sft", "reward", "ppo", "dpo", "kto"] = "sft"
     """Step that reads the data; ppo stands for every algorithm that samples its own responses."""
     show: Annotated[int, Ge(0)] = 2
@@ -52,14 +54,15 @@ def show_data(config: DataViewConfig) -> Inspection:
         InputError: as in `load_data`, or no tokenizer is given.
     """
     jax.config.update("jax_platforms", "cpu")  # an accelerator that another program uses stays free
-    console, name = Console(), config.tokenizer.tokenizer_name_or_path
-    if name is None:
-        raise InputError("tokenizer_name_or_path: no tokenizer given; name the model's folder or its name on the hub")
+    console, model, name = Console(), config.model_name_or_path, config.tokenizer.tokenizer_name_or_path
+    if model is None and name is None:
+        raise InputError("model_name_or_path: no model or tokenizer given; name the folder of one, or its hub name")
     for path, option in ((config.json, "json"), (config.html, "html")):
         check_output(None if path == "-" else path, option)
     with announced(console, "reading and tokenising the rows (later calls take them from the cache)"), quiet():
-        beside = (Path(name).expanduser() / CONFIG).is_file()  # a model's folder: its end ids count too
-        tokenizer = config.tokenizer.load(name if beside else None, config.data.template)
+        if model is None and (Path(str(name)).expanduser() / CONFIG).is_file():
+            model = name  # a model's folder: its end ids count too
+        tokenizer = config.tokenizer.load(model, config.data.template)
         found = inspect_data(config.data, tokenizer, config.step, show=config.show, batch_size=config.batch_size)
     text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False)
     if config.json == "-":

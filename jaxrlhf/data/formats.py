@@ -31,6 +31,7 @@ from jaxrlhf.data.messages import (
 PairRule = Literal["best_worst", "adjacent", "all"]
 
 STEPS = ("sft", "reward", "ppo", "dpo", "kto")
+SAME = "is the same as the better response, so there is nothing to prefer"
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,42 @@ def read_sharegpt(row: Mapping, columns: Columns) -> Scored:
     return read_conversation(row, columns, "conversations")
 
 
-def read_prompt(row: Mapping, columns: Columns) -> Scored:
-    field = columns.path("prompt")
-    prompt = read_content(columns.get(row, "prompt"), field)
+def read_prompt(row: Mapping, columns: Columns, column: str = "prompt") -> Scored:
+    field = columns.path(column)
+    prompt = read_content(columns.get(row, column), field)
     if isinstance(prompt, list):
         if prompt[-1]["role"] == "assistant":
             raise BadRow(field, "ends with an assistant message")
         check_turns(prompt, field)
     return Scored(prompt)
+
+
+def read_instruction(row: Mapping, columns: Columns) -> Prompt:
+    """The prompt of an Alpaca row: instruction and input, after the turns of its `history` and its `system` message."""
+    field = columns.path("instruction")
+    prompt = read_content(columns.get(row, "instruction"), field)
+    if not isinstance(prompt, str):
+        raise BadRow(field, "is not text but messages")
+    extra = look_up(row, columns.path("input"))
+    if isinstance(extra, str) and extra.strip():
+        prompt = f"{prompt}\n\n{extra}"
+    before: list[Message] = []
+    system = look_up(row, columns.path("system") or "system", None)
+    if isinstance(system, str) and system.strip():
+        before.append({"role": "system", "content": system})
+    for turns in look_up(row, "history", None) or ():
+        if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(text, str) for text in turns):
+            raise BadRow("history", "is not a list of pairs of a question and an answer")
+        before += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)]
+    return [*before, {"role": "user", "content": prompt}] if before else prompt
+
+
+def prompt_of_pair(row: Mapping, columns: Columns) -> Prompt:
+    """The prompt of a preference, from the first of its columns that the row has; empty where it has none."""
+    if columns.has(row, "instruction") and not columns.has(row, "prompt"):
+        return read_instruction(row, columns)
+    column = next((name for name in ("prompt", "conversations") if columns.has(row, name)), None)
+    return read_prompt(row, columns, column).prompt if column else ""
 
 
 def read_completion(row: Mapping, columns: Columns, column: str) -> Completion:
@@ -127,11 +156,7 @@ def read_unpaired(row: Mapping, columns: Columns) -> Scored:
 
 
 def read_alpaca(row: Mapping, columns: Columns) -> Scored:
-    prompt = read_content(columns.get(row, "instruction"), columns.path("instruction"))
-    extra = look_up(row, columns.path("input"))
-    if isinstance(extra, str) and extra.strip():
-        prompt = f"{prompt}\n\n{extra}"
-    return Scored(prompt, ((read_completion(row, columns, "output"), 1.0),))
+    return Scored(read_instruction(row, columns), ((read_completion(row, columns, "output"), 1.0),))
 
 
 def read_ranked(row: Mapping, columns: Columns) -> Scored:
@@ -165,7 +190,7 @@ def _after(prompt: Prompt, conversation: list[Message], field: str) -> list[Mess
 def read_preference(row: Mapping, columns: Columns) -> Scored:
     """A pair, with the prompt in a column of its own or as the common beginning of both sides."""
     sides = [read_content(columns.get(row, name), columns.path(name)) for name in ("chosen", "rejected")]
-    prompt: Prompt = read_prompt(row, columns).prompt if columns.has(row, "prompt") else ""
+    prompt = prompt_of_pair(row, columns)
     if not prompt and all(isinstance(side, str) for side in sides):
         turns = [parse_turns(str(side)) for side in sides]
         if all(turns):
@@ -252,7 +277,7 @@ class Format:
     @property
     def names(self) -> set[str]:
         """All canonical columns that rows of the format may have."""
-        extra = {"input"} if "instruction" in self.columns else set()
+        extra = {"input"} if any("instruction" in column for column in self.columns) else set()
         return extra | {"tools"} | {name for column in self.columns for name in column.split("|")}
 
     def missing(self, row: Mapping, columns: Columns) -> list[str]:
@@ -261,8 +286,13 @@ class Format:
 
 
 FORMATS = {
+    "preference": Format(
+        "preference, explicit prompt",
+        ("prompt|conversations|instruction", "chosen", "rejected"),
+        STEPS,
+        read_preference,
+    ),
     "sharegpt": Format("ShareGPT", ("conversations",), ("sft", "ppo"), read_sharegpt),
-    "preference": Format("preference, explicit prompt", ("prompt", "chosen", "rejected"), STEPS, read_preference),
     "preference_implicit": Format("preference, implicit prompt", ("chosen", "rejected"), STEPS, read_preference),
     "ranked": Format("ranked responses", ("prompt", "responses", "scores|ranks"), STEPS[:4], read_ranked),
     "unpaired": Format("unpaired preference", ("prompt", "completion|chosen", "label"), STEPS, read_unpaired),
@@ -322,6 +352,8 @@ class Reader:
         if step == "ppo":
             return [()]
         if step == "kto":
+            if self.format in PREFERENCES and scored.completions[0][0] == scored.completions[1][0]:
+                raise BadRow(self.columns.path("rejected"), SAME)
             return [(completion,) for completion, _ in scored.completions]
         best = sorted(scored.completions, key=lambda item: -item[1])
         if step == "sft":
@@ -336,7 +368,9 @@ class Reader:
         kept = [(a[0], b[0]) for a, b in chosen if a[1] > b[1] and a[1] - b[1] >= self.margin]
         if not kept:
             raise BadRow(self.columns.path("scores"), "gives no pair whose scores differ enough")
-        return kept
+        if not (pairs := [(a, b) for a, b in kept if a != b]):
+            raise BadRow(self.columns.path("rejected"), SAME)
+        return pairs
 
 
 def _replace(scored: Scored, **changes: Any) -> Scored:

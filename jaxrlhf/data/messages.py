@@ -16,6 +16,7 @@ Completion = str | list[Message]
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "ai": "assistant", "bing": "assistant", "bard": "assistant", "observation": "tool", "prompter": "user",
+    "function_call": "assistant",
 }  # fmt: skip
 """Other names of roles, as ShareGPT and its relatives have them."""
 KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -47,6 +48,8 @@ def read_content(value: object, field: str) -> Prompt:
         if len(sizes) > 1:
             raise BadRow(field, f"holds messages as columns of unlike lengths ({', '.join(map(str, value))})")
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    if isinstance(value, Mapping) and _is_conversation([value]):  # one message, as LLaMA-Factory's chosen and rejected
+        value = [value]
     if value is None or not isinstance(value, str | list):
         raise BadRow(field, "is null" if value is None else f"is not text but {kind_of(value)}")
     if not value or (isinstance(value, str) and not value.strip()):
@@ -75,6 +78,8 @@ def read_messages(value: Sequence[object], field: str) -> list[Message]:
     for number, raw in enumerate(value, start=1):
         assert isinstance(raw, Mapping)
         role = str(raw.get("role", raw.get("from")))
+        if role.lower() == "function_call":
+            raw = called(raw, field, number)
         message = {key: raw[key] for key in KEPT if raw.get(key) is not None}
         message["role"] = ROLES.get(role.lower(), role)
         if not isinstance(calls := message.get("tool_calls", []), list):
@@ -83,6 +88,19 @@ def read_messages(value: Sequence[object], field: str) -> list[Message]:
         message["content"] = _message_text(content, bool(calls), field, number, role)
         messages.append(message)
     return messages
+
+
+def called(raw: Mapping[str, Any], field: str, number: int) -> Mapping[str, Any]:
+    """The assistant's message of a `function_call`, whose text is the JSON of one call or of several."""
+    text = raw.get("content", raw.get("value"))
+    try:
+        parsed = parse_json(text) if isinstance(text, str) else text
+    except ValueError:
+        parsed = None
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise BadRow(field, f"message {number} (function_call) is not the JSON of calls with name and arguments")
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": dict(call)} for call in calls]}
 
 
 def _message_text(content: object, calls: bool, field: str, number: int, role: str) -> str:

@@ -60,15 +60,22 @@ class Part:
 
 
 def problems_of(tables: Sequence[Dataset], origins: Sequence[Table]) -> tuple[str, ...]:
-    """Reasons and first places of the rows that could not be used. `origins`: where the rows of each table stood."""
-    reasons: collections.Counter[str] = collections.Counter()
-    places: list[str] = []
+    """The most frequent reasons why rows could not be used, with the first places of each. `origins`: where the rows
+    of each table stood."""
+    places: dict[str, list[str]] = collections.defaultdict(list)
     for table, origin in zip(tables, origins, strict=False):
         numbered = zip(table["row"][:], table["problem"][:], strict=True)
-        bad = sorted((row, problem) for row, problem in numbered if problem is not None)
-        reasons.update(problem for _, problem in bad)
-        places += [f"{origin.where(row)}: {problem}" for row, problem in bad[:SHOWN]]
-    return (*(f"{what} ({n} rows)" for what, n in reasons.most_common(SHOWN)), *places[:SHOWN])
+        for row, problem in sorted((row, problem) for row, problem in numbered if problem is not None):
+            places[problem].append(origin.where(row))
+    frequent = sorted(places.items(), key=lambda item: -len(item[1]))[:SHOWN]
+    return tuple(f"{found[0]}: {what}{repeated(found)}" for what, found in frequent)
+
+
+def repeated(places: Sequence[str]) -> str:
+    """The number of further places, with the first of them."""
+    others = places[1:]
+    shown = ", ".join(others[: SHOWN - 1]) + (", …" if len(others) >= SHOWN else "")
+    return f" (and {len(others)} more: {shown})" if others else ""
 
 
 def make_part(name: str, tables: Sequence[Dataset], given: int, problems: tuple[str, ...], described: str) -> Part:

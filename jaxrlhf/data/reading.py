@@ -17,7 +17,7 @@ from jaxrlhf.config.files import write_json_atomic
 from jaxrlhf.data.cache import hash_json
 from jaxrlhf.data.columns import Columns
 from jaxrlhf.data.files import Table, table_of_rows
-from jaxrlhf.data.formats import Reader
+from jaxrlhf.data.formats import SAME, Reader
 from jaxrlhf.data.messages import BadRow, Completion, Message, as_messages
 from jaxrlhf.data.mixture import SourceConfig
 from jaxrlhf.data.parts import Part, make_part, problems_of
@@ -29,6 +29,7 @@ from jaxrlhf.data.tokenized import (
     FEW,
     FORMAT,
     OWN_COLUMNS,
+    TOKENS,
     Encoding,
     encode_batch,
     features_of,
@@ -221,7 +222,7 @@ class Reading:
         key = hash_json([self.key, fingerprint, tokenizer.chat_template, settings, chosen_rows])
         folder = self.folder / "tokens"
         bounds = np.cumsum([0, *self.note["sizes"]])
-        stem = "-".join((encoding.step, *OWN_COLUMNS.get(encoding.step, ()), key))
+        stem = "-".join((encoding.step, str(TOKENS), *OWN_COLUMNS.get(encoding.step, ()), key))
         tables, numbers, note_path = [], [], folder / f"{stem}.json"
         for k, (first, last) in enumerate(itertools.pairwise(bounds)):
             chosen = rows[(rows >= first) & (rows < last)] - first
@@ -243,6 +244,8 @@ class Reading:
         of_entries = np.repeat(numbers, [len(table) for table in tables])
         if part.margins():  # unknown to version 0.1.0
             key = hash_json([key, "margin"])
+        if any(SAME in problem for problem in problems):  # version 0.1.0 kept these rows
+            key = hash_json([key, "distinct"])
         return dataclasses.replace(part, tables=of_entries, reading=self), key
 
     def where(self, k: int, row: int) -> str:

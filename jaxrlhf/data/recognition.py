@@ -66,10 +66,12 @@ def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
     best = min(near, key=lambda key: len(near[key]))
     missing = [c.partition("|")[0] for c in near[best]]
     flags = " ".join(f"--{column}_field" for column in missing if column in FIELDS)
+    if not flags and not wanted:
+        flags = "--prompt_field, --completion_field …"
+    name = f"name your columns with {flags}, or " if flags else ""
     return (
         f"{found} The nearest is {FORMATS[best].title} (data_format {best}), which lacks "
-        f"{', '.join(columns.path(column) for column in missing)}; {f'name it with {flags}, or ' if flags else ''}"
-        "add it to the rows"
+        f"{', '.join(columns.path(column) for column in missing)}; {name}add it to the rows"
     )
 
 

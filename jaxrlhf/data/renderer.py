@@ -81,12 +81,12 @@ class Renderer:
         inside = train_on == "all" and ends and any(message["role"] == "assistant" for message in messages)
         head, marks = self.render(messages, tools, True, bool(inside))
         if not ends:
-            check_content(head, messages)
+            check_content(head, messages, tools)
         spans = self.turns(messages, len(messages), tools, head, marks) if inside else []
         wholes, parts, last = [], [], []
         for end in ends:
             whole, marks = self.render([*messages, *end], tools, False, train_on != "everything")
-            check_content(whole, [*messages, *end])
+            check_content(whole, [*messages, *end], tools)
             wholes.append(Text(whole, hidden))
             found, start = self.completion(messages, end, tools, (head, whole), marks, train_on)
             parts.append(found)
@@ -207,6 +207,7 @@ def renderer_of_transformers() -> Callable[..., tuple[list[str], list[list[Span]
 
 
 MERGE = "set system_role to merge, which puts the system message in front of the first user message, "
+TOOLS = "set chat_template to one with tools, such as hermes, or tools_field to the name of no column"
 REWRITES = "the chat template rewrites earlier turns, so train_on=all cannot mark them; use train_on last"
 
 
@@ -252,8 +253,8 @@ def name_of(messages: list[Message], i: int) -> str:
     return f"message {i + 1} ({messages[i].get('role')})"
 
 
-def check_content(text: str, messages: list[Message]) -> None:
-    """Raises RowProblem when a message's content or tool call is not in the rendered text.
+def check_content(text: str, messages: list[Message], tools: Tools | None = None) -> None:
+    """Raises RowProblem when a message's content, a tool call or a tool is not in the rendered text.
 
     Templates may change white space, write tool results as JSON, and shorten earlier assistant messages.
     """
@@ -265,8 +266,18 @@ def check_content(text: str, messages: list[Message]) -> None:
             raise RowProblem(f"the chat template loses the content of {name_of(messages, i)}{hint}")
         for call in message.get("tool_calls") or ():
             name = call.get("function", call).get("name") if isinstance(call, dict) else None
-            if isinstance(name, str) and name not in text:
-                raise RowProblem(f"the chat template loses the tool call {name} of {name_of(messages, i)}")
+            if isinstance(name, str) and not adds(text, name, messages):
+                raise RowProblem(f"the chat template loses the tool call {name} of {name_of(messages, i)}; {TOOLS}")
+    for tool in tools or ():
+        name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
+        if isinstance(name, str) and not adds(text, name, messages):
+            raise RowProblem(f"the chat template does not show the tool {name} to the model; {TOOLS}")
+
+
+def adds(text: str, name: str, messages: list[Message]) -> bool:
+    """True when a rendered text holds a name more often than the messages of users, system and tools do."""
+    contents = (message["content"] for message in messages if message["role"] != "assistant")
+    return text.count(name) > sum(content.count(name) for content in contents if isinstance(content, str))
 
 
 def shows(text: str, content: str) -> bool:

@@ -284,7 +284,8 @@ class PPOTask:
         baseline = self.baseline.read() if done else None
         metrics, records = self.trainer.evaluate(state, self.data.held_out, batch_size, baseline, watch)
         if done == 0:
-            metrics["win_rate"] = 0.5  # the actor still is what it is compared with
+            # The actor still is what it is compared with.
+            metrics |= {name.removesuffix("scores") + "win_rate": 0.5 for name in metrics if name.endswith("scores")}
             self.baseline.save(records)
         if self.data.held_out_text is not None:
             mesh = self.engine.mesh

@@ -222,7 +222,7 @@ class PPOTrainer(Sampler):
             watch: gets the batches.
 
         Returns:
-            Metrics, and one record per sample.
+            Metrics, with several sources also `<source>/<metric>` of each, and one record per sample.
         """
         plain = PPOHyperparameters(temperature=state.hyperparameters.temperature)
         key = keys.stream(self.config.data.seed, keys.Stream.EVALUATION)
@@ -238,15 +238,27 @@ class PPOTrainer(Sampler):
             records += self.records(experience, batch["row_mask"], index, parts)
         if not records:
             raise SharedError("evaluation: no response to a held-out prompt could be scored; see the messages above")
-        scores = np.array([r["score"] for r in records])
-        metrics = {
-            "scores": float(scores.mean()),
-            "scores_std": float(scores.std()),
-            "kl": float(np.mean([r["kl"] for r in records])),
-            "response_length": float(np.mean([r["length"] for r in records])),
-            "eos_rate": float(np.mean([r["ended"] for r in records])),
-        }
-        if baseline is not None:
-            before = np.array([baseline.get(r["index"], np.nan) for r in records])
-            metrics["win_rate"] = float(objectives.win_rate(jnp.asarray(scores), jnp.asarray(before)))
+        metrics = evaluation_metrics(records, baseline)
+        sources = prompts.rows_by_source()
+        for source, rows in sources.items() if len(sources) > 1 else ():
+            own = [r for r in records if rows[0] <= r["index"] <= rows[-1]]
+            metrics |= {f"{source}/{name}": value for name, value in evaluation_metrics(own, baseline).items()}
         return metrics, records
+
+
+def evaluation_metrics(records: Sequence[Record], baseline: Mapping[int, float] | None) -> Metrics:
+    """Metrics of scored samples, with a win rate against the scores of `baseline` by prompt number; none of none."""
+    if not records:
+        return {}
+    scores = np.array([r["score"] for r in records])
+    metrics = {
+        "scores": float(scores.mean()),
+        "scores_std": float(scores.std()),
+        "kl": float(np.mean([r["kl"] for r in records])),
+        "response_length": float(np.mean([r["length"] for r in records])),
+        "eos_rate": float(np.mean([r["ended"] for r in records])),
+    }
+    if baseline is not None:
+        before = np.array([baseline.get(r["index"], np.nan) for r in records])
+        metrics["win_rate"] = float(objectives.win_rate(jnp.asarray(scores), jnp.asarray(before)))
+    return metrics

@@ -8,14 +8,17 @@ import re
 import numpy as np
 import pytest
 from chat_tokenizers import chat_tokenizer
+from lab import LLAMA, tiny_model
+from rows import write_lines
 
 from jaxrlhf import cli
 from jaxrlhf.commands.data import DataViewConfig, show_data
 from jaxrlhf.commands.data_page import page_of
 from jaxrlhf.commands.data_terminal import histogram, print_inspection
 from jaxrlhf.commands.inspection import inspect_data
-from jaxrlhf.data import DataConfig, load_data
+from jaxrlhf.data import DataConfig, load_data, read_tokenizer
 from jaxrlhf.errors import InputError
+from jaxrlhf.models import save_pretrained
 
 PAIRS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}, not at all"} for i in range(40)]
 CHAT = [
@@ -302,10 +305,22 @@ def test_histogram_bars_scale_to_the_highest():
     assert histogram([24, 12, 1, 0], " ▁▂▃▄▅▆▇█") == ["██", "██▄▄", "████▁▁"]
 
 
+def test_a_model_brings_its_tokenizer_and_end_ids(tmp_path, tokenizer, capsys):
+    model = tiny_model(LLAMA | {"vocab_size": 600, "eos_token_id": 7})
+    save_pretrained(model, tmp_path / "model", tokenizer=read_tokenizer(tokenizer))
+    rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "completion": "a"} for i in range(9)])
+    settings = {"data_path": rows, "data_cache_dir": str(tmp_path / "cache"), "show": 1}
+    found = [
+        show_data(DataViewConfig.create(**settings, **{name: str(tmp_path / "model")})).as_dict()
+        for name in ("model_name_or_path", "tokenizer_name_or_path")
+    ]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"data_path": "demo"}, "tokenizer_name_or_path"),
+        ({"data_path": "demo"}, "model_name_or_path: no model or tokenizer"),
         ({"data_path": "nowhere.jsonl", "tokenizer_name_or_path": "demo"}, "nowhere.jsonl"),
         ({"data_path": "demo", "tokenizer_name_or_path": "demo", "streaming": True}, "streaming"),
     ],

@@ -1,6 +1,7 @@
 """Formats: recognised by their columns, and read as a prompt with scored completions."""
 
 import itertools
+import json
 
 import pytest
 from rows import assistant, pairs, prompts, system, user
@@ -122,7 +123,63 @@ def test_an_alpaca_row_without_input_is_its_instruction():
         assert read({"instruction": "q", "output": "a", **extra}).prompt == "q"
 
 
+def test_an_alpaca_row_may_have_earlier_turns_and_a_system_message():
+    row = {"instruction": "q", "input": "x", "output": "a", "history": [["first", "one"]], "system": "be kind"}
+    scored = read(row)
+    assert scored.prompt == [
+        system("be kind"),
+        user("first"),
+        {"role": "assistant", "content": "one"},
+        user("q\n\nx"),
+    ]
+    assert scored.completions == (("a", 1.0),)
+    with pytest.raises(BadRow, match="'history' is not a list of pairs of a question and an answer"):
+        read({**row, "history": ["first", "one"]})
+
+
+def test_a_pair_may_have_its_prompt_as_sharegpt_or_alpaca_has_it():
+    sides = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
+    scored = read({"conversations": [{"from": "human", "value": "q"}], **sides})
+    assert (scored.prompt, scored.completions) == ([Q], (("a", 1.0), ("b", 0.0)))
+    scored = read({"instruction": "q", "input": "x", "chosen": "a", "rejected": "b"})
+    assert (scored.prompt, scored.completions) == ("q\n\nx", (("a", 1.0), ("b", 0.0)))
+
+
+def test_a_function_call_of_sharegpt_is_a_tool_call_of_the_assistant():
+    call = {"name": "f", "arguments": {"x": 1}}
+    turns = [("human", "q"), ("function_call", json.dumps(call)), ("observation", "1"), ("gpt", "a")]
+    scored = read({"conversations": [{"from": name, "value": value} for name, value in turns]})
+    assert scored.prompt[1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": call}],
+    }
+    assert scored.prompt[2]["role"] == "tool" and scored.completions == (("a", 1.0),)
+    turns[1] = ("function_call", "f(1)")
+    with pytest.raises(BadRow, match=r"message 2 \(function_call\) is not the JSON of calls"):
+        read({"conversations": [{"from": name, "value": value} for name, value in turns]})
+
+
 # ---- pairs of scored responses
+
+
+@pytest.mark.parametrize("step", ["reward", "dpo", "kto"])
+def test_a_pair_of_equal_responses_is_skipped_and_counted(config, tokenizer, step):
+    rows = pairs(12)
+    rows[4]["rejected"] = rows[4]["chosen"]
+    held_out = config(pairs(2, 20), "e.jsonl").data_path
+    train, _ = load_data(config(rows, eval_data_path=held_out), tokenizer, step)
+    assert train.counts["skipped"] == 1
+    (problem,) = train.problems
+    assert "rows.jsonl line 5: 'rejected' is the same as the better response" in problem
+    prompts = load_data(config(rows, eval_data_path=held_out), tokenizer, "ppo")[0]
+    assert prompts.counts["kept"] == 12
+
+
+def test_scored_responses_that_repeat_make_no_pair_of_equals():
+    reader = Reader("ranked", Columns(COLUMNS.names), "all")
+    scored = read({"prompt": "q", "responses": ["a", "a", "b"], "scores": [3, 2, 1]})
+    assert reader.examples(scored, "dpo") == [("a", "b"), ("a", "b")]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +437,7 @@ def test_two_formats_in_one_file_are_named_with_their_rows(config, tokenizer):
 def test_data_format_overrules_and_must_exist(config, tokenizer):
     train, _ = load_data(config(pairs(10), data_format="prompt"), tokenizer, "ppo")
     assert train.parts[0].described == "prompt only, text"
-    with pytest.raises(InputError, match="data_format 'dialogue': must be one of sharegpt, preference"):
+    with pytest.raises(InputError, match="data_format 'dialogue': must be one of preference, sharegpt"):
         DataConfig(data_format="dialogue")
 
 

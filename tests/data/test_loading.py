@@ -358,7 +358,7 @@ def test_a_second_load_does_not_tokenise_or_read_rows(config, tokenizer, tokenis
         {"prompt_template": "raw"},
         {"max_length": 20},
         {"data_split": "1,1,1"},
-        {"rejected_field": "chosen"},
+        {"chosen_field": "rejected", "rejected_field": "chosen"},
         {"max_train_samples": 5},
         {"system_prompt": "Be kind."},
         {"chat_template": "chatml"},

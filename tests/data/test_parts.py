@@ -51,7 +51,7 @@ def test_a_source_without_a_usable_row_is_reported_beside_the_others(config, tok
         train, _ = load_data(config(data_path=(bad, good), eval_data_path=held_out), tokenizer, "reward")
     assert (train.sources, len(train)) == (("good",), 20)
     assert [part.name for part in train.unusable] == ["bad"]
-    assert "bad: no usable row: 'prompt' is empty (1 rows)" in caplog.text
+    assert f"bad: no usable row: {bad} line 1: 'prompt' is empty" in caplog.text
 
 
 def test_a_prompt_as_text_and_as_a_message_is_one_prompt(config, tokenizer, caplog, tmp_path):

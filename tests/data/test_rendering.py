@@ -413,8 +413,18 @@ def test_a_template_that_loses_content_is_a_problem_of_the_row():
     assert one(tokenizer, prompt, "You") == "the chat template loses the content of message 2 (tool)"
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
     assert one(tokenizer, [user("hello"), call, user("there")], "You", train_on="last") == (
-        "the chat template loses the tool call look of message 2 (assistant)"
+        "the chat template loses the tool call look of message 2 (assistant); set chat_template to one with tools, "
+        "such as hermes, or tools_field to the name of no column"
     )
+    assert "loses the tool call look" in str(one(tokenizer, [user("look at it"), call, user("there")], "You"))
+
+
+def test_a_template_that_does_not_show_the_tools_is_a_problem_of_the_row():
+    tokenizer = make()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    (row,) = encode_rows(tokenizer, [[user("look at it")]], [["You"]], [tools])
+    assert str(row).startswith("the chat template does not show the tool look to the model; set chat_template")
 
 
 def test_tool_calls_with_null_content_and_tools_reach_the_template():

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from pathlib import Path
 
 import chex
 import jax
@@ -80,6 +81,20 @@ def mixed(files):
         "reference_sync_steps": 2,
         "reference_mixup": 0.7,
     }
+
+
+def test_each_source_of_evaluation_rows_has_metrics_of_its_own(train, demo, tmp_path):
+    lines = Path(demo.eval).read_text().splitlines(keepends=True)
+    paths = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
+    for path, part in zip(paths, (lines[:3], lines[3:8]), strict=True):
+        path.write_text("".join(part))
+    options = {"reward_model_name_or_path": demo.reward, "max_steps": 1, "max_eval_samples": 0}
+    train(tmp_path / "run", eval_data_path=tuple(map(str, paths)), **options)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_before"]["first/win_rate"] == summary["eval_before"]["second/win_rate"] == 0.5
+    for found in (summary["eval_before"], summary["eval_after"]):
+        for name in ("scores", "kl", "response_length", "eos_rate"):
+            assert found[name] == pytest.approx((3 * found[f"first/{name}"] + 5 * found[f"second/{name}"]) / 8)
 
 
 def test_a_run_without_a_reward_model_learns_from_functions_and_resumes_as_if_never_stopped(

@@ -6,8 +6,9 @@ from jaxrlhf.models.decoder import REMAT_POLICIES, Decoder
 from jaxrlhf.models.hf.adapters import load_adapter, save_adapter
 from jaxrlhf.models.hf.card import ModelCard
 from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
+from jaxrlhf.models.hf.export import save_pretrained
 from jaxrlhf.models.hf.generation_config import generation_end_ids, with_token_ids
-from jaxrlhf.models.hf.pretrained import load_pretrained, model_from_overrides, save_pretrained, stored_head
+from jaxrlhf.models.hf.pretrained import load_pretrained, model_from_overrides, stored_head
 from jaxrlhf.models.hf.score_export import for_transformers, score_offset, without_score_offset
 from jaxrlhf.models.known import KNOWN, KnownModel, known_config
 from jaxrlhf.models.lora import add_lora, base_leaves, join, merge_lora, merged, split_trainable

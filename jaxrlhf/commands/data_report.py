@@ -154,6 +154,7 @@ class Inspection:
         packed: the first packed row of training, by segments; empty without packing.
         packed_length: tokens that a packed row holds.
         duplicates: `equal_rows` and `equal_prompts` in training; `shared_prompts` of evaluation and training.
+        first: rows of each file that were read of a stream; 0: all.
     """
 
     step: str
@@ -164,6 +165,7 @@ class Inspection:
     packed: tuple[Segment, ...]
     packed_length: int
     duplicates: dict[str, Repeats]
+    first: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """The values for JSON."""

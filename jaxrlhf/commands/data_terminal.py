@@ -77,7 +77,8 @@ class View:
 def print_inspection(found: Inspection, stream: TextIO | None = None) -> None:
     """Prints everything. `stream`: default standard output."""
     view = View(sys.stdout if stream is None else stream)
-    view.console.print(Text(f"What {found.step} sees of the data", style="bold"))
+    part = f": the first {found.first:,} rows of each file or data set" if found.first else ""
+    view.console.print(Text(f"What {found.step} sees of the data{part}", style="bold"))
     print_sources(view, found)
     print_rows(view, found)
     print_packed(view, found)

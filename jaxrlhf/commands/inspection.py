@@ -28,12 +28,12 @@ from jaxrlhf.data.packing import pack
 from jaxrlhf.data.parts import COUNTS, Part
 from jaxrlhf.data.reading import Reading
 from jaxrlhf.data.steps import LENGTH_WINDOW
-from jaxrlhf.errors import InputError
 
 EXAMPLES = 3  # places that are named as examples
 REASONS = 5  # reasons of bad rows that are listed for a source
 BARS = 32  # bars of a histogram
 CHUNK = 1000  # rows that are read together
+FIRST = 1000  # rows of each file of a stream that are read
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ def inspect_data(config: DataConfig, tokenizer: Tokenizer, step: str, *, show: i
     Raises:
         InputError: as in `load_data`.
     """
-    if config.streaming:
-        raise InputError("streaming: jaxrlhf data counts all rows; leave streaming out, or give a part of the data")
-    train, evaluation = load_data(config, tokenizer, step)
+    first = (config.max_train_samples or FIRST) if config.streaming else 0
+    train, evaluation = load_data(config, tokenizer, step, first=first)
     scans = {"train": [scan(part) for part in train.parts], "eval": [scan(part) for part in evaluation.parts]}
     edges = edges_of([*train.parts, *evaluation.parts])
     reports: dict[tuple[str, str], dict[str, RowsReport]] = collections.defaultdict(dict)
@@ -101,6 +100,7 @@ def inspect_data(config: DataConfig, tokenizer: Tokenizer, step: str, *, show: i
         packed=tuple(first_packed(train, scans["train"])),
         packed_length=train.maximum if train.bins is not None else 0,
         duplicates=duplicates(scans["train"], scans["eval"]),
+        first=first,
     )
 
 

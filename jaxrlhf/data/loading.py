@@ -45,9 +45,11 @@ def load_data(
 ) -> tuple[PromptData, PromptData]: ...
 @overload
 def load_data(
-    config: DataConfig, tokenizer, step: str, columns: Names = (), wanted: Names = ()
+    config: DataConfig, tokenizer, step: str, columns: Names = (), wanted: Names = (), first: int = 0
 ) -> tuple[Data, Data]: ...
-def load_data(config: DataConfig, tokenizer, step: str, columns: Names = (), wanted: Names = ()) -> tuple[Data, Data]:
+def load_data(
+    config: DataConfig, tokenizer, step: str, columns: Names = (), wanted: Names = (), first: int = 0
+) -> tuple[Data, Data]:
     """Loads the training and the evaluation rows of a step, tokenised or from the cache.
 
     Evaluation rows are the same in every step, and no step trains on them: `eval_data_path`, else each source's own
@@ -60,6 +62,7 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: Names = (), wan
         step: "sft", "reward", "ppo", "dpo" or "kto".
         columns: columns of the rows that ppo data keeps, besides `config.reward_columns`.
         wanted: columns that ppo data keeps where a source has them.
+        first: only so many rows of each source, read as a stream; 0: all.
 
     Raises:
         InputError: the data or the tokenizer is unusable, a row lacks a column, or processes read different data.
@@ -67,7 +70,7 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: Names = (), wan
     if step not in SHARES:
         raise ValueError(f"step '{step}': must be one of {', '.join(SHARES)}")
     check_tokenizer(tokenizer)
-    loader = Loader(config, tokenizer, step, columns, wanted)
+    loader = Loader(config, tokenizer, step, columns, wanted, first)
     data, contents = by_turns(f"tokenising the {step} data", loader.load)
     check_same("data", contents)
     return data
@@ -76,8 +79,10 @@ def load_data(config: DataConfig, tokenizer, step: str, columns: Names = (), wan
 class Loader:
     """One call of `load_data`."""
 
-    def __init__(self, config: DataConfig, tokenizer, step: str, columns: Names, wanted: Names = ()) -> None:
-        self.config, self.step, self.wanted = config, step, wanted if step == "ppo" else ()
+    def __init__(
+        self, config: DataConfig, tokenizer, step: str, columns: Names, wanted: Names = (), first: int = 0
+    ) -> None:
+        self.config, self.step, self.wanted, self.first = config, step, wanted if step == "ppo" else (), first
         self.tokenizer = with_template(tokenizer, config.template)
         self.folder = cache_folder(config)
         check_writable(self.folder)
@@ -97,7 +102,7 @@ class Loader:
 
     def load(self) -> tuple[tuple[Data, Data], dict[str, str]]:
         """The training and the evaluation data, and the hash of each thing that they depend on."""
-        if self.config.streaming:
+        if self.config.streaming and not self.first:
             if self.step not in STREAMS:
                 raise InputError(f"streaming: {self.step} compares rows with others and cannot stream; leave it out")
             return self.load_stream()
@@ -204,7 +209,7 @@ class Loader:
 
     def reading(self, source: SourceConfig, evaluates: bool = False) -> Reading:
         with named_as("eval_" if evaluates and self.config.eval_data_path else ""):
-            reading = Reading(self.config, source, self.step, self.folder)
+            reading = Reading(self.config, source, self.step, self.folder, first=self.first)
         return reading.of("eval") if evaluates and reading.has("eval") else reading
 
     def other_sources(self) -> list[SourceConfig]:

@@ -75,6 +75,7 @@ class Reading:
         split: "train" or "eval".
         streaming: read the training rows as they are needed.
         origin: the source, where it is found already.
+        first: only so many rows of each table, read as a stream; 0: all.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class Reading:
         split: str = "train",
         streaming: bool = False,
         origin: Source | None = None,
+        first: int = 0,
     ) -> None:
         self.config, self.source, self.step, self.folder, self.split = config, source, step, folder, split
-        self.streaming = streaming
+        self.streaming, self.first = streaming, first
         self.named = named = find(source.path, config.dataset_registry or None)
         if named and step not in named.steps:
             raise InputError(
@@ -96,7 +98,7 @@ class Reading:
                 "of this step (`steps` in data_mixture), or declare your own in dataset_registry"
             )
         self.origin = origin or resolve_source(
-            source.path, folder, split=source.split, named=named, streaming=streaming
+            source.path, folder, split=source.split, named=named, streaming=streaming or bool(first)
         )
         own = dict(named.fields) if named and not named.convert else {}
         self.columns = Columns(config.fields.names | own | {k: str(v) for k, v in source.fields.items()})
@@ -105,7 +107,8 @@ class Reading:
 
     def of(self, split: str) -> Reading:
         """The same source's other split."""
-        return Reading(self.config, self.source, self.step, self.folder, split, self.streaming, self.origin)
+        given = self.config, self.source, self.step, self.folder, split, self.streaming, self.origin, self.first
+        return Reading(*given)
 
     def has(self, split: str) -> bool:
         return split in self.origin.splits
@@ -113,12 +116,16 @@ class Reading:
     @cached_property
     def fingerprint(self) -> str:
         """Hashes the contents of the split. Raises InputError when the source has no such split."""
+        if self.first:
+            return hash_json([self.stream_key, self.first])
         return self.origin.fingerprint(self.split)
 
     @cached_property
     def opened(self) -> list[Opened]:
         """The tables of the split. Raises InputError for rows of no format, of two, or of one useless to the step."""
         tables = self.origin.tables(self.split)
+        if self.first:
+            tables = [first_rows(table, self.first) for table in tables]
         if self.streaming and self.named and self.named.convert_all:
             raise InputError(f"data_path '{self.source.path}': its examples span rows, so it cannot be streamed")
         if self.named and self.named.convert_all:
@@ -270,6 +277,16 @@ class Reading:
             tokenizer=tokenizer,
             encoding=encoding,
         )
+
+
+def first_rows(table: Table, count: int) -> Table:
+    """A table of the first rows of a streamed one. Raises InputError when it has none."""
+    from datasets import Dataset
+
+    rows = list(table.each(count))
+    if not rows:
+        raise InputError(f"{table.name}: holds no rows")
+    return dataclasses.replace(table, dataset=Dataset.from_list(rows))
 
 
 def pair_up(name: str, tables: list[Opened]) -> Opened:

@@ -48,8 +48,19 @@ def recognise(rows: Iterable[object], columns: Columns, name: str, wanted: str =
 
 
 def listed(row: Mapping) -> str:
-    """The columns of a row, with the kind of each value."""
-    return ", ".join(f"{key} ({kind_of(value)})" for key, value in row.items()) or "none"
+    """The columns of a row, with the kind of each value; those of an object too, for dotted paths."""
+    kinds = {key: kind_of(value) for key, value in row.items()}
+    kinds |= {key: f"an object of {', '.join(map(str, value))}" for key, value in row.items() if is_object(value)}
+    return ", ".join(f"{key} ({kind})" for key, kind in kinds.items())[:1000] or "none"
+
+
+def is_object(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value)
+
+
+def is_row(value: object) -> bool:
+    """True for an object that is not a message."""
+    return isinstance(value, Mapping) and bool(value) and not value.keys() & {"role", "from"}
 
 
 def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
@@ -57,6 +68,9 @@ def _no_format(row: Mapping, columns: Columns, name: str, wanted: str) -> str:
     lacks = {key: FORMATS[key].missing(row, columns) for key in ([wanted] if wanted else FORMATS)}
     near = {key: missing for key, missing in lacks.items() if wanted or len(missing) < len(FORMATS[key].columns)}
     found = f"{name}: its columns fit no format. Found: {listed(row)}."
+    around = [key for key, value in row.items() if isinstance(value, list) and value and all(map(is_row, value))]
+    if len(row) == 1 and around and not near:
+        return f"{found} The rows stand inside '{around[0]}': write them as a list, or one per line, and nothing else"
     if not near:
         known = "; ".join(", ".join(c.partition("|")[0] for c in form.columns) for form in FORMATS.values())
         return (

@@ -31,7 +31,8 @@ from jaxrlhf.rl.experience import RLModels
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.sharding import make_mesh, place_batch
 from jaxrlhf.trainers.optimizer import make_schedule
-from jaxrlhf.trainers.settings import check_context, with_template_rows
+from jaxrlhf.trainers.settings import check_context
+from jaxrlhf.trainers.starting import with_template_rows
 from jaxrlhf.trainers.tokenizers import check_reads_tokens, with_model_ends, with_special_tokens
 
 PyTree = Any

@@ -52,9 +52,9 @@ from jaxrlhf.trainers.settings import (
     StepOptions,
     batch_devices,
     check_context,
-    load_model,
     open_run,
 )
+from jaxrlhf.trainers.starting import load_model
 from jaxrlhf.trainers.tokenizers import with_special_tokens
 
 PyTree = Any

@@ -1,10 +1,8 @@
 """Hugging Face model folders in and out, through the one declaration of each family."""
 
-import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,35 +14,24 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from jaxrlhf.config.model_folder import is_adapter
-from jaxrlhf.distributed import barrier, check_same, is_primary, to_host
+from jaxrlhf.distributed import check_same
 from jaxrlhf.errors import InputError
-from jaxrlhf.models.config import DecoderConfig, LoRAConfig
+from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.families import get_family
 from jaxrlhf.models.hf.adapters import adapter_head, load_onto_base
-from jaxrlhf.models.hf.card import ModelCard, render_card
 from jaxrlhf.models.hf.checkpoint_files import (
-    CONFIG,
     FLOATS,
-    TensorToWrite,
     base_folder,
     find_model_folder,
     fingerprint,
-    indexed_shards,
-    replace_files,
-    staged,
-    write_checkpoint,
 )
-from jaxrlhf.models.hf.config_json import config_from_dict, config_to_dict, read_config
-from jaxrlhf.models.hf.generation_config import GENERATION_CONFIG, generation_values
+from jaxrlhf.models.hf.config_json import config_from_dict, read_config
 from jaxrlhf.models.hf.gguf import is_gguf
 from jaxrlhf.models.hf.mapping import Family, Tensor
 from jaxrlhf.models.hf.opened import folder_head, open_model
-from jaxrlhf.models.hf.score_export import for_transformers
 from jaxrlhf.models.hf.tensor_names import common_prefix, is_buffer
 from jaxrlhf.models.hf.tensor_source import TensorSource, all_finite, refuse
-from jaxrlhf.models.hf.tokenizer_export import save_tokenizer
-from jaxrlhf.models.lora import merge_kernel
 from jaxrlhf.models.model import (
     Model,
     create_model,
@@ -54,11 +41,10 @@ from jaxrlhf.models.model import (
     param_shapes,
     param_shardings,
 )
-from jaxrlhf.models.token_rows import LEAF, TABLES
 from jaxrlhf.runs.console import Console
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Leaf = jax.ShapeDtypeStruct
 
@@ -71,7 +57,7 @@ def stored_head(name_or_path: str | os.PathLike) -> str:
     return adapter_head(folder) if is_adapter(folder) else folder_head(folder, read_config(folder))
 
 
-def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
+def declared_tensors(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]]:
     """The tensors of a module, each with the shapes of its leaves without stacked axes and vocabulary padding."""
     shapes = leaves_by_path(param_shapes(module))
     axes = leaves_by_path(logical_axes(module))
@@ -94,7 +80,7 @@ def _declared(family: Family, module: Decoder) -> list[tuple[Tensor, list[Leaf]]
     return declared
 
 
-def _hf_shape(tensor: Tensor, leaves: list[Leaf]) -> tuple[int, ...]:
+def hf_shape(tensor: Tensor, leaves: list[Leaf]) -> tuple[int, ...]:
     return jax.eval_shape(lambda *parts: tensor.layout.to_hf(parts, jnp), *leaves).shape
 
 
@@ -108,7 +94,7 @@ def _check_names(
     """Raises one InputError that lists every missing, unexpected and mis-shaped tensor."""
     family, expected = get_family(config.family, source.where), {}
     for tensor, leaves in declared:
-        expected |= dict.fromkeys(tensor.names(config), _hf_shape(tensor, leaves))
+        expected |= dict.fromkeys(tensor.names(config), hf_shape(tensor, leaves))
     # A tied head may be stored twice, and a scalar head does not need a language model's head.
     spare = {tensor.hf for tensor in family.heads}
     found = source.shapes
@@ -123,7 +109,7 @@ def _check_names(
     refuse(f"{source.where} does not fit its config.json{within}", problems)
 
 
-def _index_key(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def index_key(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
 
 
@@ -153,7 +139,7 @@ def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _local_index(key: tuple[tuple[int, int], ...], index: tuple[int, ...]) -> tuple[int, ...] | None:
+def local_index(key: tuple[tuple[int, int], ...], index: tuple[int, ...]) -> tuple[int, ...] | None:
     """Place of a layer's (and expert's) part in a shard; None if the shard has another part."""
     places = tuple(i - start for i, (start, stop) in zip(index, key, strict=False) if start <= i < stop)
     return places if len(places) == len(index) else None
@@ -173,15 +159,15 @@ def _load_tensor(
     for leaf in tensor.leaves:
         shape = shapes[leaf].shape
         indices = shardings[leaf].addressable_devices_indices_map(shape).values()
-        keys = {_index_key(index, shape) for index in indices}
+        keys = {index_key(index, shape) for index in indices}
         buffers[leaf] = {key: _aligned_zeros([stop - start for start, stop in key], dtype) for key in keys}
     for name, index in tensor.names(config).items():
-        if not any(_local_index(key, index) is not None for of_leaf in buffers.values() for key in of_leaf):
+        if not any(local_index(key, index) is not None for of_leaf in buffers.values() for key in of_leaf):
             continue  # an expert that only other processes hold
         parts = tensor.layout.to_ours(_read_checked(source, name, dtype), [leaf.shape for leaf in wanted])
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             for key, buffer in buffers[leaf].items():
-                place = _local_index(key, index)
+                place = local_index(key, index)
                 if place is not None:
                     window = part[tuple(slice(start, stop) for start, stop in key[tensor.stacked :])]
                     buffer[place][tuple(slice(0, n) for n in window.shape)] = window
@@ -189,7 +175,7 @@ def _load_tensor(
     for leaf in tensor.leaves:
         shape, parts = shapes[leaf].shape, buffers.pop(leaf)
         loaded[leaf] = jax.make_array_from_callback(
-            shape, shardings[leaf], lambda index, p=parts, s=shape: p[_index_key(index, s)]
+            shape, shardings[leaf], lambda index, p=parts, s=shape: p[index_key(index, s)]
         )
     return loaded
 
@@ -274,7 +260,7 @@ def load_pretrained(
         return load_onto_base(base, folder, new_head)
     opened = open_model(folder, read_config(folder), head)
     module = make_module(opened.config, head, dtype, remat, zero_stage)
-    declared = _declared(get_family(module.config.family, str(folder)), module)
+    declared = declared_tensors(get_family(module.config.family, str(folder)), module)
     fresh = _missing_head(folder, opened.source, declared, new_head)
     _check_names(opened.source, module.config, declared, optional=fresh, wrapper=opened.wrapper)
     shardings = _places(module, mesh)
@@ -306,118 +292,6 @@ def _fresh_score(module: Decoder, key: jax.Array | None, sharding: Sharding, dty
         return (jax.random.normal(key, (width,)) * (width + 1) ** -0.5).astype(dtype)
 
     return jax.jit(make, out_shardings=sharding)(jax.random.key(0) if key is None else key)
-
-
-def _fetch(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    """Gathers a parameter, or the part of a layer (and expert) `index`, on the host, shard by shard.
-
-    `np.asarray(x)` would leave a host copy of the whole parameter cached in `x` for as long as `x` lives. Across hosts
-    every process must call this, and all get the result.
-    """
-    if not x.is_fully_addressable:
-        return to_host(x[index] if index else x)
-    whole = np.empty(x.shape[len(index) :], x.dtype)
-    for shard in x.addressable_shards:
-        place = _local_index(_index_key(shard.index, x.shape), index)
-        if shard.replica_id == 0 and place is not None:
-            whole[shard.index[len(index) :]] = shard.data[place] if place else jnp.array(shard.data)
-    return whole
-
-
-def _fetch_merged(
-    params: dict[str, jax.Array], leaf: str, index: tuple[int, ...], lora: LoRAConfig | None
-) -> np.ndarray:
-    """`_fetch`, with the adapters of a kernel merged into it."""
-    array = _fetch(params[leaf], index)
-    path, _, name = leaf.rpartition("/")
-    for holder, table in TABLES.items():
-        if lora is not None and leaf == table and f"{holder}/{LEAF}" in params:
-            array[list(lora.trained_tokens)] = _fetch(params[f"{holder}/{LEAF}"], ())
-    if lora is None or name != "kernel" or f"{path}/lora_a" not in params:
-        return array
-    a, b = (_fetch(params[f"{path}/{n}"], index) for n in ("lora_a", "lora_b"))
-    return np.asarray(merge_kernel(array, a, b, lora.scale))
-
-
-def _tensors_to_write(model: Model) -> Iterator[TensorToWrite]:
-    module, params = model.module, leaves_by_path(model.params)
-
-    def make(tensor: Tensor, leaves: list[Leaf], index: tuple[int, ...]) -> np.ndarray:
-        parts = []
-        for leaf, expected in zip(tensor.leaves, leaves, strict=True):
-            array = _fetch_merged(params, leaf, index, module.lora)
-            parts.append(array[tuple(slice(0, n) for n in expected.shape)])
-        return tensor.layout.to_hf(parts, np)
-
-    for tensor, leaves in _declared(get_family(model.config.family, "config"), module.clone(lora=None)):
-        shape = _hf_shape(tensor, leaves)
-        for name, index in tensor.names(model.config).items():
-            yield TensorToWrite(name, shape, partial(make, tensor, leaves, index))
-
-
-def save_pretrained(
-    model: Model,
-    path: str | os.PathLike,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    *,
-    dtype: DTypeLike | None = None,
-    max_shard_bytes: int = 5 * 2**30,
-    card: ModelCard | None = None,
-) -> None:
-    """Writes a folder that `transformers` and `load_pretrained` load: weights, config, generation config, tokenizer.
-
-    Tensors are gathered one at a time. Files are written to a folder beside the target and then renamed into place, so
-    an interrupted save leaves an older export intact. A reward model gets a pad token that ends no text. Adapters are
-    merged (`save_adapter` writes them separately).
-    Every process of a run must call this; the first one writes.
-
-    Args:
-        model: A language model or reward model.
-        path: The folder.
-        tokenizer: Saved into the folder. That of a reward model gets a pad token that ends no response.
-        dtype: Of the tensors in the files; None: as stored.
-        max_shard_bytes: Largest weights file.
-        card: Becomes the folder's README.md.
-
-    Raises:
-        InputError: Parameters are not finite, or too large for `dtype`; or a reward model adds a constant to its
-            scores, which transformers cannot express.
-        StorageError: Writing fails.
-    """
-    folder = Path(path)
-    model, tokenizer = for_transformers(model, tokenizer)
-    if is_primary():
-        with staged(folder, ".export") as staging:
-            _write_export(model, staging, folder, tokenizer, dtype, max_shard_bytes, card)
-            replace_files(staging, folder)
-    else:  # take part in the gathering
-        for tensor in _tensors_to_write(model):
-            tensor.make()
-    barrier(f"writing the model {folder}")
-
-
-def _write_export(
-    model: Model,
-    staging: Path,
-    folder: Path,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    dtype: DTypeLike | None,
-    max_shard_bytes: int,
-    card: ModelCard | None,
-) -> None:
-    config, head = model.config, model.module.head
-    stored = np.dtype(dtype or next(iter(leaves_by_path(model.params).values())).dtype)
-    write_checkpoint(staging, _tensors_to_write(model), stored, max_shard_bytes, taken=indexed_shards(folder))
-    values = config_to_dict(config, head, str(stored))
-    files = {CONFIG: json.dumps(values, indent=2) + "\n"}
-    if head == "lm" or config.generation_config:
-        files[GENERATION_CONFIG] = json.dumps(generation_values(config), indent=2) + "\n"
-    if card is not None:
-        files["README.md"] = render_card(card, config, head)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, staging)
-    for name, text in files.items():
-        (staging / name).write_text(text, encoding="utf-8")
 
 
 def model_from_overrides(model_type: str, overrides: Mapping[str, object], **options: Any) -> Model:

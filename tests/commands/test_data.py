@@ -305,6 +305,19 @@ def test_histogram_bars_scale_to_the_highest():
     assert histogram([24, 12, 1, 0], " ▁▂▃▄▅▆▇█") == ["██", "██▄▄", "████▁▁"]
 
 
+@pytest.mark.parametrize("step", ["sft", "dpo", "ppo"])
+def test_a_stream_shows_its_first_rows_as_the_whole_data_shows_them(look, tmp_path, step):
+    limit = {"max_train_samples": 20} if step == "dpo" else {}
+    found = look(PAIRS, step, streaming=True, **limit)
+    whole = look(PAIRS[:20] if limit else PAIRS, step)
+    assert found.first == (20 if limit else 1000)
+    assert found.sources[0].train == whole.sources[0].train
+    assert found.duplicates == whole.duplicates
+    stream = io.StringIO()
+    print_inspection(found, stream)
+    assert f"the first {found.first:,} rows of each" in stream.getvalue()
+
+
 def test_a_model_brings_its_tokenizer_and_end_ids(tmp_path, tokenizer, capsys):
     model = tiny_model(LLAMA | {"vocab_size": 600, "eos_token_id": 7})
     save_pretrained(model, tmp_path / "model", tokenizer=read_tokenizer(tokenizer))
@@ -322,7 +335,6 @@ def test_a_model_brings_its_tokenizer_and_end_ids(tmp_path, tokenizer, capsys):
     [
         ({"data_path": "demo"}, "model_name_or_path: no model or tokenizer"),
         ({"data_path": "nowhere.jsonl", "tokenizer_name_or_path": "demo"}, "nowhere.jsonl"),
-        ({"data_path": "demo", "tokenizer_name_or_path": "demo", "streaming": True}, "streaming"),
     ],
 )
 def test_bad_settings_are_named(settings, named, tmp_path):

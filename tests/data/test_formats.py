@@ -424,6 +424,17 @@ def test_columns_of_no_format_are_listed_with_the_nearest(config, tokenizer):
         load_data(config(rows, data_format="preference"), tokenizer, "dpo")
 
 
+def test_one_object_around_the_rows_and_nested_columns_are_named(config, tokenizer):
+    with pytest.raises(
+        InputError, match=r"Found: data \(a list\)\. The rows stand inside 'data': write them as a list"
+    ):
+        load_data(config([{"data": [{"prompt": "q", "completion": "a"}]}]), tokenizer, "sft")
+    with pytest.raises(InputError, match=r"Found: row \(an object of question, answer\).*--prompt_field question"):
+        load_data(config([{"row": {"question": "q", "answer": "a"}}] * 9), tokenizer, "sft")
+    with pytest.raises(InputError, match=r"Found: context \(a list\)\. Formats have the columns"):
+        load_data(config([{"context": [Q]}] * 9), tokenizer, "ppo")
+
+
 def test_two_formats_in_one_file_are_named_with_their_rows(config, tokenizer):
     rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)] + [{"messages": [Q, A]}]
     with pytest.raises(InputError) as error:

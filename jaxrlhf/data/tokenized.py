@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxrlhf.config.children import children_end
 from jaxrlhf.data.columns import read_columns
 from jaxrlhf.data.files import Table, first_line
 from jaxrlhf.data.formats import Reader, Scored
@@ -300,20 +301,21 @@ def run_pass(
         path.parent.mkdir(parents=True, exist_ok=True)
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        return dataset.map(
-            function,
-            batched=True,
-            batch_size=CHUNK,
-            with_indices=True,
-            remove_columns=dataset.column_names,
-            cache_file_name=str(path),
-            load_from_cache_file=True,
-            features=features,
-            fn_kwargs=options,
-            num_proc=num_proc if several else None,
-            new_fingerprint=path.stem.split("-")[-1],
-            desc=label,
-        )
+        with children_end():
+            return dataset.map(
+                function,
+                batched=True,
+                batch_size=CHUNK,
+                with_indices=True,
+                remove_columns=dataset.column_names,
+                cache_file_name=str(path),
+                load_from_cache_file=True,
+                features=features,
+                fn_kwargs=options,
+                num_proc=num_proc if several else None,
+                new_fingerprint=path.stem.split("-")[-1],
+                desc=label,
+            )
     except OSError as error:
         raise InputError(
             f"data_cache_dir '{path.parent}': cannot be written ({error.strerror or error}); free space there, or "

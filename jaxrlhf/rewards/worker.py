@@ -5,7 +5,6 @@ are JSON, so that nothing that the function's process makes is unpickled by the 
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -16,6 +15,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from jaxrlhf.config.children import end_with
 from jaxrlhf.config.imports import exception_line
 from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.arguments import Samples
@@ -24,7 +24,6 @@ from jaxrlhf.rewards.functions import RewardFunction, load_function
 
 STACKS = signal.SIGUSR1
 """Signal that prints the stacks of all threads, also while C code holds the interpreter."""
-PR_SET_PDEATHSIG = 1
 
 
 def main(descriptor: int, spec: str, parent: int, memory: int) -> None:
@@ -66,11 +65,9 @@ def confine(parent: int, memory: int) -> None:
     faulthandler.enable()
     faulthandler.register(STACKS, all_threads=True)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    if os.getppid() != parent:
-        os._exit(0)
+    end_with(parent)
     # RLIMIT_DATA counts what the process can write to. RLIMIT_AS would count what libraries only reserve.
     for limit, value in ((resource.RLIMIT_CORE, 0), *([(resource.RLIMIT_DATA, memory)] if memory else ())):
         hard = resource.getrlimit(limit)[1]

@@ -11,11 +11,11 @@ import numpy as np
 from jaxrlhf.data.batches import Data
 from jaxrlhf.data.cache import check_writable, hash_json
 from jaxrlhf.data.columns import MISSING, look_up
-from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig
+from jaxrlhf.data.mixture import EVALUATIONS, SourceConfig, named_apart
 from jaxrlhf.data.parts import Part
 from jaxrlhf.data.reading import HEAD, Reading
 from jaxrlhf.data.selection import SHARES, limit_rows, split_among, split_groups
-from jaxrlhf.data.settings import DataConfig, cache_folder, named_apart, packed_length, packs
+from jaxrlhf.data.settings import DataConfig, cache_folder, packed_length, packs
 from jaxrlhf.data.sources import named_as
 from jaxrlhf.data.steps import PairData, PromptData, RewardData, SFTData, UnpairedData
 from jaxrlhf.data.streaming import STREAMS, StreamOrder, StreamSource, stream_shares

@@ -74,6 +74,25 @@ def read_inline(value: str | Mapping[str, list] | list) -> tuple[str, ...]:
     return tuple(entry if isinstance(entry, str) else json.dumps(entry) for entry in entries)
 
 
+def named_apart(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
+    """The sources, where each of several with one short name is also called by its folder, or else numbered.
+
+    A name that the user gives stays.
+    """
+    result: list[SourceConfig] = []
+    taken = {source.short_name for source in sources if source.name}
+    for source in sources:
+        if source.name:
+            result.append(source)
+            continue
+        names = [source.short_name]
+        names.append(f"{Path(source.path).parent.name}_{source.short_name}".strip("_"))
+        names += [f"{source.short_name}_{number}" for number in range(2, len(sources) + 2)]
+        result.append(source.replace(name=next(name for name in names if name not in taken)))
+        taken.add(result[-1].short_name)
+    return tuple(result)
+
+
 def parse_mixture(values: Sequence[str]) -> tuple[SourceConfig, ...]:
     """The sources that `data_mixture` names: one YAML file, or JSON texts. Raises InputError naming what is wrong."""
     if len(values) == 1 and not values[0].lstrip().startswith("{"):
@@ -91,13 +110,14 @@ def parse_mixture(values: Sequence[str]) -> tuple[SourceConfig, ...]:
             raise InputError(f"{place}: source {number}: {error}") from error
     if not sources:
         raise InputError(f"{place}: names no sources; give a list of mappings with a path")
+    sources = named_apart(sources)
     names = [source.short_name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{place}: two sources have the name '{twice[0]}'; give one of them another `name`")
     if len({source.weight is None for source in sources}) > 1:
         lacks = next(source.short_name for source in sources if source.weight is None)
         raise InputError(f"{place}: source '{lacks}' has no weight, but others have; give all of them one, or none")
-    return tuple(sources)
+    return sources
 
 
 def _inline(text: str) -> object:

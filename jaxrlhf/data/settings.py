@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +22,7 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.config.files import default_cache
 from jaxrlhf.data.formats import FORMATS, PairRule
-from jaxrlhf.data.mixture import SourceConfig, parse_mixture, read_inline
+from jaxrlhf.data.mixture import SourceConfig, named_apart, parse_mixture, read_inline
 from jaxrlhf.data.selection import parse_split
 from jaxrlhf.data.tokenized import SEQUENCES
 from jaxrlhf.data.tokenizer import TemplateConfig
@@ -146,17 +145,6 @@ class DataConfig(Settings, may_change=True):
     def names(self) -> tuple[str, ...]:
         """The sources as the user named them, for records."""
         return self.data_path or tuple(source.path for source in self.sources)
-
-
-def named_apart(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
-    """The sources, where each of several with one short name is also called by its folder, or else numbered."""
-    result: list[SourceConfig] = []
-    for source in sources:
-        names, taken = [source.short_name], {other.short_name for other in result}
-        names.append(f"{Path(source.path).parent.name}_{source.short_name}".strip("_"))
-        names += [f"{source.short_name}_{number}" for number in range(2, len(sources) + 2)]
-        result.append(source.replace(name=next(name for name in names if name not in taken)))
-    return tuple(result)
 
 
 def cache_folder(config: DataConfig) -> Path:

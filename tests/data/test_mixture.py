@@ -184,10 +184,9 @@ def test_the_rows_of_a_source_do_not_depend_on_the_others(mixed, tokenizer):
         ([{"path": "a", "weight": 1}, {"weight": 2}], r"source 2: a source of data_mixture has no path"),
         ([{"path": "a"}, 7], r"source 2 is not a mapping with a path, but int"),
         (
-            [{"path": "x/a.jsonl"}, {"path": "y/a.csv"}],
-            r"two sources have the name 'a'; give one of them another `name`",
+            [{"path": "a", "name": "n"}, {"path": "b", "name": "n"}],
+            r"two sources have the name 'n'; give one of them another `name`",
         ),
-        ([{"path": "a", "name": "n"}, {"path": "b", "name": "n"}], r"two sources have the name 'n'"),
         ([{"path": "a", "weight": 1}, {"path": "b"}], r"source 'b' has no weight, but others have"),
         ([{"path": "a", "wieght": 1}], r"source 1: .*wieght"),
         (
@@ -206,6 +205,14 @@ def test_a_mixture_that_makes_no_sense_names_the_source_and_the_field(tmp_path, 
     path.write_text(json.dumps(entries))
     with pytest.raises(InputError, match=message):
         parse_mixture([str(path)])
+
+
+def test_sources_whose_files_have_one_name_are_called_by_their_folders():
+    paths = ["x/train.jsonl", "y/train.jsonl", "y/train.csv"]
+    entries = [json.dumps({"path": path, "weight": 1}) for path in paths]
+    named = json.dumps({"path": "z.jsonl", "weight": 1, "name": "y_train"})
+    assert [source.short_name for source in parse_mixture(entries)] == ["train", "y_train", "train_2"]
+    assert [source.short_name for source in parse_mixture([*entries[:2], named])] == ["train", "train_2", "y_train"]
 
 
 def test_a_mixture_file_that_cannot_be_read_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs where: what was asked for, or what evidence says is fastest.
+"""Chooses the implementation of a kernel: the one asked for, or the one that was measured to be fastest.
 
 There are two kinds of evidence. A *measured* row comes from the device itself. A *compiled* row comes from the device's
 compiler: bytes, peak memory and spills of the programs of a whole iteration. A measured row overrules a compiled one.

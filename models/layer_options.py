@@ -1,4 +1,4 @@
-"""What may differ between the layers of one decoder, and the attention options that follow from a configuration."""
+"""Options that may differ between the layers of one decoder, and the attention options of a configuration."""
 
 import flax.struct
 import jax

@@ -228,7 +228,7 @@ def _record_of(folder: Path) -> Path:
 
 
 def _key(info: Mapping[str, object]) -> str:
-    """Size and version of a file, as the store tells them."""
+    """Size and version of a file, as the store reports them."""
     names = ("ETag", "etag", "md5Hash", "content_settings", "LastModified", "last_modified", "mtime", "created")
     version = next((info[name] for name in names if info.get(name)), "")
     return f"{info['size']} {version}"

@@ -1,4 +1,4 @@
-"""Which rows of a source a step trains on, and which every step evaluates on."""
+"""Selects the rows of a source that a step trains on, and those that every step evaluates on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: connections, the token, and who has come.
+"""The meeting of the processes of a run: connections, the token, and who has come.
 
 The hub, process 0, listens on the coordinator's port until all processes have come, and closes the port then. A message
 is JSON behind its length.

@@ -1,4 +1,4 @@
-"""How a run goes on from a checkpoint: which one, what may differ, on other devices; or starts from its parameters."""
+"""Resumes a run from a checkpoint (which one, what may differ, on other devices), or starts from its parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What an exported reward model needs to score in transformers as it does here: a pad token of its own, and no offset.
+"""Makes an exported reward model score in transformers as it does here: a pad token of its own, and no offset.
 
 `AutoModelForSequenceClassification` reads a score at the last token that is not the pad token. Where padding is an end
 token, it reads a text that ends one token early. So an export pads with a token that no text ends with.

@@ -1,1 +1,1 @@
-"""What `jaxrlhf eval` measures: responses side by side, reward models on pairs, verifiable answers, lm-eval's tasks."""
+"""`jaxrlhf eval`: responses side by side, reward models on pairs, verifiable answers, lm-eval's tasks."""

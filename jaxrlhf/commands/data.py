@@ -22,6 +22,7 @@ from jaxrlhf.data import DataConfig
 from jaxrlhf.errors import InputError
 from jaxrlhf.models.hf.checkpoint_files import CONFIG
 from jaxrlhf.runs.console import Console
+from jaxrlhf.trainers.settings import ModelName
 from jaxrlhf.trainers.tokenizers import TokenizerConfig
 
 PATIENCE = 3.0  # seconds without a word
@@ -31,8 +32,6 @@ PATIENCE = 3.0  # seconds without a word
 class DataViewConfig(Settings):
     """Shows the rows that a step reads and the tokens that it trains on."""
 
-    model_name_or_path: PathName[str | None] = None
-    """Model folder or hub name whose tokenizer and end ids to use; its weights are not read."""
     step: Literal["sft", "reward", "ppo", "dpo", "kto"] = "sft"
     """Step that reads the data; ppo stands for every algorithm that samples its own responses."""
     show: Annotated[int, Ge(0)] = 2
@@ -44,6 +43,7 @@ class DataViewConfig(Settings):
     json: PathName[str | None] = None
     """Also write everything as JSON to this file; -: to standard output, and nothing else."""
     data: DataConfig = DataConfig()
+    model: ModelName = ModelName()
     tokenizer: TokenizerConfig = TokenizerConfig()
 
 
@@ -54,7 +54,7 @@ def show_data(config: DataViewConfig) -> Inspection:
         InputError: as in `load_data`, or no tokenizer is given.
     """
     jax.config.update("jax_platforms", "cpu")  # an accelerator that another program uses stays free
-    console, model, name = Console(), config.model_name_or_path, config.tokenizer.tokenizer_name_or_path
+    console, model, name = Console(), config.model.model_name_or_path, config.tokenizer.tokenizer_name_or_path
     if model is None and name is None:
         raise InputError("model_name_or_path: no model or tokenizer given; name the folder of one, or its hub name")
     for path, option in ((config.json, "json"), (config.html, "html")):

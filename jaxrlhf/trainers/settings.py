@@ -118,11 +118,17 @@ class StartConfig(Settings):
 
 
 @dataclass(frozen=True)
-class ModelConfig(Settings):
-    """The model to start from."""
+class ModelName(Settings):
+    """The model."""
 
     model_name_or_path: PathName[MayChange[str | None]] = None
     """Model folder or hub name to start from."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(ModelName):
+    """The model to start from."""
+
     start: StartConfig = StartConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
 

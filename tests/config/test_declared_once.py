@@ -38,7 +38,7 @@ OTHERWISE = {
     "actor": {"PlanConfig", "BenchConfig"},  # a model; the shape of one
     "save_dtype": {"RunConfig", "ConvertConfig"},  # of the export of a run; of a conversion, where dtype says the same
     # The model to train; the model to sample from, which is required.
-    "model_name_or_path": {"ModelConfig", "SampleConfig"},
+    "model_name_or_path": {"ModelName", "SampleConfig"},
     # The start of step 1 and of step 2; the results of these steps; a scorer without a critic.
     "actor_model_name_or_path": {"PPOModels", "BaseModelsConfig"},
     "reward_model_name_or_path": {"PPOModels", "BaseModelsConfig", "SampleConfig"},

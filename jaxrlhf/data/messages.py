@@ -97,7 +97,7 @@ def called(raw: Mapping[str, Any], field: str, number: int) -> Mapping[str, Any]
         parsed = parse_json(text) if isinstance(text, str) else text
     except ValueError:
         parsed = None
-    calls = parsed if isinstance(parsed, list) else [parsed]
+    calls: list[Any] = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
         raise BadRow(field, f"message {number} (function_call) is not the JSON of calls with name and arguments")
     return {"role": "assistant", "tool_calls": [{"type": "function", "function": dict(call)} for call in calls]}

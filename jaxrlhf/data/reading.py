@@ -283,7 +283,7 @@ def first_rows(table: Table, count: int) -> Table:
     """A table of the first rows of a streamed one. Raises InputError when it has none."""
     from datasets import Dataset
 
-    rows = list(table.each(count))
+    rows = [dict(row) for row in table.each(count)]
     if not rows:
         raise InputError(f"{table.name}: holds no rows")
     return dataclasses.replace(table, dataset=Dataset.from_list(rows))

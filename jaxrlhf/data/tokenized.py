@@ -186,7 +186,7 @@ def table_number(table: Table, i: int) -> int:
 
 def tokenise(
     rows: Sequence[tuple[int, object]], table: Table, reader: Reader, tokenizer: Tokenizer, encoding: Encoding
-) -> dict[str, list[object]]:
+) -> dict[str, list[Any]]:
     """Tokenises numbered rows into columns; a row that cannot be used has its `problem`."""
     output = _Output(encoding.step)
     good: list[tuple[int, Scored, tuple, Any]] = []

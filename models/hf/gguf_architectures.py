@@ -5,7 +5,8 @@ An architecture is one declaration. What the file says in other words than Huggi
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,14 +14,22 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models.hf.mapping import HFConfig
 from jaxrlhf.models.rotary import inverse_frequencies, ropes
 
-if TYPE_CHECKING:
-    from jaxrlhf.models.hf.gguf import File
-
 Options = dict[str, Any]
 Metadata = Mapping[str, Any]
 """The metadata of a file by key, without the prefix of the architecture."""
 Restore = Callable[[np.ndarray, Options], np.ndarray]
 """(tensor as llama.cpp lays it out, Hugging Face options) → the tensor as Hugging Face lays it out."""
+
+
+class Contents(Protocol):
+    """The parts of an open file that architectures read: its place, tensor names, metadata arrays and tensors."""
+
+    path: Path
+    names: frozenset[str]
+
+    def array(self, key: str) -> list[Any]: ...
+    def read(self, name: str, expert: int | None = None) -> np.ndarray: ...
+
 
 _LLAMA_KEYS = {
     "context_length": "max_position_embeddings",
@@ -106,10 +115,10 @@ class Architecture:
     keys: Mapping[str, str]
     restore: Mapping[str, Restore] = field(default_factory=dict)
     strip: str = ""
-    finish: Callable[[Options, Metadata, "File"], None] = lambda options, metadata, file: None
+    finish: Callable[[Options, Metadata, Contents], None] = lambda options, metadata, file: None
 
 
-def _finish_llama(options: Options, metadata: Metadata, file: "File") -> None:
+def _finish_llama(options: Options, metadata: Metadata, file: Contents) -> None:
     options.setdefault("head_dim", metadata.get("rope.dimension_count"))
     biases = {name for name in file.names if name.endswith(".bias")}
     options["attention_bias"] = "blk.0.attn_q.bias" in biases
@@ -120,7 +129,7 @@ def _finish_llama(options: Options, metadata: Metadata, file: "File") -> None:
         options |= {"model_type": "mixtral", "num_local_experts": metadata["expert_count"]}
 
 
-def _llama3_scaling(file: "File", options: Options) -> Options:
+def _llama3_scaling(file: Contents, options: Options) -> Options:
     """The Llama 3 rule that gives the frequency factors in the file, which holds no more of the rule than these."""
     from jaxrlhf.models.families import get_family
 
@@ -141,7 +150,7 @@ def _llama3_scaling(file: "File", options: Options) -> Options:
     raise InputError(f"{file.path}: rope_freqs.weight holds factors that Llama 3's rule does not give")
 
 
-def _finish_gemma(options: Options, metadata: Metadata, file: "File") -> None:
+def _finish_gemma(options: Options, metadata: Metadata, file: Contents) -> None:
     width = options["hidden_size"] // options["num_attention_heads"]
     # The 27B models scale by the width; a file tells them by their number of layers only.
     layers_of_27b = {"gemma2": 46, "gemma3_text": 62}[options["model_type"]]
@@ -149,7 +158,7 @@ def _finish_gemma(options: Options, metadata: Metadata, file: "File") -> None:
     options["query_pre_attn_scalar"] = width if is_27b else options["head_dim"]
 
 
-def _finish_phi3(options: Options, metadata: Metadata, file: "File") -> None:
+def _finish_phi3(options: Options, metadata: Metadata, file: Contents) -> None:
     width = options["hidden_size"] // options["num_attention_heads"]
     options["partial_rotary_factor"] = metadata.get("rope.dimension_count", width) / width
     kinds = {kind: f"rope_factors_{kind}.weight" for kind in ("long", "short")}
@@ -159,7 +168,7 @@ def _finish_phi3(options: Options, metadata: Metadata, file: "File") -> None:
         options["original_max_position_embeddings"] = metadata.get("rope.scaling.original_context_length")
 
 
-def _finish_olmo(options: Options, metadata: Metadata, file: "File") -> None:
+def _finish_olmo(options: Options, metadata: Metadata, file: Contents) -> None:
     windows = file.array("olmo2.attention.sliding_window_pattern")
     if windows:
         options["model_type"] = "olmo3"
@@ -172,11 +181,11 @@ def _finish_olmo(options: Options, metadata: Metadata, file: "File") -> None:
         }
 
 
-def _finish_qwen3_moe(options: Options, metadata: Metadata, file: "File") -> None:
+def _finish_qwen3_moe(options: Options, metadata: Metadata, file: Contents) -> None:
     options["norm_topk_prob"] = True  # llama.cpp computes no other
 
 
-def _finish_neox(options: Options, metadata: Metadata, file: "File") -> None:
+def _finish_neox(options: Options, metadata: Metadata, file: Contents) -> None:
     rotated = metadata.get("rope.dimension_count")
     if rotated is not None:
         options["rotary_pct"] = rotated / (options["hidden_size"] // options["num_attention_heads"])

@@ -17,7 +17,8 @@ import sys, time
 import jax.numpy as jnp
 from jaxrlhf.distributed import ProcessConfig, watchdog
 from jaxrlhf.runs import Run, TrackingConfig
-from jaxrlhf.trainers.loop import Announce, fit
+from jaxrlhf.trainers.loop import fit
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.settings import RunConfig
 
 class Hanging:

@@ -20,7 +20,7 @@ from jaxrlhf.trainers.gradients import (
     model_gradients,
     split_rows,
 )
-from jaxrlhf.trainers.narrowing import order_by_length
+from jaxrlhf.trainers.narrowing import order_by_length, widths_of
 
 ROWS = 24
 
@@ -228,3 +228,10 @@ def test_rows_of_similar_length_share_a_micro_batch():
     mask = np.arange(64) < np.array(LENGTHS)[:, None]
     parts = split_rows(mask.sum(1)[order_by_length(mask, 4)], 4)
     assert parts.tolist() == [[5, 9], [12, 17], [20, 33], [48, 64]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "widths"), [(16, [16]), (40, [32, 40]), (64, [32, 48, 64]), (352, [96, 176, 272, 352])]
+)
+def test_rows_are_cut_to_a_few_widths_and_small_ones_to_fewer(columns, widths):
+    assert widths_of(columns) == widths

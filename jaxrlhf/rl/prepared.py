@@ -9,9 +9,9 @@ from jaxrlhf.engine import Rollout
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.sampler import Sampler
 from jaxrlhf.rl.step import PPOState, ppo_step
-from jaxrlhf.sharding import GENERATE_RULES, batch_sharding
+from jaxrlhf.sharding import GENERATE_RULES, abstract, batch_sharding
 from jaxrlhf.trainers.guards import Limits
-from jaxrlhf.trainers.programs import Announce, abstract
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.settings import batch_devices
 
 

@@ -64,17 +64,5 @@ class Announce(Generic[P, Result]):
         return result
 
 
-def abstract(tree: PyTree) -> PyTree:
-    """The tree with each device array replaced by its shape, dtype and sharding, for `lower` of a jitted function."""
-
-    def shape_of(x: object) -> object:
-        if not isinstance(x, jax.Array):
-            return x
-        sharding = x.sharding if x.committed else None
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=jax.typeof(x).weak_type)
-
-    return jax.tree.map(shape_of, tree)
-
-
 def _shapes(args: Sequence[PyTree]) -> tuple:
     return tuple(x.shape if hasattr(x, "shape") else x for x in jax.tree.leaves(tuple(args)))

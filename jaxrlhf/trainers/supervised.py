@@ -19,7 +19,7 @@ from jaxrlhf.data import Data, Tokenizer, load_data
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
-from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
+from jaxrlhf.sharding import TRAIN_RULES, abstract, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.corruption import run_twice
 from jaxrlhf.trainers.evaluation import eval_step, evaluation_totals, metrics_by_source
 from jaxrlhf.trainers.gradients import (
@@ -43,7 +43,7 @@ from jaxrlhf.trainers.optimizer import (
     with_rates,
 )
 from jaxrlhf.trainers.packing_advice import packing_advice
-from jaxrlhf.trainers.programs import Announce, abstract
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.resuming import same_rows, start_from
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.settings import (

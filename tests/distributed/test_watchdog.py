@@ -30,6 +30,9 @@ class Hanging:
     def limits(self, history):
         return {}
 
+    def prepare(self, state, plan):
+        pass
+
     def step(self, state, plan):
         if plan.index == 2 and sys.argv[2] == "hang":
             time.sleep(1e6)

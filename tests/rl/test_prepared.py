@@ -10,7 +10,8 @@ import pytest
 from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.models import RLHFEngine
 from jaxrlhf.rl.trainer import PPOTrainer
-from jaxrlhf.trainers.programs import Announce, abstract
+from jaxrlhf.sharding import abstract
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.sft import SFTConfig, train_sft
 
 PROGRAMS = {"generate", "score_rollout", "ppo_step"}

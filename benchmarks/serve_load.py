@@ -176,7 +176,7 @@ def random_load(server: Server, requests: int, clients: int) -> Body:
                 memory.append(server.memory_mib())
                 say(f"{i} requests, {memory[-1]:.0f} MiB")
     seconds = time.perf_counter() - begin
-    counts = dict.fromkeys(("whole", "left", "refused", "lost", "mixed up"), 0)
+    counts: Body = dict.fromkeys(("whole", "left", "refused", "lost", "mixed up"), 0)
     alone = rng.sample([i for i, (_, kind) in enumerate(jobs) if kind == "whole"], min(60, requests // 5))
     for (_, kind), outcome in zip(jobs, done, strict=True):
         refused = isinstance(outcome, int)

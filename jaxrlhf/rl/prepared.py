@@ -1,6 +1,7 @@
 """Programs of a step, compiled at the same time before the first batch is there."""
 
 from concurrent.futures import Future
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,5 +79,5 @@ def _rollout(sampler: Sampler, rows: int, prompt_length: int) -> Rollout:
     shape = rows, prompt_length + sampler.sampling.max_new_tokens
     sharding = batch_sharding(sampler.engine.actor.generate_mesh, shape, GENERATE_RULES)
     kinds = (jnp.int32, bool, bool, jnp.float32)
-    arrays = (jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in kinds)
+    arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in kinds)
     return Rollout(*arrays, prompt_length=prompt_length)

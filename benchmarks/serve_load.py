@@ -147,14 +147,26 @@ def rate(server: Server, clients: int, requests: int, tokens: int) -> float:
     return total / (time.perf_counter() - begin)
 
 
-def random_load(server: Server, requests: int, clients: int) -> Body:
-    """The random load: counts of what became of each request, and the server's memory."""
-    rng = random.Random(3)
+def takes_tools(server: Server) -> bool:
+    """True if the model's chat template shows tools; the server refuses them otherwise."""
+    try:
+        answer(server, {"messages": asked(random.Random(0), 3), "max_tokens": 1, "tools": [TOOL]})
+    except urllib.error.HTTPError as error:
+        if error.code != 400:
+            raise
+        return False
+    return True
+
+
+def random_load(server: Server, requests: int, clients: int, words: int) -> Body:
+    """The random load, with prompts of up to `words` words: what became of each request, and the server's memory."""
+    rng, tools = random.Random(3), takes_tools(server)
+    sizes = [size for size in (3, 10, 40, 150) if size <= words]
     jobs: list[tuple[Body, str]] = []
     for i in range(requests):
-        body = {"messages": asked(rng, rng.choice((3, 10, 40, 150))), "seed": rng.randrange(5)}
+        body = {"messages": asked(rng, rng.choice(sizes)), "seed": rng.randrange(5)}
         body |= {"max_tokens": rng.randint(1, 40), "stream": rng.random() < 0.5}
-        if rng.random() < 0.2:
+        if tools and rng.random() < 0.2:
             body |= {"tools": [TOOL]}
         kind = rng.choices(("whole", "leaves", "bad"), (70, 15, 15))[0]
         if kind == "leaves":
@@ -188,7 +200,7 @@ def random_load(server: Server, requests: int, clients: int) -> Body:
         counts["mixed up"] += answer(server, jobs[i][0])[0] != done[i]
     return (
         counts
-        | {"compared": len(alone), "seconds": round(seconds, 1), "busy_afterwards": server.busy()}
+        | {"compared": len(alone), "tools": tools, "seconds": round(seconds, 1), "busy_afterwards": server.busy()}
         | {"memory_mib": [round(m) for m in memory]}
     )
 
@@ -197,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--requests", type=int, default=500, help="of the random load")
+    parser.add_argument("--words", type=int, default=150, help="of the longest prompt of the random load, at least 3")
     parser.add_argument("--tokens", type=int, default=48, help="of a response when rates are measured")
     parser.add_argument("--flags", default="", help="further flags of the server, in one word")
     parser.add_argument("--json", metavar="FILE")
@@ -218,7 +231,7 @@ def main() -> None:
                 found.append(rate(server, clients, 2 * clients, args.tokens))
         ratio = statistics.median(rates[8]) / statistics.median(rates[1])
         say(f"tokens per second {rates}, × {ratio:.1f}")
-        load = random_load(server, args.requests, 16)
+        load = random_load(server, args.requests, 16, args.words)
         say(f"random load {load}")
     finally:
         server.close()

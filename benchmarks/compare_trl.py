@@ -124,7 +124,7 @@ def padded(data: Any, rows: np.ndarray, pad_id: int) -> dict[str, np.ndarray]:
     ids = np.full((*rows.shape, width), pad_id, np.int32)
     mask = np.zeros(ids.shape, bool)
     for place, row in np.ndenumerate(rows):
-        ((prompt, _),) = data.sequences([row], None)[0]
+        ((prompt, _),) = data.sequences(data.read([row], None))[0]
         ids[place][width - len(prompt) :] = prompt
         mask[place][width - len(prompt) :] = True
     return {"ids": ids, "mask": mask}

@@ -4,6 +4,7 @@ Run with the path of a job (`compare_trl_side.main`). The critic's start is writ
 """
 
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def run(job: dict[str, Any], turns: Turns) -> dict[str, Any]:
     tokenizer = load_tokenizer(job["actor"])
     engine = jaxrlhf.RLHFEngine(job["actor"], None, tokenizer, s["iterations"], config)
     trainer = jaxrlhf.PPOTrainer(engine=engine, config=config)
+    wait(trainer.prepare(prompts["ids"].shape[-1]))  # in the set-up, and not behind the peer's turns
     setup = time.perf_counter() - BEGIN
     jaxrlhf.models.save_pretrained(engine.critic_model(), job["value"], tokenizer)
     records = []

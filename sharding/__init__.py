@@ -8,6 +8,7 @@ from jaxrlhf.sharding.mesh import (
     make_mesh,
 )
 from jaxrlhf.sharding.placement import (
+    abstract,
     back_like,
     batch_sharding,
     constrain_tree,
@@ -45,6 +46,7 @@ __all__ = [
     "REPLICATED_RULES",
     "TRAIN_RULES",
     "Rules",
+    "abstract",
     "back_like",
     "batch_sharding",
     "check_columns",

@@ -138,3 +138,15 @@ def held_rows(mesh: Mesh, rows: int, rules: Rules = TRAIN_RULES) -> np.ndarray:
 def constrain_tree(tree: PyTree, shardings: PyTree) -> PyTree:
     """Pins the shardings of a tree inside a jitted program."""
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """The tree with each device array replaced by its shape, dtype and sharding, for `lower` of a jitted function."""
+
+    def shape_of(x: object) -> object:
+        if not isinstance(x, jax.Array):
+            return x
+        sharding = x.sharding if x.committed else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=jax.typeof(x).weak_type)
+
+    return jax.tree.map(shape_of, tree)

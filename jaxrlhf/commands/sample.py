@@ -42,8 +42,8 @@ from jaxrlhf.rl.outcomes import Graded, Outcome, data_columns
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import map_rows
-from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.narrowing import worth_cutting
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.settings import MeshConfig, batch_devices, check_context
 from jaxrlhf.trainers.tokenizers import TokenizerConfig, check_reads_tokens, sampling_for
 

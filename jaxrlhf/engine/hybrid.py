@@ -155,16 +155,44 @@ class HybridEngine:
         Raises:
             InputError: An argument does not fit; the message names it.
         """
+        args, options = self._program(prompt_ids, prompt_mask, key, sampling, params, sample_index, temperature, slots)
+        return generate(*args, **options)
+
+    def compile(
+        self, prompts: tuple[int, int], key: jax.Array, sampling: SamplingConfig, *, params: PyTree, slots: int = 0
+    ) -> None:
+        """Compiles the program of `generate` for `prompts` = (B, P); JAX keeps it for calls with such prompts.
+
+        Args:
+            prompts: Shape of the prompts.
+            key: Any random key.
+            sampling: As in `generate`.
+            params: The parameters, or objects with their shapes and shardings.
+            slots: As in `generate`.
+
+        Raises:
+            InputError: As `generate`.
+        """
+        ids, mask = np.zeros(prompts, np.int32), np.ones(prompts, bool)
+        args, options = self._program(ids, mask, key, sampling, params, None, None, slots)
+        generate.lower(*args, **options).compile()
+
+    def _program(
+        self,
+        prompt_ids: ArrayLike,
+        prompt_mask: ArrayLike,
+        key: jax.Array,
+        sampling: SamplingConfig,
+        params: PyTree,
+        sample_index: ArrayLike | None,
+        temperature: ArrayLike | None,
+        slots: int,
+    ) -> tuple[tuple[PyTree, Requests, jax.Array], dict[str, Any]]:
+        """Arguments of the generate program, by position and by name; those of this method are as in `generate`."""
         requests = self._requests(prompt_ids, prompt_mask, sampling, sample_index, temperature)
-        return generate(
-            self.params if params is None else params,
-            requests,
-            key,
-            module=self.module,
-            sampling=sampling,
-            mesh=self.generate_mesh,
-            slots=self.check_slots(slots, len(requests.number)),
-        )
+        slots = self.check_slots(slots, len(requests.number))
+        options = {"module": self.module, "sampling": sampling, "mesh": self.generate_mesh, "slots": slots}
+        return (self.params if params is None else params, requests, key), options
 
     def episodes(
         self,

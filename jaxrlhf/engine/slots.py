@@ -6,7 +6,9 @@ array, so nothing compiles once both have run. A sample depends on its prompt, i
 are the same whatever the other slots hold.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +24,19 @@ from jaxrlhf.engine.decoding import batched
 from jaxrlhf.engine.hybrid import HybridEngine
 from jaxrlhf.engine.sampling import SamplingConfig, sample_token
 from jaxrlhf.kernels import Cache
-from jaxrlhf.models import Decoder, GenerationView, decode_step, generation_view, init_cache, prefill
-from jaxrlhf.sharding import GENERATE_RULES, constrain, use
+from jaxrlhf.models import Decoder, GenerationView, cast_matrices, decode_step, generation_view, init_cache, prefill
+from jaxrlhf.sharding import GENERATE_RULES, abstract, constrain, use
 
 Array = Any
 """A numpy array on the host, a JAX array in a program."""
 TOP = 20
 """Likeliest tokens that a step reports of the rows that want them."""
 SMALLEST_WIDTH = 32
+COMPILERS = 4
+"""Most programs that compile at a time."""
+WIDEST_RUN = 512
+"""Widest prompt that the warm-up runs, and not only compiles, on a CPU: one of 4,096 tokens takes as long as five
+compilations."""
 SAMPLED, GREEDY = SamplingConfig(1), SamplingConfig(1, temperature=0)
 
 
@@ -193,7 +200,9 @@ def slot_join(
 @partial(jax.jit, static_argnames=("module", "mesh"))
 def _view(params, *, module: Decoder, mesh: Mesh) -> GenerationView:
     with use(mesh, GENERATE_RULES):
-        return generation_view(params, module)
+        view = generation_view(params, module, scan_prefill=True)
+        # Prompts come one by one, so the layers that their prefill scans are cast here, not in each of them.
+        return view.replace(stacked=None if view.stacked is None else cast_matrices(view.stacked, module.dtype))
 
 
 @partial(jax.jit, static_argnames=("module", "mesh", "slots", "length"))
@@ -250,11 +259,8 @@ class SlotBatch:
             rows.top_k[slot], rows.top_p[slot] = sample.top_k, sample.top_p
             rows.top_logprobs[slot] = sample.top_logprobs
         live = np.isin(np.arange(self.slots), list(samples))
-        width = next(width for width in self.widths() if width >= size)
-        ids = np.zeros((1, width), np.int32)
-        ids[0, width - size :] = prompt
         new = self._copy(live, length=np.zeros_like(rows.length))
-        return self._run(slot_join, ids, np.int32(size), new)
+        return self._run(slot_join, *self._prompt(prompt), new)
 
     def step(self) -> Sampled:
         """Decodes one token for every slot that is taken. The result is of the devices: reading it waits for them."""
@@ -268,11 +274,42 @@ class SlotBatch:
         """Frees a slot."""
         self._rows.live[slot] = False
 
-    def warm_up(self) -> None:
-        """Compiles every program and touches all memory that it takes. All slots must be free."""
-        for width in self.widths():
-            self.join([0] * width, {})
+    @property
+    def programs(self) -> int:
+        """Number of the programs."""
+        return len(self.widths()) + 1
+
+    def warm_up(self, ready: Callable[[], object] = lambda: None) -> None:
+        """Compiles every program, several at a time, and runs those of short prompts. All slots must be free.
+
+        Args:
+            ready: Called when a program is ready.
+        """
+        arrays = abstract((self._view, self._caches, self._last))
+        on_cpu = self._static["mesh"].devices.flat[0].platform == "cpu"
+        with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1), "compiles slots") as pool:
+            widths = self.widths()
+            joins = [pool.submit(self._compile, slot_join, *arrays, *self._prompt([0] * width)) for width in widths]
+            step = pool.submit(self._compile, slot_step, *arrays)
+            for width, compiled in zip(widths, joins, strict=True):
+                compiled.result()
+                if width <= WIDEST_RUN or not on_cpu:
+                    self.join([0] * width, {})
+                ready()
+            step.result()
         jax.block_until_ready(self.step())
+        ready()
+
+    def _compile(self, program, *arguments) -> None:
+        """Compiles a program for these arguments before its rows; the call that follows finds it."""
+        program.lower(*arguments, self._copy(self._rows.live), **self._static).compile()
+
+    def _prompt(self, prompt: Sequence[int]) -> tuple[np.ndarray, np.int32]:
+        """The token ids of a prompt in the width that holds it, `[1, P]`, and their number."""
+        width = next(width for width in self.widths() if width >= len(prompt))
+        ids = np.zeros((1, width), np.int32)
+        ids[0, width - len(prompt) :] = prompt
+        return ids, np.int32(len(prompt))
 
     def _copy(self, live: np.ndarray, **changes: np.ndarray) -> SlotRows:
         """The rows as they are now: programs run later, and the host goes on changing its own."""

@@ -149,6 +149,10 @@ class PPOTask:
             **adapters,
         }
 
+    def prepare(self, state: PPOState, plan: StepPlan) -> None:
+        width = self.data.train.width(self.data.train.indices(plan.batch, self.prompts))
+        self.trainer.prepare(width, state, self._text_batch(plan.batch), plan.limits)
+
     def step(self, state: PPOState, plan: StepPlan) -> tuple[PPOState, Metrics]:
         trainer, train, index = self.trainer, self.data.train, plan.index
         experience, scored, rewards, extras = self._sample(state, plan)

@@ -26,7 +26,7 @@ from jaxrlhf.rl.samples import Each, Prompts, Reading, Record, RolloutPlan, Samp
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import place_batch
-from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.rollouts import generate_in_pieces
 from jaxrlhf.trainers.tokenizers import sampling_for
 
@@ -60,9 +60,9 @@ class Sampler:
         self.sampling = sampling_for(engine.tokenizer, config.sampling)
         self.environments = config.environments.load() if environments is None else environments
         self.runner = None if self.environments is None else self._runner(self.environments, run)
-        self._generate = Announce(run, "generate program", engine.actor.generate)
+        self.generate_program = Announce(run, "generate program", engine.actor.generate)
         self._begin = Announce(run, "generate program", engine.actor.episodes)
-        self._score = Announce(run, "scoring program", score_rollout)
+        self.score_program = Announce(run, "scoring program", score_rollout)
 
     def _runner(self, environments: Environments, run: Run | None) -> EpisodeRunner:
         """The maker of rollouts of several turns. Raises InputError when nothing scores them."""
@@ -132,7 +132,7 @@ class Sampler:
                 params=params,
             )
         return generate_in_pieces(
-            self._generate,
+            self.generate_program,
             prompts.ids,
             prompts.mask,
             plan.key,
@@ -152,7 +152,7 @@ class Sampler:
         Without `policy`, the update computes the policy's log-probs (`PPOConfig.scores_policy`).
         """
         models = self.engine.models(state)
-        return self._score(
+        return self.score_program(
             rollout,
             models if policy else models.replace(actor=None),
             hyperparameters=hyperparameters,

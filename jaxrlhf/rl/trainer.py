@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 
 import jax
@@ -20,6 +21,7 @@ from jaxrlhf.rl.config import PPOConfig
 from jaxrlhf.rl.experience import Experience
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
+from jaxrlhf.rl.prepared import compile_ahead
 from jaxrlhf.rl.refresh import refreshed
 from jaxrlhf.rl.replay import EMPTY, Replayed, kept, narrowed
 from jaxrlhf.rl.sampler import Sampler
@@ -28,7 +30,8 @@ from jaxrlhf.rl.step import PPOState, ppo_step
 from jaxrlhf.runs import Run
 from jaxrlhf.trainers.corruption import run_twice
 from jaxrlhf.trainers.guards import Limits
-from jaxrlhf.trainers.loop import Announce, Watch, unwatched
+from jaxrlhf.trainers.loop import Watch, unwatched
+from jaxrlhf.trainers.programs import Announce
 
 
 class PPOTrainer(Sampler):
@@ -54,6 +57,29 @@ class PPOTrainer(Sampler):
         """Seconds of the last `generate_experience` and `train_rlhf`."""
         self._scored: Metrics = {}
         self._train = Announce(run, f"{self.config.algorithm.algorithm.name} train step", ppo_step)
+
+    def prepare(
+        self,
+        prompt_length: int,
+        state: PPOState | None = None,
+        ptx: dict[str, jax.Array] | None = None,
+        limits: Limits | None = None,
+    ) -> list[Future[object]]:
+        """Begins to compile the programs of a step, at the same time in threads; the step then waits for them.
+
+        It does nothing in a run of several processes or devices, or with an environment or tools.
+
+        Args:
+            prompt_length: columns of the prompts. A step with prompts of another length compiles as ever.
+            state: the models; default: `engine.state`.
+            ptx: as in `update`.
+            limits: as in `update`.
+
+        Returns:
+            The compilations, for callers who want to wait for them.
+        """
+        state = self.engine.state if state is None else state
+        return compile_ahead(self, self._train, state, prompt_length, ptx, limits)
 
     def update(
         self,
@@ -140,7 +166,7 @@ class PPOTrainer(Sampler):
             models = self.engine.models(state).replace(reward=None)  # the scores are known
             if not state.hyperparameters.needs_old_logprobs:
                 models = models.replace(actor=None)  # the update computes its log-probs, as for its own rollout
-            experience = self._score(
+            experience = self.score_program(
                 narrowed(old),
                 models,
                 hyperparameters=state.hyperparameters,

@@ -24,8 +24,8 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, DecoderConfig, Model, frozen_copy, frozen_stage, param_shardings, read_config
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.working_folder import works_locally
-from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.on_policy import OwnResponses
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.references import chunks, load_frozen, score_batch
 from jaxrlhf.trainers.rollouts import PiecesConfig
 from jaxrlhf.trainers.settings import StepOptions, batch_devices, check_context

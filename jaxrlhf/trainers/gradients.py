@@ -113,6 +113,7 @@ def sum_parts(
     """
     if parts == 1:
         return function(batch, key)
+    function = jax.jit(function, inline=True)  # traced once for the shapes of the sum and for whole rows
 
     def add(total: PyTree, part: tuple[PyTree, jax.Array | None, jax.Array | None]) -> tuple[PyTree, None]:
         rows, key, mask = part
@@ -124,7 +125,7 @@ def sum_parts(
     else:
         batch = split_rows(batch, parts)
     keys = None if key is None else jax.random.split(key, parts)
-    shapes = jax.eval_shape(lambda r: function(*r), jax.tree.map(lambda x: x[0], (batch, keys)))
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], (batch, keys)))
     total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), (batch, keys, mask))
     return total
 

@@ -23,8 +23,8 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import Decoder, Model
 from jaxrlhf.runs import Run
 from jaxrlhf.runs.working_folder import works_locally
-from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.optimizer import OptimizerConfig
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.references import (
     ReferencedConfig,
     ReferenceOptions,

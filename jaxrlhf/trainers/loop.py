@@ -3,14 +3,12 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 
-from jaxrlhf.config.allocator import give_back
 from jaxrlhf.config.secrets import redacted
 from jaxrlhf.distributed import Watchdog, check_shared, from_primary, gather, is_primary, to_host
-from jaxrlhf.distributed.activity import activity
 from jaxrlhf.errors import Interrupted, Preempted, SharedError, StorageError, TrainingDiverged
 from jaxrlhf.models import ModelCard
 from jaxrlhf.runs import Run, peak_memory_bytes
@@ -19,7 +17,6 @@ from jaxrlhf.runs.checkpoints import (
     list_checkpoints,
     remove_checkpoints_after,
 )
-from jaxrlhf.runs.console import Console
 from jaxrlhf.runs.records import Record
 from jaxrlhf.runs.saving import Retention, Saver
 from jaxrlhf.runs.system import MemoryRelief
@@ -30,8 +27,6 @@ from jaxrlhf.trainers.stopping import Reason, stop_requested
 
 State = TypeVar("State")
 Item = TypeVar("Item")
-P = ParamSpec("P")
-Result = TypeVar("Result")
 Metrics = dict[str, Any]
 
 
@@ -82,6 +77,10 @@ class Task(Protocol[State]):
     """The metric of an evaluation that decides which checkpoint is best, and 1 (higher is better) or -1."""
     devices: int
     """Devices that the rows of a batch are split over."""
+
+    def prepare(self, state: State, plan: StepPlan) -> None:
+        """Begins to compile the programs of the first step, in threads."""
+        ...
 
     def step(self, state: State, plan: StepPlan) -> tuple[State, Metrics]:
         """Runs a step; returns the new state and its metrics."""
@@ -148,8 +147,10 @@ def fit(
     with stop_requested() as stopped, run.progress(task.total_steps, start, task.name) as bar:
         loop = _Loop(run, config, task, start, stopped)
         with loop.watchdog, loop.saves_finished(), tracing(run, config.profiled) as trace:
-            loop.evaluate_at_start(state)
             done = start
+            if done < task.total_steps:
+                task.prepare(state, loop.guard.plan(done))
+            loop.evaluate_at_start(state)
             while done < task.total_steps:
                 trace(done + 1)
                 state, after = loop.step(state, done)
@@ -452,27 +453,3 @@ def evals(run: Run, best: tuple[str, int], step: int | None) -> dict[str, Any]:
     plain = [{k: v for k, v in r.items() if k != "step"} for r in (records[0], records[-1], chosen)]
     named = dict(zip(("eval_before", "eval_after", "eval_best"), plain, strict=True))
     return named | {"best_step": chosen["step"], "best_by": best[0]}
-
-
-class Announce(Generic[P, Result]):
-    """Calls a jitted function, and says that it compiles when its positional arguments have new shapes.
-
-    Memory that the allocator keeps goes back to the system first: what other programs left rarely fits the new one.
-    """
-
-    def __init__(self, run: Run | Console | None, name: str, function: Callable[P, Result]) -> None:
-        self.run, self.name, self.function = run, name, function
-        self.seen: set[tuple] = set()
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
-        shapes = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else x for x in jax.tree.leaves(args))
-        activity.program = self.name
-        if self.run is None or shapes in self.seen:
-            return self.function(*args, **kwargs)
-        self.seen.add(shapes)
-        give_back()
-        before = activity.compile_seconds
-        with self.run.status(f"{self.name}: compiling, then the first run…") as notes:
-            result = jax.block_until_ready(self.function(*args, **kwargs))
-            notes.append(f"{activity.compile_seconds - before:.1f}s of it compiling")
-        return result

@@ -36,6 +36,10 @@ def worth_cutting(mask: jax.Array | None, config: DecoderConfig) -> jax.Array | 
     return None if mask is None or 2 * weights * mask.size < WORTH else mask
 
 
+NARROWEST = 32
+"""Least width, where there are as many columns: a narrower branch would cost more compiling than it saves."""
+
+
 def mask_to_cut_by(mask: jax.Array | None, asked: int, parts: int) -> jax.Array | None:
     """The mask, if a single CPU device works on more `parts` than were asked for, because of their size; else None."""
     current = current_rules()
@@ -54,6 +58,12 @@ def order_by_length(mask: jax.Array, parts: int) -> jax.Array:
     return order.reshape(parts, -1).T.reshape(-1)
 
 
+def widths_of(columns: int) -> list[int]:
+    """Widths of the branches for rows of so many columns, narrowest first."""
+    shares = (-(-columns * k // (WIDTHS * MULTIPLE)) * MULTIPLE for k in range(1, WIDTHS + 1))
+    return sorted({min(columns, max(NARROWEST, width)) for width in shares})
+
+
 def narrowed(function: Callable[[PyTree], PyTree], rows: PyTree, mask: jax.Array, *, widen: bool = False) -> PyTree:
     """`function(rows)`, computed on the columns of `rows` up to the last real one or a few more.
 
@@ -64,7 +74,7 @@ def narrowed(function: Callable[[PyTree], PyTree], rows: PyTree, mask: jax.Array
         widen: Arrays `[m, width, …]` of the result get zeros up to T.
     """
     size, columns = mask.shape
-    widths = sorted({min(columns, -(-columns * k // (WIDTHS * MULTIPLE)) * MULTIPLE) for k in range(1, WIDTHS + 1)})
+    widths = widths_of(columns)
 
     def at(width: int) -> Callable[[PyTree], PyTree]:
         def cut(x: jax.Array) -> jax.Array:

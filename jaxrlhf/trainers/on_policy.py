@@ -18,7 +18,7 @@ from jaxrlhf.errors import InputError
 from jaxrlhf.models import Model, with_kernels
 from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
-from jaxrlhf.trainers.loop import Announce
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.rollouts import PiecesConfig, generate_in_pieces
 from jaxrlhf.trainers.tokenizers import sampling_for
 

@@ -35,8 +35,8 @@ from jaxrlhf.runs import Run
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, use
 from jaxrlhf.trainers.corruption import checksum
 from jaxrlhf.trainers.gradients import map_rows
-from jaxrlhf.trainers.loop import Announce
 from jaxrlhf.trainers.narrowing import real_columns, worth_cutting
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.settings import batch_devices, check_context
 from jaxrlhf.trainers.supervised import Batch, Extend, SupervisedConfig
 from jaxrlhf.trainers.tokenizers import check_reads_tokens

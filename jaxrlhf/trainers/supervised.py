@@ -19,7 +19,7 @@ from jaxrlhf.data import Data, Tokenizer, load_data
 from jaxrlhf.distributed import joined, to_host
 from jaxrlhf.models import Decoder, Model, ModelCard, join, split_trainable
 from jaxrlhf.runs import Run
-from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, replicated, use
+from jaxrlhf.sharding import TRAIN_RULES, abstract, held_rows, place_batch, replicated, use
 from jaxrlhf.trainers.corruption import run_twice
 from jaxrlhf.trainers.evaluation import eval_step, evaluation_totals, metrics_by_source
 from jaxrlhf.trainers.gradients import (
@@ -30,7 +30,7 @@ from jaxrlhf.trainers.gradients import (
     model_gradients,
 )
 from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
-from jaxrlhf.trainers.loop import Announce, Metrics, Watch, fit, unwatched
+from jaxrlhf.trainers.loop import Metrics, Watch, fit, unwatched
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
 from jaxrlhf.trainers.narrowing import real_columns
 from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
@@ -44,6 +44,7 @@ from jaxrlhf.trainers.optimizer import (
     with_rates,
 )
 from jaxrlhf.trainers.packing_advice import packing_advice
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.resuming import same_rows, start_from
 from jaxrlhf.trainers.routers import RouterOptions
 from jaxrlhf.trainers.settings import (
@@ -168,6 +169,11 @@ def train_step(
     return state.replace(step=state.step + 1, params=join(trainable, frozen), opt_state=opt_state), metrics
 
 
+def unextended(params: PyTree, batch: Batch) -> Batch:
+    """The batch itself: the loss reads what the data has."""
+    return batch
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One kind of supervised training: its loss, its metrics, its data."""
@@ -185,7 +191,7 @@ class Recipe:
     """From their totals to metrics."""
     best: tuple[str, int]
     """As in Task."""
-    extend: Callable[[Run, Model, Mesh, tuple[Data, Data]], Extend] = lambda *_: lambda params, batch: batch
+    extend: Callable[[Run, Model, Mesh, tuple[Data, Data]], Extend] = lambda *_: unextended
     """Called once with run, start model, mesh, and the training and evaluation data."""
     rows: str = ""
     """Step whose rows `load_data` gives, if not `name`."""
@@ -290,22 +296,30 @@ class SupervisedTask:
     def initial_state(self) -> TrainState:
         return init_state(self.model, self.optimizer, self.mesh, offload_optimizer=self.config.run.offload_optimizer)
 
+    def prepare(self, state: TrainState, plan: StepPlan) -> None:
+        if self.mesh.size > 1 or self._on_policy is not None or self._extend is not unextended:
+            return
+        args = (*abstract((state, self._batch(state.params, plan.batch)[0])), self.key)
+        options = self._options(plan)
+        self._update.compile_ahead(lambda: train_step.lower(*args, **options).compile())
+
+    def _options(self, plan: StepPlan) -> dict[str, Any]:
+        """Arguments of `train_step` by name."""
+        return {
+            "objective": self.recipe.objective,
+            "micro_batches": self.micro_batches,
+            "routers": self.config.routers,
+            "limits": plan.limits,
+            "rates": self.rates,
+        }
+
     def step(self, state: TrainState, plan: StepPlan) -> tuple[TrainState, Metrics]:
         begin = time.monotonic()
         made = int(to_host(updates_made(state.opt_state)))
         batch, sampled = self._batch(state.params, plan.batch)
         self._newest = self._extend(state.params, batch)
         update = partial(run_twice, self._update) if plan.twice else self._update
-        state, metrics = update(
-            state,
-            self._newest,
-            self.key,
-            objective=self.recipe.objective,
-            micro_batches=self.micro_batches,
-            routers=self.config.routers,
-            limits=plan.limits,
-            rates=self.rates,
-        )
+        state, metrics = update(state, self._newest, self.key, **self._options(plan))
         metrics = to_host(metrics)
         tokens = metrics.pop("tokens")
         positions = sum(batch[name].size for name in MASKS if name in batch)

@@ -23,7 +23,7 @@ import compare_trl_ours  # noqa: E402
 from compare_trl_side import Turns, brief, quality  # noqa: E402
 
 from jaxrlhf.config import parse  # noqa: E402
-from jaxrlhf.data import encode_prompts, load_tokenizer  # noqa: E402
+from jaxrlhf.data import DataConfig, encode_prompts, load_data, load_tokenizer  # noqa: E402
 from jaxrlhf.data.demo import demo_quality, materialize_demo  # noqa: E402
 from jaxrlhf.errors import InputError  # noqa: E402
 from jaxrlhf.models import config_from_dict, create_model, load_pretrained, save_pretrained  # noqa: E402
@@ -241,6 +241,21 @@ echo done
     assert order.read_text().split() == ["trl", "ours", "ours", "trl", "trl", "ours"]
     job = json.loads((tmp_path / "seed" / "trl.json").read_text())
     assert {"settings", "seed", "actor", "value", "prompts", "trained", "result"} == set(job)
+
+
+def test_prompts_are_padded_on_the_left_to_the_longest_of_all(demo):
+    data, _ = load_data(
+        DataConfig.create(data_path=(demo.train,), data_cache_dir=demo.cache, max_prompt_seq_len=32),
+        demo.tokenizer,
+        "ppo",
+    )
+    found = compare_trl.padded(data, np.array([[2, 0]]), 0)
+    width = int(data.lengths(range(len(data))).max())
+    assert found["ids"].shape == found["mask"].shape == (1, 2, width)
+    for place, row in enumerate((2, 0)):
+        real = found["ids"][0, place][found["mask"][0, place]]
+        assert demo.tokenizer.decode(real, skip_special_tokens=True) == data.text(row)["prompt"]
+        assert found["mask"][0, place, -1] and len(real) == data.lengths([row])[0, 0]
 
 
 def test_committed_results_keep_their_bounds():

@@ -64,7 +64,7 @@ def server(demo, tmp_path_factory):
 
 
 def serving_without_programs(patch, config):
-    patch.setattr(LanguageModel, "warm_up", lambda self: None)
+    patch.setattr(LanguageModel, "warm_up", lambda self, ready: None)
     return serving(config)
 
 

@@ -12,7 +12,7 @@ from jaxrlhf.config.allocator import OPTIONS, give_back, keep_memory
 from jaxrlhf.errors import InputError
 from jaxrlhf.runs import system
 from jaxrlhf.runs.console import Console
-from jaxrlhf.trainers import loop
+from jaxrlhf.trainers import programs
 
 on_glibc = pytest.mark.skipif(allocator.glibc() is None, reason="the C library is not glibc")
 
@@ -148,8 +148,8 @@ def test_limits_of_control_groups_bound_the_available_memory(tmp_path):
 
 def test_memory_is_given_back_before_a_program_runs_on_new_shapes(monkeypatch):
     events = []
-    monkeypatch.setattr(loop, "give_back", lambda: events.append("given back"))
-    program = loop.Announce(Console(quiet=True), "double", lambda x: events.append(x.shape) or 2 * x)
+    monkeypatch.setattr(programs, "give_back", lambda: events.append("given back"))
+    program = programs.Announce(Console(quiet=True), "double", lambda x: events.append(x.shape) or 2 * x)
     for shape in ((2,), (2,), (3,), (2,)):
         program(np.zeros(shape))
     assert events == ["given back", (2,), (2,), "given back", (3,), (2,)]

@@ -17,7 +17,8 @@ import sys, time
 import jax.numpy as jnp
 from jaxrlhf.distributed import ProcessConfig, watchdog
 from jaxrlhf.runs import Run, TrackingConfig
-from jaxrlhf.trainers.loop import Announce, fit
+from jaxrlhf.trainers.loop import fit
+from jaxrlhf.trainers.programs import Announce
 from jaxrlhf.trainers.settings import RunConfig
 
 class Hanging:
@@ -28,6 +29,9 @@ class Hanging:
 
     def limits(self, history):
         return {}
+
+    def prepare(self, state, plan):
+        pass
 
     def step(self, state, plan):
         if plan.index == 2 and sys.argv[2] == "hang":

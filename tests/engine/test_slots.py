@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.engine import HybridEngine, SamplingConfig, SlotBatch, SlotSampling
+from jaxrlhf.engine import HybridEngine, SamplingConfig, SlotBatch, SlotSampling, slots
 from jaxrlhf.engine.slots import TOP, slot_join, slot_step
 
 LENGTH, SLOTS = 64, 3
@@ -117,6 +117,22 @@ def test_nothing_compiles_after_the_warm_up(batch):
     jobs = [(prompt, SlotSampling(i, i, i / 3, i, 1 - i / 9, i > 2)) for i, prompt in enumerate(prompts(2))]
     drive(batch, jobs, 5)
     assert (slot_join._cache_size(), slot_step._cache_size()) == before
+
+
+def test_a_program_that_the_warm_up_only_compiles_is_there_for_its_first_prompt(engine, monkeypatch, caplog):
+    monkeypatch.setattr(slots, "WIDEST_RUN", 32)
+    batch, ready = SlotBatch(engine, SLOTS, LENGTH + 7), []
+    monkeypatch.setattr(batch, "join", lambda prompt, _: ready.append(len(prompt)))
+    batch.warm_up(lambda: ready.append("ready"))
+    assert ready == [32, *["ready"] * batch.programs] and batch.widths() == [32, 64, LENGTH + 6]
+    monkeypatch.undo()
+    jax.config.update("jax_log_compiles", True)
+    try:
+        drive(batch, [(prompts()[2], SlotSampling(0))], 3)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    text = " ".join(record.getMessage() for record in caplog.records)
+    assert "slot_join" not in text and "slot_step" not in text
 
 
 def test_slots_work_on_a_mesh(engine, lab):

@@ -1,8 +1,8 @@
 """Whole PPO runs with what surrounds the step: reward functions, pretraining text, evaluation, guards, no critic."""
 
 import json
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax

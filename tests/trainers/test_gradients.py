@@ -21,7 +21,7 @@ from jaxrlhf.trainers.gradients import (
     model_gradients,
     split_rows,
 )
-from jaxrlhf.trainers.narrowing import order_by_length, worth_cutting
+from jaxrlhf.trainers.narrowing import order_by_length, widths_of, worth_cutting
 
 ROWS = 24
 
@@ -223,7 +223,7 @@ def test_micro_batches_that_are_cut_to_their_rows_change_no_result(lab, monkeypa
     monkeypatch.setattr(narrowing, "WORTH", 0)
     monkeypatch.setattr(gradients, "CPU_TOKENS", 128)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), both(model.params, rows["mask"]), whole)
-    assert set(widths) == {16, 32, 48, 64}
+    assert set(widths) == {32, 48, 64}
 
 
 def test_rows_of_similar_length_share_a_micro_batch():
@@ -238,3 +238,10 @@ def test_small_models_are_not_cut_as_that_compiles_every_width(lab):
     assert worth_cutting(mask, config) is None and worth_cutting(None, config) is None
     smol = replace(config, num_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152, embed_size=576)
     assert worth_cutting(mask, smol) is mask, "2 · 135M · 512 operations"
+
+
+@pytest.mark.parametrize(
+    ("columns", "widths"), [(16, [16]), (40, [32, 40]), (64, [32, 48, 64]), (352, [96, 176, 272, 352])]
+)
+def test_rows_are_cut_to_a_few_widths_and_small_ones_to_fewer(columns, widths):
+    assert widths_of(columns) == widths

@@ -63,6 +63,9 @@ class Counting:
     def export(self, state, card):
         pass
 
+    def prepare(self, state, plan):
+        pass
+
     def last_batch(self):
         return {"batch": jnp.array(self.batches[-1:])}
 

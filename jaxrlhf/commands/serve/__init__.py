@@ -151,8 +151,12 @@ def open_models(config: ServeConfig, console: Console) -> "dict[str, Served]":
             model = open_model(name, config)
         for notice in model.notices:
             console.print(f"{name}: {notice}")
-        with console.status(f"compiling {name}…"):
-            model.warm_up()
+        with (
+            console.status(f"compiling {name}…") as notes,
+            console.progress(model.programs, description="programs", unit="program", transient=True) as bar,
+        ):
+            model.warm_up(bar.update)
+            notes.append(f"{model.programs} programs")
         models[name] = model
     return models
 

@@ -34,8 +34,13 @@ class Served:
     notices: tuple[str, ...] = ()
     """Messages for the user."""
 
-    def warm_up(self) -> None:
-        """Compiles every program that requests run."""
+    @property
+    def programs(self) -> int:
+        """Number of the programs that requests run."""
+        raise NotImplementedError
+
+    def warm_up(self, ready: Callable[[], object]) -> None:
+        """Compiles every program that requests run, and calls `ready` after each."""
         raise NotImplementedError
 
     def start(self, on_failure: Callable[[], object]) -> None:
@@ -76,8 +81,12 @@ class LanguageModel(Served):
         if event.token is not None:
             self.metrics.token(event.job.received == 1, seconds, len(event.job.prompt))
 
-    def warm_up(self) -> None:
-        self.scheduler.batch.warm_up()
+    @property
+    def programs(self) -> int:
+        return self.scheduler.batch.programs
+
+    def warm_up(self, ready: Callable[[], object]) -> None:
+        self.scheduler.batch.warm_up(ready)
 
     def start(self, on_failure: Callable[[], object]) -> None:
         self.scheduler.start(on_failure)
@@ -139,9 +148,14 @@ class RewardModel(Served):
         width = next(width for width in self.widths() if width >= max(map(len, rows)))
         return score_batch(self.model, self.mesh, rows, self.rows, width, pad_token_id(self.tokenizer)).tolist()
 
-    def warm_up(self) -> None:
+    @property
+    def programs(self) -> int:
+        return len(self.widths())
+
+    def warm_up(self, ready: Callable[[], object]) -> None:
         for width in self.widths():
             self._scores([[pad_token_id(self.tokenizer)] * width])
+            ready()
 
 
 def check_length(length: int, config: DecoderConfig) -> None:

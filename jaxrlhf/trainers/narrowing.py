@@ -19,6 +19,8 @@ PyTree = Any
 WIDTHS = 4
 MULTIPLE = 16
 """Widths are multiples of it."""
+NARROWEST = 32
+"""Least width, where there are as many columns: a narrower branch would cost more compiling than it saves."""
 WORTH = 1e11
 """Floating-point operations of a forward pass, at least. Below, a run is over before it has won back the compiles."""
 
@@ -34,10 +36,6 @@ def worth_cutting(mask: jax.Array | None, config: DecoderConfig) -> jax.Array | 
     layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
     weights = config.num_layers * layer + config.vocab_size * config.embedding_size  # about
     return None if mask is None or 2 * weights * mask.size < WORTH else mask
-
-
-NARROWEST = 32
-"""Least width, where there are as many columns: a narrower branch would cost more compiling than it saves."""
 
 
 def mask_to_cut_by(mask: jax.Array | None, asked: int, parts: int) -> jax.Array | None:

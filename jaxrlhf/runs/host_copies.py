@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def _copies(array: jax.Array | np.ndarray, pool: ThreadPoolExecutor) -> Callable
     first = {str(shard.index): shard for shard in reversed(shards)}  # replicas share a copy
     copies = {index: pool.submit(_aligned_copy, np.asarray(shard.data)) for index, shard in first.items()}
 
-    def place(device: jax.Device) -> jax.sharding.Sharding:
+    def place(device: Any) -> jax.sharding.Sharding:
         return jax.sharding.SingleDeviceSharding(device, memory_kind=array.sharding.memory_kind)
 
     def finish() -> jax.Array:

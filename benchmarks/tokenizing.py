@@ -91,7 +91,7 @@ def run(side: str, given: argparse.Namespace, cache: Path) -> dict[str, Any]:
         made = table.map(
             by_map if batched else by_row,
             batched=batched,
-            num_proc=given.processes,
+            num_proc=given.processes if given.processes > 1 else None,
             remove_columns=table.column_names,
             fn_kwargs={"tokenizer": tokenizer, "max_length": given.max_length},
         )

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -39,11 +39,11 @@ def _copies(array: jax.Array | np.ndarray, pool: ThreadPoolExecutor) -> Callable
     first = {str(shard.index): shard for shard in reversed(shards)}  # replicas share a copy
     copies = {index: pool.submit(_aligned_copy, np.asarray(shard.data)) for index, shard in first.items()}
 
-    def place(device: Any) -> jax.sharding.Sharding:
-        return jax.sharding.SingleDeviceSharding(device, memory_kind=array.sharding.memory_kind)
-
     def finish() -> jax.Array:
-        parts = [jax.device_put(copies[str(s.index)].result(), place(s.device), may_alias=True) for s in shards]
+        parts = []
+        for shard in shards:
+            place = jax.sharding.SingleDeviceSharding(shard.device, memory_kind=array.sharding.memory_kind)
+            parts.append(jax.device_put(copies[str(shard.index)].result(), place, may_alias=True))
         return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
     return finish

@@ -8,6 +8,7 @@ two operations of JAX are lowered to those of the same bits. JAX 0.11 needs no h
 
 import re
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -35,9 +36,11 @@ def _lower_as_bits(primitive: Any, default: Any, arrays: int) -> None:
     mlir.register_lowering(primitive, lower, platform="cpu")
 
 
-def slice_bits_on_cpu(version: str = jax.__version__) -> bool:
+def slice_bits_on_cpu(version: str | None = None) -> bool:
     """Sets these lowerings for all programs of this process if this version of JAX needs them; returns if so."""
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) >= AFFECTED_BELOW:
+    # Read from the installed package, as help pages are printed without JAX.
+    numbers = re.findall(r"\d+", version or metadata.version("jax"))
+    if tuple(map(int, numbers[:2])) >= AFFECTED_BELOW:
         return False
     from jax._src.lax import slicing  # the default lowerings have no public name; the versions that need it are known
 

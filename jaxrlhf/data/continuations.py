@@ -68,7 +68,7 @@ class Continuer:
         if not mark or PROBE in tail:
             raise RowProblem("the chat template loses an assistant message, or shows it twice")
         check_content(tail, new)
-        encoded = encode(self.tokenizer, [Text(text, hidden)], self._special)[0]
+        encoded = encode(self.tokenizer, [Text(text, hidden)], self._special, places=True)[0]
         ids = encoded.ids[slice(*encoded.tokens(len(head) + len(mark), len(text)))]
         if ended and self._end is not None:
             place = next((i for i, token in enumerate(ids) if token == self._end or token in self._closing), -1)

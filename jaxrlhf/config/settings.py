@@ -129,6 +129,10 @@ def names_of(cls: type) -> dict[str, str]:
     return {other: name for name, s in settings(cls).items() for other in s.hint.aliases} | own
 
 
+FEW = 12
+"""Most settings of a config that a message names one by one."""
+
+
 def places_of(cls: type, name: str) -> list[str]:
     """The flags that set `name`, a setting or its alias, in the config itself and in its sections."""
     inner = [f"{section}.{name}" for section, kind in sections(cls).items() if name in names_of(kind)]
@@ -144,8 +148,9 @@ def canonical(cls: type, name: str) -> str:
     if plain in _every(cls):
         raise InputError(f"the setting {name} has no use here; remove it")
     near = places_of(cls, plain) or difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see --help for all settings"
-    raise UnknownSetting(plain, hint)
+    names = list(dict.fromkeys(known.values()))
+    whole = f"there are {', '.join(names)}" if len(names) <= FEW else "see --help for all settings"
+    raise UnknownSetting(plain, f"did you mean {' or '.join(near)}?" if near else whole)
 
 
 @contextlib.contextmanager

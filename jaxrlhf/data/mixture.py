@@ -75,7 +75,7 @@ def read_inline(value: str | Mapping[str, list] | list) -> tuple[str, ...]:
 
 
 def named_apart(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
-    """The sources, where each of several with one short name is also called by its folder, or else numbered.
+    """The sources, where each but the first of one short name is also called by its folder, or else numbered.
 
     A name that the user gives stays.
     """

@@ -184,6 +184,10 @@ def test_the_rows_of_a_source_do_not_depend_on_the_others(mixed, tokenizer):
         ([{"path": "a", "weight": 1}, {"weight": 2}], r"source 2: a source of data_mixture has no path"),
         ([{"path": "a"}, 7], r"source 2 is not a mapping with a path, but int"),
         (
+            [{"path": "a", "prompt_field": "q"}],
+            r"unknown setting prompt_field; there are path, name, .*fields",
+        ),
+        (
             [{"path": "a", "name": "n"}, {"path": "b", "name": "n"}],
             r"two sources have the name 'n'; give one of them another `name`",
         ),

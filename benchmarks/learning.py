@@ -138,18 +138,17 @@ def preferences(name: str, **options: Any) -> Callable[[int, Path], Outcome]:
         start = sft_model(seed)
         given = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 100, "warmup_ratio": 0.05}
         given |= {"max_steps": 200, "learning_rate": 1e-4, "eval_steps": 25, "logging_steps": 25} | options
-        config = step_configs(demo_settings(seed, folder).replace(alignment="dpo"))["dpo"]
+        config, train = step_configs(demo_settings(seed, folder).replace(alignment="dpo"))["dpo"], train_dpo
         if name == "kto":
             shared = {field.name: getattr(config, field.name) for field in fields(ReferencedConfig)}
-            config = KTOConfig(**shared)
+            config, train = KTOConfig(**shared), train_kto
         config = config.replace(model_name_or_path=str(start), **given)
         begin = time.monotonic()
-        (train_kto if name == "kto" else train_dpo)(config)
+        train(config)
         seconds = time.monotonic() - begin
         before, after = (true_qualities(Path(model), seed) for model in (start, config.folder.output_dir))
-        names = ("eval/rewards/margins", "rewards/margins", "logps/chosen", "logps/rejected", "loss")
-        if name != "kto":
-            names = ("eval/rewards/accuracies", "eval/rewards/margins", "rewards/accuracies", "rewards/margins", "loss")
+        own = ("logps/chosen", "logps/rejected") if name == "kto" else ("eval/rewards/accuracies", "rewards/accuracies")
+        names = ("eval/rewards/margins", "rewards/margins", *own, "loss")
         curves = curves_of(Path(config.folder.output_dir), names)
         figures = {
             "win_rate": float(win_rate(after, before)),
@@ -158,8 +157,8 @@ def preferences(name: str, **options: Any) -> Callable[[int, Path], Outcome]:
             "quality_sft": float(before.mean()),
             f"quality_{name}": float(after.mean()),
         }
-        if name != "kto":
-            figures["eval_accuracy"] = curves["eval/rewards/accuracies"][-1][1]
+        if accuracies := curves.get("eval/rewards/accuracies"):
+            figures["eval_accuracy"] = accuracies[-1][1]
         return Outcome(figures | {"seconds": round(seconds, 1)}, curves)
 
     return run
@@ -333,25 +332,24 @@ RISES = (
     "reward up by half its spread at least, within a quarter of its best at the end, KL at most twice the target of 6"
 )
 AVERAGES = f"{RISES}, the average's reward within two standard errors of the last policy's or above"
-BETTER = "win rate against the SFT model of at least {} %, by the demo's true quality rule, a tie counting half"
-BEATS = BETTER.replace("of at least {} %", "above 50 %")
+BETTER = "win rate against the SFT model {} %, by the demo's true quality rule, a tie counting half"
 EXPERIMENTS = {
     "dpo": Experiment(
         preferences("dpo", beta=0.5),
         "DPO from the SFT model",
-        BETTER.format(70),
+        BETTER.format("of at least 70"),
         lambda figures: figures["win_rate"] >= 0.7,
     ),
     "kto": Experiment(
         preferences("kto", beta=0.5),
         "KTO from the SFT model",
-        BETTER.format(60),
+        BETTER.format("of at least 60"),
         lambda figures: figures["win_rate"] >= 0.6,
     ),
     "simpo": Experiment(
         preferences("simpo", loss_type=("simpo",), beta=2.0, simpo_gamma=1.0, cpo_alpha=0.2),
         "SimPO from the SFT model, with 0.2 of the SFT loss",
-        BEATS,
+        BETTER.format("above 50"),
         lambda figures: figures["win_rate"] > 0.5,
     ),
     "ppo-1": Experiment(ppo(1), "PPO, one epoch", AVERAGES, improves),

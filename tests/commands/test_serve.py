@@ -1,6 +1,5 @@
 """The server with real clients: OpenAI's endpoints, streams, determinism, bad requests, cancellation, scores, votes."""
 
-import contextlib
 import functools
 import itertools
 import json
@@ -21,15 +20,12 @@ from serving import one_device, serving  # noqa: F401 - a fixture
 
 from jaxrlhf.commands.chat import ChatConfig, open_session
 from jaxrlhf.commands.evaluation.scoring import last_scores
-from jaxrlhf.commands.serve import ServeConfig, Server, check_preferences, listen
+from jaxrlhf.commands.serve import ServeConfig
 from jaxrlhf.commands.serve.scheduler import Job, Scheduler, Stopped
-from jaxrlhf.config import parse
 from jaxrlhf.data import DataConfig, encode_conversation, encode_rows, load_data
 from jaxrlhf.engine import SamplingConfig, SlotSampling
 from jaxrlhf.engine.slots import slot_join, slot_step
-from jaxrlhf.errors import InputError
 from jaxrlhf.rewards.judges import judge, score_server
-from jaxrlhf.runs.console import Console
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
@@ -478,34 +474,3 @@ def test_the_page_is_one_file_that_runs_only_its_own_script(server):
 
 def test_nothing_was_compiled_after_the_warm_up(server):
     assert (slot_join._cache_size(), slot_step._cache_size()) == server.programs
-
-
-# ---- starting
-
-
-def test_settings_that_cannot_work_are_refused_by_name(demo, tmp_path):
-    taken = listen("127.0.0.1", 0)
-    port = taken.getsockname()[1]
-    with contextlib.closing(taken), pytest.raises(InputError, match=rf"port={port} of 127.0.0.1 is taken"):
-        listen("127.0.0.1", port)
-    with pytest.raises(InputError, match=r"host=203\.0\.113\.1: cannot listen"):
-        listen("203.0.113.1", 0)
-    for path, problem in ((tmp_path / "votes.json", "must end in .jsonl"), (tmp_path / "no" / "v.jsonl", "no folder")):
-        with pytest.raises(InputError, match=problem):
-            check_preferences(str(path))
-    with pytest.raises(InputError, match="named twice"):
-        ServeConfig.create(model=("a", "a"))
-    with pytest.raises(InputError, match="api_key must be printable") as error:
-        ServeConfig.create(model=("a",), api_key="key\nkey")
-    assert "key\n" not in str(error.value)
-    for length, problem in ((97, r"max_model_len of 97 .* context of 96"), (1, "max_model_len=1 must be at least 2")):
-        with pytest.raises(InputError, match=problem):
-            Server(ServeConfig.create(model=(demo.lm,), port=0, max_model_len=length), Console(quiet=True))
-    config = parse(ServeConfig, ["--model", "a", "b", "--max-slots", "3"], "serve", "")
-    assert config.model == ("a", "b") and config.max_slots == 3
-
-
-def test_the_key_may_come_from_the_environment(monkeypatch):
-    monkeypatch.setenv("JAXRLHF_API_KEY", "of the environment")
-    assert ServeConfig.create(model=("a",)).key == "of the environment"
-    assert ServeConfig.create(model=("a",), api_key="given").key == "given"

@@ -182,11 +182,10 @@ class Sampler:
         )
 
     def _prompts(self) -> PromptData:
-        data, columns = self.config.data, self.rewards.columns
-        if self.environments is not None:
-            columns = data_columns(columns, self.environments.columns)
+        data = self.config.data
+        columns, wanted = data_columns(self.rewards, self.environments)
         check_names((*columns, *data.reward_columns))
-        parts = load_data(data, self.tokenizer, "ppo", columns, self.rewards.wanted)
+        parts = load_data(data, self.tokenizer, "ppo", columns, wanted)
         prompts = dict(zip(("train", "eval"), parts, strict=True))[self.config.part]
         check_names(prompts.column_names)
         self.rewards.check_references(prompts)

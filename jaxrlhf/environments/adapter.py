@@ -26,6 +26,8 @@ class MethodEnvironment:
 
     Attributes:
         tools: Its methods.
+        columns: Columns of the data that `reset` needs, by the names of its parameters.
+        wanted: Parameters of `reset` with a default: columns that it gets where the data has them.
         rewards: True if it has `get_reward`.
     """
 
@@ -34,6 +36,13 @@ class MethodEnvironment:
         methods = inspect.getmembers(instance, predicate=inspect.ismethod)
         public = [method for name, method in methods if not name.startswith("_") and name not in RESERVED]
         self.tools: tuple[Tool, ...] = tuple(load_tool(method) for method in public)
+        named = {
+            name: parameter.default is parameter.empty
+            for name, parameter in inspect.signature(self._instance.reset).parameters.items()
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name != "prompt"
+        }
+        self.columns: tuple[str, ...] = tuple(name for name, needed in named.items() if needed)
+        self.wanted: tuple[str, ...] = tuple(name for name, needed in named.items() if not needed)
         self.rewards = callable(getattr(instance, "get_reward", None))
         if not self.tools and not self.rewards:
             raise InputError(

@@ -93,6 +93,7 @@ class Environments:
     Attributes:
         tools: All tools, those of the environment's methods included.
         columns: Columns of the data that the environment reads.
+        wanted: Further columns that it gets where the data has them.
         rewards: True if the environment rewards the model.
 
     Raises:
@@ -109,8 +110,9 @@ class Environments:
         self._free: list[Any] = []
         first = None if factory is None else self._made()
         self.tools = self._tools_of(first)
-        names = getattr(first, "columns", ()) if not isinstance(first, MethodEnvironment) else ()
+        names = getattr(first, "columns", ())
         self.columns = (names,) if isinstance(names, str) else tuple(names)
+        self.wanted = first.wanted if isinstance(first, MethodEnvironment) else ()
         self.rewards = first is not None and (not isinstance(first, MethodEnvironment) or first.rewards)
         if first is not None:
             self._free.append(first)

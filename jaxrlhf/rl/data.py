@@ -24,10 +24,7 @@ def read_data(
     config: PPOConfig, tokenizer: Tokenizer, rewards: Rewards, environments: Environments | None = None
 ) -> RLData:
     """Reads prompts and, with ptx_coef, pretraining text."""
-    columns = rewards.columns
-    if environments is not None:
-        columns = data_columns(columns, environments.columns)
-    train, held_out = load_data(config.data, tokenizer, "ppo", columns, rewards.wanted)
+    train, held_out = load_data(config.data, tokenizer, "ppo", *data_columns(rewards, environments))
     if not config.algorithm.ptx_coef:
         return RLData(train, held_out)
     text = load_text(

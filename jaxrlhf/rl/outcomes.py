@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrlhf.environments import Environments
+from jaxrlhf.rewards import Rewards
+
 TRANSCRIPT = "transcript"
 """Column in which reward functions find the messages of an episode."""
 
@@ -117,9 +120,13 @@ class Graded(NamedTuple):
         )
 
 
-def data_columns(read: Sequence[str], of_environment: Sequence[str]) -> tuple[str, ...]:
-    """The columns that the data must have, where reward functions read `read` of episodes."""
-    return tuple(dict.fromkeys((*(name for name in read if name != TRANSCRIPT), *of_environment)))
+def data_columns(rewards: Rewards, environments: Environments | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns that the data must have for rewards and environments, and those that they take where it has them."""
+    if environments is None:
+        return rewards.columns, rewards.wanted
+    needed = dict.fromkeys((*(name for name in rewards.columns if name != TRANSCRIPT), *environments.columns))
+    wanted = dict.fromkeys((*rewards.wanted, *environments.wanted))
+    return tuple(needed), tuple(name for name in wanted if name not in needed)
 
 
 def to_last_turn(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

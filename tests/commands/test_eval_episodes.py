@@ -171,6 +171,27 @@ def test_failed_episodes_have_no_score_and_others_are_scored_by_every_scorer(opt
         evaluate(EvalConfig.create(**settings | {"data_path": (demo.eval,)}))
 
 
+NAMED = """
+class Named:
+    def reset(self, behaviour, missing=None):
+        self.behaviour = behaviour
+
+    def get_reward(self):
+        return len(self.behaviour)
+"""
+
+
+@pytest.mark.long
+def test_parameters_of_reset_name_the_columns_that_a_class_of_trl_reads(options, demo, tmp_path):
+    (tmp_path / "named.py").write_text(NAMED)
+    settings = options | {"environment": f"{tmp_path}/named.py:Named", "jsonl": str(tmp_path / "out.jsonl")}
+    (model,) = evaluate(EvalConfig.create(**settings))["models"]
+    scores = [row["scores"]["environment"][demo.lm][0] for row in read_jsonl(tmp_path / "out.jsonl")]
+    assert sorted(scores) == sorted(map(len, BEHAVIOURS)) and model["episodes"]["failures"] == 0
+    with pytest.raises(InputError, match="'behaviour'"):
+        evaluate(EvalConfig.create(**settings | {"data_path": (demo.eval,)}))
+
+
 @pytest.mark.long
 def test_tools_need_a_template_and_a_context_with_room(options, demo):
     tool = "jaxrlhf.environments.sandbox:run_python"

@@ -236,8 +236,8 @@ def test_a_template_without_tools_or_with_another_form_is_refused(hermes):
 class Shop:
     """As TRL's `environment_factory` has them."""
 
-    def reset(self, stock: int, **columns):
-        self.stock = stock
+    def reset(self, stock: int, prompt, sold: int = 0, **columns):
+        self.stock = stock - sold
         return f" There are {stock}."
 
     def buy(self, count: int) -> str:
@@ -256,6 +256,7 @@ class Shop:
 def test_public_methods_of_an_environment_are_its_tools():
     environments = Environments(Shop)
     assert [tool.name for tool in environments.tools] == ["buy"] and environments.rewards
+    assert (environments.columns, environments.wanted) == (("stock",), ("sold",))
     first, second = (environments.episode("hermes") for _ in range(2))
     prompt = [{"role": "user", "content": "Buy all."}]
     assert first.begin({"prompt": prompt, "stock": 3})[0]["content"] == "Buy all. There are 3."

@@ -130,8 +130,8 @@ def compare(config: EvalConfig, console: Console) -> Comparison:
         InputError: a model, the data or a reward function cannot be used.
     """
     rewards, environments = config.rewards.rewards(say=console.print), config.environments.load()
-    columns = rewards.columns if environments is None else data_columns(rewards.columns, environments.columns)
-    prompts = prompts_of(config, columns, console, rewards.wanted)
+    columns, wanted = data_columns(rewards, environments)
+    prompts = prompts_of(config, columns, console, wanted)
     rewards.check_references(prompts)
     models = models_of(config, environments, bool(rewards), console)
     judge = RewardModel(config) if config.reward_model_name_or_path else None

@@ -3,10 +3,12 @@
     python benchmarks/smollm2.py identity --models START runs/smollm2/sft --names Vicuna LMSYS
     python benchmarks/smollm2.py texts --models START runs/smollm2/sft --data_path texts.jsonl
     python benchmarks/smollm2.py runs --models runs/smollm2/reward runs/smollm2/ppo
+    python benchmarks/smollm2.py tools --models runs/calls --data_path data/arithmetic.jsonl --tools FILE.py:FUNCTION
 
 The first model is the start of the others. `identity` asks questions that no row of the training data has, in one
 conversation after another, and counts answers that say one of the names. `texts` takes rows of `prompt` and `chosen`:
 the loss on the responses, and KL(start ‖ model) per token. `runs` takes folders of runs and keeps their curves.
+`tools` takes rows of `prompt` and `answer`: the share that each model answers right, with the tools and without.
 `--json` adds the results to a file under the key `--name`.
 """
 
@@ -121,6 +123,25 @@ def texts(models: list[str], path: Path, limit: int) -> list[dict[str, Any]]:
     return found
 
 
+def tools(models: list[str], path: Path, functions: list[str], limit: int, tokens: int) -> list[dict[str, Any]]:
+    """Accuracy of greedy answers to rows of `prompt` and `answer`, with tools that the model may call and without."""
+    found: list[dict[str, Any]] = []
+    for model in models:
+        for given in (tuple(functions), ()):
+            config = EvalConfig.create(
+                models=(model,),
+                data_path=(str(path),),
+                limit=limit,
+                reward_functions=("number_match",),
+                tools=given,
+                max_new_tokens=tokens,
+                dtype="bfloat16",
+            )
+            result = evaluate(config)["models"][0]
+            found.append({"model": Path(model).name, "tools": list(given), **result})
+    return found
+
+
 def runs(folders: list[str]) -> list[dict[str, Any]]:
     """Evaluations and training metrics of each run, with its seconds and its largest memory."""
     found = []
@@ -154,10 +175,11 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measure", choices=("identity", "texts", "runs"))
+    parser.add_argument("measure", choices=("identity", "texts", "runs", "tools"))
     parser.add_argument("--models", nargs="+", required=True, help="folders; the first is the start of the others")
     parser.add_argument("--names", nargs="+", default=[], help="names of the new identity")
     parser.add_argument("--data_path", type=Path, help="JSONL of prompt and chosen")
+    parser.add_argument("--tools", nargs="+", default=[], metavar="FILE.py:FUNCTION", help="tools of the model")
     parser.add_argument("--limit", type=int, default=100, help="rows of data_path (100)")
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--json", type=Path, help="JSON file that the results are added to")
@@ -167,6 +189,8 @@ def main() -> None:
         found = identity(given.models, given.names, given.max_new_tokens)
     elif given.measure == "runs":
         found = runs(given.models)
+    elif given.measure == "tools":
+        found = tools(given.models, given.data_path, given.tools, given.limit, given.max_new_tokens)
     else:
         found = texts(given.models, given.data_path, given.limit)
     found = plain(found)

@@ -1,4 +1,4 @@
-"""Writes rows for the examples: `make_rows.py FOLDER` makes arithmetic.jsonl, calls.jsonl and secrets.jsonl in it."""
+"""Writes rows for the examples: `make_rows.py FOLDER` makes {arithmetic,calls,answers,secrets}.jsonl in it."""
 
 import json
 import random
@@ -41,6 +41,12 @@ def call(rng, tools):
     return {"messages": messages, "tools": tools}
 
 
+def answer(rng):
+    """A problem that is answered at once, without tools, as a conversation."""
+    question, _, _, text = problem(rng)
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]}
+
+
 def secret(rng):
     """A number to guess. Prompts differ, because rows of one prompt are not split into training and evaluation."""
     return {"prompt": f"Let us play game {rng.randrange(10**6)}.", "secret": rng.randint(1, 100)}
@@ -52,7 +58,8 @@ def main(folder: Path, rows: int = 2000) -> None:
     made = {"arithmetic": [arithmetic(rng) for _ in range(rows)], "secrets": [secret(rng) for _ in range(rows)]}
     tools, known = [load_tool(f"{CALCULATOR}:calculate").schema], {row["prompt"] for row in made["arithmetic"]}
     calls = [call(rng, tools) for _ in range(rows)]
-    made["calls"] = [row for row in calls if row["messages"][0]["content"] not in known]
+    for name, talks in {"calls": calls, "answers": [answer(rng) for _ in range(rows)]}.items():
+        made[name] = [row for row in talks if row["messages"][0]["content"] not in known]
     for name, lines in made.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
 

@@ -52,3 +52,6 @@ def test_the_rows_have_right_answers(tmp_path, monkeypatch):
         value = calculate(**asked["tool_calls"][0]["function"]["arguments"])
         assert told["content"] == value and value in answer["content"].split()
         assert row["tools"][0]["function"]["name"] == "calculate"
+    answers = [json.loads(line)["messages"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) > 40 and not {row["prompt"] for row in rows} & {asked["content"] for asked, _ in answers}
+    assert all(any(word.isdigit() for word in told["content"].split()) for _, told in answers)

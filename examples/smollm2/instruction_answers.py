@@ -208,6 +208,14 @@ def make_answers(rows: list[dict[str, Any]], each: int, seed: int, left_out: set
     return made
 
 
+def shortened(text: str, most: int, rng: random.Random) -> str:
+    """The first whole sentences of a text: a random number of them, with at most `most` words together."""
+    count = len(SEPARATOR.split(text)) // 2  # not the last, which may be cut
+    while count > 1 and len(beginning(text, count).split()) > most:
+        count -= 1
+    return beginning(text, rng.randint(max(1, count // 3), max(1, count)))
+
+
 def suits(row: dict[str, Any], max_words: int) -> bool:
     """True for a short prompt of one paragraph whose answer has some sentences and no code."""
     prompt, answer = row["prompt"], row.get("chosen") or row["completion"]
@@ -227,11 +235,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000, help="rows to write, at most (4000)")
     parser.add_argument("--each", type=int, default=2, help="rows from each answer, at most (2)")
     parser.add_argument("--max_words", type=int, default=110, help="longest answer to edit, in words (110)")
+    parser.add_argument("--shorten", action="store_true", help="cut answers to some of their whole sentences first")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--no_langdetect", action="store_true", help="leave out the kinds that need langdetect")
     parser.add_argument("--apart_from", type=Path, help="JSONL of prompts; leave out the rows that are like one")
     given = parser.parse_args()
     rows = [json.loads(line) for line in given.data_path.read_text("utf-8").splitlines()]
+    if given.shorten:
+        rng = random.Random(given.seed)
+        rows = [
+            row | {"chosen": shortened(row.get("chosen") or row["completion"], given.max_words, rng)} for row in rows
+        ]
     suitable = [row for row in rows if suits(row, given.max_words)]
     random.Random(given.seed).shuffle(suitable)
     if given.apart_from is not None:

@@ -4,7 +4,8 @@
 
 A prompt is a task (a letter, a list, a story, …) about a topic, and one to three instructions. Kinds are about as
 frequent as in IFEval, and their bounds are within the reach of a small model. The rows of `eval.jsonl` have topics that
-no row of `train.jsonl` has. The same seed makes the same files.
+no row of `train.jsonl` has. `--plain` also writes tasks without instructions, whose answers by the model itself
+`instruction_answers.py` can edit. The same seed makes the same files.
 """
 
 import argparse
@@ -234,6 +235,17 @@ def make_rows(seed: int, topics: list[str], count: int, left_out: set[str]) -> l
     return list(found.values())
 
 
+def plain_rows(seed: int, count: int, prompts: list[str]) -> list[dict[str, Any]]:
+    """Draws distinct tasks without instructions; half of them are among these prompts, where there are enough."""
+    rng = random.Random(seed)
+    given = sorted({p.strip() for p in prompts if len(p.split()) <= 40 and "\n" not in p.strip()})
+    tasks = [task.format(topic=topic) for task in TASKS for topic in TOPICS]
+    own = rng.sample(given, min(len(given), count // 2))
+    found = own + rng.sample(tasks, count - len(own))
+    rng.shuffle(found)
+    return [{"prompt": prompt} for prompt in found]
+
+
 def runs(text: str, length: int) -> set[tuple[str, ...]]:
     """All runs of so many words in a text, without the fixed answers that the kind constrained_response needs."""
     words = re.findall(r"\w+", re.sub(r"my answer is \w+", "", text.lower()))
@@ -247,25 +259,37 @@ def overlaps(rows: list[dict[str, Any]], others: list[str], length: int = 8) -> 
     return [(prompt, known[next(iter(found))]) for prompt, found in shared if found]
 
 
+def prompts_in(path: Path | None) -> list[str]:
+    """The prompts of a JSONL file; none without a file."""
+    return [] if path is None else [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for train.jsonl and eval.jsonl")
     parser.add_argument("--train", type=int, default=3000, help="prompts to train on (3000)")
     parser.add_argument("--eval", type=int, default=200, help="held-out prompts, with other topics (200)")
+    parser.add_argument("--plain", type=int, default=0, help="tasks without instructions, in plain.jsonl (0)")
+    parser.add_argument("--plain_from", type=Path, help="JSONL of prompts; half of the plain tasks are among these")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--leave_out", nargs="*", default=[], choices=list(DRAWS), help="kinds to leave out")
     parser.add_argument("--no_langdetect", action="store_true", help="leave out the kinds that need langdetect")
     parser.add_argument("--apart_from", type=Path, help="JSONL of prompts; stop if one is like a prompt made here")
     given = parser.parse_args()
-    parts = {"train": (TOPICS, given.train), "eval": (EVAL_TOPICS, given.eval)}
     left_out = {*given.leave_out, *(LANGUAGE_KINDS if given.no_langdetect else ())}
+    others = prompts_in(given.apart_from)
+    parts = {
+        "train": make_rows(2 * given.seed, TOPICS, given.train, left_out),
+        "eval": make_rows(2 * given.seed + 1, EVAL_TOPICS, given.eval, left_out),
+    }
+    if given.plain:
+        like = {prompt for prompt, _ in overlaps([{"prompt": p} for p in prompts_in(given.plain_from)], others)}
+        free = [prompt for prompt in prompts_in(given.plain_from) if prompt not in like]
+        parts["plain"] = plain_rows(given.seed, given.plain, free)
     given.output_dir.mkdir(parents=True, exist_ok=True)
-    for k, (name, (topics, count)) in enumerate(parts.items()):
-        rows = make_rows(2 * given.seed + k, topics, count, left_out)
-        if given.apart_from is not None:
-            others = [json.loads(line)["prompt"] for line in given.apart_from.read_text("utf-8").splitlines()]
-            for prompt, other in overlaps(rows, others):
-                raise SystemExit(f"{given.apart_from}: the prompt {other!r} is like one made here: {prompt!r}")
+    for name, rows in parts.items():
+        for prompt, other in overlaps(rows, others):
+            raise SystemExit(f"{given.apart_from}: the prompt {other!r} is like one made here: {prompt!r}")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (given.output_dir / f"{name}.jsonl").write_text("".join(lines), "utf-8")
         print(f"wrote {given.output_dir / name}.jsonl: {len(rows)} prompts")

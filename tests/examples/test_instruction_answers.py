@@ -43,6 +43,14 @@ def test_every_kind_is_made_and_most_answers_can_be_edited(maker, rows):
     assert all(row["prompt"].count("Write letter") >= 1 and "aunt." in row["prompt"] for row in rows)
 
 
+def test_answers_are_shortened_to_whole_sentences(maker):
+    cut = ANSWER + " And then we w"
+    found = {maker.shortened(cut, 100, maker.random.Random(seed)) for seed in range(40)}
+    assert all(cut.startswith(text) and text[-1] in ".!?" for text in found) and ANSWER in found and len(found) > 3
+    assert all(len(maker.shortened(cut, 20, maker.random.Random(seed)).split()) <= 20 for seed in range(10))
+    assert maker.shortened("No end to", 100, maker.random.Random(0)) == "No end to"
+
+
 def test_the_edits_are_what_a_person_would_do(maker):
     edit = lambda kind, **given: maker.EDITS[kind](ANSWER, given, maker.random.Random(0))  # noqa: E731
     assert edit("change_case:english_lowercase") == ANSWER.lower()

@@ -91,3 +91,11 @@ def test_the_command_writes_both_files_and_stops_at_a_prompt_like_a_given_one(ro
         text=True,
     )
     assert refused.returncode == 1 and "is like one made here" in refused.stderr
+
+
+def test_plain_tasks_are_distinct_and_half_of_them_are_given(maker):
+    given = [f"How many legs has animal {i}?" for i in range(40)] * 2 + ["Two\nlines", "word " * 50]
+    found = [row["prompt"] for row in maker.plain_rows(0, 60, given)]
+    assert len(set(found)) == 60 and sum(prompt in given[:40] for prompt in found) == 30
+    assert not {"Two\nlines", "word " * 50} & set(found)
+    assert maker.plain_rows(0, 20, []) == maker.plain_rows(0, 20, [])

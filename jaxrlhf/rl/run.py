@@ -36,12 +36,13 @@ from jaxrlhf.runs.working_folder import works_locally
 from jaxrlhf.sharding import held_rows, place_batch
 from jaxrlhf.trainers.evaluation import eval_step, evaluation_totals
 from jaxrlhf.trainers.guards import History, StepPlan, robust_limit
-from jaxrlhf.trainers.loop import Watch, fit, unwatched
+from jaxrlhf.trainers.loop import fit
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model
 from jaxrlhf.trainers.optimizer import same_past, updates_made
 from jaxrlhf.trainers.resuming import same_rows, start_from
 from jaxrlhf.trainers.settings import DTYPES, batch_devices, open_run
 from jaxrlhf.trainers.sft import sft_metrics, sft_sums
+from jaxrlhf.trainers.task import Watch, unwatched
 from jaxrlhf.trainers.tokenizers import check_reads_tokens
 
 # Mean |sampler − train log-prob| per token that rounding explains. Float32 on accelerators multiplies in fewer bits.

@@ -30,8 +30,8 @@ from jaxrlhf.rl.step import PPOState, ppo_step
 from jaxrlhf.runs import Run
 from jaxrlhf.trainers.corruption import run_twice
 from jaxrlhf.trainers.guards import Limits
-from jaxrlhf.trainers.loop import Watch, unwatched
 from jaxrlhf.trainers.programs import Announce
+from jaxrlhf.trainers.task import Watch, unwatched
 
 
 class PPOTrainer(Sampler):

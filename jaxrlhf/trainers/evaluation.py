@@ -14,8 +14,8 @@ from jaxrlhf.distributed import to_host
 from jaxrlhf.models import Decoder
 from jaxrlhf.sharding import TRAIN_RULES, held_rows, place_batch, use
 from jaxrlhf.trainers.gradients import micro_batches, sum_parts
-from jaxrlhf.trainers.loop import Watch, unwatched
 from jaxrlhf.trainers.narrowing import mask_to_cut_by, real_columns, worth_cutting
+from jaxrlhf.trainers.task import Watch, unwatched
 
 PyTree = Any
 Batch = dict[str, Any]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from flax.struct import PyTreeNode
 
@@ -23,11 +23,8 @@ from jaxrlhf.runs.checkpoints import (
     set_aside,
 )
 from jaxrlhf.runs.mirror import fetch_checkpoint
+from jaxrlhf.trainers.task import State, Task
 
-if TYPE_CHECKING:
-    from jaxrlhf.trainers.loop import Task
-
-State = TypeVar("State")
 Start = TypeVar("Start", bound=PyTreeNode)
 Config = TypeVar("Config", bound=Settings)
 
@@ -122,7 +119,7 @@ def restored(run: Run, path: Path, like: State) -> tuple[State, Metadata]:
 
 
 def resume_or_start(
-    run: Run, task: "Task[State]", state: State, resume: bool, named: str = "", allowed: tuple[Change, ...] = ()
+    run: Run, task: Task[State], state: State, resume: bool, named: str = "", allowed: tuple[Change, ...] = ()
 ) -> tuple[State, int]:
     """Returns the state to go on from and the number of finished steps.
 
@@ -160,7 +157,7 @@ def resume_or_start(
 
 
 def changes_since(
-    path: Path, metadata: Mapping[str, Any], task: "Task", allowed: tuple[Change, ...]
+    path: Path, metadata: Mapping[str, Any], task: Task, allowed: tuple[Change, ...]
 ) -> dict[str, tuple[object, object]]:
     """{setting: (then, now)} of what differs from the run that a checkpoint belongs to.
 

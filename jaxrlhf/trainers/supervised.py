@@ -30,7 +30,7 @@ from jaxrlhf.trainers.gradients import (
     model_gradients,
 )
 from jaxrlhf.trainers.guards import History, Limits, StepPlan, robust_limit
-from jaxrlhf.trainers.loop import Metrics, Watch, fit, unwatched
+from jaxrlhf.trainers.loop import fit
 from jaxrlhf.trainers.lora import check_base, describe_model, export_model, with_adapters
 from jaxrlhf.trainers.narrowing import real_columns
 from jaxrlhf.trainers.on_policy import OnPolicy, OwnResponses
@@ -56,6 +56,7 @@ from jaxrlhf.trainers.settings import (
     open_run,
 )
 from jaxrlhf.trainers.starting import load_model
+from jaxrlhf.trainers.task import Metrics, Watch, unwatched
 from jaxrlhf.trainers.tokenizers import with_special_tokens
 
 PyTree = Any

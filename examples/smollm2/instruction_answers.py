@@ -217,13 +217,16 @@ def shortened(text: str, most: int, rng: random.Random) -> str:
 
 
 def suits(row: dict[str, Any], max_words: int) -> bool:
-    """True for a short prompt of one paragraph whose answer has some sentences and no code."""
+    """True for a short prompt of one paragraph whose answer has some sentences, none of them again and again, and no
+    code."""
     prompt, answer = row["prompt"], row.get("chosen") or row["completion"]
+    found = sentences(answer)
     return (
         isinstance(prompt, str)
         and len(prompt.split()) <= 60
         and "\n" not in prompt.strip()
         and 20 <= len(answer.split()) <= max_words
+        and len(set(found)) > 0.8 * len(found)
         and not re.search(r"```|\*\*\*|<<|\[|https?:|[{}|]", answer)
     )
 

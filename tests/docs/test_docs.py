@@ -14,6 +14,8 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import cli, errors
+from jaxrlhf.commands.demo import SHAPE
+from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.config import parse, settings
 from jaxrlhf.config.settings import names_of, sections
 from jaxrlhf.data.columns import Columns
@@ -72,7 +74,20 @@ def test_a_documented_command_parses(arguments, monkeypatch):
     kind = command.config
     if isinstance(kind, str):
         kind = getattr(importlib.import_module(command.module), kind)
-    parse(kind, rest, f"jaxrlhf {name}", "")
+    config = parse(kind, rest, f"jaxrlhf {name}", "")
+    if any(word.startswith("runs/demo/") for word in rest):
+        assert tokens_of(config) <= SHAPE["max_position_embeddings"]
+
+
+def tokens_of(config):
+    """The longest sequence of a command that trains or evaluates; 0 for others."""
+    values = dict(config.items())
+    evaluates = isinstance(config, EvalConfig) and not values["tasks"]
+    if "learning_rate" not in values and not evaluates:
+        return 0
+    if "max_new_tokens" not in values or "lmbda" in values or (evaluates and not values["models"]):
+        return values["max_length"]
+    return values["max_new_tokens"] + (1 if evaluates else values["max_prompt_seq_len"])
 
 
 @pytest.mark.parametrize("block", list(code_blocks()))

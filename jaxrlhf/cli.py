@@ -1,6 +1,7 @@
 """The console command `jaxrlhf COMMAND`."""
 
 import contextlib
+import difflib
 import importlib
 import logging
 import os
@@ -149,7 +150,7 @@ def main_of(argv: list[str]) -> int:
     try:
         command = (STEPS | OTHERS).get(name) or commands().get(name)
         if command is None:
-            raise InputError(f"there is no command {name!r}; the commands are {', '.join(commands())}")
+            raise InputError(unknown_command(name))
         if command.on_device and not {"-h", "--help"} & set(rest):
             platform = find_platform(os.environ)
             set_xla_flags(os.environ, platform, verbose=verbose)
@@ -171,6 +172,14 @@ def main_of(argv: list[str]) -> int:
         print("jaxrlhf: interrupted", file=sys.stderr)
         tell_others(error, 130)
         return 130
+
+
+def unknown_command(name: str) -> str:
+    """Names the commands that are spelled like `name`, or all of them."""
+    near = difflib.get_close_matches(name.lower(), commands(), n=3, cutoff=0.6)
+    if near:
+        return f"there is no command {name!r}; did you mean {' or '.join(near)}? `jaxrlhf --help` lists all commands"
+    return f"there is no command {name!r}; the commands are {', '.join(commands())}"
 
 
 def tell_others(error: BaseException, status: int) -> None:

@@ -26,7 +26,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 TITLES = {
     "equal_rows": "rows of training that repeat an earlier one",
     "equal_prompts": "rows of training whose prompt an earlier one has",
-    "shared_prompts": "rows of evaluation whose prompt stands in training",
+    "shared_prompts": "rows of evaluation whose prompt is also in training",
 }
 LABELS = {"train": "train", "eval": "eval"}
 PADDING = {"batches": "in batches of {}", "packed": "when packed", "sorted": "when sorted by length"}

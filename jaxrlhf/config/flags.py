@@ -24,6 +24,7 @@ from jaxrlhf.config.settings import (
     canonical,
     errors_in,
     names_of,
+    places_of,
     sections,
     settings,
     to_dict,
@@ -69,8 +70,9 @@ def parse(
             with errors_in(file) if file else contextlib.nullcontext():
                 _put(cls, values, name, value, once=bool(file))
         except UnknownSetting as error:
-            others = owners(error.name)
-            errors.append(f"{error}; it is a setting of {', '.join(others)}" if others else str(error))
+            others = () if places_of(cls, error.name) else owners(error.name)
+            begin = " It is" if str(error).endswith("?") else "; it is"
+            errors.append(f"{error}{begin} a setting of {', '.join(others)}" if others else str(error))
         except InputError as error:
             errors.append(str(error))
     if errors:

@@ -11,7 +11,7 @@ import difflib
 import functools
 import os
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from jaxrlhf.config.annotations import LASTING, MAY_CHANGE, PATH, Hint, check_value, hints_of
@@ -147,10 +147,19 @@ def canonical(cls: type, name: str) -> str:
         return known[plain]
     if plain in _every(cls):
         raise InputError(f"the setting {name} has no use here; remove it")
-    near = places_of(cls, plain) or difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
+    near = places_of(cls, plain) or near_names(plain, known)
     names = list(dict.fromkeys(known.values()))
     whole = f"there are {', '.join(names)}" if len(names) <= FEW else "see --help for all settings"
     raise UnknownSetting(plain, f"did you mean {' or '.join(near)}?" if near else whole)
+
+
+def near_names(given: str, known: Iterable[str]) -> list[str]:
+    """At most three known names for a mistaken one: that it abbreviates, begins, is part of, or is spelled like."""
+    known = list(known)
+    initials = [name for name in known if "_" in name and "".join(word[0] for word in name.split("_") if word) == given]
+    begun = [name for name in known if name.startswith(f"{given}_")]
+    longer = begun or [name for name in known if f"_{given}_" in f"_{name}_"]
+    return list(dict.fromkeys([*initials, *longer, *difflib.get_close_matches(given, known, n=3, cutoff=0.6)]))[:3]
 
 
 @contextlib.contextmanager
@@ -195,7 +204,7 @@ def _grow(cls: type[T], tree: Mapping[str, object], base: T | None) -> T:
         arguments[f.name] = value
     missing = [name for name, value in arguments.items() if value is dataclasses.MISSING]
     if missing:
-        raise InputError(f"missing required settings: {', '.join(missing)}")
+        raise InputError(f"missing required settings: {', '.join(missing)}; --help describes them")
     return cls(**arguments)
 
 

@@ -135,7 +135,7 @@ def read_completion(row: Mapping, columns: Columns, column: str) -> Completion:
 
 
 def read_prompt_completion(row: Mapping, columns: Columns) -> Scored:
-    column = "completion" if columns.has(row, "completion") else "chosen"
+    column = "chosen" if columns.has(row, "chosen") and not columns.has(row, "completion") else "completion"
     prompt = read_prompt(row, columns).prompt
     value = read_content(columns.get(row, column), columns.path(column))
     if isinstance(value, list) and value[0]["role"] != "assistant":  # the whole conversation

@@ -74,7 +74,8 @@ class DataConfig(Settings, may_change=True):
     data_mixture: Annotated[tuple[str, ...], FromYaml(read_inline)] = ()
     """YAML file with a list of sources, in place of data_path: path, weight, fields, template, split, steps, limit …"""
     data_format: str = ""
-    """Format of the rows; default: recognised by the columns. The site's page Data formats has the names."""
+    """Format of the rows: preference, preference_implicit, ranked, unpaired, prompt_completion, sharegpt, alpaca,
+    messages, prompt or text; default: recognised by the columns."""
     dataset_registry: PathName[str] = ""
     """YAML or Python file with declarations of your own data sets."""
     data_split: str = ""
@@ -89,7 +90,7 @@ class DataConfig(Settings, may_change=True):
     pair_rule: PairRule = "best_worst"
     """Pairs of a row with several scored responses: the best against the worst, neighbours in rank, or all pairs."""
     pair_margin: NonNegative = 0.0
-    """Smallest difference of the scores in such a pair."""
+    """Smallest difference of the scores in a pair of pair_rule."""
     reward_columns: tuple[str, ...] = ()
     """Further columns that reward functions receive. Columns that a function requires are read in any case."""
     max_length: Annotated[int, Ge(2), alias("max_seq_len")] = 512

@@ -28,11 +28,15 @@ class Activity:
         """Name of the function that JAX compiled last, or compiles."""
         self.compiling = False
         """True while JAX traces, lowers or compiles, in any thread."""
-        self.compile_seconds = 0.0
-        """Seconds in which some thread traced, lowered or compiled, until the last time none did."""
-        self._lock, self._depth, self._since = threading.Lock(), 0, 0.0
+        self._lock, self._depth, self._since, self._ended = threading.Lock(), 0, 0.0, 0.0
         jax.monitoring.register_scalar_listener(self._begin)
         jax.monitoring.register_event_duration_secs_listener(self._end)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds so far in which some thread traced, lowered or compiled, the compilation in progress included."""
+        with self._lock:
+            return self._ended + (time.monotonic() - self._since if self.compiling else 0.0)
 
     def print(self, descriptor: int) -> None:
         """Writes what the process does, and the stacks of all Python threads."""
@@ -59,7 +63,7 @@ class Activity:
             if not was and self.compiling:
                 self._since = time.monotonic()
             elif was and not self.compiling:
-                self.compile_seconds += time.monotonic() - self._since
+                self._ended += time.monotonic() - self._since
 
 
 activity = Activity()

@@ -108,8 +108,7 @@ class RolloutConfig(PiecesConfig, may_change=True):
     """Steps that a rollout is made before its update, so that reward functions work while the models train on earlier
     ones; 0: none."""
     replay_steps: Lasting[NonNegativeInt] = 0
-    """Steps after its sampling up to which each later step trains on a rollout again; 0: a rollout is used in one step
-    only."""
+    """Number of the following steps that train on a rollout again; 0: a rollout is used in one step only."""
     per_device_score_batch_size: NonNegativeInt = 0
     """Rows per device that are scored at once: scoring keeps no activations, so more fit than in training. 0:
     per_device_train_batch_size, with which the first update's ratio is exactly 1; with another, 1 within rounding."""
@@ -121,7 +120,7 @@ class RolloutConfig(PiecesConfig, may_change=True):
     sample_steps: NonNegativeInt = 20
     """Steps between printed tables of prompts, responses and scores; 0: none."""
     num_sample_rows: NonNegativeInt = 4
-    """Rows of those tables."""
+    """Rows of the tables of sample_steps."""
 
     @property
     def reuses(self) -> int:
@@ -136,7 +135,7 @@ class PtxConfig(Settings):
     ptx_data_path: PathName[Annotated[tuple[str, ...], alias("unsupervised_dataset_name")]] = ()
     """Pretraining text: .txt files, or data as in data_path."""
     ptx_field: str = "text"
-    """Field with the text."""
+    """Column with the text of ptx_data_path."""
     ptx_block_size: NonNegativeInt = 0
     """Tokens of a block that the text is packed into; 0: longest prompt + longest response."""
     per_device_ptx_batch_size: NonNegativeInt = 0

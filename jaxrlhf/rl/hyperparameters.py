@@ -44,7 +44,7 @@ class PPOHyperparameters(Settings):
     """Skip a step's remaining updates once the mean KL between the policy and itself at the step's start exceeds this,
     in nats per token; none: never."""
     cliprange: Positive = 0.2
-    """Clips the policy ratio."""
+    """Clips a token's ratio of new to old probability to 1 ± this in the policy loss."""
     cliprange_high: Positive | None = None
     """Separate upper clip bound (DAPO's clip-higher); default: cliprange."""
     dual_clip: Annotated[float, Gt(1)] | None = None
@@ -55,16 +55,16 @@ class PPOHyperparameters(Settings):
     ratio_level: Annotated[Literal["token", "sequence"], alias("importance_sampling_level")] = "token"
     """Policy ratio of each token, or of a whole response (GSPO): the geometric mean of its tokens' ratios."""
     cliprange_value: Positive = 0.2
-    """Clips the value update."""
+    """Clips the critic's values to those before the update ± this in its loss."""
     entropy_coef: NonNegative = 0.0
     """Weight of the policy's entropy per token as a bonus in its loss."""
     loss_aggregation: Literal["token-mean", "sequence-mean", "fixed-length"] = "token-mean"
     """Policy loss over tokens: the mean of all tokens (DAPO); the mean over responses of their means (GRPO); or the sum
     per response over the longest response's length (RLOO, Dr. GRPO)."""
     gamma: Fraction = 1.0
-    """Discount."""
+    """Discount of later rewards, per token; 1: none."""
     lam: Fraction = 0.95
-    """Lambda of generalised advantage estimation."""
+    """Lambda of generalised advantage estimation: 1 counts on the rewards alone, 0 on the critic's next value."""
     scale_by_std: bool = True
     """grpo: divide advantages by the standard deviation of their group; false: Dr. GRPO."""
     clip_reward: Positive | None = 5.0
@@ -91,9 +91,9 @@ class PPOHyperparameters(Settings):
     enable_ema: bool = field(default=False, compare=False)
     """Keep a moving average of the actor and export it to output_dir/ema."""
     ema_decay: Fraction = 0.992
-    """Decay of that average per optimizer step."""
+    """Decay of the average of enable_ema per optimizer step."""
     ema_start_step: NonNegativeInt = 0
-    """Steps before which the average is a copy of the actor."""
+    """Until this step, the average of enable_ema is a copy of the actor."""
     importance_sampling_correction: bool = False
     """Weigh each token's policy loss by train over sampler probability, for the gap between both programs."""
     importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
@@ -102,9 +102,9 @@ class PPOHyperparameters(Settings):
     """Ratio of the token or of the whole response; one beyond the bounds becomes the bound (truncate), or its tokens
     count nothing (mask)."""
     importance_sampling_floor: NonNegative = 0.0
-    """Smallest such weight."""
+    """Smallest weight of importance_sampling_correction."""
     importance_sampling_cap: Positive = 2.0
-    """Largest such weight."""
+    """Largest weight of importance_sampling_correction."""
 
     micro_batches: Derived[PositiveInt] = 1
     """Chunks that a minibatch is worked through in (gradient accumulation); changes memory, not results."""

@@ -281,7 +281,7 @@ class Run:
             return None
         from jaxrlhf.runs.report import write_report
 
-        with self._storage("write report.html"):
+        with self._storage("write report.html"), self.status(f"writing {self.output_dir / 'report.html'}…"):
             return write_report(self.output_dir)
 
     def _show(self, step: int, values: dict[str, float | int | None]) -> None:

@@ -38,7 +38,7 @@ class GuardConfig(Settings, may_change=True):
     """When loss or gradient norm is far above its last values, or the KL explodes. skip: the update changes nothing;
     rollback: go back to a checkpoint and go on with the data after the spike."""
     spike_threshold: Positive = 6.0
-    """Robust standard deviations above the running median from which on a loss or gradient norm is a spike."""
+    """A loss or gradient norm is a spike when it is this many robust standard deviations above the running median."""
     rollback_steps: PositiveInt = 100
     """With on_spike rollback: the steps to go back at least; the oldest checkpoint where none is old enough."""
     max_rollbacks: PositiveInt = 3

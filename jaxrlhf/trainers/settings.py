@@ -231,7 +231,7 @@ class RunConfig(Settings, may_change=True):
     """End the run with status 75, after printing all stacks, when a step, an evaluation batch, a save or the export
     takes this many times its usual time; compilation does not count; 0: never."""
     watchdog_floor: Positive = 300.0
-    """Seconds that all work may take; the first of its kind may take twelve times as long."""
+    """Seconds within which no work counts as hung; the first of its kind gets twelve times as many."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the exported weights."""
     profile_steps: str = ""

@@ -367,7 +367,9 @@ def load_onto_base(base: Model, folder: Path, new_head: bool) -> Model:
     """
     head, trained = base.module.head, adapter_head(folder)
     if head == "lm" and trained == "scalar":
-        raise InputError(f"{folder} is the adapter of a reward model, not of a language model; load it as one")
+        raise InputError(
+            f"{folder} is the adapter of a reward model, not of a language model; name a language model here"
+        )
     if head == "scalar" and trained == "lm" and not new_head:
         raise InputError(
             f"{folder} is the adapter of a language model, not of a reward model; train one with `jaxrlhf reward` first"

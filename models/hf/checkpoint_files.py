@@ -52,12 +52,28 @@ def find_model_folder(name_or_path: str | os.PathLike) -> Path:
         return path
     if path.is_dir():
         if not (path / CONFIG).is_file() and not is_adapter(path):
-            raise InputError(f"model folder {path} has no {CONFIG}; it must be a Hugging Face model folder")
+            raise InputError(_without_config(path))
         return path
     text = str(name_or_path)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise InputError(f"model folder {text} does not exist (or is not a folder)")
     return download(text)
+
+
+def _without_config(folder: Path) -> str:
+    """Says what a folder without config.json is, and how one that a run has written becomes a model."""
+    convert = f"`jaxrlhf convert --input {folder} --from orbax --output FOLDER --to hf"
+    tokenizer = "--tokenizer_name_or_path MODEL`, with the model that the run started from as MODEL"
+    if (folder / "metadata.json").is_file():
+        if (folder.parent / CONFIG).is_file():
+            return f"{folder} is a checkpoint; the model of its run is {folder.parent}. For an earlier one: {convert}`"
+        return f"{folder} is a checkpoint; make a model folder of it with {convert} {tokenizer}"
+    if any(folder.glob("checkpoint-*/metadata.json")):
+        return (
+            f"{folder} has checkpoints and no model, because its run has not ended; go on with --resume, or make a "
+            f"model folder of the newest checkpoint with {convert} {tokenizer}"
+        )
+    return f"model folder {folder} has no {CONFIG}; it must be a Hugging Face model folder"
 
 
 def base_folder(folder: Path) -> Path:

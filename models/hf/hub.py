@@ -87,4 +87,7 @@ def _explained(name: str, error: Exception) -> str:
             f"repository, or it is private; check the name, and for a private one {login}"
         )
     reason = re.sub(r"hf_\w+", "hf_…", (str(error).strip() or type(error).__name__).splitlines()[0])
-    return f"model {name!r} is neither a local folder nor could it be fetched from the hub: {reason}"
+    return (
+        f"model {name!r} is neither a local folder nor could it be fetched from the hub: {reason}; check the name and "
+        "the network, or give a folder"
+    )

@@ -53,7 +53,9 @@ def open_model(folder: Path, config: DecoderConfig, head: str) -> Opened:
     _check_second_format(folder, opened, family, options)
     source, score = opened.source, opened.score
     if head == "lm" and score is not None and not score.beside_lm:
-        raise InputError(f"{folder} is a reward model (it has a scalar head), not a language model; load it as one")
+        raise InputError(
+            f"{folder} is a reward model (it has a scalar head), not a language model; name a language model here"
+        )
     source, untied = resolve_tied(source, family, config, head)
     if untied.tie_embeddings != config.tie_embeddings:
         logger.warning(

@@ -112,6 +112,9 @@ def test_an_option_without_what_it_needs_is_refused():
         (["--learing_rate", "1"], ["learing_rate", "did you mean learning_rate?"]),
         (["--learning_rat", "1"], ["learning_rat;", "did you mean learning_rate"]),  # no abbreviations
         (["--lrr", "1"], ["lrr", "did you mean lr"]),
+        (["--lst", "cosine"], ["lst", "did you mean lr_scheduler_type"]),  # its abbreviation
+        (["--prompt", "x"], ["prompt;", "did you mean prompt_template"]),  # its beginning, however much is missing
+        (["--path", "x"], ["path;", "did you mean data_path"]),  # or its end
         (["--zzz"], ["unknown setting zzz", "--help"]),
         (["--no_max_steps"], ["max_steps"]),
         (["--max_steps", "1.5"], ["max_steps='1.5'", "whole number"]),
@@ -163,7 +166,7 @@ def test_all_missing_and_all_unknown_are_reported_together():
         data_path: str
         model_name_or_path: str
 
-    assert "data_path, model_name_or_path" in error_of(config=Two)
+    assert "data_path, model_name_or_path; --help" in error_of(config=Two)
     assert len(error_of("--a1", "--b1", config=Two).splitlines()) == 2
 
 
@@ -174,8 +177,18 @@ def test_a_setting_of_other_commands_is_named_with_them(capsys, tmp_path):
     for place, argv in (("", ["--kl_coef", "0.1"]), ("", ["--kl-coef=0.1"]), (f"{path}: ", ["--config", path])):
         assert cli.main(["sft", *argv]) == InputError.status
         assert capsys.readouterr().err.strip() == f"jaxrlhf: error: {place}{said}"
-    assert cli.main(["sft", "--no_such_thing"]) == InputError.status
-    assert "it is a setting of" not in capsys.readouterr().err
+    for argv in (["sft", "--no_such_thing"], ["rlhf", "--max_steps", "2"]):  # rlhf has it, in its sections
+        assert cli.main(argv) == InputError.status
+        assert "t is a setting of" not in capsys.readouterr().err
+    assert cli.main(["sft", "--model", "x"]) == InputError.status
+    assert "did you mean model_name_or_path or model_type? It is a setting of" in capsys.readouterr().err
+
+
+def test_a_mistaken_command_is_answered_with_commands_like_it_or_all(capsys):
+    assert cli.main(["pppo", "--seed", "1"]) == InputError.status
+    assert "'pppo'; did you mean ppo" in capsys.readouterr().err
+    assert cli.main(["train"]) == InputError.status
+    assert "sft, reward, dpo" in capsys.readouterr().err
 
 
 def test_errors_around_sections_say_where(tmp_path):

@@ -395,6 +395,13 @@ def test_what_is_wrong_with_a_row_is_said(row, message):
         read(row)
 
 
+@pytest.mark.parametrize(("form", "label"), [("prompt_completion", {}), ("unpaired", {"label": True})])
+def test_a_row_without_its_response_lacks_completion(form, label):
+    with pytest.raises(BadRow, match="'completion' is missing"):
+        read({"prompt": "q"} | label, form)
+    assert read({"prompt": "q", "chosen": "a"} | label, form).completions[0][0] == "a"
+
+
 def test_unusable_rows_are_counted_with_their_line(config, tokenizer):
     rows = [{"messages": [user(f"q{i}"), A]} for i in range(12)]
     rows[2] = {"messages": [A, Q, A]}

@@ -1,6 +1,7 @@
 """The documentation against the code: commands parse, names exist, exit statuses agree, lines wrap."""
 
 import ast
+import fnmatch
 import importlib
 import json
 import re
@@ -13,13 +14,15 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import cli, errors
+from jaxrlhf.commands.demo import SHAPE
+from jaxrlhf.commands.evaluation.settings import EvalConfig
 from jaxrlhf.config import parse, settings
-from jaxrlhf.config.settings import sections
+from jaxrlhf.config.settings import names_of, sections
 from jaxrlhf.data.columns import Columns
 from jaxrlhf.data.formats import FORMATS, Reader
 from jaxrlhf.data.mixture import parse_mixture
 from jaxrlhf.data.recognition import recognise
-from jaxrlhf.runs.metrics import describe
+from jaxrlhf.runs.metrics import METRICS, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "README.md"])
@@ -71,7 +74,20 @@ def test_a_documented_command_parses(arguments, monkeypatch):
     kind = command.config
     if isinstance(kind, str):
         kind = getattr(importlib.import_module(command.module), kind)
-    parse(kind, rest, f"jaxrlhf {name}", "")
+    config = parse(kind, rest, f"jaxrlhf {name}", "")
+    if any(word.startswith("runs/demo/") for word in rest):
+        assert tokens_of(config) <= SHAPE["max_position_embeddings"]
+
+
+def tokens_of(config):
+    """The longest sequence of a command that trains or evaluates; 0 for others."""
+    values = dict(config.items())
+    evaluates = isinstance(config, EvalConfig) and not values["tasks"]
+    if "learning_rate" not in values and not evaluates:
+        return 0
+    if "max_new_tokens" not in values or "lmbda" in values or (evaluates and not values["models"]):
+        return values["max_length"]
+    return values["max_new_tokens"] + (1 if evaluates else values["max_prompt_seq_len"])
 
 
 @pytest.mark.parametrize("block", list(code_blocks()))
@@ -160,3 +176,29 @@ def test_every_metric_of_the_code_is_described():
     names = set(re.findall(rf"\"((?:{groups})/[a-z_/]+)\"", source))
     assert len(names) > 40 and [name for name in sorted(names) if describe(name) is None] == []
     assert describe("eval/helpful/accuracy") is describe("accuracy") and describe("eval/nothing") is None
+
+
+def test_every_flag_that_the_text_names_is_one_of_a_command_or_script():
+    known = {"config", "help", "verbose"} | {"num_nodes", "master_port", "hostfile", "signal"}  # launchers' own
+    for command in cli.commands().values():
+        kind = command.config_class()
+        for part in (kind, *sections(kind).values()):
+            known |= set(names_of(part)) | {f"no_{name}" for name in settings(part)}
+        known |= set(kind.OTHER_FLAGS.flags) if getattr(kind, "OTHER_FLAGS", None) else set()
+    for folder in ("scripts", "examples", "benchmarks", "tests"):
+        source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / folder).rglob("*.py"))
+        known |= {name.replace("-", "_") for name in re.findall(r"\"--([\w-]+)\"", source)}
+    named = {}
+    for page in set(PAGES) - {ROOT / "CHANGELOG.md"}:
+        for name in re.findall(r"`--([A-Za-z][\w-]*)", page.read_text(encoding="utf-8").partition("<!-- results")[0]):
+            named.setdefault(name.replace("-", "_"), page.name)
+    assert len(named) > 200
+    assert {name: page for name, page in named.items() if name not in known} == {}
+
+
+def test_every_metric_that_the_text_names_is_described():
+    groups = "objective|policy|val|loss|sampling|guard|moe|timing|perf|system|logps|eval|rewards|environment|replay"
+    known = {name for metrics in METRICS.values() for metric in metrics for name in metric.names.split()}
+    for page in PAGES:
+        for name in re.findall(rf"`((?:{groups})/[\w/*]+)`", page.read_text(encoding="utf-8")):
+            assert describe(name) or fnmatch.filter(known, name), (page.name, name)

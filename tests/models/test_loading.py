@@ -185,6 +185,18 @@ def test_folder_without_config(folder):
         load_pretrained(folder)
 
 
+def test_checkpoints_in_place_of_a_model_are_named_with_the_way_to_a_model(folder):
+    checkpoint = folder / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "metadata.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"the model of its run is {folder}\. .*convert --input {checkpoint} "):
+        load_pretrained(checkpoint)
+    (folder / "config.json").unlink()
+    for path in (folder, checkpoint):
+        with pytest.raises(InputError, match=rf"convert --input {path} .*--tokenizer_name_or_path"):
+            load_pretrained(path)
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "must hold a JSON object, found list")])
 def test_unreadable_config(folder, text, message):
     (folder / "config.json").write_text(text)

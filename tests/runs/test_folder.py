@@ -215,7 +215,9 @@ def test_console_lines_come_every_logging_steps_and_for_every_evaluation(tmp_pat
         for step in (1, 2, 3):
             run.log(step, {"other": 5.0, "loss": step / 3})
         run.log(3, {"eval/loss": 0.25})
-    assert stream.getvalue().splitlines() == ["step 2 · loss 0.6667", "step 3 · eval/loss 0.25"]
+    lines = stream.getvalue().splitlines()
+    assert lines[:-2] == ["step 2 · loss 0.6667", "step 3 · eval/loss 0.25"]
+    assert lines[-2] == f"writing {tmp_path / 'report.html'}…" and lines[-1].startswith(lines[-2])
     assert len(records(tmp_path)) == 4
 
 

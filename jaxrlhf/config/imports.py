@@ -1,5 +1,4 @@
-"""Imports an object of the user's, named in a setting as `package.module:name` or `path/to/file.py:name`; reads which
-of its keywords a function takes."""
+"""Imports an object of the user's, named as `package.module:name` or `path/to/file.py:name`; reads its keywords."""
 
 import ast
 import hashlib

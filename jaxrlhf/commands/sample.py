@@ -38,7 +38,7 @@ from jaxrlhf.models import (
 from jaxrlhf.models.model import PyTree
 from jaxrlhf.rewards import Rewards, RewardsConfig, finite_mean
 from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
-from jaxrlhf.rl.outcomes import Graded, Outcome, data_columns
+from jaxrlhf.rl.outcomes import Graded, Outcome, data_columns, reads_state
 from jaxrlhf.runs.console import Console
 from jaxrlhf.sharding import TRAIN_RULES, constrain, use
 from jaxrlhf.trainers.gradients import map_rows
@@ -178,6 +178,7 @@ class Sampler:
             longest_prompt=self.config.data.max_prompt_seq_len,
             special_tokens_in_data=self.config.data.template.special_tokens_in_data,
             scored_otherwise=scored_otherwise,
+            keeps_state=reads_state(self.rewards),
             say=console.print,
         )
 
@@ -211,17 +212,21 @@ class Sampler:
         responses = [row[real] for row, real in zip(tokens, mask, strict=True)]
         texts = [self.text(response) for response in responses]
         ended = [self.sampling.ended(response) for response in responses]
+        messages: Sequence[Any] = self.data.prompts(repeated)
+        completions = None
         if episodes is not None:
             graded = Graded.of(episodes.outcomes)
             texts, rows, columns = graded.replies, rows & graded.scored, columns | graded.columns
+            messages, completions = graded.prompts, graded.completions
             ended = [outcome.status == "done" for outcome in episodes.outcomes]
         handle = self.rewards.submit(
             self.data.prompt_texts(repeated),
             texts,
             columns,
             rows=rows,
-            conversations=self.data.prompts(repeated),
+            conversations=messages,
             completion_ids=responses,
+            completions=completions,
         )
         return {
             "indices": indices,

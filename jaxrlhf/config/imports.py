@@ -1,10 +1,12 @@
-"""Imports an object of the user's, named in a setting as `package.module:name` or `path/to/file.py:name`."""
+"""Imports an object of the user's, named as `package.module:name` or `path/to/file.py:name`; reads its keywords."""
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from functools import reduce
@@ -111,3 +113,33 @@ def _append_to_path(folder: Path) -> None:
     """Lets imports find what lies in `folder`, after everything that they find without it."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+
+
+def constant_keys(function: Callable[..., object], keywords: str) -> tuple[str, ...]:
+    """The names that a function reads as `kwargs["name"]`, `kwargs.get("name")` or `kwargs.pop("name")`."""
+    source = function if inspect.isroutine(function) else type(function).__call__
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(source))))
+    except (OSError, TypeError, SyntaxError):  # no source, or one line of several (a lambda)
+        return ()
+    found = []
+    for node in ast.walk(tree):
+        key = None
+        if isinstance(node, ast.Subscript) and _is_name(node.value, keywords):
+            key = node.slice
+        elif isinstance(node, ast.Call) and node.args and _reads(node.func, keywords):
+            key = node.args[0]
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            found.append(key.value)
+    return tuple(dict.fromkeys(found))
+
+
+def _reads(function: ast.AST, keywords: str) -> bool:
+    """True for `kwargs.get` and `kwargs.pop`."""
+    return (
+        isinstance(function, ast.Attribute) and function.attr in ("get", "pop") and _is_name(function.value, keywords)
+    )
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name

@@ -24,8 +24,15 @@ def names_of_trl(script: Script, given: Collection[str], names: Collection[str])
         given: names of settings.
         names: our names and aliases.
     """
-    plain = [name.replace("-", "_") for name in given]
+    plain = [_plain(script, name, names) for name in given]
     return [name for name in plain if name in script.flags and name not in names and name not in SHARED]
+
+
+def _plain(script: Script, name: str, names: Collection[str]) -> str:
+    """A name with underscores, and without the no_ that turns one of TRL's flags off."""
+    name = name.replace("-", "_")
+    positive = name.removeprefix("no_")
+    return positive if positive in script.flags and name not in (*script.flags, *names) else name
 
 
 def check_not_mixed(
@@ -58,10 +65,15 @@ def translate(script: Script, given: Mapping[str, object], names: Mapping[str, s
     Raises:
         InputError: naming every key that cannot be honoured.
     """
-    given = {name.replace("-", "_"): value for name, value in given.items()}
     if not names_of_trl(script, given, names):
         return None
+    off = {name for name in given if _plain(script, name, names) != name.replace("-", "_")}
+    given = {_plain(script, name, names): ("false",) if name in off else value for name, value in given.items()}
     bare = {name: ("true",) for name, value in given.items() if value == () and name in script.flags}
+    if "max_length" in script.defaults and is_null(given.get("max_length")):
+        raise InputError(
+            "max_length=null: rows have a bound here; write the length of the longest, as `jaxrlhf data` has it"
+        )
     kept = [(name, value) for name, value in (given | bare).items() if not is_null(value)]
     try:
         return script.translate(kept, names, say, own=True)
@@ -109,12 +121,12 @@ EVERY_TRAINER = (
         max_seq_length="max_length",
         max_prompt_length="max_prompt_seq_len",
         chat_template_path="chat_template",
+        eos_token="eos_token_ids",
         dataset_text_field="text_field",
     )
     | {
         "optim": Flag(quiet=OPTIMIZERS, remedy="the optimizer is AdamW; write adamw_torch"),
         "fp16": Flag(quiet=("false",), remedy="there is no loss scaling; write bf16: true, or dtype: float32"),
-        "truncation_mode": Flag(quiet=("keep_start",), remedy="rows are cut at their end; write keep_start"),
         "train_sampling_strategy": Flag(
             quiet=("random", "group_by_length"), remedy="rows are shuffled; write train_sampling_strategy: random"
         ),
@@ -138,7 +150,6 @@ EVERY_TRAINER = (
     )
     | refused("leave it out: it changes the updates", "neftune_noise_alpha", "optim_args", "optim_target_modules")
     | refused("rows are prepared always; leave it out", "dataset_kwargs")
-    | refused("name the token's id as eos_token_ids", "eos_token")
     | advised("the families of docs/models.md run without code of the model's", "trust_remote_code")
     | advised(
         "kernels are chosen for the device; attention_implementation names others", "attn_implementation", "use_kernels"
@@ -154,8 +165,14 @@ EVERY_TRAINER = (
     | advised("packing is by best fit, with attention within each example", "packing_strategy", quiet=("bfd",))
     | advised("padding is masked, whatever the token", "pad_token")
     | advised(
+        "a longer row loses the beginning of its prompt, as with keep_end; long_prompts: drop leaves it out",
+        "truncation_mode",
+        quiet=("keep_end",),
+    )
+    | advised(
         "mesh_data, mesh_fsdp, mesh_tensor and zero_stage place the run on the devices",
         *("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config", "ds3_gather_for_generation"),
+        "accelerate_config",
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_backend", "ddp_timeout"),
         *("ddp_static_graph", "local_rank", "ignore_bias_buffers", "average_tokens_across_devices", "world_size"),
         quiet=("false", "true"),
@@ -207,7 +224,8 @@ SYNCED_REFERENCE = refused("the reference stays as it is; write sync_ref_model: 
     "sync_ref_model alone would use it", "ref_model_mixup_alpha", "ref_model_sync_steps"
 )
 PRECOMPUTED = advised("per_device_eval_batch_size rows are scored at once", "precompute_ref_batch_size")
-SUPERVISED_RULES = (rules.load_options, rules.data, rules.evaluation, rules.saving, rules.schedule, rules.precision)
+SUPERVISED_RULES = (rules.load_options, rules.processes, rules.data, rules.evaluation, rules.saving)
+SUPERVISED_RULES += (rules.schedule, rules.precision)
 DEFAULTS = {
     "num_train_epochs": "3",
     "adam_beta2": "0.999",

@@ -28,7 +28,11 @@ GENERATED = (
         quiet=("false", "true"),
     )
     | advised("evaluations have one response per prompt", "num_generations_eval")
-    | refused("responses are free text; leave it out", "vllm_structured_outputs_regex", "chat_template_kwargs")
+    | refused("responses are free text; leave it out", "vllm_structured_outputs_regex")
+    | refused(
+        "name a file as chat_template that sets them before the template, as in {% set enable_thinking = false %}",
+        "chat_template_kwargs",
+    )
     | refused("write the options as keys: temperature, top_p, top_k, repetition_penalty", "generation_kwargs", "min_p")
     | refused("write max_turns, which is one more: it counts the last turn too", "max_tool_calling_iterations")
     | refused("write environment: path/to/file.py:Class", "environment_factory")
@@ -108,6 +112,14 @@ OF_GRPO = (
     )
     | refused("leave it out: no sequence is left out of the loss", "off_policy_mask_threshold")
 )
+
+
+def above_one(word: str) -> str | None:
+    """TRL's upper bound of a ratio as what it is above 1."""
+    value = float(word)
+    return f"{value - 1:g}" if value > 1 else None
+
+
 AGGREGATIONS = {"dapo": "token-mean", "bnpo": "token-mean", "grpo": "sequence-mean", "dr_grpo": "fixed-length"}
 
 
@@ -149,9 +161,7 @@ CISPO = grpo(
         "loss_type": Flag(
             "policy_loss", convert=one_of(cispo="cispo"), remedy="write cispo, or run `jaxrlhf grpo` for other losses"
         ),
-        "epsilon_high": Flag(
-            "cliprange_high", convert=rules.above_one, remedy="must be above 1: it is the largest ratio"
-        ),
+        "epsilon_high": Flag("cliprange_high", convert=above_one, remedy="must be above 1: it is the largest ratio"),
     }
     | advised("the ratio has an upper bound alone, epsilon_high", "epsilon", "delta"),
     "",

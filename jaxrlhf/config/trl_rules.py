@@ -1,9 +1,12 @@
 """Keys of TRL that mean something only together, translated: data, evaluation, schedule, precision, LoRA, rollouts."""
 
+import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxrlhf.config.files import parse_json
 from jaxrlhf.config.other_flags import Line, Say, count, words_of
 from jaxrlhf.errors import InputError
 
@@ -50,14 +53,32 @@ def _number(line: Line, name: str, default: float | None = None) -> float:
     return number
 
 
+def _mapping(line: Line, name: str) -> dict[str, Any]:
+    """Takes a mapping out of the line: that of a YAML file, or JSON in a text."""
+    given = value = line.pop(name, None) or {}
+    if isinstance(given, tuple | str) and len(words := words_of(given)) == 1:
+        with contextlib.suppress(ValueError):
+            value = parse_json(words[0])
+    if not isinstance(value, Mapping):
+        raise InputError(f'{name}={" ".join(words_of(given))}: must be a mapping, such as {{"NAME": VALUE}}')
+    return dict(value)
+
+
+def processes(line: Line, say: Say) -> None:
+    """`num_processes` of `trl` counts devices, ours the processes that coordinator_address connects."""
+    connected = {"coordinator_address", "process_id"} & set(line) or "JAX_COORDINATOR_ADDRESS" in os.environ
+    if not connected and count(line, "num_processes") > 1:
+        say(
+            f"num_processes={_take(line, 'num_processes')} is ignored: a process uses all devices of its machine; "
+            "coordinator_address, num_processes and process_id connect several"
+        )
+
+
 def load_options(line: Line, say: Say) -> None:
     """model_init_kwargs holds options of from_pretrained, which are keys of their own too; a key's former name."""
     if "evaluation_strategy" in line:
         line["eval_strategy"] = line.pop("evaluation_strategy")
-    options = line.pop("model_init_kwargs", None) or {}
-    if not isinstance(options, Mapping):
-        raise InputError(f"model_init_kwargs={options}: must be a mapping")
-    for name, value in options.items():
+    for name, value in _mapping(line, "model_init_kwargs").items():
         line.setdefault("model_revision" if name == "revision" else str(name), value)
 
 
@@ -90,6 +111,8 @@ def data(line: Line, say: Say) -> None:
     else:
         return
     line["data_mixture"] = sources
+    if not {"prompt_template", "chat_template", "chat_template_path"} & set(line):
+        say("a prompt that is text is rendered as a user's message; prompt_template: raw leaves it as it is, as in TRL")
 
 
 def _mixture(entries: object, evaluates: bool, given: Line) -> list[dict[str, Any]]:
@@ -164,10 +187,7 @@ def _whole(name: str, steps: float) -> str:
 def schedule(line: Line, say: Say) -> None:
     """Shapes of the learning rate; warmup_steps below 1 is a share of all steps."""
     kind = _take(line, "lr_scheduler_type", "linear")
-    options = line.pop("lr_scheduler_kwargs", None) or {}
-    if not isinstance(options, Mapping):
-        raise InputError(f"lr_scheduler_kwargs={options}: must be a mapping")
-    options = dict(options)
+    options = _mapping(line, "lr_scheduler_kwargs")
     if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         floor, rate = options.pop("min_lr", None), options.pop("min_lr_rate", None)
         if floor is None and rate is None:
@@ -341,18 +361,15 @@ def rewards_of_groups(line: Line, say: Say) -> None:
         functions.append(name if ":" in name or name.endswith(".py") else ":".join(name.rsplit(".", 1)))
     if functions:
         line["reward_functions"] = functions
+        weights = words_of(line.get("reward_weights", ()))
+        if "reward_model_name_or_path" in line and len(weights) == len(functions) + 1:  # TRL's model is the first
+            line |= {"reward_model_weight": weights[0], "reward_weights": list(weights[1:])}
     bounds = words_of(line.pop("reward_clip_range", ()))
     if bounds:
         low, high = map(float, bounds if len(bounds) == 2 else (0, 1))
         if low != -high:
             raise InputError(f"reward_clip_range={' '.join(bounds)}: must be [-x, x], which is clip_reward: x")
         line["clip_reward"] = f"{high:g}"
-
-
-def above_one(word: str) -> str | None:
-    """TRL's upper bound of a ratio as what it is above 1."""
-    value = float(word)
-    return f"{value - 1:g}" if value > 1 else None
 
 
 def rollouts_of_pairs(line: Line, say: Say) -> None:
@@ -373,8 +390,8 @@ def rollouts_of_pairs(line: Line, say: Say) -> None:
 
 def teaching(line: Line, say: Say) -> None:
     """GKD's sampling, and the options of its teacher."""
-    options = line.pop("teacher_model_init_kwargs", None) or {}
-    if not isinstance(options, Mapping) or set(options) - {"dtype", "torch_dtype", "attn_implementation", "use_cache"}:
+    options = _mapping(line, "teacher_model_init_kwargs")
+    if set(options) - {"dtype", "torch_dtype", "attn_implementation", "use_cache"}:
         raise InputError(f"teacher_model_init_kwargs={options}: the teacher is read in the run's dtype; leave it out")
     if not _number(line, "lmbda") and not _is_on(line, "seq_kd"):
         unused = [name for name in ("max_new_tokens", "temperature") if line.pop(name, None) is not None]

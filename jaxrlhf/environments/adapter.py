@@ -1,9 +1,12 @@
 """Environments whose methods are the model's tools, as for TRL's `environment_factory`."""
 
+import copy
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from jaxrlhf.config.imports import constant_keys
 from jaxrlhf.environments.protocol import Message, Observation, WrongAnswer, kind_of
 from jaxrlhf.environments.running import resolved
 from jaxrlhf.environments.tools import Tool, load_tool
@@ -17,6 +20,32 @@ def has_methods_as_tools(instance: object) -> bool:
     return callable(getattr(instance, "reset", None)) and not hasattr(instance, "step")
 
 
+def end_state(environment: object) -> dict[str, Any]:
+    """A copy of an environment's public attributes and properties that are numbers, texts, None, or lists and dicts of
+    these."""
+    instance = environment._instance if isinstance(environment, MethodEnvironment) else environment
+    found = {}
+    for name in dir(instance):
+        if name.startswith("_"):
+            continue
+        try:
+            value = getattr(instance, name)
+        except Exception:  # a property that is not to be had at the end
+            continue
+        value = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+        if _is_plain(value):
+            found[name] = copy.deepcopy(value)
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 class MethodEnvironment:
     """Adapts such an instance.
 
@@ -27,20 +56,22 @@ class MethodEnvironment:
     Attributes:
         tools: Its methods.
         columns: Columns of the data that `reset` needs, by the names of its parameters.
-        wanted: Parameters of `reset` with a default: columns that it gets where the data has them.
+        wanted: Parameters of `reset` with a default, and names that it reads from its `**columns`: columns that it gets
+            where the data has them.
         rewards: True if it has `get_reward`.
     """
 
     def __init__(self, instance: object) -> None:
         self._instance: Any = instance
-        methods = inspect.getmembers(instance, predicate=inspect.ismethod)
-        public = [method for name, method in methods if not name.startswith("_") and name not in RESERVED]
-        self.tools: tuple[Tool, ...] = tuple(load_tool(method) for method in public)
-        named = {
-            name: parameter.default is parameter.empty
-            for name, parameter in inspect.signature(self._instance.reset).parameters.items()
-            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name != "prompt"
-        }
+        names = [name for name in dir(instance) if not name.startswith("_") and name not in RESERVED]
+        lazy = (property, functools.cached_property)  # which may need an episode
+        values = [getattr(instance, n) for n in names if not isinstance(inspect.getattr_static(instance, n), lazy)]
+        self.tools: tuple[Tool, ...] = tuple(load_tool(value) for value in values if inspect.ismethod(value))
+        parameters = inspect.signature(self._instance.reset).parameters.values()
+        keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+        named = {} if keywords is None else dict.fromkeys(constant_keys(self._instance.reset, keywords), False)
+        named |= {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        named.pop("prompt", None)
         self.columns: tuple[str, ...] = tuple(name for name, needed in named.items() if needed)
         self.wanted: tuple[str, ...] = tuple(name for name, needed in named.items() if not needed)
         self.rewards = callable(getattr(instance, "get_reward", None))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxrlhf.environments.adapter import end_state
 from jaxrlhf.environments.parsing import Parsed
 from jaxrlhf.environments.protocol import (
     Environment,
@@ -37,6 +38,8 @@ class Episode:
 
     Attributes:
         messages: The conversation so far.
+        keeps_state: True if `state` is asked for.
+        state: Plain values of the environment at the end (`end_state`).
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Episode:
     ) -> None:
         self.environment, self.tools, self.parse = environment, tools, parse
         self.messages: list[Message] = []
+        self.keeps_state = False
+        self.state: dict[str, Any] = {}
 
     def begin(self, row: Mapping[str, Any]) -> list[Message]:
         """Resets the environment; returns the messages that the model answers first. Raises WrongAnswer."""
@@ -81,9 +86,14 @@ class Episode:
             return Reply(Observation(done=True))
         observation = read_observation(resolved(self.environment.step(before, response)))
         self.messages += [dict(message) for message in observation.messages]
+        if observation.done and self.keeps_state:
+            self.state = end_state(self.environment)
         return Reply(observation)
 
     def cut(self) -> float | None:
         """The reward of an episode that a limit ended, by the environment's `truncated`; None without it."""
         truncated = getattr(self.environment, "truncated", None)
-        return None if truncated is None else read_reward(resolved(truncated()), "the reward of truncated")
+        reward = None if truncated is None else read_reward(resolved(truncated()), "the reward of truncated")
+        if self.keeps_state:
+            self.state = end_state(self.environment)
+        return reward

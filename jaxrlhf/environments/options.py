@@ -95,6 +95,7 @@ class Environments:
         columns: Columns of the data that the environment reads.
         wanted: Further columns that it gets where the data has them.
         rewards: True if the environment rewards the model.
+        has_instances: False where there are tools alone.
 
     Raises:
         InputError: The factory does not make an environment, or a tool cannot be used.
@@ -108,6 +109,7 @@ class Environments:
     ) -> None:
         self._factory, self._given, self._label = factory, load_tools(tools), label
         self._free: list[Any] = []
+        self.has_instances = factory is not None
         first = None if factory is None else self._made()
         self.tools = self._tools_of(first)
         names = getattr(first, "columns", ())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxrlhf.config.imports import exception_line, import_function
 from jaxrlhf.environments.parsing import Parsed, ToolCall
-from jaxrlhf.environments.protocol import Message
+from jaxrlhf.environments.protocol import Message, WrongAnswer
 from jaxrlhf.environments.running import resolved
 from jaxrlhf.errors import InputError
 
@@ -62,7 +62,11 @@ def load_tools(specs: Sequence[str | Callable[..., object]]) -> tuple[Tool, ...]
 
 
 def call_tools(tools: Sequence[Tool], parsed: Parsed) -> Results:
-    """Calls the tools that a turn asks for, one after the other. An error goes back to the model as a message."""
+    """Calls the tools that a turn asks for, one after the other. An error goes back to the model as a message.
+
+    Raises:
+        WrongAnswer: A tool sets a signal, which fails in every call.
+    """
     by_name = {tool.name: tool for tool in tools}
     messages, errors = [], 0
     for call in parsed.calls:
@@ -86,6 +90,11 @@ def _answer(tools: dict[str, Tool], call: ToolCall | str) -> tuple[str, str, boo
     try:
         return tool.name, as_text(resolved(tool.function(**call.arguments))), False
     except Exception as error:  # whatever the user's code raises
+        if "signal only works in main thread" in str(error):
+            raise WrongAnswer(
+                f"the tool {tool.name} sets a signal, which works in the main thread alone, and tools run in others; "
+                "leave its time limit to environment_timeout"
+            ) from error
         return tool.name, f"Error: {type(error).__name__}: {error}"[:500], True
 
 

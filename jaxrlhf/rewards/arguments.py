@@ -1,15 +1,14 @@
 """The arguments of a reward function: which ones its parameters name, and their values for a batch."""
 
-import ast
 import contextlib
 import inspect
-import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxrlhf.config.imports import constant_keys
 from jaxrlhf.errors import InputError
 
 Message = dict[str, Any]
@@ -24,6 +23,19 @@ ROW_COLUMNS = ("prompt", "completion", "completion_ids")
 """Columns that TRL does not pass on."""
 KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+ENVIRONMENTS = "environments"
+"""Column with the `EndState` of each episode's environment."""
+
+
+class EndState(types.SimpleNamespace):
+    """Attributes and properties of an environment at the end of its episode, those with plain values."""
+
+    def __getattr__(self, name: str) -> object:
+        raise AttributeError(
+            f"environments: {name!r} is none of the plain values that the environment has at its end "
+            f"({', '.join(vars(self)) or 'none'}); keep a number, text, list or dict in an attribute, or let "
+            "get_reward give the reward"
+        )
 
 
 class Samples(NamedTuple):
@@ -39,6 +51,8 @@ class Samples(NamedTuple):
     """Token ids of the responses; None: not known."""
     progress: dict[str, float] | None = None
     """Attributes of `trainer_state`; None: nothing is trained."""
+    completions: list[list[Message]] | None = None
+    """Each response as messages, where it has several turns; None: it is one message."""
 
     def take(self, which: Sequence[int]) -> "Samples":
         """Some of the samples, in lists of their own."""
@@ -51,6 +65,7 @@ class Samples(NamedTuple):
             conversations,
             None if self.completion_ids is None else [list(self.completion_ids[k]) for k in which],
             self.progress,
+            None if self.completions is None else [self.completions[k] for k in which],
         )
 
 
@@ -130,6 +145,8 @@ class Signature:
 
     def _in_form_of_data(self, name: str, samples: Samples) -> list[str | list[Message]]:
         """Prompts or completions, each as text, or as messages where the prompt is a conversation."""
+        if samples.completions is not None and name == "completions":
+            return [[dict(message) for message in messages] for messages in samples.completions]
         texts = samples.prompts if name == "prompts" else samples.responses
         role = "user" if name == "prompts" else "assistant"
         conversations = samples.conversations or [None] * len(texts)
@@ -171,6 +188,11 @@ def read_signature(label: str, function: Function) -> Signature:
     of_trl = of_trl or (few and keywords is not None and "responses" not in names)
     misplaced = any(p in PROVIDED and p != text for p, text in zip(places, TEXTS, strict=False))
     by_name = of_trl or few or misplaced
+    if "solution_str" in names:
+        raise InputError(
+            f"{label}: scores one response, as for verl; give a function of lists that calls it for each, as in "
+            "def scores(prompts, responses, ground_truth)"
+        )
     if by_name and not of_trl and "responses" not in names:
         raise InputError(
             f"{label}: must take (prompts, responses, **columns), or completions by name, but takes {signature}"
@@ -181,6 +203,7 @@ def read_signature(label: str, function: Function) -> Signature:
     provided = [name for name in PROVIDED if any(p.name == name and p.kind in KEYWORD for p in rest)]
     if of_trl and keywords is not None:
         provided = list(dict.fromkeys((*provided, *OF_TRL)))
+    read_keys = constant_keys(function, keywords) if of_trl and keywords is not None else ()
     return Signature(
         parameters={p.name: p for p in rest if p.kind in KEYWORD and p.name not in provided},
         open_ended=keywords is not None,
@@ -188,7 +211,7 @@ def read_signature(label: str, function: Function) -> Signature:
         provided=tuple(provided),
         of_trl=of_trl,
         messages="completions" in names and _holds_messages(signature.parameters["completions"].annotation),
-        keys=_constant_keys(function, keywords) if of_trl and keywords is not None else (),
+        keys=tuple(key for key in read_keys if key not in PROVIDED),
     )
 
 
@@ -196,36 +219,6 @@ def _holds_messages(annotation: object) -> bool:
     """True for `list[list[…]]` and the like."""
     inner = typing.get_args(annotation)
     return bool(inner) and typing.get_origin(inner[0]) in (list, Sequence)
-
-
-def _constant_keys(function: Function, keywords: str) -> tuple[str, ...]:
-    """The names that a function reads as `kwargs["name"]`, `kwargs.get("name")` or `kwargs.pop("name")`."""
-    source = function if inspect.isroutine(function) else type(function).__call__
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(source))))
-    except (OSError, TypeError, SyntaxError):  # no source, or one line of several (a lambda)
-        return ()
-    found = []
-    for node in ast.walk(tree):
-        key = None
-        if isinstance(node, ast.Subscript) and _is_name(node.value, keywords):
-            key = node.slice
-        elif isinstance(node, ast.Call) and node.args and _reads(node.func, keywords):
-            key = node.args[0]
-        if isinstance(key, ast.Constant) and isinstance(key.value, str):
-            found.append(key.value)
-    return tuple(name for name in dict.fromkeys(found) if name not in PROVIDED)
-
-
-def _reads(function: ast.AST, keywords: str) -> bool:
-    """True for `kwargs.get` and `kwargs.pop`."""
-    return (
-        isinstance(function, ast.Attribute) and function.attr in ("get", "pop") and _is_name(function.value, keywords)
-    )
-
-
-def _is_name(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
 
 
 def option_kinds(parameter: inspect.Parameter | None, known: Collection[object]) -> Collection[object]:

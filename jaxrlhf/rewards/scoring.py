@@ -158,6 +158,7 @@ class Rewards:
         conversations: Sequence[object] | None = None,
         completion_ids: Sequence[Sequence[int] | np.ndarray] | None = None,
         progress: Mapping[str, float] | None = None,
+        completions: Sequence[Sequence[Message]] | None = None,
     ) -> "Handle":
         """Starts to score a batch of B samples. Every process calls it with the whole batch.
 
@@ -170,6 +171,8 @@ class Rewards:
                 such. Default: all are text.
             completion_ids: [B] token ids of the responses, with the end; None: not known.
             progress: attributes of `trainer_state`, such as global_step; None: nothing is trained.
+            completions: [B] the messages of responses with several turns, those of tools included; None: the responses
+                have one turn.
 
         Returns:
             A handle whose `result` waits for the scores.
@@ -182,6 +185,7 @@ class Rewards:
         size = len(prompts)
         columns = {} if columns is None else columns
         given = {"responses": responses, "conversations": conversations, "completion_ids": completion_ids}
+        given |= {"completions": completions}
         for name, values in (given | dict(columns)).items():
             if values is not None and len(values) != size:
                 raise ValueError(f"{name}: {len(values)} values for {size} prompts")
@@ -194,6 +198,7 @@ class Rewards:
             None if conversations is None else [_messages(conversations[i]) for i in counted],
             None if completion_ids is None else [[int(x) for x in completion_ids[i]] for i in counted],
             None if progress is None else dict(progress),
+            None if completions is None else [list(completions[i]) for i in counted],
         )
         jobs: dict[str, Future[Outcome]] = {}
         for name, function in self.functions.items():

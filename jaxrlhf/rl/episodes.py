@@ -40,6 +40,7 @@ class EpisodeRunner:
         longest_prompt: Most tokens of a prompt.
         special_tokens_in_data: As in the data's template.
         scored_otherwise: True if a reward model or functions score the responses too.
+        keeps_state: True if functions read what environments have at the end of an episode.
         say: Gets messages on failures.
 
     Raises:
@@ -56,6 +57,7 @@ class EpisodeRunner:
         longest_prompt: int,
         special_tokens_in_data: bool = False,
         scored_otherwise: bool = False,
+        keeps_state: bool = False,
         say: Say = print,
     ) -> None:
         self.config, self.environments, self.tokenizer, self.say = config, environments, tokenizer, say
@@ -63,6 +65,7 @@ class EpisodeRunner:
         self.prompt_limit = f"raise max_prompt_seq_len={longest_prompt}"
         """The remedy for longer ones."""
         self.must_reward = environments.rewards and not scored_otherwise
+        self.keeps_state = keeps_state
         schemas = [tool.schema for tool in environments.tools]
         self.continuer = Continuer(tokenizer, schemas, special_tokens_in_data)
         self.tool_format = config.form(str(tokenizer.chat_template)) if schemas else ""
@@ -176,6 +179,7 @@ class Episodes(Played):
                 # The samples of a prompt share its row, which an environment may change.
                 given = copy.deepcopy(own | {"prompt": as_messages(prompts[row // copies])})
                 episode = self._episodes[row] = runner.environments.episode(runner.tool_format)
+                episode.keeps_state = runner.keeps_state
                 calls[self._calls.start(partial(episode.begin, given))] = row
         left = dict(calls)
         while left:
@@ -349,7 +353,7 @@ class _Play:
     def _cut(self, row: int, limit: str) -> None:
         """Ends an episode at a limit; the environment may give it a last reward."""
         episode = self.episodes._episodes[self.rows[row]]
-        if hasattr(episode.environment, "truncated"):
+        if hasattr(episode.environment, "truncated") or episode.keeps_state:
             self.cutting[row] = limit
             self._start(row, episode.cut)
         else:
@@ -358,6 +362,7 @@ class _Play:
     def _finish(self, row: int, status: str, reason: str = "") -> None:
         outcome, episode = self._outcome(row), self.episodes._episodes[self.rows[row]]
         outcome.messages = episode.messages
+        outcome.state = episode.state
         if status == "done" and self.runner.must_reward and not outcome.rewards:
             status, reason = "failed", "it ended without a reward, and nothing else scores the response"
         outcome.status, outcome.reason = status, reason

@@ -8,10 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.environments import Environments
+from jaxrlhf.errors import InputError
 from jaxrlhf.rewards import Rewards
+from jaxrlhf.rewards.arguments import ENVIRONMENTS, EndState
 
 TRANSCRIPT = "transcript"
 """Column in which reward functions find the messages of an episode."""
+OF_EPISODES = (TRANSCRIPT, ENVIRONMENTS)
+"""Columns that an episode gives to reward functions."""
 
 
 @dataclass
@@ -38,6 +42,8 @@ class Outcome:
     given: int = 0
     """Tokens of environment and tools."""
     info: dict[str, float] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    """Plain values of the environment at its end, where reward functions read them."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Outcome":
@@ -105,6 +111,10 @@ class Graded(NamedTuple):
 
     replies: list[str]
     """The model's last turn of each, in the place of the response."""
+    prompts: list[list[dict[str, Any]]]
+    """The messages that each began with."""
+    completions: list[list[dict[str, Any]]]
+    """The messages after these, up to the model's last turn."""
     columns: dict[str, list[Any]]
     """Columns beside those of the data."""
     scored: np.ndarray
@@ -115,21 +125,35 @@ class Graded(NamedTuple):
         """Reads the outcomes of finished episodes."""
         return cls(
             [outcome.reply for outcome in outcomes],
-            {TRANSCRIPT: [outcome.messages for outcome in outcomes]},
+            [outcome.messages[: outcome.begun] for outcome in outcomes],
+            [to_last_turn(outcome.messages)[outcome.begun :] for outcome in outcomes],
+            {
+                TRANSCRIPT: [outcome.messages for outcome in outcomes],
+                ENVIRONMENTS: [EndState(**outcome.state) for outcome in outcomes],
+            },
             np.array([outcome.status != "failed" for outcome in outcomes]),
         )
 
 
 def data_columns(rewards: Rewards, environments: Environments | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The columns that the data must have for rewards and environments, and those that they take where it has them."""
+    if ENVIRONMENTS in rewards.columns and not (environments and environments.has_instances):
+        raise InputError(
+            "reward_functions: a function takes environments, and the run has none; name the class as environment"
+        )
     if environments is None:
         return rewards.columns, rewards.wanted
-    needed = dict.fromkeys((*(name for name in rewards.columns if name != TRANSCRIPT), *environments.columns))
+    needed = dict.fromkeys((*(name for name in rewards.columns if name not in OF_EPISODES), *environments.columns))
     wanted = dict.fromkeys((*rewards.wanted, *environments.wanted))
-    return tuple(needed), tuple(name for name in wanted if name not in needed)
+    return tuple(needed), tuple(name for name in wanted if name not in (*needed, *OF_EPISODES))
+
+
+def reads_state(rewards: Rewards) -> bool:
+    """True if a function takes what environments have at the end of an episode."""
+    return ENVIRONMENTS in (*rewards.columns, *rewards.wanted)
 
 
 def to_last_turn(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The conversation up to the model's last turn, without what an environment said after it."""
-    last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
+    last = max((k for k, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     return [dict(message) for message in messages[: last + 1]]

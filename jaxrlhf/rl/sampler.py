@@ -21,7 +21,7 @@ from jaxrlhf.rl.episodes import EpisodeRunner, Episodes
 from jaxrlhf.rl.experience import Experience, score_rollout
 from jaxrlhf.rl.hyperparameters import PPOHyperparameters
 from jaxrlhf.rl.models import RLHFEngine
-from jaxrlhf.rl.outcomes import Graded, Played
+from jaxrlhf.rl.outcomes import Graded, Played, reads_state
 from jaxrlhf.rl.samples import Each, Prompts, Reading, Record, RolloutPlan, Sampled, Started
 from jaxrlhf.rl.step import PPOState
 from jaxrlhf.runs import Run
@@ -76,6 +76,7 @@ class Sampler:
             longest_prompt=config.data.max_prompt_seq_len,
             special_tokens_in_data=config.data.template.special_tokens_in_data,
             scored_otherwise=scored_otherwise,
+            keeps_state=reads_state(self.rewards),
             say=print if run is None else run.print,
         )
 
@@ -218,18 +219,21 @@ class Sampler:
         texts = None if prompts.texts is None else [prompts.texts[int(i)] for i in own]
         asked, answers, ids = self.read(rollout, texts)
         columns = {name: [values[i] for i in own] for name, values in prompts.columns.items()}
+        messages, completions = None if prompts.messages is None else [prompts.messages[int(i)] for i in own], None
         if episodes is not None:
             graded = Graded.of([episodes.outcomes[row] for row in rows])
             answers, real = graded.replies, real & graded.scored
+            messages, completions = graded.prompts, graded.completions
             columns |= graded.columns
         return self.rewards.submit(
             asked,
             answers,
             columns,
             real,
-            conversations=None if prompts.messages is None else [prompts.messages[int(i)] for i in own],
+            conversations=messages,
             completion_ids=ids,
             progress=prompts.progress,
+            completions=completions,
         )
 
     def finish(

@@ -137,6 +137,11 @@ TRANSCRIPTS = """
 def messages(prompts, responses, transcript):
     assert all(t[-1]["content"] == r for t, r in zip(transcript, responses) if t[-1]["role"] == "assistant")
     return [len(t) for t in transcript]
+
+def of_trl(prompts, completions, environments, transcript, **kwargs):
+    assert all([*p, *c] == t[: len(p) + len(c)] for p, c, t in zip(prompts, completions, transcript))
+    assert all(c[-1]["role"] == "assistant" for c in completions)
+    return [100 * e.turn + 10 * len(p) + len(c) for p, c, e in zip(prompts, completions, environments)]
 """
 
 
@@ -144,7 +149,8 @@ def messages(prompts, responses, transcript):
 def test_failed_episodes_have_no_score_and_others_are_scored_by_every_scorer(options, demo, tmp_path, capsys):
     (tmp_path / "score.py").write_text(TRANSCRIPTS)
     settings = options | {"environment": f"{SOURCE}:Scripted", "max_turns": 3, "jsonl": str(tmp_path / "out.jsonl")}
-    settings |= {"reward_functions": (f"{tmp_path}/score.py:messages",), "reward_model_name_or_path": demo.reward}
+    functions = tuple(f"{tmp_path}/score.py:{name}" for name in ("messages", "of_trl"))
+    settings |= {"reward_functions": functions, "reward_model_name_or_path": demo.reward}
     settings |= {"samples_per_prompt": 1}
     (model,) = evaluate(EvalConfig.create(**settings))["models"]
     rows = read_jsonl(tmp_path / "out.jsonl")
@@ -159,6 +165,7 @@ def test_failed_episodes_have_no_score_and_others_are_scored_by_every_scorer(opt
             continue
         assert scores["messages"][demo.lm][0] == len(episode["messages"])
         last = max(k for k, message in enumerate(episode["messages"]) if message["role"] == "assistant")
+        assert scores["of_trl"][demo.lm][0] == 100 * episode["turns"] + 10 + last
         prompt, turn = episode["messages"][:last], episode["messages"][last : last + 1]
         row = encode_rows(demo.tokenizer, [prompt], [[turn]])[0]
         tokens = np.array([[*row.prompt, *row.responses[0][0]]])

@@ -232,6 +232,9 @@ def test_a_grpo_file_counts_rollouts_where_trl_counts_updates(read):
     assert moving.value("reference_mixup") == 0.6
     still, _ = read("grpo", GRPO + "sync_ref_model: false\nref_model_sync_steps: 64\n")
     assert still.value("reference_sync_steps") == 0
+    weighed = "dataset_name: x\nreward_model_name_or_path: m\nreward_funcs: [a.b, c.d]\nreward_weights: [2, 0.5, 0.1]\n"
+    expected = {"reward_model_weight": 2.0, "reward_weights": (0.5, 0.1), "reward_functions": ("a:b", "c:d")}
+    assert not differences(read("grpo", weighed)[0], **expected)
     scored = "dataset_name: x\ncenter_rewards_coefficient: 0.01\n"
     assert read("reward", scored)[0].center_rewards_coefficient == 0.01
     assert read("reward", scored.replace("0.01", "null"))[0].center_rewards_coefficient == 0
@@ -368,6 +371,24 @@ def test_flags_of_trl_without_a_value_are_true():
         parse(commands()["sft"].config_class(), argv, "", "")
 
 
+def test_the_flags_of_trls_own_command_lines_are_read():
+    argv = ["--dataset_name", "x", "--no_remove_unused_columns", "--accelerate_config", "zero2", "--num_processes=4"]
+    argv += ["--eos_token", "<|im_end|>", "--lr_scheduler_type", "cosine_with_min_lr"]
+    argv += ["--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}', "--no-push-to-hub"]
+    config = parse(commands()["sft"].config_class(), argv, "", "")
+    assert not differences(config, eos_token_ids=("<|im_end|>",), min_lr_ratio=0.1, num_processes=None)
+    argv += ["--coordinator_address", "host:1", "--process_id", "0"]
+    assert not differences(parse(commands()["sft"].config_class(), argv, "", ""), num_processes=4)
+    with pytest.raises(InputError, match=r"lr_scheduler_kwargs=\[1\]: must be a mapping"):
+        parse(commands()["sft"].config_class(), [*argv, "--lr_scheduler_kwargs", "[1]"], "", "")
+
+
+def test_a_long_row_is_cut_as_with_keep_end(read):
+    for mode, told in (("keep_start", True), ("keep_end", False)):
+        _, advice = read("dpo", f"dataset_name: x\ntruncation_mode: {mode}\n")
+        assert any("loses the beginning of its prompt" in line for line in advice) is told
+
+
 def test_data_path_replaces_the_data_of_a_file(read):
     config, advice = read("sft", SFT_FULL, "--data_path", "demo")
     assert config.data.data_path == ("demo",) and any("data_path names the data" in line for line in advice)
@@ -377,6 +398,7 @@ def test_data_path_replaces_the_data_of_a_file(read):
     ("command", "line", "part"),
     [
         ("sft", "load_in_4bit: true", "load_in_4bit=true: there is no quantised"),
+        ("sft", "max_length: null", "max_length=null: rows have a bound here"),
         ("sft", "fp16: true", "bf16: true"),
         ("sft", "optim: adafactor", "optim=adafactor: the optimizer is AdamW"),
         ("sft", "neftune_noise_alpha: 5", "neftune_noise_alpha=5: leave it out"),
@@ -396,6 +418,7 @@ def test_data_path_replaces_the_data_of_a_file(read):
         ("ppo", "num_mini_batches: 3", "num_mini_batches=3 must divide the 8 rows"),
         ("ppo", "total_episodes: 10\nmax_steps: 3", "exclude each other"),
         ("grpo", "loss_type: sapo", "write dapo, bnpo, grpo or dr_grpo"),
+        ("grpo", "chat_template_kwargs: {enable_thinking: false}", "{% set enable_thinking = false %}"),
         ("grpo", "generation_batch_size: 64", "steps_per_generation"),
         ("grpo", "reward_funcs: my_reward", "write reward_functions"),
         ("rloo", "reward_clip_range: [0, 3]", "must be [-x, x]"),

@@ -2,9 +2,12 @@
 
 import asyncio
 import itertools
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from chat_tokenizers import chat_tokenizer
 
@@ -23,7 +26,12 @@ from jaxrlhf.environments import (
     parse_hermes,
     parse_llama3,
 )
+from jaxrlhf.environments.adapter import end_state
+from jaxrlhf.environments.protocol import WrongAnswer
 from jaxrlhf.errors import InputError
+from jaxrlhf.rewards import Rewards
+from jaxrlhf.rewards.arguments import EndState
+from jaxrlhf.rl.outcomes import data_columns
 
 
 def add(a: int, b: int = 1) -> int:
@@ -143,6 +151,24 @@ def test_results_and_errors_go_back_to_the_model_as_messages():
     assert episode.respond("It is 3.", "It is 3.").observation == Observation(done=True)
 
 
+def alarmed(seconds: int) -> str:
+    """Waits.
+
+    Args:
+        seconds: How long.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return "done"
+
+
+def test_a_tool_that_sets_a_signal_fails_its_episode_with_a_reason():
+    episode = Environments(None, (alarmed,)).episode("hermes")
+    episode.begin({"prompt": [{"role": "user", "content": "Wait."}]})
+    call = '<tool_call>{"name": "alarmed", "arguments": {"seconds": 1}}</tool_call>'
+    with ThreadPoolExecutor(1) as pool, pytest.raises(WrongAnswer, match=r"alarmed sets a signal.*environment_timeout"):
+        pool.submit(episode.respond, call, call).result()
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
@@ -238,6 +264,7 @@ class Shop:
 
     def reset(self, stock: int, prompt, sold: int = 0, **columns):
         self.stock = stock - sold
+        self.place, self.day = columns.get("place", "here"), columns.pop("day", 1)
         return f" There are {stock}."
 
     def buy(self, count: int) -> str:
@@ -256,7 +283,7 @@ class Shop:
 def test_public_methods_of_an_environment_are_its_tools():
     environments = Environments(Shop)
     assert [tool.name for tool in environments.tools] == ["buy"] and environments.rewards
-    assert (environments.columns, environments.wanted) == (("stock",), ("sold",))
+    assert (environments.columns, set(environments.wanted)) == (("stock",), {"sold", "place", "day"})
     first, second = (environments.episode("hermes") for _ in range(2))
     prompt = [{"role": "user", "content": "Buy all."}]
     assert first.begin({"prompt": prompt, "stock": 3})[0]["content"] == "Buy all. There are 3."
@@ -301,3 +328,57 @@ def test_tools_alone_need_something_else_that_scores():
     environments.check_scored(True)
     with pytest.raises(InputError, match="nothing else scores responses"):
         environments.check_scored(False)
+
+
+class Ended:
+    """With values of many kinds at the end of an episode."""
+
+    size = 4
+    _secret = 1
+
+    def __init__(self):
+        self.score, self.board, self.seen = np.float32(2.5), [[1, None], ["a", True]], {"a": {"b": 1.0}}
+        self.client, self.counts, self._hidden = object(), {1: 2}, 3
+
+    @property
+    def half(self):
+        return self.score / 2
+
+    @property
+    def broken(self):
+        raise RuntimeError("the connection is closed")
+
+    def reset(self):
+        """Begins."""
+
+    def get_reward(self):
+        return 1.0
+
+
+def test_functions_get_a_copy_of_an_environments_plain_values():
+    environments = Environments(Ended)
+    instance = environments.episode("hermes").environment
+    state = end_state(instance)
+    expected = {"size": 4, "score": 2.5, "board": [[1, None], ["a", True]], "seen": {"a": {"b": 1.0}}, "half": 1.25}
+    assert state == expected and type(state["score"]) is float
+    state["board"].clear()
+    assert end_state(instance)["board"] == expected["board"]
+    assert EndState(**state).half == 1.25
+    with pytest.raises(AttributeError, match=r"'client' is none of the plain values .*score.*get_reward"):
+        EndState(**state).client  # noqa: B018
+    assert end_state(None) == {}
+
+
+def test_a_function_that_takes_environments_asks_the_data_for_nothing_and_needs_an_environment():
+    def required(environments, **kwargs):
+        return [environment.score for environment in environments]
+
+    def read(completions, transcript=None, **kwargs):
+        return [environment.score for environment in kwargs["environments"]]
+
+    rewards = Rewards([required, read])
+    assert data_columns(rewards, Environments(Ended)) == ((), ())
+    for without in (None, Environments(None, (add,))):
+        with pytest.raises(InputError, match="takes environments, and the run has none"):
+            data_columns(rewards, without)
+    assert data_columns(Rewards([read]), Environments(None, (add,))) == ((), ())

@@ -99,6 +99,7 @@ def test_columns_that_a_function_reads_from_its_keywords_are_asked_of_the_data()
         (lambda completions, gold: [], r"needs the column 'gold', and the samples have answer, level"),
         (lambda completion_ids: [], "takes completion_ids, and the token ids of these responses are not known"),
         (lambda prompts: [], r"must take \(prompts, responses, \*\*columns\), or completions by name, but takes"),
+        (lambda solution_str, answer: [], r"scores one response, as for verl; .* def scores\(prompts, responses,"),
         (lambda answer, /, completions: [], "takes answer by position only; remove the /"),
     ],
 )

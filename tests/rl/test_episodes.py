@@ -138,6 +138,23 @@ def test_the_sum_of_a_rows_rewards_does_not_depend_on_their_places(holes):
     np.testing.assert_array_equal(shaped.scores, shaped_scores(holes, h, None)[0])
 
 
+OF_TRL = """
+def turns(completions, environments, log_extra, **kwargs):
+    log_extra("asked", [message[0]["content"] for message in kwargs["prompts"]])
+    roles = [[message["role"] for message in messages] for messages in completions]
+    assert roles == [["assistant", "user", "assistant", "user", "assistant"]] * len(completions)
+    return [10 * environment.turn + len(messages) for environment, messages in zip(environments, completions)]
+"""
+
+
+def test_a_function_of_trl_gets_the_messages_of_all_turns_and_the_environments_values(demo, tmp_path):
+    (tmp_path / "reward.py").write_text(OF_TRL)
+    trainer = trainer_of(demo, reward_functions=(f"{tmp_path}/reward.py:turns",))
+    e = jax.device_get(sampled(trainer, ["What is it?", "Say something."]))
+    assert trainer._scored["rewards/turns"] == 35 and trainer._scored["rewards/failures"] == 0
+    np.testing.assert_array_equal(e.scores, [37.5] * 4)
+
+
 BEHAVIOURS = {
     "good": ("done", ""),
     "truncates": ("truncated", "turns"),

@@ -133,7 +133,7 @@ def compare(config: EvalConfig, console: Console) -> Comparison:
     columns, wanted = data_columns(rewards, environments)
     prompts = prompts_of(config, columns, console, wanted)
     rewards.check_references(prompts)
-    models = models_of(config, environments, bool(rewards), console)
+    models = models_of(config, environments, rewards, console)
     judge = RewardModel(config) if config.reward_model_name_or_path else None
     fits = np.logical_and.reduce([model.fits(prompts) for model in models])
     if not fits.any():
@@ -161,12 +161,11 @@ def compare(config: EvalConfig, console: Console) -> Comparison:
 
 
 def models_of(
-    config: EvalConfig, environments: Environments | None, functions: bool, console: Console
+    config: EvalConfig, environments: Environments | None, rewards: Rewards, console: Console
 ) -> list[FolderModel | ServerModel]:
-    """The models that the settings name. `functions` is true if there are reward functions."""
-    scored = functions or config.reward_model_name_or_path is not None
+    """The models that the settings name."""
     if environments is not None:
-        return [EpisodeModel(name, config, environments, scored, console) for name in config.models]
+        return [EpisodeModel(name, config, environments, rewards, console) for name in config.models]
     return [ServerModel(name, config) if is_server(name) else FolderModel(name, config) for name in config.models]
 
 
@@ -200,15 +199,19 @@ def function_scores(rewards: Rewards, prompts: Prompts, responses: Responses) ->
     repeated = np.repeat(np.arange(len(prompts)), n).tolist()
     texts = list(itertools.chain(*responses.texts))
     columns, scored = prompts.columns(repeated), np.ones(len(texts), bool)
+    messages: list[Any] = [prompts.prompts[i] for i in repeated]
+    completions = None
     if responses.episodes is not None:
         graded = Graded.of(list(itertools.chain(*responses.episodes)))
         columns, scored = columns | graded.columns, graded.scored
+        messages, completions = graded.prompts, graded.completions
     result = rewards.submit(
         [responses.prompts[i] for i in repeated],
         texts,
         columns,
         scored,
-        conversations=[prompts.prompts[i] for i in repeated],
+        conversations=messages,
+        completions=completions,
     ).result()
     parts = {name: np.where(scored, part.astype(np.float64), np.nan) for name, part in result.parts.items()}
     return {name: part.reshape(-1, n) for name, part in parts.items()}

@@ -14,8 +14,9 @@ from jaxrlhf.commands.evaluation.statistics import Estimate, mean_and_error
 from jaxrlhf.distributed import to_host
 from jaxrlhf.engine import HybridEngine
 from jaxrlhf.environments import Environments
+from jaxrlhf.rewards import Rewards
 from jaxrlhf.rl.episodes import EpisodeRunner
-from jaxrlhf.rl.outcomes import Outcome
+from jaxrlhf.rl.outcomes import Outcome, reads_state
 from jaxrlhf.runs.console import Console
 from jaxrlhf.trainers.settings import batch_devices, check_context
 from jaxrlhf.trainers.tokenizers import sampling_for
@@ -31,7 +32,7 @@ class EpisodeModel(FolderModel):
         name: The folder, or a name on the hub.
         config: The settings.
         environments: The source of episodes.
-        scored_otherwise: True if a reward model or functions score the responses too.
+        rewards: The reward functions.
         console: Gets messages on failed episodes.
 
     Raises:
@@ -39,7 +40,7 @@ class EpisodeModel(FolderModel):
     """
 
     def __init__(
-        self, name: str, config: EvalConfig, environments: Environments, scored_otherwise: bool, console: Console
+        self, name: str, config: EvalConfig, environments: Environments, rewards: Rewards, console: Console
     ) -> None:
         super().__init__(name, config)
         self.sampling, context = sampling_for(self.tokenizer, config.sampling), self.shape.max_positions
@@ -52,7 +53,8 @@ class EpisodeModel(FolderModel):
             self.sampling,
             longest_prompt=context - longest,
             special_tokens_in_data=config.data.template.special_tokens_in_data,
-            scored_otherwise=scored_otherwise,
+            scored_otherwise=bool(rewards) or config.reward_model_name_or_path is not None,
+            keeps_state=reads_state(rewards),
             say=console.print,
         )
         self.runner.prompt_limit = f"with max_new_tokens={longest} the context of {context} has no room for it"

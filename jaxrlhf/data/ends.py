@@ -196,8 +196,9 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
         return None
     turn = turn_of(template, names_of(tokenizer))
     eos: Any = tokenizer.eos_token
+    eos_id: Any = tokenizer.eos_token_id  # transformers leaves open what its ids are
     if eos and eos in turn.after[: common_part(turn.after, turn.between)]:
-        return tokenizer.eos_token_id
+        return eos_id
     last, earlier = (_first_special(tokenizer, text) for text in (turn.after, turn.between))
     if earlier is not None and earlier != last:
         return None

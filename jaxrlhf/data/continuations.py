@@ -36,6 +36,7 @@ class Continuer:
         self._end, self._closing = turn_end(tokenizer), closing_ids(tokenizer)
         if self.tools:
             check_tools(self._renderer, self.tools)
+            self._check_results()
 
     def prompts(self, prompts: Sequence[Prompt]) -> list[list[int] | str]:
         """Token ids of prompts, up to where the model's first turn begins; a text says why one cannot be rendered."""
@@ -63,17 +64,33 @@ class Continuer:
         if not self._literal and self._special.among(new):
             new = self._special.hide(new, hidden)
         before: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-        text, _ = self._renderer.render_anew([*before, *new], None, True, False)
+        text = self._rendered([*before, *new])
         head, mark, tail = text.partition(PROBE)
         if not mark or PROBE in tail:
             raise RowProblem("the chat template loses an assistant message, or shows it twice")
         check_content(tail, new)
         encoded = encode(self.tokenizer, [Text(text, hidden)], self._special, places=True)[0]
         ids = encoded.ids[slice(*encoded.tokens(len(head) + len(mark), len(text)))]
-        if ended and self._end is not None:
-            place = next((i for i, token in enumerate(ids) if token == self._end or token in self._closing), -1)
+        if ended:
+            begun = ids if self._end is not None else ids[:1]
+            place = next((i for i, token in enumerate(begun) if token == self._end or token in self._closing), -1)
             ids = ids[place + 1 :]
         return ids
+
+    def _rendered(self, messages: list[Message]) -> str:
+        try:
+            return self._renderer.render_anew(messages, None, True, False)[0]
+        except RowProblem:  # templates such as those named tool_use need tools
+            if self.tools is None:
+                raise
+            return self._renderer.render_anew(messages, self.tools, True, False)[0]
+
+    def _check_results(self) -> None:
+        """Raises InputError when the chat template does not continue a turn with the result of a tool."""
+        try:
+            self.after_turn([{"role": "tool", "name": "a", "content": "a"}], ended=True)
+        except RowProblem as error:
+            raise InputError(f"tools: the result of a tool cannot follow a turn: {error}") from error
 
 
 def check_tools(renderer: Renderer, tools: Tools) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.data.encoding import SpecialTokens
-from jaxrlhf.data.renderer import renderer_of_transformers
+from jaxrlhf.data.renderer import common_part, renderer_of_transformers
 from jaxrlhf.data.vocabulary import vocabulary_size
 from jaxrlhf.errors import InputError
 
@@ -32,7 +32,7 @@ _REMEDY = "correct the file, or name the ids with --eos_token_ids"
 
 
 def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a response. The first one closes a response that the chat template leaves open.
+    """The ids that end a response. The template's closes a response that has none, else the first.
 
     Args:
         tokenizer: a tokenizer from `load_tokenizer`, perhaps with the ids of `with_end_ids`.
@@ -187,15 +187,23 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
     """The id of the special token that the chat template puts right after an assistant turn; None for none.
 
     White space may stand before it. A token that only the last turn has before it is no end but the header of the next
-    turn: some templates write that header whether or not they are asked for it.
+    turn: some templates write that header whether or not they are asked for it. One that also stands before the words
+    is no end either. EOS is the end where both turns have it after other marks, as those of Cohere.
     """
     template = getattr(tokenizer, "chat_template", None)
     template = template.get("default") if isinstance(template, dict) else template
     if not isinstance(template, str):
         return None
     turn = turn_of(template, names_of(tokenizer))
+    eos: Any = tokenizer.eos_token
+    eos_id: Any = tokenizer.eos_token_id  # transformers leaves open what its ids are
+    if eos and eos in turn.after[: common_part(turn.after, turn.between)]:
+        return eos_id
     last, earlier = (_first_special(tokenizer, text) for text in (turn.after, turn.between))
-    return None if earlier is not None and earlier != last else last
+    if earlier is not None and earlier != last:
+        return None
+    token: Any = None if last is None else tokenizer.convert_ids_to_tokens(last)
+    return None if token is not None and token in turn.before else last
 
 
 def _first_special(tokenizer: Tokenizer, text: str) -> int | None:

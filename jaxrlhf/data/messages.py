@@ -19,7 +19,9 @@ ROLES = {
     "function_call": "assistant",
 }  # fmt: skip
 """Other names of roles, as ShareGPT and its relatives have them."""
-KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Names of the thoughts of an assistant, apart from its content."""
+KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS)
 """Keys of a message that templates read."""
 TURN = re.compile(r"\n\n(Human|Assistant):[ \n]?")
 """The beginning of a turn in Anthropic's texts."""

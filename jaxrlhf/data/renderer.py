@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.encoding import SpecialTokens, Text
 from jaxrlhf.data.files import first_line
+from jaxrlhf.data.message_forms import (
+    Message,
+    completed,
+    name_of_tool,
+    with_function,
+    with_written_arguments,
+)
+from jaxrlhf.data.messages import THOUGHTS
 from jaxrlhf.errors import InputError
 
 if TYPE_CHECKING:
     from jaxrlhf.data.tokenizer import Tokenizer
 
-Message = dict[str, Any]
-"""role and content, and where the data has them tool_calls, name, tool_call_id."""
 Prompt = str | list[Message]
 Tools = list[dict[str, Any]]
 Span = tuple[int, int]
 """First character and end of a part of a text."""
+
+
+_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
 class RowProblem(Exception):
@@ -36,25 +45,25 @@ class RenderedRow:
         prompt_spans: the parts of it that are trained on.
         wholes: the text of prompt and completion, for each completion.
         spans: the parts of each that are trained on, within the completion.
+        begins: the character of each where what follows the prompt begins; -1 when the template rewrites the prompt.
         last: the character of each where the last assistant message begins.
-        contents: the content of each completion's last message.
+        contents: the content of each completion's last message, without what the prompt has of it already.
+        speaks: True for each whose last message has words or tool calls.
     """
 
     prompt: Text
     prompt_spans: list[Span]
     wholes: list[Text]
     spans: list[list[Span]]
+    begins: list[int]
     last: list[int]
     contents: list[Text]
-
-    def start(self, k: int) -> int:
-        """The character of `wholes[k]` where `rest(k)` begins; -1 when the template rewrites the prompt."""
-        return len(self.prompt.text) if self.wholes[k].text.startswith(self.prompt.text) else -1
+    speaks: list[bool]
 
     def rest(self, k: int) -> Text:
         """The completion's text alone: what follows the prompt, else the bare content of the last message."""
-        start = self.start(k)
-        return self.contents[k] if start < 0 else self.wholes[k][start:]
+        begin = self.begins[k]
+        return self.contents[k] if begin < 0 else self.wholes[k][begin:]
 
 
 class Renderer:
@@ -81,18 +90,76 @@ class Renderer:
         inside = train_on == "all" and ends and any(message["role"] == "assistant" for message in messages)
         head, marks = self.render(messages, tools, True, bool(inside))
         if not ends:
-            check_content(head, messages, tools)
+            check_content(head, messages)
+            self.check_tools(head, messages, tools, True)
         spans = self.turns(messages, len(messages), tools, head, marks) if inside else []
-        wholes, parts, last = [], [], []
+        row = RenderedRow(Text(head, hidden), spans, [], [], [], [], [], [])
         for end in ends:
+            if not end or end[-1]["role"] != "assistant":
+                raise RowProblem("the completion does not end with an assistant message")
             whole, marks = self.render([*messages, *end], tools, False, train_on != "everything")
-            check_content(whole, [*messages, *end], tools)
-            wholes.append(Text(whole, hidden))
-            found, start = self.completion(messages, end, tools, (head, whole), marks, train_on)
-            parts.append(found)
-            last.append(start)
-        contents = [Text(end[-1]["content"], hidden) for end in ends]
-        return RenderedRow(Text(head, hidden), spans, wholes, parts, last, contents)
+            begin, content = self.beginning(messages, end, tools, head, whole)
+            check_content(whole, [*messages, *end] if content is None else messages)
+            self.check_tools(whole, [*messages, *end], tools, False)
+            found, start = self.completion(messages, end, tools, (head, whole), begin, marks, train_on)
+            row.wholes.append(Text(whole, hidden))
+            row.spans.append(found)
+            row.begins.append(begin)
+            row.last.append(start)
+            row.contents.append(Text(end[-1]["content"] if content is None else content, hidden))
+            row.speaks.append(bool(end[-1]["content"].strip() or end[-1].get("tool_calls")))
+        return row
+
+    def beginning(
+        self, messages: list[Message], end: list[Message], tools: Tools | None, head: str, whole: str
+    ) -> tuple[int, str | None]:
+        """The character of a whole text where what follows the prompt begins, or -1; then the last message's bare
+        content follows the prompt, or the content that is returned.
+
+        Some templates open the assistant's message in a prompt otherwise than in a conversation, such as with
+        `<think>`. The prompt stays, since the model is asked so, and goes on with what the conversation has there.
+        """
+        if whole.startswith(head):
+            return len(head), None
+        message, same = end[-1], common_part(head, whole)
+        opened, rest = head[same:], whole[same:]
+        if len(end) == 1 and same >= common_part(head, self.render(messages, tools, False)[0]):
+            content, mark = message["content"].lstrip(), opened.strip()
+            if mark and content.startswith(mark):  # the template may cut thoughts that the data has
+                return -1, content[len(mark) :].removeprefix(opened[len(opened.rstrip()) :])
+            again = next(n for n in range(min(len(opened), len(rest)), -1, -1) if opened.endswith(rest[:n]))
+            if begins_message(rest[again:], message, opened):
+                return same + again, None
+        if len(end) == 1 and (message.get("tool_calls") or any(name in message for name in THOUGHTS)):
+            raise RowProblem(
+                "the chat template begins an assistant message otherwise in a prompt than in a conversation, so its "
+                "tool calls or thoughts cannot follow the prompt; set chat_template to another one"
+            )
+        return -1, None
+
+    def check_tools(self, text: str, messages: list[Message], tools: Tools | None, prompt: bool) -> None:
+        """Raises RowProblem for a tool call or a tool that the chat template leaves out of a rendered text.
+
+        Calls and tools have the same names. So the calls are rendered under others.
+        """
+        calls = [
+            (i, k, name)
+            for i, message in enumerate(messages)
+            for k, call in enumerate(message.get("tool_calls") or ())
+            if (name := name_of_tool(call)) is not None
+        ]
+        if calls:
+            renamed = [dict(message) for message in messages]
+            for i, k, _ in calls:
+                changed = with_function(renamed[i]["tool_calls"][k], name=f"renamed_{i}_{k}")
+                renamed[i]["tool_calls"] = [*renamed[i]["tool_calls"][:k], changed, *renamed[i]["tool_calls"][k + 1 :]]
+            text, _ = self.render_anew(renamed, tools, prompt, False)
+        for i, k, name in calls:
+            if f"renamed_{i}_{k}" not in text:
+                raise RowProblem(f"the chat template loses the tool call {name} of {name_of(messages, i)}; {TOOLS}")
+        for tool in tools or ():
+            if (name := name_of_tool(tool)) is not None and not adds(text, name, messages):
+                raise RowProblem(f"the chat template does not show the tool {name} to the model; {TOOLS}")
 
     def completion(
         self,
@@ -100,14 +167,13 @@ class Renderer:
         end: list[Message],
         tools: Tools | None,
         texts: tuple[str, str],
+        begin: int,
         marks: list[Span],
         train_on: str,
     ) -> tuple[list[Span], int]:
         """The parts of a completion that are trained on, and where its last assistant message begins."""
         head, whole = texts
-        if not end or end[-1]["role"] != "assistant":
-            raise RowProblem("the completion does not end with an assistant message")
-        start = len(head)
+        start = len(head) if begin < 0 else begin
         if len(end) > 1:
             before, _ = self.render([*messages, *end[:-1]], tools, True)
             if not whole.startswith(before) or not before.startswith(head):
@@ -117,7 +183,7 @@ class Renderer:
                 )
             start = len(before)
         if self.has_marks:
-            first = start if train_on == "last" else min(len(head), start)
+            first = start if train_on == "last" else min(len(head) if begin < 0 else begin, start)
             return [span for span in marks if span[1] > first] or marks[-1:], start
         spans = [(start, len(whole))]
         if train_on == "all" and len(end) > 1:
@@ -137,12 +203,19 @@ class Renderer:
             if messages[i]["role"] == "assistant":
                 before, _ = self.render(messages[:i], tools, True)
                 after, _ = self.render(messages[: i + 1], tools, False)
-                end = len(after) if text.startswith(after) else common_length(text, after)
-                # Some templates end every text with the header of the next message, whether or not they are asked to.
-                if not (after.startswith(before) and len(before) <= end and before.endswith(after[end:])):
+                end = len(after) if text.startswith(after) else common_part(text, after)
+                # Some templates end every text with the header of the next message, asked or not.
+                next_header = before.endswith(after[end:]) or self.only_eos(messages[i], after, end)
+                if not (after.startswith(before) and len(before) <= end and next_header):
                     raise RowProblem(REWRITES)
                 spans.append((len(before), end))
         return spans
+
+    def only_eos(self, message: Message, text: str, end: int) -> bool:
+        """True when nothing but EOS stands after a turn that has another end already, such as that of Phi-3."""
+        words = message["content"].strip()
+        closed = words and text[text.rfind(words) + len(words) : end].strip()
+        return bool(closed) and text[end:].strip() == self.names.get("eos_token")
 
     def render(
         self, messages: list[Message], tools: Tools | None, prompt: bool, marks: bool = False
@@ -175,6 +248,9 @@ class Renderer:
         except TemplateLimit as error:  # every further row would take as long
             raise InputError(f"the chat template is refused: {error}; set chat_template to another one") from error
         except Exception as error:  # a template is a program of the user's, which may raise anything
+            written = [with_written_arguments(message) for message in messages]
+            if written != messages:  # templates such as DeepSeek's take the arguments of calls as JSON texts alone
+                return self.render_anew(written, tools, prompt, marks)
             raise RowProblem(self.refusal(messages, error)) from error
         check_encodable(texts[0], messages)
         return texts[0], found[0] if found else []
@@ -208,30 +284,45 @@ def renderer_of_transformers() -> Callable[..., tuple[list[str], list[list[Span]
 
 MERGE = "set system_role to merge, which puts the system message in front of the first user message, "
 TOOLS = "set chat_template to one with tools, such as hermes, or tools_field to the name of no column"
+OTHER = "choose another chat template"
 REWRITES = "the chat template rewrites earlier turns, so train_on=all cannot mark them; use train_on last"
 
 
 def as_messages(value: Prompt, role: str) -> list[Message]:
-    """A text as one message, and messages without nulls, which templates misread; null content is an empty text."""
+    """A text as one message, and messages as templates read them (`completed`)."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RowProblem(f"message {i + 1} is not an object with a role")
     return [
-        message if None not in message.values() and "content" in message else without_nulls(message)
+        message if len(message) == 2 and isinstance(message.get("content"), str) else completed(message)
         for message in value
     ]
 
 
-def common_length(first: str, second: str) -> int:
-    """The number of characters that two texts begin with alike."""
+def common_part(first: str, second: str) -> int:
+    """The number of characters that two texts begin with alike, up to the last whole mark such as `<|im_end|>`."""
     shorter = min(len(first), len(second))
-    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+    same = next((i for i in range(shorter) if first[i] != second[i]), shorter)
+    begun = re.search(r"[<\[][^<>\[\]\s]*\Z", first[max(same - 100, 0) : same])
+    return same - len(begun[0]) if begun else same
 
 
-def without_nulls(message: Message) -> Message:
-    return {"content": ""} | {name: value for name, value in message.items() if value is not None}
+def begins_message(text: str, message: Message, opened: str) -> bool:
+    """True when a text begins with the words of a message, or with marks before them; not with a header of its own.
+
+    Args:
+        text: what a conversation has after a prompt, apart from `opened`.
+        message: the assistant's message.
+        opened: what the prompt has there. A mark of it does not come again, such as the end of thoughts.
+    """
+    words = [str(message.get(name, "")).strip() for name in ("content", *THOUGHTS)]
+    places = [text.find(word) for word in words if word and word in text]
+    if not places:
+        return text.lstrip().startswith(("<", "["))
+    again = any(mark in opened for mark in _MARK.findall(text[: max(places)]))
+    return not again and not _MARK.sub("", text[: min(places)]).strip()
 
 
 def check_encodable(text: str, messages: list[Message]) -> None:
@@ -253,8 +344,8 @@ def name_of(messages: list[Message], i: int) -> str:
     return f"message {i + 1} ({messages[i].get('role')})"
 
 
-def check_content(text: str, messages: list[Message], tools: Tools | None = None) -> None:
-    """Raises RowProblem when a message's content, a tool call or a tool is not in the rendered text.
+def check_content(text: str, messages: list[Message]) -> None:
+    """Raises RowProblem when a message's content, or the thoughts of the last one, are not in the rendered text.
 
     Templates may change white space, write tool results as JSON, and shorten earlier assistant messages.
     """
@@ -262,16 +353,14 @@ def check_content(text: str, messages: list[Message], tools: Tools | None = None
         content = message["content"]
         earlier = message["role"] == "assistant" and i < len(messages) - 1
         if isinstance(content, str) and not earlier and not shows(text, content):
-            hint = f"; {MERGE}or choose another chat template" if message["role"] == "system" else ""
-            raise RowProblem(f"the chat template loses the content of {name_of(messages, i)}{hint}")
-        for call in message.get("tool_calls") or ():
-            name = call.get("function", call).get("name") if isinstance(call, dict) else None
-            if isinstance(name, str) and not adds(text, name, messages):
-                raise RowProblem(f"the chat template loses the tool call {name} of {name_of(messages, i)}; {TOOLS}")
-    for tool in tools or ():
-        name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
-        if isinstance(name, str) and not adds(text, name, messages):
-            raise RowProblem(f"the chat template does not show the tool {name} to the model; {TOOLS}")
+            hint = MERGE + "or " if message["role"] == "system" else ""
+            raise RowProblem(f"the chat template loses the content of {name_of(messages, i)}; {hint}{OTHER}")
+        thoughts = next((message[name] for name in THOUGHTS if name in message), None)
+        if isinstance(thoughts, str) and message["role"] == "assistant" and not earlier and not shows(text, thoughts):
+            raise RowProblem(
+                f"the chat template loses the thoughts ({' or '.join(THOUGHTS)}) of {name_of(messages, i)}; {OTHER}, "
+                "write the thoughts into the content, or remove them"
+            )
 
 
 def adds(text: str, name: str, messages: list[Message]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.encoding import Encoded, SpecialTokens, Text, encode, encode_continuations
-from jaxrlhf.data.ends import closing_ids, end_ids, names_of, turn_of, without_end
+from jaxrlhf.data.ends import closing_ids, end_ids, names_of, turn_end, turn_of, without_end
 from jaxrlhf.data.renderer import (
     Message,
     Prompt,
@@ -112,7 +112,8 @@ def encode_rows(
         except RowProblem as problem:
             rows.append(str(problem))
     good = [row for row in rows if isinstance(row, RenderedRow)]
-    ends, closing = closing_ids(tokenizer), end_ids(tokenizer)[0]
+    ends, own = closing_ids(tokenizer), turn_end(tokenizer)
+    closing = own if own in ends and own is not None else end_ids(tokenizer)[0]
     finish = Finisher(ends, closing, frozenset(special.names), train_on == "everything", renderer.has_marks)
     marked, plain = any(row.prompt_spans for row in good), all(map(finish.is_plain, good))
     heads = encode(tokenizer, [row.prompt for row in good], special, places=marked)
@@ -128,7 +129,21 @@ def encode_rows(
     ]
     alone = iter(encode(tokenizer, rests, special, places=not plain))
     parts = zip(heads, wholes, strict=True)
-    return [row if isinstance(row, str) else finish.row(row, *next(parts), alone) for row in rows]
+    return [row if isinstance(row, str) else checked(row, finish.row(row, *next(parts), alone)) for row in rows]
+
+
+def checked(row: RenderedRow, encoded: EncodedRow) -> EncodedRow | str:
+    """The tokens of a row, or why a completion that has words has none that is trained on."""
+    for speaks, (ids, mask) in zip(row.speaks, encoded.responses, strict=True):
+        if speaks and sum(mask) == 1:
+            return (
+                "a token that ends responses stands before the completion's words; name the right ones with "
+                "eos_token_ids"
+                if len(ids) == 1
+                else "the chat template marks none of the completion's words as generated; set chat_template to "
+                "another one"
+            )
+    return encoded
 
 
 def continues(head: Encoded, whole: Encoded) -> bool:
@@ -164,7 +179,7 @@ class Finisher:
             if continues(head, whole):
                 responses.append(self.response(row, k, whole, len(head.ids), 0))
             else:
-                responses.append(self.response(row, k, next(alone), 0, row.start(k)))
+                responses.append(self.response(row, k, next(alone), 0, row.begins[k]))
         return EncodedRow(head.ids, prompt_mask, responses)
 
     def response(
@@ -191,7 +206,9 @@ class Finisher:
 
     def is_whole(self, row: RenderedRow, k: int) -> bool:
         """True when a completion is one message that is trained on from its first token to its last."""
-        begins = len(row.prompt.text)
+        begins = row.begins[k]
+        if begins < 0:
+            return True
         if row.last[k] != begins:
             return False
         spans = row.spans[k]

@@ -1,9 +1,13 @@
 """Tool calls in the model's text: the forms of Hermes and Qwen, and of Llama 3."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+
+from jaxrlhf.data.message_forms import Message
+from jaxrlhf.data.renderer import common_part, renderer_of_transformers
 
 ToolFormat = Literal["auto", "hermes", "llama3"]
 
@@ -24,6 +28,9 @@ class ToolCall(NamedTuple):
     def as_message(self) -> dict[str, object]:
         """The call as chat templates read it."""
         return {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+_PROBE = ToolCall("look_up", {"word": "sun"})
 
 
 class Parsed(NamedTuple):
@@ -106,11 +113,37 @@ def certain_content(text: str, form: str) -> str:
     return before.rstrip()
 
 
+@functools.lru_cache(maxsize=16)
 def format_of(template: str) -> str | None:
-    """The form of tool calls that a chat template asks for; None where it shows none that is known."""
+    """The form of tool calls that a chat template asks for; None where it shows none that is known.
+
+    A parser must read a call that the template writes. Templates that write none are known by their text.
+    """
+    written = written_call(template)
+    if written:
+        return next((form for form, parse in PARSERS.items() if parse(written).calls[:1] == [_PROBE]), None)
     if CALL_TAG in template:
         return "hermes"
     return "llama3" if "python_tag" in template or '"parameters": ' in template else None
+
+
+def written_call(template: str) -> str:
+    """A turn with a tool call, as a chat template writes it; empty where it writes none."""
+    call = _PROBE.as_message() | {"id": "call00001"}  # nine letters, as Mistral's templates ask for
+    properties = {name: {"type": "string", "description": "a"} for name in _PROBE.arguments}
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    tool = {"type": "function", "function": {"name": _PROBE.name, "description": "a", "parameters": parameters}}
+    question: Message = {"role": "user", "content": "a"}
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+    options: dict[str, Any] = {"chat_template": template, "tools": [tool], **names}
+    render = renderer_of_transformers()
+    try:
+        (prompt,), _ = render([[question]], add_generation_prompt=True, **options)
+        (whole,), _ = render([[question, {"role": "assistant", "content": "", "tool_calls": [call]}]], **options)
+    except Exception:  # a template that refuses this leaves nothing to read
+        return ""
+    turn = whole[common_part(prompt, whole) :]
+    return turn if _PROBE.name in turn else ""
 
 
 def _reason(error: Exception) -> str:

@@ -410,7 +410,9 @@ def test_a_template_that_loses_content_is_a_problem_of_the_row():
     tokenizer = make()
     tokenizer.chat_template = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
     prompt = [user("hello"), {"role": "tool", "content": "forty two"}]
-    assert one(tokenizer, prompt, "You") == "the chat template loses the content of message 2 (tool)"
+    assert one(tokenizer, prompt, "You") == (
+        "the chat template loses the content of message 2 (tool); choose another chat template"
+    )
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
     assert one(tokenizer, [user("hello"), call, user("there")], "You", train_on="last") == (
         "the chat template loses the tool call look of message 2 (assistant); set chat_template to one with tools, "

@@ -211,6 +211,36 @@ def test_the_template_hermes_shows_tools_calls_and_results(hermes):
         assert encode_prompts(hermes, [messages]) == encode_prompts(plain, [messages])
 
 
+CALL_TURNS = (
+    "{%% for t in tools %%}{{ t.function.name }}{%% endfor %%}{%% for m in messages %%}{{ m.role + ': ' + m.content }}"
+    "{%% for c in m.tool_calls or [] %%}%s{%% endfor %%}{%% endfor %%}"
+    "{%% if add_generation_prompt %%}{{ 'assistant: ' }}{%% endif %%}"
+)
+CALLS_IN_XML = CALL_TURNS % "{{ '<tool_call>\n<function=' + c.function.name + '>\n</function>\n</tool_call>' }}"
+CALLS_IN_LIST = CALL_TURNS % (
+    """{{ '[{"name": "' + c.function.name + '", "parameters": ' + (c.function.arguments | tojson) + '}]' }}"""
+)
+
+
+def test_a_template_that_refuses_results_of_tools_is_refused_at_once():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template += (
+        "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+    )
+    tokenizer.chat_template += "{{ raise_exception('no call before') }}{% endif %}{% endfor %}"
+    with pytest.raises(InputError, match=r"the result of a tool cannot follow a turn: .*no call before"):
+        Continuer(tokenizer, [load_tool(add).schema])
+
+
+def test_a_template_that_needs_tools_continues_a_turn(hermes):
+    schema = load_tool(add).schema
+    needing = chat_tokenizer("chatml")
+    needing.chat_template = "{% for t in tools %}{{ t.function.name }}{% endfor %}" + hermes.chat_template
+    needing = with_template(needing, TemplateConfig())
+    result = [{"role": "tool", "name": "add", "content": "2"}]
+    assert Continuer(needing, [schema]).after_turn(result, True) == Continuer(hermes, [schema]).after_turn(result, True)
+
+
 def whole(tokenizer, messages, tools=None):
     return encode_prompts(tokenizer, [messages], [tools])[0]
 
@@ -248,6 +278,10 @@ def test_a_template_without_tools_or_with_another_form_is_refused(hermes):
         ToolCallConfig().form(chat_tokenizer("llama3").chat_template)
     assert ToolCallConfig().form(hermes.chat_template) == "hermes"
     assert ToolCallConfig(tool_format="llama3").form(hermes.chat_template) == "llama3"
+    for template in (CALLS_IN_XML, CALLS_IN_LIST):
+        with pytest.raises(InputError, match="set tool_format"):
+            ToolCallConfig().form(template)
+    assert ToolCallConfig().form(CALLS_IN_LIST.replace("[{", "{").replace("}]", "}")) == "llama3"
     dropping = with_template(chat_tokenizer("chatml"), TemplateConfig(prompt_template="{prompt}{response}"))
     dropping.chat_template = (
         "{% for m in messages %}{% if m['role'] != 'tool' %}{{ m['content'] }}{% endif %}{% endfor %}"

@@ -123,9 +123,10 @@ def test_progress_on_a_terminal_shows_the_latest_metrics_and_prints_above_the_ba
         bar.update()
         with run.status("saving…"):
             pass
-    line, saved, last = (line for line in stream.screen() if line)
+    line, saved, last, report = (line for line in stream.screen() if line)
     assert line == "step 1 · loss 0.125" and saved == "saving… 0.0s"
     assert "sft 1/2 · " in last and last.endswith("loss=0.125")
+    assert report.startswith("writing ") and "report.html" in report
     assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l"), "the cursor is visible"
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxrlhf.data.encoding import SpecialTokens, Text, encode
-from jaxrlhf.data.ends import PROBE, closing_ids, turn_end
-from jaxrlhf.data.renderer import Message, Prompt, Renderer, RowProblem, Tools, check_content
+from jaxrlhf.data.ends import closing_ids, turn_end
+from jaxrlhf.data.renderer import PROBE, Message, Prompt, Renderer, RowProblem, Tools, check_content
 from jaxrlhf.data.rendering import EncodedRow, encode_rows
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import InputError

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.data.encoding import SpecialTokens
-from jaxrlhf.data.renderer import common_part, renderer_of_transformers
+from jaxrlhf.data.renderer import PROBE, common_part, renderer_of_transformers
 from jaxrlhf.data.vocabulary import vocabulary_size
 from jaxrlhf.errors import InputError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-PROBE = "\N{OBJECT REPLACEMENT CHARACTER}response\N{OBJECT REPLACEMENT CHARACTER}"
 _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # such as <|im_end|>, </s>, [EOS]
 _REMEDY = "correct the file, or name the ids with --eos_token_ids"
 

@@ -29,6 +29,8 @@ Span = tuple[int, int]
 """First character and end of a part of a text."""
 
 
+PROBE = "\N{OBJECT REPLACEMENT CHARACTER}response\N{OBJECT REPLACEMENT CHARACTER}"
+"""Content that no data has, by which a message is found in a rendered text."""
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
@@ -92,7 +94,7 @@ class Renderer:
         if not ends:
             check_content(head, messages)
             self.check_tools(head, messages, tools, True)
-        spans = self.turns(messages, len(messages), tools, head, marks) if inside else []
+        spans = self.turns(messages, len(messages), tools, head, marks, prompt=True) if inside else []
         row = RenderedRow(Text(head, hidden), spans, [], [], [], [], [], [])
         for end in ends:
             if not end or end[-1]["role"] != "assistant":
@@ -188,14 +190,22 @@ class Renderer:
         spans = [(start, len(whole))]
         if train_on == "all" and len(end) > 1:
             every = [*messages, *end]
-            spans = self.turns(every, len(every) - 1, tools, whole, [], first=len(messages)) + spans
+            spans = self.turns(every, len(every) - 1, tools, whole, [], prompt=False, first=len(messages)) + spans
         return spans, start
 
     def turns(
-        self, messages: list[Message], stop: int, tools: Tools | None, text: str, marks: list[Span], first: int = 0
+        self,
+        messages: list[Message],
+        stop: int,
+        tools: Tools | None,
+        text: str,
+        marks: list[Span],
+        *,
+        prompt: bool,
+        first: int = 0,
     ) -> list[Span]:
         """The parts of a text that assistant messages `first` to `stop` - 1 are, as marked, or by the difference of
-        the texts up to each message and with it."""
+        the texts up to each message and with it. `text` is that of all messages, as a prompt or not."""
         if self.has_marks:
             return marks
         spans = []
@@ -206,10 +216,32 @@ class Renderer:
                 end = len(after) if text.startswith(after) else common_part(text, after)
                 # Some templates end every text with the header of the next message, asked or not.
                 next_header = before.endswith(after[end:]) or self.only_eos(messages[i], after, end)
-                if not (after.startswith(before) and len(before) <= end and next_header):
+                if after.startswith(before) and len(before) <= end and next_header:
+                    spans.append((len(before), end))
+                elif span := self.as_shown(messages, i, tools, text, prompt):
+                    spans.append(span)
+                else:
                     raise RowProblem(REWRITES)
-                spans.append((len(before), end))
         return spans
+
+    def as_shown(self, messages: list[Message], i: int, tools: Tools | None, text: str, prompt: bool) -> Span | None:
+        """The part of a text from the words of assistant message `i` to the end of its turn.
+
+        For templates that write a turn otherwise when it is the last one, such as with empty thoughts. None where the
+        text does not have the words as they are, the message has thoughts, or no mark ends the turn.
+        """
+        message = messages[i]
+        if any(name in message for name in THOUGHTS):
+            return None
+        probe = [*messages[:i], message | {"content": PROBE}]
+        last, _ = self.render_anew(probe, tools, False, False)
+        whole, _ = self.render_anew([*probe, *messages[i + 1 :]], tools, prompt, False)
+        head, _, tail = whole.partition(PROBE)
+        words = text[len(head) : len(text) - len(tail)]
+        end = tail[: common_part(tail, last.partition(PROBE)[2])]
+        if text != head + words + tail or words.strip() != message["content"].strip() or not end.strip():
+            return None
+        return len(head), len(head) + len(words) + len(end)
 
     def only_eos(self, message: Message, text: str, end: int) -> bool:
         """True when nothing but EOS stands after a turn that has another end already, such as that of Phi-3."""

@@ -56,6 +56,13 @@ CALLING = (
 CALLING = CALLING.replace("m.content +", "m.content }}" + CALLS + "{{") + "{% endfor %}" + ASKED
 JOINED = CALLING.replace("(c.function.arguments | tojson)", "c.function.arguments")
 """Arguments are joined as texts."""
+LAST = (
+    TURNS
+    + "{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if loop.last else '')"
+    " + m.content.split('</think>')[-1].strip() }}" + CALLS + "{{ '<|im_end|>\n' }}{% else %}" + USER + "{% endif %}"
+    "{% endfor %}" + ASKED
+)
+"""The last message alone has empty thoughts."""
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
 
 
@@ -208,3 +215,30 @@ def test_lost_thoughts_are_a_problem_where_they_would_be_trained_on():
     )
     earlier = [user("Why?"), assistant("The sun.", reasoning_content="Hot."), user("And?")]
     assert not isinstance(one(make(template), earlier, "It is hot."), str)
+
+
+# ---- the template writes earlier turns otherwise than the last one
+
+
+def trained(tokenizer, row):
+    ids, mask = (row.prompt + row.responses[0][0], row.prompt_mask + row.responses[0][1])
+    return tokenizer.decode([token for token, real in zip(ids, mask, strict=True) if real])
+
+
+def test_an_earlier_turn_is_trained_on_as_the_conversation_shows_it():
+    tokenizer = make(LAST)
+    prompt = [user("Why?"), assistant("The sun."), user("There?")]
+    last = "<think>\n\n</think>\n\nhot<|im_end|>"
+    assert trained(tokenizer, one(tokenizer, prompt, [assistant("hot")])) == "The sun.<|im_end|>" + last
+    whole = one(tokenizer, prompt[:1], [*prompt[1:], assistant("hot")])
+    assert trained(tokenizer, whole) == "The sun.<|im_end|>" + last
+    prompt[1] = assistant("Look:", tool_calls=[call({"at": "sun"})])
+    row = one(tokenizer, prompt, [assistant("hot")])
+    assert trained(tokenizer, row) == 'Look:<call>look{"at": "sun"}<|im_end|>' + last
+
+
+def test_an_earlier_turn_whose_thoughts_are_left_out_is_a_problem():
+    tokenizer = make(LAST)
+    for earlier in (assistant("<think>hot</think>The sun."), assistant("The sun.", thinking="hot")):
+        problem = one(tokenizer, [user("Why?"), earlier, user("There?")], [assistant("hot")])
+        assert "rewrites earlier turns" in problem and "train_on last" in problem

@@ -165,6 +165,11 @@ EDITS: dict[str, Edit] = {
 """The edit for each kind, in the order in which they are made. Other kinds are not drawn."""
 
 
+def answer_of(row: dict[str, Any]) -> str:
+    """The answer of a row of `chosen` or `completion`."""
+    return row.get("chosen") or row["completion"]
+
+
 def edited(answer: str, other: str, row: dict[str, Any], rng: random.Random) -> str | None:
     """The answer after the edits for a row's instructions; None where they do not suffice.
 
@@ -191,7 +196,7 @@ def make_answers(rows: list[dict[str, Any]], each: int, seed: int, left_out: set
     rng = random.Random(seed)
     made = []
     for row in rows:
-        answer = row.get("chosen") or row["completion"]
+        answer = answer_of(row)
         words = sorted(set(re.findall(r"\b[a-z]{5,}\b", answer))) or ["answer"]
         task = row["prompt"].strip()
         task += "" if task[-1:] in ".?!:" else "."
@@ -219,7 +224,7 @@ def shortened(text: str, most: int, rng: random.Random) -> str:
 def suits(row: dict[str, Any], max_words: int) -> bool:
     """True for a short prompt of one paragraph whose answer has some sentences, none of them again and again, and no
     code."""
-    prompt, answer = row["prompt"], row.get("chosen") or row["completion"]
+    prompt, answer = row["prompt"], answer_of(row)
     found = sentences(answer)
     return (
         isinstance(prompt, str)
@@ -246,9 +251,7 @@ def main() -> None:
     rows = [json.loads(line) for line in given.data_path.read_text("utf-8").splitlines()]
     if given.shorten:
         rng = random.Random(given.seed)
-        rows = [
-            row | {"chosen": shortened(row.get("chosen") or row["completion"], given.max_words, rng)} for row in rows
-        ]
+        rows = [row | {"chosen": shortened(answer_of(row), given.max_words, rng)} for row in rows]
     suitable = [row for row in rows if suits(row, given.max_words)]
     random.Random(given.seed).shuffle(suitable)
     if given.apart_from is not None:

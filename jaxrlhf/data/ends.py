@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxrlhf.data.encoding import SpecialTokens
-from jaxrlhf.data.renderer import PROBE, common_part, renderer_of_transformers
+from jaxrlhf.data.renderer import MARK, PROBE, common_part, renderer_of_transformers
 from jaxrlhf.data.vocabulary import vocabulary_size
 from jaxrlhf.errors import InputError
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # such as <|im_end|>, </s>, [EOS]
 _REMEDY = "correct the file, or name the ids with --eos_token_ids"
 
 
@@ -135,7 +133,7 @@ def is_special(tokenizer: Tokenizer, i: int) -> bool:
     if (added is not None and added.special) or i in tokenizer.all_special_ids:
         return True
     token: Any = tokenizer.convert_ids_to_tokens(i)
-    return token is not None and _MARKER.fullmatch(token) is not None
+    return token is not None and MARK.fullmatch(token) is not None
 
 
 class Turn(NamedTuple):
@@ -214,7 +212,7 @@ def _first_special(tokenizer: Tokenizer, text: str) -> int | None:
     special = [name for name, i in begun.items() if is_special(tokenizer, i)]
     if special:
         return begun[max(special, key=len)]
-    mark = _MARKER.match(text)  # SentencePiece has symbols of its own that are no added tokens
+    mark = MARK.match(text)  # SentencePiece has symbols of its own that are no added tokens
     ids = tokenizer(mark[0], add_special_tokens=False, verbose=False)["input_ids"] if mark else []
     found = [i for i in ids if mark and tokenizer.convert_ids_to_tokens(i) == mark[0]]
     return found[0] if found else None

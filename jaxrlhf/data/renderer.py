@@ -31,7 +31,8 @@ Span = tuple[int, int]
 
 PROBE = "\N{OBJECT REPLACEMENT CHARACTER}response\N{OBJECT REPLACEMENT CHARACTER}"
 """Content that no data has, by which a message is found in a rendered text."""
-_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+"""A mark of templates, such as <|im_end|>, </s> or [EOS]."""
 
 
 class RowProblem(Exception):
@@ -244,7 +245,7 @@ class Renderer:
         return len(head), len(head) + len(words) + len(end)
 
     def only_eos(self, message: Message, text: str, end: int) -> bool:
-        """True when nothing but EOS stands after a turn that has another end already, such as that of Phi-3."""
+        """True when only EOS follows a turn that has another end already, such as that of Phi-3."""
         words = message["content"].strip()
         closed = words and text[text.rfind(words) + len(words) : end].strip()
         return bool(closed) and text[end:].strip() == self.names.get("eos_token")
@@ -353,8 +354,8 @@ def begins_message(text: str, message: Message, opened: str) -> bool:
     places = [text.find(word) for word in words if word and word in text]
     if not places:
         return text.lstrip().startswith(("<", "["))
-    again = any(mark in opened for mark in _MARK.findall(text[: max(places)]))
-    return not again and not _MARK.sub("", text[: min(places)]).strip()
+    again = any(mark in opened for mark in MARK.findall(text[: max(places)]))
+    return not again and not MARK.sub("", text[: min(places)]).strip()
 
 
 def check_encodable(text: str, messages: list[Message]) -> None:

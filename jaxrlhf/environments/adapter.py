@@ -30,7 +30,7 @@ def end_state(environment: object) -> dict[str, Any]:
             continue
         try:
             value = getattr(instance, name)
-        except Exception:  # a property that is not to be had at the end
+        except Exception:  # whatever a property of the user's raises
             continue
         value = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
         if _is_plain(value):

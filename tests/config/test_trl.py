@@ -384,9 +384,9 @@ def test_the_flags_of_trls_own_command_lines_are_read():
 
 
 def test_a_long_row_is_cut_as_with_keep_end(read):
-    for mode, told in (("keep_start", True), ("keep_end", False)):
+    for mode, differs in (("keep_start", True), ("keep_end", False)):
         _, advice = read("dpo", f"dataset_name: x\ntruncation_mode: {mode}\n")
-        assert any("loses the beginning of its prompt" in line for line in advice) is told
+        assert any("loses the beginning of its prompt" in line for line in advice) is differs
 
 
 def test_data_path_replaces_the_data_of_a_file(read):

@@ -188,6 +188,12 @@ def edited(answer: str, other: str, row: dict[str, Any], rng: random.Random) -> 
     return text if text and all(followed(text, given)) else None
 
 
+def both_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each answer of pairs, whose `rejected` is the other one."""
+    turned = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    return [row for pair in zip(rows, turned, strict=True) for row in pair]
+
+
 def make_answers(rows: list[dict[str, Any]], each: int, seed: int, left_out: set[str]) -> list[dict[str, Any]]:
     """`each` rows with other instructions from each row of `prompt`, `chosen` or `completion`, and perhaps `rejected`.
 
@@ -221,7 +227,7 @@ def shortened(text: str, most: int, rng: random.Random) -> str:
     return beginning(text, rng.randint(max(1, count // 3), max(1, count)))
 
 
-def suits(row: dict[str, Any], max_words: int) -> bool:
+def suits(row: dict[str, Any], min_words: int, max_words: int) -> bool:
     """True for a short prompt of one paragraph whose answer has some sentences, none of them again and again, and no
     code."""
     prompt, answer = row["prompt"], answer_of(row)
@@ -230,7 +236,7 @@ def suits(row: dict[str, Any], max_words: int) -> bool:
         isinstance(prompt, str)
         and len(prompt.split()) <= 60
         and "\n" not in prompt.strip()
-        and 20 <= len(answer.split()) <= max_words
+        and min_words <= len(answer.split()) <= max_words
         and len(set(found)) > 0.8 * len(found)
         and not re.search(r"```|\*\*\*|<<|\[|https?:|[{}|]", answer)
     )
@@ -242,6 +248,9 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
     parser.add_argument("--rows", type=int, default=4000, help="rows to write, at most (4000)")
     parser.add_argument("--each", type=int, default=2, help="rows from each answer, at most (2)")
+    parser.add_argument("--both", action="store_true", help="edit the rejected answers of pairs too")
+    parser.add_argument("--only", nargs="*", choices=list(EDITS), help="kinds of instructions (all)")
+    parser.add_argument("--min_words", type=int, default=20, help="shortest answer to edit, in words (20)")
     parser.add_argument("--max_words", type=int, default=110, help="longest answer to edit, in words (110)")
     parser.add_argument("--shorten", action="store_true", help="cut answers to some of their whole sentences first")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
@@ -252,7 +261,9 @@ def main() -> None:
     if given.shorten:
         rng = random.Random(given.seed)
         rows = [row | {"chosen": shortened(answer_of(row), given.max_words, rng)} for row in rows]
-    suitable = [row for row in rows if suits(row, given.max_words)]
+    if given.both:
+        rows = both_answers(rows)
+    suitable = [row for row in rows if suits(row, given.min_words, given.max_words)]
     random.Random(given.seed).shuffle(suitable)
     if given.apart_from is not None:
         others = [json.loads(line)["prompt"] for line in given.apart_from.read_text("utf-8").splitlines()]
@@ -260,6 +271,8 @@ def main() -> None:
         suitable = [row for row in suitable if row["prompt"] not in like]
         print(f"left out {len(like)} prompts that are like one in {given.apart_from}")
     left_out = set(LANGUAGE_KINDS) if given.no_langdetect else set()
+    if given.only:
+        left_out |= DRAWS.keys() - set(given.only)
     made = make_answers(suitable, given.each, given.seed, left_out)[: given.rows]
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), "utf-8")

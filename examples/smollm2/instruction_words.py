@@ -134,7 +134,8 @@ def bounded(rng: random.Random, relation: str, bound: int, thing: str) -> str:
 
 def number_words(rng: random.Random, topic: str) -> Draw:
     relation = rng.choice(["at least", "less than"])
-    bound = rng.choice([30, 50, 80, 100, 120, 150, 200, 250] if relation == "at least" else [30, 40, 60, 80, 100, 150])
+    most = [30, 40, 60, 80, 100, 150, 200, 300, 400]
+    bound = rng.choice([30, 50, 80, 100, 120, 150, 200, 250, 300] if relation == "at least" else most)
     words = bounded(rng, relation, bound, "words")
     said = rng.choice(["Use {}.", "Your text should have {}.", "Write {}.", "The answer needs {}.", "Keep to {}."])
     return said.format(words), {"num_words": bound, "relation": relation}
@@ -142,7 +143,7 @@ def number_words(rng: random.Random, topic: str) -> Draw:
 
 def number_sentences(rng: random.Random, topic: str) -> Draw:
     relation = rng.choice(["at least", "less than"])
-    bound = rng.choice([3, 4, 5, 6, 8, 10, 12] if relation == "at least" else [3, 4, 5, 6, 8, 10])
+    bound = rng.choice([3, 4, 5, 6, 8, 10, 12, 15, 20] if relation == "at least" else [3, 4, 5, 6, 8, 10, 15, 20, 30])
     words = bounded(rng, relation, bound, "sentences")
     said = rng.choice(["Use {}.", "Write {}.", "Your reply should consist of {}.", "The text must have {}."])
     return said.format(words), {"num_sentences": bound, "relation": relation}

@@ -149,6 +149,8 @@ def check_value(name: str, value: Any, hint: Hint) -> None:
     elif typing.get_origin(hint.kind) is dict and isinstance(value, dict):
         for key, item in value.items():
             check_value(name, key, Hint(str))
+            if not isinstance(item, bool | int | float | str):
+                raise InputError(f"{name}: {key}={item} must be a number, true, false or a text")
             check_value(f"{name}: {key}", item, Hint(str) if isinstance(item, str) else Hint(object))
     elif isinstance(value, str):
         said = _text_problems(value, PATH in hint.notes)

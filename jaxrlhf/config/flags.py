@@ -14,7 +14,7 @@ import tyro
 
 from jaxrlhf.config import trl
 from jaxrlhf.config.annotations import FromYaml, Hint, TrueWord, check_value, hint_of
-from jaxrlhf.config.files import write_text_atomic
+from jaxrlhf.config.files import parse_json, write_text_atomic
 from jaxrlhf.config.help import print_help
 from jaxrlhf.config.other_flags import Words
 from jaxrlhf.config.secrets import redacted, shown_setting
@@ -168,8 +168,9 @@ def _read(name: str, hint: Hint, given: Any) -> Any:
     if hint.optional and len(words) == 1 and is_none(words[0]):
         return None
     if origin is dict:
-        pairs = words if isinstance(given, list) else [_pair(name, word) for word in _items(words) if not is_none(word)]
-        return {key: _typed(int | float | bool | str, value) for key, value in pairs}
+        pairs = words if isinstance(given, list) else _pairs(name, words)
+        kind = int | float | bool | str
+        return {key: _typed(kind, value) if isinstance(value, str) else value for key, value in pairs}
     if not all(isinstance(word, str) for word in words):
         raise InputError(f"{name}={shown_setting(name, given)} must not be nested")
     if origin is tuple:
@@ -188,6 +189,17 @@ def _read(name: str, hint: Hint, given: Any) -> Any:
 def _items(words: Sequence[str]) -> list[str]:
     """Words with commas between them, one by one."""
     return [item.strip() for word in words for item in word.split(",") if item.strip()]
+
+
+def _pairs(name: str, words: Sequence[str]) -> list[tuple[str, Any]]:
+    """The entries of a mapping from the words of a flag: KEY=VALUE each, or one JSON object."""
+    if len(words) == 1 and words[0].lstrip().startswith("{"):
+        try:
+            mapping = parse_json(words[0])
+        except ValueError as error:
+            raise InputError(f"{name}={words[0]} is not a valid JSON object ({error}); correct it") from error
+        return [(key, Quoted(value) if isinstance(value, str) else value) for key, value in mapping.items()]
+    return [_pair(name, word) for word in _items(words) if not is_none(word)]
 
 
 def _pair(name: str, word: str) -> tuple[str, str]:

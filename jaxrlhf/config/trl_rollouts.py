@@ -29,10 +29,6 @@ GENERATED = (
     )
     | advised("evaluations have one response per prompt", "num_generations_eval")
     | refused("responses are free text; leave it out", "vllm_structured_outputs_regex")
-    | refused(
-        "name a file as chat_template that sets them before the template, as in {% set enable_thinking = false %}",
-        "chat_template_kwargs",
-    )
     | refused("write the options as keys: temperature, top_p, top_k, repetition_penalty", "generation_kwargs", "min_p")
     | refused("write max_turns, which is one more: it counts the last turn too", "max_tool_calling_iterations")
     | refused("write environment: path/to/file.py:Class", "environment_factory")

@@ -1,8 +1,9 @@
 """Loads a tokenizer and gives it the chat template by which a run renders everything.
 
 A loaded tokenizer always has one chat template. `TemplateConfig` chooses it: a file, a built-in template, the
-tokenizer's own, or a prompt template, which becomes an equal chat template. A system prompt and the merging of system
-messages become part of it. So the exported tokenizer renders as the run did, in transformers and vLLM too.
+tokenizer's own, or a prompt template, which becomes an equal chat template. Its variables, a system prompt and the
+merging of system messages become part of it. So the exported tokenizer renders as the run did, in transformers and
+vLLM too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,6 +39,8 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "hermes": ("<|im_start|>", "<|im_end|>"),
 }
 """Built-in chat templates, and the special tokens that each needs. The last of these ends a turn and becomes EOS."""
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables of a chat template that every rendering sets."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class TemplateConfig(Settings, may_change=True):
     chat_template: str | None = None
     """Chat template to use instead: a .jinja file, chatml, hermes (chatml with tools), llama3, vicuna, deepspeed_chat
     (for base models: their special tokens are added), or the name of one of the tokenizer's templates."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking=false for Qwen3. The exported template keeps them."""
     system_prompt: Annotated[str | None, alias("system")] = None
     """System message of conversations that have none, in every step and in chat."""
     system_role: Literal["keep", "merge"] = "keep"
@@ -100,7 +105,8 @@ def with_template(tokenizer: Tokenizer, template: TemplateConfig) -> Tokenizer:
     the given tokenizer as well, because both share the vocabulary.
 
     Raises:
-        InputError: there is no such template, it is not valid, or it does not show the system prompt.
+        InputError: there is no such template, it is not valid, it does not show the system prompt, or it reads no
+            variable of a name in `chat_template_kwargs`.
     """
     tokenizer = copy.copy(tokenizer)
     own = tokenizer.chat_template
@@ -113,7 +119,7 @@ def with_template(tokenizer: Tokenizer, template: TemplateConfig) -> Tokenizer:
     elif isinstance(own, dict):
         tokenizer.chat_template = named_template(own, "default")
     chosen: Any = tokenizer.chat_template
-    tokenizer.chat_template = with_system(chosen, template)
+    tokenizer.chat_template = with_settings(chosen, template)
     check_chat_template(tokenizer, template)
     return tokenizer
 
@@ -177,9 +183,9 @@ def start_of_text(tokenizer: Tokenizer) -> str:
     return "{{ %s }}" % literal("".join(tokenizer.convert_ids_to_tokens(ids))) if ids else ""  # noqa: UP031
 
 
-def literal(text: str) -> str:
-    """A text as a Jinja string."""
-    return json.dumps(text, ensure_ascii=False)
+def literal(value: bool | float | str) -> str:
+    """A value as Jinja writes it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def split_template(template: str) -> tuple[str, str, str, str]:
@@ -218,13 +224,20 @@ def chat_template_of(prompt_template: str) -> str:
     )
 
 
-def with_system(chat_template: str, config: TemplateConfig) -> str:
-    """The chat template with the system prompt and the merging of system messages in front, as the settings say.
+def with_settings(chat_template: str, config: TemplateConfig) -> str:
+    """The chat template with its variables, the system prompt and the merging of system messages in front, as the
+    settings say.
 
-    Both stand between marks, so that new settings replace those of an earlier run.
+    Each stands between marks, so that new settings replace those of an earlier run.
     """
+    variables = _section(chat_template, "chat_template_kwargs")
     prompt, merge = _section(chat_template, "system_prompt"), _section(chat_template, "system_role")
-    rest = chat_template.removeprefix(prompt).removeprefix(merge)
+    rest = chat_template.removeprefix(variables).removeprefix(prompt).removeprefix(merge)
+    if config.chat_template_kwargs:
+        for name in config.chat_template_kwargs:
+            check_variable(name, rest)
+        defaults = [_default(name, value) for name, value in config.chat_template_kwargs.items()]
+        variables = _marked("chat_template_kwargs", "".join(defaults))
     if config.system_prompt is not None:
         prompt = _marked(
             "system_prompt",
@@ -238,7 +251,22 @@ def with_system(chat_template: str, config: TemplateConfig) -> str:
             "{% set messages = [dict(messages[1], content=messages[0]['content'] + '\\n\\n' + "
             "messages[1]['content'])] + messages[2:] %}{% endif %}",
         )
-    return prompt + merge + rest
+    return variables + prompt + merge + rest
+
+
+def _default(name: str, value: bool | float | str) -> str:
+    """Jinja text that gives a variable a value where the caller of the template gives it none."""
+    return f"{{% set {name} = {name} if {name} is defined else {literal(value)} %}}"
+
+
+def check_variable(name: str, chat_template: str) -> None:
+    """Raises InputError for a name in `chat_template_kwargs` that is no variable of the chat template to set."""
+    if name in GIVEN:
+        raise InputError(f"chat_template_kwargs: {name} comes from the conversation; leave it out")
+    if not name.isidentifier() or not re.search(rf"\b{name}\b", chat_template):
+        raise InputError(
+            f"chat_template_kwargs: the chat template reads no {name!r}; correct the name, or leave it out"
+        )
 
 
 def _marked(name: str, text: str) -> str:

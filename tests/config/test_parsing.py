@@ -56,6 +56,11 @@ from jaxrlhf.trainers.sft import SFTConfig
         ),
         (["--config_overrides", "a=1", "b=-2"], "config_overrides", {"a": 1, "b": -2}),
         (["--config_overrides", "none"], "config_overrides", {}),
+        (
+            ["--config_overrides", '{"a": 1, "b": "true", "c": false}'],
+            "config_overrides",
+            {"a": 1, "b": "true", "c": False},
+        ),
     ],
 )
 def test_flags_are_read_by_type(argv, name, expected):
@@ -143,6 +148,8 @@ def test_an_option_without_what_it_needs_is_refused():
         (["--data_path", "a\0b"], ["data_path", "other than NUL"]),
         (["--data_path", "\ud800"], ["data_path", "Unicode characters"]),
         (["--config_overrides", "=1"], ["config_overrides", "key=value"]),
+        (["--config_overrides", '{"a": }'], ["config_overrides", "not a valid JSON object"]),
+        (["--config_overrides", '{"a": [1]}'], ["config_overrides: a=[1]", "a number, true"]),
         (["--share", "1.5"], ["share=1.5", "at least 0 and at most 1"]),
         (["--loss_on", "all", "--seed", "13"], ["loss_on=all", "seed=13"]),
         (["--config"], ["--config", "got 0: none"]),

@@ -418,7 +418,6 @@ def test_data_path_replaces_the_data_of_a_file(read):
         ("ppo", "num_mini_batches: 3", "num_mini_batches=3 must divide the 8 rows"),
         ("ppo", "total_episodes: 10\nmax_steps: 3", "exclude each other"),
         ("grpo", "loss_type: sapo", "write dapo, bnpo, grpo or dr_grpo"),
-        ("grpo", "chat_template_kwargs: {enable_thinking: false}", "{% set enable_thinking = false %}"),
         ("grpo", "generation_batch_size: 64", "steps_per_generation"),
         ("grpo", "reward_funcs: my_reward", "write reward_functions"),
         ("rloo", "reward_clip_range: [0, 3]", "must be [-x, x]"),

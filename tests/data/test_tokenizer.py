@@ -152,6 +152,34 @@ def test_a_system_prompt_stands_where_a_conversation_has_none(folder):
     assert prompt_of(other) == "[system]Be new.<eos>[user]hello<eos>"
 
 
+THINKS = (
+    OWN + "{% if add_generation_prompt %}{% if enable_thinking is defined and enable_thinking is false %}"
+    "<no thoughts>{% endif %}{{ name }}:{% endif %}"
+)
+
+
+def test_variables_of_a_template_are_defaults_that_a_new_run_or_a_caller_replaces(folder):
+    tokenizer = load_tokenizer(own(folder, THINKS), TemplateConfig(chat_template_kwargs={"enable_thinking": False}))
+    assert prompt_of(tokenizer) == "[user]hello<eos><no thoughts>:"
+    given = tokenizer.apply_chat_template(
+        CONVERSATION[:1], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    assert given == "[user]hello<eos>:"
+    settings = TemplateConfig(chat_template_kwargs={"name": 'a "b" %}'}, system_prompt="Be kind.")
+    other = with_template(tokenizer, settings)
+    assert prompt_of(other) == '[system]Be kind.<eos>[user]hello<eos>a "b" %}:'
+    assert prompt_of(with_template(other, TemplateConfig())) == prompt_of(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("enable_thinkin", "reads no 'enable_thinkin'"), ("a b", "reads no 'a b'"), ("tools", "comes from the conv")],
+)
+def test_variables_that_a_template_does_not_read_are_refused(folder, name, part):
+    with pytest.raises(InputError, match=f"chat_template_kwargs: .*{part}"):
+        load_tokenizer(own(folder, THINKS), TemplateConfig(chat_template_kwargs={name: True}))
+
+
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + OWN
 
 

@@ -25,6 +25,7 @@ from jaxrlhf.data.tokenizer import (
     load_tokenizer,
     pad_token_id,
     with_template,
+    with_variables,
 )
 from jaxrlhf.data.tokenizer_files import own_tokenizer, read_tokenizer
 from jaxrlhf.data.vocabulary import check_same_tokens, vocabulary_size
@@ -64,6 +65,7 @@ __all__ = [
     "vocabulary_size",
     "with_end_ids",
     "with_template",
+    "with_variables",
     "without_end",
     "write_demo",
 ]

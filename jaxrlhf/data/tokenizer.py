@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -234,10 +235,7 @@ def with_settings(chat_template: str, config: TemplateConfig) -> str:
     prompt, merge = _section(chat_template, "system_prompt"), _section(chat_template, "system_role")
     rest = chat_template.removeprefix(variables).removeprefix(prompt).removeprefix(merge)
     if config.chat_template_kwargs:
-        for name in config.chat_template_kwargs:
-            check_variable(name, rest)
-        defaults = [_default(name, value) for name, value in config.chat_template_kwargs.items()]
-        variables = _marked("chat_template_kwargs", "".join(defaults))
+        variables = _marked("chat_template_kwargs", _defaults(config.chat_template_kwargs, rest))
     if config.system_prompt is not None:
         prompt = _marked(
             "system_prompt",
@@ -254,19 +252,30 @@ def with_settings(chat_template: str, config: TemplateConfig) -> str:
     return variables + prompt + merge + rest
 
 
-def _default(name: str, value: bool | float | str) -> str:
-    """Jinja text that gives a variable a value where the caller of the template gives it none."""
-    return f"{{% set {name} = {name} if {name} is defined else {literal(value)} %}}"
+def with_variables(tokenizer: Tokenizer, variables: Mapping[str, bool | float | str]) -> Tokenizer:
+    """A copy of a loaded tokenizer with other values of its chat template's variables, such as for one request.
+
+    Raises:
+        InputError: the chat template reads no variable of a name.
+    """
+    template = str(tokenizer.chat_template)
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = _defaults(variables, template) + template
+    return tokenizer
 
 
-def check_variable(name: str, chat_template: str) -> None:
-    """Raises InputError for a name in `chat_template_kwargs` that is no variable of the chat template to set."""
-    if name in GIVEN:
-        raise InputError(f"chat_template_kwargs: {name} comes from the conversation; leave it out")
-    if not name.isidentifier() or not re.search(rf"\b{name}\b", chat_template):
-        raise InputError(
-            f"chat_template_kwargs: the chat template reads no {name!r}; correct the name, or leave it out"
-        )
+def _defaults(variables: Mapping[str, bool | float | str], chat_template: str) -> str:
+    """Jinja text that gives variables their values where the caller of the template gives none. Raises InputError."""
+    for name in variables:
+        if name in GIVEN:
+            raise InputError(f"chat_template_kwargs: {name} comes from the conversation; leave it out")
+        if not name.isidentifier() or not re.search(rf"\b{name}\b", chat_template):
+            raise InputError(
+                f"chat_template_kwargs: the chat template reads no {name!r}; correct the name, or leave it out"
+            )
+    return "".join(
+        f"{{% set {name} = {name} if {name} is defined else {literal(value)} %}}" for name, value in variables.items()
+    )
 
 
 def _marked(name: str, text: str) -> str:

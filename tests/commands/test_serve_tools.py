@@ -236,6 +236,23 @@ def test_what_is_wrong_with_tools_is_named(chat, options, param, message):
     assert raised.value.param == param
 
 
+def test_a_request_may_set_variables_of_the_template(chat, server, monkeypatch):
+    own = TEMPLATE + "{% if add_generation_prompt and enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    monkeypatch.setattr(server.model.tokenizer, "chat_template", own)
+    for given, end in ((None, "assistant: "), ({"enable_thinking": False}, "assistant: False")):
+        chat("Yes.", tools=[], extra_body={"chat_template_kwargs": given})
+        assert server.prompts[-1].endswith(end)
+    for given, message in (
+        ({"enable_thinkin": False}, "reads no 'enable_thinkin'"),
+        ({"messages": ""}, "messages comes from the conversation"),
+        ({"enable_thinking": [1]}, 'an object such as {"enable_thinking": false}'),
+        ("enable_thinking", "an object such as"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message) as raised:
+            chat("Yes.", extra_body={"chat_template_kwargs": given})
+        assert raised.value.param == "chat_template_kwargs"
+
+
 def test_a_template_without_tools_is_refused(chat, server, monkeypatch):
     monkeypatch.setattr(server.model.tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(openai.BadRequestError, match="does not show the tool add") as raised:

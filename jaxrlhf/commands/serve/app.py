@@ -36,7 +36,7 @@ from jaxrlhf.commands.serve.requests import (
     token_limit,
 )
 from jaxrlhf.commands.serve.scheduler import Event, Job, QueueFull, Stopped
-from jaxrlhf.data import encode_conversation, encode_texts_as_documents
+from jaxrlhf.data import encode_conversation, encode_texts_as_documents, with_variables
 from jaxrlhf.errors import InputError
 
 T = TypeVar("T")
@@ -156,7 +156,11 @@ class _Server:
         except InputError as error:
             raise ApiError(str(error), "tools") from error
         try:
-            prompt = encode_conversation(model.tokenizer, chat.messages, chat.tools or None)
+            tokenizer = with_variables(model.tokenizer, chat.variables)
+        except InputError as error:
+            raise ApiError(str(error), "chat_template_kwargs") from error
+        try:
+            prompt = encode_conversation(tokenizer, chat.messages, chat.tools or None)
         except InputError as error:
             raise ApiError(str(error), "messages") from error
         return await self._generate(request, model, [prompt], chat.wants, chat, form)

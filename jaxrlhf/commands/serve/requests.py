@@ -139,6 +139,8 @@ class Chat(NamedTuple):
     """Those that the model may call; empty with tool_choice none."""
     parallel: bool
     """False: at most one call in a response."""
+    variables: dict[str, bool | float | str]
+    """Of the chat template."""
     wants: Generation
 
 
@@ -147,7 +149,15 @@ def read_chat(body: Mapping[str, object]) -> Chat:
     fields = Fields(body)
     messages = read_messages(fields.left.pop("messages", None))
     tools, parallel = read_tools(fields), fields.flag("parallel_tool_calls", default=True)
-    return Chat(messages, tools, parallel, read_generation(fields, chat=True))
+    return Chat(messages, tools, parallel, read_variables(fields), read_generation(fields, chat=True))
+
+
+def read_variables(fields: Fields) -> dict[str, bool | float | str]:
+    """Takes `chat_template_kwargs`: variables of the chat template, as vLLM's clients give them."""
+    given = fields.left.pop("chat_template_kwargs", {})
+    if not isinstance(given, dict) or not all(isinstance(value, bool | int | float | str) for value in given.values()):
+        raise fields.bad("chat_template_kwargs", given, 'an object such as {"enable_thinking": false}')
+    return given
 
 
 def read_completion(body: Mapping[str, object]) -> tuple[list[str] | list[list[int]], Generation]:

@@ -23,7 +23,7 @@ from jaxrlhf.kernels.choice import decide
 from jaxrlhf.kernels.logit_blocks import Statistics, empty_statistics, logit_gradient, merge, rescaled, scaled
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, head_blocks, logit_gradient_of, statistics_of
 from jaxrlhf.kernels.pallas import PyTree
-from jaxrlhf.kernels.products import outputs_first_product
+from jaxrlhf.kernels.products import outputs_first_product, sum_of_rows
 
 
 def project_logits(
@@ -144,6 +144,7 @@ class _Task:
     blocks: LogprobBlocks | None
     kernel_blocks: HeadBlocks | None
     placement: HeadPlacement | None
+    on_cpu: bool
 
 
 def token_logprobs(
@@ -159,6 +160,7 @@ def token_logprobs(
     placement: HeadPlacement | None = None,
     blocks: LogprobBlocks | None = None,
     kernel_blocks: HeadBlocks | None = None,
+    on_cpu: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(hidden · weightᵀ / temperature)[label] and the entropy of that distribution, per token.
 
@@ -172,8 +174,9 @@ def token_logprobs(
     the arrays lie on a mesh.
 
     `implementation`: "xla"; "pallas" (logits stay on the chip: NVIDIA, TPU, or interpreted on CPU); "auto"
-    (kernels/choice.py). `blocks` cuts the work for both, `kernel_blocks` a kernel's further. Raises ValueError for
-    shapes that do not fit each other, or what the implementation does not take.
+    (kernels/choice.py). `blocks` cuts the work for both, `kernel_blocks` a kernel's further. `on_cpu` multiplies in the
+    forms that CPUs are fast at. Raises ValueError for shapes that do not fit each other, or what the implementation
+    does not take.
     """
     if hidden.ndim != 3 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -196,7 +199,7 @@ def token_logprobs(
         cut = kernel_blocks or head_blocks(labels.size, hidden.shape[-1], hidden.dtype)
         pallas.check_shared_memory("token_logprobs", cut, cut.shared_memory(hidden.dtype))
     padded = vocab_size != weight.shape[0]
-    task = _Task(vocab_size, float(temperature), softcap, padded, chosen, blocks, kernel_blocks, placement)
+    task = _Task(vocab_size, float(temperature), softcap, padded, chosen, blocks, kernel_blocks, placement, on_cpu)
     real = (labels >= 0) & (labels < vocab_size)
     results = _logprobs(hidden, weight, bias, jnp.where(real, labels, 0), task)
     logprobs, entropy = cast(tuple[jax.Array, jax.Array], results)
@@ -439,7 +442,9 @@ def gradients(hidden, weight, bias, labels, per_token, task: _Task) -> tuple[jax
             if task.padded:
                 part = jnp.where((columns >= 0)[:, None], part, 0)
             d_block += pallas.dot(d_logits, part)
-            new = _scatter(pallas.dot(d_logits, block, (0, 0)), task.placement)
+            fast = task.on_cpu and d_logits.dtype.itemsize == 2
+            new = sum_of_rows(d_logits, block, 1) if fast else pallas.dot(d_logits, block, (0, 0))
+            new = _scatter(new, task.placement)
             return d_block, _add_rows(d_weight, at, new), d_bias
 
         zeros = jnp.zeros(block.shape, jnp.float32)

@@ -43,12 +43,12 @@ def _backward(inputs: int, kept: tuple[jax.Array, jax.Array], gradient: jax.Arra
     x, kernel = kept
     rows = x.ndim - inputs
     d_x = _sum(gradient, kernel, range(rows, gradient.ndim), range(inputs, kernel.ndim))
-    d_kernel = _sum_of_rows(x, gradient, rows)
+    d_kernel = sum_of_rows(x, gradient, rows)
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-def _sum_of_rows(a: jax.Array, b: jax.Array, rows: int) -> jax.Array:
-    """The product of `[rows…, m…]` and `[rows…, n…]` over their rows, in float32: `[m…, n…]`."""
+def sum_of_rows(a: jax.Array, b: jax.Array, rows: int) -> jax.Array:
+    """The product of 16-bit `[rows…, m…]` and `[rows…, n…]` over their rows, in float32: `[m…, n…]`."""
     count = math.prod(a.shape[:rows])
     left, right = a.reshape(count, 1, -1), b.reshape(count, -1)
     # XLA would only note the transposition in the operand's layout; it has to write out a result that it reshapes.

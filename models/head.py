@@ -5,7 +5,7 @@ import jax
 from jaxrlhf.errors import InputError
 from jaxrlhf.kernels import HeadPlacement, choose, token_logprobs
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.sharding import REPLICATED_RULES, current_rules, mesh_axes, resolve_spec
+from jaxrlhf.sharding import REPLICATED_RULES, current_rules, mesh_axes, platform, resolve_spec
 
 
 def head_placement(weight: tuple[int, ...], tokens: tuple[int, int], zero_stage: int) -> HeadPlacement | None:
@@ -83,6 +83,7 @@ def head_logprobs(
             softcap=softcap,
             implementation=chosen,
             placement=placement,
+            on_cpu=platform() == "cpu",
         )
     except ValueError as error:
         raise InputError(f"token log-probs: {error}") from error

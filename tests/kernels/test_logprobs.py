@@ -1,6 +1,7 @@
 """Token log-probs, entropies and gradients against float64 numpy: blocks, padding, meshes, memory, refusals."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxrlhf.kernels import HeadPlacement, logprobs_kernel, pallas, project_logi
 from jaxrlhf.kernels.logprobs import LogprobBlocks, logprob_blocks
 from jaxrlhf.kernels.logprobs_kernel import HeadBlocks, head_blocks
 from jaxrlhf.sharding import make_mesh
+from tests.support.compiled import operand_types
 
 VOCAB, PADDED, WIDTH = 29, 32, 6
 NO_PADDING = {"vocab": VOCAB, "padded": VOCAB}
@@ -121,9 +123,10 @@ def test_a_tied_weight_gets_the_sum_of_both_gradients():
     check(pull(tuple(upstream)), [d_weight], 2e-5)
 
 
-def test_bfloat16_states_with_a_float32_head_are_right_to_their_rounding():
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_bfloat16_states_with_a_float32_head_are_right_to_their_rounding(on_cpu):
     hidden, weight, bias, *rest = make(dtype=jnp.bfloat16)
-    got = run(hidden, weight, bias, *rest, blocks=LogprobBlocks(5, 16))
+    got = run(hidden, weight, bias, *rest, blocks=LogprobBlocks(5, 16), on_cpu=on_cpu)
     rounded = weight.astype(jnp.bfloat16).astype(jnp.float32)
     expected = oracle(hidden, rounded, bias, *rest, 1.0, VOCAB)
     assert [x.dtype for x in got[2:]] == [jnp.bfloat16, jnp.float32, jnp.float32]
@@ -234,11 +237,12 @@ def test_extra_memory_is_a_twentieth_of_the_logits(gradient):
     assert compiled.memory_analysis().temp_size_in_bytes < batch * length * vocab * 4 / 20
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("split", [False, True])
-def test_the_gradient_of_a_bfloat16_weight_is_summed_as_that_of_a_float32_one(split):
+def test_the_gradient_of_a_bfloat16_weight_is_summed_as_that_of_a_float32_one(split, on_cpu):
     """Over 512 blocks of tokens: a sum kept in bfloat16 alone would be off by many units in the last place."""
     hidden, weight, _, *rest = make(length=256, bias=False, dtype=jnp.bfloat16)
-    weight, options = weight.astype(jnp.bfloat16), {"blocks": LogprobBlocks(1, 16)}
+    weight, options = weight.astype(jnp.bfloat16), {"blocks": LogprobBlocks(1, 16), "on_cpu": on_cpu}
     if split:
         options["placement"] = HeadPlacement(make_mesh(2, 1, 4), rows=("data",), vocab=("tensor",))
 
@@ -250,6 +254,19 @@ def test_the_gradient_of_a_bfloat16_weight_is_summed_as_that_of_a_float32_one(sp
     assert got.dtype == jnp.bfloat16
     rounding = 2**-8 * np.abs(expected) + 2**-16 * np.abs(expected).max()
     assert (np.abs(np.float32(got) - expected) < rounding).all()
+
+
+def test_the_compiler_makes_no_float32_copies_for_the_gradient_of_a_head_on_a_cpu():
+    hidden, weight, _, labels, *_ = make(length=64, bias=False, dtype=jnp.bfloat16)
+    weight = weight.astype(jnp.bfloat16)
+    if operand_types(lambda x, w: jnp.matmul(x, w.T, preferred_element_type=jnp.float32), hidden, weight) != {"bf16"}:
+        pytest.skip("this XLA computes no product from bfloat16 operands")
+
+    def loss(weight, on_cpu):
+        return token_logprobs(hidden, weight, labels, vocab_size=VOCAB, on_cpu=on_cpu)[0].sum()
+
+    for on_cpu, types in ((True, {"bf16"}), (False, {"bf16", "f32"})):
+        assert operand_types(jax.grad(partial(loss, on_cpu=on_cpu)), weight) == types
 
 
 @pytest.mark.parametrize(("tokens", "vocab"), [(32768, 50272), (2040, 50272), (1, 50272), (7, 29), (512, 250880)])

@@ -13,6 +13,8 @@ from jaxrlhf.errors import InputError
 
 FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "responses", "scores")
 """Columns whose names a flag sets."""
+LATER = ("margin", "chat_template_kwargs")
+"""Columns that version 0.1.0 did not know."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Columns:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The names, for hashes. Without the default of a column that version 0.1.0 did not know: hashes of runs that
+        """The names, for hashes. Without the defaults of columns that version 0.1.0 did not know: hashes of runs that
         began with that version stay."""
-        return {column: name for column, name in self.names.items() if (column, name) != ("margin", "margin")}
+        return {column: name for column, name in self.names.items() if column != name or column not in LATER}
 
     def path(self, column: str) -> str:
         return self.names.get(column, column)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxrlhf.config.files import parse_json
 from jaxrlhf.data.columns import Columns, look_up
+from jaxrlhf.data.message_forms import GIVEN
 from jaxrlhf.data.messages import (
     BadRow,
     Completion,
@@ -42,6 +44,7 @@ class Scored:
         prompt: text, or a conversation that the assistant answers next; empty for language modelling.
         completions: each completion with its score; higher is better.
         tools: the row's tools, for the chat template.
+        variables: of the chat template, for this row.
         document: the one completion is a text of its own, trained on from its first token.
         margin: by how much the score of the chosen completion should be above the rejected one's.
     """
@@ -49,6 +52,7 @@ class Scored:
     prompt: Prompt
     completions: tuple[tuple[Completion, float], ...] = ()
     tools: list[Any] | None = None
+    variables: dict[str, Any] | None = None
     document: bool = False
     margin: float | None = None
 
@@ -66,6 +70,24 @@ def split_conversation(messages: list[Message], field: str) -> tuple[list[Messag
         start -= 1
     check_turns(messages[:end], field)
     return messages[:start], joined_answer(messages[start:end], field)
+
+
+def read_variables(row: Mapping, columns: Columns) -> dict[str, Any]:
+    """The variables of the chat template in a row: an object or its JSON. A null is a variable without a value."""
+    field = columns.path("chat_template_kwargs")
+    given = look_up(row, field, None)
+    if isinstance(given, str) and given.strip():
+        try:
+            given = parse_json(given)
+        except ValueError as error:
+            raise BadRow(field, f"is not valid JSON: {error}") from error
+    if not given:
+        return {}
+    if not isinstance(given, Mapping):
+        raise BadRow(field, f"is not an object but {kind_of(given)}")
+    if taken := [name for name in given if name in GIVEN]:
+        raise BadRow(field, f"holds {taken[0]}, which comes from the conversation")
+    return {str(name): value for name, value in given.items() if value is not None}
 
 
 def read_text(row: Mapping, columns: Columns) -> Scored:
@@ -278,7 +300,8 @@ class Format:
     def names(self) -> set[str]:
         """All canonical columns that rows of the format may have."""
         extra = {"input"} if any("instruction" in column for column in self.columns) else set()
-        return extra | {"tools"} | {name for column in self.columns for name in column.split("|")}
+        extra |= {"tools", "chat_template_kwargs"}
+        return extra | {name for column in self.columns for name in column.split("|")}
 
     def missing(self, row: Mapping, columns: Columns) -> list[str]:
         """The columns that a row lacks."""
@@ -345,7 +368,10 @@ class Reader:
         tools = look_up(row, columns.path("tools"))
         if isinstance(tools, str):
             tools = json_list(tools)
-        return _replace(scored, tools=tools) if isinstance(tools, list) and tools else scored
+        if isinstance(tools, list) and tools:
+            scored = _replace(scored, tools=tools)
+        variables = read_variables(row, columns)
+        return _replace(scored, variables=variables) if variables else scored
 
     def examples(self, scored: Scored, step: str) -> list[tuple[Completion, ...]]:
         """The completions of each example that a step makes of a row; one example has 0 (ppo), 1 (sft, kto) or 2."""

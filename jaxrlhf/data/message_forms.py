@@ -10,6 +10,8 @@ from jaxrlhf.data.messages import THOUGHTS
 
 Message = dict[str, Any]
 """role and content, and where the data has them tool_calls, name, tool_call_id and the assistant's thoughts."""
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables of a chat template that every rendering sets."""
 
 
 def completed(message: Message) -> Message:

@@ -312,7 +312,10 @@ def pair_up(name: str, tables: list[Opened]) -> Opened:
     for group, sides in found.items():
         for (place, chosen), (_, rejected) in zip(sides[True], sides[False], strict=False):
             sided = {"chosen": messages_of(chosen), "rejected": messages_of(rejected)}
-            rows.append({"prompt": as_messages(prompts[group].prompt), **sided, "tools": prompts[group].tools})
+            rows.append(
+                {"prompt": as_messages(prompts[group].prompt), **sided, "tools": prompts[group].tools}
+                | {"chat_template_kwargs": prompts[group].variables}
+            )
             numbers.append(place)
     if not rows:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Prompt = str | list[Message]
 Tools = list[dict[str, Any]]
+Variables = Mapping[str, Any]
+"""Values by the names of the variables of a chat template."""
 Span = tuple[int, int]
 """First character and end of a part of a text."""
 
@@ -78,6 +80,7 @@ class Renderer:
         self.template: str = tokenizer.chat_template
         self.special = special
         self.names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self.variables: Variables = {}  # of the row at hand
         self.rendered: dict[Any, tuple[str, list[Span]]] = {}
         self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
@@ -256,7 +259,8 @@ class Renderer:
         """The text of a conversation (`prompt`: up to where the assistant's message begins); with `marks`, the parts
         that the template marks as generated."""
         turns = tuple((message["role"], message["content"]) for message in messages if len(message) == 2)
-        if tools or len(turns) < len(messages) or not all(isinstance(content, str) for _, content in turns):
+        plain = len(turns) == len(messages) and all(isinstance(content, str) for _, content in turns)
+        if tools or self.variables or not plain:
             return self.render_anew(messages, tools, prompt, marks)
         key = (turns, prompt, marks)
         if key not in self.rendered:  # rows repeat prompts and responses
@@ -276,7 +280,7 @@ class Renderer:
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=marks and self.has_marks,
-                **self.names,
+                **self.names | self.variables,
             )
         except TemplateLimit as error:  # every further row would take as long
             raise InputError(f"the chat template is refused: {error}; set chat_template to another one") from error

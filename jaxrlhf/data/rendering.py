@@ -22,6 +22,7 @@ from jaxrlhf.data.renderer import (
     RowProblem,
     Span,
     Tools,
+    Variables,
 )
 from jaxrlhf.data.tokenizer import Tokenizer, check_tokenizer, start_ids
 from jaxrlhf.errors import InputError
@@ -46,6 +47,7 @@ def encode_prompts(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     tools: Sequence[Tools | None] | None = None,
+    variables: Sequence[Variables | None] | None = None,
     *,
     special_tokens_in_data: bool = False,
 ) -> list[list[int]]:
@@ -55,12 +57,14 @@ def encode_prompts(
         tokenizer: a tokenizer from `load_tokenizer`.
         prompts: texts or conversations.
         tools: the tools of each prompt, for the chat template.
+        variables: of the chat template, for each prompt.
         special_tokens_in_data: special tokens in the messages' text keep their meaning.
 
     Raises:
         InputError: the chat template cannot render a prompt.
     """
-    rows = encode_rows(tokenizer, prompts, [()] * len(prompts), tools, special_tokens_in_data=special_tokens_in_data)
+    nothing, special = [()] * len(prompts), special_tokens_in_data
+    rows = encode_rows(tokenizer, prompts, nothing, tools, variables, special_tokens_in_data=special)
     for row in rows:
         if isinstance(row, str):
             raise InputError(row)
@@ -79,6 +83,7 @@ def encode_rows(
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Prompt]],
     tools: Sequence[Tools | None] | None = None,
+    variables: Sequence[Variables | None] | None = None,
     *,
     train_on: str = "all",
     special_tokens_in_data: bool = False,
@@ -95,6 +100,7 @@ def encode_rows(
         completions: the completions of each row: none, one, or two. Each is a text (the assistant's message) or
             messages that end with the assistant's.
         tools: the tools of each row, for the chat template.
+        variables: of the chat template, for each row.
         train_on: "all" marks every assistant message, with the token that ends it; "last" the last one only;
             "everything" marks all tokens.
         special_tokens_in_data: special tokens in the messages' text keep their meaning.
@@ -108,6 +114,7 @@ def encode_rows(
     rows: list[RenderedRow | str] = []
     for i, (prompt, responses) in enumerate(zip(prompts, completions, strict=True)):
         try:
+            renderer.variables = dict((variables[i] if variables else None) or {})
             rows.append(renderer.row(prompt, responses, tools[i] if tools else None, train_on))
         except RowProblem as problem:
             rows.append(str(problem))

@@ -57,6 +57,8 @@ class FieldsConfig(Settings, may_change=True):
     """Column with the system message; default: none."""
     tools_field: str = "tools"
     """Column with the tools of a conversation, for the chat template."""
+    chat_template_kwargs_field: str = "chat_template_kwargs"
+    """Column with variables of the chat template, such as enable_thinking; they go before the setting's."""
 
     @property
     def names(self) -> dict[str, str]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 4  # raise it when the meaning of the cached files changes; runs that began before then do not resume
-TOKENS = 3  # raise it when rows of some data give other tokens
+TOKENS = 4  # raise it when rows of some data give other tokens
 CHUNK = 5000  # rows of a batch: texts that it repeats are encoded once
 MANY = 2000  # rows that several processes tokenise sooner than one
 FEW = 50_000  # rows that one process reads sooner than several start
@@ -214,6 +214,7 @@ def tokenise(
         [scored.prompt for _, scored, _, _ in good],
         [example for _, _, example, _ in good],
         [scored.tools for _, scored, _, _ in good],
+        [scored.variables for _, scored, _, _ in good],
         train_on=encoding.train_on if encoding.step == "sft" else "last",
         special_tokens_in_data=encoding.special_tokens_in_data,
     )

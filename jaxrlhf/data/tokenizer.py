@@ -21,6 +21,7 @@ from jaxrlhf.config.files import read_text
 from jaxrlhf.data.cache import hash_json
 from jaxrlhf.data.ends import end_ids
 from jaxrlhf.data.files import first_line
+from jaxrlhf.data.message_forms import GIVEN
 from jaxrlhf.data.renderer import renderer_of_transformers
 from jaxrlhf.data.tokenizer_files import MAX_TEMPLATE, read_tokenizer
 from jaxrlhf.errors import InputError
@@ -40,8 +41,6 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "hermes": ("<|im_start|>", "<|im_end|>"),
 }
 """Built-in chat templates, and the special tokens that each needs. The last of these ends a turn and becomes EOS."""
-GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
-"""Variables of a chat template that every rendering sets."""
 
 
 @dataclass(frozen=True)

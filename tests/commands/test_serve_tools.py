@@ -21,7 +21,7 @@ TEMPLATE = """{% for tool in tools or [] %}{{ tool.function.name + ' ' + (tool.f
 {%- for message in messages %}{{ message.role + ': ' + message.content }}
 {%- for call in message.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": {{
 call.function.arguments | tojson }}}</tool_call>{% endfor %}{{ eos_token + '\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}{{ mood }}"""
 LLAMA3 = (
     TEMPLATE.replace("<tool_call>", "<|python_tag|>")
     .replace("</tool_call>", "")
@@ -191,8 +191,9 @@ def test_eval_scores_the_calls_in_a_servers_reply_as_hermes_writes_them(server, 
     if form == "llama3":
         server.script = '{"name": "add", "parameters": {"a": 2, "b": 3}}; {"name": "add", "parameters": {"a": "é"}}'
     config = EvalConfig.create(models=(f"{server.url}/v1",), max_new_tokens=200)
-    prompts = Prompts([ASK], [[ADD]], {}, ["rows.jsonl line 1"], {})
+    prompts = Prompts([ASK], [[ADD]], [{"mood": "calm"}], {}, ["rows.jsonl line 1"], {})
     ((text,),) = ServerModel(config.models[0], config).respond(prompts, Console(quiet=True)).texts
+    assert server.prompts[-1].endswith("assistant: calm")
     parsed = parse_hermes(text)
     assert parsed.calls == [ToolCall("add", {"a": 2, "b": 3}), ToolCall("add", {"a": "é"})]
     assert parsed.content == ("Let me see." if form == "hermes" else "")

@@ -151,8 +151,8 @@ class FolderModel:
 
     def encode(self, prompts: Prompts) -> list[list[int]]:
         """Token ids of the prompts, rendered by the model's own chat template."""
-        special = self.config.data.template.special_tokens_in_data
-        return encode_prompts(self.tokenizer, prompts.prompts, prompts.tools, special_tokens_in_data=special)
+        given, special = (prompts.prompts, prompts.tools, prompts.variables), self.config.data.template
+        return encode_prompts(self.tokenizer, *given, special_tokens_in_data=special.special_tokens_in_data)
 
     def fits(self, prompts: Prompts) -> np.ndarray:
         """bool `[P]`: prompts that leave room for the longest response in the context."""

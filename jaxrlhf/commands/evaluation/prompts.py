@@ -54,12 +54,13 @@ def prompts_of(config: EvalConfig, columns: Sequence[str], console: Console, wan
 
 def typed_prompts(texts: Sequence[str], limit: int, seed: int) -> Prompts:
     """Each text as the message of a user. Raises InputError for one that is empty or no text."""
-    found = Prompts([], [], {}, [], {})
+    found = Prompts([], [], [], {}, [], {})
     for i in limit_rows(np.arange(len(texts)), limit, seed).tolist():
         try:
             found.prompts.append(read_content(texts[i], "prompts"))
         except BadRow as problem:
             raise InputError(f"{problem} at place {i + 1}; correct it, or leave it out") from problem
         found.tools.append(None)
+        found.variables.append(None)
         found.places.append(f"prompt {i + 1}")
     return found

@@ -30,6 +30,7 @@ class Prompts:
     Attributes:
         prompts: texts or conversations.
         tools: the tools of each, for chat templates.
+        variables: of chat templates, for each.
         values: further columns, which reward functions read.
         places: file and line of each.
         skipped: what was wrong with rows that are left out, and how many.
@@ -37,6 +38,7 @@ class Prompts:
 
     prompts: list[Prompt]
     tools: list[list[Any] | None]
+    variables: list[dict[str, Any] | None]
     values: dict[str, list[object]]
     places: list[str]
     skipped: dict[str, int]
@@ -57,6 +59,7 @@ class Prompts:
         return Prompts(
             prompts=[self.prompts[i] for i in indices],
             tools=[self.tools[i] for i in indices],
+            variables=[self.variables[i] for i in indices],
             values=self.columns(indices),
             places=[self.places[i] for i in indices],
             skipped=self.skipped,
@@ -88,7 +91,7 @@ def read_prompts(config: DataConfig, columns: Sequence[str], limit: int, wanted:
     entries = [
         (opened, i) for reading in readings for opened in reading.opened for i in range(len(opened.table.dataset))
     ]
-    found = Prompts([], [], {name: [] for name in (*names, *optional)}, [], {})
+    found = Prompts([], [], [], {name: [] for name in (*names, *optional)}, [], {})
     for j in limit_rows(np.arange(len(entries)), limit, config.seed).tolist():
         opened, i = entries[j]
         (row,) = opened.table.rows([i])
@@ -101,6 +104,7 @@ def read_prompts(config: DataConfig, columns: Sequence[str], limit: int, wanted:
             continue
         found.prompts.append(scored.prompt)
         found.tools.append(scored.tools)
+        found.variables.append(scored.variables)
         found.places.append(opened.table.where(i))
         values = read_columns(row, names, found.places[-1], optional)
         for name, value in zip((*names, *optional), values, strict=True):

@@ -105,7 +105,7 @@ class RewardModel:
         As in training, a response ends with EOS, and a prompt that is too long loses its beginning. NaN where the
         template cannot render a response.
         """
-        encoded = encode_rows(self.tokenizer, prompts.prompts, texts, prompts.tools)
+        encoded = encode_rows(self.tokenizer, prompts.prompts, texts, prompts.tools, prompts.variables)
         return self._score_encoded(encoded, max(map(len, texts), default=0), console)
 
     def score_episodes(

@@ -66,6 +66,8 @@ class ServerModel:
         body |= request_options(self.config.sampling, self.config.data.seed + number)
         if prompts.tools[i]:
             body["tools"] = prompts.tools[i]
+        if prompts.variables[i]:
+            body["chat_template_kwargs"] = prompts.variables[i]
         reply = self.call("chat/completions", body)
         try:
             choice = reply["choices"][0]

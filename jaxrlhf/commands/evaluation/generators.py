@@ -151,8 +151,9 @@ class FolderModel:
 
     def encode(self, prompts: Prompts) -> list[list[int]]:
         """Token ids of the prompts, rendered by the model's own chat template."""
-        given, special = (prompts.prompts, prompts.tools, prompts.variables), self.config.data.template
-        return encode_prompts(self.tokenizer, *given, special_tokens_in_data=special.special_tokens_in_data)
+        special = self.config.data.template.special_tokens_in_data
+        rows = prompts.prompts, prompts.tools, prompts.variables
+        return encode_prompts(self.tokenizer, *rows, special_tokens_in_data=special)
 
     def fits(self, prompts: Prompts) -> np.ndarray:
         """bool `[P]`: prompts that leave room for the longest response in the context."""

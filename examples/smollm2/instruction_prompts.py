@@ -272,11 +272,14 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=0, help="tasks without instructions, in plain.jsonl (0)")
     parser.add_argument("--plain_from", type=Path, help="JSONL of prompts; half of the plain tasks are among these")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--only", nargs="*", default=list(DRAWS), choices=list(DRAWS), help="kinds to take (all)")
     parser.add_argument("--leave_out", nargs="*", default=[], choices=list(DRAWS), help="kinds to leave out")
     parser.add_argument("--no_langdetect", action="store_true", help="leave out the kinds that need langdetect")
     parser.add_argument("--apart_from", type=Path, help="JSONL of prompts; stop if one is like a prompt made here")
     given = parser.parse_args()
-    left_out = {*given.leave_out, *(LANGUAGE_KINDS if given.no_langdetect else ())}
+    left_out = DRAWS.keys() - set(given.only) | set(given.leave_out)
+    if given.no_langdetect:
+        left_out |= set(LANGUAGE_KINDS)
     others = prompts_in(given.apart_from)
     parts = {
         "train": make_rows(2 * given.seed, TOPICS, given.train, left_out),

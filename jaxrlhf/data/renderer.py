@@ -80,7 +80,7 @@ class Renderer:
         self.template: str = tokenizer.chat_template
         self.special = special
         self.names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        self.variables: Variables = {}  # of the row at hand
+        self.variables: dict[str, Any] = {}  # of the row at hand
         self.rendered: dict[Any, tuple[str, list[Span]]] = {}
         self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 

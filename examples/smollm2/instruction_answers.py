@@ -190,8 +190,12 @@ def edited(answer: str, other: str, row: dict[str, Any], rng: random.Random) -> 
 
 def both_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each answer of pairs, whose `rejected` is the other one."""
-    turned = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-    return [row for pair in zip(rows, turned, strict=True) for row in pair]
+    both = []
+    for row in rows:
+        both.append(row)
+        if row.get("rejected"):
+            both.append(row | {"chosen": row["rejected"], "rejected": answer_of(row)})
+    return both
 
 
 def make_answers(rows: list[dict[str, Any]], each: int, seed: int, left_out: set[str]) -> list[dict[str, Any]]:
@@ -249,7 +253,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000, help="rows to write, at most (4000)")
     parser.add_argument("--each", type=int, default=2, help="rows from each answer, at most (2)")
     parser.add_argument("--both", action="store_true", help="edit the rejected answers of pairs too")
-    parser.add_argument("--only", nargs="*", choices=list(EDITS), help="kinds of instructions (all)")
+    parser.add_argument(
+        "--only", nargs="*", default=list(EDITS), choices=list(EDITS), help="kinds of instructions (all)"
+    )
     parser.add_argument("--min_words", type=int, default=20, help="shortest answer to edit, in words (20)")
     parser.add_argument("--max_words", type=int, default=110, help="longest answer to edit, in words (110)")
     parser.add_argument("--shorten", action="store_true", help="cut answers to some of their whole sentences first")
@@ -270,9 +276,9 @@ def main() -> None:
         like = {prompt for prompt, _ in overlaps(suitable, others)}
         suitable = [row for row in suitable if row["prompt"] not in like]
         print(f"left out {len(like)} prompts that are like one in {given.apart_from}")
-    left_out = set(LANGUAGE_KINDS) if given.no_langdetect else set()
-    if given.only:
-        left_out |= DRAWS.keys() - set(given.only)
+    left_out = DRAWS.keys() - set(given.only)
+    if given.no_langdetect:
+        left_out |= set(LANGUAGE_KINDS)
     made = make_answers(suitable, given.each, given.seed, left_out)[: given.rows]
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), "utf-8")

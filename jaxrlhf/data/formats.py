@@ -44,7 +44,7 @@ class Scored:
         prompt: text, or a conversation that the assistant answers next; empty for language modelling.
         completions: each completion with its score; higher is better.
         tools: the row's tools, for the chat template.
-        variables: of the chat template, for this row.
+        variables: values that the row gives to variables of the chat template.
         document: the one completion is a text of its own, trained on from its first token.
         margin: by how much the score of the chosen completion should be above the rejected one's.
     """

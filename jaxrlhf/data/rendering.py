@@ -57,14 +57,15 @@ def encode_prompts(
         tokenizer: a tokenizer from `load_tokenizer`.
         prompts: texts or conversations.
         tools: the tools of each prompt, for the chat template.
-        variables: of the chat template, for each prompt.
+        variables: values that each prompt gives to variables of the chat template.
         special_tokens_in_data: special tokens in the messages' text keep their meaning.
 
     Raises:
         InputError: the chat template cannot render a prompt.
     """
-    nothing, special = [()] * len(prompts), special_tokens_in_data
-    rows = encode_rows(tokenizer, prompts, nothing, tools, variables, special_tokens_in_data=special)
+    rows = encode_rows(
+        tokenizer, prompts, [()] * len(prompts), tools, variables, special_tokens_in_data=special_tokens_in_data
+    )
     for row in rows:
         if isinstance(row, str):
             raise InputError(row)
@@ -100,7 +101,7 @@ def encode_rows(
         completions: the completions of each row: none, one, or two. Each is a text (the assistant's message) or
             messages that end with the assistant's.
         tools: the tools of each row, for the chat template.
-        variables: of the chat template, for each row.
+        variables: values that each row gives to variables of the chat template.
         train_on: "all" marks every assistant message, with the token that ends it; "last" the last one only;
             "everything" marks all tokens.
         special_tokens_in_data: special tokens in the messages' text keep their meaning.

@@ -58,7 +58,7 @@ class FieldsConfig(Settings, may_change=True):
     tools_field: str = "tools"
     """Column with the tools of a conversation, for the chat template."""
     chat_template_kwargs_field: str = "chat_template_kwargs"
-    """Column with variables of the chat template, such as enable_thinking; they go before the setting's."""
+    """Column with variables of the chat template, such as enable_thinking; they override chat_template_kwargs."""
 
     @property
     def names(self) -> dict[str, str]:

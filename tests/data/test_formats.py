@@ -323,20 +323,6 @@ def test_tool_calls_may_have_null_content_and_tools_are_kept():
     assert scored.completions == (([{**call, "content": ""}], 1.0),)
 
 
-def test_variables_of_the_chat_template_are_read_as_an_object_or_as_json():
-    for given in ({"enable_thinking": False, "xml_tools": None}, '{"enable_thinking": false, "xml_tools": null}'):
-        assert read({"messages": [Q, A], "chat_template_kwargs": given}).variables == {"enable_thinking": False}
-    for empty in (None, {}, "", {"xml_tools": None}):
-        assert read({"messages": [Q, A], "chat_template_kwargs": empty}).variables is None
-    for wrong, message in (
-        ("{", "is not valid JSON"),
-        ([1], "is not an object but a list"),
-        ({"messages": []}, "holds messages, which comes from the conversation"),
-    ):
-        with pytest.raises(BadRow, match=f"'chat_template_kwargs' {message}"):
-            read({"messages": [Q, A], "chat_template_kwargs": wrong})
-
-
 def test_a_conversation_that_ends_with_the_user_trains_on_the_last_answer():
     assert read({"messages": [Q, A, user("bye")]}).completions == (("a", 1.0),)
 

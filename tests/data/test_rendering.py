@@ -446,20 +446,6 @@ def test_tool_calls_with_null_content_and_tools_reach_the_template():
     assert trained(tokenizer, row) == ['look{"at": "the sun"}<|im_end|>']
 
 
-def test_a_row_may_set_variables_of_the_template():
-    tokenizer = make("unmarked")
-    tokenizer.chat_template = (
-        "{% set enable_thinking = enable_thinking if enable_thinking is defined else true %}"
-        "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% if not enable_thinking %}<none>{% endif %}{% endif %}"
-    )
-    prompts, ends = [[user("hello")]] * 3, [["You"]] * 3
-    rows = encode_rows(tokenizer, prompts, ends, None, [{"enable_thinking": False}, None, {"enable_thinking": False}])
-    expected = [f"user:hello<|im_end|>assistant:{thoughts}" for thoughts in ("<none>", "", "<none>")]
-    assert [text(tokenizer, row.prompt) for row in rows] == expected
-    assert encode_prompts(tokenizer, prompts[:1], None, [{"enable_thinking": False}]) == [rows[0].prompt]
-
-
 def test_half_of_a_surrogate_pair_names_its_message():
     for name in ("smol", "marked"):
         problem = one(make(name), [user("hello"), assistant("a\ud83d"), user("é")], "You")

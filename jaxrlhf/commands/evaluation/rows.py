@@ -30,7 +30,7 @@ class Prompts:
     Attributes:
         prompts: texts or conversations.
         tools: the tools of each, for chat templates.
-        variables: of chat templates, for each.
+        variables: values that each gives to variables of chat templates.
         values: further columns, which reward functions read.
         places: file and line of each.
         skipped: what was wrong with rows that are left out, and how many.

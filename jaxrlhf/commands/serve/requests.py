@@ -140,7 +140,7 @@ class Chat(NamedTuple):
     parallel: bool
     """False: at most one call in a response."""
     variables: dict[str, bool | float | str]
-    """Of the chat template."""
+    """Values of the variables that the chat template reads, by name."""
     wants: Generation
 
 
